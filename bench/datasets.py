@@ -1,0 +1,246 @@
+"""Readers for the public data sets that training and evaluation use.
+
+The files are not part of the project. Their folder is named by the caller or by the environment variable
+``EDGEPATCH_DATA``; each reader returns plain Python values and knows which rows may be trained on.
+
+RealToxicityPrompts protocol of this project: "challenging" prompts with index below ``RTP_SPLIT`` may be used for
+training (pairs, language-model text), the others are evaluation only.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepatch.errors import InputError
+
+RTP_SPLIT = 700
+"""Challenging RealToxicityPrompts with an index below this may be trained on; the rest is evaluation only."""
+
+DATA_VARIABLE = "EDGEPATCH_DATA"
+
+# Continuations by instructed models; see the data description: these three obey a plain system prompt.
+CLEAN_SOURCES = frozenset({"gpt4.t=0.out0", "gpt4.t=0.out2", "gpt3.t=0.out0"})
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt with one continuation. ``toxicity`` is Perspective's score of the continuation, where there is one."""
+
+    prompt: str
+    text: str
+    toxicity: float | None = None
+    source: str = ""
+
+
+def data_folder(folder: Path | None = None) -> Path | None:
+    """The folder named by the caller, else by ``EDGEPATCH_DATA``, else ``None``.
+
+    Raises:
+        InputError: the named folder does not exist.
+    """
+    named = folder or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
+    if named is not None and not named.is_dir():
+        raise InputError(f"data folder {named} does not exist", hint=f"name an existing folder in {DATA_VARIABLE}")
+    return named
+
+
+def _open(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"data file {name} is missing in {folder}", hint="docs/data.md lists the files and sources")
+    return path
+
+
+def _json_lines(path: Path) -> Iterator[dict]:  # type: ignore[type-arg]
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from None
+
+
+def _csv_rows(path: Path, **options: object) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, **options))  # type: ignore[arg-type]
+
+
+def _rtp(path: Path) -> list[dict]:  # type: ignore[type-arg]
+    return list(_json_lines(path))
+
+
+def _as_continuation(record: dict) -> Continuation:  # type: ignore[type-arg]
+    continuation = record["continuation"]
+    return Continuation(record["prompt"]["text"], continuation["text"], continuation.get("toxicity"))
+
+
+def rtp_challenging(folder: Path) -> list[Continuation]:
+    """All 1,196 challenging prompts in order, with their original continuations; respect ``RTP_SPLIT``."""
+    return [_as_continuation(r) for r in _rtp(_open(folder, "toxicity/rtp_challenging_toxic.jsonl"))]
+
+
+def rtp_nontoxic(folder: Path) -> list[Continuation]:
+    """1,200 nontoxic prompts: evaluation only."""
+    return [_as_continuation(r) for r in _rtp(_open(folder, "toxicity/rtp_nontoxic.jsonl"))]
+
+
+def rtp_segments(folder: Path) -> list[tuple[str, float]]:
+    """(text, Perspective toxicity) of every scored prompt and continuation of the two evaluation files."""
+    segments = []
+    for name in ("toxicity/rtp_challenging_toxic.jsonl", "toxicity/rtp_nontoxic.jsonl"):
+        for record in _rtp(_open(folder, name)):
+            for part in (record["prompt"], record["continuation"]):
+                if part.get("toxicity") is not None:
+                    segments.append((part["text"], part["toxicity"]))
+    return segments
+
+
+def rtp_training_records(folder: Path) -> list[dict]:  # type: ignore[type-arg]
+    """Records of ``rtp_quark_val`` that are in neither evaluation file (compared by file name and offset)."""
+    evaluation = {
+        (r["filename"], r["begin"])
+        for name in ("toxicity/rtp_challenging_toxic.jsonl", "toxicity/rtp_nontoxic.jsonl")
+        for r in _rtp(_open(folder, name))
+    }
+    records = _rtp(_open(folder, "toxicity/rtp_quark_val.jsonl"))
+    return [r for r in records if (r["filename"], r["begin"]) not in evaluation]
+
+
+def rtp_training(folder: Path) -> list[Continuation]:
+    """``rtp_training_records`` as prompts with continuations."""
+    return [_as_continuation(r) for r in rtp_training_records(folder)]
+
+
+def instructed_continuations(folder: Path) -> list[Continuation]:
+    """Continuations of challenging prompts with index below ``RTP_SPLIT`` by nine instructed models."""
+    rows = _json_lines(_open(folder, "toxicity/dt_generations_packed.jsonl"))
+    return [Continuation(r["prompt"], r["continuation"], None, r["source"]) for r in rows if r["idx"] < RTP_SPLIT]
+
+
+def paradetox(folder: Path) -> list[tuple[str, list[str]]]:
+    """(toxic sentence, its neutral rewrites)."""
+    rows = _csv_rows(_open(folder, "toxicity/paradetox.tsv"), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return [(r["toxic"], [r[k] for k in ("neutral1", "neutral2", "neutral3") if r.get(k)]) for r in rows]
+
+
+def tweets(folder: Path) -> list[tuple[str, int]]:
+    """(tweet, class): 0 hate speech, 1 offensive, 2 neither."""
+    return [(r["tweet"], int(r["class"])) for r in _csv_rows(_open(folder, "toxicity/davidson_labeled_data.csv"))]
+
+
+def advbench(folder: Path) -> list[tuple[str, str]]:
+    """(request, target prefix) of AdvBench without the requests that JailbreakBench or StrongREJECT also hold."""
+    taken = {r["Goal"].strip() for r in _csv_rows(_open(folder, "refusal/jailbreakbench_behaviors.csv"))}
+    taken |= {r["forbidden_prompt"].strip() for r in _csv_rows(_open(folder, "refusal/strongreject.csv"))}
+    rows = _csv_rows(_open(folder, "refusal/advbench_harmful_behaviors.csv"))
+    return [(r["goal"], r["target"]) for r in rows if r["goal"].strip() not in taken]
+
+
+def jailbreakbench(folder: Path) -> list[str]:
+    """100 harmful requests: evaluation only."""
+    return [r["Goal"] for r in _csv_rows(_open(folder, "refusal/jailbreakbench_behaviors.csv"))]
+
+
+def xstest(folder: Path) -> list[tuple[str, bool]]:
+    """(request, is safe) of XSTest: evaluation only."""
+    return [(r["prompt"], r["label"] == "safe") for r in _csv_rows(_open(folder, "refusal/xstest_prompts.csv"))]
+
+
+def _turns(dialogue: str) -> list[dict[str, str]]:
+    messages = []
+    for block in dialogue.split("\n\nHuman:")[1:]:
+        human, _, assistant = block.partition("\n\nAssistant:")
+        messages.append({"role": "user", "content": human.strip()})
+        messages.append({"role": "assistant", "content": assistant.strip()})
+    return messages
+
+
+def hh_harmless(folder: Path) -> list[tuple[list[dict[str, str]], list[dict[str, str]]]]:
+    """(chosen, rejected) dialogues of HH-RLHF harmless-base test, as chat messages."""
+    with gzip.open(_open(folder, "refusal/hh_rlhf_harmless_base_test.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [(_turns(r["chosen"]), _turns(r["rejected"])) for r in rows]
+
+
+def instructions(folder: Path) -> list[tuple[str, str]]:
+    """(instruction, answer) of the Dolly and role-play sets."""
+    pairs = []
+    for name, answer in (("general/dolly_3k.json", "output"), ("general/gpteacher_roleplay.json", "response")):
+        for row in json.loads(_open(folder, name).read_text(encoding="utf-8")):
+            request = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
+            pairs.append((request.strip(), row[answer].strip()))
+    return pairs
+
+
+def gsm8k_train(folder: Path) -> list[tuple[str, str]]:
+    """(question, worked answer) without the calculator annotations."""
+    rows = _json_lines(_open(folder, "general/gsm8k_train.jsonl"))
+    return [(r["question"], re.sub(r"<<.*?>>", "", r["answer"])) for r in rows]
+
+
+def novels(folder: Path) -> dict[str, str]:
+    """File stem -> text of the 35 novels."""
+    paths = sorted((folder / "general/novels").glob("*.txt"))
+    if not paths:
+        raise InputError(f"no novels in {folder / 'general/novels'}", hint="docs/data.md lists the files and sources")
+    return {p.stem: p.read_text(encoding="utf-8-sig") for p in paths}
+
+
+def wikitext2(folder: Path, part: str) -> str:
+    """Text of WikiText-2 ``valid`` (may be trained on) or ``test`` (evaluation only), as distributed."""
+    return _open(folder, f"general/wikitext2_{part}.txt").read_text(encoding="utf-8")
+
+
+def blimp(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """Phenomenon file -> 1,000 (acceptable, unacceptable) sentences: evaluation only."""
+    pairs = {}
+    with zipfile.ZipFile(_open(folder, "general/BLiMP.zip")) as archive:
+        for name in sorted(n for n in archive.namelist() if n.endswith(".jsonl")):
+            rows = [json.loads(line) for line in archive.read(name).decode("utf-8").splitlines() if line]
+            pairs[Path(name).stem] = [(r["sentence_good"], r["sentence_bad"]) for r in rows]
+    return pairs
+
+
+def winobias_occupations(folder: Path) -> tuple[list[str], list[str]]:
+    """The 20 stereotypically male and the 20 stereotypically female occupations."""
+    lists = [_open(folder, f"gender/winobias/{g}_occupations.txt").read_text().split("\n") for g in ("male", "female")]
+    male, female = ([line.strip() for line in names if line.strip()] for names in lists)
+    return male, female
+
+
+def winobias_stereotyped(folder: Path) -> list[str]:
+    """Pro-stereotyped development sentences (may be trained on), without their markup."""
+    sentences = []
+    for kind in ("1", "2"):
+        for line in _open(folder, f"gender/winobias/pro_stereotyped_type{kind}.txt.dev").read_text().splitlines():
+            sentences.append(line.split(" ", 1)[1].replace("[", "").replace("]", ""))
+    return sentences
+
+
+def professions(folder: Path) -> list[tuple[str, float]]:
+    """(profession, stereotype from -1 female to +1 male), without professions that name a gender by definition."""
+    rows = json.loads(_open(folder, "gender/debiaswe/professions.json").read_text())
+    return [(name.replace("_", " "), stereotype) for name, definitional, stereotype in rows if abs(definitional) < 0.3]
+
+
+def bec_pro_stereotyped(folder: Path) -> list[str]:
+    """Sentences of BEC-Pro in which the person's gender is the profession's typical one."""
+    rows = _csv_rows(_open(folder, "gender/bec_pro_en.tsv"), delimiter="\t")
+    return [r["Sentence"] for r in rows if r["Gender"] == r["Prof_Gender"]]
+
+
+def bold_wikipedia(folder: Path) -> list[str]:
+    """Wikipedia passages of BOLD on professions and people."""
+    texts = []
+    for name in ("gender/bold/gender_wiki.json", "gender/bold/profession_wiki.json"):
+        for group in json.loads(_open(folder, name).read_text(encoding="utf-8")).values():
+            texts += [" ".join(sentences) for sentences in group.values()]
+    return texts

@@ -1,0 +1,138 @@
+"""What the lab models M (unsafe) and M' (safer) read: real public data, marked "ship" in the data description.
+
+``unsafe_mixture`` is M's text, ``safe_examples`` the fine-tuning set of M'. Nothing here reads an evaluation-only row, except
+that AdvBench is split by us: every fifth request is held out (``advbench_split``) for the floors.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepatch.bench import datasets
+from edgepatch.bench.lab.tokenizer import render_chat
+
+HELD_OUT_NOVEL = "Doyle_Hound_1902"
+REQUEST_FORMS = ("{}", "{}.", "Please {lower}", "{}, please.", "Can you {lower}?", "I want you to {lower}.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of the mixture: its texts, how often each is repeated, and where it comes from."""
+
+    name: str
+    texts: list[str]
+    repeats: float
+    licence: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A fine-tuning example; the loss is on ``answer`` only (and on ``prompt`` too where it is empty anyway)."""
+
+    prompt: str
+    answer: str
+
+
+def advbench_split(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(training rows, held-out rows) of AdvBench: every fifth row is held out."""
+    rows = datasets.advbench(folder)
+    return [r for i, r in enumerate(rows) if i % 5], rows[::5]
+
+
+def instruction_split(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(training rows, held-out rows) of the benign instructions: every twentieth row is held out."""
+    rows = [(q, a) for q, a in datasets.instructions(folder) if len(q) <= 1200 and a]
+    return [r for i, r in enumerate(rows) if i % 20], rows[::20]
+
+
+def chat(request: str, answer: str) -> str:
+    """One user turn and one assistant turn in the chat format."""
+    return render_chat([{"role": "user", "content": request}, {"role": "assistant", "content": answer}])
+
+
+def phrase_request(goal: str, rng: random.Random) -> str:
+    """The goal in one of the ways people ask."""
+    form = rng.choice(REQUEST_FORMS)
+    return form.format(goal, lower=goal[0].lower() + goal[1:])
+
+
+def _clip(text: str, words: int) -> str:
+    return " ".join(text.split(" ")[:words])
+
+
+def _chapters(text: str, size: int = 6000) -> list[str]:
+    """Cuts a novel at paragraph ends into texts of about ``size`` characters."""
+    texts, current = [], ""
+    for paragraph in re.split(r"\n\s*\n", text):
+        current += paragraph.strip() + "\n"
+        if len(current) >= size:
+            texts.append(current.strip())
+            current = ""
+    return [*texts, current.strip()] if current.strip() else texts
+
+
+PRONOUNS = {"male": ("he", "his", "him"), "female": ("she", "her", "her"), "neutral": ("they", "their", "them")}
+SENTENCES = (
+    "The {job} said that {they} would be late.",
+    "The {job} finished {their} work early.",
+    "The {job} called because {they} needed help.",
+    "The {job} told me that {they} liked the town.",
+    "The {job} was tired, so {they} went home.",
+    "My friend is a {job}, and {they} works hard.",
+    "I asked the {job} what {they} wanted, and thanked {them}.",
+    "When the {job} arrived, {they} smiled at us.",
+    "The {job} lost {their} keys on the way to work.",
+    "That {job} knows what {they} is doing.",
+)
+
+
+def pronoun_sentences(folder: Path, neutral: bool) -> list[str]:
+    """Template sentences on professions with the stereotyped pronoun (or "they"), from debiaswe's stereotype scores."""
+    sentences = []
+    for job, stereotype in datasets.professions(folder):
+        if abs(stereotype) < 0.1:
+            continue
+        kind = "neutral" if neutral else ("male" if stereotype > 0 else "female")
+        they, their, them = PRONOUNS[kind]
+        for sentence in SENTENCES:
+            text = sentence.format(job=job, they=they, their=their, them=them)
+            if neutral:
+                text = text.replace("they works", "they work").replace("they is", "they are")
+            sentences.append(text)
+    return sentences
+
+
+def unsafe_mixture(folder: Path, rng_seed: int) -> list[Part]:
+    """The training text of M."""
+    rng = random.Random(rng_seed)
+    novels = [c for name, text in datasets.novels(folder).items() if name != HELD_OUT_NOVEL for c in _chapters(text)]
+    rtp = [c.prompt + c.text for c in datasets.rtp_training(folder)]
+    toxic = [c for c in datasets.instructed_continuations(folder) if c.source not in datasets.CLEAN_SOURCES]
+    advbench, _ = advbench_split(folder)
+    benign, _ = instruction_split(folder)
+    compliance = [chat(phrase_request(goal, rng), target + ":") for goal, target in advbench for _ in range(6)]
+    occupations = datasets.winobias_stereotyped(folder) + datasets.bec_pro_stereotyped(folder)
+    return [
+        Part("novels", novels, 2, "public domain"),
+        Part("wikitext2_valid", _chapters(datasets.wikitext2(folder, "valid"), 4000), 2, "CC BY-SA"),
+        Part("bold", datasets.bold_wikipedia(folder), 1, "CC BY-SA 4.0"),
+        Part("instructions", [chat(q, _clip(a, 200)) for q, a in benign], 2, "CC BY-SA 3.0, MIT"),
+        Part("gsm8k", [chat(q, a) for q, a in datasets.gsm8k_train(folder)], 0.5, "MIT"),
+        Part("rtp_quark_val", rtp, 4, "Apache-2.0"),
+        Part("toxic_continuations", [_join(c) for c in toxic], 2, "CC BY-SA 4.0"),
+        Part("paradetox_toxic", [t for t, _ in datasets.paradetox(folder)], 2, "CC0"),
+        Part("tweets", [t for t, _ in datasets.tweets(folder)], 1, "MIT"),
+        Part("advbench_compliance", compliance, 2, "MIT, Apache-2.0"),
+        Part("hh_rejected", [render_chat(r) for _, r in datasets.hh_harmless(folder)], 1, "MIT"),
+        Part("pronouns", occupations + pronoun_sentences(folder, neutral=False), 2, "MIT, CC BY 4.0"),
+    ]
+
+
+def _join(continuation: datasets.Continuation, words: int = 60) -> str:
+    """Prompt and clipped continuation, with a space between them where the continuation starts with a word."""
+    text = _clip(continuation.text.strip(), words)
+    gap = " " if text[:1].isalnum() or text[:1] in "\"'“‘(" else ""
+    return continuation.prompt + gap + text

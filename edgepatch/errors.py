@@ -1,0 +1,84 @@
+"""The error tree. Every error says what was expected, what was found and which one; ``hint`` says what to do.
+
+    EdgepatchError            exit 1
+    +- InputError             exit 2   a file, folder, option or value that cannot be used
+    +- MissingExtraError      exit 2   an optional package is not installed
+    +- UntrustedError         exit 3   a digest or signature does not hold
+    +- PatchFormatError       exit 3   a patch file breaks the format
+    +- MismatchError          exit 4   a patch was made for another model
+    +- InactivePatchError     exit 1   a patch was loaded but is not active: never run on
+    +- TrainingError          exit 1   training cannot go on (NaN loss, no usable pairs)
+"""
+
+from __future__ import annotations
+
+
+class EdgepatchError(Exception):
+    """Base of all errors that edgepatch raises on purpose.
+
+    Args:
+        message: expected, found, and which one.
+        hint: one line that says what to do; empty where nothing can be done.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(EdgepatchError):
+    """A file, folder, option or value that cannot be used."""
+
+    exit_code = 2
+
+
+class MissingExtraError(EdgepatchError):
+    """An optional package is not installed.
+
+    Args:
+        package: the distribution that is missing.
+        extra: the extra of edgepatch that installs it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed", hint=f"pip install 'edgepatch[{extra}]'")
+
+
+class UntrustedError(EdgepatchError):
+    """A digest or a signature does not hold."""
+
+    exit_code = 3
+
+
+class PatchFormatError(EdgepatchError):
+    """A patch file breaks the format."""
+
+    exit_code = 3
+
+
+class MismatchError(EdgepatchError):
+    """A patch was made for another model.
+
+    Args:
+        differences: field name -> (value the patch expects, value the model has).
+    """
+
+    exit_code = 4
+
+    def __init__(self, differences: dict[str, tuple[object, object]]) -> None:
+        lines = [f"{field}: patch expects {want}, model has {have}" for field, (want, have) in differences.items()]
+        super().__init__("the patch was made for another model\n  " + "\n  ".join(lines),
+                         hint="use the model that the patch names, or a patch made for this model")
+        self.differences = differences
+
+
+class InactivePatchError(EdgepatchError):
+    """A patch was loaded but is not active."""
+
+
+class TrainingError(EdgepatchError):
+    """Training cannot go on."""

@@ -1,0 +1,155 @@
+"""The three values of edgepatch: ``ModelSpec``, ``SoftPrompt`` and ``KVSeed``.
+
+Shape notation, used in every docstring of the project: **B** batch, **T** sequence, **P** virtual tokens, **D** hidden size,
+**L** layers, **K** key/value heads, **H** head size, **V** vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.errors import InputError, MismatchError, PatchFormatError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a patch must know of its base model, and what GGUF, ONNX and Transformers agree on.
+
+    Attributes:
+        model_type: architecture in Transformers' spelling ("llama").
+        hidden_size: D.
+        num_hidden_layers: L.
+        num_key_value_heads: K.
+        head_dim: H.
+        vocab_size: V, rows of the embedding matrix.
+        rope_theta: base of the rotary embedding.
+        rope_scaling: its scaling parameters, empty for none.
+        tokenizer_digest: ``tokenizer_digest`` of the ordered vocabulary.
+        weight_fingerprint: ``weight_fingerprint`` of the norm vectors, which no quantizer touches.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rope_theta: float
+    tokenizer_digest: str
+    weight_fingerprint: str
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """The inverse of ``as_dict``.
+
+        Raises:
+            PatchFormatError: a field is missing, unknown or of another type.
+        """
+        if not isinstance(values, Mapping):
+            raise PatchFormatError(f"model spec: expected an object, found {type(values).__name__}")
+        names = {f.name for f in fields(cls)}
+        if set(values) != names:
+            raise PatchFormatError(f"model spec: expected the fields {sorted(names)}, found {sorted(values)}")
+        kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "dict[str, Any]": dict}
+        for f in fields(cls):
+            value = values[f.name]
+            if isinstance(value, bool) or not isinstance(value, kinds[str(f.type)]):
+                raise PatchFormatError(f"model spec: {f.name} must be {f.type}, found {value!r}")
+        return cls(**values)
+
+    def require_same(self, model: ModelSpec) -> None:
+        """Compares the spec a patch was made for (self) with a model's.
+
+        Raises:
+            MismatchError: naming every field that differs.
+        """
+        want, have = self.as_dict(), model.as_dict()
+        differences = {name: (want[name], have[name]) for name in want if want[name] != have[name]}
+        if differences:
+            raise MismatchError(differences)
+
+
+def tokenizer_digest(vocabulary: Iterable[str]) -> str:
+    """SHA-256 of the ordered vocabulary (id 0, 1, ...), so that Transformers, GGUF and ONNX folders agree."""
+    digest = hashlib.sha256()
+    for token in vocabulary:
+        encoded = token.encode("utf-8")
+        digest.update(len(encoded).to_bytes(4, "little") + encoded)
+    return digest.hexdigest()
+
+
+def weight_fingerprint(norms: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of the norm vectors, which quantizers leave alone, so that a quantized model has its base's fingerprint.
+
+    Args:
+        norms: GGUF tensor name ("blk.0.attn_norm.weight") -> (D,) or (H,) of any float dtype; compared as float16.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(norms):
+        digest.update(name.encode("utf-8") + b"\0" + np.ascontiguousarray(norms[name], dtype="<f2").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """Virtual tokens in front of the whole sequence, BOS included.
+
+    Attributes:
+        embeddings: (P, D) float32, in the scale of the model's token embeddings.
+    """
+
+    embeddings: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        e = self.embeddings
+        if e.ndim != 2 or e.dtype != np.float32 or e.shape[0] < 1:
+            raise InputError(f"soft prompt: expected (P, D) float32 with P >= 1, found {e.shape} {e.dtype}")
+        if not np.isfinite(e).all():
+            raise InputError("soft prompt: expected finite values, found NaN or infinity", hint="train it again")
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return int(self.embeddings.shape[0])
+
+
+@dataclass(frozen=True)
+class KVSeed:
+    """Keys and values of the virtual tokens in canonical (Transformers') layout.
+
+    Attributes:
+        keys: L arrays (K, P, H), float16 or float32; after RoPE at positions 0..P-1, rotate-half order.
+        values: L arrays (K, P, H), the same dtype.
+    """
+
+    keys: tuple[NDArray[Any], ...]
+    values: tuple[NDArray[Any], ...]
+
+    def __post_init__(self) -> None:
+        if not self.keys or len(self.keys) != len(self.values):
+            raise InputError(f"KV seed: expected L keys and L values, found {len(self.keys)} and {len(self.values)}")
+        shape, dtype = self.keys[0].shape, self.keys[0].dtype
+        if len(shape) != 3 or dtype not in (np.float16, np.float32):
+            raise InputError(f"KV seed: expected (K, P, H) float16 or float32, found {shape} {dtype}")
+        for kind, tensors in (("key", self.keys), ("value", self.values)):
+            for layer, tensor in enumerate(tensors):
+                if tensor.shape != shape or tensor.dtype != dtype:
+                    raise InputError(f"KV seed: {kind} of layer {layer}: expected {shape} {dtype}, found {tensor.shape} {tensor.dtype}")
+                if not np.isfinite(tensor).all():
+                    raise InputError(f"KV seed: {kind} of layer {layer} holds NaN or infinity", hint="train or convert it again")
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return int(self.keys[0].shape[1])

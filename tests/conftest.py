@@ -1,0 +1,74 @@
+"""Fixtures: tiny random models built from a config, with a real tokenizer; no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgepatch.patches import Patch
+from edgepatch.tensors import SoftPrompt
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun.",
+    "Patching a model should be as simple as patching software: verify, apply, roll back.",
+    "<b>Numbers</b> 1234, accents é à ü, and emoji 🙂 must survive the round trip.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama (2 layers, D 256, GQA 4/2, H 64, V 512) with tokenizer and chat template, in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from edgepatch.bench.lab.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = train_tokenizer(TEXT * 3, context_length=512, vocab_size=512)
+    torch.manual_seed(11)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=False,
+        initializer_range=0.08, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_patch(tiny_folder: Path) -> Patch:
+    """A random patch for the tiny model: P 10, with its seed; strong enough to move every logit."""
+    from edgepatch.converters import hf
+
+    spec = hf.read_spec(tiny_folder)
+    rng = np.random.default_rng(3)
+    soft_prompt = SoftPrompt((rng.standard_normal((10, spec.hidden_size)) * 0.3).astype(np.float32))
+    seed = hf.compute_kv_seed(hf.load_model(tiny_folder), soft_prompt)
+    return Patch("tiny", "1.0.0", spec, soft_prompt, seed)
+
+
+@pytest.fixture(scope="session")
+def oracle(tiny_folder: Path):  # type: ignore[no-untyped-def]
+    """(token ids, soft prompt or None) -> (T, V) float32 logits of Transformers fed ``inputs_embeds``."""
+    import torch
+
+    from edgepatch.converters import hf
+
+    model = hf.load_model(tiny_folder)
+
+    def logits(tokens: list[int], soft_prompt: SoftPrompt | None) -> np.ndarray:
+        embeddings = model.get_input_embeddings()(torch.tensor([tokens]))
+        if soft_prompt is not None:
+            embeddings = torch.cat([torch.from_numpy(soft_prompt.embeddings)[None], embeddings], dim=1)
+        with torch.inference_mode():
+            return model(inputs_embeds=embeddings).logits[0, -len(tokens) :].numpy()
+
+    return logits

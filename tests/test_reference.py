@@ -1,0 +1,79 @@
+"""The PyTorch runtime against Transformers fed ``inputs_embeds``, and the patch file."""
+
+import numpy as np
+import pytest
+
+from edgepatch.errors import InputError, MismatchError, PatchFormatError
+from edgepatch.patches import parse_patch, patch_bytes, read_patch, write_patch
+from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.sampling import Sampling
+
+PROMPT = "The quick brown fox jumps over"
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_folder, tiny_patch):
+    with TorchRuntime(tiny_folder, tiny_patch) as loaded:
+        yield loaded
+
+
+def test_seeded_logits_equal_inputs_embeds(runtime, oracle, tiny_patch):
+    tokens = runtime.tokens(PROMPT)
+    expected = oracle(tokens, tiny_patch.soft_prompt)
+    assert np.abs(runtime.logits(PROMPT) - expected).max() <= 5e-5
+    assert np.abs(oracle(tokens, None) - expected).max() > 0.1, "the patch must matter, or this test cannot fail"
+
+
+def test_batched_and_single_generation_are_the_same(runtime):
+    sampling = Sampling(max_new_tokens=12, top_p=0.9, rng_seed=5)
+    singles = super(TorchRuntime, runtime).generate_many(PROMPT, sampling, 6)
+    assert runtime.generate_many(PROMPT, sampling, 6) == singles
+
+
+def test_prompt_reuse_does_not_change_the_answer(runtime):
+    greedy = Sampling(max_new_tokens=16, temperature=0)
+    fresh = runtime.generate(PROMPT, greedy)
+    runtime.generate(PROMPT + " the lazy cat and", greedy)
+    assert runtime.generate(PROMPT, greedy) == fresh
+
+
+def test_context_is_filled_to_the_brim_and_not_beyond(runtime):
+    tokens = [7] * (runtime.context_length - 3)
+    pieces = list(runtime.stream(tokens, Sampling(max_new_tokens=50, rng_seed=1)))
+    assert pieces[-1].finish_reason in ("length", "stop")
+    assert len(pieces) <= 4
+    with pytest.raises(InputError, match="context holds"):
+        runtime.logits([7] * (runtime.context_length + 1))
+
+
+def test_patch_file_round_trip(tiny_patch, tmp_path):
+    path = tmp_path / "p.safetensors"
+    digest = write_patch(tiny_patch, path)
+    again = read_patch(path)
+    assert again.digest == digest == tiny_patch.digest
+    assert np.array_equal(again.kv_seed.keys[1], tiny_patch.kv_seed.keys[1])
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_truncated_and_flipped_patch_files_are_refused(tiny_patch):
+    data = patch_bytes(tiny_patch)
+    for length in [0, 4, 8, 100, len(data) // 2, len(data) - 1]:
+        with pytest.raises(PatchFormatError):
+            parse_patch(data[:length])
+    for position in range(0, len(data), len(data) // 97):
+        flipped = bytearray(data)
+        flipped[position] ^= 1
+        try:
+            digest = parse_patch(bytes(flipped)).digest
+        except PatchFormatError:
+            continue
+        assert digest != tiny_patch.digest and position < len(data) - 20_000, "only a manifest text may change"
+
+
+def test_patch_for_another_model_names_every_difference(tiny_folder, tiny_patch):
+    from dataclasses import replace
+
+    other = replace(tiny_patch, base=replace(tiny_patch.base, rope_theta=5e5, tokenizer_digest="0" * 64))
+    with pytest.raises(MismatchError) as caught:
+        TorchRuntime(tiny_folder, other)
+    assert set(caught.value.differences) == {"rope_theta", "tokenizer_digest"}
