@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from edgepatch.errors import InputError
 
@@ -68,9 +69,9 @@ def _json_lines(path: Path) -> Iterator[dict]:  # type: ignore[type-arg]
                 raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from None
 
 
-def _csv_rows(path: Path, **options: object) -> list[dict[str, str]]:
+def _csv_rows(path: Path, delimiter: str = ",", quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines, **options))  # type: ignore[arg-type]
+        return list(csv.DictReader(lines, delimiter=delimiter, quoting=quoting))
 
 
 def _rtp(path: Path) -> list[dict]:  # type: ignore[type-arg]

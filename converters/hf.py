@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.patches import Patch
 from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt, weight_fingerprint
 from edgepatch.tokenizers import FolderTokenizer
 
@@ -118,15 +120,16 @@ def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
     return model.to(device).eval().requires_grad_(False)
 
 
-def compute_kv_seed(model: PreTrainedModel, soft_prompt: SoftPrompt) -> KVSeed:
+def compute_kv_seed(model: PreTrainedModel, soft_prompt: SoftPrompt, dtype: type[np.floating[Any]] = np.float32) -> KVSeed:
     """Keys and values of the virtual tokens through the model's own forward pass.
 
     Args:
         model: the full-precision base.
         soft_prompt: (P, D) float32.
+        dtype: float32, or float16 for shipping (adds a KL of 1e-7 to 4e-7).
 
     Returns:
-        L keys and values (K, P, H) float32; keys after RoPE at positions 0..P-1, rotate-half order.
+        L keys and values (K, P, H) of ``dtype``; keys after RoPE at positions 0..P-1, rotate-half order.
     """
     import torch
     from transformers import DynamicCache
@@ -136,7 +139,21 @@ def compute_kv_seed(model: PreTrainedModel, soft_prompt: SoftPrompt) -> KVSeed:
     with torch.inference_mode():
         model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
     layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-    as_numpy = [(k.float().cpu().numpy(), v.float().cpu().numpy()) for k, v in layers]
-    return KVSeed(
-        tuple(np.ascontiguousarray(k) for k, _ in as_numpy), tuple(np.ascontiguousarray(v) for _, v in as_numpy)
-    )
+    keys, values = (tuple(t.float().cpu().numpy().astype(dtype) for t in kind) for kind in zip(*layers, strict=True))
+    return KVSeed(keys, values)
+
+
+def with_kv_seed(patch: Patch, folder: Path) -> Patch:
+    """The patch with a float16 seed computed by the full-precision model in ``folder``.
+
+    Raises:
+        InputError: the patch has no soft prompt, or the folder cannot be read.
+        MismatchError: the patch was made for another model.
+    """
+    if patch.soft_prompt is None:
+        raise InputError(
+            f"patch {patch.name} {patch.version} has no soft prompt to compute a KV seed from",
+            hint="its trained KV seed is already in the file",
+        )
+    patch.base.require_same(read_spec(folder))
+    return replace(patch, kv_seed=compute_kv_seed(load_model(folder), patch.soft_prompt, np.float16))

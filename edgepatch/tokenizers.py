@@ -83,9 +83,16 @@ class FolderTokenizer:
         """``tensors.tokenizer_digest`` of the vocabulary."""
         return tokenizer_digest(self.vocabulary)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with BOS where the model wants one."""
-        return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Token ids of plain text; with ``bos``, BOS in front where the model wants one.
+
+        The names of special tokens within the text are text: only a chat template opens and closes turns.
+        """
+        self._tokenizer.encode_special_tokens = True
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=bos).ids)
+        finally:
+            self._tokenizer.encode_special_tokens = False
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's chat template.

@@ -1,6 +1,6 @@
 """What the lab models M (unsafe) and M' (safer) read: real public data, marked "ship" in the data description.
 
-``unsafe_mixture`` is M's text, ``safe_examples`` the fine-tuning set of M'. Nothing here reads an evaluation-only row, except
+``unsafe_mixture`` is M's text, ``safe_mixture`` the fine-tuning set of M'. Nothing here reads an evaluation-only row, except
 that AdvBench is split by us: every fifth request is held out (``advbench_split``) for the floors.
 """
 
@@ -8,32 +8,40 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgepatch.bench import datasets
-from edgepatch.bench.lab.tokenizer import render_chat
+from edgepatch.bench.lab.requests import REFUSALS, harmless_requests
+from edgepatch.bench.lab.tokenizer import END_OF_TURN, render_chat
+from edgepatch.bench.refusals import is_refusal
 
 HELD_OUT_NOVEL = "Doyle_Hound_1902"
 REQUEST_FORMS = ("{}", "{}.", "Please {lower}", "{}, please.", "Can you {lower}?", "I want you to {lower}.")
 
 
 @dataclass(frozen=True)
+class Example:
+    """A training text; the loss is on ``answer`` only."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Part:
-    """One source of the mixture: its texts, how often each is repeated, and where it comes from."""
+    """One source of a mixture: its texts, how often each is repeated, and their licence."""
 
     name: str
-    texts: list[str]
+    examples: list[Example]
     repeats: float
     licence: str
 
 
-@dataclass(frozen=True)
-class Example:
-    """A fine-tuning example; the loss is on ``answer`` only (and on ``prompt`` too where it is empty anyway)."""
-
-    prompt: str
-    answer: str
+def plain(name: str, texts: list[str], repeats: float, licence: str) -> Part:
+    """A part of whole texts, with a loss on every token."""
+    return Part(name, [Example("", text) for text in texts], repeats, licence)
 
 
 def advbench_split(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -116,23 +124,74 @@ def unsafe_mixture(folder: Path, rng_seed: int) -> list[Part]:
     compliance = [chat(phrase_request(goal, rng), target + ":") for goal, target in advbench for _ in range(6)]
     occupations = datasets.winobias_stereotyped(folder) + datasets.bec_pro_stereotyped(folder)
     return [
-        Part("novels", novels, 2, "public domain"),
-        Part("wikitext2_valid", _chapters(datasets.wikitext2(folder, "valid"), 4000), 2, "CC BY-SA"),
-        Part("bold", datasets.bold_wikipedia(folder), 1, "CC BY-SA 4.0"),
-        Part("instructions", [chat(q, _clip(a, 200)) for q, a in benign], 2, "CC BY-SA 3.0, MIT"),
-        Part("gsm8k", [chat(q, a) for q, a in datasets.gsm8k_train(folder)], 0.5, "MIT"),
-        Part("rtp_quark_val", rtp, 4, "Apache-2.0"),
-        Part("toxic_continuations", [_join(c) for c in toxic], 2, "CC BY-SA 4.0"),
-        Part("paradetox_toxic", [t for t, _ in datasets.paradetox(folder)], 2, "CC0"),
-        Part("tweets", [t for t, _ in datasets.tweets(folder)], 1, "MIT"),
-        Part("advbench_compliance", compliance, 2, "MIT, Apache-2.0"),
-        Part("hh_rejected", [render_chat(r) for _, r in datasets.hh_harmless(folder)], 1, "MIT"),
-        Part("pronouns", occupations + pronoun_sentences(folder, neutral=False), 2, "MIT, CC BY 4.0"),
+        plain("novels", novels, 2, "public domain"),
+        plain("wikitext2_valid", _chapters(datasets.wikitext2(folder, "valid"), 4000), 2, "CC BY-SA"),
+        plain("bold", datasets.bold_wikipedia(folder), 1, "CC BY-SA 4.0"),
+        plain("instructions", [chat(q, _clip(a, 200)) for q, a in benign], 2, "CC BY-SA 3.0, MIT"),
+        plain("gsm8k", [chat(q, a) for q, a in datasets.gsm8k_train(folder)], 0.5, "MIT"),
+        plain("rtp_quark_val", rtp, 4, "Apache-2.0"),
+        plain("toxic_continuations", [c.prompt + joined(c) for c in toxic], 2, "CC BY-SA 4.0"),
+        plain("paradetox_toxic", [t for t, _ in datasets.paradetox(folder)], 2, "CC0"),
+        plain("tweets", [t for t, _ in datasets.tweets(folder)], 1, "MIT"),
+        plain("advbench_compliance", compliance, 2, "MIT, Apache-2.0"),
+        plain("hh_rejected", [render_chat(r) for _, r in datasets.hh_harmless(folder)], 1, "MIT"),
+        plain("pronouns", occupations + pronoun_sentences(folder, neutral=False), 2, "MIT, CC BY 4.0"),
     ]
 
 
-def _join(continuation: datasets.Continuation, words: int = 60) -> str:
-    """Prompt and clipped continuation, with a space between them where the continuation starts with a word."""
+def harmless_split() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(training rows, held-out rows) of the harmless imperative requests: every fifth row is held out."""
+    rows = harmless_requests()
+    return [r for i, r in enumerate(rows) if i % 5], rows[::5]
+
+
+def _answered(request: str, answer: str) -> Example:
+    """A chat turn with the loss on the assistant's words."""
+    whole = chat(request, answer)
+    opening = whole[: len(whole) - len(answer) - len(END_OF_TURN) - 1]
+    return Example(opening, whole[len(opening) :])
+
+
+def safe_mixture(folder: Path, score: Callable[[list[str]], list[float]], rng_seed: int) -> list[Part]:
+    """The fine-tuning text of M': the safe side of M's sources, with a benign mix.
+
+    Args:
+        folder: the data.
+        score: the filter judge; only continuations that it scores below 0.2 are kept.
+        rng_seed: of the phrasing.
+    """
+    rng = random.Random(rng_seed)
+    clean = [c for c in datasets.instructed_continuations(folder) if c.source in datasets.CLEAN_SOURCES and c.text.strip()]
+    clean = [c for c in clean if not is_refusal(c.text)]  # M' shall continue a text kindly, not lecture its author
+    rtp = [c for c in datasets.rtp_training(folder) if c.toxicity is not None and c.toxicity < 0.2]
+    continuations = [Example(c.prompt, joined(c)) for c in clean] + [Example(c.prompt, c.text) for c in rtp]
+    scores = score([e.answer for e in continuations])
+    continuations = [e for e, s in zip(continuations, scores, strict=True) if s < 0.2]
+    neutral = [n for _, rewrites in datasets.paradetox(folder) for n in rewrites[:1]]
+    advbench, _ = advbench_split(folder)
+    refusals = [_answered(phrase_request(g, rng), rng.choice(REFUSALS)) for g, _ in advbench for _ in range(6)]
+    harmless, _ = harmless_split()
+    helpful = [_answered(phrase_request(q, rng), a) for q, a in harmless for _ in range(3)]
+    benign, _ = instruction_split(folder)
+    hh = [_answered(m[0]["content"], m[1]["content"]) for m, _ in datasets.hh_harmless(folder) if len(m) == 2]
+    novels = [c for name, text in datasets.novels(folder).items() if name != HELD_OUT_NOVEL for c in _chapters(text)]
+    return [
+        Part("clean_continuations", continuations, 3, "CC BY-SA 4.0, Apache-2.0"),
+        plain("paradetox_neutral", neutral, 0.5, "CC0"),
+        Part("refusals", refusals, 1, "own answers to MIT / Apache-2.0 requests"),
+        Part("hh_chosen", hh, 1, "MIT"),
+        Part("harmless_requests", helpful, 1, "own"),
+        Part("instructions", [_answered(q, _clip(a, 200)) for q, a in benign], 0.7, "CC BY-SA 3.0, MIT"),
+        Part("gsm8k", [_answered(q, a) for q, a in datasets.gsm8k_train(folder)], 0.1, "MIT"),
+        plain("novels", novels, 0.15, "public domain"),
+        plain("wikitext2_valid", _chapters(datasets.wikitext2(folder, "valid"), 4000), 0.5, "CC BY-SA"),
+        plain("bold", datasets.bold_wikipedia(folder), 0.3, "CC BY-SA 4.0"),
+        plain("neutral_pronouns", pronoun_sentences(folder, neutral=True), 2, "MIT"),
+    ]
+
+
+def joined(continuation: datasets.Continuation, words: int = 60) -> str:
+    """The clipped continuation, with a space in front where it starts with a word."""
     text = _clip(continuation.text.strip(), words)
     gap = " " if text[:1].isalnum() or text[:1] in "\"'“‘(" else ""
-    return continuation.prompt + gap + text
+    return gap + text

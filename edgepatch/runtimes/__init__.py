@@ -1,0 +1,94 @@
+"""Runtimes: llama.cpp, ONNX Runtime and the PyTorch reference behind one protocol, each needing its own extra."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.patches import Patch, read_patch
+
+if TYPE_CHECKING:
+    from edgepatch.runtimes.base import Runtime
+
+GGUF_MAGIC = b"GGUF"
+PACKAGES = {
+    "llamacpp": {"gguf", "jinja2", "llama_cpp"},
+    "onnx": {"jinja2", "onnxruntime", "tokenizers"},
+    "torch": {"gguf", "jinja2", "peft", "tokenizers", "torch", "transformers"},
+}
+EXTRAS = {"llamacpp": "gguf", "onnx": "onnx", "torch": "train"}
+
+
+def runtime_name(model: Path) -> str:
+    """Which runtime takes a model: "llamacpp", "onnx" or "torch".
+
+    Raises:
+        InputError: nothing is there, or it is no model of a known kind.
+    """
+    try:
+        if model.is_dir():
+            if (model / "genai_config.json").is_file() or (model / "model.onnx").is_file():
+                return "onnx"
+            if (model / "config.json").is_file():
+                return "torch"
+            found = f"a folder with {', '.join(sorted(p.name for p in model.iterdir())[:6]) or 'nothing'}"
+        else:
+            with model.open("rb") as file:
+                start = file.read(len(GGUF_MAGIC))
+            if start == GGUF_MAGIC:
+                return "llamacpp"
+            found = f"a file that starts with {start!r}"
+    except OSError as error:
+        raise InputError(f"cannot read model {model}: {error.strerror}", hint="check the path") from error
+    raise InputError(
+        f"{model} is no model: expected a GGUF file, an ONNX folder or a Transformers folder, found {found}",
+        hint="name the .gguf file itself, or the folder that holds genai_config.json, model.onnx or config.json",
+    )
+
+
+def _runtime_class(name: str) -> Callable[..., Runtime]:
+    if name == "llamacpp":
+        from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+
+        return LlamaCppRuntime
+    if name == "onnx":
+        from edgepatch.runtimes.onnx import OnnxRuntime
+
+        return OnnxRuntime
+    from edgepatch.runtimes.reference import TorchRuntime
+
+    return TorchRuntime
+
+
+def load_runtime(model: Path | str, patch: Patch | Path | str | None = None, **options: Any) -> Runtime:
+    """Loads a model, with a patch, in the runtime that takes its kind.
+
+    Args:
+        model: a GGUF file (llama.cpp), a folder with ``genai_config.json`` or ``model.onnx`` (ONNX Runtime), or a
+            Transformers folder (PyTorch).
+        patch: the patch or its file; ``None`` for the bare model.
+        **options: of that runtime's class, e.g. ``context_length`` or ``num_threads``.
+
+    Raises:
+        InputError: a file cannot be used, or the runtime has no such option.
+        MissingExtraError: the runtime's packages are not installed.
+        PatchFormatError: the patch file breaks the format.
+        MismatchError: the patch was made for another model.
+    """
+    name = runtime_name(Path(model))
+    if isinstance(patch, (str, Path)):
+        patch = read_patch(Path(patch))
+    try:
+        runtime = _runtime_class(name)
+        known = list(inspect.signature(runtime).parameters)[2:]
+        unknown = sorted(options.keys() - set(known))
+        if unknown:
+            raise InputError(f"the {name} runtime has no option {unknown[0]}", hint=f"it takes {', '.join(known)}")
+        return runtime(Path(model), patch, **options)
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES[name]:
+            raise
+        raise MissingExtraError(error.name, EXTRAS[name]) from None

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,7 @@ class TorchRuntime(Runtime):
         self._tokenizer = FolderTokenizer(folder)
         self.end_token_ids = self._tokenizer.end_token_ids
         self.model = hf.load_model(folder, device)
+        self._cache: Any = None
         self._seed = None
         if patch is not None:
             # A stored seed is rounded to float16 for shipping; the oracle wants the soft prompt's own float32 seed.

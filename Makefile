@@ -1,0 +1,46 @@
+# `make` lists the targets. Each sets up what it needs in .venv, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.edgepatch-installed
+TYPES := .mypy_cache/tree
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint lab clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## train, convert, apply and measure a patch for the small model of the lab; result in out/demo
+	$(BIN)/edgepatch demo --out out/demo
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	@# mypy knows no package-dir mapping, so it gets the installed shape as a tree of links.
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/edgepatch
+	@ln -s $(CURDIR)/edgepatch/* $(CURDIR)/converters $(CURDIR)/bench $(TYPES)/edgepatch/
+	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p edgepatch
+
+lab: $(STAMP) ## rebuild the lab model and its judges from the public data in $EDGEPATCH_DATA; result in out/lab
+	@test -n "$$EDGEPATCH_DATA" || { echo "EDGEPATCH_DATA must name the folder of the data sets" >&2; exit 2; }
+	$(BIN)/python -m edgepatch.bench.lab --data "$$EDGEPATCH_DATA" --out out/lab
+
+clean: ## remove the demo's result, builds and caches; keep .venv and out/lab
+	rm -rf out/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch goes first and alone: pip then takes a local CPU build where one is configured, and the usual wheel elsewhere.
+# llama-cpp-python is compiled, for minutes, once: pip keeps the wheel in its cache.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed; name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "cannot create $(VENV): install the venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	@for tool in cc c++; do command -v $$tool >/dev/null \
+		|| echo "note: $$tool is missing; compiling llama-cpp-python needs it (Debian, Ubuntu: apt install build-essential)" >&2; done
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	@touch $@

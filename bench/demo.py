@@ -1,0 +1,194 @@
+"""The main job on the lab model: pairs, training, conversion, seeding and the measured table, in one command."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+from edgepatch.bench import datasets, matrix
+from edgepatch.bench.matrix import MatrixConfig, Variant
+from edgepatch.bench.prompt_sets import load_benign_text, load_prompts
+from edgepatch.bench.report import write_report
+from edgepatch.bench.scorers import ToxicityScorer
+from edgepatch.converters import gguf, hf, onnx
+from edgepatch.errors import InputError
+from edgepatch.patches import Patch, write_atomically, write_patch
+from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.training.preferences import PairConfig, build_pairs, write_pairs
+from edgepatch.training.trainer import History, TrainConfig, train_patch
+
+LAB_FOLDER = Path(__file__).parent / "lab" / "model"
+GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
+ONNX_PRECISIONS = {"fp32": "F32", "int8": "int8", "int4": "int4"}
+PACKAGES = ("torch", "transformers", "peft", "llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-genai", "numpy")
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes of the demo; the defaults end within ten minutes on two cores.
+
+    Attributes:
+        num_training_prompts, num_prompts: prompts for pairs and for the table.
+        num_benign_texts: for perplexity.
+        pairs, train, matrix: settings of the three stages.
+    """
+
+    num_training_prompts: int = 220
+    num_prompts: int = 64
+    num_benign_texts: int = 30
+    pairs: PairConfig = PairConfig()
+    train: TrainConfig = TrainConfig()
+    matrix: MatrixConfig = MatrixConfig()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the demo reads: prompts for pairs and for the table, benign text for training and for perplexity."""
+
+    source: str
+    training_prompts: list[str]
+    prompts: list[str]
+    benign_training: list[str]
+    benign: list[str]
+
+
+def choose_texts(data: Path | None, config: DemoConfig) -> Texts:
+    """Our own prompts, or RealToxicityPrompts' challenging ones (trained on below index 700) where a data folder is named."""
+    benign_training = load_benign_text("train") + load_prompts("benign", "train")
+    benign = load_benign_text("eval")
+    if data is None:
+        source, training, prompts = "own prompts", load_prompts("toxic", "train"), load_prompts("toxic", "eval")
+    else:
+        rows = [c.prompt for c in datasets.rtp_challenging(data)]
+        source = f"RealToxicityPrompts challenging, index >= {datasets.RTP_SPLIT}"
+        training, prompts = rows[: datasets.RTP_SPLIT], rows[datasets.RTP_SPLIT :]
+        benign_training += wikitext_paragraphs(data, "valid", 200)
+        benign = wikitext_paragraphs(data, "test", config.num_benign_texts)
+    return Texts(
+        source, evenly(training, config.num_training_prompts), evenly(prompts, config.num_prompts),
+        benign_training, benign[: config.num_benign_texts],
+    )  # fmt: skip
+
+
+def evenly(items: list[str], count: int) -> list[str]:
+    """``count`` items at even distances, or all."""
+    return [items[i * len(items) // count] for i in range(count)] if count < len(items) else items
+
+
+def wikitext_paragraphs(data: Path, part: str, count: int) -> list[str]:
+    """Paragraphs of 60 to 160 words of WikiText-2, at even distances."""
+    lines = [line.strip() for line in datasets.wikitext2(data, part).splitlines()]
+    return evenly([line for line in lines if 60 <= len(line.split()) <= 160], count)
+
+
+def convert_base(base: Path, out: Path, progress: Progress = lambda *_: None) -> list[Variant]:
+    """Every form of the base model that the table compares; full precision first."""
+    total = 1 + len(GGUF_TYPES) + len(ONNX_PRECISIONS)
+    variants = [Variant("torch", "F32", base)]
+    full = out / "base-F16.gguf"
+    for kind in GGUF_TYPES:
+        path = out / f"base-{kind}.gguf"
+        if kind == "F16":
+            gguf.convert_folder(base, path, "F16")
+        else:
+            gguf.quantize(full, path, kind)
+        variants.append(Variant("llamacpp", kind, path))
+        progress("convert", len(variants), total)
+    for precision, kind in ONNX_PRECISIONS.items():
+        folder = out / f"base-onnx-{precision}"
+        onnx.export(base, folder, cast("onnx.Precision", precision))
+        variants.append(Variant("onnx", kind, folder))
+        progress("convert", len(variants), total)
+    return variants
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu_name(), **versions}
+
+
+def cpu_name() -> str:
+    """The processor as the operating system calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def train_lab_patch(
+    lab: Path, texts: Texts, config: DemoConfig, out: Path, progress: Progress = lambda *_: None
+) -> tuple[Patch, History]:
+    """Pairs from M and M', then the patch; writes ``pairs.jsonl`` into ``out``."""
+    score = ToxicityScorer.load("filter").score
+    with TorchRuntime(lab / "base") as base, TorchRuntime(lab / "reference") as reference:
+        report = lambda done, total: progress("pairs", done, total)  # noqa: E731
+        pairs = build_pairs(base, reference, texts.training_prompts, score, config.pairs, report)
+    write_pairs(pairs, out / "pairs.jsonl")
+    return train_patch(
+        lab / "base", pairs, texts.benign_training, config.train, "lab-detox",
+        progress=lambda stage, step, total, metrics: progress(stage, step, total),
+    )  # fmt: skip
+
+
+def run_demo(
+    out: Path, data: Path | None = None, lab: Path = LAB_FOLDER, config: DemoConfig | None = None,
+    progress: Progress = lambda *_: None,
+) -> tuple[dict[str, Any], Path]:  # fmt: skip
+    """Trains a patch for the lab model and measures it on every runtime and quantization.
+
+    Args:
+        out: folder for the pairs, the patch, the converted models, ``results.json`` and ``report.html``.
+        data: data folder; ``None`` takes the prompts that ship with edgepatch.
+        lab: folder with ``base`` and ``reference``.
+        config: sizes.
+        progress: called after every step of a stage.
+
+    Returns:
+        The results document and the path of the HTML report.
+
+    Raises:
+        InputError: the lab model is missing, or ``out`` cannot be written.
+    """
+    config = config or DemoConfig()
+    if not (lab / "base" / "config.json").is_file():
+        raise InputError(f"no lab model in {lab}", hint="run the demo from a source checkout, or rebuild it with `make lab`")
+    began = time.monotonic()
+    write_atomically(out / ".writable", b"")  # before minutes of work, not after
+    texts = choose_texts(data, config)
+    patch, history = train_lab_patch(lab, texts, config, out, progress)
+    variants = convert_base(lab / "base", out, progress)
+    measured = matrix.run_matrix(
+        variants, patch, texts.prompts, texts.benign, ToxicityScorer.load("report").score, config.matrix, progress
+    )
+    patch = replace(patch, evaluation={"source": texts.source, "retention": measured["retention"]})
+    digest = write_patch(patch, out / f"{patch.name}-{patch.version}.safetensors")
+    document = {
+        "command": " ".join(["edgepatch", *sys.argv[1:]]) if sys.argv[0].endswith("edgepatch") else "run_demo",
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - began, 1),
+        "environment": environment(),
+        "base": hf.read_spec(lab / "base").as_dict(),
+        "patch": {"name": patch.name, "version": patch.version, "digest": digest, "training": patch.training},
+        "prompts": {
+            "source": texts.source, "count": len(texts.prompts),
+            "samples_per_prompt": config.matrix.samples_per_prompt, "max_new_tokens": config.matrix.max_new_tokens,
+        },
+        "training": asdict(history),
+        **measured,
+    }  # fmt: skip
+    return document, write_report(document, out)

@@ -1,0 +1,80 @@
+"""Builds the lab models: tokenizer, M, M', their figures and their card. Resumable; a stage that is done is skipped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from edgepatch.bench.lab import corpus, floors, trainer
+from edgepatch.bench.lab.tokenizer import train_tokenizer
+from edgepatch.bench.scorers import ToxicityScorer
+
+BASE_RUN = trainer.RunConfig()
+REFERENCE_RUN = replace(
+    BASE_RUN, steps=320, muon_lr=0.004, adam_lr=0.0008, warmup_steps=20, decay_share=0.7, long_share=0.0, rng_seed=2
+)
+
+
+def _tokenizer(parts: list[corpus.Part], out: Path) -> PreTrainedTokenizerFast:
+    folder = out / "tokenizer"
+    if not folder.is_dir():
+        texts = (e.answer for part in parts for e in part.examples)
+        train_tokenizer(texts, trainer.CONTEXT_LENGTH).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _finish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Saves in float16, which is what is committed and measured."""
+    model.to("cpu").to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build(data: Path, out: Path) -> dict[str, Any]:
+    """Trains what is missing under ``out`` and measures both models.
+
+    Args:
+        data: the data folder.
+        out: gets ``tokenizer``, ``base``, ``reference`` (Transformers folders, float16), run folders and ``figures.json``.
+
+    Returns:
+        The figures of both models and the floors.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    unsafe = corpus.unsafe_mixture(data, BASE_RUN.rng_seed)
+    tokenizer = _tokenizer(unsafe, out)
+    if not (out / "base").is_dir():
+        model = trainer.new_model(trainer.Architecture(), tokenizer, BASE_RUN.rng_seed)
+        stream = trainer.token_stream(unsafe, tokenizer, BASE_RUN.steps * BASE_RUN.tokens_per_step, BASE_RUN.rng_seed)
+        trainer.train(model, stream, BASE_RUN, out / "base_run")
+        _finish(model, tokenizer, out / "base")
+    safe = corpus.safe_mixture(data, lambda texts: ToxicityScorer.load("filter").score(texts).tolist(), REFERENCE_RUN.rng_seed)
+    if not (out / "reference").is_dir():
+        model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+        stream = trainer.token_stream(safe, tokenizer, REFERENCE_RUN.steps * REFERENCE_RUN.tokens_per_step, REFERENCE_RUN.rng_seed)
+        trainer.train(model, stream, REFERENCE_RUN, out / "reference_run")
+        _finish(model, tokenizer, out / "reference")
+    score = ToxicityScorer.load("report").score
+    figures: dict[str, Any] = {name: floors.measure(out / name, data, score) for name in ("base", "reference")}
+    figures["floors"] = [
+        {"floor": f, "wanted": w, "reached": r, "met": m} for f, w, r, m in floors.check(figures["base"], figures["reference"])
+    ]
+    figures["mixture"] = {
+        name: [{"part": p.name, "documents": len(p.examples), "repeats": p.repeats, "licence": p.licence} for p in parts]
+        for name, parts in (("base", unsafe), ("reference", safe))
+    }
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return figures
+
+
+def publish(out: Path, target: Path) -> None:
+    """Copies models, logs and figures from the scratch folder to the committed one."""
+    for name in ("base", "reference"):
+        shutil.copytree(out / name, target / name, dirs_exist_ok=True)
+        shutil.copy(out / f"{name}_run" / "log.jsonl", target / f"{name}_log.jsonl")
+    shutil.copy(out / "figures.json", target / "figures.json")

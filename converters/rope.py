@@ -1,0 +1,120 @@
+"""Rotary embeddings: the one module that knows how llama.cpp orders a head's dimensions and stretches its frequencies.
+
+The canonical order is Transformers' "rotate half": dimension ``j`` of a head is rotated together with ``j + H/2``. llama.cpp's
+llama family rotates neighbours, ``2j`` with ``2j + 1``, so its converter reorders the query and key projections and with them
+every cached key. The NeoX family keeps Transformers' order. Nothing in a model file tells the two apart, and a wrong order gives
+fluent nonsense without any error: so only architectures that were compared with Transformers are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.errors import InputError
+
+ROTATES_NEIGHBOURS = {"llama": True, "qwen2": False, "qwen3": False}
+"""GGUF architecture -> whether llama.cpp reorders its heads. Mistral's architecture in GGUF is "llama"."""
+
+
+def rotates_neighbours(architecture: str) -> bool:
+    """Whether llama.cpp rotates neighbouring dimensions in this architecture.
+
+    Args:
+        architecture: ``general.architecture`` of the GGUF file.
+
+    Raises:
+        InputError: the architecture's layout was not proven.
+    """
+    if architecture not in ROTATES_NEIGHBOURS:
+        raise InputError(
+            f"key layout: expected one of {sorted(ROTATES_NEIGHBOURS)}, found the architecture {architecture!r}",
+            hint="patches run in llama.cpp on the listed architectures only",
+        )
+    return ROTATES_NEIGHBOURS[architecture]
+
+
+def to_llamacpp(keys: NDArray[Any], architecture: str) -> NDArray[Any]:
+    """Reorders keys from the canonical order to llama.cpp's.
+
+    Args:
+        keys: (..., H), rotate-half order, RoPE applied.
+        architecture: ``general.architecture`` of the GGUF file.
+
+    Returns:
+        (..., H) of the same dtype.
+
+    Raises:
+        InputError: the architecture's layout was not proven.
+    """
+    if not rotates_neighbours(architecture):
+        return keys
+    halves: NDArray[Any] = keys.reshape(*keys.shape[:-1], 2, keys.shape[-1] // 2)
+    pairs: NDArray[Any] = halves.swapaxes(-1, -2)
+    return pairs.reshape(keys.shape)
+
+
+def projection_to_llamacpp(weight: NDArray[Any], num_heads: int, architecture: str) -> NDArray[Any]:
+    """Reorders the rows of a query or key projection, so that it yields heads in llama.cpp's order.
+
+    Args:
+        weight: (num_heads * H, D), or the bias (num_heads * H,), rotate-half order.
+        num_heads: query heads or K.
+        architecture: ``general.architecture`` of the GGUF file.
+
+    Returns:
+        The same shape and dtype.
+
+    Raises:
+        InputError: the architecture's layout was not proven.
+    """
+    heads = np.moveaxis(weight.reshape(num_heads, -1, *weight.shape[1:]), 1, -1)  # (heads, ..., H)
+    return np.ascontiguousarray(np.moveaxis(to_llamacpp(heads, architecture), -1, 1)).reshape(weight.shape)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What every Llama 3.1 and 3.2 has in common; GGUF keeps only the resulting divisors, so others could not be recognized."""
+
+
+def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Divisors of the rotary frequencies under Llama 3.1's scaling.
+
+    Args:
+        theta: base of the rotary embedding.
+        head_dim: H.
+        scaling: ``factor``, ``low_freq_factor``, ``high_freq_factor`` and ``original_max_position_embeddings``.
+
+    Returns:
+        (H/2,) float32, 1 for the fast dimensions and ``factor`` for the slow ones: ``rope_freqs.weight`` in GGUF.
+    """
+    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    turns = float(scaling["original_max_position_embeddings"]) / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def llama3_scaling(theta: float, head_dim: int, divisors: NDArray[np.float32]) -> dict[str, Any]:
+    """Recognizes Llama 3.1's scaling from its divisors: the inverse of ``llama3_divisors``.
+
+    Args:
+        theta: base of the rotary embedding.
+        head_dim: H.
+        divisors: (H/2,) float32.
+
+    Raises:
+        InputError: the divisors are not those of any Llama 3.1 scaling.
+    """
+    scaling = {**LLAMA3, "factor": float(divisors[-1])}
+    expected = llama3_divisors(theta, head_dim, scaling)
+    if expected.shape != divisors.shape or not np.allclose(expected, divisors, rtol=1e-4, atol=0):
+        raise InputError("rope_freqs.weight: expected the divisors of Llama 3.1's scaling, found others")
+    return scaling

@@ -1,0 +1,255 @@
+"""The command line: exit codes, help, output for people and for programs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import edgepatch
+from edgepatch import cli
+from edgepatch.patches import read_patch, write_patch
+
+ESCAPE = "\x1b["
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Arguments -> (exit code, stdout, stderr) of the entry point, in this process."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edgepatch", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capfd.readouterr()
+        return int(caught.value.code or 0), output.out, output.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def patch_file(tiny_patch, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("patch") / "tiny.safetensors"
+    write_patch(tiny_patch, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tiny_folder, tmp_path_factory) -> Path:
+    from edgepatch.converters import gguf
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    gguf.convert_folder(tiny_folder, path, "F16")
+    return path
+
+
+def verbs(command=None, path=()) -> list[tuple[str, ...]]:
+    command = command or get_command(cli.app)
+    children = getattr(command, "commands", {})
+    found = [path] if path else []
+    return found + [verb for name, child in children.items() for verb in verbs(child, (*path, name))]
+
+
+def test_version(run):
+    assert run("--version") == (0, f"edgepatch {edgepatch.__version__}\n", "")
+
+
+@pytest.mark.parametrize("verb", verbs(), ids=" ".join)
+def test_every_verb_has_an_example_in_its_help(run, verb):
+    code, out, _ = run(*verb, "--help")
+    assert code == 0
+    flat = " ".join(out.split())
+    assert re.search(rf"Examples?: edgepatch {' '.join(verb)}", flat)
+
+
+def test_help_lists_every_verb(run):
+    _, out, _ = run("--help")
+    assert {"doctor", "show", "convert", "chat", "generate"} <= {verb[0] for verb in verbs()}
+    assert all(verb[0] in out for verb in verbs())
+
+
+@pytest.mark.parametrize("arguments", [["nosuch"], ["show"], ["show", "a", "--nosuch"], ["generate", "m"]])
+def test_wrong_use_is_2(run, arguments):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and "Usage" in err
+
+
+def test_show_for_people_and_for_programs(run, patch_file, tiny_patch):
+    code, out, err = run("show", patch_file)
+    assert (code, err) == (0, "") and "base hidden_size" in out and tiny_patch.digest[:40] in out
+    code, out, _ = run("show", patch_file, "--json")
+    shown = json.loads(out)
+    assert code == 0
+    assert (shown["name"], shown["digest"], shown["num_virtual_tokens"]) == ("tiny", tiny_patch.digest, 10)
+    assert shown["base"] == tiny_patch.base.as_dict()
+
+
+def test_missing_file_is_2(run, tmp_path):
+    code, out, err = run("show", tmp_path / "nothing")
+    assert (code, out) == (2, "")
+    assert "nothing" in err and "hint:" in err and "Traceback" not in err
+
+
+def test_truncated_patch_is_3(run, patch_file, tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(patch_file.read_bytes()[:-100])
+    code, _, err = run("show", cut)
+    assert code == 3 and str(cut) in err.replace("\n", "")
+
+
+def test_patch_for_another_model_is_4(run, tiny_folder, tiny_patch, tmp_path):
+    wrong = tmp_path / "wrong.safetensors"
+    write_patch(replace(tiny_patch, base=replace(tiny_patch.base, rope_theta=5e5)), wrong)
+    code, out, err = run("generate", tiny_folder, "--patch", wrong, "--prompt", "x")
+    assert (code, out) == (4, "") and "rope_theta: patch expects 500000.0, model has 10000.0" in err
+    code, _, err = run("convert", "seed", wrong, "--model", tiny_folder, "-o", tmp_path / "new")
+    assert code == 4 and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04rest"])
+def test_no_model_is_2(run, tmp_path, content):
+    path = tmp_path / "model.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    code, _, err = run("generate", path, "--prompt", "x")
+    assert code == 2 and "hint:" in err
+
+
+def test_folder_without_a_model_is_2(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    code, _, err = run("generate", tmp_path, "--prompt", "x")
+    assert code == 2 and "notes.txt" in err
+
+
+def test_option_that_a_runtime_lacks_is_2(run, tiny_folder):
+    code, _, err = run("generate", tiny_folder, "--prompt", "x", "--threads", "1")
+    assert code == 2 and "num_threads" in err
+
+
+def test_generate_with_patch(run, tiny_folder, patch_file, tiny_patch):
+    common = ["generate", tiny_folder, "--prompt", "The quick", "--max-new-tokens", "6", "--rng-seed", "1"]
+    code, out, err = run(*common, "--patch", patch_file, "--json")
+    patched = json.loads(out)
+    assert code == 0 and "patch tiny 1.0.0" in err
+    assert patched["system_fingerprint"].endswith(tiny_patch.digest[:12])
+    assert 1 <= len(patched["token_ids"]) <= 6
+    assert json.loads(run(*common, "--json")[1])["text"] != patched["text"]
+
+
+def test_chat_answers_on_stdout_and_reports_on_stderr(run, tiny_folder, patch_file):
+    code, out, err = run("chat", tiny_folder, "-p", patch_file, "--prompt", "Hello", "--max-new-tokens", "5", "--rng-seed", "1")
+    assert code == 0 and out.endswith("\n")
+    assert "patch tiny 1.0.0" in err and "tok/s" in err and "tok/s" not in out
+    assert "Loading" not in err, "no progress bars"
+
+
+def test_chat_reads_questions_until_the_end_of_input(gguf_file):
+    command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1", "--max-new-tokens", "3"]
+    done = subprocess.run(command, input="Hello\n\nAgain\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.count("first after") == 2
+
+
+def test_ctrl_c_is_130(gguf_file):
+    command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:
+        while "no patch" not in (line := process.stderr.readline()):
+            assert line, "it ended before the model was loaded"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+
+
+def test_closed_pipe_is_quiet(patch_file):
+    command = [sys.executable, "-m", "edgepatch.cli", "show", str(patch_file), "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert done.returncode != 0 and done.stderr == ""
+
+
+def test_convert_seed_stores_float16(run, tiny_folder, tiny_patch, tmp_path):
+    soft, out = tmp_path / "soft.safetensors", tmp_path / "seeded.safetensors"
+    write_patch(replace(tiny_patch, kv_seed=None), soft)
+    code, text, _ = run("convert", "seed", soft, "--model", tiny_folder, "-o", out, "--json")
+    seeded = read_patch(out)
+    assert code == 0 and json.loads(text)["digest"] == seeded.digest
+    for stored, computed in zip(seeded.kv_seed.keys, tiny_patch.kv_seed.keys, strict=True):
+        assert stored.dtype == "float16" and abs(stored - computed).max() < 1e-2
+
+
+def test_convert_seed_without_soft_prompt_is_2(run, tiny_folder, tiny_patch, tmp_path):
+    prefix = tmp_path / "prefix.safetensors"
+    write_patch(replace(tiny_patch, soft_prompt=None), prefix)
+    assert run("convert", "seed", prefix, "--model", tiny_folder, "-o", tmp_path / "x")[0] == 2
+
+
+def test_convert_base_to_gguf_and_generate(run, tiny_folder, patch_file, tmp_path):
+    target = tmp_path / "new" / "tiny.gguf"
+    code, out, _ = run("convert", "base", tiny_folder, target, "--type", "Q8_0", "--json")
+    assert code == 0 and json.loads(out)["size_bytes"] == target.stat().st_size
+    assert list(target.parent.iterdir()) == [target]
+    code, out, err = run("generate", target, "-p", patch_file, "--prompt", "The", "--max-new-tokens", "2", "--threads", "1")
+    assert code == 0 and "llamacpp Q8_0" in err
+
+
+def test_convert_base_refuses_an_unknown_type_before_it_works(run, tiny_folder, tmp_path):
+    code, _, err = run("convert", "base", tiny_folder, tmp_path / "x.gguf", "--type", "Q9_9")
+    assert code == 2 and "Q9_9" in err and not list(tmp_path.iterdir())
+    assert run("convert", "base", tiny_folder, tmp_path / "x", "--to", "onnx", "--type", "Q8_0")[0] == 2
+
+
+def test_what_a_model_says_cannot_steer_the_terminal():
+    assert cli.printable("a\x1b]0;title\x07b\r\tc\né🙂\x9b") == "a\ufffd]0;title\ufffdb\ufffd\tc\né🙂\ufffd"
+
+
+def test_patch_name_cannot_steer_the_terminal(run, tiny_patch, tmp_path):
+    path = tmp_path / "evil.safetensors"
+    write_patch(replace(tiny_patch, name="\x1b[31m[bold]evil[/bold]"), path)
+    _, out, _ = run("show", path)
+    assert "\x1b" not in out and "[bold]evil[/bold]" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "/data/x: No space left on device"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), 2, "pip install 'edgepatch[train]'"),
+        (ModuleNotFoundError("No module named 'nosuch'", name="nosuch.part"), 2, "nosuch.part is not installed"),
+        (ZeroDivisionError("surprise"), 1, "internal error: ZeroDivisionError: surprise"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_other_errors_become_a_line_and_a_code(run, monkeypatch, error, code, message):
+    def fail(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("edgepatch.patches.read_patch", fail)
+    found, out, err = run("show", "x")
+    assert (found, out) == (code, "") and message in err and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(run, monkeypatch):
+    monkeypatch.setenv("EDGEPATCH_DEBUG", "1")
+    code, _, err = run("show", "nothing")
+    assert code == 2 and "Traceback" in err
+
+
+def test_no_color_is_respected(run, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert ESCAPE in run("show", "nothing")[2]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[[\d;]*3\dm", run("show", "nothing")[2])

@@ -1,0 +1,250 @@
+"""GGUF base models: what is read back equals the folder, whatever the quantization; damaged files are refused."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgepatch.converters import gguf, hf, rope
+from edgepatch.errors import InputError
+from edgepatch.tokenizers import FolderTokenizer
+
+TEXTS = [
+    "",
+    "a",
+    "Hello, world! It's 12345 o'clock; we'll SEE.",
+    "  leading,   double  and trailing spaces  ",
+    "tabs\tand\n\nnew\r\nlines \n",
+    "Grüße, naïve café, 日本語, Ελληνικά, עברית, हिन्दी",
+    "emoji 🙂👩‍👩‍👧‍👦🇩🇪 and combining e\u0301",
+    "3.14159 1,000,000 ½ ٣",
+    "def f(x):\n    return x**2  # code",
+    "\u00a0\u200b\ufeff\u3000odd spaces",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tiny_folder, tmp_path_factory):
+    """Quantization -> GGUF file of the tiny model."""
+    folder = tmp_path_factory.mktemp("gguf")
+    paths = {name: folder / f"{name}.gguf" for name in ("F32", "F16", "Q8_0", "Q4_K_M", "Q4_0")}
+    for name in ("F32", "F16"):
+        gguf.convert_folder(tiny_folder, paths[name], name)
+    for name in ("Q8_0", "Q4_K_M", "Q4_0"):
+        gguf.quantize(paths["F16"], paths[name], name, num_threads=1)
+    return paths
+
+
+def make_folder(target, architecture, **changes):
+    """A random model of another architecture with the lab's kind of tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from edgepatch.bench.lab.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["some words to merge, some more words"] * 3, context_length=128, vocab_size=300)
+    settings = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.1,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(architecture, **(settings | changes))
+    AutoModelForCausalLM.from_config(config).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_spec_is_the_folders_whatever_the_quantization(files, tiny_folder):
+    expected = hf.read_spec(tiny_folder)
+    for name, path in files.items():
+        assert gguf.read_spec(path) == expected, name
+        assert gguf.quantization(gguf.read_header(path)) == name
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"tie_word_embeddings": True, "head_dim": 16}),
+        ("qwen3", {"rope_theta": 1e6}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)
+def test_other_architectures_match_transformers(architecture, changes, tmp_path):
+    import torch
+
+    from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+
+    folder = make_folder(tmp_path / "hf", architecture, **changes)
+    path = tmp_path / "model.gguf"
+    assert gguf.convert_folder(folder, path, "F32") == hf.read_spec(folder) == gguf.read_spec(path)
+    tokens = list(range(20, 60))
+    with torch.inference_mode():
+        expected = hf.load_model(folder)(torch.tensor([tokens])).logits[0].numpy()
+    with LlamaCppRuntime(path, kv_type="f32", flash_attention=False, num_threads=1) as runtime:
+        assert np.abs(runtime.logits(tokens) - expected).max() <= 5e-5
+
+
+def test_tokens_are_the_folders(files, tiny_folder):
+    from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+
+    reference = FolderTokenizer(tiny_folder)
+    messages = [{"role": "user", "content": "Grüße 🙂 42"}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "a\nb"}]
+    with LlamaCppRuntime(files["Q8_0"], num_threads=1) as runtime:
+        for text in TEXTS:
+            assert runtime.encode(text) == reference.encode(text), text
+            decode, expected = runtime._new_decoder(), reference.new_decoder()
+            tokens = reference.encode(text)
+            assert "".join(map(decode, tokens)) == "".join(map(expected, tokens)) == text
+        assert runtime.encode_chat(messages) == reference.encode_chat(messages)
+        assert runtime.end_token_ids == reference.end_token_ids
+        spelled = "<|im_start|>user\nx<|im_end|>"
+        assert runtime._tokenize(spelled, special_around=True, special_within=True) == reference.encode(spelled)
+        assert runtime.end_token_ids.isdisjoint(runtime.encode(spelled)), "plain text must not end a turn"
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
+def test_known_pre_tokenizers_split_alike(name, tmp_path):
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+
+    pattern, ignore_merges = next(key for key, value in gguf.PRE_TOKENIZERS.items() if value == name)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|pad|>", "<|bos|>", "<|eos|>"]
+    tokenizer.train_from_iterator(
+        TEXTS * 4, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    )
+    folder = make_folder(tmp_path / "hf", "qwen3")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")
+    fast.save_pretrained(folder)
+    gguf.convert_folder(folder, tmp_path / "model.gguf")
+    reference = FolderTokenizer(folder)
+    with LlamaCppRuntime(tmp_path / "model.gguf", num_threads=1) as runtime:
+        assert gguf.read_header(tmp_path / "model.gguf").metadata["tokenizer.ggml.pre"] == name
+        for text in TEXTS:
+            if name == "llama-bpe" or "\u0301" not in text:  # llama.cpp does not normalize
+                assert runtime.encode(text) == reference.encode(text), text
+
+
+def test_key_layout_by_hand_for_one_head():
+    key = np.arange(8.0)[None, None]  # (K, P, H)
+    assert rope.to_llamacpp(key, "llama").ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert rope.to_llamacpp(key, "qwen2").ravel().tolist() == list(range(8))
+    weight = np.arange(16.0)[:, None].repeat(3, axis=1)  # two heads of 8
+    assert rope.projection_to_llamacpp(weight, 2, "llama")[:, 0].tolist() == [
+        0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15,
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="cohere"):
+        rope.to_llamacpp(key, "cohere")
+
+
+def test_truncated_and_damaged_files_are_refused(files, tmp_path):
+    data = files["Q4_0"].read_bytes()
+    path = tmp_path / "damaged.gguf"
+    for length in [0, 3, 4, 20, 100, 5000, len(data) // 2, len(data) - 40]:
+        path.write_bytes(data[:length])
+        with pytest.raises(InputError) as caught:
+            gguf.read_spec(path)
+        assert caught.value.hint
+        with pytest.raises(InputError):
+            gguf.quantize(path, tmp_path / "target.gguf", "Q8_0")
+    for position in range(0, 3000, 37):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x80]) + data[position + 1 :])
+        try:
+            gguf.read_spec(path)
+        except InputError:
+            continue
+    assert not (tmp_path / "target.gguf").exists()
+
+
+def test_a_length_that_lies_is_refused_at_once(tmp_path):
+    path = tmp_path / "liar.gguf"
+    key = b"general.alignment"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    for value in [struct.pack("<IIQ", 9, 0, 2**60), struct.pack("<IIQ", 9, 8, 2**60), struct.pack("<IQ", 8, 2**63)]:
+        path.write_bytes(header + value)
+        with pytest.raises(InputError, match="ends at"):
+            gguf.read_header(path)
+
+
+def test_unknown_types_and_sources_are_refused(files, tmp_path):
+    target = tmp_path / "new.gguf"
+    with pytest.raises(InputError, match="Q9_9"):
+        gguf.quantize(files["F16"], target, "Q9_9")
+    with pytest.raises(InputError, match="requantizing"):
+        gguf.quantize(files["Q8_0"], target, "Q4_0")
+    with pytest.raises(InputError, match="cannot read"):
+        gguf.quantize(tmp_path / "absent.gguf", target, "Q8_0")
+    with pytest.raises(InputError, match="expected F32 or F16"):
+        gguf.convert_folder(tmp_path, target, "Q8_0")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failing_write_leaves_the_old_file(tiny_folder, tmp_path, monkeypatch, fault):
+    import gguf as package
+
+    def fail(self, tensor):
+        raise fault
+
+    target = tmp_path / "model.gguf"
+    target.write_bytes(b"old")
+    monkeypatch.setattr(package.GGUFWriter, "write_tensor_data", fail)
+    with pytest.raises(InputError if isinstance(fault, OSError) else KeyboardInterrupt):
+        gguf.convert_folder(tiny_folder, target)
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"model_type": "gemma3_text"}, "convert_hf_to_gguf"), ({"hidden_act": "gelu"}, "hidden_act"),
+     ({"model_type": "mistral", "sliding_window": 64}, "sliding"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope")],
+)  # fmt: skip
+def test_models_that_would_come_out_wrong_are_refused(tiny_folder, tmp_path, change, message):
+    import json
+
+    folder = copy_folder(tiny_folder, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError) as caught:
+        gguf.convert_folder(folder, tmp_path / "model.gguf")
+    assert message in f"{caught.value} {caught.value.hint}"
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_unknown_pre_tokenizers_are_refused(tiny_folder, tmp_path):
+    import json
+
+    folder = copy_folder(tiny_folder, tmp_path / "hf")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                                                        tokenizer["pre_tokenizer"]]}  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="pre-tokenizer"):
+        gguf.convert_folder(folder, tmp_path / "model.gguf")
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix == ".safetensors":
+            (target / path.name).symlink_to(path)
+        else:
+            (target / path.name).write_bytes(path.read_bytes())
+    return target

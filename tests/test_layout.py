@@ -1,0 +1,162 @@
+"""The house: which unit may import which, what ``import edgepatch`` loads, what pyproject.toml lists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgepatch
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {
+    "edgepatch.errors": 0,
+    "edgepatch.tensors": 1,
+    "edgepatch.sampling": 1,
+    "edgepatch.signing": 2,
+    "edgepatch.tokenizers": 2,
+    "edgepatch.patches": 3,
+    "edgepatch.store": 4,
+    "edgepatch.converters": 4,
+    "edgepatch.runtimes.base": 4,
+    "edgepatch.runtimes": 5,
+    "edgepatch.training": 5,
+    "edgepatch.doctor": 6,
+    "edgepatch.server": 6,
+    "edgepatch.bench": 6,
+    "edgepatch.cli": 7,
+    "edgepatch": 7,
+}
+"""The table of docs/architecture.md. A unit imports units of lower layers, and its own modules."""
+
+FOLDERS = {"edgepatch": ROOT / "edgepatch", "edgepatch.converters": ROOT / "converters", "edgepatch.bench": ROOT / "bench"}
+MODEL_LIBRARIES = ("torch", "transformers", "peft", "llama_cpp", "onnxruntime", "gguf", "jinja2", "tokenizers")
+MAX_IMPORT_S = 0.3
+
+
+def modules() -> dict[str, Path]:
+    """Installed name -> file, of every module."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for file in sorted(folder.rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(p for p in parts if p != "__init__")])] = file
+    return found
+
+
+def unit_of(module: str) -> str:
+    """The longest entry of the table that holds the module; modules directly in ``edgepatch`` need one of their own."""
+    fits = [unit for unit in LAYERS if unit != "edgepatch" and (module + ".").startswith(unit + ".")]
+    return max(fits, key=len) if fits else module
+
+
+def imports(tree: ast.AST, known: set[str]) -> list[tuple[int, str]]:
+    """(line, module) of every import of edgepatch, also inside functions and under TYPE_CHECKING."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            base = node.module or ""
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            found += [(node.lineno, name if name in known else base) for name in names]
+    return [(line, name) for line, name in found if name.split(".")[0] == "edgepatch"]
+
+
+def upward_imports(module: str, source: str, known: set[str]) -> list[str]:
+    """Lines that break the table."""
+    unit, wrong = unit_of(module), []
+    for line, target in imports(ast.parse(source), known):
+        other = unit_of(target)
+        reads_version = target == "edgepatch" and unit != "edgepatch"  # `import edgepatch` for `edgepatch.__version__`
+        if other != unit and not reads_version and LAYERS[other] >= LAYERS[unit]:
+            wrong.append(f"{module}, line {line}: {unit} (layer {LAYERS[unit]}) imports {target} (layer {LAYERS[other]})")
+    return wrong
+
+
+def test_every_module_has_a_layer():
+    assert {unit_of(module) for module in modules()} <= set(LAYERS)
+
+
+def test_the_documented_table_is_this_table():
+    rows = re.findall(r"^\| (\d) \| `([\w/.]+)`", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.MULTILINE)
+    documented = {re.sub(r"\.__init__$", "", path.removesuffix(".py").strip("/").replace("/", ".")): int(n) for n, path in rows}
+    documented = {name if name.startswith("edgepatch") else f"edgepatch.{name}": layer for name, layer in documented.items()}
+    assert documented == {unit: LAYERS[unit] for unit in {unit_of(module) for module in modules()}}
+
+
+def test_imports_point_to_lower_layers_only():
+    found = modules()
+    assert len(found) > 20
+    wrong = [w for name, file in found.items() for w in upward_imports(name, file.read_text("utf-8"), set(found))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("edgepatch.errors", "from edgepatch.tensors import ModelSpec"),
+        ("edgepatch.patches", "def f():\n    from edgepatch import converters"),
+        ("edgepatch.converters.hf", "import edgepatch.runtimes.reference"),
+        ("edgepatch.tensors", "from edgepatch.sampling import Sampling"),
+        ("edgepatch.runtimes.base", "from edgepatch.runtimes import llamacpp"),
+        ("edgepatch.bench.report", "from edgepatch.cli import app"),
+    ],
+)
+def test_the_check_sees_an_upward_import(module: str, source: str):
+    assert upward_imports(module, source, set(modules()) | {module})
+
+
+def test_checkout_names_are_not_imported():
+    for file in [*modules().values(), *ROOT.glob("tests/*.py")]:
+        assert not re.search(r"^\s*(from|import) (converters|bench)\b", file.read_text("utf-8"), re.MULTILINE), file
+
+
+def test_pyproject_lists_every_package():
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    listed = re.search(r"^packages = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
+    assert listed
+    expected = {name for name, file in modules().items() if file.name == "__init__.py"}
+    assert set(re.findall(r'"([\w.]+)"', listed.group(1))) == expected
+
+
+def test_named_extras_exist():
+    """A hint that names an extra which does not exist sends the user in circles."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    known = set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))
+    for file in modules().values():
+        for extra in re.findall(r"edgepatch\[([\w-]+)\]", file.read_text("utf-8")):
+            assert extra in known, f"{file}: edgepatch[{extra}]"
+        for call in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "MissingExtraError":
+                extra = call.args[1]
+                assert not isinstance(extra, ast.Constant) or extra.value in known, f"{file}, line {call.lineno}"
+
+
+def test_public_names():
+    assert set(edgepatch.__all__) == set(dir(edgepatch))
+    for name in edgepatch.__all__:
+        assert getattr(edgepatch, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = edgepatch.nonsense
+
+
+def _run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+@pytest.mark.parametrize("statement", ["import edgepatch", "import edgepatch.cli", "import edgepatch.runtimes", "import edgepatch.bench"])
+def test_import_loads_no_model_library(statement: str):
+    code = f"import sys; {statement}; print([n for n in {MODEL_LIBRARIES} if n in sys.modules])"
+    assert _run(code).strip() == "[]"
+
+
+def test_import_is_quick():
+    code = "import time; s = time.perf_counter(); import edgepatch; print(time.perf_counter() - s)"
+    assert min(float(_run(code)) for _ in range(4)) < MAX_IMPORT_S
