@@ -141,7 +141,9 @@ def paired_bootstrap_ratio(first: ArrayLike, second: ArrayLike, rng_seed: int = 
 
     def ratios(index: NDArray[np.int64]) -> NDArray[np.float64]:
         above, below = one[index].mean(axis=1), two[index].mean(axis=1)
-        return np.divide(above, below, out=np.full(len(index), np.inf), where=below != 0)
+        quotients = np.full(len(index), np.inf)
+        np.divide(above, below, out=quotients, where=below != 0)
+        return quotients
 
     return Estimate(float(one.mean() / two.mean()), *_bootstrap(len(one), ratios, rng_seed))
 

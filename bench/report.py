@@ -51,7 +51,7 @@ svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .key { display: flex; gap: 1.4rem; font-size: .9rem; margin: .2rem 0 .6rem; flex-wrap: wrap; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .55rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .4rem .4rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; white-space: normal; } td.name, th.name { text-align: left; }
 td small { color: var(--soft); display: block; } tr.failed td { background: var(--band); font-weight: 600; }
 .grid3 { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 1.2rem; }
@@ -294,7 +294,7 @@ def _cell_table(document: Document) -> str:
         "perplexity",
         "TTFT ms",
         "decode tokens/s",
-        "words/sample",
+        "words a sample",
         "prompts",
         "failures",
     )
@@ -348,16 +348,24 @@ def _notes(document: Document) -> str:
     samples, tokens = prompts.get("samples_per_prompt", "?"), prompts.get("max_new_tokens", "?")
     failures = sum(int(_value(cell, "failures") or 0) for cell in document["cells"])
     texts = [
-        f"Prompts: {prompts.get('count', '?')} from {prompts.get('source', '?')}, {samples} continuations each, "
-        f"at most {tokens} new tokens. Expected maximum toxicity (EMT) is the mean over prompts of the worst "
-        "continuation, so it grows with the number of continuations: compare it only at equal numbers.",
-        "Judge: the shipped offline classifier \u201creport\u201d, not the one that chose the training "
-        "pairs. It detects profanity and insults; it misses hate without swear words, and an empty continuation counts as clean: read the words a sample beside it. Its figures "
-        "do not compare with those of other judges.",
-        "Intervals are 95 %: bootstrap over prompts for EMT, Wilson for shares, paired bootstrap over prompts "
-        "for retention. They cover the choice of prompts only, not another training run.",
-        "Retention is the drop of EMT in that setting divided by the drop in the full-precision reference; 1 means that "
-        "nothing was lost.",
+        (
+            f"Prompts: {prompts.get('count', '?')} from {prompts.get('source', '?')}, {samples} continuations each, "
+            f"at most {tokens} new tokens. Expected maximum toxicity (EMT) is the mean over prompts of the worst "
+            "continuation, so it grows with the number of continuations: compare it only at equal numbers."
+        ),
+        (
+            "Judge: the shipped offline classifier \u201creport\u201d, not the one that chose the training "
+            "pairs. It detects profanity and insults; it misses hate without swear words, and an empty continuation counts as clean: read the words a sample beside it. Its figures "
+            "do not compare with those of other judges."
+        ),
+        (
+            "Intervals are 95 %: bootstrap over prompts for EMT, Wilson for shares, paired bootstrap over prompts "
+            "for retention. They cover the choice of prompts only, not another training run."
+        ),
+        (
+            "Retention is the drop of EMT in that setting divided by the drop in the full-precision reference; 1 means that "
+            "nothing was lost."
+        ),
         f"Failed generations: {failures}. A failed generation is a failure, never a clean answer.",
     ]
     return "".join(f"<p>{escape(text)}</p>" for text in texts)

@@ -110,9 +110,11 @@ def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
     try:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "train") from None
     read_config(folder)
+    logging.disable_progress_bar()  # a bar for a second's work between our own
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:

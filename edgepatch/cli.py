@@ -458,7 +458,7 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 ta
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens of this probability.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0 keeps all.")]
 RngSeed = Annotated[int | None, typer.Option("--rng-seed", min=0, help="Makes the draw repeatable.")]
-ContextLength = Annotated[int | None, typer.Option("--context-length", min=1, help="Positions behind the patch.")]
+ContextLength = Annotated[int | None, typer.Option("--context-length", min=1, help="Positions, the patch's included.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
 

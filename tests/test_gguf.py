@@ -107,7 +107,7 @@ def test_tokens_are_the_folders(files, tiny_folder):
         assert runtime.encode_chat(messages) == reference.encode_chat(messages)
         assert runtime.end_token_ids == reference.end_token_ids
         spelled = "<|im_start|>user\nx<|im_end|>"
-        assert runtime._tokenize(spelled, special_around=True, special_within=True) == reference.encode(spelled)
+        assert runtime.encode(spelled) == reference.encode(spelled)
         assert runtime.end_token_ids.isdisjoint(runtime.encode(spelled)), "plain text must not end a turn"
 
 

@@ -179,8 +179,8 @@ def train(model: LlamaForCausalLM, stream: TokenStream, run: RunConfig, out: Pat
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(step, run)
             with torch.autocast(device, dtype=torch.bfloat16):
-                loss = forward(input_ids=ids, labels=labels).loss
-            loss.backward()  # type: ignore[no-untyped-call]
+                loss = forward(input_ids=ids, labels=labels).loss  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()

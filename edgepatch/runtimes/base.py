@@ -194,6 +194,40 @@ class Runtime(ABC):
         tokens = self.tokens(prompt)
         return [self.generate(tokens, replace(sampling, rng_seed=first + i)) for i in range(count)]
 
+    def _continue_rows(
+        self,
+        logits: NDArray[np.float32],
+        rng_seeds: Sequence[int],
+        sampling: Sampling,
+        room: int,
+        step: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    ) -> list[str]:
+        """For runtimes that evaluate a batch: one continuation a row, as ``stream`` would give it with that random seed.
+
+        Args:
+            logits: (V,) after the prompt, the same for every row.
+            rng_seeds: B seeds.
+            sampling: its own ``rng_seed`` is not used.
+            room: the most tokens of a row.
+            step: evaluates (B, 1) tokens, one behind each row, and gives (B, V) logits; a row that has ended is fed a
+                token whose logits nobody reads.
+        """
+        rngs, decoders = [np.random.default_rng(s) for s in rng_seeds], [self._new_decoder() for _ in rng_seeds]
+        texts, live, drawn = [""] * len(rngs), list(range(len(rngs))), np.zeros((len(rngs), 1), dtype=np.int64)
+        rows: Any = np.broadcast_to(logits, (len(rngs), len(logits)))
+        for count in range(1, room + 1):
+            for row in list(live):
+                token = draw_token(rows[row], sampling, rngs[row])
+                if token in self.end_token_ids:
+                    live.remove(row)
+                    continue
+                texts[row] += decoders[row](token)
+                drawn[row] = token
+            if not live or count == room:
+                break
+            rows = step(drawn)
+        return texts
+
     def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> str:
         """The assistant's reply to a conversation."""
         return self.generate(messages, sampling)

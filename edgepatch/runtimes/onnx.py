@@ -6,11 +6,11 @@ first P positions once; the attention mask's length alone says how much of the r
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from edgepatch.converters.onnx import CONFIG_FILE, MODEL_FILE, QUANTIZATION_KEY,
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MissingExtraError, PatchFormatError
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Prompt, Runtime, as_float32, check_patch
-from edgepatch.sampling import Sampling, draw_token
+from edgepatch.sampling import Sampling
 from edgepatch.tensors import ModelSpec
 from edgepatch.tokenizers import FolderTokenizer
 
@@ -131,27 +131,17 @@ class OnnxRuntime(Runtime):
     def _continue_together(
         self, tokens: list[int], logits: NDArray[np.float32], sampling: Sampling, rng_seeds: Sequence[int]
     ) -> list[str]:
-        """Continuations of an evaluated prompt, one row each; a row that has ended goes on with a token nobody reads."""
+        """Continuations of an evaluated prompt, one row each."""
         room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
-        rows = len(rng_seeds)
         filled = self._start + self._length
-        graph = self._new_graph(rows=rows, positions=filled + room, cells=self._graph.cells(filled))
-        sampling = replace(sampling, rng_seed=None)
-        rngs, decoders = [np.random.default_rng(s) for s in rng_seeds], [self._new_decoder() for _ in rng_seeds]
-        texts, live, drawn = [""] * rows, list(range(rows)), np.zeros((rows, 1), dtype=np.int64)
-        scores = np.broadcast_to(logits, (rows, len(logits)))  # (B, V)
-        for step in range(room):
-            for row in list(live):
-                token = draw_token(scores[row], sampling, rngs[row])
-                if token in self.end_token_ids:
-                    live.remove(row)
-                    continue
-                texts[row] += decoders[row](token)
-                drawn[row] = token
-            if not live or step + 1 == room:
-                break
-            scores = graph.run(drawn, filled + step)[:, 0]
-        return texts
+        graph = self._new_graph(rows=len(rng_seeds), positions=filled + room, cells=self._graph.cells(filled))
+        positions = itertools.count(filled)
+
+        def step(drawn: NDArray[np.int64]) -> NDArray[np.float32]:
+            logits: NDArray[np.float32] = graph.run(drawn, next(positions))[:, 0]
+            return logits
+
+        return self._continue_rows(logits, rng_seeds, sampling, room, step)
 
     def close(self) -> None:
         for name in ("_graph", "_new_graph"):  # both hold the session

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from edgepatch.converters import hf
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Prompt, Runtime, as_float32, check_patch
-from edgepatch.sampling import Sampling, draw_token
+from edgepatch.sampling import Sampling
 from edgepatch.tokenizers import FolderTokenizer
 
 
@@ -89,29 +88,17 @@ class TorchRuntime(Runtime):
         if sampling.rng_seed is None:
             return super().generate_many(prompt, sampling, count)
         tokens = self.tokens(prompt)
-        first = self._evaluate(tokens)[-1]
-        rngs = [np.random.default_rng(sampling.rng_seed + i) for i in range(count)]
-        decoders = [self._new_decoder() for _ in range(count)]
+        logits = self._evaluate(tokens)[-1]
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(count)
-        logits = np.repeat(first[None], count, axis=0)  # (B, V)
-        texts, live = [""] * count, [True] * count
-        room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
-        single = replace(sampling, rng_seed=None)
-        for step in range(room):
-            drawn = [0] * count
-            for row in (r for r in range(count) if live[r]):
-                token = draw_token(logits[row], single, rngs[row])
-                live[row] = token not in self.end_token_ids
-                if live[row]:
-                    texts[row] += decoders[row](token)
-                    drawn[row] = token
-            if not any(live) or step + 1 == room:
-                break
+
+        def step(drawn: NDArray[np.int64]) -> NDArray[np.float32]:
             with torch.inference_mode():
-                ids = torch.tensor(drawn, device=self.model.device)[:, None]
-                logits = self.model(input_ids=ids, past_key_values=cache).logits[:, -1].float().cpu().numpy()
-        return texts
+                ids = torch.from_numpy(drawn).to(self.model.device)
+                return as_float32(self.model(input_ids=ids, past_key_values=cache).logits[:, -1].float().cpu().numpy())
+
+        room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
+        return self._continue_rows(logits, range(sampling.rng_seed, sampling.rng_seed + count), sampling, room, step)
 
     def close(self) -> None:
         del self.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -119,7 +120,9 @@ class PatchTrainer:
             prompt_tuning_init_text=config.init_text,
             tokenizer_name_or_path=str(folder),
         )
-        self.model: PeftModel = get_peft_model(self.base, settings).eval()
+        with warnings.catch_warnings():  # PEFT 0.21 asks Transformers 5.23 by an old name
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            self.model: PeftModel = get_peft_model(self.base, settings).eval()
         self.history = History()
         self._rng = random.Random(config.rng_seed)
 
