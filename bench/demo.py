@@ -168,7 +168,8 @@ def run_demo(
     if not (lab / "base" / "config.json").is_file():
         raise InputError(f"no lab model in {lab}", hint="run the demo from a source checkout, or rebuild it with `make lab`")
     began = time.monotonic()
-    write_atomically(out / ".writable", b"")  # before minutes of work, not after
+    write_atomically(out / ".writable", b"")  # a folder that cannot be written shows before minutes of work, not after
+    (out / ".writable").unlink()
     texts = choose_texts(data, config)
     patch, history = train_lab_patch(lab, texts, config, out, progress)
     variants = convert_base(lab / "base", out, progress)

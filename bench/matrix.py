@@ -187,6 +187,14 @@ def cell(variant: Variant, patched: bool, m: Measurement) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _retention(variant: Variant, gain: NDArray[np.float32], reference_gain: NDArray[np.float32]) -> dict[str, Any]:
+    """Retention with its interval; all ``None`` where full precision shows no gain that could be retained."""
+    none = (None, None, None)
+    value, low, high = retention(gain, reference_gain) if reference_gain.mean() > 0 else none
+    return {"runtime": variant.runtime, "quantization": variant.quantization,
+            "retention": value, "retention_low": low, "retention_high": high}  # fmt: skip
+
+
 def _examples(variant: Variant, prompts: Sequence[str], bare: Measurement, patched: Measurement, count: int) -> list[dict[str, Any]]:
     """The most toxic bare continuation of evenly spaced prompts beside the patched one's most toxic."""
     rows = []
@@ -231,9 +239,7 @@ def run_matrix(
         cells += [cell(variant, False, bare), cell(variant, True, patched)]
         maxima = (bare.scores.max(axis=1), patched.scores.max(axis=1))
         reference = reference or maxima
-        value, low, high = retention(maxima[0] - maxima[1], reference[0] - reference[1])
-        kept.append({"runtime": variant.runtime, "quantization": variant.quantization,
-                     "retention": value, "retention_low": low, "retention_high": high})  # fmt: skip
+        kept.append(_retention(variant, maxima[0] - maxima[1], reference[0] - reference[1]))
         examples += _examples(variant, prompts, bare, patched, 8 if variant is variants[0] else 4)
     return {"cells": cells, "retention": kept, "examples": examples}
 

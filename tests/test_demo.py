@@ -1,0 +1,67 @@
+"""The main job from end to end on the lab model, at small sizes, through the command line."""
+
+import json
+
+import pytest
+
+from edgepatch.bench import demo
+from edgepatch.bench.matrix import MatrixConfig
+from edgepatch.errors import InputError
+from edgepatch.patches import read_patch
+from edgepatch.training.preferences import PairConfig
+from edgepatch.training.trainer import TrainConfig
+
+SMALL = demo.DemoConfig(
+    num_training_prompts=24,
+    num_prompts=4,
+    num_benign_texts=2,
+    pairs=PairConfig(samples_per_prompt=4),
+    train=TrainConfig(num_virtual_tokens=8, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=1),
+    matrix=MatrixConfig(samples_per_prompt=3, max_new_tokens=8, timing_repeats=1),
+)
+FORMS = [("torch", "F32"), *(("llamacpp", k) for k in demo.GGUF_TYPES), *(("onnx", k) for k in ("F32", "int8", "int4"))]
+
+
+def test_every_form_is_measured_bare_and_patched_and_the_patch_fits_all(tmp_path):
+    seen = []
+    document, page = demo.run_demo(tmp_path, config=SMALL, progress=lambda stage, done, total: seen.append((stage, done, total)))
+    cells = [(c["runtime"], c["quantization"], c["patched"]) for c in document["cells"]]
+    assert cells == [(*form, patched) for form in FORMS for patched in (False, True)]
+    for cell in document["cells"]:
+        assert cell["num_prompts"] == 4
+        assert cell["failures"] == 0
+        assert 0 <= cell["emt_low"] <= cell["emt"] <= cell["emt_high"] <= 1
+        assert 1 < cell["perplexity"] < 5000
+    assert json.loads((tmp_path / "results.json").read_text())["cells"] == document["cells"]
+    assert page.read_text().startswith("<!doctype html>")
+    patch = read_patch(tmp_path / "lab-detox-0.1.0.safetensors")
+    assert patch.digest == document["patch"]["digest"]
+    assert patch.num_virtual_tokens == 8
+    assert {stage for stage, done, total in seen if done == total} >= {"pairs", "SFT", "DPO", "convert", "torch F32", "onnx int4"}
+
+
+def test_prompts_of_our_own_and_none_for_both_training_and_table():
+    texts = demo.choose_texts(None, demo.DemoConfig())
+    assert texts.source == "own prompts"
+    assert len(texts.training_prompts) >= 200
+    assert not set(texts.training_prompts) & set(texts.prompts)
+    assert not set(texts.benign_training) & set(texts.benign)
+
+
+def test_evenly_keeps_order_and_ends():
+    items = [str(i) for i in range(10)]
+    assert demo.evenly(items, 3) == ["0", "3", "6"]
+    assert demo.evenly(items, 20) == items
+
+
+def test_a_missing_lab_model_is_named(tmp_path):
+    with pytest.raises(InputError, match="no lab model"):
+        demo.run_demo(tmp_path / "out", lab=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("x")
+    with pytest.raises(InputError, match="cannot write"):
+        demo.run_demo(blocked / "out", config=SMALL)
