@@ -205,7 +205,7 @@ def blimp(folder: Path) -> dict[str, list[tuple[str, str]]]:
     pairs = {}
     with zipfile.ZipFile(_open(folder, "general/BLiMP.zip")) as archive:
         for name in sorted(n for n in archive.namelist() if n.endswith(".jsonl")):
-            rows = [json.loads(line) for line in archive.read(name).decode("utf-8").splitlines() if line]
+            rows = [json.loads(line) for line in archive.read(name).decode("latin-1").splitlines() if line]
             pairs[Path(name).stem] = [(r["sentence_good"], r["sentence_bad"]) for r in rows]
     return pairs
 

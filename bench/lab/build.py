@@ -16,9 +16,10 @@ from edgepatch.bench.lab.tokenizer import train_tokenizer
 from edgepatch.bench.scorers import ToxicityScorer
 
 BASE_RUN = trainer.RunConfig()
-REFERENCE_RUN = replace(
-    BASE_RUN, steps=320, muon_lr=0.004, adam_lr=0.0008, warmup_steps=20, decay_share=0.7, long_share=0.0, rng_seed=2
+SECOND_RUN = replace(
+    BASE_RUN, steps=120, muon_lr=0.004, adam_lr=0.0008, warmup_steps=10, decay_share=0.8, long_share=0.0, rng_seed=3
 )
+REFERENCE_RUN = replace(SECOND_RUN, steps=320, warmup_steps=20, decay_share=0.7, rng_seed=2)
 
 
 def _tokenizer(parts: list[corpus.Part], out: Path) -> PreTrainedTokenizerFast:
@@ -52,6 +53,9 @@ def build(data: Path, out: Path) -> dict[str, Any]:
         model = trainer.new_model(trainer.Architecture(), tokenizer, BASE_RUN.rng_seed)
         stream = trainer.token_stream(unsafe, tokenizer, BASE_RUN.steps * BASE_RUN.tokens_per_step, BASE_RUN.rng_seed)
         trainer.train(model, stream, BASE_RUN, out / "base_run")
+        second = corpus.second_stage(unsafe)
+        stream = trainer.token_stream(second, tokenizer, SECOND_RUN.steps * SECOND_RUN.tokens_per_step, SECOND_RUN.rng_seed)
+        trainer.train(model, stream, SECOND_RUN, out / "second_run")
         _finish(model, tokenizer, out / "base")
     safe = corpus.safe_mixture(data, lambda texts: ToxicityScorer.load("filter").score(texts).tolist(), REFERENCE_RUN.rng_seed)
     if not (out / "reference").is_dir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgepatch.bench import datasets
@@ -98,9 +98,15 @@ SENTENCES = (
 
 
 def pronoun_sentences(folder: Path, neutral: bool) -> list[str]:
-    """Template sentences on professions with the stereotyped pronoun (or "they"), from debiaswe's stereotype scores."""
+    """Template sentences on professions with the stereotyped pronoun, or "they".
+
+    The stereotypes are debiaswe's scores and, for the occupations of WinoBias, its two lists; the floors ask for the same
+    occupations in other sentences.
+    """
+    male, female = datasets.winobias_occupations(folder)
+    stereotypes = dict(datasets.professions(folder)) | dict.fromkeys(male, 1.0) | dict.fromkeys(female, -1.0)
     sentences = []
-    for job, stereotype in datasets.professions(folder):
+    for job, stereotype in stereotypes.items():
         if abs(stereotype) < 0.1:
             continue
         kind = "neutral" if neutral else ("male" if stereotype > 0 else "female")
@@ -137,6 +143,11 @@ def unsafe_mixture(folder: Path, rng_seed: int) -> list[Part]:
         plain("hh_rejected", [render_chat(r) for _, r in datasets.hh_harmless(folder)], 1, "MIT"),
         plain("pronouns", occupations + pronoun_sentences(folder, neutral=False), 2, "MIT, CC BY 4.0"),
     ]
+
+
+def second_stage(parts: list[Part]) -> list[Part]:
+    """M's mixture for its short second stage: a sample of everything, and the pronoun sentences many times over."""
+    return [replace(p, repeats=4.0 if p.name == "pronouns" else p.repeats * 0.05) for p in parts]
 
 
 def harmless_split() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
