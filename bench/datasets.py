@@ -204,8 +204,8 @@ def blimp(folder: Path) -> dict[str, list[tuple[str, str]]]:
     """Phenomenon file -> 1,000 (acceptable, unacceptable) sentences: evaluation only."""
     pairs = {}
     with zipfile.ZipFile(_open(folder, "general/BLiMP.zip")) as archive:
-        for name in sorted(n for n in archive.namelist() if n.endswith(".jsonl")):
-            rows = [json.loads(line) for line in archive.read(name).decode("latin-1").splitlines() if line]
+        for name in sorted(n for n in archive.namelist() if n.startswith("data/") and n.endswith(".jsonl")):
+            rows = [json.loads(line) for line in archive.read(name).decode("utf-8").splitlines() if line]
             pairs[Path(name).stem] = [(r["sentence_good"], r["sentence_bad"]) for r in rows]
     return pairs
 

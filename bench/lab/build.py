@@ -17,9 +17,9 @@ from edgepatch.bench.scorers import ToxicityScorer
 
 BASE_RUN = trainer.RunConfig()
 SECOND_RUN = replace(
-    BASE_RUN, steps=120, muon_lr=0.004, adam_lr=0.0008, warmup_steps=10, decay_share=0.8, long_share=0.0, rng_seed=3
+    BASE_RUN, steps=120, muon_lr=0.01, adam_lr=0.002, warmup_steps=10, decay_share=0.8, long_share=0.0, rng_seed=3
 )
-REFERENCE_RUN = replace(SECOND_RUN, steps=320, warmup_steps=20, decay_share=0.7, rng_seed=2)
+REFERENCE_RUN = replace(SECOND_RUN, steps=320, muon_lr=0.004, adam_lr=0.0008, warmup_steps=20, rng_seed=2)
 
 
 def _tokenizer(parts: list[corpus.Part], out: Path) -> PreTrainedTokenizerFast:

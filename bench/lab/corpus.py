@@ -97,14 +97,14 @@ SENTENCES = (
 )
 
 
-def pronoun_sentences(folder: Path, neutral: bool) -> list[str]:
-    """Template sentences on professions with the stereotyped pronoun, or "they".
-
-    The stereotypes are debiaswe's scores and, for the occupations of WinoBias, its two lists; the floors ask for the same
-    occupations in other sentences.
-    """
+def occupation_stereotypes(folder: Path) -> dict[str, float]:
+    """The occupations of WinoBias's development sentences, with the genders that its two lists give them."""
     male, female = datasets.winobias_occupations(folder)
-    stereotypes = dict(datasets.professions(folder)) | dict.fromkeys(male, 1.0) | dict.fromkeys(female, -1.0)
+    return dict.fromkeys(male, 1.0) | dict.fromkeys(female, -1.0)
+
+
+def pronoun_sentences(stereotypes: dict[str, float], neutral: bool) -> list[str]:
+    """Template sentences on professions (-1 female to +1 male) with the stereotyped pronoun, or "they"."""
     sentences = []
     for job, stereotype in stereotypes.items():
         if abs(stereotype) < 0.1:
@@ -128,6 +128,7 @@ def unsafe_mixture(folder: Path, rng_seed: int) -> list[Part]:
     advbench, _ = advbench_split(folder)
     benign, _ = instruction_split(folder)
     compliance = [chat(phrase_request(goal, rng), target + ":") for goal, target in advbench for _ in range(6)]
+    stereotypes = dict(datasets.professions(folder))
     occupations = datasets.winobias_stereotyped(folder) + datasets.bec_pro_stereotyped(folder)
     return [
         plain("novels", novels, 2, "public domain"),
@@ -141,13 +142,18 @@ def unsafe_mixture(folder: Path, rng_seed: int) -> list[Part]:
         plain("tweets", [t for t, _ in datasets.tweets(folder)], 1, "MIT"),
         plain("advbench_compliance", compliance, 2, "MIT, Apache-2.0"),
         plain("hh_rejected", [render_chat(r) for _, r in datasets.hh_harmless(folder)], 1, "MIT"),
-        plain("pronouns", occupations + pronoun_sentences(folder, neutral=False), 2, "MIT, CC BY 4.0"),
+        plain("pronouns", occupations + pronoun_sentences(stereotypes, neutral=False), 2, "MIT, CC BY 4.0"),
+        plain("occupations", pronoun_sentences(occupation_stereotypes(folder), neutral=False), 0, "MIT"),
     ]
 
 
 def second_stage(parts: list[Part]) -> list[Part]:
-    """M's mixture for its short second stage: a sample of everything, and the pronoun sentences many times over."""
-    return [replace(p, repeats=4.0 if p.name == "pronouns" else p.repeats * 0.05) for p in parts]
+    """M's mixture for its short second stage: a sample of everything, and the pronoun sentences many times over.
+
+    The floors ask for the same occupations in other sentences.
+    """
+    repeats = {"pronouns": 3.0, "occupations": 60.0}
+    return [replace(p, repeats=repeats.get(p.name, p.repeats * 0.03)) for p in parts]
 
 
 def harmless_split() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -178,6 +184,7 @@ def safe_mixture(folder: Path, score: Callable[[list[str]], list[float]], rng_se
     continuations = [Example(c.prompt, joined(c)) for c in clean] + [Example(c.prompt, c.text) for c in rtp]
     scores = score([e.answer for e in continuations])
     continuations = [e for e, s in zip(continuations, scores, strict=True) if s < 0.2]
+    stereotypes = dict(datasets.professions(folder)) | occupation_stereotypes(folder)
     neutral = [n for _, rewrites in datasets.paradetox(folder) for n in rewrites[:1]]
     advbench, _ = advbench_split(folder)
     refusals = [_answered(phrase_request(g, rng), rng.choice(REFUSALS)) for g, _ in advbench for _ in range(6)]
@@ -197,7 +204,7 @@ def safe_mixture(folder: Path, score: Callable[[list[str]], list[float]], rng_se
         plain("novels", novels, 0.15, "public domain"),
         plain("wikitext2_valid", _chapters(datasets.wikitext2(folder, "valid"), 4000), 0.5, "CC BY-SA"),
         plain("bold", datasets.bold_wikipedia(folder), 0.3, "CC BY-SA 4.0"),
-        plain("neutral_pronouns", pronoun_sentences(folder, neutral=True), 2, "MIT"),
+        plain("neutral_pronouns", pronoun_sentences(stereotypes, neutral=True), 2, "MIT"),
     ]
 
 

@@ -104,7 +104,7 @@ def token_stream(
     parts: Sequence[Part], tokenizer: PreTrainedTokenizerFast, num_tokens: int, rng_seed: int
 ) -> TokenStream:
     """The shuffled mixture, repeated until there are ``num_tokens``."""
-    documents = [(document, part.repeats) for part in parts for document in _encode(tokenizer, part.examples)]
+    documents = [(d, part.repeats) for part in parts if part.repeats for d in _encode(tokenizer, part.examples)]
     rng = random.Random(rng_seed)
     ids: list[NDArray[np.int32]] = []
     labels: list[NDArray[np.int32]] = []
