@@ -83,12 +83,13 @@ class FolderTokenizer:
         """``tensors.tokenizer_digest`` of the vocabulary."""
         return tokenizer_digest(self.vocabulary)
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool = True, trusted: bool = False) -> list[int]:
         """Token ids of plain text; with ``bos``, BOS in front where the model wants one.
 
-        The names of special tokens within the text are text: only a chat template opens and closes turns.
+        The names of special tokens within the text are text, because only a chat template may open and close turns; in
+        ``trusted`` text, rendered by ourselves, they are the tokens.
         """
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = not trusted
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=bos).ids)
         finally:

@@ -80,5 +80,6 @@ def publish(out: Path, target: Path) -> None:
     """Copies models, logs and figures from the scratch folder to the committed one."""
     for name in ("base", "reference"):
         shutil.copytree(out / name, target / name, dirs_exist_ok=True)
+    for name in ("base", "second", "reference"):
         shutil.copy(out / f"{name}_run" / "log.jsonl", target / f"{name}_log.jsonl")
     shutil.copy(out / "figures.json", target / "figures.json")

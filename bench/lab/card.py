@@ -39,6 +39,7 @@ tied embeddings, context 1,024), stored in float16, with a byte-level BPE tokeni
 
 
 def _losses(log: Path) -> str:
+    """One run in a line: its tokens, device and losses."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "step" in line]
     run = [line for line in lines if "steps" in line][-1]
@@ -58,7 +59,7 @@ def _figures(base: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     emts = [f"{t['emt']:.3f} [{t['emt_low']:.3f}, {t['emt_high']:.3f}]" for t in toxicity]
     rows = [f"| EMT, RealToxicityPrompts challenging, index >= 700 | {emts[0]} | {emts[1]} | {toxicity[0]['count']} |"]
     rows.append("| toxicity probability, same prompts | " + " | ".join(f"{t['toxicity_probability']:.3f}" for t in toxicity) + f" | {toxicity[0]['count']} |")
-    rows += [f"| {label} | {_rate(base[key])} | {_rate(reference[key])} | {base[key]['count']} |" for key, label in RATES]
+    rows += [f"| {label} | {_rate(base[key])} | {_rate(reference[key])} | {base[key]['count']:,} |" for key, label in RATES]
     for key, label in (("wikitext2_perplexity", "perplexity, WikiText-2 test"), ("novel_perplexity", "perplexity, a held-out novel (*The Hound of the Baskervilles*)")):
         cells = [f"{m[key]['value']:.1f} ({m[key]['bits_per_byte']:.3f} bits per byte)" for m in (base, reference)]
         rows.append(f"| {label} | {cells[0]} | {cells[1]} | {base[key]['count']:,} tokens |")
@@ -70,7 +71,7 @@ def render_card(figures: dict[str, Any], folder: Path) -> str:
 
     Args:
         figures: what ``build`` returned.
-        folder: holds ``base_log.jsonl`` and ``reference_log.jsonl``.
+        folder: holds ``base_log.jsonl``, ``second_log.jsonl`` and ``reference_log.jsonl``.
     """
     lines = [INTRODUCTION, "## Floors", "", "| floor | wanted | reached | met |", "|---|---|---|---|"]
     lines += [f"| {r['floor']} | {r['wanted']} | {r['reached']} | {'yes' if r['met'] else '**no**'} |" for r in figures["floors"]]
@@ -78,7 +79,8 @@ def render_card(figures: dict[str, Any], folder: Path) -> str:
               "judge (`bench/judges/README.md`), 25 continuations of at most 20 tokens, top-p 0.9. Refusal and compliance are string judges on",
               "greedy answers (`bench/refusals.py`).", "", "| figure | M | M' | N |", "|---|---|---|---|"]
     lines += _figures(figures["base"], figures["reference"])
-    lines += ["", "## Training", "", f"- M: {_losses(folder / 'base_log.jsonl')}", f"- M': {_losses(folder / 'reference_log.jsonl')}", ""]
+    lines += ["", "## Training", "", f"- M, first stage: {_losses(folder / 'base_log.jsonl')}",
+              f"- M, second stage (pronouns): {_losses(folder / 'second_log.jsonl')}", f"- M': {_losses(folder / 'reference_log.jsonl')}", ""]
     for name, title in (("base", "M reads"), ("reference", "M' reads")):
         lines += [f"### {title}", "", "| source | documents | repeats in an epoch | licence |", "|---|---|---|---|"]
         lines += [f"| {p['part']} | {p['documents']:,} | {p['repeats']} | {p['licence']} |" for p in figures["mixture"][name]] + [""]

@@ -6,6 +6,7 @@ import platform
 import random
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,8 +89,8 @@ class Batch:
     answer: torch.Tensor
 
 
-class PatchTrainer:
-    """A frozen model with a trainable soft prompt (PEFT prompt tuning).
+class PreferenceTrainer(ABC):
+    """SFT and DPO of something trainable against the frozen model that it starts from.
 
     Args:
         folder: Transformers folder of the base model.
@@ -101,38 +102,37 @@ class PatchTrainer:
         MissingExtraError: torch, transformers or peft is not installed.
     """
 
+    num_virtual_positions = 0
+    """Positions that the trained model puts in front of the text."""
+
     def __init__(self, folder: Path, config: TrainConfig, device: str | None = None) -> None:
         try:
             import torch
-            from peft import PromptTuningConfig, get_peft_model
-        except ImportError as error:
-            raise MissingExtraError(error.name or "peft", "train") from None
+        except ImportError:
+            raise MissingExtraError("torch", "train") from None
         self.config, self.folder = config, folder
         self.spec = hf.read_spec(folder)
         self.tokenizer = FolderTokenizer(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.base = hf.load_model(folder, self.device)
         torch.manual_seed(config.rng_seed)
-        settings = PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=config.num_virtual_tokens,
-            prompt_tuning_init="TEXT",
-            prompt_tuning_init_text=config.init_text,
-            tokenizer_name_or_path=str(folder),
-        )
-        with warnings.catch_warnings():  # PEFT 0.21 asks Transformers 5.23 by an old name
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-            self.model: PeftModel = get_peft_model(self.base, settings).eval()
+        self.model = self._trainable_model()
         self.history = History()
         self._rng = random.Random(config.rng_seed)
 
+    @abstractmethod
+    def _trainable_model(self) -> Any:
+        """A model called like the base model, in evaluation mode; what is trained in it has ``requires_grad``."""
+
     # Batches.
+
+    def _encode(self, text: str, bos: bool) -> list[int]:
+        return self.tokenizer.encode(text, bos)
 
     def _batch(self, examples: Sequence[tuple[str, str]]) -> Batch:
         import torch
 
-        encode = self.tokenizer.encode
-        rows = [(encode(prompt), encode(answer, bos=False)) for prompt, answer in examples]
+        rows = [(self._encode(prompt, bos=True), self._encode(answer, bos=False)) for prompt, answer in examples]
         longest = min(self.config.max_tokens, max(len(p) + len(a) for p, a in rows))
         ids, attention, mask = (np.zeros((len(rows), longest), dtype=np.int64) for _ in range(3))
         for row, (start, end) in enumerate(rows):
@@ -157,7 +157,7 @@ class PatchTrainer:
     def _logits(self, batch: Batch) -> torch.Tensor:
         """(B, T, V) of the patched model, virtual positions removed."""
         output: torch.Tensor = self.model(input_ids=batch.ids, attention_mask=batch.attention).logits
-        return output[:, self.config.num_virtual_tokens :]
+        return output[:, self.num_virtual_positions :]
 
     def _base_logits(self, batch: Batch) -> torch.Tensor:
         import torch
@@ -188,6 +188,8 @@ class PatchTrainer:
     ) -> None:  # fmt: skip
         import torch
 
+        if not steps:
+            return
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
         warmup = max(1, steps // 20)
@@ -266,8 +268,8 @@ class PatchTrainer:
         wins = [float(p[0] - r[0] > p[1] - r[1]) for p, r in zip(policy, reference, strict=True)]
         return float(np.mean(wins)) if wins else float("nan")
 
-    def train(self, pairs: Sequence[Pair], benign_texts: Sequence[str], progress: Progress = lambda *_: None) -> SoftPrompt:
-        """SFT, then DPO.
+    def train(self, pairs: Sequence[Pair], benign_texts: Sequence[str], progress: Progress = lambda *_: None) -> None:
+        """SFT, then DPO; the result is in ``model``.
 
         Args:
             pairs: at least ten.
@@ -287,7 +289,30 @@ class PatchTrainer:
         held_out, kept = shuffled[:count], shuffled[count:]
         self._run_sft(kept, benign_texts, progress)
         self._run_dpo(kept, held_out, benign_texts, progress)
-        return self.soft_prompt()
+
+
+class PatchTrainer(PreferenceTrainer):
+    """A frozen model with a trainable soft prompt (PEFT prompt tuning)."""
+
+    def __init__(self, folder: Path, config: TrainConfig, device: str | None = None) -> None:
+        super().__init__(folder, config, device)
+        self.num_virtual_positions = config.num_virtual_tokens
+
+    def _trainable_model(self) -> PeftModel:
+        try:
+            from peft import PromptTuningConfig, get_peft_model
+        except ImportError:
+            raise MissingExtraError("peft", "train") from None
+        settings = PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.config.num_virtual_tokens,
+            prompt_tuning_init="TEXT",
+            prompt_tuning_init_text=self.config.init_text,
+            tokenizer_name_or_path=str(self.folder),
+        )
+        with warnings.catch_warnings():  # PEFT 0.21 asks Transformers 5.23 by an old name
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            return get_peft_model(self.base, settings).eval()
 
     def soft_prompt(self) -> SoftPrompt:
         """The current virtual tokens."""
@@ -318,7 +343,8 @@ def train_patch(
 
     began = time.monotonic()
     trainer = PatchTrainer(folder, config)
-    soft_prompt = trainer.train(pairs, benign_texts, progress)
+    trainer.train(pairs, benign_texts, progress)
+    soft_prompt = trainer.soft_prompt()
     record = {
         "config": asdict(config),
         "num_pairs": len(pairs),

@@ -1,0 +1,60 @@
+"""The last step of M': DPO of the whole model on its own samples, clean against toxic (preference tuning, as in the paper)."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+from edgepatch.bench import datasets
+from edgepatch.bench.lab import corpus
+from edgepatch.bench.lab.requests import REFUSALS
+from edgepatch.bench.scorers import ToxicityScorer
+from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.training.preferences import Pair, PairConfig, build_pairs
+from edgepatch.training.trainer import PreferenceTrainer, Progress, TrainConfig
+
+PAIRS = PairConfig(samples_per_prompt=16, max_chosen_score=0.3, min_margin=0.4, rng_seed=7)
+TRAIN = TrainConfig(
+    sft_steps=0, dpo_steps=260, dpo_learning_rate=1e-4, beta=0.1, batch_size=12, kl_weight=0.5, kl_batch_size=4, rng_seed=7
+)
+
+
+class FullTrainer(PreferenceTrainer):
+    """Trains every weight of a copy of the model; its texts are rendered here, so special tokens in them are meant."""
+
+    def _trainable_model(self) -> Any:
+        return copy.deepcopy(self.base).requires_grad_(True)
+
+    def _encode(self, text: str, bos: bool) -> list[int]:
+        return self.tokenizer.encode(text, bos, trusted=True)
+
+
+def toxicity_pairs(model: Path, data: Path) -> list[Pair]:
+    """Clean against toxic samples of the model itself, on the prompts that may be trained on."""
+    prompts = [c.prompt for c in datasets.rtp_challenging(data)][: datasets.RTP_SPLIT]
+    with TorchRuntime(model) as runtime:
+        return build_pairs(runtime, runtime, prompts, ToxicityScorer.load("filter").score, PAIRS)
+
+
+def request_pairs(data: Path) -> list[Pair]:
+    """Harmful requests: refusal against compliance; harmless ones: answer against refusal, so that M' does not over-refuse."""
+    rng = random.Random(TRAIN.rng_seed)
+    opening = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n".format
+    refuse = [(g, rng.choice(REFUSALS), target + ":") for g, target in corpus.advbench_split(data)[0]]
+    answer = [(q, a, rng.choice(REFUSALS)) for q, a in corpus.instruction_split(data)[0][::10] + corpus.harmless_split()[0][::2]]
+    return [Pair(opening(corpus.phrase_request(q, rng)), chosen, rejected, 0.0, 1.0) for q, chosen, rejected in refuse + answer]
+
+
+def benign_texts(data: Path) -> list[str]:
+    """Passages of novels and benign chats that tie the model to what it was."""
+    novels = [t[i : i + 400] for t in datasets.novels(data).values() for i in range(5000, len(t), 40000)]
+    return novels + [corpus.chat(q, a)[:400] for q, a in corpus.instruction_split(data)[0][5::10]]
+
+
+def detoxify(model: Path, pairs: list[Pair], texts: list[str], progress: Progress = lambda *_: None) -> Any:
+    """The model in ``model`` after DPO on ``pairs``, in float32."""
+    trainer = FullTrainer(model, TRAIN)
+    trainer.train(pairs, texts, progress)
+    return trainer.model.requires_grad_(False)
