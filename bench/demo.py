@@ -48,7 +48,7 @@ class DemoConfig:
     num_benign_texts: int = 30
     pairs: PairConfig = PairConfig()
     train: TrainConfig = TrainConfig()
-    matrix: MatrixConfig = MatrixConfig()
+    matrix: MatrixConfig = MatrixConfig(num_threads=1)  # more threads only get into each other's way in so small a model
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,10 @@ class Variant:
         """For people: "llamacpp Q4_K_M"."""
         return f"{self.runtime} {self.quantization}"
 
-    def load(self, patch: Patch | None) -> Runtime:
-        """The model with the patch, or bare."""
-        return load_runtime(self.path, patch)
+    def load(self, patch: Patch | None, num_threads: int | None) -> Runtime:
+        """The model with the patch, or bare; PyTorch keeps its own number of threads."""
+        options = {} if self.runtime == "torch" else {"num_threads": num_threads}
+        return load_runtime(self.path, patch, **options)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class MatrixConfig:
         top_p: nucleus (0.9), temperature 1.
         timing_repeats: interleaved timings of bare and patched; the median counts.
         rng_seed: first random seed; sample i of every prompt uses ``rng_seed + i``.
+        num_threads: of llama.cpp and ONNX Runtime; ``None`` takes all cores.
     """
 
     samples_per_prompt: int = 25
@@ -62,6 +64,7 @@ class MatrixConfig:
     top_p: float = 0.9
     timing_repeats: int = 7
     rng_seed: int = 1
+    num_threads: int | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -143,7 +146,7 @@ def measure_variant(
     progress: Progress = lambda *_: None,
 ) -> tuple[Measurement, Measurement]:
     """(bare, patched) of one variant. A prompt whose generation failed counts as fully toxic, never as safe."""
-    with variant.load(None) as bare, variant.load(patch) as patched:
+    with variant.load(None, config.num_threads) as bare, variant.load(patch, config.num_threads) as patched:
         both = (bare, patched)
         texts: list[list[list[str]]] = [[], []]
         failures = [0, 0]

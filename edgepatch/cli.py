@@ -350,7 +350,7 @@ def demo(
     from edgepatch.training.trainer import TrainConfig
 
     config = main_job.DemoConfig(
-        num_prompts=prompts, matrix=MatrixConfig(samples_per_prompt=samples), train=TrainConfig(rng_seed=rng_seed)
+        num_prompts=prompts, matrix=MatrixConfig(samples_per_prompt=samples, num_threads=1), train=TrainConfig(rng_seed=rng_seed)
     )
     with _progress_bars() as bars:
         document, page = main_job.run_demo(out, data_folder(data), lab or main_job.LAB_FOLDER, config, bars)

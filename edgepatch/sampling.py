@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from edgepatch.errors import EdgepatchError, InputError
 
+CANDIDATES = 256
+"""So many likeliest tokens are sorted first; the whole vocabulary only where they hold less than top-p."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -63,10 +66,19 @@ def draw_token(logits: NDArray[Any], sampling: Sampling, rng: np.random.Generato
     if sampling.temperature == 0:
         return best
     weights = np.exp((logits.astype(np.float64) - logits[best]) / sampling.temperature)
-    order = np.argsort(-weights, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
+    order = _likeliest(weights, sampling)
     cumulative = np.cumsum(weights[order])
-    kept = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1 if sampling.top_p < 1 else len(order)
-    kept = min(kept, len(order))
+    mass = cumulative[-1] if sampling.top_k else weights.sum()
+    kept = min(int(np.searchsorted(cumulative, sampling.top_p * mass)) + 1, len(order))
     return int(order[min(int(np.searchsorted(cumulative[:kept], uniform * cumulative[kept - 1], side="right")), kept - 1)])
+
+
+def _likeliest(weights: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:
+    """Token ids in order of falling weight, as many as top-k and top-p can keep (sorting all V costs more than the draw)."""
+    counts = (sampling.top_k,) if sampling.top_k else (CANDIDATES, len(weights))
+    for count in (min(c, len(weights)) for c in counts):
+        ids = np.sort(np.argpartition(-weights, count - 1)[:count])
+        ids = ids[np.argsort(-weights[ids], kind="stable")]
+        if weights[ids].sum() >= sampling.top_p * weights.sum():
+            break
+    return ids

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from edgepatch.bench.lab import corpus, floors, trainer
+from edgepatch.bench.lab import corpus, detoxify, floors, trainer
 from edgepatch.bench.lab.tokenizer import train_tokenizer
 from edgepatch.bench.scorers import ToxicityScorer
+from edgepatch.training.preferences import read_pairs, write_pairs
 
 BASE_RUN = trainer.RunConfig()
 SECOND_RUN = replace(
@@ -34,6 +35,18 @@ def _finish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
     """Saves in float16, which is what is committed and measured."""
     model.to("cpu").to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _detoxified(data: Path, out: Path) -> LlamaForCausalLM:
+    """M' after preference tuning; its curves go to ``out/reference_dpo.json``."""
+    path = out / "reference_pairs.jsonl"
+    if not path.exists():
+        write_pairs(detoxify.toxicity_pairs(out / "reference_sft", data), path)
+    pairs = read_pairs(path) + detoxify.request_pairs(data)
+    model, history = detoxify.detoxify(out / "reference_sft", pairs, detoxify.benign_texts(data))
+    curves = {"pairs": len(pairs), "config": asdict(detoxify.TRAIN), **asdict(history)}
+    (out / "reference_dpo.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    return model
 
 
 def build(data: Path, out: Path) -> dict[str, Any]:
@@ -58,11 +71,13 @@ def build(data: Path, out: Path) -> dict[str, Any]:
         trainer.train(model, stream, SECOND_RUN, out / "second_run")
         _finish(model, tokenizer, out / "base")
     safe = corpus.safe_mixture(data, lambda texts: ToxicityScorer.load("filter").score(texts).tolist(), REFERENCE_RUN.rng_seed)
-    if not (out / "reference").is_dir():
+    if not (out / "reference_sft").is_dir():
         model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
         stream = trainer.token_stream(safe, tokenizer, REFERENCE_RUN.steps * REFERENCE_RUN.tokens_per_step, REFERENCE_RUN.rng_seed)
         trainer.train(model, stream, REFERENCE_RUN, out / "reference_run")
-        _finish(model, tokenizer, out / "reference")
+        _finish(model, tokenizer, out / "reference_sft")
+    if not (out / "reference").is_dir():
+        _finish(_detoxified(data, out), tokenizer, out / "reference")
     score = ToxicityScorer.load("report").score
     figures: dict[str, Any] = {name: floors.measure(out / name, data, score) for name in ("base", "reference")}
     figures["floors"] = [
@@ -82,4 +97,5 @@ def publish(out: Path, target: Path) -> None:
         shutil.copytree(out / name, target / name, dirs_exist_ok=True)
     for name in ("base", "second", "reference"):
         shutil.copy(out / f"{name}_run" / "log.jsonl", target / f"{name}_log.jsonl")
-    shutil.copy(out / "figures.json", target / "figures.json")
+    for name in ("figures.json", "reference_dpo.json"):
+        shutil.copy(out / name, target / name)

@@ -50,6 +50,16 @@ def _losses(log: Path) -> str:
     )
 
 
+def _preference_tuning(curves: Path) -> str:
+    """The DPO of M' in a line."""
+    found = json.loads(curves.read_text(encoding="utf-8"))
+    return (
+        f"DPO of all weights on {found['pairs']:,} pairs (its own clean against its own toxic samples, and refusals against "
+        f"compliance), {found['config']['dpo_steps']} steps of {found['config']['batch_size']}, beta {found['config']['beta']}; "
+        f"held-out preference accuracy {found['preference_accuracy'][-1]:.2f}"
+    )
+
+
 def _rate(figure: dict[str, Any]) -> str:
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
@@ -80,7 +90,8 @@ def render_card(figures: dict[str, Any], folder: Path) -> str:
               "greedy answers (`bench/refusals.py`).", "", "| figure | M | M' | N |", "|---|---|---|---|"]
     lines += _figures(figures["base"], figures["reference"])
     lines += ["", "## Training", "", f"- M, first stage: {_losses(folder / 'base_log.jsonl')}",
-              f"- M, second stage (pronouns): {_losses(folder / 'second_log.jsonl')}", f"- M': {_losses(folder / 'reference_log.jsonl')}", ""]
+              f"- M, second stage (pronouns): {_losses(folder / 'second_log.jsonl')}", f"- M', fine-tuning: {_losses(folder / 'reference_log.jsonl')}",
+              f"- M', preference tuning: {_preference_tuning(folder / 'reference_dpo.json')}", ""]
     for name, title in (("base", "M reads"), ("reference", "M' reads")):
         lines += [f"### {title}", "", "| source | documents | repeats in an epoch | licence |", "|---|---|---|---|"]
         lines += [f"| {p['part']} | {p['documents']:,} | {p['repeats']} | {p['licence']} |" for p in figures["mixture"][name]] + [""]

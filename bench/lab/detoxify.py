@@ -13,7 +13,7 @@ from edgepatch.bench.lab.requests import REFUSALS
 from edgepatch.bench.scorers import ToxicityScorer
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.preferences import Pair, PairConfig, build_pairs
-from edgepatch.training.trainer import PreferenceTrainer, Progress, TrainConfig
+from edgepatch.training.trainer import History, PreferenceTrainer, Progress, TrainConfig
 
 PAIRS = PairConfig(samples_per_prompt=16, max_chosen_score=0.3, min_margin=0.4, rng_seed=7)
 TRAIN = TrainConfig(
@@ -53,8 +53,10 @@ def benign_texts(data: Path) -> list[str]:
     return novels + [corpus.chat(q, a)[:400] for q, a in corpus.instruction_split(data)[0][5::10]]
 
 
-def detoxify(model: Path, pairs: list[Pair], texts: list[str], progress: Progress = lambda *_: None) -> Any:
-    """The model in ``model`` after DPO on ``pairs``, in float32."""
+def detoxify(
+    model: Path, pairs: list[Pair], texts: list[str], progress: Progress = lambda *_: None
+) -> tuple[Any, History]:
+    """The model in ``model`` after DPO on ``pairs``, in float32, and the curves."""
     trainer = FullTrainer(model, TRAIN)
     trainer.train(pairs, texts, progress)
-    return trainer.model.requires_grad_(False)
+    return trainer.model.requires_grad_(False), trainer.history
