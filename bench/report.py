@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -416,29 +417,39 @@ def render_html(document: Document) -> str:
     )
 
 
+TABLE_COLUMNS = (
+    "EMT\nbare", "\npatch", "gain\nkept", "ppl\nbare", "\npatch", "TTFT\nms", "TTFT\np/b", "tok/s\npatch", "tok/s\np/b",
+)  # fmt: skip
+
+
 def print_table(document: Document, console: Console) -> None:
-    """Prints the finding and one row a setting.
+    """Prints the finding and one row a setting: TTFT and decode rate of the patched model, and their ratio to the bare one.
 
     Raises:
         InputError: as ``render_html``.
     """
     pairs = cell_pairs(document)
-    table = Table(title="bare \u2192 patched")
-    table.add_column("setting", no_wrap=True)
-    for name in ("EMT", "share > 0.5", "retention", "perplexity", "TTFT ms", "tokens/s", "failed"):
-        table.add_column(name, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("\nsetting", no_wrap=True)
+    for name in TABLE_COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
     for pair in pairs:
-        arrows = [
-            " \u2192 ".join(format_number(_value(cell, field), digits) for cell in (pair.bare, pair.patched))
-            for field, digits in (("emt", 3), ("toxicity_probability", 3), ("perplexity", 1), ("ttft_ms", 1))
-        ]
-        speed = f"{format_number(_value(pair.bare, 'decode_tokens_per_s'), 0)} \u2192 "
-        speed += format_number(_value(pair.patched, "decode_tokens_per_s"), 0)
-        kept = format_number(_value(pair.retention, "retention"))
-        failed = sum(int(_value(cell, "failures") or 0) for cell in (pair.bare, pair.patched))
-        table.add_row(pair.name, *arrows[:2], kept, *arrows[2:], speed, str(failed))
+        emt, perplexity = (
+            [format_number(_value(cell, field), digits) for cell in (pair.bare, pair.patched)]
+            for field, digits in (("emt", 3), ("perplexity", 1))
+        )
+        kept = format_number(_value(pair.retention, "retention"), 2)
+        ttft, speed = (
+            [format_number(_value(pair.patched, field), digits), format_number(_ratio(pair, field), 2)]
+            for field, digits in (("ttft_ms", 1), ("decode_tokens_per_s", 0))
+        )
+        table.add_row(pair.name, *emt, kept, *perplexity, *ttft, *speed)
+    both = [cell for pair in pairs for cell in (pair.bare, pair.patched)]
+    failed = sum(int(_value(cell, "failures") or 0) for cell in both)
     console.print(headline(pairs), markup=False)
     console.print(table)
+    if failed:
+        console.print(f"{failed} prompts failed and count as toxic; see results.json")
 
 
 def write_report(document: Document, folder: Path) -> Path:
