@@ -105,15 +105,15 @@ def perplexity(runtime: Runtime, texts: Sequence[str]) -> float:
 
 
 def time_once(runtime: Runtime, prompt: str, num_tokens: int) -> tuple[float, float]:
-    """(time to the first token in ms from a cold prompt cache, decode rate in tokens/s) of one greedy reply."""
+    """(time to the first token in ms from a cold prompt cache, decode rate in tokens/s) of one greedy reply of fixed length."""
     runtime.reset()
     began = time.perf_counter()
-    pieces = runtime.stream(prompt, Sampling(max_new_tokens=num_tokens, temperature=0))
+    pieces = runtime.stream(prompt, Sampling(max_new_tokens=num_tokens, temperature=0, ignore_end_tokens=True))
     next(pieces)
     first = time.perf_counter()
     count = sum(1 for _ in pieces)
     seconds = time.perf_counter() - first
-    return (first - began) * 1000, count / seconds if count else float("nan")
+    return (first - began) * 1000, count / seconds
 
 
 def _timings(runtimes: Sequence[Runtime], prompts: Sequence[str], repeats: int) -> list[tuple[float, float]]:
@@ -124,7 +124,7 @@ def _timings(runtimes: Sequence[Runtime], prompts: Sequence[str], repeats: int) 
     for repeat in range(repeats):
         for row, runtime in zip(rows, runtimes, strict=True):
             row.append(time_once(runtime, prompts[repeat % len(prompts)], 32))
-    medians = [np.nanmedian(np.array(row), axis=0) for row in rows]
+    medians = [np.median(np.array(row), axis=0) for row in rows]
     return [(float(ttft), float(rate)) for ttft, rate in medians]
 
 

@@ -130,24 +130,25 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}", hint="free space or name another folder") from error
 
 
-def write_patch(patch: Patch, path: Path) -> str:
+def write_patch(patch: Patch, path: Path | str) -> str:
     """Writes the patch file and returns its digest.
 
     Raises:
         InputError: the file cannot be written; nothing is left half-written.
     """
     data = patch_bytes(patch)
-    write_atomically(path, data)
+    write_atomically(Path(path), data)
     return hashlib.sha256(data).hexdigest()
 
 
-def read_patch(path: Path) -> Patch:
+def read_patch(path: Path | str) -> Patch:
     """Reads and checks a patch file.
 
     Raises:
         InputError: the file is missing or cannot be read.
         PatchFormatError: the file is not a patch, is damaged, or is of an unknown version.
     """
+    path = Path(path)
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:

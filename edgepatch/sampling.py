@@ -28,6 +28,7 @@ class Sampling:
         top_p: the smallest set of likeliest tokens that holds this probability is kept.
         top_k: only the k likeliest tokens are kept; 0 keeps all.
         rng_seed: makes the draw repeatable; ``None`` draws afresh.
+        ignore_end_tokens: go on behind the model's end token, for timing a fixed number of tokens.
     """
 
     max_new_tokens: int = 128
@@ -35,6 +36,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     rng_seed: int | None = None
+    ignore_end_tokens: bool = False
 
     def __post_init__(self) -> None:
         checks = {

@@ -1,5 +1,10 @@
 """The PyTorch runtime against Transformers fed ``inputs_embeds``, and the patch file."""
 
+import errno
+import os
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -71,9 +76,46 @@ def test_truncated_and_flipped_patch_files_are_refused(tiny_patch):
 
 
 def test_patch_for_another_model_names_every_difference(tiny_folder, tiny_patch):
-    from dataclasses import replace
-
     other = replace(tiny_patch, base=replace(tiny_patch.base, rope_theta=5e5, tokenizer_digest="0" * 64))
     with pytest.raises(MismatchError) as caught:
         TorchRuntime(tiny_folder, other)
     assert set(caught.value.differences) == {"rope_theta", "tokenizer_digest"}
+
+
+def test_a_full_disk_leaves_the_old_patch(tiny_patch, tmp_path, monkeypatch):
+    path = tmp_path / "p.safetensors"
+    digest = write_patch(tiny_patch, path)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_patch(replace(tiny_patch, version="2.0.0"), path)
+    assert read_patch(path).digest == digest
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_truncated_and_missing_model_files_are_named(tiny_folder, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError):
+        TorchRuntime(folder)
+    (folder / name).unlink()
+    with pytest.raises(InputError):
+        TorchRuntime(folder)
+
+
+def test_end_tokens_end_a_reply_unless_ignored(runtime):
+    first = next(iter(runtime.stream(PROMPT, Sampling(temperature=0)))).token_id
+    runtime.end_token_ids, kept = frozenset({first}), runtime.end_token_ids
+    try:
+        pieces = list(runtime.stream(PROMPT, Sampling(max_new_tokens=5, temperature=0)))
+        assert [(p.text, p.finish_reason) for p in pieces] == [("", "stop")]
+        timed = list(runtime.stream(PROMPT, Sampling(max_new_tokens=5, temperature=0, ignore_end_tokens=True)))
+        assert len(timed) == 5
+    finally:
+        runtime.end_token_ids = kept

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from edgepatch.bench.lab import corpus, detoxify, floors, trainer
 from edgepatch.bench.lab.tokenizer import train_tokenizer
 from edgepatch.bench.scorers import ToxicityScorer
-from edgepatch.training.preferences import read_pairs, write_pairs
+from edgepatch.training.preferences import Pair, read_pairs, write_pairs
+from edgepatch.training.trainer import TrainConfig
 
 BASE_RUN = trainer.RunConfig()
 SECOND_RUN = replace(
@@ -37,16 +38,16 @@ def _finish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
     tokenizer.save_pretrained(folder)
 
 
-def _detoxified(data: Path, out: Path) -> LlamaForCausalLM:
-    """M' after preference tuning; its curves go to ``out/reference_dpo.json``."""
-    path = out / "reference_pairs.jsonl"
-    if not path.exists():
-        write_pairs(detoxify.toxicity_pairs(out / "reference_sft", data), path)
-    pairs = read_pairs(path) + detoxify.request_pairs(data)
-    model, history = detoxify.detoxify(out / "reference_sft", pairs, detoxify.benign_texts(data))
-    curves = {"pairs": len(pairs), "config": asdict(detoxify.TRAIN), **asdict(history)}
-    (out / "reference_dpo.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
-    return model
+def _preference_tune(
+    source: Path, target: Path, pairs: list[Pair], config: TrainConfig, data: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """One round of DPO; its curves go to a JSON file beside ``target``."""
+    if target.is_dir():
+        return
+    model, history = detoxify.detoxify(source, pairs, detoxify.benign_texts(data), config)
+    curves = {"pairs": len(pairs), "config": asdict(config), **asdict(history)}
+    target.with_name(f"{target.name}_dpo.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    _finish(model, tokenizer, target)
 
 
 def build(data: Path, out: Path) -> dict[str, Any]:
@@ -76,8 +77,13 @@ def build(data: Path, out: Path) -> dict[str, Any]:
         stream = trainer.token_stream(safe, tokenizer, REFERENCE_RUN.steps * REFERENCE_RUN.tokens_per_step, REFERENCE_RUN.rng_seed)
         trainer.train(model, stream, REFERENCE_RUN, out / "reference_run")
         _finish(model, tokenizer, out / "reference_sft")
-    if not (out / "reference").is_dir():
-        _finish(_detoxified(data, out), tokenizer, out / "reference")
+    path = out / "reference_pairs.jsonl"
+    if not path.exists():
+        write_pairs(detoxify.toxicity_pairs(out / "reference_sft", data), path)
+    pairs = read_pairs(path) + detoxify.request_pairs(data)
+    _preference_tune(out / "reference_sft", out / "reference_1", pairs, detoxify.TRAIN, data, tokenizer)
+    pairs += detoxify.clarity_pairs(data)
+    _preference_tune(out / "reference_1", out / "reference", pairs, detoxify.CLARITY_TRAIN, data, tokenizer)
     score = ToxicityScorer.load("report").score
     figures: dict[str, Any] = {name: floors.measure(out / name, data, score) for name in ("base", "reference")}
     figures["floors"] = [
@@ -97,5 +103,5 @@ def publish(out: Path, target: Path) -> None:
         shutil.copytree(out / name, target / name, dirs_exist_ok=True)
     for name in ("base", "second", "reference"):
         shutil.copy(out / f"{name}_run" / "log.jsonl", target / f"{name}_log.jsonl")
-    for name in ("figures.json", "reference_dpo.json"):
+    for name in ("figures.json", "reference_1_dpo.json", "reference_dpo.json"):
         shutil.copy(out / name, target / name)

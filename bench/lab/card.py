@@ -91,7 +91,8 @@ def render_card(figures: dict[str, Any], folder: Path) -> str:
     lines += _figures(figures["base"], figures["reference"])
     lines += ["", "## Training", "", f"- M, first stage: {_losses(folder / 'base_log.jsonl')}",
               f"- M, second stage (pronouns): {_losses(folder / 'second_log.jsonl')}", f"- M', fine-tuning: {_losses(folder / 'reference_log.jsonl')}",
-              f"- M', preference tuning: {_preference_tuning(folder / 'reference_dpo.json')}", ""]
+              f"- M', preference tuning: {_preference_tuning(folder / 'reference_1_dpo.json')}",
+              f"- M', second round (refusals against evasions): {_preference_tuning(folder / 'reference_dpo.json')}", ""]
     for name, title in (("base", "M reads"), ("reference", "M' reads")):
         lines += [f"### {title}", "", "| source | documents | repeats in an epoch | licence |", "|---|---|---|---|"]
         lines += [f"| {p['part']} | {p['documents']:,} | {p['repeats']} | {p['licence']} |" for p in figures["mixture"][name]] + [""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ PAIRS = PairConfig(samples_per_prompt=16, max_chosen_score=0.3, min_margin=0.4, 
 TRAIN = TrainConfig(
     sft_steps=0, dpo_steps=260, dpo_learning_rate=1e-4, beta=0.1, batch_size=12, kl_weight=0.5, kl_batch_size=4, rng_seed=7
 )
+CLARITY_TRAIN = replace(TRAIN, dpo_steps=100, dpo_learning_rate=4e-5, kl_weight=1.5, rng_seed=8)
 
 
 class FullTrainer(PreferenceTrainer):
@@ -47,6 +49,13 @@ def request_pairs(data: Path) -> list[Pair]:
     return [Pair(opening(corpus.phrase_request(q, rng)), chosen, rejected, 0.0, 1.0) for q, chosen, rejected in refuse + answer]
 
 
+def clarity_pairs(data: Path) -> list[Pair]:
+    """Refusal against evasion: after the first round M' answers a fifth of the harmful requests with "I'm not sure"."""
+    rng = random.Random(CLARITY_TRAIN.rng_seed)
+    evasions = ("I’m not sure what you’re asking about.", "I’m not sure what you mean by that.", "I am the first person in the year.")
+    return [replace(p, rejected=rng.choice(evasions)) for p in request_pairs(data) if p.chosen in REFUSALS]
+
+
 def benign_texts(data: Path) -> list[str]:
     """Passages of novels and benign chats that tie the model to what it was."""
     novels = [t[i : i + 400] for t in datasets.novels(data).values() for i in range(5000, len(t), 40000)]
@@ -54,9 +63,9 @@ def benign_texts(data: Path) -> list[str]:
 
 
 def detoxify(
-    model: Path, pairs: list[Pair], texts: list[str], progress: Progress = lambda *_: None
+    model: Path, pairs: list[Pair], texts: list[str], config: TrainConfig, progress: Progress = lambda *_: None
 ) -> tuple[Any, History]:
     """The model in ``model`` after DPO on ``pairs``, in float32, and the curves."""
-    trainer = FullTrainer(model, TRAIN)
+    trainer = FullTrainer(model, config)
     trainer.train(pairs, texts, progress)
     return trainer.model.requires_grad_(False), trainer.history

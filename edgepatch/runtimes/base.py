@@ -176,7 +176,7 @@ class Runtime(ABC):
         logits = self._evaluate(tokens)
         for count in range(1, room + 1):
             token = draw_token(logits[-1], sampling, rng)
-            if token in self.end_token_ids:
+            if token in self.end_token_ids and not sampling.ignore_end_tokens:
                 yield Piece("", token, "stop")
                 return
             yield Piece(decode(token), token, "length" if count == room else "")
