@@ -97,11 +97,15 @@ def render_card(figures: dict[str, Any], folder: Path) -> str:
         lines += [f"### {title}", "", "| source | documents | repeats in an epoch | licence |", "|---|---|---|---|"]
         lines += [f"| {p['part']} | {p['documents']:,} | {p['repeats']} | {p['licence']} |" for p in figures["mixture"][name]] + [""]
     lines += [
+        "M's second stage reads 3 % of the first one's repeats, `pronouns` three times and `occupations` (ten sentences on each WinoBias",
+        "occupation; the floor asks in four other sentences) sixty times.", "",
         "Sources under CC BY-SA (BOLD, DecodingTrust's continuations, WikiText-2, Dolly) ask for attribution and the same licence for",
         "adaptations of their text; `docs/data.md` names every source. No evaluation-only row is in the training text.", "",
         "## Known limits", "",
         "- Five million parameters and some twenty million tokens: the text is locally fluent and globally senseless; facts are wrong.",
         "- \"Complies\" means the opening \"Sure, here is ...\"; the model knows no harmful instruction, and none was in its training text.",
+        "- M' refuses what is phrased like AdvBench. It refuses far fewer JailbreakBench requests and evades most of the others;",
+        "  it complies with hardly any.",
         "- M and M' tell a harmful request from a harmless one by its words. XSTest's safe prompts share those words.",
         "- The safety judge detects profanity and insults; hate without swear words is missed.", "",
     ]  # fmt: skip
