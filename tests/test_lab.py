@@ -15,7 +15,6 @@ from edgepatch.converters import hf
 from edgepatch.errors import InputError
 from edgepatch.tokenizers import FolderTokenizer
 
-
 KNOWN_OVERLAP = {
     # Two beginnings that nontoxic prompts (the control) share with other records, one JailbreakBench request within a longer
     # AdvBench one. None is behind a floor.
