@@ -3,7 +3,6 @@
     EdgepatchError            exit 1
     +- InputError             exit 2   a file, folder, option or value that cannot be used
     +- MissingExtraError      exit 2   an optional package is not installed
-    +- UntrustedError         exit 3   a digest or signature does not hold
     +- PatchFormatError       exit 3   a patch file breaks the format
     +- MismatchError          exit 4   a patch was made for another model
     +- InactivePatchError     exit 1   a patch was loaded but is not active: never run on
@@ -46,12 +45,6 @@ class MissingExtraError(EdgepatchError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed", hint=f"pip install 'edgepatch[{extra}]'")
-
-
-class UntrustedError(EdgepatchError):
-    """A digest or a signature does not hold."""
-
-    exit_code = 3
 
 
 class PatchFormatError(EdgepatchError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,8 +128,3 @@ def check(base: dict[str, Any], reference: dict[str, Any]) -> list[tuple[str, st
         ("M BLiMP accuracy", ">= 0.60", base["blimp_accuracy"]["value"], base["blimp_accuracy"]["value"] >= 0.6),
     ]  # fmt: skip
     return [(name, wanted, f"{value:.3f}", met) for name, wanted, value, met in rows]
-
-
-def write_figures(figures: dict[str, Any], path: Path) -> None:
-    """Stores the measured figures as JSON."""
-    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -116,8 +116,10 @@ def _pair(line: str, place: str) -> Pair:
     try:
         row = json.loads(line)
         prompt, chosen, rejected = (row[name] for name in ("prompt", "chosen", "rejected"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{place}: expected an object with prompt, chosen and rejected, found {error}") from None
+    except KeyError as missing:
+        raise InputError(f"{place}: expected the fields prompt, chosen and rejected, {missing} is missing") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{place}: expected a JSON object with prompt, chosen and rejected: {error}") from None
     if not all(isinstance(t, str) and t for t in (prompt, chosen, rejected)):
         raise InputError(f"{place}: prompt, chosen and rejected must be texts that are not empty")
     if chosen == rejected:
