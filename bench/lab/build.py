@@ -33,9 +33,15 @@ def _tokenizer(parts: list[corpus.Part], out: Path) -> PreTrainedTokenizerFast:
 
 
 def _finish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Saves in float16, which is what is committed and measured."""
-    model.to("cpu").to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Saves in float16, which is what is committed and measured.
+
+    A folder that exists counts as a stage that is done, so it appears whole or not at all.
+    """
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.to("cpu").to(torch.float16).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def _preference_tune(
