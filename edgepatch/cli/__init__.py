@@ -1,0 +1,59 @@
+"""The command line: parse, call one function, print. A module a group of verbs; each registers its own with ``root.app``.
+
+Exit codes: 0 done; 1 failed; 2 wrong use, or an input that cannot be used; 3 a file that cannot be trusted; 4 a patch for
+another model; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from edgepatch.cli import chat, convert, inspection, training  # noqa: F401  registers their verbs
+from edgepatch.cli.console import cell, printable, stderr
+from edgepatch.cli.root import app
+from edgepatch.errors import EdgepatchError, InputError
+
+__all__ = ["app", "main", "printable"]
+
+DEBUG_VARIABLE = "EDGEPATCH_DEBUG"
+
+
+def _fail(message: str, hint: str = "") -> None:
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exc()
+    console = stderr()
+    console.print(f"[bold red]error:[/bold red] {cell(message)}", soft_wrap=True)
+    if hint:
+        console.print(f"[bold]hint:[/bold] {cell(hint)}", soft_wrap=True)
+
+
+def _install_hint(module: str) -> str:
+    from edgepatch.doctor import packages
+
+    distribution = module.split(".")[0].replace("_", "-")
+    rows = [row for row in packages() if row["name"] in (distribution, f"{distribution}-python")]
+    return rows[0]["install"] if rows else "edgepatch doctor lists what each extra installs"
+
+
+def main() -> None:
+    """The entry point: every error becomes a line on stderr and an exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # Transformers draws bars over the replies otherwise
+    try:
+        app(prog_name="edgepatch")
+    except EdgepatchError as error:
+        _fail(str(error), error.hint)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed", _install_hint(error.name or ""))
+        sys.exit(InputError.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+        sys.exit(1)
+    except Exception as error:
+        _fail(f"internal error: {type(error).__name__}: {error}", f"{DEBUG_VARIABLE}=1 shows the traceback; please report it")
+        sys.exit(1)

@@ -1,0 +1,5 @@
+"""``python -m edgepatch.cli``."""
+
+from edgepatch.cli import main
+
+main()

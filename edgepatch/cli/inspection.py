@@ -1,0 +1,99 @@
+"""``doctor`` and ``show``: what this machine brings, what a patch file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from edgepatch.cli.console import JsonFlag, cell, gib, print_json, stdout, table
+from edgepatch.cli.root import app
+from edgepatch.errors import EdgepatchError
+
+if TYPE_CHECKING:
+    from edgepatch.patches import Patch
+
+
+@app.command()
+def doctor(
+    as_json: JsonFlag = False,
+    require: Annotated[
+        list[str] | None, typer.Option("--require", help="Exit with 1 unless this extra works; may be repeated.")
+    ] = None,
+) -> None:
+    """Show what this machine brings: packages, CPU, memory, GPU, and whether the model libraries load.
+
+    Example: `edgepatch doctor --require gguf`
+    """
+    from edgepatch.doctor import examine, missing
+
+    report = examine()
+    lacking = {extra: missing(report, extra) for extra in require or []}
+    if as_json:
+        print_json(report)
+    else:
+        _print_report(report)
+    for extra, names in lacking.items():
+        if names:
+            raise EdgepatchError(f"{extra} lacks {', '.join(names)}", hint=f"pip install 'edgepatch[{extra}]'")
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    cpu, memory = report["cpu"], report["memory"]
+    gpus = [f"{gpu['name']}, {gib(gpu['memory_bytes'])}, driver {gpu['driver']}" for gpu in report["gpus"]]
+    rows: list[tuple[str, object]] = [
+        ("edgepatch", report["edgepatch"]),
+        ("Python", f"{report['python']} on {report['platform']}"),
+        ("CPU", f"{cpu['model']} ({cpu['architecture']}), {cpu['usable_cores']} of {cpu['cores']} cores usable"),
+        ("CPU features", " ".join(cpu["features"]) or "unknown"),
+        ("memory", f"{gib(memory['total_bytes'])}, {gib(memory['available_bytes'])} available"),
+        ("GPU", "; ".join(gpus) or "none"),
+    ]
+    for name, facts in report["libraries"].items():
+        rows.append((name, "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items())))
+    packages = Table(box=None, pad_edge=False)
+    for heading in ("package", "version", "extras"):
+        packages.add_column(heading)
+    for row in report["packages"]:
+        homes = f"in {', '.join(row['extras'])}" if row["version"] else row["install"]
+        packages.add_row(cell(row["name"]), cell(row["version"] or "missing"), cell(homes))
+    console = stdout()
+    console.print(table(rows))
+    console.print()
+    console.print(packages)
+
+
+@app.command()
+def show(patch_file: Annotated[Path, typer.Argument(metavar="PATCH")], as_json: JsonFlag = False) -> None:
+    """Check a patch file and show what it holds.
+
+    Example: `edgepatch show detox-1.0.0.safetensors`
+    """
+    from edgepatch.patches import read_patch
+
+    patch = read_patch(patch_file)
+    if as_json:
+        print_json(_summary(patch))
+        return
+    rows: list[tuple[str, object]] = []
+    for name, value in _summary(patch).items():
+        nested = value if isinstance(value, dict) else {"": value}
+        rows += [(f"{name} {key}".strip(), entry) for key, entry in nested.items()]
+    stdout().print(table(rows))
+
+
+def _summary(patch: Patch) -> dict[str, Any]:
+    seed = patch.kv_seed
+    return {
+        "name": patch.name,
+        "version": patch.version,
+        "digest": patch.digest,
+        "num_virtual_tokens": patch.num_virtual_tokens,
+        "soft_prompt": patch.soft_prompt is not None,
+        "kv_seed": f"{len(seed.keys)} layers of {seed.keys[0].shape} {seed.keys[0].dtype}" if seed else None,
+        "base": patch.base.as_dict(),
+        "training": patch.training,
+        "evaluation": patch.evaluation,
+    }
