@@ -1,9 +1,9 @@
-"""Rotary embeddings: the one module that knows how llama.cpp orders a head's dimensions and stretches its frequencies.
+"""Rotary embeddings: how a head's dimensions are ordered in llama.cpp's files, and how Llama 3.1 stretches the frequencies.
 
 The canonical order is Transformers' "rotate half": dimension ``j`` of a head is rotated together with ``j + H/2``. llama.cpp's
-llama family rotates neighbours, ``2j`` with ``2j + 1``, so its converter reorders the query and key projections and with them
-every cached key. The NeoX family keeps Transformers' order. Nothing in a model file tells the two apart, and a wrong order gives
-fluent nonsense without any error: so only architectures that were compared with Transformers are listed.
+llama family rotates neighbours, ``2j`` with ``2j + 1``, so converters reorder the query and key projections and with them every
+cached key. The NeoX family keeps Transformers' order. Our own converter must choose, so it knows the architectures below; what a
+file that somebody else made does is measured (``llamacpp_layout``), never looked up here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgepatch.errors import InputError
 
 ROTATES_NEIGHBOURS = {"llama": True, "qwen2": False, "qwen3": False}
-"""GGUF architecture -> whether llama.cpp reorders its heads. Mistral's architecture in GGUF is "llama"."""
+"""GGUF architecture -> whether converters reorder its heads. Mistral's architecture in GGUF is "llama"."""
 
 
 def rotates_neighbours(architecture: str) -> bool:
@@ -32,26 +32,13 @@ def rotates_neighbours(architecture: str) -> bool:
     if architecture not in ROTATES_NEIGHBOURS:
         raise InputError(
             f"key layout: expected one of {sorted(ROTATES_NEIGHBOURS)}, found the architecture {architecture!r}",
-            hint="patches run in llama.cpp on the listed architectures only",
+            hint="convert it with llama.cpp's convert_hf_to_gguf.py; patches run on that file",
         )
     return ROTATES_NEIGHBOURS[architecture]
 
 
-def to_llamacpp(keys: NDArray[Any], architecture: str) -> NDArray[Any]:
-    """Reorders keys from the canonical order to llama.cpp's.
-
-    Args:
-        keys: (..., H), rotate-half order, RoPE applied.
-        architecture: ``general.architecture`` of the GGUF file.
-
-    Returns:
-        (..., H) of the same dtype.
-
-    Raises:
-        InputError: the architecture's layout was not proven.
-    """
-    if not rotates_neighbours(architecture):
-        return keys
+def interleave(keys: NDArray[Any]) -> NDArray[Any]:
+    """(..., H) from rotate-half order to neighbours: dimension ``2i + j`` of the result is ``j * H/2 + i`` of the argument."""
     halves: NDArray[Any] = keys.reshape(*keys.shape[:-1], 2, keys.shape[-1] // 2)
     pairs: NDArray[Any] = halves.swapaxes(-1, -2)
     return pairs.reshape(keys.shape)
@@ -71,8 +58,10 @@ def projection_to_llamacpp(weight: NDArray[Any], num_heads: int, architecture: s
     Raises:
         InputError: the architecture's layout was not proven.
     """
+    if not rotates_neighbours(architecture):
+        return weight
     heads = np.moveaxis(weight.reshape(num_heads, -1, *weight.shape[1:]), 1, -1)  # (heads, ..., H)
-    return np.ascontiguousarray(np.moveaxis(to_llamacpp(heads, architecture), -1, 1)).reshape(weight.shape)
+    return np.ascontiguousarray(np.moveaxis(interleave(heads), -1, 1)).reshape(weight.shape)
 
 
 LLAMA3 = {
@@ -100,21 +89,3 @@ def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> 
     turns = float(scaling["original_max_position_embeddings"]) / wavelengths
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
-
-
-def llama3_scaling(theta: float, head_dim: int, divisors: NDArray[np.float32]) -> dict[str, Any]:
-    """Recognizes Llama 3.1's scaling from its divisors: the inverse of ``llama3_divisors``.
-
-    Args:
-        theta: base of the rotary embedding.
-        head_dim: H.
-        divisors: (H/2,) float32.
-
-    Raises:
-        InputError: the divisors are not those of any Llama 3.1 scaling.
-    """
-    scaling = {**LLAMA3, "factor": float(divisors[-1])}
-    expected = llama3_divisors(theta, head_dim, scaling)
-    if expected.shape != divisors.shape or not np.allclose(expected, divisors, rtol=1e-4, atol=0):
-        raise InputError("rope_freqs.weight: expected the divisors of Llama 3.1's scaling, found others")
-    return scaling

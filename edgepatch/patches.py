@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from edgepatch.errors import InputError, PatchFormatError
-from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt
+from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt
 
 FORMAT_VERSION = 1
 METADATA_KEY = "edgepatch.manifest"
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
-MANIFEST_KEYS = frozenset({"format_version", "name", "version", "base", "tensors", "training", "evaluation"})
+MANIFEST_KEYS = frozenset({"format_version", "name", "version", "base", "tensors", "training", "evaluation", "canary"})
 PROMPT_TENSOR = "prompt_embeddings"
 
 
@@ -40,6 +41,7 @@ class Patch:
         kv_seed: their keys and values, computed by the full-precision model, or ``None`` when not yet converted.
         training: how it was trained (JSON values).
         evaluation: what was measured (JSON values).
+        canary: proves in every runtime that the patch is active; ``None`` only where no full-precision model was at hand.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Patch:
     kv_seed: KVSeed | None = None
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    canary: Canary | None = None
 
     def __post_init__(self) -> None:
         if self.soft_prompt is None and self.kv_seed is None:
@@ -63,6 +66,9 @@ class Patch:
             if layers != self.base.num_hidden_layers or self.kv_seed.keys[0].shape != shape:
                 found = f"{layers} layers of {self.kv_seed.keys[0].shape}"
                 raise PatchFormatError(f"KV seed: expected {self.base.num_hidden_layers} layers of {shape}, found {found}")
+        for prompt in self.canary.prompts if self.canary else ():
+            if not all(0 <= i < self.base.vocab_size for i in (*prompt.tokens, *prompt.token_ids)):
+                raise PatchFormatError(f"canary: expected ids below the vocabulary's {self.base.vocab_size}")
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -71,7 +77,7 @@ class Patch:
         assert source is not None  # __post_init__
         return source.num_virtual_tokens
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the patch file's bytes."""
         return hashlib.sha256(patch_bytes(self)).hexdigest()
@@ -103,6 +109,7 @@ def patch_bytes(patch: Patch) -> bytes:
         "tensors": {name: hashlib.sha256(t.tobytes()).hexdigest() for name, t in tensors.items()},
         "training": patch.training,
         "evaluation": patch.evaluation,
+        "canary": patch.canary.as_dict() if patch.canary else None,
     }
     return safetensors.numpy.save(tensors, metadata={METADATA_KEY: _canonical_json(manifest)})
 
@@ -219,7 +226,10 @@ def parse_patch(data: bytes) -> Patch:
         prompt = SoftPrompt(tensors[PROMPT_TENSOR]) if PROMPT_TENSOR in tensors else None
     except InputError as error:
         raise PatchFormatError(str(error)) from None
-    patch = Patch(manifest["name"], manifest["version"], base, prompt, seed, manifest["training"], manifest["evaluation"])
+    canary = None if manifest["canary"] is None else Canary.from_dict(manifest["canary"])
+    patch = Patch(
+        manifest["name"], manifest["version"], base, prompt, seed, manifest["training"], manifest["evaluation"], canary
+    )  # fmt: skip
     if patch_bytes(patch) != data:
         raise PatchFormatError("the bytes are not in canonical form")
     return patch

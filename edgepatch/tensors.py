@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
 
+MAX_CANARY_PROMPTS = 16
+
 
 @dataclass(frozen=True)
 class ModelSpec:
     """What a patch must know of its base model, and what GGUF, ONNX and Transformers agree on.
 
     Attributes:
-        model_type: architecture in Transformers' spelling ("llama").
+        model_type: architecture by GGUF's name ("llama", also of a Mistral; see converters/architectures.py).
         hidden_size: D.
         num_hidden_layers: L.
         num_key_value_heads: K.
@@ -81,10 +83,13 @@ class ModelSpec:
 
 
 def tokenizer_digest(vocabulary: Iterable[str]) -> str:
-    """SHA-256 of the ordered vocabulary (id 0, 1, ...), so that Transformers, GGUF and ONNX folders agree."""
+    """SHA-256 of the ordered vocabulary (id 0, 1, ...), so that Transformers, GGUF and ONNX folders agree.
+
+    SentencePiece's sign for a space counts as a space: some converters write it so in tokens that the user defined.
+    """
     digest = hashlib.sha256()
     for token in vocabulary:
-        encoded = token.encode("utf-8")
+        encoded = token.replace("\u2581", " ").encode("utf-8")
         digest.update(len(encoded).to_bytes(4, "little") + encoded)
     return digest.hexdigest()
 
@@ -153,3 +158,69 @@ class KVSeed:
     def num_virtual_tokens(self) -> int:
         """P."""
         return int(self.keys[0].shape[1])
+
+
+@dataclass(frozen=True)
+class CanaryPrompt:
+    """What a prompt must show when the patch is active, measured on the full-precision model.
+
+    Attributes:
+        tokens: ids of the prompt.
+        token_ids: (N,) the ids whose next-token logits the patch moves most.
+        bare: (N,) their logits after the prompt without the patch, less their mean.
+        patched: the same with the patch.
+    """
+
+    tokens: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    bare: tuple[float, ...]
+    patched: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.bare), len(self.patched)}
+        if not self.tokens or len(lengths) != 1 or len(self.token_ids) < 2 or len(set(self.token_ids)) != len(self.token_ids):
+            raise InputError(f"canary: expected a prompt and two or more ids with two logits each, found {lengths} values")
+        if not np.isfinite([*self.bare, *self.patched]).all() or self.bare == self.patched:
+            raise InputError("canary: expected finite logits that the patch moves", hint="train the patch again")
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Proof that a patch is active: prompts and the logits that tell the patched model from the bare one.
+
+    Attributes:
+        prompts: the first is short, for a check after every swap; all are checked after loading.
+    """
+
+    prompts: tuple[CanaryPrompt, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError("canary: expected a prompt, found none")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"prompts": [{name: list(value) for name, value in asdict(prompt).items()} for prompt in self.prompts]}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Canary:
+        """The inverse of ``as_dict``.
+
+        Raises:
+            PatchFormatError: a field is missing, unknown or of another type.
+        """
+        kinds: dict[str, type | tuple[type, ...]] = {"tokens": int, "token_ids": int, "bare": (int, float), "patched": (int, float)}
+        prompts = values.get("prompts") if isinstance(values, dict) and set(values) == {"prompts"} else None
+        if not isinstance(prompts, list) or len(prompts) > MAX_CANARY_PROMPTS:
+            raise PatchFormatError(f"canary: expected an object with a list of at most {MAX_CANARY_PROMPTS} prompts")
+        for prompt in prompts:
+            if not isinstance(prompt, dict) or set(prompt) != set(kinds):
+                raise PatchFormatError(f"canary: expected prompts with the fields {sorted(kinds)}")
+            for name, kind in kinds.items():
+                entries = prompt[name]
+                if not isinstance(entries, list) or any(isinstance(e, bool) or not isinstance(e, kind) for e in entries):
+                    raise PatchFormatError(f"canary: {name} must be a list of numbers")
+        try:
+            return cls(tuple(CanaryPrompt(**{name: tuple(value) for name, value in prompt.items()}) for prompt in prompts))
+        except InputError as error:
+            raise PatchFormatError(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,15 @@ TEXT = [
     "Patching a model should be as simple as patching software: verify, apply, roll back.",
     "<b>Numbers</b> 1234, accents é à ü, and emoji 🙂 must survive the round trip.",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Measurements of other runs must not decide a test's outcome."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("EDGEPATCH_CACHE_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +61,9 @@ def tiny_patch(tiny_folder: Path) -> Patch:
     spec = hf.read_spec(tiny_folder)
     rng = np.random.default_rng(3)
     soft_prompt = SoftPrompt((rng.standard_normal((10, spec.hidden_size)) * 0.3).astype(np.float32))
-    seed = hf.compute_kv_seed(hf.load_model(tiny_folder), soft_prompt)
-    return Patch("tiny", "1.0.0", spec, soft_prompt, seed)
+    model = hf.load_model(tiny_folder)
+    seed, canary = hf.compute_kv_seed(model, soft_prompt), hf.compute_canary(model, soft_prompt)
+    return Patch("tiny", "1.0.0", spec, soft_prompt, seed, canary=canary)
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +83,15 @@ def oracle(tiny_folder: Path):  # type: ignore[no-untyped-def]
             return model(inputs_embeds=embeddings).logits[0, -len(tokens) :].numpy()
 
     return logits
+
+
+@pytest.fixture(scope="session")
+def onnx_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Precision -> ONNX folder of the tiny model, by onnxruntime-genai's builder."""
+    from edgepatch.converters import onnx
+
+    root = tmp_path_factory.mktemp("onnx")
+    for precision in onnx.QUANTIZATIONS:
+        onnx.export(tiny_folder, root / precision, precision)
+    assert sorted(p.name for p in root.iterdir()) == sorted(onnx.QUANTIZATIONS), "nothing is left beside them"
+    return {precision: root / precision for precision in onnx.QUANTIZATIONS}

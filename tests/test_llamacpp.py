@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgepatch.converters import gguf, hf, rope
+from edgepatch.converters import gguf, hf, llamacpp_layout, llamacpp_state
+from edgepatch.converters.llamacpp_layout import Layout
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MismatchError
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.runtimes.llamacpp_calibration import Calibration
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.sampling import Sampling
 from edgepatch.tensors import SoftPrompt
@@ -76,10 +78,10 @@ def test_soft_prompt_alone_is_decoded_by_the_model_itself(f32_file, oracle, tiny
 
 
 def test_long_prompts_are_evaluated_in_chunks(f32_file, oracle, tiny_patch, monkeypatch):
-    monkeypatch.setattr("edgepatch.runtimes.llamacpp.CHUNK", 20)
+    monkeypatch.setattr("edgepatch.runtimes.llamacpp_context.CHUNK", 20)
     rng = np.random.default_rng(1)
     long_prompt = SoftPrompt((rng.standard_normal((47, tiny_patch.base.hidden_size)) * 0.3).astype(np.float32))
-    with load(f32_file, replace(tiny_patch, soft_prompt=long_prompt, kv_seed=None)) as runtime:
+    with load(f32_file, replace(tiny_patch, soft_prompt=long_prompt, kv_seed=None, canary=None)) as runtime:
         tokens = [int(t) for t in rng.integers(20, 300, 55)]
         expected = oracle(tokens, long_prompt)
         assert np.abs(runtime.logits(tokens) - expected).max() <= 5e-5
@@ -87,18 +89,97 @@ def test_long_prompts_are_evaluated_in_chunks(f32_file, oracle, tiny_patch, monk
         assert np.abs(runtime._evaluate(tokens)[-1] - expected[-1]).max() <= 5e-5
 
 
-def test_wrong_key_order_would_be_noticed(f32_file, oracle, tiny_patch, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setitem(rope.ROTATES_NEIGHBOURS, "llama", False)
+def test_a_wrong_key_order_is_caught_by_calibration(f32_file, tiny_patch, oracle, monkeypatch, tmp_path):
+    """Without the candidate that is right, no other may be taken for it."""
+    monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(llamacpp_layout, "interleave", lambda keys: keys)
+    with load(f32_file, tiny_patch) as runtime:
+        assert runtime.seed_route == "decoded" and "no layout" in runtime.seed_reason
+        tokens = runtime.tokens(PROMPT)
+        assert np.abs(runtime.logits(tokens) - oracle(tokens, tiny_patch.soft_prompt)).max() <= 5e-5
+    with pytest.raises(InputError, match="no layout"):
+        load(f32_file, tiny_patch, seed_route="stored")
+
+
+WRONG_LAYOUTS = {
+    "no permutation": (Layout(False, 0, 0, ((0, 1),)), {}),
+    "layers exchanged": (Layout(True, 0, 0, ((1, 0),)), {}),
+    "rotation where there is none": (Layout(True, 64, 64, ((0, 1),)), {}),
+    "no rotation of quantized keys": (Layout(True, 0, 64, ((0, 1),)), {"kv_type": "q8_0", "flash_attention": True}),
+    "no rotation of quantized values": (Layout(True, 64, 0, ((0, 1),)), {"kv_type": "q8_0", "flash_attention": True}),
+    "no rotation at 4 bits": (Layout(True, 0, 0, ((0, 1),)), {"kv_type": "q4_0", "flash_attention": True}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LAYOUTS)
+def test_a_wrong_layout_is_caught_by_the_canary(f32_file, tiny_patch, monkeypatch, name):
+    layout, options = WRONG_LAYOUTS[name]
+    monkeypatch.setattr(Calibration, "layout", layout)
+    monkeypatch.setattr(Calibration, "has_confirmed", lambda *_: True)
+    with pytest.raises(InactivePatchError, match="canary"):
+        load(f32_file, tiny_patch, **options)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "q8_0", "q5_1", "q4_0"])
+def test_the_layout_is_measured_once_and_kept(f32_file, tiny_patch, kv_type, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
+    block = 64 if kv_type.startswith("q") else 0
+    options = {"kv_type": kv_type, "flash_attention": True}
+    with load(f32_file, tiny_patch, **options) as runtime:
+        assert runtime.seed_route == "stored" and runtime._calibration.layout == Layout(True, block, block, ((0, 1),))
+        fresh = runtime.logits(PROMPT)
+    monkeypatch.setattr(llamacpp_layout, "measure", None)
+    with load(f32_file, tiny_patch, **options) as runtime:
+        assert np.array_equal(runtime.logits(PROMPT), fresh)
+
+
+def test_a_known_layout_does_not_excuse_another_seed(f32_file, tiny_patch, tiny_folder, monkeypatch, tmp_path):
+    """A seed that was computed with another rope theta has the right order; each seed is compared once, not each model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
+    load(f32_file, tiny_patch).close()
+    config = AutoConfig.from_pretrained(tiny_folder)
+    config.rope_parameters["rope_theta"] *= 4
+    foreign = hf.compute_kv_seed(AutoModelForCausalLM.from_pretrained(tiny_folder, config=config), tiny_patch.soft_prompt)
+    with load(f32_file, replace(tiny_patch, kv_seed=foreign)) as runtime:
+        assert runtime.seed_route == "decoded" and "no layout" in runtime.seed_reason
+
+
+def test_a_spoiled_calibration_file_is_measured_again(f32_file, tiny_patch, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
+    load(f32_file, tiny_patch).close()
+    (file,) = (tmp_path / "calibration").iterdir()
+    for content in ("", "[]", '{"layout": 3}', '{"layout": {"rotates_neighbours": 1}}', '{"layout": {"layers": [["x"]]}}'):
+        file.write_text(content)
         with load(f32_file, tiny_patch) as runtime:
-            tokens = runtime.tokens(PROMPT)
-            assert np.abs(runtime.logits(tokens) - oracle(tokens, tiny_patch.soft_prompt)).max() > 0.1
+            assert runtime.seed_route == "stored"
 
 
-def test_an_unknown_state_layout_is_refused(f32_file, tiny_patch, monkeypatch):
-    monkeypatch.setitem(__import__("edgepatch.runtimes.llamacpp", fromlist=["KV_TYPES"]).SEED_TYPES, "f16", np.dtype("<f4"))
-    with pytest.raises(InactivePatchError, match="state"):
-        load(f32_file, tiny_patch, exact=False)
+@pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
+def test_a_seed_alone_is_laid_out_by_what_rope_does(f32_file, tiny_patch, oracle, kv_type):
+    """Also without a canary: such a patch comes from an adapter whose model is not at hand."""
+    alone = replace(tiny_patch, soft_prompt=None, canary=None)
+    with load(f32_file, alone, kv_type=kv_type, flash_attention=kv_type != "f32") as runtime:
+        assert runtime.seed_route == "stored"
+        tokens = runtime.tokens(PROMPT)
+        expected, found = oracle(tokens, tiny_patch.soft_prompt), runtime.logits(tokens)
+    assert np.abs(found - expected).max() <= 5e-5 if kv_type == "f32" else kl(expected, found) <= 1e-3
+
+
+def test_a_seed_alone_is_refused_where_rope_shows_nothing(f32_file, tiny_patch, monkeypatch):
+    monkeypatch.setattr(llamacpp_layout, "turns_neighbours", lambda *_: None)
+    with pytest.raises(InputError, match="cannot be confirmed"):
+        load(f32_file, replace(tiny_patch, soft_prompt=None, canary=None))
+
+
+def test_an_unknown_state_layout_falls_back_to_decoding(f32_file, tiny_patch, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(llamacpp_state, "MAX_HEADER_BYTES", 4)
+    with load(f32_file, tiny_patch) as runtime:
+        assert runtime.seed_route == "decoded" and "one reading" in runtime.seed_reason
+    with pytest.raises(InactivePatchError, match="one reading"):
+        load(f32_file, replace(tiny_patch, soft_prompt=None))
 
 
 def test_greedy_tokens_are_those_of_torch_on_the_same_half_precision_weights(tiny_folder, tiny_patch, tmp_path):
@@ -130,8 +211,8 @@ def test_the_seed_survives_everything_a_caller_can_do(runtime):
         lambda: list(runtime.stream([7] * (runtime.context_length - 3), GREEDY)),
         lambda: next(iter(runtime.stream(OTHER, GREEDY))),
         lambda: runtime.generate_many(OTHER, replace(GREEDY, temperature=1, rng_seed=1), 5),
-        lambda: runtime._lib.llama_memory_seq_rm(runtime._memory, 0, 0, 3),
-        lambda: runtime._lib.llama_memory_clear(runtime._memory, True),
+        lambda: runtime._lib.llama_memory_seq_rm(runtime._context._memory, 0, 0, 3),
+        lambda: runtime._lib.llama_memory_clear(runtime._context._memory, True),
     ]
     for number, action in enumerate(actions):
         action()
@@ -144,15 +225,16 @@ def test_prompt_reuse_does_not_change_the_answer(runtime):
     fresh = runtime.generate(PROMPT, GREEDY)
     runtime.generate(PROMPT + " the lazy cat and", GREEDY)
     assert runtime.generate(PROMPT, GREEDY) == fresh
-    assert runtime._rewind(2) == 2
+    assert runtime._rewind(0, 2) == 2
 
 
 def test_memory_that_cannot_be_cut_starts_afresh(f32_file, tiny_patch, monkeypatch):
     with load(f32_file, tiny_patch) as runtime:
         fresh = runtime.generate(PROMPT, GREEDY)
-        monkeypatch.setattr(runtime._lib, "llama_memory_seq_rm", lambda *_: False)
-        assert runtime._rewind(2) == 0
-        runtime._evaluated = []
+        remove = runtime._lib.llama_memory_seq_rm
+        monkeypatch.setattr(runtime._lib, "llama_memory_seq_rm", lambda m, s, first, last: first < 0 and remove(m, s, first, last))
+        assert runtime._rewind(0, 2) == 0
+        runtime._evaluated[0] = []
         assert runtime.generate(PROMPT, GREEDY) == fresh
 
 
@@ -169,7 +251,13 @@ def test_options_that_cannot_be_used_are_refused(f32_file, tiny_patch, tmp_path)
     with pytest.raises(InputError, match="flash attention"):
         load(f32_file, tiny_patch, kv_type="q8_0")
     with pytest.raises(InputError, match="KV seed alone"):
-        load(f32_file, replace(tiny_patch, soft_prompt=None), kv_type="q8_0", flash_attention=True)
+        load(f32_file, replace(tiny_patch, soft_prompt=None), seed_route="decoded")
+    with pytest.raises(InputError, match="no stored seed"):
+        load(f32_file, replace(tiny_patch, kv_seed=None), seed_route="stored")
+    with pytest.raises(InputError, match="seed route"):
+        load(f32_file, tiny_patch, seed_route="guessed")
+    with pytest.raises(InputError, match="number of sequences"):
+        load(f32_file, tiny_patch, num_sequences=0)
     for positions in (0, 10, 513):
         with pytest.raises(InputError, match="context length"):
             load(f32_file, tiny_patch, context_length=positions)
@@ -216,3 +304,75 @@ def test_a_half_precision_seed_is_enough(f32_file, tiny_folder, tiny_patch, orac
     with load(f32_file, replace(tiny_patch, kv_seed=seed)) as runtime:
         tokens = runtime.tokens(PROMPT)
         assert kl(oracle(tokens, tiny_patch.soft_prompt), runtime.logits(tokens)) <= 1e-5
+
+
+# Sequences and swaps.
+
+
+def test_sequences_share_the_seed_and_nothing_else(f32_file, tiny_patch):
+    prompts = [PROMPT, OTHER, "Hello", PROMPT]
+    with load(f32_file, tiny_patch) as runtime:
+        alone = [[p.token_id for p in runtime.stream(prompt, GREEDY)] for prompt in prompts]
+    with load(f32_file, tiny_patch, num_sequences=4) as runtime:
+        streams = [runtime.stream(prompt, GREEDY, sequence=i) for i, prompt in enumerate(prompts)]
+        together: list[list[int]] = [[] for _ in prompts]
+        while live := [i for i, ids in enumerate(together) if len(ids) < len(alone[i])]:
+            for i in live:
+                together[i].append(next(streams[i]).token_id)
+        assert together == alone
+        with pytest.raises(InputError, match="sequence"):
+            list(runtime.stream(PROMPT, GREEDY, sequence=4))
+
+
+def test_every_sequence_has_the_whole_context(f32_file, tiny_patch):
+    with load(f32_file, tiny_patch, num_sequences=3, context_length=256) as runtime:
+        for sequence in range(3):
+            runtime._evaluate([7] * runtime.context_length, sequence=sequence)
+        fresh = load(f32_file, tiny_patch, context_length=256)
+        expected = fresh._evaluate([7] * fresh.context_length)
+        assert np.abs(runtime._evaluate([7] * runtime.context_length, sequence=1) - expected).max() < 1e-4
+
+
+def test_swap_and_unpatch(f32_file, tiny_patch, oracle):
+    model_patch = replace(tiny_patch, name="other", kv_seed=None, canary=None,
+                          soft_prompt=SoftPrompt(tiny_patch.soft_prompt.embeddings[::-1][:7].copy()))  # fmt: skip
+    with load(f32_file, tiny_patch) as runtime:
+        tokens = runtime.tokens(PROMPT)
+        fingerprints, length = set(), runtime.context_length
+        for patch in (model_patch, None, tiny_patch, None, model_patch, tiny_patch):
+            runtime.swap(patch)
+            expected = oracle(tokens, patch.soft_prompt if patch else None)
+            assert np.abs(runtime.logits(tokens) - expected).max() <= 5e-5
+            fingerprints.add(runtime.system_fingerprint)
+        assert len(fingerprints) == 3
+        runtime.swap(None)
+        assert runtime.context_length == length + tiny_patch.num_virtual_tokens and runtime.seed_route == ""
+
+
+def test_a_failed_swap_leaves_the_old_patch_in_place(f32_file, tiny_patch):
+    broken = replace(tiny_patch, name="broken", kv_seed=None, soft_prompt=SoftPrompt(tiny_patch.soft_prompt.embeddings[::-1].copy()))
+    foreign = replace(tiny_patch, base=replace(tiny_patch.base, rope_theta=5e5))
+    with load(f32_file, tiny_patch) as runtime:
+        fresh, fingerprint = runtime.logits(PROMPT), runtime.system_fingerprint
+        for patch, error, words in ((broken, InactivePatchError, "canary"), (foreign, MismatchError, "rope_theta")):
+            with pytest.raises(error, match=words):
+                runtime.swap(patch)
+            assert runtime.system_fingerprint == fingerprint
+            assert np.array_equal(runtime.logits(PROMPT), fresh)
+
+
+def test_a_lost_seed_is_an_error_not_an_unpatched_reply(f32_file, tiny_patch):
+    with load(f32_file, tiny_patch) as runtime:
+        runtime.logits(PROMPT)
+        runtime._context.clear()
+        with pytest.raises(InactivePatchError, match="not intact"):
+            runtime._forward(0, [5], every=False)
+
+
+def test_a_seed_that_the_library_does_not_take_leaves_nothing(f32_file, tiny_patch):
+    with load(f32_file, tiny_patch) as runtime:
+        state = runtime._context.state(runtime._master)
+        for wrong in (state[:-7], state[:40], b""):
+            with pytest.raises(InactivePatchError, match="of the seed"):
+                runtime._context.restore(0, wrong)
+            assert runtime._context.last_position(0) == -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ import typer
 
 from edgepatch.cli.console import JsonFlag, ModelArgument, PatchOption, note, print_json, printable, stderr
 from edgepatch.cli.root import app
+from edgepatch.errors import EdgepatchError, InputError
 
 if TYPE_CHECKING:
+    from edgepatch.patches import Patch
     from edgepatch.runtimes.base import Message, Prompt, Runtime
     from edgepatch.sampling import Sampling
 
@@ -51,19 +54,111 @@ def chat(
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
 ) -> None:
-    """Talk with a model; the replies go to stdout, all else to stderr.
+    """Talk with a model; the replies go to stdout, all else to stderr. `/help` lists the commands.
 
     Example: `edgepatch chat llama.gguf --patch detox.safetensors --prompt "Who are you?"`
     """
     from edgepatch.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with _load(model, patch, context_length, threads, device) as runtime:
-        messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    with load_model(model, patch, context_length, threads, device) as runtime:
+        conversation = Conversation(runtime, sampling, system)
         for line in _questions() if prompt is None else [prompt]:
-            messages.append({"role": "user", "content": line})
-            reply = _print_stream(runtime, messages, sampling)
-            messages.append({"role": "assistant", "content": reply})
+            if prompt is None and line.startswith("/"):
+                if conversation.command(line):
+                    return
+            else:
+                conversation.ask(line)
+
+
+COMMANDS = """\
+/swap FILE    exchange the patch on the loaded model, and start afresh
+/unpatch      take the patch off, and start afresh
+/patch        show what is active
+/new          forget the conversation
+/save FILE    write the conversation
+/load FILE    go on with a saved one
+/quit         end"""
+
+
+class Conversation:
+    """What is said, and the commands that start with a slash.
+
+    Args:
+        runtime: loaded.
+        sampling: of the replies.
+        system: system message, or ``None``.
+    """
+
+    def __init__(self, runtime: Runtime, sampling: Sampling, system: str | None) -> None:
+        self._runtime, self._sampling = runtime, sampling
+        self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._messages = list(self._opening)
+
+    def ask(self, question: str) -> None:
+        """Prints the reply as it comes; an interrupted one is not part of the conversation."""
+        self._messages.append({"role": "user", "content": question})
+        reply = _print_stream(self._runtime, self._messages, self._sampling)
+        self._messages.append({"role": "assistant", "content": reply})
+
+    def command(self, line: str) -> bool:
+        """Carries out a command; an error is told and the conversation goes on. Returns whether to end."""
+        name, _, argument = line[1:].partition(" ")
+        acts = {
+            "swap": self._swap, "unpatch": self._unpatch, "patch": self._show, "new": self._restart, "save": self._save,
+            "load": self._read,
+        }  # fmt: skip
+        if name in ("quit", "exit"):
+            return True
+        try:
+            if name in acts:
+                acts[name](argument.strip())
+            else:
+                note(COMMANDS)
+        except EdgepatchError as error:
+            note(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
+        return False
+
+    def _swap(self, argument: str) -> None:
+        from edgepatch.patches import read_patch
+
+        self._exchange(read_patch(Path(argument)))
+
+    def _unpatch(self, _: str) -> None:
+        self._exchange(None)
+
+    def _exchange(self, patch: Patch | None) -> None:
+        began = time.perf_counter()
+        self._runtime.swap(patch)
+        milliseconds = (time.perf_counter() - began) * 1000
+        self._restart("")
+        note(f"{describe(self._runtime)}; exchanged in {milliseconds:.0f} ms")
+
+    def _show(self, _: str) -> None:
+        note(describe(self._runtime))
+
+    def _restart(self, _: str) -> None:
+        self._messages = list(self._opening)
+
+    def _save(self, argument: str) -> None:
+        from edgepatch.patches import write_atomically
+
+        if not argument:
+            raise InputError("/save needs a file name")
+        content = {"system_fingerprint": self._runtime.system_fingerprint, "messages": self._messages}
+        write_atomically(Path(argument), json.dumps(content, ensure_ascii=False, indent=1).encode())
+        note(f"{argument}: {len(self._messages)} messages")
+
+    def _read(self, argument: str) -> None:
+        try:
+            content = json.loads(Path(argument).read_text(encoding="utf-8"))
+            messages: list[Message] = [{"role": str(m["role"]), "content": str(m["content"])} for m in content["messages"]]
+            held = content["system_fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read a conversation from {argument!r}: {error}", hint="name a file that /save wrote") from None
+        self._messages = messages
+        under = "" if held == self._runtime.system_fingerprint else f", held with {held}; the patch that is active now applies"
+        note(f"{argument}: {len(messages)} messages{under}")
 
 
 @app.command()
@@ -88,7 +183,7 @@ def generate(
     from edgepatch.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with _load(model, patch, context_length, threads, device) as runtime:
+    with load_model(model, patch, context_length, threads, device) as runtime:
         if not as_json:
             _print_stream(runtime, prompt, sampling)
             return
@@ -105,21 +200,21 @@ def generate(
         )
 
 
-def _load(model: Path, patch: Path | None, context_length: int | None, threads: int | None, device: Device) -> Runtime:
-    from edgepatch.runtimes import load_runtime, runtime_name
+def load_model(model: Path, patch: Path | None, context_length: int | None, threads: int | None, device: Device) -> Runtime:
+    from edgepatch.runtimes import device_options, load_runtime
 
-    device_options: dict[str, dict[str, object]] = {
-        "llamacpp": {"num_gpu_layers": -1 if device is Device.cuda else 0},
-        "onnx": {"provider": device.value},
-        "torch": {"device": device.value},
-    }
-    options = {"context_length": context_length, "num_threads": threads, **device_options[runtime_name(model)]}
+    options = {"context_length": context_length, "num_threads": threads, **device_options(model, device.value)}
     runtime = load_runtime(model, patch, **{name: value for name, value in options.items() if value is not None})
-    active = f"patch {runtime.patch.name} {runtime.patch.version}" if runtime.patch else "no patch"
-    route = getattr(runtime, "seed_route", "")
-    seed = f" (seed {route})" if route else ""
-    note(f"{active}{seed}; {runtime.name} {runtime.quantization}; {runtime.system_fingerprint}")
+    note(describe(runtime))
     return runtime
+
+
+def describe(runtime: Runtime) -> str:
+    """One line: what is active, and how its seed got there."""
+    active = f"patch {runtime.patch.name} {runtime.patch.version}" if runtime.patch else "no patch"
+    proof = "" if runtime.patch is None else ", canary passed" if runtime.patch.canary else ", no canary"
+    seed = f" (seed {runtime.seed_route}{proof})" if runtime.seed_route else ""
+    return f"{active}{seed}; {runtime.name} {runtime.quantization}; {runtime.system_fingerprint}"
 
 
 def _questions() -> Iterator[str]:

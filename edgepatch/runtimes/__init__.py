@@ -32,6 +32,8 @@ def runtime_name(model: Path) -> str:
         if model.is_dir():
             if (model / "genai_config.json").is_file() or (model / "model.onnx").is_file():
                 return "onnx"
+            if (model / "onnx" / "model.onnx").is_file() and not list(model.glob("*.safetensors")):
+                return "onnx"
             if (model / "config.json").is_file():
                 return "torch"
             found = f"a folder with {', '.join(sorted(p.name for p in model.iterdir())[:6]) or 'nothing'}"
@@ -47,6 +49,24 @@ def runtime_name(model: Path) -> str:
         f"{model} is no model: expected a GGUF file, an ONNX folder or a Transformers folder, found {found}",
         hint="name the .gguf file itself, or the folder that holds genai_config.json, model.onnx or config.json",
     )
+
+
+def device_options(model: Path, device: str) -> dict[str, object]:
+    """What each runtime calls the device.
+
+    Args:
+        model: decides which runtime it is.
+        device: "cpu" or "cuda".
+
+    Raises:
+        InputError: the model is of no known kind.
+    """
+    options: dict[str, dict[str, object]] = {
+        "llamacpp": {"num_gpu_layers": -1 if device == "cuda" else 0},
+        "onnx": {"provider": device},
+        "torch": {"device": device},
+    }
+    return options[runtime_name(model)]
 
 
 def _runtime_class(name: str) -> Callable[..., Runtime]:

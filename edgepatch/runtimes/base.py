@@ -1,44 +1,36 @@
 """The one protocol of all runtimes, and what they share: prompt reuse behind the pinned seed, sampling, streaming.
 
 A runtime keeps positions 0..P-1 for the patch. Everything a caller sends lies behind them: ``_rewind`` and ``_forward`` count
-positions from the end of the seed, so no request can name, move or evict it.
+positions from the end of the seed, so no request can name, move or evict it. Several sequences share one seed.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch import canary
+from edgepatch.constraints import ConstraintEngine
 from edgepatch.errors import InputError
+from edgepatch.generation import Piece as Piece
+from edgepatch.generation import Reply
+from edgepatch.messages import Message as Message
 from edgepatch.patches import Patch
-from edgepatch.sampling import Sampling, draw_token
-from edgepatch.tensors import ModelSpec
+from edgepatch.sampling import Sampling
+from edgepatch.tensors import CanaryPrompt, ModelSpec
 
-Message = dict[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
+Tools = Sequence[Mapping[str, Any]]
 
-
-@dataclass(frozen=True)
-class Piece:
-    """One generated token.
-
-    Attributes:
-        text: the text that it completes; may be empty within a multi-byte character.
-        token_id: its id.
-        finish_reason: "stop" at the model's end token, "length" at ``max_new_tokens`` or a full context, else "".
-    """
-
-    text: str
-    token_id: int
-    finish_reason: Literal["", "stop", "length"] = ""
-
+SeedRoute = Literal["", "stored", "decoded"]
+MAX_SEQUENCES = 64
 
 RuntimeT = TypeVar("RuntimeT", bound="Runtime")
 
@@ -49,18 +41,31 @@ class Runtime(ABC):
     Attributes:
         spec: the model.
         patch: the active patch, or ``None`` for the bare model.
-        context_length: positions that a prompt and its continuation may fill; the patch's own are already taken off.
+        num_positions: of a sequence, the patch's own included.
+        num_sequences: conversations held at once, each behind the same seed.
+        seed_route: how the seed got into the cache: "stored" in the patch, "decoded" from the soft prompt by this very
+            model, or "" for the bare model.
+
+    One thread at a time drives a runtime; streams on different sequences may be interleaved token by token.
     """
 
     name: str  # "torch", "llamacpp" or "onnx"
     quantization: str  # "F32", "F16", "Q8_0", "Q4_K_M", "Q4_0", "int8", "int4"
     spec: ModelSpec
     patch: Patch | None
-    context_length: int
+    num_positions: int
     end_token_ids: frozenset[int]
+    kv_type: str = "f32"
+    seed_route: SeedRoute = ""
 
-    def __init__(self) -> None:
-        self._evaluated: list[int] = []
+    def __init__(self, num_sequences: int = 1) -> None:
+        if not 1 <= num_sequences <= MAX_SEQUENCES:
+            raise InputError(f"number of sequences: expected 1 to {MAX_SEQUENCES}, found {num_sequences}")
+        self.num_sequences = num_sequences
+        self.patch = None
+        self._evaluated: list[list[int]] = [[] for _ in range(num_sequences)]
+        self._bare_logits: dict[tuple[int, ...], NDArray[np.float32]] = {}
+        self._constraint_engine: ConstraintEngine | None = None
 
     # What each runtime provides.
 
@@ -69,15 +74,34 @@ class Runtime(ABC):
         """Token ids of plain text, with BOS where the model wants one."""
 
     @abstractmethod
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation in the model's chat template, with the opening of the assistant's turn."""
+    def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+        """Token ids of a conversation in the model's chat template, with the opening of the assistant's turn.
+
+        Special tokens that a message spells are text. ``tools`` are objects in OpenAI's form.
+        """
 
     @abstractmethod
     def _new_decoder(self) -> Callable[[int], str]:
         """A function that takes one token after the other and returns the text that each completes."""
 
     @abstractmethod
-    def _rewind(self, length: int) -> int:
+    def _token_bytes(self) -> list[bytes]:
+        """The bytes of each token in order of its id; none for special tokens."""
+
+    @abstractmethod
+    def _install(self, patch: Patch | None) -> SeedRoute:
+        """Puts a patch that fits the model, or none, in place of the present one; every sequence starts afresh.
+
+        Returns:
+            The seed's route.
+
+        Raises:
+            InputError: the patch cannot be used with this runtime's settings.
+            InactivePatchError: the seed was not taken.
+        """
+
+    @abstractmethod
+    def _rewind(self, sequence: int, length: int) -> int:
         """Forgets all but the first ``length`` positions behind the seed; 0 starts afresh from the seed.
 
         Returns:
@@ -86,8 +110,8 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def _forward(self, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
-        """Evaluates tokens behind those already evaluated.
+    def _forward(self, sequence: int, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
+        """Evaluates tokens behind those already evaluated in a sequence.
 
         Returns:
             (T, V) float32 logits of all tokens when ``every``, else (1, V) of the last.
@@ -100,23 +124,36 @@ class Runtime(ABC):
     # What all share.
 
     @property
+    def num_virtual_tokens(self) -> int:
+        """P of the active patch; 0 for the bare model."""
+        return self.patch.num_virtual_tokens if self.patch else 0
+
+    @property
+    def context_length(self) -> int:
+        """Positions that a prompt and its continuation may fill: the patch's own are taken off."""
+        return self.num_positions - self.num_virtual_tokens
+
+    @property
     def system_fingerprint(self) -> str:
         """Names base model and patch; the same on every reply."""
         patch = self.patch.digest[:12] if self.patch else "bare"
         return f"{self.spec.weight_fingerprint[:12]}+{patch}"
 
-    def tokens(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, a conversation or token ids.
+    def tokens(self, prompt: Prompt, tools: Tools | None = None) -> list[int]:
+        """Token ids of a text, a conversation or token ids; ``tools`` go into the chat template.
 
         Raises:
-            InputError: the prompt is empty or an id is outside the vocabulary.
+            InputError: the prompt is empty or malformed, or an id is outside the vocabulary.
         """
+        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        if tools and not is_chat:
+            raise InputError("tools need chat messages as a prompt", hint="leave them out, or send messages")
         if isinstance(prompt, str):
             ids = self.encode(prompt)
-        elif prompt and isinstance(prompt[0], dict):
-            ids = self.encode_chat([m for m in prompt if isinstance(m, dict)])
+        elif is_chat:
+            ids = self.encode_chat(cast(Sequence[Message], prompt), tools)
         else:
-            ids = [int(t) for t in prompt]  # type: ignore[arg-type]
+            ids = _checked_ids(prompt)
         if not ids:
             raise InputError("the prompt is empty", hint="give at least one token")
         wrong = next((t for t in ids if not 0 <= t < self.spec.vocab_size), None)
@@ -124,78 +161,178 @@ class Runtime(ABC):
             raise InputError(f"token id {wrong} is outside the vocabulary of {self.spec.vocab_size}")
         return ids
 
+    def swap(self, patch: Patch | None) -> None:
+        """Exchanges the patch on the loaded model, or takes it off, and proves the new one active.
+
+        Every sequence starts afresh. On failure the old patch is back in place.
+
+        Raises:
+            MismatchError: the patch was made for another model.
+            InputError: the patch cannot be used with this runtime's settings.
+            InactivePatchError: the seed was not taken, or the canary says that it does not work as it should.
+        """
+        self._exchange(patch, num_prompts=1)
+
+    def _load_patch(self, patch: Patch | None) -> None:
+        """The first patch of a runtime; every prompt of its canary is checked."""
+        self._exchange(patch, num_prompts=None)
+
+    def _exchange(self, patch: Patch | None, num_prompts: int | None) -> None:
+        check_patch(patch, self.spec)
+        if patch is not None and not patch.num_virtual_tokens < self.num_positions:
+            raise InputError(
+                f"context length: expected {patch.num_virtual_tokens + 1} positions or more, found {self.num_positions}",
+                hint=f"the patch takes {patch.num_virtual_tokens} of them",
+            )
+        old = self.patch
+        prompts = patch.canary.prompts[:num_prompts] if patch and patch.canary else ()
+        try:
+            self._measure_bare([prompt.tokens for prompt in prompts])
+            self._put(patch)
+            self._prove(prompts)
+        except BaseException:
+            self._put_back(old)
+            raise
+
+    def _put(self, patch: Patch | None) -> None:
+        self._evaluated = [[] for _ in range(self.num_sequences)]
+        self.patch = patch
+        self.seed_route = self._install(patch)
+
+    def _put_back(self, patch: Patch | None) -> None:
+        """After a failed swap: the old patch again, or no model at all, but never a model without its patch."""
+        try:
+            self._put(patch)
+        except BaseException:
+            self.close()
+            raise
+
+    def _measure_bare(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        unknown = [tokens for tokens in prompts if tokens not in self._bare_logits]
+        if not unknown:
+            return
+        self._put(None)
+        for tokens in unknown:
+            self._bare_logits[tokens] = self._evaluate(tokens)[-1]
+
+    def _prove(self, prompts: Sequence[CanaryPrompt]) -> None:
+        allowed = canary.tolerance(self.quantization, self.kv_type, self.seed_route == "decoded")
+        for prompt in prompts:
+            canary.require_active(prompt, self._bare_logits[prompt.tokens], self._evaluate(prompt.tokens)[-1], allowed)
+        if prompts:
+            self.reset()
+
     def reset(self) -> None:
         """Forgets every prompt; the seed stays."""
-        self._evaluated = []
-        self._rewind(0)
+        for sequence in range(self.num_sequences):
+            self._evaluated[sequence] = []
+            self._rewind(sequence, 0)
 
-    def _evaluate(self, tokens: Sequence[int], every: bool = False) -> NDArray[np.float32]:
+    def _checked(self, sequence: int) -> int:
+        if not 0 <= sequence < self.num_sequences:
+            raise InputError(f"sequence: expected 0 to {self.num_sequences - 1}, found {sequence}")
+        return sequence
+
+    def _evaluate(self, tokens: Sequence[int], every: bool = False, sequence: int = 0) -> NDArray[np.float32]:
         """Logits of ``tokens`` from the start of the prompt, reusing what is already evaluated.
 
         Returns:
             (T, V) with ``every``, else (1, V) of the last token.
         """
+        self._checked(sequence)
         if len(tokens) > self.context_length:
             raise InputError(
                 f"the prompt has {len(tokens)} tokens, the context holds {self.context_length}",
                 hint="shorten the prompt or load the model with a longer context",
             )
-        shared = 0
-        if not every:
-            shared = min(len(tokens) - 1, len(self._evaluated))
-            if list(tokens[:shared]) != self._evaluated[:shared]:
-                shared = next(i for i in range(shared) if tokens[i] != self._evaluated[i])
-        if shared < len(self._evaluated) or not shared:
-            kept, self._evaluated = self._evaluated, []  # stays empty if the runtime fails half-way
-            shared = self._rewind(shared)
-            self._evaluated = kept[:shared]
-        done, self._evaluated = self._evaluated, []
-        logits = self._forward(tokens[shared:], every)
-        self._evaluated = [*done, *tokens[shared:]]
+        known, self._evaluated[sequence] = self._evaluated[sequence], []  # stays empty if the runtime fails half-way
+        shared = 0 if every else _common_prefix(known, tokens, len(tokens) - 1)
+        if shared < len(known) or not shared:
+            shared = self._rewind(sequence, shared)
+        logits = self._forward(sequence, tokens[shared:], every)
+        self._evaluated[sequence] = list(tokens)
         return logits
 
-    def logits(self, prompt: Prompt) -> NDArray[np.float32]:
-        """(T, V) float32: the next-token logits after each token of the prompt."""
-        return self._evaluate(self.tokens(prompt), every=True)
+    def evaluated(self, sequence: int = 0) -> list[int]:
+        """Token ids behind the seed that a sequence holds."""
+        return list(self._evaluated[self._checked(sequence)])
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[Piece]:
+    def logits_of_last(self, prompt: Prompt, sequence: int = 0) -> NDArray[np.float32]:
+        """(V,) float32: the next-token logits behind a prompt, reusing what the sequence has already evaluated."""
+        logits: NDArray[np.float32] = self._evaluate(self.tokens(prompt), sequence=sequence)[-1]
+        return logits
+
+    def num_cached(self, tokens: Sequence[int], sequence: int = 0) -> int:
+        """How many leading tokens of a prompt a sequence has already evaluated."""
+        return _common_prefix(self._evaluated[sequence], tokens, len(tokens))
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token in order of its id; none for special tokens.
+
+        Raises:
+            InputError: the model's tokens have no bytes of their own.
+        """
+        return self._token_bytes()
+
+    def logits(self, prompt: Prompt, sequence: int = 0) -> NDArray[np.float32]:
+        """(T, V) float32: the next-token logits after each token of the prompt."""
+        return self._evaluate(self.tokens(prompt), every=True, sequence=sequence)
+
+    def stream(
+        self, prompt: Prompt, sampling: Sampling | None = None, *, sequence: int = 0, tools: Tools | None = None
+    ) -> Iterator[Piece]:
         """Continues a prompt token by token.
 
         Args:
             prompt: plain text, chat messages, or token ids.
             sampling: defaults to ``Sampling()``.
+            sequence: which of the conversations behind the seed; its cache is reused as far as the prompts agree.
+            tools: what the model may call, in OpenAI's form, where its chat template knows tools.
 
         Raises:
-            InputError: the prompt is empty, malformed or longer than the context.
+            InputError: the prompt is empty, malformed or longer than the context, or a setting does not fit the model.
         """
         sampling = sampling or Sampling()
-        tokens = self.tokens(prompt)
-        rng = np.random.default_rng(sampling.rng_seed)
-        decode = self._new_decoder()
+        tokens = self.tokens(prompt, tools)
+        reply = self._new_reply(sampling, tokens)
         room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
-        logits = self._evaluate(tokens)
+        logits = self._evaluate(tokens, sequence=sequence)
         for count in range(1, room + 1):
-            token = draw_token(logits[-1], sampling, rng)
-            if token in self.end_token_ids and not sampling.ignore_end_tokens:
-                yield Piece("", token, "stop")
+            piece = reply.next(logits[-1], is_last=count == room)
+            yield piece
+            if piece.finish_reason:
                 return
-            yield Piece(decode(token), token, "length" if count == room else "")
-            if count < room:
-                tokens.append(token)
-                logits = self._evaluate(tokens)
+            tokens.append(piece.token_id)
+            logits = self._evaluate(tokens, sequence=sequence)
+
+    def _new_reply(self, sampling: Sampling, tokens: Sequence[int]) -> Reply:
+        """A reply to a prompt, nothing of it drawn yet."""
+        matcher = None
+        if sampling.constraint is not None:
+            if self._constraint_engine is None:
+                self._constraint_engine = ConstraintEngine(self._token_bytes(), self.spec.vocab_size, self.end_token_ids)
+            matcher = self._constraint_engine.matcher(sampling.constraint)
+        return Reply(sampling, tokens, self.spec.vocab_size, self._new_decoder(), self.end_token_ids, matcher)
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> str:
-        """The whole continuation as text."""
+        """The whole continuation as text; arguments and errors as in ``stream``, but no log-probabilities."""
+        require_text_only(sampling or Sampling())
         return "".join(piece.text for piece in self.stream(prompt, sampling))
 
     def generate_many(self, prompt: Prompt, sampling: Sampling, count: int) -> list[str]:
-        """``count`` continuations of one prompt, with the random seeds ``rng_seed``, ``rng_seed + 1``, ..."""
+        """``count`` continuations of one prompt, with the random seeds ``rng_seed``, ``rng_seed + 1``, ...
+
+        Raises:
+            InputError: as ``stream`` does, or log-probabilities are asked for, which have no place in texts.
+        """
+        require_text_only(sampling)
         first = sampling.rng_seed if sampling.rng_seed is not None else time.time_ns()
         tokens = self.tokens(prompt)
         return [self.generate(tokens, replace(sampling, rng_seed=first + i)) for i in range(count)]
 
     def _continue_rows(
         self,
+        tokens: Sequence[int],
         logits: NDArray[np.float32],
         rng_seeds: Sequence[int],
         sampling: Sampling,
@@ -205,25 +342,27 @@ class Runtime(ABC):
         """For runtimes that evaluate a batch: one continuation a row, as ``stream`` would give it with that random seed.
 
         Args:
-            logits: (V,) after the prompt, the same for every row.
+            tokens: the prompt.
+            logits: (V,) after it, the same for every row.
             rng_seeds: B seeds.
             sampling: its own ``rng_seed`` is not used.
             room: the most tokens of a row.
             step: evaluates (B, 1) tokens, one behind each row, and gives (B, V) logits; a row that has ended is fed a
                 token whose logits nobody reads.
         """
-        rngs, decoders = [np.random.default_rng(s) for s in rng_seeds], [self._new_decoder() for _ in rng_seeds]
-        texts, live, drawn = [""] * len(rngs), list(range(len(rngs))), np.zeros((len(rngs), 1), dtype=np.int64)
-        rows: Any = np.broadcast_to(logits, (len(rngs), len(logits)))
+        require_text_only(sampling)
+        replies = {row: self._new_reply(replace(sampling, rng_seed=seed), tokens) for row, seed in enumerate(rng_seeds)}
+        texts, drawn = [""] * len(rng_seeds), np.zeros((len(rng_seeds), 1), dtype=np.int64)
+        rows: Any = np.broadcast_to(logits, (len(rng_seeds), len(logits)))
         for count in range(1, room + 1):
-            for row in list(live):
-                token = draw_token(rows[row], sampling, rngs[row])
-                if token in self.end_token_ids:
-                    live.remove(row)
-                    continue
-                texts[row] += decoders[row](token)
-                drawn[row] = token
-            if not live or count == room:
+            for row, reply in list(replies.items()):
+                piece = reply.next(rows[row], is_last=count == room)
+                texts[row] += piece.text
+                if piece.finish_reason:
+                    del replies[row]
+                else:
+                    drawn[row] = piece.token_id
+            if not replies:
                 break
             rows = step(drawn)
         return texts
@@ -237,6 +376,31 @@ class Runtime(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _checked_ids(prompt: Sequence[Any]) -> list[int]:
+    """The prompt's token ids, if it is made of them alone."""
+    if not all(isinstance(token, (int, np.integer)) and not isinstance(token, bool) for token in prompt):
+        raise InputError("prompt: expected a text, messages, or token ids alone", hint="do not mix them")
+    return [int(token) for token in prompt]
+
+
+def require_text_only(sampling: Sampling) -> None:
+    """Refuses log-probabilities where the answer is texts.
+
+    Raises:
+        InputError: they are asked for.
+    """
+    if sampling.num_logprobs is not None:
+        raise InputError("sampling: num_logprobs: text alone comes without log-probabilities", hint="use stream")
+
+
+def _common_prefix(known: Sequence[int], tokens: Sequence[int], most: int) -> int:
+    """Length of the common start of two prompts, at most ``most``."""
+    shared = min(most, len(known), len(tokens))
+    if list(tokens[:shared]) == list(known[:shared]):
+        return shared
+    return next(i for i in range(shared) if tokens[i] != known[i])
 
 
 def check_patch(patch: Patch | None, spec: ModelSpec) -> None:

@@ -1,36 +1,38 @@
-"""The llama.cpp runtime: a GGUF model of any quantization, its KV cache seeded with the patch."""
+"""The llama.cpp runtime: a GGUF model of any quantization, its KV cache seeded with the patch.
+
+One sequence of llama.cpp holds nothing but the seed and never a token of a prompt. Every conversation is a sequence that shares
+those cells, so no request can overwrite them, and the seed is in memory once.
+"""
 
 from __future__ import annotations
 
 import codecs
 import ctypes
 import os
-import struct
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import gguf, rope
+from edgepatch.converters import gguf_specs, llamacpp_layout
+from edgepatch.converters.gguf_header import GGUFHeader, read_header
+from edgepatch.converters.gguf_library import load_library
+from edgepatch.converters.llamacpp_state import SequenceState, read_state
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.patches import Patch
-from edgepatch.runtimes.base import Message, Runtime, as_float32, check_patch
-from edgepatch.tensors import KVSeed
-from edgepatch.tokenizers import render_chat_template
-
-KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}
-"""Types of the KV cache by ggml's number."""
-
-SEED_TYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2")}
-"""Types into which a stored seed can be written; llama.cpp rotates the values of a quantized cache before it stores them."""
+from edgepatch.runtimes.base import Message, Runtime, SeedRoute, Tools, check_patch
+from edgepatch.runtimes.llamacpp_calibration import Calibration
+from edgepatch.runtimes.llamacpp_context import KV_TYPES, ContextSettings, LlamaContext, LlamaModel
+from edgepatch.tokenizers import AddedTokens, encode_chat
 
 DEFAULT_CONTEXT = 4096
-CHUNK = 512
-"""Most tokens that one call evaluates."""
+MAX_KEPT_STATES = 8
+"""Patches whose state stays in memory, so that a swap back costs a copy."""
 
 
 class LlamaCppRuntime(Runtime):
@@ -39,16 +41,19 @@ class LlamaCppRuntime(Runtime):
     Args:
         path: the GGUF file.
         patch: ``None`` for the bare model.
-        context_length: positions, the patch's included; by default the model's own length, at most 4096.
+        context_length: positions of a sequence, the patch's included; by default the model's own length, at most 4096.
+        num_sequences: conversations held at once; they share the seed, and each has ``context_length`` positions.
         kv_type: type of the KV cache, one of ``KV_TYPES``; quantized types need flash attention.
         flash_attention: llama.cpp's fused attention; it computes in float16 whatever the cache's type.
+        seed_route: "stored" for the patch's own seed, "decoded" for one that this very model computes from the soft prompt;
+            by default the stored one where its layout is confirmed by measurement, else the decoded one.
         num_threads: all cores when ``None``.
         num_gpu_layers: layers to keep on a GPU, where llama.cpp was built for one.
 
     Raises:
-        InputError: the file is missing, damaged or not of a proven architecture, or an option cannot be used.
+        InputError: the file is missing or damaged, or an option cannot be used.
         MismatchError: the patch was made for another model.
-        InactivePatchError: llama.cpp did not take the seed.
+        InactivePatchError: llama.cpp did not take the seed, or the canary says that it does not work.
         MissingExtraError: llama-cpp-python or gguf is not installed.
     """
 
@@ -60,85 +65,50 @@ class LlamaCppRuntime(Runtime):
         patch: Patch | None = None,
         *,
         context_length: int | None = None,
+        num_sequences: int = 1,
         kv_type: str = "f16",
         flash_attention: bool = True,
+        seed_route: SeedRoute | None = None,
         num_threads: int | None = None,
         num_gpu_layers: int = 0,
     ) -> None:
-        super().__init__()
-        self._lib = gguf.load_library()
+        super().__init__(num_sequences)
+        self._lib = load_library()
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
-        header = gguf.read_header(path)
-        self.spec = gguf.spec_of(header)
+        header = read_header(path)
+        self.spec = gguf_specs.spec_of(header)
         check_patch(patch, self.spec)
-        self.patch = patch
-        self.quantization = gguf.quantization(header)
-        self._architecture = header.architecture
-        self._num_virtual_tokens = patch.num_virtual_tokens if patch else 0
-        self._kv_type, self._flash_attention = kv_type, flash_attention
-        self.seed_route = self._choose_route()
-        positions = self._positions(context_length, int(header.setting("context_length")))
+        self.quantization = gguf_specs.quantization(header)
+        self.kv_type, self._wanted_route = _checked_type(kv_type, flash_attention), _checked_route(seed_route)
+        self.num_positions = _positions(context_length, int(header.setting("context_length")), patch)
+        self.seed_reason = ""
+        self._states: dict[str, tuple[bytes, SeedRoute]] = {}
+        self._probe: SequenceState | None = None
         try:
-            self._load(path, positions, num_threads or os.cpu_count() or 1, num_gpu_layers)
-            self.context_length = min(positions, self._lib.llama_n_ctx(self._context)) - self._num_virtual_tokens
+            self._load(path, header, flash_attention, num_threads or os.cpu_count() or 1, num_gpu_layers)
             self._read_vocabulary(path, header)
-            self._seed = self._make_seed()
-            self._restore()
+            self._load_patch(patch)
         except BaseException:
             self.close()
             raise
 
     # Loading.
 
-    def _choose_route(self) -> str:
-        """How the seed gets into the cache: "stored" in the patch, "decoded" from the soft prompt by this very model, or ""."""
-        if self._kv_type not in KV_TYPES:
-            raise InputError(f"KV type: expected one of {sorted(KV_TYPES)}, found {self._kv_type!r}")
-        if self._kv_type.startswith("q") and not self._flash_attention:
-            raise InputError(f"KV type {self._kv_type} needs flash attention", hint="turn it on or use f16")
-        if self.patch is None:
-            return ""
-        rope.rotates_neighbours(self._architecture)
-        if self.patch.kv_seed is not None and self._kv_type in SEED_TYPES:
-            return "stored"
-        if self.patch.soft_prompt is None:
-            raise InputError(f"KV type {self._kv_type}: the patch has a KV seed alone, which needs f16 or f32", hint="use f16")
-        return "decoded"
+    def _load(self, path: Path, header: GGUFHeader, flash_attention: bool, num_threads: int, num_gpu_layers: int) -> None:
+        self._model = LlamaModel(path, num_gpu_layers)
+        self._resources.callback(self._model.close)
+        # The seed's cells are shared; one more sequence holds them while no conversation does.
+        num_cells = self.num_positions * self.num_sequences
+        self._master = self.num_sequences
+        settings = ContextSettings(num_cells, self.num_sequences + 1, self.kv_type, flash_attention, num_threads)
+        self._context = LlamaContext(self._model, settings)
+        self._resources.callback(self._context.close)
+        self._calibration = Calibration(self._model, header, self.spec, settings)
+        self._vocab = self._model.vocab
 
-    def _positions(self, asked: int | None, trained: int) -> int:
-        positions = min(trained, DEFAULT_CONTEXT) if asked is None else asked
-        if not self._num_virtual_tokens < positions <= trained:
-            least, hint = self._num_virtual_tokens + 1, f"the patch takes {self._num_virtual_tokens} of them"
-            raise InputError(f"context length: expected {least} to {trained}, found {positions}", hint)
-        return positions
-
-    def _load(self, path: Path, positions: int, num_threads: int, num_gpu_layers: int) -> None:
+    def _read_vocabulary(self, path: Path, header: GGUFHeader) -> None:
         lib = self._lib
-        settings = lib.llama_model_default_params()
-        settings.n_gpu_layers = num_gpu_layers
-        self._model = lib.llama_model_load_from_file(bytes(path), settings)
-        if not self._model:
-            raise InputError(f"llama.cpp cannot load {path}: {gguf.library_errors()}", hint="download or convert it again")
-        self._resources.callback(lib.llama_model_free, self._model)
-        options = lib.llama_context_default_params()
-        options.n_ctx, options.n_seq_max, options.kv_unified = positions, 1, True
-        options.n_batch = options.n_ubatch = CHUNK
-        options.n_threads = options.n_threads_batch = num_threads
-        options.type_k = options.type_v = KV_TYPES[self._kv_type]
-        enabled, disabled = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        options.flash_attn_type = enabled if self._flash_attention else disabled
-        self._context = lib.llama_init_from_model(self._model, options)
-        if not self._context:
-            raise InputError(f"llama.cpp cannot use {path}: {gguf.library_errors()}", hint="try a shorter context or f16")
-        self._resources.callback(lib.llama_free, self._context)
-        self._memory = lib.llama_get_memory(self._context)
-        self._chunk = int(lib.llama_n_batch(self._context))
-        self._batch = self._resources.enter_context(_Batch(lib, self._chunk))
-
-    def _read_vocabulary(self, path: Path, header: gguf.GGUFHeader) -> None:
-        lib = self._lib
-        self._vocab = lib.llama_model_get_vocab(self._model)
         ids = range(lib.llama_vocab_n_tokens(self._vocab))
         if len(ids) != self.spec.vocab_size:
             raise InputError(f"{path}: expected {self.spec.vocab_size} tokens, found {len(ids)}", hint="download it again")
@@ -149,131 +119,166 @@ class LlamaCppRuntime(Runtime):
 
     # The seed.
 
-    def _make_seed(self) -> ctypes.Array[ctypes.c_uint8] | None:
-        """llama.cpp's own state of the P seeded positions, or ``None`` for the bare model."""
-        if self.patch is None:
-            return None
-        if self.seed_route == "decoded":
-            assert self.patch.soft_prompt is not None  # _choose_route
-            self._decode_embeddings(self.patch.soft_prompt.embeddings)
-            return self._state()
-        assert self.patch.kv_seed is not None  # _choose_route
-        self._forward([0] * self._num_virtual_tokens, every=False)  # any tokens: only the shape of their state is wanted
-        state = self._state()
-        self._overwrite(state, self.patch.kv_seed)
-        return state
-
-    def _state(self) -> ctypes.Array[ctypes.c_uint8]:
-        size = self._lib.llama_state_seq_get_size(self._context, 0)
-        state: ctypes.Array[ctypes.c_uint8] = (ctypes.c_uint8 * size)()
-        if self._lib.llama_state_seq_get_data(self._context, state, size, 0) != size:
-            raise InactivePatchError(f"llama.cpp gave no state of its cache: {gguf.library_errors()}")
-        return state
-
-    def _overwrite(self, state: ctypes.Array[ctypes.c_uint8], seed: KVSeed) -> None:
-        """Puts the seed's keys and values into a state; every other byte must already be the expected one."""
-        view = memoryview(state).cast("B")
-        parts = list(self._cache_parts(seed))
-        position = len(view) - sum(len(part) for _, part in parts)  # in front of it stands a header that is left alone
-        if position < 0:
-            raise InactivePatchError(f"llama.cpp's state: expected {len(view) - position} bytes or more, found {len(view)}")
-        for name, part in parts:
-            target = view[position : position + len(part)]
-            if name == "data":
-                target[:] = part
-            elif target != part:
-                found = f"expected {part.hex()}, found {target.hex()}"
-                raise InactivePatchError(f"llama.cpp's state: {name}: {found}", hint="use a tested llama-cpp-python")
-            position += len(part)
-
-    def _cache_parts(self, seed: KVSeed) -> Iterator[tuple[str, bytes]]:
-        """The cache of one sequence as llama.cpp writes it: named fields, and "data" for keys and values."""
-        num_heads, num_cells, head_dim = seed.keys[0].shape
-        dtype, kind = SEED_TYPES[self._kv_type], KV_TYPES[self._kv_type]
-        row = num_heads * head_dim
-        row_field = struct.pack("<iQ", kind, row * dtype.itemsize)
-        transposed = not self._flash_attention
-        yield "number of streams and cells", struct.pack("<II", 1, num_cells)
-        for position in range(num_cells):
-            yield f"cell {position}", struct.pack("<iIi", position, 1, 0)  # position, number of sequences, sequence
-        yield "value order and number of layers", struct.pack("<II", transposed, len(seed.keys))
-        for layer, key in enumerate(seed.keys):
-            yield f"key type of layer {layer}", row_field
-            yield "data", _cast(rope.to_llamacpp(key, self._architecture).transpose(1, 0, 2), dtype)  # (P, K, H)
-        for layer, value in enumerate(seed.values):
-            column_field = struct.pack("<iII", kind, dtype.itemsize, row)
-            yield f"value type of layer {layer}", column_field if transposed else row_field
-            yield "data", _cast(value.transpose((0, 2, 1) if transposed else (1, 0, 2)), dtype)  # (K, H, P) or (P, K, H)
+    def _install(self, patch: Patch | None) -> SeedRoute:
+        self._context.clear()
+        route: SeedRoute = ""
+        if patch is not None:
+            route = self._state_of(patch)[1]
+        self._restore()
+        for sequence in range(self.num_sequences):
+            self._context.fork(self._master, sequence)
+        return route
 
     def _restore(self) -> None:
-        """Starts the cache afresh with nothing but the seed in it, and proves that it is there."""
-        lib = self._lib
-        lib.llama_memory_clear(self._memory, False)
-        if self._seed is None:
-            return
-        size = len(self._seed)
-        taken = lib.llama_state_seq_set_data(self._context, self._seed, size, 0)
-        if taken != size or not self._holds(self._num_virtual_tokens) or bytes(self._state()) != bytes(self._seed):
-            raise InactivePatchError(f"llama.cpp took {taken} of {size} bytes of the seed: {gguf.library_errors()}")
+        """Starts the cache afresh with nothing but the seed in it."""
+        self._context.clear()
+        if self.patch is not None:
+            self._context.restore(self._master, self._state_of(self.patch)[0])
+        if not self._context.holds(self._master, self.num_virtual_tokens):
+            raise InactivePatchError(f"llama.cpp's cache does not hold the {self.num_virtual_tokens} positions of the seed")
 
-    def _holds(self, num_positions: int) -> bool:
-        """Whether the cache holds exactly the positions 0 to ``num_positions - 1``."""
-        first = self._lib.llama_memory_seq_pos_min(self._memory, 0)
-        last = self._lib.llama_memory_seq_pos_max(self._memory, 0)
-        return (first, last) == ((0, num_positions - 1) if num_positions else (-1, -1))
+    def _state_of(self, patch: Patch) -> tuple[bytes, SeedRoute]:
+        """llama.cpp's own state of the P seeded positions, and how it was made."""
+        digest = patch.digest
+        if digest not in self._states:
+            while len(self._states) >= MAX_KEPT_STATES:
+                del self._states[next(iter(self._states))]
+            self._states[digest] = self._make_state(patch)
+        return self._states[digest]
+
+    def _make_state(self, patch: Patch) -> tuple[bytes, SeedRoute]:
+        self.seed_reason = ""
+        if self._wanted_route == "stored" and patch.kv_seed is None:
+            raise InputError("the patch has no stored seed", hint="add it with `edgepatch convert seed`, or use seed_route decoded")
+        if patch.kv_seed is None or self._wanted_route == "decoded":
+            return self._decode(patch), "decoded"
+        if self._model.has_recurrent_memory:
+            return self._fall_back(patch, "the model has recurrent layers, whose memory no KV seed holds")
+        # A layout says nothing about another seed: one of another rope theta fits it too. So each seed is compared once.
+        confirmed = patch.soft_prompt is None or self._calibration.has_confirmed(patch.digest)
+        layout = self._calibration.layout if patch.canary and confirmed else None
+        if layout is None and patch.soft_prompt is None:
+            layout = self._calibration.layout_by_rope()
+        if layout is not None:
+            return self._lay_out(patch, layout), "stored"
+        return self._measure(patch)
+
+    def _measure(self, patch: Patch) -> tuple[bytes, SeedRoute]:
+        """Compares what the model itself makes of the soft prompt with the stored seed, and takes the layout if one fits."""
+        assert patch.kv_seed is not None  # _make_state
+        decoded = self._decode(patch)
+        try:
+            self._probe = read_state(decoded)
+            found = llamacpp_layout.measure(self._probe, patch.kv_seed, self._calibration.key_error_factor())
+        except InactivePatchError as error:
+            return self._fall_back(patch, str(error), decoded)
+        if not found.confirmed:
+            errors = f"keys differ from the stored seed by {found.key_error:.2f}, values by {found.value_error:.2f}"
+            return self._fall_back(patch, f"no layout of its cache fits: {errors}", decoded)
+        self._calibration.keep_layout(found.layout, patch.digest)
+        return self._lay_out(patch, found.layout), "stored"
+
+    def _fall_back(self, patch: Patch, reason: str, decoded: bytes | None = None) -> tuple[bytes, SeedRoute]:
+        """The decoded route, unless the stored one was asked for or is the only one; the reason is kept for the user."""
+        if self._wanted_route == "stored" or patch.soft_prompt is None:
+            raise InputError(f"the stored seed cannot be used: {reason}", hint="use a patch with a soft prompt, and seed_route decoded")
+        self.seed_reason = reason
+        return decoded or self._decode(patch), "decoded"
+
+    def _lay_out(self, patch: Patch, layout: llamacpp_layout.Layout) -> bytes:
+        assert patch.kv_seed is not None  # _make_state
+        if self._probe is None:
+            self._context.clear()
+            self._context.evaluate(self._master, [0])  # any token: only the structure of its state is wanted
+            self._probe = read_state(self._context.state(self._master))
+        return llamacpp_layout.seeded_state(self._probe, layout, patch.kv_seed, self._model.window)
+
+    def _decode(self, patch: Patch) -> bytes:
+        """The state of the soft prompt evaluated by this very model."""
+        if patch.soft_prompt is None:
+            raise InputError("the patch has a KV seed alone: it cannot be decoded", hint="use seed_route stored")
+        self._context.clear()
+        factor = self._calibration.embedding_factor(self._context, self._master)
+        self._context.evaluate_embeddings(self._master, patch.soft_prompt.embeddings * np.float32(factor))
+        return self._context.state(self._master)
+
+    def seed_state(self) -> bytes:
+        """llama.cpp's own state of the seeded positions; meaningless to another build or another setting of the cache."""
+        return self._context.state(self._master)
+
+    def save_seed_file(self, path: Path, token_ids: Sequence[int]) -> None:
+        """Writes the seed as llama.cpp's own sequence file, which stock clients restore.
+
+        Args:
+            path: the file.
+            token_ids: P ids that label the positions; clients compare them with the start of a prompt.
+
+        Raises:
+            InputError: there is no patch, the number of ids is not P, or the file cannot be written.
+        """
+        if len(token_ids) != self.num_virtual_tokens or not token_ids:
+            raise InputError(f"expected {self.num_virtual_tokens} token ids, one a virtual token, found {len(token_ids)}")
+        self._context.save_state_file(path, self._master, token_ids)
 
     # Evaluation.
 
-    def _rewind(self, length: int) -> int:
-        keep = self._num_virtual_tokens + length
-        if keep and self._lib.llama_memory_seq_rm(self._memory, 0, keep, -1) and self._holds(keep):
+    def _rewind(self, sequence: int, length: int) -> int:
+        if length and self._context.truncate(sequence, self.num_virtual_tokens + length):
             return length
-        self._restore()
+        if not self._context.holds(self._master, self.num_virtual_tokens):
+            self._restore()
+        self._context.fork(self._master, sequence)
+        if self._context.last_position(sequence) != self.num_virtual_tokens - 1:
+            raise InactivePatchError(f"llama.cpp did not start sequence {sequence} from the seed", hint="load the model again")
         return 0
 
-    def _forward(self, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
-        logits = []  # in chunks: llama.cpp ends the process on more than n_batch tokens
-        for start in range(0, len(tokens), self._chunk):
-            chunk = tokens[start : start + self._chunk]
-            is_last = start + self._chunk >= len(tokens)
-            wanted = [every] * (len(chunk) - 1) + [every or is_last]
-            self._batch.fill(self._next_positions(len(chunk)), wanted, tokens=chunk)
-            logits.append(self._run(self._batch))
-        return np.concatenate(logits)
+    def num_cached(self, tokens: Sequence[int], sequence: int = 0) -> int:
+        shared = super().num_cached(tokens, sequence)
+        # Recurrent memory cannot be cut back: it goes on from its end or starts afresh.
+        cut = self._model.has_recurrent_memory and shared < len(self.evaluated(sequence))
+        return 0 if cut else shared
 
-    def _decode_embeddings(self, embeddings: NDArray[np.float32]) -> None:
-        """Evaluates (P, D) embeddings behind all that the cache holds, in chunks."""
-        with _Batch(self._lib, self._chunk, embeddings.shape[1]) as batch:
-            for start in range(0, len(embeddings), self._chunk):
-                chunk = embeddings[start : start + self._chunk]
-                batch.fill(self._next_positions(len(chunk)), [False] * len(chunk), embeddings=chunk)
-                self._run(batch)
+    def _forward(self, sequence: int, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
+        self._require_seed(sequence)
+        return self._context.evaluate(sequence, tokens, every)
 
-    def _next_positions(self, count: int) -> range:
-        first = self._lib.llama_memory_seq_pos_max(self._memory, 0) + 1
-        return range(first, first + count)
+    def _require_seed(self, sequence: int) -> None:
+        """The last guard: nothing is evaluated in a sequence whose first P positions are not there.
 
-    def _run(self, batch: _Batch) -> NDArray[np.float32]:
-        """Evaluates a batch; (N, V) float32 logits of its N tokens that want them."""
-        status = self._lib.llama_decode(self._context, batch.struct)
-        if status != 0:
-            count = batch.struct.n_tokens
-            raise EdgepatchError(f"llama.cpp cannot evaluate {count} tokens (code {status}): {gguf.library_errors()}")
-        if not batch.num_outputs:
-            return np.empty((0, self.spec.vocab_size), np.float32)
-        pointer = self._lib.llama_get_logits(self._context)
-        return as_float32(np.ctypeslib.as_array(pointer, (batch.num_outputs, self.spec.vocab_size)))
+        Raises:
+            InactivePatchError: they are gone, which nothing that a caller can do should bring about.
+        """
+        length = self._context.last_position(sequence) + 1
+        if length < self.num_virtual_tokens or not self._context.holds(sequence, length):
+            raise InactivePatchError(
+                f"sequence {sequence} holds {length} positions, of which the patch's {self.num_virtual_tokens} are not intact",
+                hint="load the model again; please report it",
+            )
 
     # Text.
 
     def encode(self, text: str) -> list[int]:
         return self._tokenize(text, special_around=True, special_within=False)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        if not self._template:
-            raise InputError("the model has no chat template", hint="pass plain text or token ids instead of messages")
-        text = render_chat_template(self._template, messages, self._bos, self._eos)
-        return self._tokenize(text, special_around=False, special_within=True)
+    def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+        def encode(text: str, trusted: bool) -> list[int]:
+            return self._tokenize(text, special_around=False, special_within=trusted)
+
+        return encode_chat(self._template, messages, self._bos, self._eos, self._added_tokens, encode, tools)
+
+    @cached_property
+    def _added_tokens(self) -> AddedTokens:
+        """What ``_tokenize`` reads as single tokens."""
+
+        def texts(kinds: int) -> tuple[str, ...]:
+            ids = [i for i in range(self.spec.vocab_size) if self._lib.llama_vocab_get_attr(self._vocab, i) & kinds]
+            return tuple(self._lib.llama_vocab_get_text(self._vocab, i).decode("utf-8", "replace") for i in ids)
+
+        special = self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        return AddedTokens(texts(special), texts(self._lib.LLAMA_TOKEN_ATTR_USER_DEFINED))
+
+    def _token_bytes(self) -> list[bytes]:
+        return [self._piece(i) for i in range(self.spec.vocab_size)]
 
     def _tokenize(self, text: str, special_around: bool, special_within: bool) -> list[int]:
         """Token ids.
@@ -321,53 +326,24 @@ class _Closed:
         raise EdgepatchError("the model is closed", hint="load it again")
 
 
-class _Batch:
-    """llama.cpp's batch of at most ``size`` tokens, or of embeddings of ``width`` values."""
-
-    def __init__(self, lib: Any, size: int, width: int = 0) -> None:
-        self.struct = lib.llama_batch_init(size, width, 1)
-        self.num_outputs = 0
-        self._free = lib.llama_batch_free
-        _fill(self.struct.n_seq_id, [1] * size)
-        for i in range(size):
-            self.struct.seq_id[i][0] = 0
-
-    def fill(
-        self,
-        positions: Sequence[int],
-        wanted: Sequence[bool],
-        tokens: Sequence[int] = (),
-        embeddings: NDArray[np.float32] | None = None,
-    ) -> None:
-        """Sets the tokens or embeddings to evaluate, their positions, and which of them want logits."""
-        self.struct.n_tokens, self.num_outputs = len(positions), sum(wanted)
-        _fill(self.struct.pos, positions)
-        _fill(self.struct.logits, wanted)
-        if embeddings is None:
-            _fill(self.struct.token, tokens)
-        else:
-            _fill(self.struct.embd, embeddings.ravel())
-
-    def __enter__(self) -> _Batch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._free(self.struct)
+def _checked_type(kv_type: str, flash_attention: bool) -> str:
+    if kv_type not in KV_TYPES:
+        raise InputError(f"KV type: expected one of {sorted(KV_TYPES)}, found {kv_type!r}")
+    if kv_type.startswith("q") and not flash_attention:
+        raise InputError(f"KV type {kv_type} needs flash attention", hint="turn it on or use f16")
+    return kv_type
 
 
-def _fill(target: Any, values: Sequence[int] | NDArray[np.float32]) -> None:
-    """Copies values into a C array that is at least as long."""
-    np.ctypeslib.as_array(target, (len(values),))[:] = values
+def _checked_route(route: SeedRoute | None) -> SeedRoute | None:
+    if route not in (None, "stored", "decoded"):
+        raise InputError(f"seed route: expected stored or decoded, found {route!r}")
+    return route
 
 
-def _cast(tensor: NDArray[Any], dtype: np.dtype[Any]) -> bytes:
-    """The tensor's bytes in the cache's type.
-
-    Raises:
-        InputError: a value is too large for it.
-    """
-    with np.errstate(over="ignore"):
-        cast = tensor.astype(dtype)
-    if not np.isfinite(cast).all():
-        raise InputError("the KV seed has values beyond float16", hint="load the model with kv_type f32")
-    return cast.tobytes()
+def _positions(asked: int | None, trained: int, patch: Patch | None) -> int:
+    """Positions of a sequence, the patch's included."""
+    taken = patch.num_virtual_tokens if patch else 0
+    positions = min(trained, DEFAULT_CONTEXT) if asked is None else asked
+    if not taken < positions <= trained:
+        raise InputError(f"context length: expected {taken + 1} to {trained}, found {positions}", f"the patch takes {taken} of them")
+    return positions

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import hf
 from edgepatch.patches import Patch
-from edgepatch.runtimes.base import Message, Prompt, Runtime, as_float32, check_patch
+from edgepatch.runtimes.base import Message, Prompt, Runtime, SeedRoute, Tools, as_float32, check_patch
 from edgepatch.sampling import Sampling
 from edgepatch.tokenizers import FolderTokenizer
 
@@ -24,6 +24,7 @@ class TorchRuntime(Runtime):
         folder: model and tokenizer.
         patch: ``None`` for the bare model.
         device: "cpu" or "cuda".
+        num_sequences: conversations held at once.
 
     Raises:
         InputError: the folder cannot be read.
@@ -33,52 +34,59 @@ class TorchRuntime(Runtime):
     name = "torch"
     quantization = "F32"
 
-    def __init__(self, folder: Path, patch: Patch | None = None, device: str = "cpu") -> None:
-        super().__init__()
+    def __init__(self, folder: Path, patch: Patch | None = None, device: str = "cpu", num_sequences: int = 1) -> None:
+        super().__init__(num_sequences)
         self.spec = hf.read_spec(folder)
         check_patch(patch, self.spec)
-        self.patch = patch
         self._tokenizer = FolderTokenizer(folder)
         self.end_token_ids = self._tokenizer.end_token_ids
         self.model = hf.load_model(folder, device)
-        self._cache: Any = None
-        self._seed = None
-        if patch is not None:
+        self.num_positions = int(hf.text_config(self.model.config).max_position_embeddings)
+        self._caches: list[Any] = [None] * num_sequences
+        self._is_croppable = hf.is_attention_only(self.model)
+        self._load_patch(patch)
+
+    def _install(self, patch: Patch | None) -> SeedRoute:
+        if patch is None:
+            self._memory = hf.new_cache(self.model)
+        elif patch.soft_prompt is not None:
             # A stored seed is rounded to float16 for shipping; the oracle wants the soft prompt's own float32 seed.
-            self._seed = hf.compute_kv_seed(self.model, patch.soft_prompt) if patch.soft_prompt else patch.kv_seed
-        self._num_virtual_tokens = patch.num_virtual_tokens if patch else 0
-        self.context_length = int(self.model.config.max_position_embeddings) - self._num_virtual_tokens
-        self._rewind(0)
+            self._memory = hf.prefill(self.model, patch.soft_prompt)
+        else:
+            assert patch.kv_seed is not None  # a patch has one of them
+            self._memory = hf.seeded_cache(self.model, patch.kv_seed)
+        for sequence in range(self.num_sequences):
+            self._rewind(sequence, 0)
+        if patch is None:
+            return ""
+        return "decoded" if patch.soft_prompt is not None else "stored"
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        return self._tokenizer.encode_chat(messages)
+    def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+        return self._tokenizer.encode_chat(messages, tools)
 
     def _new_decoder(self) -> Callable[[int], str]:
         return self._tokenizer.new_decoder()
 
-    def _rewind(self, length: int) -> int:
-        import torch
-        from transformers import DynamicCache
+    def _token_bytes(self) -> list[bytes]:
+        return self._tokenizer.token_bytes(self.spec.vocab_size)
 
-        if length:
-            self._cache.crop(self._num_virtual_tokens + length - self._cache.get_seq_length())
+    def _rewind(self, sequence: int, length: int) -> int:
+        if length and self._is_croppable:
+            cache = self._caches[sequence]
+            cache.crop(self.num_virtual_tokens + length - cache.get_seq_length())  # negative: so many are taken off
             return length
-        self._cache = DynamicCache()
-        if self._seed is not None:
-            for layer, (key, value) in enumerate(zip(self._seed.keys, self._seed.values, strict=True)):
-                tensors = [torch.from_numpy(t.astype(np.float32))[None].to(self.model.device) for t in (key, value)]
-                self._cache.update(*tensors, layer)  # (1, K, P, H)
+        self._caches[sequence] = copy.deepcopy(self._memory)
         return 0
 
-    def _forward(self, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
+    def _forward(self, sequence: int, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
         import torch
 
         ids = torch.tensor([list(tokens)], device=self.model.device)
         with torch.inference_mode():
-            output = self.model(input_ids=ids, past_key_values=self._cache, logits_to_keep=0 if every else 1)
+            output = self.model(input_ids=ids, past_key_values=self._caches[sequence], logits_to_keep=0 if every else 1)
         return as_float32(output.logits[0].float().cpu().numpy())
 
     def generate_many(self, prompt: Prompt, sampling: Sampling, count: int) -> list[str]:
@@ -89,7 +97,7 @@ class TorchRuntime(Runtime):
             return super().generate_many(prompt, sampling, count)
         tokens = self.tokens(prompt)
         logits = self._evaluate(tokens)[-1]
-        cache = copy.deepcopy(self._cache)
+        cache = copy.deepcopy(self._caches[0])
         cache.batch_repeat_interleave(count)
 
         def step(drawn: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -98,7 +106,8 @@ class TorchRuntime(Runtime):
                 return as_float32(self.model(input_ids=ids, past_key_values=cache).logits[:, -1].float().cpu().numpy())
 
         room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
-        return self._continue_rows(logits, range(sampling.rng_seed, sampling.rng_seed + count), sampling, room, step)
+        rng_seeds = range(sampling.rng_seed, sampling.rng_seed + count)
+        return self._continue_rows(tokens, logits, rng_seeds, sampling, room, step)
 
     def close(self) -> None:
         del self.model

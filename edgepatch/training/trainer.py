@@ -93,7 +93,7 @@ class PreferenceTrainer(ABC):
     """SFT and DPO of something trainable against the frozen model that it starts from.
 
     Args:
-        folder: Transformers folder of the base model.
+        folder: Transformers folder of the base model, or a GGUF file of it, whose weights are dequantized.
         config: hyperparameters.
         device: "cpu" or "cuda"; the default is a GPU where there is one.
 
@@ -112,11 +112,12 @@ class PreferenceTrainer(ABC):
             raise MissingExtraError("torch", "train") from None
         self.config, self.folder = config, folder
         self.spec = hf.read_spec(folder)
-        self.tokenizer = FolderTokenizer(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.base = hf.load_model(folder, self.device)
         torch.manual_seed(config.rng_seed)
-        self.model = self._trainable_model()
+        with hf.tokenizer_folder(folder) as self._tokenizer_folder:
+            self.tokenizer = FolderTokenizer(self._tokenizer_folder)
+            self.model = self._trainable_model()
         self.history = History()
         self._rng = random.Random(config.rng_seed)
 
@@ -308,7 +309,7 @@ class PatchTrainer(PreferenceTrainer):
             num_virtual_tokens=self.config.num_virtual_tokens,
             prompt_tuning_init="TEXT",
             prompt_tuning_init_text=self.config.init_text,
-            tokenizer_name_or_path=str(self.folder),
+            tokenizer_name_or_path=str(self._tokenizer_folder),
         )
         with warnings.catch_warnings():  # PEFT 0.21 asks Transformers 5.23 by an old name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -329,7 +330,7 @@ def train_patch(
     version: str = "0.1.0",
     progress: Progress = lambda *_: None,
 ) -> tuple[Patch, History]:
-    """Trains a patch for the model in ``folder`` and computes its seed.
+    """Trains a patch for the model in ``folder``, or in a GGUF file, and computes its seed.
 
     Returns:
         The patch, with soft prompt and float16 seed, and the curves.
@@ -354,5 +355,5 @@ def train_patch(
         "software": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
                      "python": platform.python_version()},
     }  # fmt: skip
-    seed = hf.compute_kv_seed(trainer.base, soft_prompt, dtype=np.float16)
-    return Patch(name, version, trainer.spec, soft_prompt, seed, training=record), trainer.history
+    patch = hf.complete(Patch(name, version, trainer.spec, soft_prompt, training=record), trainer.base)
+    return patch, trainer.history

@@ -1,0 +1,125 @@
+"""The canary: does a loaded patch do on this device what it did on the full-precision model?
+
+A seed in a wrong order, for another rope scaling, or silently dropped gives fluent text and no error. So a patch carries, for a
+few short prompts, the next-token logits of the full-precision model with and without it. A runtime measures the same logits and
+compares the *effect*, patched less bare: quantization shifts both alike, so most of its error cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.errors import InactivePatchError
+from edgepatch.tensors import Canary, CanaryPrompt
+
+NUM_LOGITS = 64
+PROMPT_LENGTHS = (1, 2, 3)
+"""Tokens of each prompt; the first is evaluated after every swap, so it is as short as a prompt can be."""
+
+TOLERANCES = (
+    (("F32", "F16", "fp16"), 0.02),
+    (("BF16",), 0.05),
+    (("Q8", "int8"), 0.06),
+    (("Q6",), 0.1),
+    (("Q5",), 0.15),
+    (("Q3", "Q2", "IQ3", "IQ2", "IQ1", "TQ"), 0.45),
+)
+"""Start of the weights' type -> deviation allowed."""
+
+FOUR_BIT_TOLERANCE = 0.3
+CACHE_TOLERANCES = {"f32": 0.0, "f16": 0.0, "bf16": 0.03, "q8_0": 0.03}
+QUANTIZED_CACHE_TOLERANCE = 0.15
+DECODED_FACTOR = 1.5
+"""A seed that the quantized model computed itself carries that model's error as well; its layout cannot be wrong."""
+
+LARGEST_TOLERANCE = 0.6
+"""Measured on random models, the hardest case: right stored seeds deviate by at most 0.002 at F16, 0.025 at Q8_0, 0.05 at Q6_K, 0.26 at
+4 bits, 0.35 at Q3_K_M (two first prompts); another patch's seed by 0.53 or more, a missing one by 1. On the trained lab model Q4_0 stays below 0.12.
+"""
+
+
+def canary_prompts(vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    """The same token ids for every patch of a vocabulary, so that a device measures the bare model once.
+
+    Spread over the vocabulary by a golden-ratio step; which tokens they are does not matter to attention.
+    """
+    ids = [int(vocab_size * ((0.5 + i * 0.6180339887498949) % 1.0)) for i in range(sum(PROMPT_LENGTHS))]
+    starts = np.cumsum([0, *PROMPT_LENGTHS])
+    return tuple(tuple(ids[a:b]) for a, b in pairwise(starts))
+
+
+def make_canary(
+    vocab_size: int,
+    bare: Callable[[Sequence[int]], NDArray[Any]],
+    patched: Callable[[Sequence[int]], NDArray[Any]],
+) -> Canary:
+    """A canary from the full-precision model.
+
+    Args:
+        vocab_size: V.
+        bare: prompt -> (V,) logits after it, without the patch.
+        patched: the same with the patch.
+    """
+    made = []
+    for tokens in canary_prompts(vocab_size):
+        without, with_patch = (np.asarray(f(tokens), dtype=np.float64) for f in (bare, patched))
+        effect = (with_patch - with_patch.mean()) - (without - without.mean())
+        ids = np.sort(np.argsort(-np.abs(effect), kind="stable")[: min(NUM_LOGITS, len(effect))])
+        rounded = (tuple(round(float(x), 4) for x in centred(logits, ids)) for logits in (without, with_patch))
+        made.append(CanaryPrompt(tokens, tuple(int(i) for i in ids), *rounded))
+    return Canary(tuple(made))
+
+
+def centred(logits: NDArray[Any], ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
+    """(N,) logits of ``ids`` less their mean: a constant added to all logits changes no probability."""
+    chosen = np.asarray(logits, dtype=np.float64)[np.asarray(ids)]
+    return np.asarray(chosen - chosen.mean())
+
+
+def deviation(prompt: CanaryPrompt, bare: NDArray[Any], patched: NDArray[Any]) -> float:
+    """How far the patch's effect on this device is from its effect on the full-precision model.
+
+    Args:
+        prompt: what is expected.
+        bare: (V,) logits of this device without the patch.
+        patched: (V,) with the patch.
+
+    Returns:
+        Length of the difference over the length of the expected effect: 0 for the same effect, 1 for none.
+    """
+    expected = np.asarray(prompt.patched) - np.asarray(prompt.bare)
+    found = centred(patched, prompt.token_ids) - centred(bare, prompt.token_ids)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def tolerance(quantization: str, kv_type: str = "f32", is_decoded: bool = False) -> float:
+    """The largest deviation that quantized weights, a quantized cache and the seed's route explain.
+
+    Args:
+        quantization: type of the weights, as the runtimes name it.
+        kv_type: type of the cache.
+        is_decoded: whether this very model computed the seed.
+    """
+    weights = next((allowed for starts, allowed in TOLERANCES if quantization.startswith(starts)), FOUR_BIT_TOLERANCE)
+    allowed = weights + CACHE_TOLERANCES.get(kv_type, QUANTIZED_CACHE_TOLERANCE)
+    return min(allowed * (DECODED_FACTOR if is_decoded else 1.0), LARGEST_TOLERANCE)
+
+
+def require_active(prompt: CanaryPrompt, bare: NDArray[Any], patched: NDArray[Any], allowed: float) -> None:
+    """Refuses to go on with a patch that does not do what it should.
+
+    Raises:
+        InactivePatchError: the deviation is beyond ``allowed``, or not a number.
+    """
+    found = deviation(prompt, bare, patched)
+    if not found <= allowed:  # NaN fails too
+        raise InactivePatchError(
+            f"canary: the patch's effect on this model deviates by {found:.2f} from that at full precision, allowed is {allowed:.2f}"
+            " (0 is the same effect, 1 is none)",
+            hint="the seed is not what the patch's maker measured: check model file and runtime version, convert the seed again",
+        )

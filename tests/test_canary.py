@@ -1,0 +1,133 @@
+"""The canary: an inactive or foreign seed is always caught, and a right one never refused (figure F8 of the threat model)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from edgepatch import canary
+from edgepatch.converters import gguf, hf
+from edgepatch.errors import InactivePatchError, PatchFormatError
+from edgepatch.patches import Patch, parse_patch, patch_bytes
+from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.tensors import Canary, SoftPrompt
+
+LOADS = 1000
+TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
+CACHES = (("f16", True), ("f32", False), ("q8_0", True), ("q4_0", True))
+
+
+@pytest.fixture(scope="module")
+def patches(tiny_folder, tiny_patch) -> list[Patch]:
+    """25 random patches of strengths from weak to overwhelming, with P from 1 to 50."""
+    model, rng = hf.load_model(tiny_folder), np.random.default_rng(5)
+    made = []
+    for number in range(25):
+        strength, length = 0.05 * 1.2**number, int(rng.integers(1, 51))
+        prompt = SoftPrompt((rng.standard_normal((length, tiny_patch.base.hidden_size)) * strength).astype(np.float32))
+        made.append(hf.complete(Patch(f"p{number}", "1.0.0", tiny_patch.base, prompt), model))
+    return made
+
+
+@pytest.fixture(scope="module")
+def files(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    gguf.convert_folder(tiny_folder, folder / "F16.gguf", "F16")
+    for name in TYPES[1:]:
+        gguf.quantize(folder / "F16.gguf", folder / f"{name}.gguf", name, num_threads=1)
+    return folder
+
+
+def test_no_false_alarm_in_1000_loads_and_no_foreign_seed_unseen(files, patches):
+    """Each load proves a right patch; then a patch with another's seed is tried in its place."""
+    loads = caught = foreign = 0
+    for name, (kv_type, flash_attention) in product(TYPES, CACHES):
+        options = {"kv_type": kv_type, "flash_attention": flash_attention, "num_threads": 1, "context_length": 128}
+        with LlamaCppRuntime(files / f"{name}.gguf", None, **options) as runtime:
+            for number in range(-(-LOADS // len(TYPES) // len(CACHES))):
+                patch, other = patches[loads % 25], patches[(loads + 7) % 25]
+                runtime._load_patch(patch)
+                loads += 1
+                if number % 5 == 0:
+                    foreign += 1
+                    with pytest.raises(InactivePatchError, match="canary"):
+                        runtime.swap(replace(other, canary=patch.canary))
+                    caught += 1
+                    assert runtime.patch is patch
+    assert loads >= LOADS and caught == foreign > 100
+
+
+def test_an_inactive_patch_is_caught(files, patches, monkeypatch):
+    """A runtime that reports a patch and does not apply it, the fault of ignored adapters elsewhere."""
+    with LlamaCppRuntime(files / "Q4_0.gguf", None, num_threads=1) as runtime:
+        install = runtime._install
+
+        def pretend(patch):
+            runtime.patch = None
+            install(None)
+            runtime.patch = patch
+            return "stored"
+
+        monkeypatch.setattr(runtime, "_install", pretend)
+        monkeypatch.setattr(type(runtime), "num_virtual_tokens", 0)
+        for patch in patches:
+            with pytest.raises(InactivePatchError, match=r"deviates by 1\.00"):
+                runtime.swap(patch)
+
+
+def test_the_reference_runtime_proves_its_patch_too(tiny_folder, tiny_patch, patches):
+    with TorchRuntime(tiny_folder, tiny_patch) as runtime:
+        with pytest.raises(InactivePatchError, match="canary"):
+            runtime.swap(replace(patches[3], canary=patches[4].canary))
+        assert runtime.patch is tiny_patch
+
+
+def test_a_canary_survives_the_file(tiny_patch):
+    again = parse_patch(patch_bytes(tiny_patch))
+    assert again.canary == tiny_patch.canary and len(again.canary.prompts) == len(canary.PROMPT_LENGTHS)
+    assert parse_patch(patch_bytes(replace(tiny_patch, canary=None))).canary is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: p.pop("bare"),
+        lambda p: p.update(extra=[1]),
+        lambda p: p.update(tokens=[]),
+        lambda p: p.update(tokens=["1"]),
+        lambda p: p.update(token_ids=[True, False]),
+        lambda p: p["bare"].pop(),
+        lambda p: p.update(patched=p["bare"]),
+        lambda p: p.update(bare=[float("nan")] * len(p["bare"])),
+        lambda p: p.update(token_ids=[p["token_ids"][0]] * len(p["token_ids"])),
+    ],
+)
+def test_a_damaged_canary_is_refused(tiny_patch, damage):
+    values = tiny_patch.canary.as_dict()
+    damage(values["prompts"][0])
+    with pytest.raises(PatchFormatError, match="canary"):
+        Canary.from_dict(values)
+
+
+@pytest.mark.parametrize("values", [None, [], {}, {"prompts": []}, {"prompts": [3]}, {"prompts": 3}, {"prompts": [{}] * 17}])
+def test_a_malformed_canary_is_refused(values):
+    with pytest.raises(PatchFormatError, match="canary"):
+        Canary.from_dict(values)
+
+
+def test_ids_outside_the_vocabulary_are_refused(tiny_patch):
+    values = tiny_patch.canary.as_dict()
+    values["prompts"][0]["tokens"] = [tiny_patch.base.vocab_size]
+    with pytest.raises(PatchFormatError, match="vocabulary"):
+        replace(tiny_patch, canary=Canary.from_dict(values))
+
+
+def test_nan_logits_are_an_inactive_patch(tiny_patch):
+    prompt = tiny_patch.canary.prompts[0]
+    logits = np.full(tiny_patch.base.vocab_size, np.nan, dtype=np.float32)
+    with pytest.raises(InactivePatchError, match="nan"):
+        canary.require_active(prompt, logits, logits, 0.5)
