@@ -1,24 +1,27 @@
-"""Transformers folders: what model one holds, and the seed of a soft prompt computed by its own forward pass."""
+"""Transformers folders, and GGUF files in their place: what model one holds, and the seed that its own forward pass computes."""
 
 from __future__ import annotations
 
+import copy
 import json
-import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from edgepatch import canary
+from edgepatch.converters import architectures, gguf_models, gguf_specs, rope_parameters
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patches import Patch
-from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt, weight_fingerprint
+from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt, weight_fingerprint
 from edgepatch.tokenizers import FolderTokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ROPE_DEFAULTS = {"rope_type": "default", "type": "default"}
+    from transformers import DynamicCache, PreTrainedModel
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -35,42 +38,72 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / 'config.json'} is not JSON: {error}", hint="download the model again") from None
 
 
-def rope_parameters(config: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """(theta, scaling without defaults) from a config written by Transformers 4 or 5."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
-    return theta, {k: v for k, v in rope.items() if ROPE_DEFAULTS.get(k) != v}
-
-
-def gguf_norm_names(config: dict[str, Any], names: list[str]) -> dict[str, str]:
-    """Norm tensors: name in the checkpoint -> name in GGUF.
+def read_transformers_config(folder: Path) -> Any:
+    """The config of a model folder as Transformers understands it, with every default filled in.
 
     Raises:
-        InputError: the architecture is unknown to the gguf package.
+        InputError: it is missing, or of a kind that the installed Transformers does not know.
+        MissingExtraError: transformers is not installed.
     """
     try:
-        import gguf
+        from transformers import AutoConfig
     except ImportError:
-        raise MissingExtraError("gguf", "gguf") from None
-    architecture = next((a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == config["model_type"]), gguf.MODEL_ARCH.LLAMA)
-    tensor_names = gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
-    norms = [n for n in names if re.search(r"norm\w*\.weight$", n)]
-    mapped = {n: tensor_names.get_name(n, try_suffixes=(".weight",)) for n in norms}
-    unknown = [n for n, target in mapped.items() if target is None]
-    if unknown or not mapped:
-        raise InputError(f"norm tensors of {config['model_type']}: no GGUF name for {unknown or 'any tensor'}")
-    return {n: target for n, target in mapped.items() if target is not None}
+        raise MissingExtraError("transformers", "train") from None
+    read_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder / 'config.json'}: {error}", hint="download the model again, or update transformers") from None
 
 
-def read_spec(folder: Path) -> ModelSpec:
-    """The model in a Transformers folder.
+def read_spec(path: Path, weights: Mapping[str, NDArray[Any]] | None = None) -> ModelSpec:
+    """The model in a Transformers folder or a GGUF file.
+
+    Args:
+        path: the folder or the file.
+        weights: tensors by their name in the checkpoint, for a folder that holds them in another format than safetensors.
 
     Raises:
         InputError: a file is missing, truncated, or of a kind that cannot be read (safetensors only).
+        MissingExtraError: transformers, safetensors or gguf is not installed.
     """
+    if path.is_file():
+        return gguf_specs.read_spec(path)
+    config = text_config(read_transformers_config(path)).to_dict()
+    architecture = architectures.gguf_name(config["model_type"])
+    try:
+        heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
+        head_dim = int(config.get("head_dim") or hidden_size // heads)
+        theta, scaling = rope_parameters.of_config(config, architecture, head_dim)
+        return ModelSpec(
+            model_type=architecture,
+            hidden_size=hidden_size,
+            num_hidden_layers=int(config["num_hidden_layers"]),
+            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=head_dim,
+            vocab_size=int(config["vocab_size"]),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tokenizer_digest=FolderTokenizer(path).digest,
+            weight_fingerprint=weight_fingerprint(_norms_of(path, weights, architecture, int(config["num_hidden_layers"]))),
+        )
+    except KeyError as error:
+        raise InputError(f"{path / 'config.json'} has no {error}") from None
+
+
+def _norms_of(
+    folder: Path, weights: Mapping[str, NDArray[Any]] | None, architecture: str, num_layers: int
+) -> dict[str, NDArray[np.float32]]:
+    if weights is None:
+        return _read_norms(folder, architecture, num_layers)
+    names = architectures.norm_names(architecture, num_layers, weights)
+    return {new: weights[old].astype(np.float32) + architectures.norm_shift(architecture, old) for old, new in names.items()}
+
+
+def _read_norms(folder: Path, architecture: str, num_layers: int) -> dict[str, NDArray[np.float32]]:
+    """Norm vectors by their name in GGUF, as they are there."""
     from safetensors import SafetensorError, safe_open
 
-    config = read_config(folder)
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise InputError(f"no safetensors weights in {folder}", hint="save the model with safetensors")
@@ -78,33 +111,24 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         for shard in shards:
             with safe_open(shard, framework="pt") as tensors:
-                for source, target in gguf_norm_names(config, list(tensors.keys())).items():
-                    norms[target] = tensors.get_tensor(source).float().numpy()
-        heads = int(config["num_attention_heads"])
-        theta, scaling = rope_parameters(config)
-        return ModelSpec(
-            model_type=config["model_type"],
-            hidden_size=config["hidden_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab_size=config["vocab_size"],
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tokenizer_digest=FolderTokenizer(folder).digest,
-            weight_fingerprint=weight_fingerprint(norms),
-        )
+                for source, target in architectures.norm_names(architecture, num_layers, tensors.keys()).items():
+                    norms[target] = tensors.get_tensor(source).float().numpy() + architectures.norm_shift(architecture, source)
     except SafetensorError as error:
         raise InputError(f"weights in {folder} are damaged or truncated: {error}", hint="download the model again") from None
-    except KeyError as error:
-        raise InputError(f"{folder / 'config.json'} has no {error}") from None
+    if not norms:
+        raise InputError(f"the weights in {folder} have no norms", hint="download the model again")
+    return norms
 
 
-def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
+def load_model(path: Path, device: str = "cpu") -> PreTrainedModel:
     """A causal LM in float32 on ``device``, in evaluation mode, its weights frozen.
 
+    Args:
+        path: a Transformers folder, or a GGUF file, whose weights are dequantized.
+        device: "cpu" or "cuda".
+
     Raises:
-        InputError: the folder does not hold a causal LM.
+        InputError: the folder does not hold a causal LM, or Transformers cannot load the GGUF file.
         MissingExtraError: torch or transformers is not installed.
     """
     try:
@@ -113,13 +137,77 @@ def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
         from transformers.utils import logging
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "train") from None
-    read_config(folder)
     logging.disable_progress_bar()  # a bar for a second's work between our own
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the model in {folder}: {error}") from error
+    if path.is_file():
+        model = gguf_models.load_model(path)
+    else:
+        read_config(path)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot load the model in {path}: {error}") from error
     return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def tokenizer_folder(path: Path) -> Iterator[Path]:
+    """A folder with the tokenizer of a Transformers folder (that folder itself) or of a GGUF file (a temporary one).
+
+    Raises:
+        InputError: the GGUF file is damaged, or Transformers tokenizes otherwise than llama.cpp.
+        MissingExtraError: transformers, gguf or llama-cpp-python is not installed.
+    """
+    if path.is_file():
+        with gguf_models.tokenizer_folder(path) as folder:
+            yield folder
+    else:
+        yield path
+
+
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a Transformers config."""
+    return config.get_text_config(decoder=True)
+
+
+def is_attention_only(model: PreTrainedModel) -> bool:
+    """Whether every layer remembers by keys and values alone, so that a seed can hold all of its memory."""
+    return set(getattr(text_config(model.config), "layer_types", None) or ()) <= ATTENTION_LAYERS
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache that forgets nothing.
+
+    Transformers' own choice for a model with sliding windows drops what lies behind the window, so that it could not be cut
+    back; recurrent layers need the configured kind.
+    """
+    from transformers import DynamicCache
+
+    return DynamicCache() if is_attention_only(model) else DynamicCache(config=model.config)
+
+
+def prefill(model: PreTrainedModel, soft_prompt: SoftPrompt) -> DynamicCache:
+    """The model's memory of the virtual tokens."""
+    import torch
+
+    cache = new_cache(model)
+    embeddings = torch.from_numpy(soft_prompt.embeddings).to(model.device)[None]  # (1, P, D)
+    with torch.inference_mode():
+        model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def seeded_cache(model: PreTrainedModel, seed: KVSeed) -> DynamicCache:
+    """A cache that holds a seed, in float32."""
+    import torch
+
+    cache = new_cache(model)
+    for layer, (key, value) in enumerate(zip(seed.keys, seed.values, strict=True)):
+        tensors = [torch.from_numpy(t.astype(np.float32))[None].to(model.device) for t in (key, value)]
+        cache.update(*tensors, layer)  # (1, K, P, H)
+    return cache
 
 
 def compute_kv_seed(model: PreTrainedModel, soft_prompt: SoftPrompt, dtype: type[np.floating[Any]] = np.float32) -> KVSeed:
@@ -132,30 +220,64 @@ def compute_kv_seed(model: PreTrainedModel, soft_prompt: SoftPrompt, dtype: type
 
     Returns:
         L keys and values (K, P, H) of ``dtype``; keys after RoPE at positions 0..P-1, rotate-half order.
-    """
-    import torch
-    from transformers import DynamicCache
 
-    cache = DynamicCache()
-    embeddings = torch.from_numpy(soft_prompt.embeddings).to(model.device)[None]  # (1, P, D)
-    with torch.inference_mode():
-        model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
-    layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    Raises:
+        InputError: the model has recurrent layers, whose memory is not made of keys and values.
+    """
+    if not is_attention_only(model):
+        raise InputError(
+            f"{model.config.model_type} has recurrent layers: a KV seed cannot hold their memory",
+            hint="its patches carry the soft prompt alone, which each device evaluates itself",
+        )
+    layers = [(layer.keys[0], layer.values[0]) for layer in prefill(model, soft_prompt).layers]
     keys, values = (tuple(t.float().cpu().numpy().astype(dtype) for t in kind) for kind in zip(*layers, strict=True))
     return KVSeed(keys, values)
 
 
+def compute_canary(model: PreTrainedModel, soft_prompt: SoftPrompt | None, seed: KVSeed | None = None) -> Canary:
+    """The full-precision model's answer to the canary's prompts, without and with the patch.
+
+    Args:
+        model: the full-precision base.
+        soft_prompt: the patch's; where it has none, its seed is used.
+        seed: a trained K/V prefix.
+    """
+    import torch
+
+    if soft_prompt is not None:
+        memory = prefill(model, soft_prompt)
+    else:
+        assert seed is not None  # a patch has one of them
+        memory = seeded_cache(model, seed)
+
+    def answer(tokens: Sequence[int], cache: DynamicCache) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            output = model(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache)
+        logits: NDArray[np.float32] = output.logits[0, -1].float().cpu().numpy()
+        return logits
+
+    vocab_size = int(text_config(model.config).vocab_size)
+    return canary.make_canary(
+        vocab_size, lambda tokens: answer(tokens, new_cache(model)), lambda tokens: answer(tokens, copy.deepcopy(memory))
+    )
+
+
+def complete(patch: Patch, model: PreTrainedModel) -> Patch:
+    """The patch with what its full-precision model can tell: a float16 seed of its soft prompt, and a canary."""
+    seed = patch.kv_seed
+    if patch.soft_prompt is not None and is_attention_only(model):
+        seed = compute_kv_seed(model, patch.soft_prompt, np.float16)
+    return replace(patch, kv_seed=seed, canary=compute_canary(model, patch.soft_prompt, seed))
+
+
 def with_kv_seed(patch: Patch, folder: Path) -> Patch:
-    """The patch with a float16 seed computed by the full-precision model in ``folder``.
+    """The patch with a float16 seed and a canary computed by the full-precision model in ``folder``.
+
+    A patch that has a trained K/V prefix instead of a soft prompt gets the canary alone.
 
     Raises:
-        InputError: the patch has no soft prompt, or the folder cannot be read.
+        InputError: the folder cannot be read.
         MismatchError: the patch was made for another model.
     """
-    if patch.soft_prompt is None:
-        raise InputError(
-            f"patch {patch.name} {patch.version} has no soft prompt to compute a KV seed from",
-            hint="its trained KV seed is already in the file",
-        )
     patch.base.require_same(read_spec(folder))
-    return replace(patch, kv_seed=compute_kv_seed(load_model(folder), patch.soft_prompt, np.float16))
+    return complete(patch, load_model(folder))

@@ -2,10 +2,10 @@
 
 import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_folders import copy_folder, make_folder
 
 from edgepatch.converters import gguf, hf, rope
 from edgepatch.errors import InputError
@@ -35,26 +35,6 @@ def files(tiny_folder, tmp_path_factory):
     for name in ("Q8_0", "Q4_K_M", "Q4_0"):
         gguf.quantize(paths["F16"], paths[name], name, num_threads=1)
     return paths
-
-
-def make_folder(target, architecture, **changes):
-    """A random model of another architecture with the lab's kind of tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from edgepatch.bench.lab.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(["some words to merge, some more words"] * 3, context_length=128, vocab_size=300)
-    settings = {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.1,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
-    torch.manual_seed(5)
-    config = AutoConfig.for_model(architecture, **(settings | changes))
-    AutoModelForCausalLM.from_config(config).save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return target
 
 
 def test_spec_is_the_folders_whatever_the_quantization(files, tiny_folder):
@@ -143,14 +123,14 @@ def test_known_pre_tokenizers_split_alike(name, tmp_path):
 
 def test_key_layout_by_hand_for_one_head():
     key = np.arange(8.0)[None, None]  # (K, P, H)
-    assert rope.to_llamacpp(key, "llama").ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert rope.to_llamacpp(key, "qwen2").ravel().tolist() == list(range(8))
+    assert rope.interleave(key).ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
     weight = np.arange(16.0)[:, None].repeat(3, axis=1)  # two heads of 8
     assert rope.projection_to_llamacpp(weight, 2, "llama")[:, 0].tolist() == [
         0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15,
     ]  # fmt: skip
+    assert np.array_equal(rope.projection_to_llamacpp(weight, 2, "qwen2"), weight)
     with pytest.raises(InputError, match="cohere"):
-        rope.to_llamacpp(key, "cohere")
+        rope.projection_to_llamacpp(weight, 2, "cohere")
 
 
 def test_truncated_and_damaged_files_are_refused(files, tmp_path):
@@ -193,6 +173,22 @@ def test_unknown_types_and_sources_are_refused(files, tmp_path):
     with pytest.raises(InputError, match="expected F32 or F16"):
         gguf.convert_folder(tmp_path, target, "Q8_0")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_type_of_llama_cpp_works_or_says_what_it_needs(files, tmp_path):
+    refused = {}
+    for name in gguf.quantization_types():
+        path = tmp_path / f"{name}.gguf"
+        try:
+            assert gguf.quantize(files["F16"], path, name, num_threads=1) == gguf.read_spec(files["F16"])
+            assert gguf.quantization(gguf.read_header(path)) == name
+        except InputError as error:
+            refused[name] = str(error)
+    for name, message in refused.items():
+        assert "importance matrix" in message or "cannot quantize to it" in message, message
+        assert not (tmp_path / f"{name}.gguf").exists()
+    assert {"IQ1_S", "IQ2_XXS"} <= set(refused)
+    assert set(refused).isdisjoint({"Q4_0", "Q8_0", "Q2_K", "Q3_K_M", "Q5_K_S", "Q6_K", "IQ4_XS", "BF16", "TQ1_0"})
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -238,13 +234,3 @@ def test_unknown_pre_tokenizers_are_refused(tiny_folder, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match="pre-tokenizer"):
         gguf.convert_folder(folder, tmp_path / "model.gguf")
-
-
-def copy_folder(source: Path, target: Path) -> Path:
-    target.mkdir()
-    for path in source.iterdir():
-        if path.suffix == ".safetensors":
-            (target / path.name).symlink_to(path)
-        else:
-            (target / path.name).write_bytes(path.read_bytes())
-    return target

@@ -1,0 +1,216 @@
+"""The header of a GGUF file: its metadata, and where its tensors lie.
+
+Read by a small strict parser: llama.cpp ends the process on some damaged files, and the gguf package's reader can run out of
+memory on a damaged length.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.errors import InputError, MissingExtraError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in a GGUF file.
+
+    Attributes:
+        shape: dimensions in numpy's order.
+        ggml_type: number of its type.
+        offset: of its first byte in the file.
+    """
+
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """Metadata and tensor table of a GGUF file.
+
+    Attributes:
+        path: the file.
+        metadata: key -> string, number, list of strings, or numpy array of numbers.
+        tensors: name -> where it lies; all lie within the file.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``."""
+        return str(self.metadata["general.architecture"])
+
+    def find(self, name: str) -> Any:
+        """The architecture's own value ``name`` ("rope.scaling.type"); ``None`` where the file has none."""
+        return self.metadata.get(f"{self.architecture}.{name}")
+
+    def setting(self, name: str, default: float | None = None) -> float:
+        """The architecture's own number ``name`` ("block_count"), which must be positive.
+
+        Raises:
+            InputError: the file has no such number and there is no default, or it differs between layers.
+        """
+        value = self.find(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise self._refuse(name, "a positive number", value)
+        return value
+
+    def per_layer(self, name: str, num_layers: int, default: int | None = None) -> list[int]:
+        """The architecture's own count ``name`` ("attention.head_count_kv") in every layer; 0 where a layer has none.
+
+        Raises:
+            InputError: it is negative, 0 everywhere, of another kind, or given for fewer layers.
+        """
+        value = self.find(name)
+        if not isinstance(value, np.ndarray):
+            return [int(self.setting(name, default))] * num_layers
+        if value.dtype.kind not in "iu" or len(value) < num_layers or value.min() < 0 or not value.any():
+            raise self._refuse(name, f"{num_layers} counts", value.tolist()[:8])
+        return [int(v) for v in value[:num_layers]]
+
+    def _refuse(self, name: str, expected: str, found: object) -> InputError:
+        key = f"{self.architecture}.{name}"
+        return InputError(f"{self.path}: {key}: expected {expected}, found {found}", hint="get the model again")
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A one-dimensional float tensor, as float32.
+
+        Raises:
+            InputError: the tensor is quantized.
+        """
+        info = self.tensors[name]
+        if info.ggml_type not in (0, 1):
+            raise InputError(f"{self.path}: {name}: expected F32 or F16, found type {info.ggml_type}")
+        dtype = np.dtype("<f4" if info.ggml_type == 0 else "<f2")
+        return np.fromfile(self.path, dtype, prod(info.shape), offset=info.offset).astype(np.float32)
+
+
+class _Cursor:
+    """Reads a GGUF header value by value; every read is checked against the end of the file."""
+
+    SCALARS = "BbHhIif?sAQqd"  # by GGUF value type; "s" string, "A" array
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.position = 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.position:
+            raise ValueError(f"{count} bytes expected at {self.position}, the file ends at {len(self.data)}")
+        self.position += count
+        return self.data[self.position - count : self.position]
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8")
+
+    def value(self) -> Any:
+        code = self._code()
+        if code != "A":
+            return self.string() if code == "s" else self.number(code)
+        code, count = self._code(), self.number("Q")
+        if code == "s":
+            return [self.string() for _ in range(count)]
+        if code == "A":
+            raise ValueError("an array of arrays")
+        dtype = np.dtype("<" + code)
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+
+    def _code(self) -> str:
+        kind = self.number("I")
+        if kind >= len(self.SCALARS):
+            raise ValueError(f"unknown value type {kind}")
+        return self.SCALARS[kind]
+
+
+def block_sizes() -> dict[int, tuple[int, int]]:
+    """ggml type -> (values per block, bytes per block).
+
+    Raises:
+        MissingExtraError: the gguf package is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtraError("gguf", "gguf") from None
+    return {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+
+
+def _read_tensors(cursor: _Cursor, count: int) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for _ in range(count):
+        name, dimensions = cursor.string(), cursor.number("I")
+        if name in tensors or not 1 <= dimensions <= 4:
+            raise ValueError(f"tensor {name!r} appears twice or has {dimensions} dimensions")
+        shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
+        tensors[name] = TensorInfo(shape, cursor.number("I"), cursor.number("Q"))
+    return tensors
+
+
+def _place_tensors(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int) -> dict[str, TensorInfo]:
+    """Turns offsets within the data into offsets in the file, and checks that every tensor lies inside."""
+    if alignment < 8 or alignment & (alignment - 1):
+        raise ValueError(f"an alignment of {alignment}")
+    start = -(-cursor.position // alignment) * alignment
+    sizes = block_sizes()
+    placed = {}
+    for name, info in tensors.items():
+        values, size = sizes.get(info.ggml_type, (1, 0))  # a type newer than the gguf package: only its start is checked
+        end = start + info.offset + prod(info.shape) // values * size
+        if info.shape[-1] % values or info.offset % alignment or min(info.shape) < 1 or end > len(cursor.data):
+            raise ValueError(f"tensor {name} of shape {info.shape} does not lie in the file")
+        placed[name] = TensorInfo(info.shape, info.ggml_type, start + info.offset)
+    return placed
+
+
+def _parse_header(path: Path, data: mmap.mmap) -> GGUFHeader:
+    cursor = _Cursor(data)
+    magic, version = cursor.take(4), cursor.number("I")
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"not a little-endian GGUF file of version 2 or 3: it starts with {magic!r}, version {version}")
+    num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(num_keys):
+        key = cursor.string()
+        if key in metadata:
+            raise ValueError(f"the key {key} appears twice")
+        metadata[key] = cursor.value()
+    tensors = _read_tensors(cursor, num_tensors)
+    if not isinstance(metadata.get("general.architecture"), str) or "token_embd.weight" not in tensors:
+        raise ValueError("it holds no language model")
+    if metadata.get("split.count", 0) > 1:
+        raise ValueError("it is one part of a split model; merge the parts first")
+    return GGUFHeader(path, metadata, _place_tensors(cursor, tensors, metadata.get("general.alignment", 32)))
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Metadata and tensor table of a GGUF file, every length checked against the file's.
+
+    Raises:
+        InputError: the file is missing, truncated, damaged, or no GGUF model.
+        MissingExtraError: the gguf package is not installed.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse_header(path, data)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint="name a GGUF file") from error
+    except (ValueError, TypeError) as error:
+        hint = "download or convert the model again"
+        raise InputError(f"{path} is damaged, truncated or no GGUF model: {error}", hint) from None

@@ -1,0 +1,152 @@
+"""What model a GGUF file holds, in the same words as ``hf.read_spec`` of the folder that it was made from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import isfinite, prod
+from pathlib import Path
+
+from edgepatch.converters import rope_parameters
+from edgepatch.converters.gguf_header import GGUFHeader, read_header
+from edgepatch.converters.gguf_library import quantization_types
+from edgepatch.errors import InputError
+from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint
+
+UNUSED = 5
+"""Type of a token that only fills the embedding matrix up."""
+
+GUESSED = 1024
+"""Added to ``general.file_type`` where the converter guessed it."""
+
+
+def quantization(header: GGUFHeader) -> str:
+    """The file's quantization by name ("F32", "Q4_K_M"); where the file does not say, the type of most of its weights.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    number = header.metadata.get("general.file_type")
+    known = {value: name for name, value in quantization_types().items()}
+    if isinstance(number, int) and number % GUESSED in known:
+        return known[number % GUESSED]
+    return _commonest_type(header)
+
+
+def _commonest_type(header: GGUFHeader) -> str:
+    from gguf import GGMLQuantizationType
+
+    weights: Counter[int] = Counter()
+    for info in header.tensors.values():
+        weights[info.ggml_type] += prod(info.shape)
+    kind = weights.most_common(1)[0][0]
+    return next((t.name for t in GGMLQuantizationType if t == kind), f"type {kind}")
+
+
+def vocabulary(header: GGUFHeader) -> list[str]:
+    """Tokens in order of their ids, without those that fill the embedding matrix up.
+
+    Raises:
+        InputError: the file holds no tokenizer, or a damaged one.
+    """
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    types = header.metadata.get("tokenizer.ggml.token_type", [])
+    if not isinstance(tokens, list) or len(tokens) != len(types):
+        raise InputError(f"{header.path} holds no tokenizer", hint="download or convert the model again")
+    pairs = enumerate(zip(tokens, types, strict=True))
+    return [token for i, (token, kind) in pairs if kind != UNUSED or token != f"[PAD{i}]"]
+
+
+def _num_blocks(header: GGUFHeader) -> int:
+    blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    expected = int(header.setting("block_count"))
+    if len(blocks) != expected or blocks != {str(i) for i in range(expected)}:
+        raise InputError(f"{header.path}: expected {expected} layers, found {len(blocks)}", "get the model again")
+    return expected
+
+
+def _check_shapes(header: GGUFHeader, spec: ModelSpec, heads: list[int], kv_heads: list[int]) -> None:
+    """Refuses settings that contradict the tensors: llama.cpp ends the process on some of them."""
+    expected = {"token_embd.weight": [(spec.vocab_size, spec.hidden_size)]}
+    one_size = header.find("attention.kv_lora_rank") is None and header.find("attention.key_length_swa") is None
+    for layer in range(len(kv_heads) if one_size else 0):
+        query = heads[layer] * spec.head_dim
+        gated = [(query, spec.hidden_size), (2 * query, spec.hidden_size)]  # Qwen3.5 puts a gate beside every query
+        expected[f"blk.{layer}.attn_q.weight"] = gated
+        expected[f"blk.{layer}.attn_k.weight"] = [(kv_heads[layer] * spec.head_dim, spec.hidden_size)]
+    for name, shapes in expected.items():
+        found = header.tensors[name].shape if name in header.tensors else shapes[0]
+        if found not in shapes:
+            raise InputError(f"{header.path}: {name}: expected {shapes[0]}, found {found}", "get the model again")
+
+
+def spec_of(header: GGUFHeader) -> ModelSpec:
+    """The model in a GGUF file; equal to ``hf.read_spec`` of the folder it was made from, whatever its quantization.
+
+    Raises:
+        InputError: a value is missing, damaged, or contradicts the tensors.
+    """
+    try:
+        return _read(header)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{header.path} is damaged: {error}", hint="download or convert the model again") from None
+
+
+def _check_numbers(header: GGUFHeader) -> None:
+    """Refuses numbers that no model has: llama.cpp ends the process on some of them."""
+    for key, value in header.metadata.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise InputError(f"{header.path}: {key}: expected a finite number, found {value}", "get the model again")
+        if key.endswith("_epsilon") and key.startswith(header.architecture):
+            header.setting(key.removeprefix(f"{header.architecture}."))
+    pattern, window = header.find("attention.sliding_window_pattern"), header.find("attention.sliding_window")
+    if isinstance(pattern, int) and pattern == 1 and window:
+        message = f"{header.path}: attention.sliding_window_pattern: expected 2 layers or more with a window of {window}, found 1"
+        raise InputError(message, "get the model again")
+
+
+def _read(header: GGUFHeader) -> ModelSpec:
+    _check_numbers(header)
+    hidden_size, blocks = int(header.setting("embedding_length")), _num_blocks(header)
+    heads = header.per_layer("attention.head_count", blocks)
+    kv_heads = header.per_layer("attention.head_count_kv", blocks, max(heads))
+    head_dim = int(header.setting("attention.key_length", hidden_size // max(heads)))
+    layers = blocks - int(header.find("nextn_predict_layers") or 0)
+    theta, scaling = rope_parameters.of_header(header, head_dim)
+    spec = ModelSpec(
+        model_type=header.architecture,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_key_value_heads=max(kv_heads),
+        head_dim=head_dim,
+        vocab_size=header.tensors["token_embd.weight"].shape[0],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tokenizer_digest=tokenizer_digest(vocabulary(header)),
+        weight_fingerprint=weight_fingerprint({n: header.vector(n) for n in _norms(header, layers)}),
+    )
+    _check_shapes(header, spec, heads, kv_heads)
+    return spec
+
+
+def _norms(header: GGUFHeader, layers: int) -> list[str]:
+    """Norm vectors of the language model; draft heads lie in blocks behind its layers.
+
+    Raises:
+        InputError: one is not in float32, the only type that llama.cpp can compute with.
+    """
+    norms = [n for n, info in header.tensors.items() if n.endswith("norm.weight") and len(info.shape) == 1]
+    rounded = next((n for n in norms if header.tensors[n].ggml_type != 0), None)
+    if rounded:
+        found = header.tensors[rounded].ggml_type
+        raise InputError(f"{header.path}: {rounded}: expected float32, found type {found}", "get the model again")
+    return [n for n in norms if not n.startswith("blk.") or int(n.split(".")[1]) < layers]
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """The model in a GGUF file; equal to ``hf.read_spec`` of the folder it was made from, whatever its quantization.
+
+    Raises:
+        InputError: the file is missing, truncated, damaged, or no GGUF model.
+        MissingExtraError: the gguf package is not installed.
+    """
+    return spec_of(read_header(path))
