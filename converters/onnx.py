@@ -1,108 +1,165 @@
-"""Transformers folders to ONNX folders, with onnxruntime-genai's model builder.
+"""Transformers folders to ONNX folders, and the identity of graphs that others have exported.
 
 The folder says of itself what a patch must know: the ``ModelSpec`` and the quantization are metadata of ``model.onnx``, so that
-a device needs onnxruntime alone to check them.
+a device needs onnxruntime alone to check them. How each exporter is run is known to ``onnx_exporters``.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
+import re
 import shutil
-import subprocess
-import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from numpy.typing import NDArray
+
 from edgepatch.converters import hf
-from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.converters.onnx_check import Agreement, compare, open_session
+from edgepatch.converters.onnx_exporters import (
+    EXPORTERS,
+    build,
+    export_with_optimum,
+    export_with_transformers,
+    require_packages,
+)
+from edgepatch.converters.onnx_files import MODEL_FILE, GraphFile, find_model_file, open_folder
+from edgepatch.converters.onnx_graphs import quantization, recognise
+from edgepatch.converters.onnx_identity import QUANTIZATIONS, identity, stamp
+from edgepatch.converters.onnx_precision import reduce
+from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec
 from edgepatch.tokenizers import FolderTokenizer
 
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+Exporter = Literal["builder", "transformers", "optimum"]
 
-SPEC_KEY = "edgepatch.model_spec"
-QUANTIZATION_KEY = "edgepatch.quantization"
-QUANTIZATIONS: dict[str, str] = {"fp32": "F32", "int8": "int8", "int4": "int4"}
-MODEL_FILE = "model.onnx"
 CONFIG_FILE = "genai_config.json"
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-PACKAGES = {  # import name -> (distribution, extra)
-    "torch": ("torch", "convert"),
-    "transformers": ("transformers", "convert"),
-    "onnxruntime_genai": ("onnxruntime-genai", "convert"),
-    "onnx": ("onnx", "convert"),
-    "onnx_ir": ("onnx-ir", "convert"),
-}
-BUILDER_OPTIONS = {
-    # A cache of a window's size would drop the seed as soon as the text has outgrown it.
-    "fp32": ["windowed_kv_cache=false"],
-    "int8": ["windowed_kv_cache=false"],
-    # One MB more than plain 4 bit on a 64 M model, a tenth of its divergence from full precision.
-    "int4": [
-        "windowed_kv_cache=false",
-        "algo_config=k_quant",
-        "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8",
-    ],
-}
-BUILDER = """
-import sys
-from onnxruntime_genai.models import builder
-from builders.base import Model
-
-# The builder takes every linear layer with V outputs for the LM head: an MLP as wide as the vocabulary gives a wrong graph.
-Model.has_lm_head = lambda self, module: module is self.weights.get_output_embeddings()
-
-folder, target, precision, cache, *extra = sys.argv[1:]
-options = builder.parse_extra_options("", folder, target, precision, "cpu", cache, extra)
-builder.create_model("", folder, target, precision, "cpu", cache, **options)
-"""
+NORM, LAYER = re.compile(r"norm\w*\.weight$"), re.compile(r"\.layers\.(\d+)\.")
+COPIED_FILES = (*TOKENIZER_FILES, "config.json")
 
 
-def export(folder: Path, target: Path, precision: Precision) -> None:
+def export(
+    folder: Path,
+    target: Path,
+    precision: Precision,
+    exporter: Exporter = "builder",
+    optimum_env: Path | None = None,
+) -> Agreement:
     """Writes an ONNX folder of a Transformers folder: graph, weights, tokenizer, settings and ``ModelSpec``.
 
     Weights saved in half precision are widened first, so that they give the same graph as the same values in float32.
-    A model with sliding-window attention gets a context no longer than its window.
+    A builder's graph of a model with sliding-window attention gets a context no longer than its window. The graph takes its
+    place only after it has continued a random seed as the model itself does.
 
     Args:
         folder: holds config, safetensors weights and tokenizer.
         target: the ONNX folder; an older one is replaced once the new one is complete, anything else is left alone.
-        precision: "fp32", or weights in blocks of 32 with "int8" or "int4" (k-quant, sensitive layers in int8).
+        precision: "fp32"; "fp16", cache included; or weights in blocks of 32 with "int8" or "int4" (k-quant, sensitive layers
+            in int8).
+        exporter: "builder", "transformers" or "optimum".
+        optimum_env: virtual environment for optimum; made, with optimum in it, if it does not exist.
 
     Raises:
-        InputError: the folder or its architecture cannot be exported, or the target cannot be written.
+        InputError: the folder or its architecture cannot be exported, the graph does not agree with the model, or the target
+            cannot be written.
         MissingExtraError: a package of the extra "convert" is missing.
     """
     if precision not in QUANTIZATIONS:
         raise InputError(f"precision: expected one of {', '.join(QUANTIZATIONS)}, found {precision!r}")
-    _require_packages()
+    if exporter not in EXPORTERS:
+        raise InputError(f"exporter: expected one of {', '.join(EXPORTERS)}, found {exporter!r}")
+    require_packages(exporter)
     spec = hf.read_spec(folder)
     try:
-        with _replacement(target) as unfinished:
-            _build(folder, unfinished, precision)
-            _stamp(unfinished / MODEL_FILE, spec, QUANTIZATIONS[precision])
-            _keep_within_window(unfinished / CONFIG_FILE, hf.read_config(folder))
+        with replacement(target) as unfinished:
+            _write_graph(folder, unfinished, precision, exporter, optimum_env)
+            if exporter == "builder":
+                _require_sound(unfinished / MODEL_FILE, spec)
+                _keep_within_window(unfinished / CONFIG_FILE, hf.read_config(folder))
+            stamp(unfinished / MODEL_FILE, identity(spec, QUANTIZATIONS[precision]))
             _copy_tokenizer(folder, unfinished)
+            return compare(unfinished, spec, folder)
     except OSError as error:
         raise InputError(
             f"cannot write {target}: {error.strerror or error}", hint="free space or name another folder"
         ) from error
 
 
-def _require_packages() -> None:
-    for module, (distribution, extra) in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(distribution, extra)
+def _write_graph(folder: Path, target: Path, precision: Precision, exporter: Exporter, optimum_env: Path | None) -> None:
+    if exporter == "builder":
+        # The builder's own fp16 graph for the CPU is broken; converting its float32 graph works.
+        build(folder, target, "fp32" if precision == "fp16" else precision)
+        if precision != "fp16":
+            return
+    elif exporter == "transformers":
+        export_with_transformers(folder, target)
+    elif optimum_env is None:
+        raise InputError("optimum needs an environment of its own", hint="name a folder for it: --optimum-env DIR")
+    else:
+        export_with_optimum(folder, target, optimum_env)
+    reduce(target / MODEL_FILE, precision)
+
+
+def stamp_folder(folder: Path, base: Path | None = None, model_file: str | None = None) -> Agreement | None:
+    """Says in a graph that others have exported which model it is.
+
+    With the base model at hand the graph must first prove to be that model; tokenizer and settings of the base take the place
+    of the folder's own, which an exporter may have changed. Without it, the folder's own tokenizer and settings are believed,
+    and the graph must hold the norm vectors by their names.
+
+    Args:
+        folder: ONNX folder, for example of optimum.
+        base: Transformers folder of the model.
+        model_file: of several graphs in the folder the one to take.
+
+    Returns:
+        How close the graph is to the base model; ``None`` without one.
+
+    Raises:
+        InputError: the graph cannot be seeded, does not compute what the model computes, or does not tell its norm vectors.
+        MissingExtraError: a package of the extra "convert" is missing.
+    """
+    require_packages("optimum")
+    path = find_model_file(folder, model_file)
+    if base is not None:
+        spec = hf.read_spec(base)
+        agreement = compare(folder, spec, base, model_file)
+        _copy_tokenizer(base, folder)
+        stamp(path, identity(spec, agreement.quantization))
+        return agreement
+    file = open_folder(folder, model_file)
+    spec = hf.read_spec(folder, _norms(file, folder))
+    graph = recognise(open_session(path), file, spec)
+    stamp(path, identity(spec, quantization(file, graph)))
+    return None
+
+
+def _norms(file: GraphFile, folder: Path) -> dict[str, NDArray[Any]]:
+    """Norm vectors that a graph holds by their names in the checkpoint.
+
+    Raises:
+        InputError: some are missing: exporters rename what they compute with, such as the 1 + weight of Gemma.
+    """
+    found = {t.name: file.values(t) for t in file.tensors if NORM.search(t.name) and len(t.shape) == 1}
+    norms = {name: values for name, values in found.items() if values is not None}
+    layers = Counter(int(match[1]) for name in norms if (match := LAYER.search(name)))
+    num_layers = int(hf.read_config(folder).get("num_hidden_layers", 0))
+    if "model.norm.weight" not in norms or set(layers) != set(range(num_layers)) or len(set(layers.values())) != 1:
+        raise InputError(
+            f"{file.path}: expected the norm vectors of {num_layers} layers and model.norm.weight, found {len(norms)} vectors",
+            hint=f"name the model that it was made of: edgepatch convert stamp {folder} --base HF_FOLDER",
+        )
+    return norms
 
 
 @contextmanager
-def _replacement(target: Path) -> Iterator[Path]:
+def replacement(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its place at the end, or vanishes on any error."""
     if target.is_symlink() or (target.exists() and not _may_replace(target)):
         raise InputError(f"{target} exists and is not an ONNX model folder", hint="name a new folder")
@@ -128,48 +185,15 @@ def _may_replace(target: Path) -> bool:
     return target.is_dir() and ((target / MODEL_FILE).is_file() or not any(target.iterdir()))
 
 
-def _build(folder: Path, target: Path, precision: Precision) -> None:
-    """Runs the builder in a process of its own: it prints, changes ``sys.path`` and holds the whole model in memory."""
-    with tempfile.TemporaryDirectory() as cache:
-        arguments = [str(folder.resolve()), str(target.resolve()), precision, cache, *BUILDER_OPTIONS[precision]]
-        done = subprocess.run(
-            [sys.executable, "-c", BUILDER, *arguments],
-            cwd=cache,  # "-c" imports from the working folder first
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
-            capture_output=True, text=True, errors="replace",
-        )  # fmt: skip
-    if done.returncode == 0 and (target / MODEL_FILE).is_file():
-        return
-    architecture = hf.read_config(folder).get("architectures")
-    if "NotImplementedError" in done.stderr or not architecture:
-        raise InputError(
-            f"the ONNX model builder does not know the architecture {architecture}",
-            hint="convert the model to GGUF instead, or take a Llama, Mistral, Qwen or Phi model",
-        )
-    reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}")
-    raise InputError(
-        f"the ONNX model builder failed on {architecture}: {reason}",
-        hint="check memory and disk, or convert to GGUF instead",
-    )
-
-
-def _stamp(model_file: Path, spec: ModelSpec, quantization: str) -> None:
-    """Writes the spec into the graph's metadata; the weights, kept in their own file, are not touched."""
-    import onnx
-
-    model: Any = onnx.load(str(model_file), load_external_data=False)
-    _require_sound(model.graph, spec)
-    described = json.dumps(spec.as_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    onnx.helper.set_model_props(model, {SPEC_KEY: described, QUANTIZATION_KEY: quantization})
-    onnx.save(model, str(model_file))
-
-
-def _require_sound(graph: Any, spec: ModelSpec) -> None:
-    """Checks that every layer can be seeded and that the logits come from behind the last one.
+def _require_sound(model_file: Path, spec: ModelSpec) -> None:
+    """Checks that every layer of a builder's graph can be seeded and that the logits come from behind the last one.
 
     Raises:
         InputError: the builder has misread the model.
     """
+    import onnx
+
+    graph: Any = onnx.load(str(model_file), load_external_data=False).graph
     attentions = sum(node.op_type == "GroupQueryAttention" for node in graph.node)
     if attentions != spec.num_hidden_layers:
         raise InputError(
@@ -198,10 +222,13 @@ def _keep_within_window(config_file: Path, config: dict[str, Any]) -> None:
 
 
 def _copy_tokenizer(folder: Path, target: Path) -> None:
-    """Takes the tokenizer as it is: the builder loads and saves it again, which can add tokens and change its digest."""
-    for name in TOKENIZER_FILES:
+    """Takes the tokenizer as it is: an exporter loads and saves it again, which can add tokens and change its digest."""
+    for name in COPIED_FILES:
         (target / name).unlink(missing_ok=True)
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
-    ends = {"eos_token_id": sorted(FolderTokenizer(folder).end_token_ids)}
+    tokenizer = FolderTokenizer(folder)
+    if not (target / "tokenizer.json").is_file():
+        (target / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
+    ends = {"eos_token_id": sorted(tokenizer.end_token_ids)}
     (target / "generation_config.json").write_text(json.dumps(ends) + "\n", encoding="utf-8")

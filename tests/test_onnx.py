@@ -1,4 +1,4 @@
-"""The ONNX export and runtime against Transformers fed ``inputs_embeds``."""
+"""The ONNX runtime against Transformers fed ``inputs_embeds``, on graphs of onnxruntime-genai's builder."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgepatch.converters import hf
-from edgepatch.converters import onnx as converter
-from edgepatch.errors import InactivePatchError, InputError, MismatchError, MissingExtraError
+from edgepatch.converters.onnx_identity import BAKED_KEY, QUANTIZATION_KEY, SPEC_KEY
+from edgepatch.errors import InactivePatchError, InputError, MismatchError
+from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.onnx import OnnxRuntime
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.sampling import Sampling
@@ -20,17 +20,8 @@ for package in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"):
     pytest.importorskip(package)
 
 PROMPT = "The quick brown fox jumps over"
+PROMPTS = ["The quick", "A", "Numbers 1234, accents, and a text that is longer than those of the other rows", PROMPT]
 GREEDY = Sampling(max_new_tokens=16, temperature=0)
-
-
-@pytest.fixture(scope="session")
-def onnx_folders(tiny_folder, tmp_path_factory):
-    """precision -> ONNX folder of the tiny model."""
-    root = tmp_path_factory.mktemp("onnx")
-    for precision in converter.QUANTIZATIONS:
-        converter.export(tiny_folder, root / precision, precision)
-    assert sorted(p.name for p in root.iterdir()) == sorted(converter.QUANTIZATIONS)
-    return {precision: root / precision for precision in converter.QUANTIZATIONS}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +45,10 @@ def divergence(expected, found):
 
 def seed_is_intact(runtime):
     seed = runtime.patch.kv_seed
-    cells = runtime._graph.cells(seed.num_virtual_tokens)
     return all(
         np.array_equal(key, seed.keys[layer]) and np.array_equal(value, seed.values[layer])
-        for layer, (key, value) in enumerate(cells)
+        for cache in runtime._caches
+        for layer, (key, value) in enumerate(cache.cells(seed.num_virtual_tokens))
     )
 
 
@@ -80,15 +71,15 @@ def test_a_prefill_in_chunks_equals_one_forward_pass(runtime, oracle, tiny_patch
     assert np.abs(runtime.logits(PROMPT) - oracle(tokens, tiny_patch.soft_prompt)).max() <= 1e-4
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_quantized_logits_are_close_to_the_patched_model(onnx_folders, oracle, tiny_patch, precision):
     with OnnxRuntime(onnx_folders[precision], tiny_patch, num_threads=1) as runtime:
-        assert runtime.quantization == precision
+        assert (runtime.quantization, runtime.kv_type) == {"fp16": ("F16", "f16")}.get(precision, (precision, "f32"))
         tokens = runtime.tokens(PROMPT)
         logits = runtime.logits(PROMPT)
     assert np.isfinite(logits).all()
     patched = divergence(oracle(tokens, tiny_patch.soft_prompt), logits)
-    assert patched < {"int8": 0.01, "int4": 0.2}[precision]
+    assert patched < {"fp16": 1e-5, "int8": 0.01, "int4": 0.2}[precision]
     assert patched < divergence(oracle(tokens, None), logits) / 5
 
 
@@ -98,6 +89,16 @@ def test_text_equals_that_of_torch(runtime, tiny_folder, tiny_patch):
         assert runtime.end_token_ids == reference.end_token_ids
         assert runtime.generate(PROMPT, GREEDY) == reference.generate(PROMPT, GREEDY)
         assert runtime.generate_many(PROMPT, sampling, 6) == reference.generate_many(PROMPT, sampling, 6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=9, top_p=0.9, rng_seed=5, stop=("a",))])
+def test_prompts_of_different_lengths_share_a_batch(runtime, monkeypatch, rows, sampling):
+    monkeypatch.setattr("edgepatch.runtimes.onnx.BATCH_ROWS", rows)
+    full = [7] * (runtime.context_length - 3)
+    expected = [runtime.generate(prompt, sampling) for prompt in [*PROMPTS, full]]
+    assert runtime.generate_batch([*PROMPTS, full], sampling) == expected
+    assert runtime.generate_batch([], sampling) == []
 
 
 def test_batched_and_single_generation_are_the_same(runtime, monkeypatch):
@@ -119,7 +120,7 @@ def test_prompt_reuse_does_not_change_the_answer(runtime):
 
 
 def test_the_seed_survives_everything(onnx_folders, tiny_patch):
-    with OnnxRuntime(onnx_folders["fp32"], tiny_patch, context_length=30, num_threads=1) as runtime:
+    with OnnxRuntime(onnx_folders["fp32"], tiny_patch, context_length=30, num_threads=1, num_sequences=2) as runtime:
         before = runtime.logits(PROMPT)
         runtime.reset()
         runtime.generate("accents é à ü and emoji 🙂", GREEDY)
@@ -133,24 +134,65 @@ def test_the_seed_survives_everything(onnx_folders, tiny_patch):
         assert np.array_equal(runtime.logits(PROMPT), before)
 
 
-def test_a_zeroed_seed_changes_the_logits(runtime, onnx_folders, tiny_patch):
+def test_sequences_share_the_seed_and_nothing_else(onnx_folders, tiny_patch):
+    with OnnxRuntime(onnx_folders["fp32"], tiny_patch, num_threads=1, num_sequences=2) as runtime:
+        alone = [[p.token_id for p in runtime.stream(prompt, GREEDY, sequence=1)] for prompt in PROMPTS[:2]]
+        runtime.reset()
+        streams = [runtime.stream(prompt, GREEDY, sequence=i) for i, prompt in enumerate(PROMPTS[:2])]
+        together = [[a.token_id, b.token_id] for a, b in zip(*streams, strict=True)]
+        assert [list(tokens) for tokens in zip(*together, strict=True)] == alone
+        assert seed_is_intact(runtime)
+
+
+def test_a_swap_keeps_the_session(onnx_folders, tiny_patch):
+    rng = np.random.default_rng(8)
+    keys, values = (
+        tuple(rng.standard_normal((2, 7, 64)).astype(np.float32) for _ in range(2)) for _ in range(2)
+    )
+    other = replace(tiny_patch, name="other", soft_prompt=None, kv_seed=KVSeed(keys, values), canary=None)
+    with OnnxRuntime(onnx_folders["fp32"], tiny_patch, num_threads=1) as runtime:
+        session, before = runtime._caches[0]._session, runtime.logits(PROMPT)
+        runtime.swap(other)
+        assert runtime.context_length == 512 - 7 and seed_is_intact(runtime)
+        swapped = runtime.logits(PROMPT)
+        with OnnxRuntime(onnx_folders["fp32"], other, num_threads=1) as fresh:
+            assert np.array_equal(swapped, fresh.logits(PROMPT)), "a K/V prefix without a soft prompt works, and swaps in whole"
+        runtime.swap(None)
+        with OnnxRuntime(onnx_folders["fp32"], num_threads=1) as bare:
+            assert np.array_equal(runtime.logits(PROMPT), bare.logits(PROMPT))
+        with pytest.raises(InputError, match="no KV seed"):
+            runtime.swap(replace(tiny_patch, kv_seed=None))
+        assert runtime.patch is None
+        runtime.swap(tiny_patch)
+        assert np.array_equal(runtime.logits(PROMPT), before) and runtime._caches[0]._session is session
+
+
+def test_a_zeroed_seed_is_refused(onnx_folders, tiny_patch):
     keys, values = (
         tuple(np.zeros_like(t) for t in tensors) for tensors in (tiny_patch.kv_seed.keys, tiny_patch.kv_seed.values)
     )
-    with OnnxRuntime(onnx_folders["fp32"], replace(tiny_patch, kv_seed=KVSeed(keys, values)), num_threads=1) as zeroed:
-        assert np.abs(zeroed.logits(PROMPT) - runtime.logits(PROMPT)).max() > 0.1
+    with pytest.raises(InactivePatchError, match="canary"):
+        OnnxRuntime(onnx_folders["fp32"], replace(tiny_patch, kv_seed=KVSeed(keys, values)), num_threads=1)
+
+
+def test_a_seed_beyond_float16_is_refused_by_a_float16_cache(onnx_folders, tiny_patch):
+    keys = tuple(np.full_like(key, 1e5) for key in tiny_patch.kv_seed.keys)
+    patch = replace(tiny_patch, kv_seed=KVSeed(keys, tiny_patch.kv_seed.values))
+    with pytest.raises(InputError, match="layer 0 holds values that are not finite"):
+        OnnxRuntime(onnx_folders["fp16"], patch, num_threads=1)
 
 
 def test_a_graph_that_overwrites_the_seed_is_refused(onnx_folders, tiny_patch, monkeypatch):
     run = OnnxRuntime._forward
 
-    def damage(self, tokens, every):
-        self._graph._buffers[1][0][0, 1, 3, 7] += 1
-        return run(self, tokens, every)
+    def damage(self, sequence, tokens, every):
+        if self._start:
+            self._caches[0]._arrays[1][0, 1, 3, 7] += 1
+        return run(self, sequence, tokens, every)
 
     monkeypatch.setattr(OnnxRuntime, "_forward", damage)
-    with pytest.raises(InactivePatchError, match="layer 0"):
-        OnnxRuntime(onnx_folders["fp32"], tiny_patch)
+    with pytest.raises(InactivePatchError, match=r"layer 0|canary"):
+        OnnxRuntime(onnx_folders["fp32"], replace(tiny_patch, canary=None))
 
 
 # What is refused.
@@ -180,10 +222,10 @@ def test_a_truncated_model_is_refused(copied, length):
 def test_truncated_or_missing_weights_are_refused(copied):
     data = copied / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:10_000])
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match=r"model\.onnx\.data is damaged: .* of 10000"):
         OnnxRuntime(copied)
     data.unlink()
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match=r"weights in model\.onnx\.data are missing"):
         OnnxRuntime(copied)
 
 
@@ -212,7 +254,7 @@ def test_weights_outside_the_folder_are_refused(copied, location):
     for entry in (e for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"):
         entry.value = location.format(parent=copied.parent)
     onnx.save(model, copied / "model.onnx")
-    with pytest.raises(InputError, match="xternal data"):
+    with pytest.raises(InputError, match=r"external data of .*: expected the name of a file"):
         OnnxRuntime(copied)
 
 
@@ -220,9 +262,10 @@ def test_weights_outside_the_folder_are_refused(copied, location):
     ("properties", "message"),
     [
         ({}, "not converted by edgepatch"),
-        ({converter.SPEC_KEY: "{", converter.QUANTIZATION_KEY: "F32"}, "metadata is damaged"),
-        ({converter.SPEC_KEY: "[]", converter.QUANTIZATION_KEY: "F32"}, "metadata is damaged"),
-        ({converter.SPEC_KEY: "{}", converter.QUANTIZATION_KEY: "int2"}, "not converted by edgepatch"),
+        ({SPEC_KEY: "{", QUANTIZATION_KEY: "F32"}, "metadata is damaged"),
+        ({SPEC_KEY: "[]", QUANTIZATION_KEY: "F32"}, "metadata is damaged"),
+        ({SPEC_KEY: "{}", QUANTIZATION_KEY: "int2"}, "not converted by edgepatch"),
+        ({BAKED_KEY: "0" * 64}, "baked into its graph"),
     ],
 )
 def test_a_model_of_unknown_origin_is_refused(copied, properties, message):
@@ -239,9 +282,9 @@ def test_a_graph_of_another_kind_is_refused(copied):
     import onnx
 
     model = onnx.load(copied / "model.onnx", load_external_data=False)
-    model.graph.input.append(onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, ["B", "T"]))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("use_cache_branch", onnx.TensorProto.BOOL, [1]))
     onnx.save(model, copied / "model.onnx")
-    with pytest.raises(InputError, match="position_ids"):
+    with pytest.raises(InputError, match="use_cache_branch"):
         OnnxRuntime(copied)
 
 
@@ -266,120 +309,21 @@ def test_an_unknown_provider_is_refused(onnx_folders):
         OnnxRuntime(onnx_folders["fp32"], provider="npu")
 
 
-# The export.
+def test_a_patch_that_fills_the_context_is_refused(onnx_folders, tiny_patch):
+    with pytest.raises(InputError, match="11 positions or more, found 10"):
+        OnnxRuntime(onnx_folders["fp32"], tiny_patch, context_length=10)
 
 
-def test_the_folder_knows_its_model(onnx_folders, tiny_folder):
-    import onnxruntime
-
-    for precision, folder in onnx_folders.items():
-        with OnnxRuntime(folder) as runtime:
-            assert runtime.spec == hf.read_spec(tiny_folder)
-            assert runtime.quantization == converter.QUANTIZATIONS[precision]
-            assert runtime.context_length == 512
-    stored = onnxruntime.InferenceSession(onnx_folders["int4"] / "model.onnx").get_modelmeta().custom_metadata_map
-    assert set(stored) == {converter.SPEC_KEY, converter.QUANTIZATION_KEY}
-
-
-def test_half_precision_weights_give_the_same_graph(tiny_folder, onnx_folders, tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    half = shutil.copytree(tiny_folder, tmp_path / "half")
-    AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float16).save_pretrained(half)
-    converter.export(half, tmp_path / "onnx", "fp32")
-    # Element types, shapes and offsets of all weights, and the spec: norms are compared as float16.
-    assert (tmp_path / "onnx" / "model.onnx").read_bytes() == (onnx_folders["fp32"] / "model.onnx").read_bytes()
-    with OnnxRuntime(tmp_path / "onnx") as runtime, TorchRuntime(half) as reference:
-        assert np.abs(runtime.logits(PROMPT) - reference.logits(PROMPT)).max() <= 1e-4
-
-
-def test_a_graph_whose_logits_miss_the_last_layer_is_refused(tiny_folder, onnx_folders):
-    """The builder takes an MLP as wide as the vocabulary for the LM head; every parity test here covers the way around it."""
-    import onnx
-
-    config = hf.read_config(tiny_folder)
-    assert config["intermediate_size"] == config["vocab_size"], "or the parity tests do not cover it"
-    spec = hf.read_spec(tiny_folder)
-    graph = onnx.load(onnx_folders["fp32"] / "model.onnx", load_external_data=False).graph
-    converter._require_sound(graph, spec)
-    head = next(node for node in graph.node if "logits" in node.output)
-    head.input[0] = next(node.output[0] for node in graph.node if "LayerNormalization" in node.op_type)
-    with pytest.raises(InputError, match="not from the final norm"):
-        converter._require_sound(graph, spec)
-
-
-@pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_export_leaves_what_was_there(tiny_folder, tmp_path, monkeypatch, error, existing):
-    target = tmp_path / "target"
-    if existing:
-        target.mkdir()
-        (target / "model.onnx").write_text("old")
-
-    def interrupt(command, **options):
-        raise error
-
-    monkeypatch.setattr("subprocess.run", interrupt)
-    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else InputError):
-        converter.export(tiny_folder, target, "fp32")
-    assert [p.name for p in tmp_path.iterdir()] == (["target"] if existing else [])
-    assert not existing or (target / "model.onnx").read_text() == "old"
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"model_type": "mistral", "sliding_window": 16}, 16),
-        ({"model_type": "mistral", "sliding_window": None}, 512),
-        ({"model_type": "qwen2", "sliding_window": 16, "layer_types": ["full_attention"]}, 512),
-        ({"model_type": "gemma2", "sliding_window": 4096, "layer_types": ["sliding_attention"]}, 512),
-    ],
-)
-def test_the_context_ends_before_a_window_forgets_the_seed(copied, config, expected):
-    converter._keep_within_window(copied / "genai_config.json", config)
-    with OnnxRuntime(copied) as runtime:
-        assert runtime.context_length == expected
-
-
-def test_an_older_export_is_replaced(tiny_folder, onnx_folders, tmp_path, monkeypatch):
-    def copy(folder, target, precision):
-        shutil.copytree(onnx_folders["fp32"], target, dirs_exist_ok=True)
-
-    monkeypatch.setattr(converter, "_build", copy)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "model.onnx").write_text("old")
-    (target / "stale.data").write_text("old")
-    converter.export(tiny_folder, target, "fp32")
-    assert {p.name for p in target.iterdir()} == {p.name for p in onnx_folders["fp32"].iterdir()}
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
-
-
-def test_a_target_that_is_no_export_is_left_alone(tiny_folder, tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="not an ONNX model folder"):
-        converter.export(tiny_folder, tmp_path, "fp32")
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_an_unknown_architecture_is_named(tiny_folder, tmp_path):
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    config = hf.read_config(folder) | {"architectures": ["StableLmForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(InputError, match="StableLmForCausalLM") as caught:
-        converter.export(folder, tmp_path / "target", "int4")
-    assert "GGUF" in caught.value.hint
-    assert not (tmp_path / "target").exists()
-
-
-def test_an_unknown_precision_is_refused(tiny_folder, tmp_path):
-    with pytest.raises(InputError, match="precision"):
-        converter.export(tiny_folder, tmp_path / "target", "int3")
-
-
-def test_a_missing_package_names_its_extra(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(converter.PACKAGES, "no_such_package", ("no-such-package", "convert"))
-    with pytest.raises(MissingExtraError, match="no-such-package") as caught:
-        converter.export(tiny_folder, tmp_path / "target", "fp32")
-    assert "edgepatch[convert]" in caught.value.hint
+def test_a_graph_in_a_folder_of_its_own_is_found(onnx_folders, tiny_patch, tmp_path, runtime):
+    folder = shutil.copytree(onnx_folders["fp32"], tmp_path / "published")
+    (folder / "onnx").mkdir()
+    for file in folder.glob("model.onnx*"):
+        file.rename(folder / "onnx" / file.name)
+    (folder / "genai_config.json").rename(folder / "kept")
+    with pytest.raises(InputError, match=r"genai_config\.json"):
+        load_runtime(folder)
+    (folder / "kept").rename(folder / "genai_config.json")
+    with load_runtime(folder, tiny_patch, model_file="onnx/model.onnx", num_threads=1) as found:
+        assert np.array_equal(found.logits(PROMPT), runtime.logits(PROMPT))
+    with pytest.raises(InputError, match="expected a path within"):
+        OnnxRuntime(folder, model_file="../onnx/model.onnx")

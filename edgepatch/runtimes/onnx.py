@@ -1,16 +1,14 @@
-"""The ONNX runtime: plain onnxruntime on a folder that ``converters.onnx.export`` wrote.
+"""The ONNX runtime: plain onnxruntime on a decoder graph made by onnxruntime-genai's builder, optimum or Transformers.
 
-The graph's attention (GroupQueryAttention) reads and writes one buffer per layer and kind in place. The seed is copied to the
-first P positions once; the attention mask's length alone says how much of the rest counts, so rewinding costs nothing.
+The seed is the first P positions of the graph's past. Which graph takes its past how is known to ``converters.onnx_graphs``.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,35 +16,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters.onnx import CONFIG_FILE, MODEL_FILE, QUANTIZATION_KEY, QUANTIZATIONS, SPEC_KEY
-from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MissingExtraError, PatchFormatError
+from edgepatch.converters.onnx_files import open_folder
+from edgepatch.converters.onnx_graphs import DecoderGraph, recognise
+from edgepatch.converters.onnx_identity import read_identity
+from edgepatch.errors import InactivePatchError, InputError, MissingExtraError
+from edgepatch.generation import Reply
 from edgepatch.patches import Patch
-from edgepatch.runtimes.base import Message, Prompt, Runtime, as_float32, check_patch
+from edgepatch.runtimes.base import Message, Prompt, Runtime, SeedRoute, Tools, as_float32, require_text_only
+from edgepatch.runtimes.onnx_caches import Cache, Cells, SharedCache, new_cache
 from edgepatch.sampling import Sampling
-from edgepatch.tensors import ModelSpec
+from edgepatch.tensors import KVSeed, ModelSpec
 from edgepatch.tokenizers import FolderTokenizer
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-DEFAULT_POSITIONS = 2048  # as far as a model can; the buffers for them are allocated at once
+DEFAULT_POSITIONS = 2048  # as far as a model can; shared buffers for them are allocated at once
 PREFILL_TOKENS = 256  # a chunk: the graph gives logits of all its positions, V * 4 bytes each
 BATCH_ROWS = 16
-
-Cells = tuple[NDArray[Any], NDArray[Any]]  # a layer's key and value, each (K, N, H)
+GENAI_CONFIG = "genai_config.json"
 
 
 class OnnxRuntime(Runtime):
-    """An ONNX folder made by ``edgepatch convert base --to onnx``, seeded with the patch.
+    """An ONNX folder, seeded with the patch.
 
     Args:
-        folder: model, tokenizer and settings.
+        folder: model, tokenizer and settings; see ``edgepatch convert base --to onnx`` and ``edgepatch convert stamp``.
         patch: ``None`` for the bare model.
         context_length: positions, the patch's included; by default the model's own length, at most 2048.
         num_threads: threads of one forward pass; by default one for each core.
         provider: "cpu" or "cuda".
+        num_sequences: conversations held at once.
+        model_file: of several graphs in the folder the one to take ("onnx/model_q4.onnx").
 
     Raises:
-        InputError: the folder is incomplete, damaged, not made by edgepatch or holds links; or the patch has no KV seed.
+        InputError: the folder is incomplete, damaged, of unknown origin or holds links; or the patch has no KV seed.
         MismatchError: the patch was made for another model.
         InactivePatchError: the first forward pass damaged the seed.
     """
@@ -56,189 +58,188 @@ class OnnxRuntime(Runtime):
     def __init__(
         self, folder: Path, patch: Patch | None = None, *,
         context_length: int | None = None, num_threads: int | None = None, provider: str = "cpu",
+        num_sequences: int = 1, model_file: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        if patch is not None and patch.kv_seed is None:
-            raise InputError(
-                f"patch {patch.name} {patch.version} holds a soft prompt but no KV seed, which ONNX needs",
-                hint="add the seed first: edgepatch convert seed",
-            )
-        _refuse_links(folder)
-        session = _open_session(folder / MODEL_FILE, num_threads, provider)
-        self.spec, self.quantization = _read_metadata(session, folder)
-        _require_seedable(session, self.spec, folder)
-        check_patch(patch, self.spec)
-        self.patch = patch
-        self.seed_route = "stored" if patch else ""
+        super().__init__(num_sequences)
+        _require_seed(patch)
+        file = open_folder(folder, model_file)
+        session = _open_session(file.path, num_threads, provider)
+        metadata = session.get_modelmeta().custom_metadata_map
+        self.spec, self.quantization = read_identity(folder, file, metadata)
+        self._graph = recognise(session, file, self.spec)
+        self.kv_type = "f16" if self._graph.cache_type is np.float16 else "f32"
         self._tokenizer = _read_tokenizer(folder, self.spec)
         self.end_token_ids = self._tokenizer.end_token_ids
-        self._start = patch.num_virtual_tokens if patch else 0
-        self._length = 0
-        positions = _positions(folder, self._start, context_length)
-        self.context_length = positions - self._start
-        seed = patch.kv_seed if patch else None
-        self._seed: list[Cells] = list(zip(seed.keys, seed.values, strict=True)) if seed else []
-        self._new_graph = partial(_SharedCacheGraph, session, self.spec, provider=provider)
-        self._graph = self._new_graph(rows=1, positions=positions, cells=self._seed)
-        self._prove_active()
+        self.num_positions = _positions(folder, self._graph, context_length)
+        window = _window(folder) if self._graph.windows else 0
+        self._new_cache = partial(new_cache, session, self._graph, self.spec, window, provider)
+        self._caches = [self._new_cache(positions=self.num_positions) for _ in range(num_sequences)]
+        self._is_proven = False
+        self._start = 0
+        self._load_patch(patch)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        return self._tokenizer.encode_chat(messages)
+    def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+        return self._tokenizer.encode_chat(messages, tools)
 
     def _new_decoder(self) -> Callable[[int], str]:
         return self._tokenizer.new_decoder()
 
-    def _rewind(self, length: int) -> int:
-        self._length = length
+    def _token_bytes(self) -> list[bytes]:
+        return self._tokenizer.token_bytes(self.spec.vocab_size)
+
+    def _install(self, patch: Patch | None) -> SeedRoute:
+        seed = _require_seed(patch)
+        cells = _as_cells(seed, self._graph)
+        self._start = seed.num_virtual_tokens if seed else 0
+        for cache in self._caches:
+            cache.fill([cells])
+        if not self._is_proven:
+            self._prove_active(cells)
+            self._is_proven = True
+        return "stored" if seed else ""
+
+    def _rewind(self, sequence: int, length: int) -> int:
+        self._caches[sequence].cut(self._start + length)
         return length
 
-    def _forward(self, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
+    def _forward(self, sequence: int, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
         parts = []
         for first in range(0, len(tokens), PREFILL_TOKENS):
             chunk = np.array([tokens[first : first + PREFILL_TOKENS]], dtype=np.int64)  # (1, T)
-            logits = self._graph.run(chunk, self._start + self._length)[0]  # (T, V)
-            self._length += chunk.shape[1]
+            logits = self._caches[sequence].evaluate(chunk)[0]  # (T, V)
             parts.append(as_float32(logits if every else logits[-1]))
         return np.concatenate(parts) if every else parts[-1]
 
-    def _prove_active(self) -> None:
+    def _prove_active(self, seed: Sequence[Cells]) -> None:
         """One forward pass: it must leave the seed bit for bit and write its own cell right behind it."""
-        self._forward([0], every=False)
-        cells = self._graph.cells(self._start + 1)
-        if any(np.isnan(tensor[:, -1]).any() for layer in cells for tensor in layer):
+        cache = self._caches[0]
+        if isinstance(cache, SharedCache):
+            cache.spoil()
+        self._forward(0, [0], every=False)
+        cells = cache.cells(self._start + 1)
+        if any(tensor.shape[1] != self._start + 1 or np.isnan(tensor[:, -1]).any() for layer in cells for tensor in layer):
             raise InactivePatchError(
                 "the graph does not write to the cache that it reads",
                 hint="update onnxruntime, or convert the model again",
             )
-        for layer, (found, seed) in enumerate(zip(cells, self._seed, strict=bool(self._seed))):
-            if any(not np.array_equal(f[:, :-1], s.astype(f.dtype)) for f, s in zip(found, seed, strict=True)):
+        for layer, (found, put) in enumerate(zip(cells, seed, strict=bool(seed))):
+            if any(not np.array_equal(f[:, :-1], s) for f, s in zip(found, put, strict=True)):
                 raise InactivePatchError(f"layer {layer}: the seed is not in the model's cache after a forward pass")
         self.reset()
+
+    # Several continuations at once.
 
     def generate_many(self, prompt: Prompt, sampling: Sampling, count: int) -> list[str]:
         """As the base class, with up to 16 continuations evaluated as one batch."""
         if sampling.rng_seed is None or count < 2:
             return super().generate_many(prompt, sampling, count)
-        tokens = self.tokens(prompt)
-        logits = self._evaluate(tokens)[-1]
-        seeds = range(sampling.rng_seed, sampling.rng_seed + count)
-        groups = [seeds[i : i + BATCH_ROWS] for i in range(0, count, BATCH_ROWS)]
-        return [text for group in groups for text in self._continue_together(tokens, logits, sampling, group)]
+        tokens, first = self.tokens(prompt), sampling.rng_seed
+        return self._continue([tokens] * count, [replace(sampling, rng_seed=first + i) for i in range(count)])
 
-    def _continue_together(
-        self, tokens: list[int], logits: NDArray[np.float32], sampling: Sampling, rng_seeds: Sequence[int]
-    ) -> list[str]:
-        """Continuations of an evaluated prompt, one row each."""
-        room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
-        filled = self._start + self._length
-        graph = self._new_graph(rows=len(rng_seeds), positions=filled + room, cells=self._graph.cells(filled))
-        positions = itertools.count(filled)
+    def generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
+        """A continuation of each prompt, the same as ``generate`` gives, with up to 16 evaluated as one batch."""
+        return self._continue([self.tokens(prompt) for prompt in prompts], [sampling] * len(prompts))
 
-        def step(drawn: NDArray[np.int64]) -> NDArray[np.float32]:
-            logits: NDArray[np.float32] = graph.run(drawn, next(positions))[:, 0]
-            return logits
+    def _continue(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling]) -> list[str]:
+        """Continuations in order of the prompts; what cannot share a batch runs alone."""
+        for sampling in samplings:
+            require_text_only(sampling)
+        texts = [""] * len(prompts)
+        together: list[int] = []
+        for i, (tokens, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+            if len(tokens) + sampling.max_new_tokens <= self.context_length + 1:
+                together.append(i)
+            else:
+                texts[i] = self.generate(tokens, sampling)
+        for rows in self._batches(together, prompts):
+            found = self._continue_together([prompts[i] for i in rows], [samplings[i] for i in rows])
+            for i, text in zip(rows, found, strict=True):
+                texts[i] = text
+        return texts
 
-        return self._continue_rows(logits, rng_seeds, sampling, room, step)
+    def _batches(self, rows: Sequence[int], prompts: Sequence[list[int]]) -> Iterable[Sequence[int]]:
+        """Rows of a batch, by length where the graph takes no rows of different lengths."""
+        by_length = sorted(rows, key=lambda i: len(prompts[i]))
+        lengths = [0 if self._graph.takes_ragged_rows else len(prompts[i]) for i in by_length]
+        first = 0
+        for end in range(1, len(by_length) + 1):
+            if end == len(by_length) or end - first == BATCH_ROWS or lengths[end] != lengths[first]:
+                yield by_length[first:end]
+                first = end
+
+    def _continue_together(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling]) -> list[str]:
+        """Evaluates each prompt by itself, as GroupQueryAttention demands, and then a token of each row at a time."""
+        logits, rows = [], []
+        for tokens in prompts:
+            logits.append(self._evaluate(tokens)[-1])
+            cells = self._caches[0].cells(self._start + len(tokens))
+            rows.append([(key.copy(), value.copy()) for key, value in cells])
+        room = [sampling.max_new_tokens for sampling in samplings]
+        longest = max(len(tokens) + count for tokens, count in zip(prompts, room, strict=True))
+        batch: Cache = self._new_cache(positions=self._start + longest, rows=len(prompts))
+        batch.fill(rows)
+        replies = [
+            self._new_reply(sampling, tokens) for sampling, tokens in zip(samplings, prompts, strict=True)
+        ]
+        return _drain(batch, replies, room, logits)
 
     def close(self) -> None:
-        for name in ("_graph", "_new_graph"):  # both hold the session
+        for name in ("_caches", "_new_cache"):  # both hold the session
             vars(self).pop(name, None)
 
 
-class _SharedCacheGraph:
-    """A GroupQueryAttention graph bound to its cache: per layer and kind one (B, K, M, H) buffer, both past and present.
-
-    Args:
-        session: of a graph that ``_require_seedable`` has recognised.
-        spec: K, H, L and V.
-        rows: B.
-        positions: M, the patch's own included.
-        provider: "cpu" or "cuda".
-        cells: per layer a key and a value (K, N, H) for the first N positions of every row; keys after RoPE, rotate-half order.
-    """
-
-    def __init__(
-        self, session: Any, spec: ModelSpec, rows: int, positions: int, provider: str, cells: Sequence[Cells]
-    ) -> None:
-        from onnxruntime import OrtValue
-
-        self._session, self._vocab_size, self._provider = session, spec.vocab_size, provider
-        self._dtype = ELEMENT_TYPES[session.get_outputs()[0].type]
-        self._binding = session.io_binding()
-        self._mask = np.ones((rows, positions), dtype=np.int64)
-        self._step_logits = np.empty((rows, 1, spec.vocab_size), dtype=self._dtype)
-        shape = (rows, spec.num_key_value_heads, positions, spec.head_dim)
-        self._buffers = []
-        for layer in range(spec.num_hidden_layers):
-            for kind, name in enumerate(("key", "value")):
-                array = np.zeros(shape, dtype=self._dtype)
-                filled = cells[layer][kind].shape[1] if cells else 0
-                if cells:
-                    array[:, :, :filled] = cells[layer][kind]
-                array[:, :, filled] = np.nan  # stays only if the graph does not write to this buffer
-                value = OrtValue.ortvalue_from_numpy(array, provider, 0)  # on the CPU the array's own memory
-                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{name}", value)
-                self._binding.bind_ortvalue_output(f"present.{layer}.{name}", value)
-                self._buffers.append((array, value))
-
-    def run(self, tokens: NDArray[np.int64], start: int) -> NDArray[Any]:
-        """Evaluates tokens at positions ``start``, ``start + 1``, ... behind what the cache holds before them.
-
-        Args:
-            tokens: (B, T); T must be 1 when B > 1.
-            start: the position of the first, the same in every row.
-
-        Returns:
-            (B, T, V) logits; the memory is used again by the next call with T = 1.
-        """
-        rows, length = tokens.shape
-        logits = self._step_logits if length == 1 else np.empty((rows, length, self._vocab_size), dtype=self._dtype)
-        mask = self._mask[:, : start + length] if rows == 1 else self._mask.reshape(-1)[: rows * (start + length)]
-        for name, array, shape in (
-            ("input_ids", tokens, tokens.shape),
-            ("attention_mask", mask, (rows, start + length)),
-        ):
-            self._binding.bind_input(name, "cpu", 0, np.int64, list(shape), array.ctypes.data)
-        self._binding.bind_output("logits", "cpu", 0, self._dtype, list(logits.shape), logits.ctypes.data)
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # onnxruntime's errors derive from Exception alone
-            raise EdgepatchError(
-                f"onnxruntime failed: {error}", hint="check memory, or convert the model again"
-            ) from error
-        return logits
-
-    def cells(self, length: int) -> list[Cells]:
-        """Per layer the key and the value (K, length, H) of the first row's first positions."""
-        whole = [array if self._provider == "cpu" else value.numpy() for array, value in self._buffers]
-        return [(whole[i][0, :, :length], whole[i + 1][0, :, :length]) for i in range(0, len(whole), 2)]
+def _drain(batch: Cache, replies: Sequence[Reply], room: Sequence[int], first: Sequence[NDArray[np.float32]]) -> list[str]:
+    """Draws from each row until all have ended; a row that has is fed a token whose logits nobody reads."""
+    texts, drawn = [""] * len(replies), np.zeros((len(replies), 1), dtype=np.int64)
+    live, count, rows = list(range(len(replies))), 0, np.stack(list(first))
+    while live:
+        count += 1
+        for row in list(live):
+            piece = replies[row].next(rows[row], count == room[row])
+            texts[row] += piece.text
+            drawn[row] = piece.token_id
+            if piece.finish_reason:
+                live.remove(row)
+        if live:
+            rows = as_float32(batch.evaluate(drawn)[:, 0])
+    return texts
 
 
-def _refuse_links(folder: Path) -> None:
-    """Links could make the model read files outside its folder; onnxruntime itself refuses paths that lead out of it.
+def _require_seed(patch: Patch | None) -> KVSeed | None:
+    """The seed of a patch.
 
     Raises:
-        InputError: the folder holds no model, or something else than files of its own.
+        InputError: it has none. A decoder graph takes token ids, so it cannot evaluate a soft prompt.
     """
-    try:
-        if not stat.S_ISREG((folder / MODEL_FILE).lstat().st_mode) or not (folder / MODEL_FILE).stat().st_size:
-            raise InputError(f"{folder / MODEL_FILE} is not a regular file, or empty", hint="convert the model again")
-        for path in folder.rglob("*"):
-            status = path.lstat()
-            if stat.S_ISDIR(status.st_mode):
-                continue
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-                raise InputError(
-                    f"{path} is a link or no regular file", hint="copy the folder with its contents: cp -rL"
-                )
-    except OSError as error:
+    if patch is None:
+        return None
+    if patch.kv_seed is None:
         raise InputError(
-            f"{folder} is not an ONNX model folder: {error.filename}: {error.strerror}",
-            hint="edgepatch convert base --to onnx makes one",
-        ) from error
+            f"patch {patch.name} {patch.version} holds a soft prompt but no KV seed, which ONNX needs",
+            hint="add the seed first: edgepatch convert seed",
+        )
+    return patch.kv_seed
+
+
+def _as_cells(seed: KVSeed | None, graph: DecoderGraph) -> list[Cells]:
+    """The seed in the cache's element type.
+
+    Raises:
+        InputError: a value is not finite in it.
+    """
+    layers = list(zip(seed.keys, seed.values, strict=True)) if seed else []
+    with np.errstate(over="ignore"):
+        cells = [(key.astype(graph.cache_type), value.astype(graph.cache_type)) for key, value in layers]
+    for layer, tensors in enumerate(cells):
+        if not all(np.isfinite(tensor).all() for tensor in tensors):
+            raise InputError(
+                f"KV seed: layer {layer} holds values that are not finite in the cache's {np.dtype(graph.cache_type)}",
+                hint="use an fp32, int8 or int4 model",
+            )
+    return cells
 
 
 def _open_session(model_file: Path, num_threads: int | None, provider: str) -> Any:
@@ -275,43 +276,6 @@ def _open_session(model_file: Path, num_threads: int | None, provider: str) -> A
     return session
 
 
-def _read_metadata(session: Any, folder: Path) -> tuple[ModelSpec, str]:
-    """(spec, quantization) from the graph's metadata."""
-    metadata = session.get_modelmeta().custom_metadata_map
-    hint = f"convert it with edgepatch: edgepatch convert base HF_FOLDER {folder} --to onnx"
-    if SPEC_KEY not in metadata or metadata.get(QUANTIZATION_KEY) not in QUANTIZATIONS.values():
-        raise InputError(
-            f"{folder / MODEL_FILE} was not converted by edgepatch: its metadata names no base model", hint=hint
-        )
-    try:
-        return ModelSpec.from_dict(json.loads(metadata[SPEC_KEY])), metadata[QUANTIZATION_KEY]
-    except (ValueError, RecursionError, PatchFormatError) as error:
-        raise InputError(f"{folder / MODEL_FILE}: its metadata is damaged: {error}", hint=hint) from None
-
-
-def _require_seedable(session: Any, spec: ModelSpec, folder: Path) -> None:
-    """Recognises the kind of graph by its inputs; the model builder's is the one kind that can be seeded.
-
-    Raises:
-        InputError: the inputs, their shapes or element types are of another kind.
-    """
-    inputs = {i.name: i for i in session.get_inputs()}
-    layers = range(min(spec.num_hidden_layers, len(inputs)))
-    past = {f"past_key_values.{i}.{kind}" for i in layers for kind in ("key", "value")}
-    if set(inputs) != past | {"input_ids", "attention_mask"}:
-        raise InputError(
-            f"{folder / MODEL_FILE}: a graph with the inputs {sorted(inputs)} cannot take a seed",
-            hint="convert the model again: edgepatch convert base --to onnx",
-        )
-    kinds = {inputs[name].type for name in past} | {session.get_outputs()[0].type}
-    heads = {inputs[name].shape[1] for name in past}
-    if len(kinds) != 1 or not kinds <= ELEMENT_TYPES.keys() or heads != {spec.num_key_value_heads}:
-        raise InputError(
-            f"{folder / MODEL_FILE}: cannot seed a cache of {sorted(kinds)} with {sorted(map(str, heads))} heads",
-            hint="convert the model again: edgepatch convert base --to onnx",
-        )
-
-
 def _read_tokenizer(folder: Path, spec: ModelSpec) -> FolderTokenizer:
     tokenizer = FolderTokenizer(folder)
     if tokenizer.digest != spec.tokenizer_digest:
@@ -321,17 +285,33 @@ def _read_tokenizer(folder: Path, spec: ModelSpec) -> FolderTokenizer:
     return tokenizer
 
 
-def _positions(folder: Path, num_virtual_tokens: int, asked: int | None) -> int:
-    """M, the patch's positions included."""
-    path = folder / CONFIG_FILE
+def _setting(folder: Path, name: str, *keys: str) -> int:
+    """A number in one of a folder's settings files."""
+    path = folder / name
     try:
-        trained = int(json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        value = value.get("text_config", value) if name == "config.json" else value
+        for key in keys:
+            value = value[key]
+        return int(value)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is missing or damaged: {error}", hint="convert the model again") from error
+
+
+def _window(folder: Path) -> int:
+    """Width of the sliding window, for graphs that carry it through their memory."""
+    return _setting(folder, "config.json", "sliding_window")
+
+
+def _positions(folder: Path, graph: DecoderGraph, asked: int | None) -> int:
+    """M, the patch's positions included."""
+    if graph.shared:
+        trained = _setting(folder, GENAI_CONFIG, "model", "context_length")
+    else:
+        trained = _setting(folder, "config.json", "max_position_embeddings")
     positions = min(trained, DEFAULT_POSITIONS) if asked is None else asked
-    if not num_virtual_tokens < positions <= trained:
+    if not 0 < positions <= trained:
         raise InputError(
-            f"context length: expected {num_virtual_tokens + 1} (patch and a token) to {trained}, found {positions}",
-            hint="leave it out, or name a length in between",
+            f"context length: expected 1 to {trained}, found {positions}", hint="leave it out, or name a length in between"
         )
     return positions

@@ -1,0 +1,317 @@
+"""What an ONNX file says of itself, read without a model library: operators, weights, and which files hold them.
+
+A graph names the files of its weights, so it is read with suspicion: before anything opens it for inference, every location
+must be a plain name of a regular file beside the graph that is long enough. The reader walks protobuf's wire format and skips
+what it does not ask for; the numbers of the fields are those of ``onnx.proto``.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.errors import InputError
+
+MODEL_FILE = "model.onnx"
+MODEL_FILES = (MODEL_FILE, "onnx/model.onnx")
+"""Where published folders keep their graph; the second is a folder for several precisions."""
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+MAX_DEPTH = 16  # of graphs within nodes
+MAX_FILE_BYTES = 1 << 31  # of a graph; protobuf's own limit
+NUMPY_TYPES = {1: "<f4", 2: "u1", 3: "i1", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}  # those of norms, and small ones
+ITEM_BITS = {
+    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
+    17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4,
+}  # fmt: skip
+
+# Per message: field number -> the message within, for those that can lead to a tensor.
+MESSAGES: Mapping[str, Mapping[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Weights of a graph.
+
+    Attributes:
+        name: "" for some constants.
+        shape: its dimensions.
+        data_type: number of the element type in ``onnx.proto``.
+        span: first byte and end of its raw data within the file, or ``None``.
+        external: keys and values that name another file, empty for none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    data_type: int
+    span: tuple[int, int] | None
+    external: Mapping[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its values; 0 for an unknown element type."""
+        return (math.prod(self.shape) * ITEM_BITS.get(self.data_type, 0) + 7) // 8
+
+
+@dataclass
+class GraphFile:
+    """What a graph's file says.
+
+    Attributes:
+        path: of the file.
+        operators: how often each operator occurs.
+        bits: of a weight in ``MatMulNBits``, one entry for each node.
+        tensors: all weights and constants.
+    """
+
+    path: Path
+    operators: Counter[str] = field(default_factory=Counter)
+    bits: Counter[int] = field(default_factory=Counter)
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def values(self, tensor: Tensor) -> NDArray[Any] | None:
+        """A tensor's values, or ``None`` where they are of no type or place that is read here."""
+        kind = NUMPY_TYPES.get(tensor.data_type)
+        if kind is None:
+            return None
+        if tensor.external:
+            path, offset = self.path.with_name(tensor.external["location"]), int(tensor.external.get("offset", 0))
+        elif tensor.span:
+            path, offset = self.path, tensor.span[0]
+        else:
+            return None
+        with path.open("rb") as file:
+            file.seek(offset)
+            return np.frombuffer(file.read(tensor.num_bytes), dtype=kind).reshape(tensor.shape)
+
+
+def open_folder(folder: Path, model_file: str | None = None) -> GraphFile:
+    """Checks a model folder's files, and reads what its graph says.
+
+    Args:
+        folder: the model's.
+        model_file: of several graphs the one to take, as a path within the folder.
+
+    Raises:
+        InputError: there is no graph; it is damaged; it wants weights that are missing, too short or outside of its own
+            folder; or the folder holds links.
+    """
+    path = find_model_file(folder, model_file)
+    _refuse_links(folder, path)
+    graph = read_graph_file(path)
+    for tensor in graph.tensors:
+        _check_external(path, tensor)
+    return graph
+
+
+def find_model_file(folder: Path, model_file: str | None = None) -> Path:
+    """The graph in a model folder.
+
+    Raises:
+        InputError: it is not there, or not within the folder.
+    """
+    if model_file is not None:
+        if Path(model_file).is_absolute() or ".." in Path(model_file).parts:
+            raise InputError(f"model file: expected a path within {folder}, found {model_file}")
+        return folder / model_file
+    return next((folder / name for name in MODEL_FILES if (folder / name).is_file()), folder / MODEL_FILE)
+
+
+def _refuse_links(folder: Path, model_file: Path) -> None:
+    """Links could make the model read files outside its folder.
+
+    Raises:
+        InputError: the folder holds no model, or something else than files of its own.
+    """
+    try:
+        status = model_file.lstat()
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            raise InputError(f"{model_file} is not a regular file, or empty", hint="convert the model again")
+        for path in folder.rglob("*"):
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode) and (not stat.S_ISREG(status.st_mode) or status.st_nlink != 1):
+                raise InputError(
+                    f"{path} is a link or no regular file", hint="copy the folder with its contents: cp -rL"
+                )
+    except OSError as error:
+        raise InputError(
+            f"{folder} is not an ONNX model folder: {error.filename}: {error.strerror}",
+            hint="name the folder that holds model.onnx; edgepatch convert base --to onnx makes one",
+        ) from error
+
+
+def _check_external(model_file: Path, tensor: Tensor) -> None:
+    """Checks that a tensor's file lies beside the graph and holds all of it.
+
+    onnxruntime takes some locations for addresses in its own memory, so a name is all that is let through.
+    """
+    if not tensor.external:
+        return
+    location = tensor.external.get("location", "")
+    which = f"{model_file}: external data of {tensor.name or 'a constant'}"
+    if not location or location in (".", "..") or any(c in location for c in '/\\:\0*?"<>|'):
+        raise InputError(
+            f"{which}: expected the name of a file beside it, found {location!r}",
+            hint="do not run this model: its graph reads files outside its folder",
+        )
+    try:
+        offset, length = (int(tensor.external.get(key, default)) for key, default in (("offset", 0), ("length", tensor.num_bytes)))
+    except ValueError:
+        raise InputError(f"{which}: offset and length must be numbers, found {dict(tensor.external)}") from None
+    path = model_file.with_name(location)
+    if not path.is_file():
+        raise InputError(f"{model_file} is damaged: its weights in {location} are missing", hint="copy the whole folder")
+    size = path.stat().st_size
+    if offset < 0 or length < tensor.num_bytes or offset + length > size:
+        raise InputError(
+            f"{path} is damaged: {tensor.name or 'a constant'} wants {tensor.num_bytes} bytes, stated as {length} at {offset}, of {size}",
+            hint="copy or convert the model again",
+        )
+
+
+def read_graph_file(path: Path) -> GraphFile:
+    """Reads what a graph's file says.
+
+    Raises:
+        InputError: it is truncated, damaged, or no ONNX file.
+    """
+    found = GraphFile(path)
+    try:
+        if path.stat().st_size >= MAX_FILE_BYTES:
+            raise InputError(f"{path}: expected less than 2 GiB, found {path.stat().st_size} bytes")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Walk(found, data).message("model", 0, len(data), 0)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path} is damaged, or no ONNX model: {error}", hint="convert the model again") from None
+    if not found.operators:
+        raise InputError(f"{path} is damaged, or no ONNX model: it holds no operators", hint="convert the model again")
+    return found
+
+
+class _Walk:
+    """One pass over a graph's file."""
+
+    def __init__(self, found: GraphFile, data: Any) -> None:
+        self._found = found
+        self._data = data
+
+    def message(self, kind: str, start: int, end: int, depth: int) -> None:
+        """Looks into a message for nodes and tensors."""
+        if depth > MAX_DEPTH * 3:
+            raise ValueError("graphs within graphs without end")
+        if kind == "tensor":
+            self._found.tensors.append(self._tensor(start, end))
+            return
+        if kind == "node":
+            self._node(start, end)
+        inner = MESSAGES[kind]
+        for number, wire, first, last in self._fields(start, end):
+            if number in inner:
+                if wire != BYTES:
+                    raise ValueError(f"field {number} of a {kind} has the wire type {wire}")
+                self.message(inner[number], first, last, depth + 1)
+
+    def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """(number, wire type, first byte or value, end) of each field."""
+        position = start
+        while position < end:
+            tag, position = self._varint(position, end)
+            wire = tag & 7
+            if wire == VARINT:
+                value, position = self._varint(position, end)
+                yield tag >> 3, wire, value, 0
+                continue
+            if wire == BYTES:
+                size, position = self._varint(position, end)
+            elif wire in (FIXED32, FIXED64):
+                size = 4 if wire == FIXED32 else 8
+            else:
+                raise ValueError(f"unknown wire type {wire}")
+            if position + size > end:
+                raise ValueError("it ends within a field")
+            yield tag >> 3, wire, position, position + size
+            position += size
+
+    def _varint(self, position: int, end: int) -> tuple[int, int]:
+        value = shift = 0
+        while position < end and shift < 70:
+            byte = self._data[position]
+            position += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value, position
+            shift += 7
+        raise ValueError("it ends within a number")
+
+    def _text(self, first: int, last: int) -> str:
+        return bytes(self._data[first:last]).decode("utf-8")
+
+    def _node(self, start: int, end: int) -> None:
+        operator, attributes = "", {}
+        for number, wire, first, last in self._fields(start, end):
+            if number == 4 and wire == BYTES:
+                operator = self._text(first, last)
+            elif number == 5 and wire == BYTES:
+                name, value = self._integer(first, last)
+                attributes[name] = value
+        self._found.operators[operator] += 1
+        if operator == "MatMulNBits":
+            self._found.bits[attributes.get("bits", 4)] += 1
+
+    def _integer(self, start: int, end: int) -> tuple[str, int]:
+        """Name of an attribute, and its integer."""
+        name, value = "", 0
+        for number, wire, first, last in self._fields(start, end):
+            if number == 1 and wire == BYTES:
+                name = self._text(first, last)
+            elif number == 3 and wire == VARINT:
+                value = first
+        return name, value
+
+    def _tensor(self, start: int, end: int) -> Tensor:
+        name, shape, kind, span, external = "", [], 0, None, {}
+        for number, wire, first, last in self._fields(start, end):
+            if number == 1:
+                shape += [first] if wire == VARINT else self._packed(first, last)
+            elif number == 2:
+                kind = first
+            elif number == 8:
+                name = self._text(first, last)
+            elif number == 9:
+                span = (first, last)
+            elif number == 13:
+                key, value = self._entry(first, last)
+                if key in external:
+                    raise ValueError(f"the external data of {name} names its {key} twice")
+                external[key] = value
+        return Tensor(name, tuple(shape), kind, span, external)
+
+    def _packed(self, position: int, end: int) -> list[int]:
+        values = []
+        while position < end:
+            value, position = self._varint(position, end)
+            values.append(value)
+        return values
+
+    def _entry(self, start: int, end: int) -> tuple[str, str]:
+        texts = {number: self._text(first, last) for number, wire, first, last in self._fields(start, end) if wire == BYTES}
+        return texts.get(1, ""), texts.get(2, "")
