@@ -2,20 +2,35 @@
 
 A token is drawn by inverting the cumulative distribution in order of falling probability with one uniform number a step: two
 runtimes whose logits differ by little draw the same token from the same number.
+
+The order of operations, each left out unless asked for: ``logit_bias`` is added; tokens of prompt and reply are weakened by
+``repetition_penalty`` (as Transformers and llama.cpp do it, over the whole context), those of the reply alone by
+``presence_penalty`` and ``frequency_penalty`` (as OpenAI defines them); what the constraint rules out is removed; then temperature,
+top-k, min-p and top-p, where each probability is one of what the steps before have left. Temperature comes before the cuts, as in
+Transformers and OpenAI's service; llama.cpp's own default chain puts it last.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.constraints import Constraint, ConstraintMatcher
 from edgepatch.errors import EdgepatchError, InputError
 
 CANDIDATES = 256
 """So many likeliest tokens are sorted first; the whole vocabulary only where they hold less than top-p."""
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+INTEGERS = ("max_new_tokens", "top_k", "rng_seed", "num_logprobs")
+BANNED = -math.inf
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,17 @@ class Sampling:
         top_k: only the k likeliest tokens are kept; 0 keeps all.
         rng_seed: makes the draw repeatable; ``None`` draws afresh.
         ignore_end_tokens: go on behind the model's end token, for timing a fixed number of tokens.
+        min_p: only tokens with at least this share of the likeliest token's probability are kept.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt and reply; 1 is none.
+        presence_penalty: taken off the logits of tokens in the reply, -2 to 2.
+        frequency_penalty: taken off them once for each time they occur in it, -2 to 2.
+        logit_bias: token id -> -100 to 100, added to its logit; minus infinity bans it.
+        stop: the reply ends before the first of these texts.
+        num_logprobs: log-probabilities of the drawn token and of so many likeliest ones, at most 20; ``None`` for none at all.
+        constraint: what the reply must look like.
+
+    Raises:
+        InputError: naming the value that is out of range.
     """
 
     max_new_tokens: int = 128
@@ -37,50 +63,237 @@ class Sampling:
     top_k: int = 0
     rng_seed: int | None = None
     ignore_end_tokens: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    stop: tuple[str, ...] = ()
+    num_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
+        self._require_types()
         checks = {
             "max_new_tokens": self.max_new_tokens >= 1,
             "temperature": 0 <= self.temperature <= 100,
             "top_p": 0 < self.top_p <= 1,
             "top_k": self.top_k >= 0,
+            "rng_seed": self.rng_seed is None or self.rng_seed >= 0,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": 0 < self.repetition_penalty <= 100,
+            "presence_penalty": -2 <= self.presence_penalty <= 2,
+            "frequency_penalty": -2 <= self.frequency_penalty <= 2,
+            "num_logprobs": self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS,
+            "stop": len(self.stop) <= MAX_STOPS and all(0 < len(text) <= MAX_STOP_LENGTH for text in self.stop),
         }
         for name, holds in checks.items():
             if not holds:
-                raise InputError(f"sampling: {name} = {getattr(self, name)} is out of range")
+                raise InputError(f"sampling: {name} = {getattr(self, name)!r} is out of range")
+        if self.constraint is not None and self.ignore_end_tokens:
+            raise InputError("sampling: ignore_end_tokens goes on where the constraint ends", hint="leave one of them out")
+
+    def _require_types(self) -> None:
+        for f in fields(self):
+            value, name = getattr(self, f.name), f.name
+            if name in INTEGERS:
+                fits = _is_integer(value) or (value is None and f.default is None)
+            elif isinstance(f.default, float):
+                fits = _is_number(value)
+            elif name == "stop":
+                fits = isinstance(value, (tuple, list)) and all(isinstance(text, str) for text in value)
+            elif name == "logit_bias":
+                fits = isinstance(value, Mapping) and all(_is_bias(token, bias) for token, bias in value.items())
+            else:
+                fits = isinstance(value, bool) if name == "ignore_end_tokens" else isinstance(value, Constraint | None)
+            if not fits:
+                raise InputError(f"sampling: {name} = {value!r:.200} cannot be used, expected {f.type}")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sampling:
+        """Settings by name.
+
+        Raises:
+            InputError: a name is unknown or a value out of range.
+        """
+        names = {f.name for f in fields(cls)}
+        unknown = sorted(str(name) for name in values if name not in names)
+        if unknown:
+            raise InputError(f"sampling: unknown: {', '.join(unknown)}", hint=f"known: {', '.join(sorted(names))}")
+        return cls(**values)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_bias(token: object, bias: Any) -> bool:
+    return _is_integer(token) and _is_number(bias) and (-100 <= bias <= 100 or bias == BANNED)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A drawn token.
+
+    Attributes:
+        token_id: its id.
+        logprob: its log-probability as the model itself gives it, before any setting; ``None`` unless asked for.
+        top_logprobs: (token id, log-probability) of the likeliest tokens, falling.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class TokenSampler:
+    """Draws the tokens of one reply.
+
+    Args:
+        sampling: the settings.
+        prompt: token ids that the reply continues.
+        vocab_size: V.
+        matcher: of this reply, where ``sampling`` has a constraint.
+
+    Raises:
+        InputError: ``logit_bias`` names a token outside the vocabulary.
+    """
+
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], vocab_size: int, matcher: ConstraintMatcher | None = None
+    ) -> None:
+        wrong = next((t for t in sampling.logit_bias if not 0 <= t < vocab_size), None)
+        if wrong is not None:
+            raise InputError(f"sampling: logit_bias: token id {wrong} is outside the vocabulary of {vocab_size}")
+        self._sampling, self._matcher = sampling, matcher
+        self._rng = np.random.default_rng(sampling.rng_seed)
+        self._bias = _as_arrays(sampling.logit_bias)
+        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self._counts: dict[int, float] = {}
+        changed = (sampling.logit_bias, sampling.repetition_penalty != 1, sampling.presence_penalty, sampling.frequency_penalty)
+        self._adjusts = matcher is not None or any(changed)
+
+    def draw(self, logits: NDArray[Any]) -> Draw:
+        """Draws the next token, which then counts as part of the reply.
+
+        Args:
+            logits: (V,) float32; left as they are.
+
+        Raises:
+            InputError: bans and constraint together leave no token.
+            EdgepatchError: the logits hold NaN or infinity, or the constraint cannot be followed.
+        """
+        if not self._adjusts:
+            return self._report(draw_token(logits, self._sampling, self._rng), logits)
+        token = draw_token(self._adjust(logits), self._sampling, self._rng)
+        self._seen.add(token)
+        self._counts[token] = self._counts.get(token, 0) + 1
+        return self._report(token, logits)
+
+    def accept(self, token: int) -> bool:
+        """Takes a drawn token that ends nothing into the constraint; true when the reply is complete by it."""
+        if self._matcher is None:
+            return False
+        self._matcher.accept(token)
+        return self._matcher.is_complete
+
+    def _adjust(self, logits: NDArray[Any]) -> NDArray[np.float64]:
+        """(V,) with bias, penalties and constraint applied."""
+        s, adjusted = self._sampling, logits.astype(np.float64)
+        _require_finite(float(logits.max()))
+        ids, bias = self._bias
+        adjusted[ids] += bias
+        if s.repetition_penalty != 1:
+            ids = np.fromiter(self._seen, np.int64)
+            values = adjusted[ids]
+            adjusted[ids] = np.where(values < 0, values * s.repetition_penalty, values / s.repetition_penalty)
+        ids, counts = _as_arrays(self._counts)
+        adjusted[ids] -= s.presence_penalty + s.frequency_penalty * counts
+        if self._matcher is not None:
+            adjusted[~self._matcher.allowed()] = BANNED
+        if adjusted.max() == BANNED:
+            raise InputError("no token is left to draw: logit_bias and constraint rule out the whole vocabulary", hint="ban fewer")
+        return adjusted
+
+    def _report(self, token: int, logits: NDArray[Any]) -> Draw:
+        count = self._sampling.num_logprobs
+        if count is None:
+            return Draw(token)
+        logprobs = logits.astype(np.float64) - float(logits.max())
+        logprobs -= np.log(np.exp(logprobs).sum())
+        top = np.argpartition(-logprobs, count)[:count] if count < len(logprobs) else np.arange(len(logprobs))
+        top = top[np.lexsort((top, -logprobs[top]))]
+        return Draw(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
+
+
+def _as_arrays(values: Mapping[int, float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    return np.fromiter(values.keys(), np.int64, len(values)), np.fromiter(values.values(), np.float64, len(values))
+
+
+def _require_finite(best: float) -> None:
+    if not math.isfinite(best):
+        found = "NaN" if math.isnan(best) else "infinite"
+        raise EdgepatchError(f"the model gave {found} logits", hint="check the model file; a damaged file or patch does this")
 
 
 def draw_token(logits: NDArray[Any], sampling: Sampling, rng: np.random.Generator) -> int:
     """Draws one token id.
 
     Args:
-        logits: (V,) float32.
-        sampling: temperature, then top-k, then top-p.
+        logits: (V,) float32 or float64; a token at minus infinity is never drawn.
+        sampling: temperature, then top-k, min-p and top-p; its other settings are ``TokenSampler``'s.
         rng: advanced by one uniform number, also at temperature 0.
 
     Raises:
-        EdgepatchError: the logits hold NaN: the model or the patch is damaged.
+        EdgepatchError: the logits hold NaN or infinity: the model or the patch is damaged.
     """
     uniform = rng.random()
     best = int(logits.argmax())
-    if np.isnan(logits[best]):
-        raise EdgepatchError("the model gave NaN logits", hint="check the model file; a damaged file or patch does this")
+    _require_finite(float(logits[best]))
     if sampling.temperature == 0:
         return best
     weights = np.exp((logits.astype(np.float64) - logits[best]) / sampling.temperature)
+    if sampling.min_p:
+        weights[weights < sampling.min_p] = 0.0
+    if sampling.top_p == 1 and not sampling.top_k:
+        token = _draw_from_head(weights, uniform)
+        if token is not None:
+            return token
     order = _likeliest(weights, sampling)
     cumulative = np.cumsum(weights[order])
     mass = cumulative[-1] if sampling.top_k else weights.sum()
-    kept = min(int(np.searchsorted(cumulative, sampling.top_p * mass)) + 1, len(order))
+    kept = min(int(np.searchsorted(cumulative, sampling.top_p * mass)) + 1, int(np.count_nonzero(weights[order])))
     return int(order[min(int(np.searchsorted(cumulative[:kept], uniform * cumulative[kept - 1], side="right")), kept - 1)])
+
+
+def _draw_from_head(weights: NDArray[np.float64], uniform: float) -> int | None:
+    """The token that the whole sorted vocabulary gives, where the likeliest alone show it beyond all rounding; else ``None``."""
+    if len(weights) <= CANDIDATES:
+        return None
+    ids = _sorted_head(weights, CANDIDATES)
+    cumulative = np.cumsum(weights[ids])
+    # The order of summation moves the total by less than V * 2**-52 of it.
+    low, high = (int(np.searchsorted(cumulative, uniform * weights.sum() * s, side="right")) for s in (1 - 1e-9, 1 + 1e-9))
+    is_certain = low == high < len(ids) and weights[ids[low]] > weights[ids[-1]]  # among equals the head may hold others
+    return int(ids[low]) if is_certain else None
+
+
+def _sorted_head(weights: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    ids = np.sort(np.argpartition(-weights, count - 1)[:count])
+    return ids[np.argsort(-weights[ids], kind="stable")]
 
 
 def _likeliest(weights: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:
     """Token ids in order of falling weight, as many as top-k and top-p can keep (sorting all V costs more than the draw)."""
-    counts = (sampling.top_k,) if sampling.top_k else (CANDIDATES, len(weights))
-    for count in (min(c, len(weights)) for c in counts):
-        ids = np.sort(np.argpartition(-weights, count - 1)[:count])
-        ids = ids[np.argsort(-weights[ids], kind="stable")]
-        if weights[ids].sum() >= sampling.top_p * weights.sum():
-            break
-    return ids
+    if sampling.top_k:
+        return _sorted_head(weights, min(sampling.top_k, len(weights)))
+    ids = _sorted_head(weights, min(CANDIDATES, len(weights)))
+    if weights[ids].sum() >= sampling.top_p * weights.sum():
+        return ids
+    return _sorted_head(weights, int(np.count_nonzero(weights)))

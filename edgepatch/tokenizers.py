@@ -1,55 +1,229 @@
-"""Text to tokens for runtimes whose library brings no tokenizer (PyTorch, ONNX), and chat templates for all."""
+"""Text to tokens for runtimes whose library brings no tokenizer (PyTorch, ONNX), and chat templates for all.
+
+A chat template writes special tokens, which open and close turns, around what people wrote. What people wrote is text, also where it
+spells such a token: ``encode_chat`` keeps the two apart, so that no message can end its own turn or speak for another role.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from edgepatch.errors import InputError
+from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.messages import Message, plain_messages, plain_tools
 from edgepatch.tensors import tokenizer_digest
+from edgepatch.vocabularies import token_bytes
+
+MARKER = re.compile(r"[<\[].*\w.*[>\]]", re.DOTALL)
+"""How added tokens look that may open and close something, unlike those for blanks and line ends."""
 
 
-def render_chat_template(template: str, messages: Sequence[dict[str, str]], bos_token: str, eos_token: str) -> str:
+@dataclass(frozen=True)
+class AddedTokens:
+    """The texts that a tokenizer reads as single tokens before anything else.
+
+    Attributes:
+        special: of tokens that are read only in trusted text.
+        other: of tokens that are read in any text.
+    """
+
+    special: tuple[str, ...]
+    other: tuple[str, ...] = ()
+
+
+def render_chat_template(
+    template: str,
+    messages: Sequence[Message],
+    bos_token: str,
+    eos_token: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """Renders a model's Jinja chat template, with the opening of the assistant's turn, as Transformers does.
 
     Raises:
-        InputError: the template refuses the messages or is broken.
+        InputError: the messages are malformed, or the template refuses them or is broken.
     """
-    from jinja2 import TemplateError  # an extra of the runtimes
-    from jinja2.ext import loopcontrols
+    return _render(template, plain_messages(messages), bos_token, eos_token, plain_tools(tools))
+
+
+def _render(template: str, messages: Any, bos_token: str, eos_token: str, tools: Any) -> str:
+    try:
+        compiled = _compile(template)
+        return str(
+            compiled.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token
+            )
+        )
+    except Exception as error:  # a template is a program of its own and fails in any way
+        raise InputError(f"the model's chat template refuses these messages: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> Any:
+    """The compiled template in the environment that Transformers gives it."""
+    from jinja2 import TemplateError, nodes  # an extra of the runtimes
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag that marks the assistant's own words for training; here it only passes them on."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2's own form
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.CallBlock(self.call_method("_pass_on"), [], [], body).set_lineno(line)
+
+        def _pass_on(self, caller: Any) -> Any:
+            return caller()
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def encode_chat(
+    template: str,
+    messages: Sequence[Message],
+    bos_token: str,
+    eos_token: str,
+    added: AddedTokens,
+    encode: Callable[[str, bool], list[int]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """Token ids of a conversation, in which special tokens come from the template alone.
+
+    Where no message spells a special token, these are the ids of the rendered text as it is. Else each such spelling is broken
+    after its first character by a mark that nobody can guess; the rendered text is cut at the marks and encoded part by part.
+    Text that the template takes apart and joins anew is beyond this: no template in use does so.
+
+    Args:
+        template: the model's chat template.
+        messages: the conversation.
+        bos_token: the text of BOS, for the template.
+        eos_token: the text of EOS, for the template.
+        added: the texts that ``encode`` reads as single tokens.
+        encode: token ids of a text without BOS; special tokens spelled in it are read as such if the second argument is true.
+        tools: tool objects in OpenAI's form.
+
+    Raises:
+        InputError: there is no template, or as in ``render_chat_template``.
+    """
+    if not template:
+        raise InputError("the model has no chat template", hint="pass plain text or token ids instead of messages")
+    mark, fence = secrets.token_hex(16), secrets.token_hex(16)
+    # A system prompt may explain the model's markers of calls and thoughts, and what the model wrote may hold them.
+    markers = [*added.special, *(token for token in added.other if MARKER.fullmatch(token) and token in template)]
+    guarded = [
+        _break_up(message, markers if message["role"] in ("user", "tool") else added.special, mark, fence)
+        for message in plain_messages(messages)
+    ]
+    text = _render(template, guarded, bos_token, eos_token, _break_up(plain_tools(tools), added.special, mark, fence))
+    # A template may change the case of a text. Only a special token of one character stands between fences.
+    first, *parts = re.split(f"{mark}|{fence}(.){fence}", text, flags=re.DOTALL | re.IGNORECASE)
+    ids = encode(first, True)
+    for number, part in enumerate(parts):
+        ids += _encode_within(part, number % 2 == 1, encode) if part else []
+    return ids
+
+
+def _break_up(value: Any, tokens: Sequence[str], mark: str, fence: str) -> Any:
+    """A copy of nested lists and objects with a mark after the first character of each token that a text spells."""
+    whole = "\0".join(_texts(value))
+    spelled = [token for token in tokens if token and token in whole]
+    if not spelled:
+        return value
+    start = re.compile(f"(?={'|'.join(map(re.escape, spelled))})(.)", re.DOTALL)
+
+    def break_up(value: Any) -> Any:
+        if isinstance(value, str):
+            return start.sub(lambda found: fence + found[1] + fence if found[1] in spelled else found[1] + mark, value)
+        if isinstance(value, Mapping):
+            return {break_up(key): break_up(item) for key, item in value.items()}
+        return [break_up(item) for item in value] if isinstance(value, list) else value
+
+    return break_up(value)
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in value.items() for text in _texts(item)]
+    return [text for item in value for text in _texts(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _encode_within(text: str, trusted: bool, encode: Callable[[str, bool], list[int]]) -> list[int]:
+    """Token ids of a text that follows on another: without the blank that some tokenizers put in front of every text."""
+    guard = "\0"
+    lead, whole = encode(guard, trusted), encode(guard + text, trusted)
+    return whole[len(lead) :] if lead and whole[: len(lead)] == lead else encode(text, trusted)
+
+
+def _read_definition(folder: Path) -> Any:
+    """The tokenizer of ``tokenizer.json``; where there is only ``tokenizer.model``, what Transformers makes of it."""
+    from tokenizers import Tokenizer  # an extra of the runtimes
+
+    file, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    if model.is_file() and not file.is_file():
+        return _read_sentencepiece(folder, model)
+    return Tokenizer.from_str(file.read_text(encoding="utf-8"))
+
+
+def _read_sentencepiece(folder: Path, file: Path) -> Any:
+    """A SentencePiece model as Transformers converts it, with the model's own treatment of spaces."""
+    from tokenizers import decoders, normalizers
+
     try:
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token
-        )
-    except TemplateError as error:
-        raise InputError(f"the model's chat template refuses these messages: {error}") from error
+        from sentencepiece import SentencePieceProcessor
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtraError(error.name or "sentencepiece", "convert") from None
+    model = SentencePieceProcessor(model_file=str(file))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    space, probe = "\u2581", "\ufb01  a 12 \U0001f642"  # a ligature, which most normalizations change
+    steps: list[Any] = [normalizers.Replace(" ", space)]
+    parts: list[Any] = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.Normalize(probe).startswith(space):  # Transformers drops this space in some classes, and moves it in others
+        steps.insert(0, normalizers.Prepend(space))
+        parts.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Sequence(steps), None
+    tokenizer.decoder = decoders.Sequence(parts)
+    if list(tokenizer.encode(probe, add_special_tokens=False).ids) != list(model.Encode(probe)):
+        raise InputError(f"{file} is of a kind that Transformers reads otherwise", hint="save the tokenizer as tokenizer.json")
+    return tokenizer
 
 
 class FolderTokenizer:
     """The tokenizer of a Transformers or ONNX folder: ``tokenizer.json`` read with the tokenizers library.
 
     Args:
-        folder: holds ``tokenizer.json`` and ``tokenizer_config.json``.
+        folder: holds ``tokenizer.json`` (or SentencePiece's ``tokenizer.model``, where Transformers is installed) and
+            ``tokenizer_config.json``.
 
     Raises:
         InputError: a file is missing or unreadable.
     """
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer  # an extra of the runtimes
-
         try:
-            self._tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            self._tokenizer = _read_definition(folder)
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             generation = folder / "generation_config.json"
             model = folder / "config.json"
@@ -58,9 +232,16 @@ class FolderTokenizer:
             template = template_file.read_text(encoding="utf-8") if template_file.is_file() else ""
         except OSError as error:
             raise InputError(f"cannot read {error.filename}: {error.strerror}", hint="name a complete model folder") from error
+        except EdgepatchError:
+            raise
         except Exception as error:  # the tokenizers library raises bare Exception for a broken file
             raise InputError(f"the tokenizer in {folder} cannot be read: {error}", hint="save the tokenizer again") from error
-        self._template: str = template or config.get("chat_template") or ""
+        added = list(self._tokenizer.get_added_tokens_decoder().values())
+        self._added = AddedTokens(
+            tuple(token.content for token in added if token.special), tuple(token.content for token in added if not token.special)
+        )
+        self._special_in_normalized = [token.content for token in added if token.special and token.normalized]
+        self._template = template or _default_template(config.get("chat_template"))
         self._bos, self._eos = (self._token_text(config.get(k)) for k in ("bos_token", "eos_token"))
         ends = {self._tokenizer.token_to_id(self._eos), self._tokenizer.token_to_id("<|im_end|>")}
         for values in settings:
@@ -71,6 +252,11 @@ class FolderTokenizer:
     @staticmethod
     def _token_text(value: Any) -> str:
         return value["content"] if isinstance(value, dict) else (value or "")
+
+    @property
+    def definition(self) -> str:
+        """What ``tokenizer.json`` says, or would say."""
+        return str(self._tokenizer.to_str())
 
     @property
     def vocabulary(self) -> list[str]:
@@ -91,20 +277,44 @@ class FolderTokenizer:
         """
         self._tokenizer.encode_special_tokens = not trusted
         try:
+            text.encode("utf-8")
             return list(self._tokenizer.encode(text, add_special_tokens=bos).ids)
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text is not valid Unicode: {error}", hint="remove unpaired surrogates") from None
         finally:
             self._tokenizer.encode_special_tokens = False
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the model's chat template.
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of a conversation in the model's chat template; special tokens that a message spells are text.
 
         Raises:
-            InputError: the model has no chat template.
+            InputError: the model has no chat template, or it refuses the messages.
         """
-        if not self._template:
-            raise InputError("the model has no chat template", hint="pass plain text or token ids instead of messages")
-        text = render_chat_template(self._template, messages, self._bos, self._eos)
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        self._refuse_disguised([messages, tools])
+
+        def encode(text: str, trusted: bool) -> list[int]:
+            return self.encode(text, bos=False, trusted=trusted)
+
+        return encode_chat(self._template, messages, self._bos, self._eos, self._added, encode, tools)
+
+    def _refuse_disguised(self, given: Any) -> None:
+        """Some special tokens are looked for in normalized text, where another spelling may become one."""
+        if not self._special_in_normalized or self._tokenizer.normalizer is None:
+            return
+        for text in _texts(given):
+            normalized = self._tokenizer.normalizer.normalize_str(text)
+            hidden = next((token for token in self._special_in_normalized if token in normalized and token not in text), None)
+            if hidden is not None:
+                raise InputError(f"a message spells the special token {hidden} in disguise", hint="take it out")
+
+    def token_bytes(self, vocab_size: int) -> list[bytes]:
+        """The bytes of each token in order of its id; none for special tokens and for rows of the model without a token.
+
+        Raises:
+            InputError: the tokenizer is of a kind whose tokens have no bytes of their own.
+        """
+        texts = token_bytes(self._tokenizer)
+        return texts + [b""] * (vocab_size - len(texts))
 
     def new_decoder(self) -> Callable[[int], str]:
         """A function that takes one token after the other and returns the text that each completes."""
@@ -112,3 +322,10 @@ class FolderTokenizer:
 
         stream = DecodeStream(skip_special_tokens=True)
         return lambda token: stream.step(self._tokenizer, token) or ""
+
+
+def _default_template(value: Any) -> str:
+    """A folder may hold one template, or several by name."""
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get("default")
+    return value if isinstance(value, str) else ""

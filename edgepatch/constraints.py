@@ -1,0 +1,190 @@
+"""Replies that keep to a grammar: JSON, a JSON schema, a regular expression or a GBNF grammar, enforced token by token.
+
+``Constraint`` is the plain value that a caller gives; ``ConstraintEngine`` knows one model's vocabulary and turns constraints into
+matchers, which the llguidance library drives. A matcher says before each draw which tokens can go on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+
+ConstraintKind = Literal["json_schema", "json_object", "grammar", "regex"]
+KINDS: tuple[str, ...] = get_args(ConstraintKind)
+
+MAX_DEFINITION = 64 * 1024
+"""Characters of a definition: llguidance bounds its own work, but not the text that it is given."""
+
+# At most so much between the parts of JSON: a model that likes blanks would else never come to the end.
+JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ ]|\n[ ]{0,16}"}
+
+KEPT_MATCHERS = 8
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a reply must look like.
+
+    Attributes:
+        kind: "json_schema", "json_object" (any JSON object), "grammar" (GBNF, as llama.cpp writes it) or "regex" (Rust's
+            syntax, matched against the whole reply).
+        definition: the schema, grammar or expression; empty for "json_object".
+
+    Raises:
+        InputError: the kind is unknown, or the definition is empty, too long or, as a schema, no JSON object.
+    """
+
+    kind: ConstraintKind
+    definition: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"constraint: kind: expected one of {', '.join(KINDS)}, found {self.kind!r}")
+        if not isinstance(self.definition, str):
+            raise InputError(f"constraint: definition: expected text, found {type(self.definition).__name__}")
+        if len(self.definition) > MAX_DEFINITION:
+            raise InputError(f"constraint: a definition of {len(self.definition)} characters, at most {MAX_DEFINITION} are read")
+        if bool(self.definition.strip()) == (self.kind == "json_object"):
+            expected = "no definition" if self.kind == "json_object" else "a definition"
+            raise InputError(f"constraint: {self.kind} takes {expected}")
+        if self.kind == "json_schema":
+            _require_schema(self.definition)
+
+
+def _require_schema(definition: str) -> None:
+    try:
+        schema = json.loads(definition)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"constraint: the JSON schema is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise InputError(f"constraint: a JSON schema is an object, found {type(schema).__name__}")
+
+
+class ConstraintMatcher:
+    """How far one reply has come in its constraint.
+
+    Args:
+        matcher: llguidance's, of this reply alone.
+        vocab_size: V.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """(V,) true for each token that can come next, end tokens included where the reply may end.
+
+        Raises:
+            EdgepatchError: the constraint grew too complex to follow.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def accept(self, token: int) -> None:
+        """Goes on by a token that ``allowed`` holds."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the reply satisfies the constraint and nothing can be added to it."""
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise EdgepatchError(f"the constraint cannot be followed: {_short(self._matcher.get_error())}", hint="simplify it")
+
+
+class ConstraintEngine:
+    """Constraints over the vocabulary of one model; building it reads every token, so a runtime keeps one.
+
+    Args:
+        token_bytes: at most V byte strings, empty for tokens that have no text: they are allowed nowhere.
+        vocab_size: V.
+        end_token_ids: the tokens that end a reply.
+
+    Raises:
+        MissingExtraError: llguidance is not installed.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], vocab_size: int, end_token_ids: frozenset[int]) -> None:
+        try:
+            import llguidance
+        except ImportError:
+            raise MissingExtraError("llguidance", "gguf") from None
+        self._vocab_size = vocab_size
+        # A model without an end token gets one that it cannot draw, because the library wants one.
+        ends = sorted(end_token_ids) or [vocab_size]
+        tokens = [b"" if i in end_token_ids else text for i, text in enumerate(token_bytes)]
+        tokens += [b""] * (max(vocab_size, ends[-1] + 1) - len(tokens))
+        vocabulary = _Vocabulary(tokens, ends[0])
+        plain = llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(vocabulary), n_vocab=len(tokens), eos_token=ends, slices=[]
+        )
+        vocabulary.tokenize = plain.greedy_tokenize
+        self._tokenizer = plain.with_slices(llguidance.LLTokenizer.general_slices())
+        self._kept: OrderedDict[Constraint, Any] = OrderedDict()
+
+    def matcher(self, constraint: Constraint) -> ConstraintMatcher:
+        """A matcher for one reply.
+
+        Raises:
+            InputError: the library cannot read the definition or does not know a part of it.
+        """
+        if constraint not in self._kept:
+            self._kept[constraint] = self._compile(constraint)
+            if len(self._kept) > KEPT_MATCHERS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(constraint)
+        return ConstraintMatcher(self._kept[constraint].deep_copy(), self._vocab_size)
+
+    def _compile(self, constraint: Constraint) -> Any:
+        from llguidance import LLMatcher
+
+        try:
+            matcher = LLMatcher(self._tokenizer, _grammar(constraint), log_level=0)
+        except Exception as error:  # the converters to the library's own syntax raise Exception itself
+            raise InputError(f"constraint: {constraint.kind}: {_short(str(error))}") from None
+        if matcher.is_error():
+            raise InputError(f"constraint: {constraint.kind}: {_short(matcher.get_error())}")
+        return matcher
+
+
+def _grammar(constraint: Constraint) -> str:
+    """The constraint in llguidance's own syntax."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if constraint.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(constraint.definition))
+    if constraint.kind == "grammar":
+        return str(LLMatcher.grammar_from_lark(gbnf_to_lark(constraint.definition)))
+    schema = constraint.definition or '{"type": "object"}'
+    return str(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS))
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer. Where the constraint leaves one text only, it allows that text's longest tokens."""
+
+    bos_token_id = None
+    special_token_ids: tuple[int, ...] = ()
+
+    def __init__(self, tokens: list[bytes], eos_token_id: int) -> None:
+        self.tokens, self.eos_token_id = tokens, eos_token_id
+        self.tokenize: Callable[[str], list[int]] = lambda text: []
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self.tokenize(text.decode("utf-8"))  # the library asks for whole characters only
