@@ -35,22 +35,36 @@ UNQUANTIZED = ("F32", "F16")
 
 @convert_app.command("base")
 def convert_base(
-    source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="Transformers folder.")],
+    source: Annotated[Path, typer.Argument(metavar="MODEL", help="Transformers folder; for gguf also an F32 or F16 GGUF file.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file or ONNX folder to write.")],
     to: Annotated[Target, typer.Option("--to", help="Format to write.")] = Target.gguf,
     kind: Annotated[
         str | None,
-        typer.Option("--type", help="gguf: F16 (default), Q8_0, Q4_K_M, Q4_0, ... onnx: fp32 (default), int8, int4."),
+        typer.Option("--type", help="gguf: F16 (default), Q8_0, Q4_K_M, Q4_0 or another type of llama.cpp. onnx: fp32 (default), fp16, int8, int4."),
+    ] = None,
+    exporter: Annotated[
+        str, typer.Option("--exporter", help="onnx: builder (fastest graphs), transformers (more architectures) or optimum.")
+    ] = "builder",
+    optimum_env: Annotated[
+        Path | None, typer.Option("--optimum-env", help="onnx: virtual environment for optimum; made if it does not exist.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Convert a Transformers model to GGUF or ONNX, quantized.
 
+    GGUF takes every type that llama.cpp quantizes to; a wrong --type lists them.
+
     Examples: `edgepatch convert base models/llama llama.gguf --type Q4_K_M`,
-    `edgepatch convert base models/llama llama-onnx --to onnx --type int4`
+    `edgepatch convert base models/llama llama-onnx --to onnx --type int4`,
+    `edgepatch convert base models/gemma gemma-onnx --to onnx --exporter transformers`
     """
     kind = kind or ("F16" if to is Target.gguf else "fp32")
-    (_convert_gguf if to is Target.gguf else _convert_onnx)(source, target, kind)
+    if to is Target.onnx:
+        _convert_onnx(source, target, kind, exporter, optimum_env)
+    elif exporter != "builder" or optimum_env is not None:
+        raise InputError("--exporter and --optimum-env: expected with --to onnx, found with --to gguf", hint="leave them out")
+    else:
+        _convert_gguf(source, target, kind)
     files = target.rglob("*") if target.is_dir() else [target]
     size_bytes = sum(file.stat().st_size for file in files if file.is_file())
     if as_json:
@@ -62,11 +76,15 @@ def convert_base(
 def _convert_gguf(source: Path, target: Path, kind: str) -> None:
     from edgepatch.converters import gguf
 
+    if source.is_file():
+        gguf.quantize(source, target, kind)
+        return
     if kind in UNQUANTIZED:
         gguf.convert_folder(source, target, kind)
         return
     if kind not in gguf.quantization_types():
-        raise InputError(f"--type: llama.cpp has no type {kind}", hint="common ones are F16, Q8_0, Q4_K_M and Q4_0")
+        known = ", ".join(sorted(gguf.quantization_types()))
+        raise InputError(f"--type: llama.cpp has no type {kind}", hint=f"take one of {known}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         full = Path(folder) / "F16.gguf"
@@ -74,20 +92,74 @@ def _convert_gguf(source: Path, target: Path, kind: str) -> None:
         gguf.quantize(full, target, kind)
 
 
-def _convert_onnx(source: Path, target: Path, kind: str) -> None:
+def _convert_onnx(source: Path, target: Path, kind: str, exporter: str, optimum_env: Path | None) -> None:
     from edgepatch.converters import onnx
 
-    onnx.export(source, target, cast("onnx.Precision", kind))
+    onnx.export(source, target, cast("onnx.Precision", kind), cast("onnx.Exporter", exporter), optimum_env)
+
+
+@convert_app.command("stamp")
+def convert_stamp(
+    folder: Annotated[Path, typer.Argument(metavar="ONNX_FOLDER", help="A graph that was exported elsewhere, with its tokenizer.")],
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Transformers folder that it was made of: the graph must prove to be that model.")
+    ] = None,
+    model_file: Annotated[
+        str | None, typer.Option("--file", help="The graph within the folder; default: model.onnx or onnx/model.onnx.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write into an ONNX graph of optimum, onnxruntime-genai or Transformers which model it is, so that it takes patches.
+
+    Example: `edgepatch convert stamp downloads/llama-onnx --base models/llama`
+    """
+    from edgepatch.converters import onnx
+
+    agreement = onnx.stamp_folder(folder, base, model_file)
+    if as_json:
+        difference = agreement.max_difference if agreement else None
+        print_json({"path": str(folder), "compared": agreement is not None, "max_abs_dlogit": difference})
+    elif agreement:
+        print(f"{folder}: computes what {base} computes; largest difference of a logit {agreement.max_difference:.1e}")
+    else:
+        print(f"{folder}: stamped by its own settings and norm vectors; not compared with a model")
+
+
+@convert_app.command("baked")
+def convert_baked(
+    folder: Annotated[Path, typer.Argument(metavar="ONNX_FOLDER", help="Graph of onnxruntime-genai's builder.")],
+    patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch with a KV seed.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Bake a patch into a graph for programs that run onnxruntime-genai, which takes no seeds.
+
+    Such a program appends P tokens of any kind first, by themselves, and then its prompt.
+
+    Example: `edgepatch convert baked llama-onnx detox-1.0.0.safetensors llama-detox-genai`
+    """
+    from edgepatch.converters import onnx_baked
+    from edgepatch.patches import read_patch
+
+    patch = read_patch(patch_file)
+    onnx_baked.bake_seed(folder, patch, target)
+    count = patch.num_virtual_tokens
+    if as_json:
+        print_json({"path": str(target), "patch_digest": patch.digest, "num_virtual_tokens": count})
+    else:
+        print(f"{target}: patch {patch.digest[:12]}; append {count} tokens of any kind, by themselves, before the prompt")
 
 
 @convert_app.command("seed")
 def convert_seed(
-    patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch with a soft prompt.")],
+    patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")],
     model: Annotated[Path, typer.Option("--model", help="Transformers folder of the base model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Compute a patch's KV seed with the full-precision model and store it, in float16, in a new patch file.
+    """Compute a patch's KV seed and canary with the full-precision model and store them in a new patch file.
+
+    The seed of a soft prompt is stored in float16; a trained K/V prefix stays as it is and gets the canary alone.
 
     Example: `edgepatch convert seed detox.safetensors --model models/llama -o detox-1.0.0.safetensors`
     """
@@ -100,3 +172,83 @@ def convert_seed(
         print_json({"path": str(out), "digest": digest, "num_virtual_tokens": patch.num_virtual_tokens})
     else:
         print(f"{out}: KV seed of {patch.num_virtual_tokens} virtual tokens, SHA-256 {digest}")
+
+
+class PatchTarget(str, Enum):
+    """Foreign formats that a patch is written to."""
+
+    peft = "peft"
+    gguf = "gguf"
+
+
+@convert_app.command("adapter")
+def convert_adapter(
+    source: Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT folder, or a GGUF file of `convert patch --to gguf`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Its base model: Transformers folder or GGUF file. A PEFT folder needs it.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="Name of the patch; default: the folder's.")] = "",
+    version: Annotated[str, typer.Option("--version", help="Its version (SemVer).")] = "0.1.0",
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a patch of a PEFT adapter: prompt tuning, prefix tuning or cartridge, in safetensors.
+
+    The base model only tells its shape and digests; its weights are not loaded.
+
+    Example: `edgepatch convert adapter adapters/detox --model llama.gguf -o detox.safetensors --name detox`
+    """
+    from edgepatch.converters import adapters_gguf, hf, peft
+    from edgepatch.patches import write_patch
+
+    spec = hf.read_spec(model) if model else None
+    if source.is_file() and source.suffix == ".gguf":
+        patch = adapters_gguf.read_gguf(source)
+        if spec is not None:
+            patch.base.require_same(spec)
+    elif spec is None:
+        raise InputError(f"{source} does not say which model it is for", hint="name the model with --model")
+    else:
+        patch = peft.read_adapter(source, spec, name, version)
+    digest = write_patch(patch, out)
+    if as_json:
+        holds = {"soft_prompt": patch.soft_prompt is not None, "kv_seed": patch.kv_seed is not None}
+        print_json({"path": str(out), "digest": digest, "num_virtual_tokens": patch.num_virtual_tokens, **holds})
+    else:
+        what = "soft prompt" if patch.soft_prompt else "KV seed"
+        print(f"{out}: {what} of {patch.num_virtual_tokens} virtual tokens, SHA-256 {digest}")
+
+
+@convert_app.command("patch")
+def convert_patch(
+    patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="PEFT folder or GGUF file to write.")],
+    to: Annotated[PatchTarget, typer.Option("--to", help="Format to write.")],
+    base_model_name: Annotated[
+        str | None, typer.Option("--base-model-name", help="What the target calls the base model, e.g. its name on a hub.")
+    ] = None,
+    peft_type: Annotated[
+        str | None, typer.Option("--peft-type", help="PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE; default: what the patch was trained as.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a patch as a PEFT adapter folder, or as a GGUF file for registries.
+
+    Examples: `edgepatch convert patch detox.safetensors adapters/detox --to peft --base-model-name org/model`,
+    `edgepatch convert patch detox.safetensors detox.gguf --to gguf`
+    """
+    from edgepatch.converters import adapters_gguf, peft
+    from edgepatch.patches import read_patch
+
+    patch = read_patch(patch_file)
+    if to is PatchTarget.peft:
+        kind = peft.write_adapter(patch, target, base_model_name, peft_type)
+    elif peft_type is not None:
+        raise InputError("--peft-type: expected with --to peft, found with --to gguf", hint="leave it out")
+    else:
+        adapters_gguf.write_gguf(patch, target, base_model_name)
+        kind = "GGUF adapter"
+    if as_json:
+        print_json({"path": str(target), "format": to.value, "type": kind, "patch_digest": patch.digest})
+    else:
+        print(f"{target}: {kind} of {patch.num_virtual_tokens} virtual tokens")
