@@ -1,0 +1,129 @@
+"""``serve``: a model with a patch behind an OpenAI-compatible HTTP server."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads
+from edgepatch.cli.console import JsonFlag, ModelArgument, cell, note, print_json, stderr, stdout, table
+from edgepatch.cli.root import app
+from edgepatch.errors import InputError
+
+if TYPE_CHECKING:
+    from edgepatch.runtimes.base import Runtime
+    from edgepatch.server.model import ServedModel
+    from edgepatch.server.settings import ServerSettings
+
+
+@app.command()
+def serve(
+    model: ModelArgument,
+    patch: Annotated[Path | None, typer.Option("--patch", "-p", help="Patch file.")] = None,
+    bare: Annotated[bool, typer.Option("--bare", help="Serve the model without a patch.")] = False,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8080,
+    sequences: Annotated[int, typer.Option("--sequences", min=1, max=64, help="Replies at once; others wait.")] = 4,
+    alias: Annotated[str | None, typer.Option("--alias", help="What clients call the model; default: its file's name.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="Holds the API key. Else EDGEPATCH_API_KEY, else one is generated.")
+    ] = None,
+    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Let everyone on this machine in; loopback only.")] = False,
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Needed for an address that other machines reach.")] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="A name of this machine that clients use; may be repeated.")
+    ] = None,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="The most replies that wait; more get status 503.")] = 64,
+    request_timeout: Annotated[float, typer.Option("--request-timeout", min=1, help="Seconds for one reply.")] = 600,
+    grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds for replies to end when the server stops.")] = 10,
+    context_length: ContextLength = None,
+    threads: Threads = None,
+    device: DeviceOption = Device.cpu,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve a model to OpenAI's clients, on this machine alone unless told otherwise. Stop it with Ctrl-C or SIGTERM.
+
+    Example: `edgepatch serve llama-Q4_K_M.gguf --patch detox.safetensors`
+    """
+    if (patch is None) != bare:
+        found = "both" if bare else "neither"
+        raise InputError(f"expected --patch or --bare, found {found}", hint="--bare serves the model as it is, without a patch")
+    from edgepatch.server.process import serve as run
+    from edgepatch.server.service import Service
+    from edgepatch.server.settings import ServerSettings, new_api_key
+
+    key, is_new = _api_key(api_key_file, no_api_key, new_api_key)
+    settings = ServerSettings(
+        name=alias or _name_of(model), api_key=key, host=host, port=port, allow_remote=allow_remote,
+        allowed_hosts=tuple(name.lower() for name in allow_host or ()), max_waiting=queue,
+        request_timeout_s=request_timeout, grace_s=grace,
+    )  # fmt: skip
+    with settings.listen() as listener:
+        url = _url(settings, listener.getsockname()[1])
+        note(f"loading {model}")
+        load = _loader(model, patch, sequences, context_length, threads, device)
+        service = Service(load, settings, lambda served: _announce(served, settings, url, is_new, as_json))
+        run(service, listener)
+    if not service.scheduler.join(0):
+        sys.stdout.flush()
+        os._exit(0)  # a library that still loads a model cannot be stopped, and crashes when its process is taken down in order
+
+
+def _api_key(file: Path | None, without: bool, generate: Callable[[], str]) -> tuple[str | None, bool]:
+    """The key, and whether it was made just now."""
+    from edgepatch.server.settings import read_api_key
+
+    if without:
+        if file is not None:
+            raise InputError("expected --api-key-file or --no-api-key, found both")
+        return None, False
+    chosen = read_api_key(file)
+    return (chosen, False) if chosen is not None else (generate(), True)
+
+
+def _name_of(model: Path) -> str:
+    name = model.resolve().stem if model.suffix == ".gguf" else model.resolve().name
+    return re.sub(r"[^A-Za-z0-9._:-]", "-", name).lstrip("._:-")[:128] or "model"
+
+
+def _loader(
+    model: Path, patch: Path | None, sequences: int, context_length: int | None, threads: int | None, device: Device
+) -> Callable[[], Runtime]:
+    from edgepatch.runtimes import device_options, load_runtime
+
+    options: dict[str, object] = {"context_length": context_length, "num_threads": threads, "num_sequences": sequences}
+    options |= device_options(model, device.value)
+    return lambda: load_runtime(model, patch, **{name: value for name, value in options.items() if value is not None})
+
+
+def _url(settings: ServerSettings, port: int) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{port}/v1"
+
+
+def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_key: bool, as_json: bool) -> None:
+    patch = f"{served.patch['name']} {served.patch['version']} (seed {served.patch['seed_route']})" if served.patch else "none"
+    if as_json:
+        print_json({"url": url, "model": served.name, "patch": served.patch, "system_fingerprint": served.fingerprint})
+    else:
+        rows: list[tuple[str, object]] = [("url", url), ("model", served.name), ("patch", patch)]
+        stdout().print(table([*rows, ("fingerprint", served.fingerprint)]))
+    sys.stdout.flush()
+    if is_new_key:
+        stderr().print(f"[bold]API key[/bold] (shown once): {cell(settings.api_key)}", soft_wrap=True)
+    if settings.api_key is None:
+        _warn("no API key: every program and user of this machine can use the server")
+    if not settings.is_loopback:
+        _warn("requests and key travel unencrypted: put a proxy with TLS in front")
+    if served.patch is None:
+        _warn("the model runs without a patch")
+
+
+def _warn(text: str) -> None:
+    stderr().print(f"[bold yellow]warning:[/bold yellow] {cell(text)}", soft_wrap=True)

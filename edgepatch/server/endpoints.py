@@ -1,0 +1,232 @@
+"""The two endpoints that generate: they queue an order, gather its events, and reply at once or in a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from edgepatch.generation import Piece
+from edgepatch.server import requests
+from edgepatch.server.generations import Event, Finished, Generation, Scored
+from edgepatch.server.model import ServedModel
+from edgepatch.server.refusals import Refusal, refusal_of
+from edgepatch.server.replies import (
+    DONE,
+    Choice,
+    CompletionWriter,
+    ReplyWriter,
+    TokenLogprob,
+    as_event,
+    as_events,
+    score,
+)
+from edgepatch.server.requests import Order
+from edgepatch.server.service import Service
+
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # proxies pass the pieces on as they come
+]
+
+
+class GenerationEndpoint:
+    """An ASGI application for one path.
+
+    Args:
+        service: settings, scheduler, metrics.
+        parse: reads the request.
+        writer: writes the reply.
+    """
+
+    def __init__(
+        self, service: Service, parse: Callable[[dict[str, Any]], Order], writer: Callable[[Order, ServedModel], ReplyWriter]
+    ) -> None:
+        self._service, self._parse, self._writer = service, parse, writer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = time.monotonic()
+        model = self._service.require_model()
+        body = await read_body(Request(scope, receive), self._service)
+        order = await asyncio.to_thread(lambda: self._parse(requests.parse_json(body)))  # a large one takes a while
+        if order.model != model.name:
+            raise Refusal(404, f"model: expected {model.name!r}, found {order.model[:100]!r}", "model", "model_not_found")
+        await _unless_gone(receive, self._serve(order, model, send, start))
+
+    async def _serve(self, order: Order, model: ServedModel, send: Send, start: float) -> None:
+        tokens = await asyncio.wrap_future(self._service.scheduler.call(lambda runtime: _tokenize(order, model, runtime)))
+        run = OrderRun(self._service, order, model, tokens, start)
+        try:
+            await (self._stream if order.is_streamed else self._reply)(run, self._writer(order, model), send)
+        finally:
+            run.cancel()
+
+    async def _reply(self, run: OrderRun, writer: ReplyWriter, send: Send) -> None:
+        async for _ in run.pieces():
+            pass
+        await run.score_prompts(writer)
+        await JSONResponse(writer.reply(run.choices))({"type": "http"}, _nothing, send)
+
+    async def _stream(self, run: OrderRun, writer: ReplyWriter, send: Send) -> None:
+        pieces = run.pieces()
+        first = await anext(pieces, None)  # an error up to here still becomes a status
+        await run.score_prompts(writer)
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        try:
+            await _send_part(send, as_events(chunk for choice in run.choices for chunk in writer.first_chunks(choice)))
+            if first is not None:
+                await _send_part(send, as_events(writer.chunks(*first)))
+            async for piece in pieces:
+                await _send_part(send, as_events(writer.chunks(*piece)))
+            await _send_part(send, as_events(writer.usage_chunk(run.choices)) + DONE)
+        except Exception as error:
+            self._service.note_error(error)
+            await _send_part(send, as_event(refusal_of(error).body()))
+        await send({"type": "http.response.body", "body": b""})
+
+
+class OrderRun:
+    """The generations of one order, their events brought to the event loop.
+
+    Args:
+        service: settings, scheduler, metrics.
+        order: what was asked for.
+        model: what is served.
+        tokens: each prompt.
+        start: when the request came, by ``time.monotonic``.
+    """
+
+    def __init__(self, service: Service, order: Order, model: ServedModel, tokens: list[list[int]], start: float) -> None:
+        self._service, self._order, self._model, self._start = service, order, model, start
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._scores: dict[int, Scored] = {}
+        wanted = requests.choices(order, tokens)
+        self.choices = [Choice(index, prompt) for index, (prompt, _) in enumerate(wanted)]
+        scored = order.echo and order.num_logprobs is not None
+        self._generations = [Generation(p, s, self._emitter(i), scored) for i, (p, s) in enumerate(wanted)]
+
+    def _emitter(self, index: int) -> Callable[[Event], None]:
+        loop, put = asyncio.get_running_loop(), self._events.put_nowait
+
+        def emit(event: Event) -> None:
+            loop.call_soon_threadsafe(put, (index, event))
+
+        return emit
+
+    async def pieces(self) -> AsyncIterator[tuple[Choice, Piece, list[TokenLogprob]]]:
+        """Queues the generations and gives their pieces as they come, until all are finished.
+
+        Raises:
+            Refusal: the queue is full, or the time is over.
+            Exception: what a generation failed with.
+        """
+        self._service.scheduler.submit(self._generations)
+        left, is_first = len(self._generations), True
+        while left:
+            index, event = await self._next()
+            if isinstance(event, Finished):
+                if event.error is not None:
+                    raise event.error
+                left -= 1
+            elif isinstance(event, Scored):
+                self._scores[index] = event
+            else:
+                logprobs = self.choices[index].add(event, self._model.end_token_ids)
+                if not isinstance(event, Piece):
+                    continue
+                if is_first:
+                    is_first = False
+                    self._service.metrics.observe_first_token(time.monotonic() - self._start)
+                yield self.choices[index], event, logprobs
+
+    async def _next(self) -> tuple[int, Event]:
+        limit_s = self._service.settings.request_timeout_s
+        try:
+            return await asyncio.wait_for(self._events.get(), max(self._start + limit_s - time.monotonic(), 0))
+        except asyncio.TimeoutError:
+            raise Refusal(504, f"the reply was not complete after {limit_s:g} seconds", code="request_timeout") from None
+
+    async def score_prompts(self, writer: ReplyWriter) -> None:
+        """Works out the logprobs of the prompts, off the event loop."""
+        for index, scored in self._scores.items():
+            assert isinstance(writer, CompletionWriter)  # chat requests have no echo
+            prompt, count = self.choices[index].prompt, self._order.num_logprobs or 0
+            writer.prompt_logprobs[index] = await asyncio.to_thread(score, prompt, scored.logits, count)
+
+    def cancel(self) -> None:
+        """Frees the sequences of what is not finished."""
+        self._service.scheduler.cancel(self._generations)
+
+
+def _tokenize(order: Order, model: ServedModel, runtime: Any) -> list[list[int]]:
+    if order.needs_vocabulary:
+        model.read_vocabulary(runtime)
+    return order.tokenize(runtime)
+
+
+async def read_body(request: Request, service: Service) -> bytes:
+    """The body of a JSON request.
+
+    Raises:
+        Refusal: it is of another type, too large, or takes too long to arrive.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # which a foreign page cannot send without asking first
+        raise Refusal(415, f"content type: expected application/json, found {kind[:100]!r}", code="wrong_content_type")
+    limit = service.settings.max_body_bytes
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(limit, f"{announced[:20]} announced")
+    try:
+        return await asyncio.wait_for(_gather(request, limit), service.settings.body_timeout_s)
+    except asyncio.TimeoutError:
+        message = f"the body did not arrive within {service.settings.body_timeout_s:g} seconds"
+        raise Refusal(408, message, code="request_timeout") from None
+
+
+async def _gather(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise _too_large(limit, "more")
+    return bytes(body)
+
+
+def _too_large(limit: int, found: str) -> Refusal:
+    return Refusal(413, f"the body: expected at most {limit} bytes, found {found}", code="body_too_large")
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Does the work, and drops it at once when the client closes the connection."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_part(send: Send, data: bytes) -> None:
+    if data:
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _nothing() -> Any:
+    raise ClientDisconnect

@@ -1,0 +1,72 @@
+"""What is served, as plain values that any thread may read while the runtime works."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from edgepatch.runtimes.base import Runtime
+
+
+class ServedModel:
+    """Name, patch and vocabulary of a loaded runtime; they never change while the server runs.
+
+    Args:
+        runtime: the loaded model.
+        name: what clients call it.
+    """
+
+    def __init__(self, runtime: Runtime, name: str) -> None:
+        self.name = name
+        self.created = int(time.time())
+        self.fingerprint = runtime.system_fingerprint
+        self.end_token_ids = runtime.end_token_ids
+        self.num_sequences = runtime.num_sequences
+        self.patch = _patch_entry(runtime)
+        self._token_bytes: list[bytes] = []
+
+    def read_vocabulary(self, runtime: Runtime) -> None:
+        """Reads the tokens' texts, once; on the thread that owns the runtime.
+
+        Raises:
+            InputError: the model's tokens have no text of their own.
+        """
+        self._token_bytes = self._token_bytes or runtime.token_bytes()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's text in UTF-8, perhaps a part of a character; empty for a special token."""
+        return self._token_bytes[token_id]
+
+    def token_text(self, token_id: int) -> str:
+        """The token's text; its bytes spelled out where they are no whole characters, its id where it has no text."""
+        data = self.token_bytes(token_id)
+        try:
+            return data.decode("utf-8") or f"token_id:{token_id}"
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The model in ``/v1/models``."""
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "edgepatch"}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """For the metrics."""
+        patch = self.patch or {"name": "", "version": "", "digest": ""}
+        names = {"patch": patch["name"], "patch_version": patch["version"], "patch_digest": patch["digest"]}
+        return {"model": self.name, **names, "system_fingerprint": self.fingerprint}
+
+
+def _patch_entry(runtime: Runtime) -> dict[str, Any] | None:
+    if runtime.patch is None:
+        return None
+    return {
+        "object": "patch",
+        "name": runtime.patch.name,
+        "version": runtime.patch.version,
+        "digest": runtime.patch.digest,
+        "num_virtual_tokens": runtime.patch.num_virtual_tokens,
+        "active": True,
+        "seed_route": runtime.seed_route,
+    }

@@ -1,0 +1,99 @@
+"""The OpenAPI document, made of the schemas that the requests are checked with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import edgepatch
+from edgepatch.server import schemas
+from edgepatch.server.refusals import KINDS
+
+REASONS = {
+    400: "The request cannot be used; the message names the field, and what was expected and found.",
+    401: "The API key is missing or wrong.",
+    403: "The request names another host, or comes from a page of another one.",
+    404: "There is no such model or path.",
+    405: "The path does not take this method.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    431: "Too many header fields.",
+    500: "The server failed.",
+    503: "The model is loading, the queue is full, or the server is stopping; Retry-After says when to come again.",
+    504: "The reply was not complete in time.",
+}
+EVERYWHERE = (403, 405, 431, 500)
+GENERATING = (400, 401, 404, 408, 413, 415, 503, 504)
+
+
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1 of the whole server."""
+    chat, completion = ("ChatCompletionRequest", "ChatCompletion"), ("CompletionRequest", "Completion")
+    model_path = {"name": "model", "in": "path", "required": True, "schema": schemas.NAME}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "edgepatch", "version": edgepatch.__version__, "description": "An OpenAI-compatible server of patched models."},
+        "security": [{"key": []}],
+        "paths": {
+            "/health": {"get": {**_get("health", "Health", 503), "security": []}},
+            "/openapi.json": {"get": {**_operation("openapi", {"type": "object"}), "security": []}},
+            "/v1/models": {"get": _get("listModels", "Models", 401, 503)},
+            "/v1/models/{model}": {"get": {**_get("getModel", "Model", 401, 404, 503), "parameters": [model_path]}},
+            "/v1/patches": {"get": _get("listPatches", "Patches", 401, 503)},
+            "/v1/chat/completions": {"post": _post("createChatCompletion", *chat)},
+            "/v1/completions": {"post": _post("createCompletion", *completion)},
+            "/metrics": {"get": _metrics()},
+        },
+        "components": {
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "schemas": {
+                "ChatCompletionRequest": schemas.CHAT_REQUEST,
+                "ChatCompletion": schemas.CHAT_REPLY,
+                "ChatCompletionChunk": schemas.CHAT_CHUNK,
+                "CompletionRequest": schemas.COMPLETION_REQUEST,
+                "Completion": schemas.COMPLETION_REPLY,
+                "CompletionChunk": schemas.COMPLETION_CHUNK,
+                "Error": schemas.ERROR,
+                "Health": schemas.HEALTH,
+                "Model": schemas.MODEL,
+                "Models": schemas.MODELS,
+                "Patches": schemas.PATCHES,
+            },
+        },
+    }
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _operation(name: str, schema: dict[str, Any], *statuses: int, media_type: str = "application/json") -> dict[str, Any]:
+    error = {"application/json": {"schema": _ref("Error")}}
+    assert set(statuses) <= set(KINDS)
+    responses: dict[str, Any] = {"200": {"description": "Done.", "content": {media_type: {"schema": schema}}}}
+    for status in sorted({*statuses, *EVERYWHERE}):
+        responses[str(status)] = {"description": REASONS[status], "content": error}
+    return {"operationId": name, "responses": responses}
+
+
+def _get(name: str, schema: str, *statuses: int) -> dict[str, Any]:
+    operation = _operation(name, _ref(schema), *statuses)
+    if schema == "Health":
+        operation["responses"]["503"] = {
+            "description": "The model is loading, or the server stops or has failed.",
+            "content": {"application/json": {"schema": _ref(schema)}},
+        }
+    return operation
+
+
+def _post(name: str, request: str, reply: str) -> dict[str, Any]:
+    operation = _operation(name, _ref(reply), *GENERATING)
+    data = {"type": "string", "description": f"A {reply}Chunk or an Error in JSON; [DONE] at the end."}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"], "description": "One event, where `stream` is true."}
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": event}
+    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(request)}}}
+    return operation
+
+
+def _metrics() -> dict[str, Any]:
+    return _operation("metrics", {"type": "string"}, 401, 503, media_type="text/plain")

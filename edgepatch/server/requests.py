@@ -1,0 +1,220 @@
+"""From a request's bytes to what shall be generated. Every check of a request that needs no model is made here."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgepatch.constraints import Constraint
+from edgepatch.errors import InputError
+from edgepatch.runtimes.base import Runtime
+from edgepatch.sampling import Sampling
+from edgepatch.server import schemas
+from edgepatch.server.refusals import Refusal
+from edgepatch.server.validation import Schema, first_problem
+
+COMPLETION_TOKENS = 16
+"""OpenAI's default for ``/v1/completions``."""
+
+MAX_RNG_SEED = 2**64
+MAX_DEPTH = 64
+"""Of a body: far below what makes the programs behind us run out of stack."""
+
+SAME_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+"""Fields that ``Sampling`` has under the same name."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a request asks for.
+
+    Attributes:
+        model: the name that the client used.
+        prompts: texts, token ids or conversations, one a prompt.
+        sampling: ``max_new_tokens`` is cut to what the context holds; ``None`` generates nothing.
+        num_choices: continuations of each prompt.
+        tools: OpenAI's tool objects, or ``None``.
+        is_streamed: answer in server-sent events.
+        with_usage: end the stream with a chunk of token counts.
+        num_logprobs: likeliest tokens to report, ``None`` for no logprobs.
+        echo: put the prompt in front of the reply.
+    """
+
+    model: str
+    prompts: tuple[Any, ...]
+    sampling: Sampling | None
+    num_choices: int
+    tools: list[dict[str, Any]] | None
+    is_streamed: bool
+    with_usage: bool
+    num_logprobs: int | None
+    echo: bool = False
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        """Whether the reply names tokens one by one."""
+        return self.num_logprobs is not None or (self.echo and not isinstance(self.prompts[0], str))
+
+    def tokenize(self, runtime: Runtime) -> list[list[int]]:
+        """Token ids of each prompt.
+
+        Raises:
+            Refusal: a prompt is longer than the context.
+            InputError: a prompt is empty, or the model cannot read it.
+        """
+        tokens = [runtime.tokens(prompt, self.tools) for prompt in self.prompts]
+        for ids in tokens:
+            if len(ids) > runtime.context_length:
+                message = f"expected a prompt of at most {runtime.context_length} tokens, found {len(ids)}"
+                field = "messages" if isinstance(self.prompts[0], list) and isinstance(self.prompts[0][0], dict) else "prompt"
+                raise Refusal(400, f"{message}; shorten it", field, "context_length_exceeded")
+        return tokens
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The object that a request's body holds.
+
+    Raises:
+        Refusal: the body is no JSON object, or one that no two programs read alike.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)
+        raise Refusal(400, f"the body is not JSON: {reason}", code="invalid_json") from None
+    if _is_deep(value, MAX_DEPTH):
+        raise Refusal(400, f"the body: expected at most {MAX_DEPTH} levels, found more deeply nested ones", code="invalid_json")
+    if not isinstance(value, dict):
+        raise Refusal(400, f"the body: expected a JSON object, found {type(value).__name__}", code="invalid_json")
+    return value
+
+
+def _is_deep(value: object, left: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left < 0 or any(_is_deep(entry, left - 1) for entry in inner if isinstance(entry, (dict, list)))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a field appears twice")
+    return values
+
+
+def _checked(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+    """The fields that are given and not null."""
+    problem = first_problem(dict(values), schema)
+    if problem is not None:
+        raise Refusal(400, f"{problem.path}: {problem.message}" if problem.path else problem.message, problem.path, problem.code)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _refuse(field: str, message: str) -> Refusal:
+    return Refusal(400, f"{field}: {message}", field, "invalid_value")
+
+
+def parse_chat(values: Mapping[str, Any]) -> Order:
+    """A request to ``/v1/chat/completions``.
+
+    Raises:
+        Refusal: a field is unknown or cannot be used, named with what was expected.
+    """
+    given = _checked(values, schemas.CHAT_REQUEST)
+    limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
+    if len(limits) > 1:
+        raise _refuse("max_completion_tokens", "expected the same value as max_tokens, or one of them alone")
+    if "top_logprobs" in given and not given.get("logprobs"):
+        raise _refuse("top_logprobs", "expected logprobs true beside it, found it false or missing")
+    num_logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
+    tools = None if given.get("tool_choice") == "none" else given.get("tools")
+    messages = [_message(message) for message in given["messages"]]
+    max_new_tokens = int(limits.pop()) if limits else schemas.INT32
+    return _order(given, (messages,), _sampling(given, max_new_tokens, num_logprobs), num_logprobs, tools=tools)
+
+
+def parse_completion(values: Mapping[str, Any]) -> Order:
+    """A request to ``/v1/completions``.
+
+    Raises:
+        Refusal: a field is unknown or cannot be used, named with what was expected.
+    """
+    given = _checked(values, schemas.COMPLETION_REQUEST)
+    prompt, echo, max_new_tokens = given["prompt"], given.get("echo", False), int(given.get("max_tokens", COMPLETION_TOKENS))
+    is_one = isinstance(prompt, str) or not isinstance(prompt[0], (str, list))
+    num_logprobs = given.get("logprobs")
+    if not max_new_tokens and not echo:
+        raise _refuse("max_tokens", "expected at least 1 without echo, found 0")
+    sampling = _sampling(given, max_new_tokens, num_logprobs) if max_new_tokens else None
+    return _order(given, (prompt,) if is_one else tuple(prompt), sampling, num_logprobs, echo=echo)
+
+
+def _order(given: Mapping[str, Any], prompts: tuple[Any, ...], sampling: Sampling | None, num_logprobs: int | None, **more: Any) -> Order:
+    num_choices, is_streamed = int(given.get("n", 1)), given.get("stream", False)
+    if "stream_options" in given and not is_streamed:
+        raise _refuse("stream_options", "expected stream true beside it, found it false or missing")
+    if num_choices * len(prompts) > schemas.MAX_PROMPTS:
+        found = f"{len(prompts)} prompts with n {num_choices}"
+        raise _refuse("prompt", f"expected at most {schemas.MAX_PROMPTS} choices in all, found {found}")
+    options = given.get("stream_options", {})
+    with_usage = bool(options.get("include_usage"))
+    values = {"tools": None, **more, "num_logprobs": None if num_logprobs is None else int(num_logprobs)}
+    return Order(given["model"], prompts, sampling, num_choices, is_streamed=is_streamed, with_usage=with_usage, **values)
+
+
+def _sampling(given: Mapping[str, Any], max_new_tokens: int, num_logprobs: int | None) -> Sampling:
+    # A draw that is not asked to be repeatable gets a seed too: it tells the choices of one request apart.
+    rng_seed = int(given["seed"]) % MAX_RNG_SEED if "seed" in given else secrets.randbits(64)
+    stop = given.get("stop", ())
+    try:
+        return Sampling(
+            max_new_tokens=max_new_tokens,
+            rng_seed=rng_seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            logit_bias={int(token): bias for token, bias in given.get("logit_bias", {}).items()},
+            num_logprobs=None if num_logprobs is None else int(num_logprobs),
+            constraint=_constraint(given),
+            **{name: given[name] for name in SAME_NAMES if name in given and name != "top_k"},
+            top_k=int(given.get("top_k", 0)),
+        )
+    except InputError as error:
+        raise Refusal(400, str(error), code="invalid_value") from error
+
+
+def _constraint(given: Mapping[str, Any]) -> Constraint | None:
+    wanted = given.get("response_format", {"type": "text"})
+    if wanted["type"] != "text" and "grammar" in given:
+        raise _refuse("grammar", f"expected it alone, found it beside response_format {wanted['type']}")
+    if "grammar" in given:
+        return Constraint("grammar", given["grammar"])
+    if wanted["type"] == "json_object":
+        return Constraint("json_object")
+    if wanted["type"] == "json_schema":
+        return Constraint("json_schema", json.dumps(wanted["json_schema"]["schema"], ensure_ascii=False))
+    return None
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's newer word for the system role is put as chat templates know it; fields that are null are left out."""
+    given = {name: value for name, value in message.items() if value is not None}
+    return {**given, "role": "system"} if given["role"] == "developer" else given
+
+
+def choices(order: Order, tokens: Sequence[list[int]]) -> list[tuple[list[int], Sampling | None]]:
+    """Prompt and sampling of each choice in order of its index; the choices of one prompt differ in their random seed."""
+    found: list[tuple[list[int], Sampling | None]] = []
+    for ids in tokens:
+        found += [(ids, _of_choice(order.sampling, i)) for i in range(order.num_choices)]
+    return found
+
+
+def _of_choice(sampling: Sampling | None, index: int) -> Sampling | None:
+    if sampling is None or sampling.rng_seed is None:
+        return sampling
+    return replace(sampling, rng_seed=sampling.rng_seed + index)

@@ -1,0 +1,68 @@
+"""What the endpoints share: settings, scheduler, metrics, and the model once it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from edgepatch.errors import EdgepatchError
+from edgepatch.runtimes.base import Runtime
+from edgepatch.server.metrics import Metrics
+from edgepatch.server.model import ServedModel
+from edgepatch.server.refusals import Refusal
+from edgepatch.server.scheduler import Scheduler
+from edgepatch.server.settings import ServerSettings
+
+logger = logging.getLogger("edgepatch.server")
+
+
+class Service:
+    """One served model.
+
+    Args:
+        load: makes the runtime, on the thread that then owns it.
+        settings: who may ask for what.
+        on_ready: called when the model is loaded and its patch proven.
+        on_failed: called with the error when it cannot be served, or no longer.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Runtime],
+        settings: ServerSettings,
+        on_ready: Callable[[ServedModel], None] = lambda model: None,
+        on_failed: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self.settings, self.metrics = settings, Metrics()
+        self.on_ready, self.on_failed = on_ready, on_failed
+        self._load = load
+        self._model: ServedModel | None = None
+        self.scheduler = Scheduler(self._make, settings.max_waiting, self.metrics, self._note_ready, self._note_failed)
+
+    def _make(self) -> Runtime:
+        runtime = self._load()
+        self._model = ServedModel(runtime, self.settings.name)
+        return runtime
+
+    def _note_ready(self) -> None:
+        self.on_ready(self.require_model())
+
+    def _note_failed(self, error: BaseException) -> None:
+        self.on_failed(error)
+
+    def require_model(self) -> ServedModel:
+        """The model.
+
+        Raises:
+            Refusal: 503, it is still loading.
+        """
+        if self._model is None:
+            raise Refusal(503, "the model is loading", code=f"server_{self.scheduler.state}")
+        return self._model
+
+    def note_error(self, error: BaseException) -> None:
+        """Logs an error that no client caused."""
+        if not isinstance(error, EdgepatchError):
+            logger.error("internal error", exc_info=error)
+        elif error.exit_code == 1:
+            logger.error("%s", error)

@@ -1,0 +1,222 @@
+"""The scheduler alone: turns, the queue, long prompts, cancellation, failure, the end."""
+
+import threading
+import time
+
+import pytest
+
+from edgepatch.errors import EdgepatchError, InactivePatchError
+from edgepatch.generation import Piece
+from edgepatch.runtimes import load_runtime
+from edgepatch.sampling import Sampling
+from edgepatch.server import generations
+from edgepatch.server.generations import Finished, Generation, Started
+from edgepatch.server.metrics import Metrics
+from edgepatch.server.refusals import Refusal, refusal_of
+from edgepatch.server.scheduler import Scheduler
+from edgepatch.server.tool_streams import ToolStream
+
+GREEDY = Sampling(max_new_tokens=6, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_folder, tiny_patch):
+    with load_runtime(tiny_folder, tiny_patch, num_sequences=2) as found:
+        yield found
+
+
+class Listener:
+    """Gathers the events of one generation."""
+
+    def __init__(self, tokens, sampling=GREEDY, log=None):
+        self.events, self.done, self.log = [], threading.Event(), log
+        self.generation = Generation(tokens, sampling, self)
+
+    def __call__(self, event):
+        self.events.append(event)
+        if self.log is not None and isinstance(event, Piece):
+            self.log.append(self)
+        if isinstance(event, Finished):
+            self.done.set()
+
+    def wait(self):
+        assert self.done.wait(30)
+        return "".join(event.text for event in self.events if isinstance(event, Piece))
+
+    @property
+    def error(self):
+        return self.events[-1].error
+
+
+class Kept:
+    """The module's runtime, which the scheduler must not close."""
+
+    def __init__(self, runtime):
+        self._runtime = runtime
+
+    def __getattr__(self, name):
+        return getattr(self._runtime, name)
+
+    def close(self):
+        self._runtime.reset()
+
+
+@pytest.fixture
+def scheduler(runtime):
+    ready = threading.Event()
+    made = Scheduler(lambda: Kept(runtime), 16, Metrics(), ready.set)
+    made.start()
+    assert ready.wait(10)
+    yield made
+    made.drain(0)
+    assert made.join(10)
+
+
+def endless(runtime, **more):
+    return Sampling(max_new_tokens=400, logit_bias=dict.fromkeys(runtime.end_token_ids, -100), rng_seed=1, **more)
+
+
+def test_replies_take_turns_token_by_token(scheduler, runtime):
+    log = []
+    both = [Listener(runtime.tokens(text), endless(runtime), log) for text in ("fox", "dog")]
+    scheduler.submit([one.generation for one in both])
+    while len(log) < 40:
+        time.sleep(0.001)
+    scheduler.cancel([one.generation for one in both])
+    assert log[:40] == both * 20
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(scheduler, runtime, monkeypatch):
+    monkeypatch.setattr(generations, "PREFILL_CHUNK", 16)
+    log = []
+    short = Listener(runtime.tokens("fox"), endless(runtime), log)
+    scheduler.submit([short.generation])
+    while len(log) < 3:
+        time.sleep(0.001)
+    long_prompt = (runtime.tokens("dog") * 300)[:300]
+    long = Listener(long_prompt, GREEDY, log)
+    scheduler.submit([long.generation])
+    text = long.wait()
+    scheduler.cancel([short.generation])
+    assert log.index(long) - 3 >= 300 // 16 - 2, "the short one went on while the long prompt was read"
+    assert short.done.wait(0.0) is False
+    while scheduler.num_running:
+        time.sleep(0.001)
+    assert text == scheduler.call(lambda r: r.generate(long_prompt, GREEDY)).result(30)
+
+
+def test_requests_take_turns_though_one_has_many_choices(scheduler, runtime):
+    order = []
+    blockers = [Listener(runtime.tokens("fox"), endless(runtime)) for _ in range(2)]
+    scheduler.submit([b.generation for b in blockers])
+    many = [Listener(runtime.tokens("many"), GREEDY, order) for _ in range(4)]
+    one = Listener(runtime.tokens("one"), GREEDY, order)
+    scheduler.submit([m.generation for m in many[:3]])
+    scheduler.submit([one.generation])
+    scheduler.cancel([b.generation for b in blockers])
+    for listener in (*many[:3], one):
+        listener.wait()
+    last_of_many = max(order.index(m) for m in many[:3])
+    assert order.index(one) < last_of_many
+
+
+def test_a_conversation_finds_its_own_sequence_again(scheduler, runtime):
+    first, second = runtime.tokens("The quick brown fox jumps"), runtime.tokens("Patching a model should be")
+    for tokens in (first, second):
+        listener = Listener(tokens)
+        scheduler.submit([listener.generation])
+        listener.wait()
+    for start in (first, second):
+        again = Listener([*start, *runtime.tokens("over")])
+        scheduler.submit([again.generation])
+        again.wait()
+        assert again.events[0] == Started(len(start))
+
+
+def test_an_error_ends_one_generation_alone(scheduler, runtime):
+    wrong = Listener(runtime.tokens("fox"), Sampling(logit_bias={10**6: 1.0}))
+    right = Listener(runtime.tokens("fox"))
+    scheduler.submit([wrong.generation])
+    scheduler.submit([right.generation])
+    assert right.wait()
+    wrong.wait()
+    assert refusal_of(wrong.error).status == 400
+    assert scheduler.state == "ok"
+
+
+def test_calls_run_between_steps_and_hand_over_their_errors(scheduler, runtime):
+    assert scheduler.call(lambda r: r.tokens("fox")).result(10) == runtime.tokens("fox")
+    with pytest.raises(EdgepatchError):
+        scheduler.call(lambda r: r.tokens([])).result(10)
+    assert scheduler.state == "ok"
+
+
+def test_a_seed_that_is_lost_ends_everything(runtime):
+    class Lost(Kept):
+        def stream(self, *args, **kwargs):
+            raise InactivePatchError("the seed is gone")
+
+    failed = threading.Event()
+    scheduler = Scheduler(lambda: Lost(runtime), 4, Metrics(), on_failed=lambda error: failed.set())
+    scheduler.start()
+    while scheduler.state == "loading":
+        time.sleep(0.001)
+    listeners = [Listener(runtime.tokens("fox")) for _ in range(4)]
+    scheduler.submit([one.generation for one in listeners])
+    assert failed.wait(10)
+    for listener in listeners:
+        listener.wait()
+        assert refusal_of(listener.error).status == 503
+    assert scheduler.state == "failed" and isinstance(scheduler.error, InactivePatchError)
+    with pytest.raises(Refusal, match="failed"):
+        scheduler.submit([listeners[0].generation])
+    with pytest.raises(Refusal, match="failed"):
+        scheduler.call(lambda r: r.tokens("fox"))
+    assert scheduler.join(10)
+
+
+def test_draining_lets_replies_end_and_takes_no_more(scheduler, runtime):
+    running = Listener(runtime.tokens("fox"), GREEDY)
+    scheduler.submit([running.generation])
+    scheduler.drain(20)
+    with pytest.raises(Refusal, match="stopping"):
+        scheduler.submit([running.generation])
+    text = running.wait()
+    assert running.error is None
+    assert scheduler.join(10)
+    assert text == runtime.generate("fox", GREEDY)
+
+
+def test_the_scores_of_a_prompt_have_a_limit(scheduler, runtime, monkeypatch):
+    monkeypatch.setattr(generations, "MAX_SCORES_BYTES", 4 * runtime.spec.vocab_size * 3)
+    listener = Listener(runtime.tokens("The quick brown fox"))
+    listener.generation.scored = True
+    scheduler.submit([listener.generation])
+    listener.wait()
+    assert "at most 3 tokens" in str(listener.error)
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "streamed", "rest", "num_calls"),
+    [
+        ("Just text with < and <tool.", "Just text with < and <tool.", "", 0),
+        (f"I look it up.\n{CALL}", "I look it up.\n", "", 1),
+        (f"{CALL}\n{CALL}", "", "", 2),
+        (f"Before.{CALL} After.", "Before.", " After.", 1),
+        ('{"name": "f", "arguments": {"x": 1}}', "", "", 1),
+        ('{"name": "g", "arguments": {"x": 1}}', "", '{"name": "g", "arguments": {"x": 1}}', 0),
+        ("<tool_call>never closed", "", "<tool_call>never closed", 0),
+        ("ends like one <tool_", "ends like one ", "<tool_", 0),
+        ("  {not json", "", "  {not json", 0),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_text_is_streamed_as_soon_as_it_is_certainly_no_call(text, streamed, rest, num_calls, size):
+    stream = ToolStream(["f"])
+    parts = "".join(stream.push(text[i : i + size]) for i in range(0, len(text), size))
+    left, calls = stream.finish()
+    assert (parts, left, len(calls)) == (streamed, rest, num_calls)
+    assert all(call["function"] == {"name": "f", "arguments": '{"x": 1}'} for call in calls)
