@@ -1,0 +1,121 @@
+"""``export`` and ``check-server``: a patch on a server that is not ours."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgepatch.cli.console import JsonFlag, cell, print_json, stdout
+from edgepatch.cli.root import app
+from edgepatch.errors import InactivePatchError, InputError
+
+PatchArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
+GGUFOption = Annotated[Path, typer.Option("--model", "-m", help="The GGUF file that the server loads.")]
+KVTypeOption = Annotated[str, typer.Option("--kv-type", help="Type of the server's KV cache: f16, f32, q8_0, ...")]
+FlashOption = Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether the server uses flash attention.")]
+KeyOption = Annotated[str, typer.Option("--api-key", envvar="LLAMA_API_KEY", help="The server's key, if it has one.")]
+TemplateOption = Annotated[Path | None, typer.Option("--chat-template", help="Jinja file to use instead of the model's own template.")]
+
+
+class Client(str, Enum):
+    """Servers that a patch is exported for."""
+
+    llama_server = "llama-server"
+
+
+def _read_template(path: Path | None) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the chat template {path}: {error}", hint="check the path") from None
+
+
+@app.command("export")
+def export_patch(
+    patch_file: PatchArgument,
+    model: GGUFOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    to: Annotated[Client, typer.Option("--to", help="Server to export for.")] = Client.llama_server,
+    server: Annotated[str | None, typer.Option("--server", metavar="URL", help="Take settings from this running llama-server.")] = None,
+    slot_dir: Annotated[Path | None, typer.Option("--slot-dir", help="That server's --slot-save-path.")] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Positions of one slot.")] = None,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Conversations at a time.")] = 1,
+    kv_type: KVTypeOption = "f16",
+    flash_attention: FlashOption = True,
+    chat_template: TemplateOption = None,
+    api_key: KeyOption = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a folder with which an unmodified llama-server serves a patch.
+
+    Its clients can take the patch off again, by restoring slots or by prompts of their own; `edgepatch serve` does not allow that.
+
+    Example: `edgepatch export detox.safetensors --to llama-server --model llama-Q4_K_M.gguf -o for-llama-server`
+    """
+    from edgepatch.patches import read_patch
+    from edgepatch.stock import export
+    from edgepatch.stock.client import StockServer
+
+    if (server is None) != (slot_dir is None):
+        raise InputError("--server and --slot-dir belong together", hint="the folder is the server's --slot-save-path")
+    patch = read_patch(patch_file)
+    options = export.ExportOptions(context, kv_type, flash_attention, slots, _read_template(chat_template))
+    probe = export.probe(StockServer(server, api_key), slot_dir, patch, model, options) if server and slot_dir else None
+    manifest = export.export(patch, model, out, options, probe)
+    if as_json:
+        print_json(manifest)
+        return
+    print(f"{out}: {patch.name} {patch.version} for {manifest['model']['file']}, {manifest['num_virtual_tokens']} positions")
+    print(f"start the server with {out / 'start.sh'}, then run {out / 'restore.sh'}, then `edgepatch check-server`")
+
+
+@app.command("check-server")
+def check_server(
+    url: Annotated[str, typer.Argument(metavar="URL", help="http://127.0.0.1:8080")],
+    patch_file: Annotated[Path, typer.Option("--patch", "-p", help="The patch that it should serve.")],
+    model: GGUFOption,
+    seed_file: Annotated[str, typer.Option("--seed-file", help="Name of the slot file in the server's --slot-save-path.")] = "seed.bin",
+    fill_context: Annotated[bool, typer.Option("--fill-context", help="Also generate beyond a slot's context.")] = False,
+    client_restores: Annotated[
+        bool, typer.Option("--client-restores", help="The client restores the slot before each conversation.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail also where a prompt without labels evicts the seed.")] = False,
+    kv_type: KVTypeOption = "f16",
+    flash_attention: FlashOption = True,
+    chat_template: TemplateOption = None,
+    api_key: KeyOption = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Prove that a running llama-server serves patched answers, or say why not. It restores the server's slots.
+
+    Exit codes: 0 proven, 1 not proven (the message names the cause and the flag that mends it), 2 not reachable.
+
+    Example: `edgepatch check-server http://127.0.0.1:8080 --patch detox.safetensors --model llama-Q4_K_M.gguf`
+    """
+    from edgepatch.patches import read_patch
+    from edgepatch.stock import check
+    from edgepatch.stock.client import StockServer
+    from edgepatch.stock.export import ExportOptions
+
+    options = ExportOptions(kv_type=kv_type, flash_attention=flash_attention, chat_template=_read_template(chat_template))
+    patch, server = read_patch(patch_file), StockServer(url, api_key)
+    report = check.check_server(
+        server, patch, model, options,
+        seed_file=seed_file, client_restores=client_restores, fill_context=fill_context, strict=strict,
+    )  # fmt: skip
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        for finding in report.findings:
+            mark = "[green]ok[/green]   " if finding.holds else "[red]FAIL[/red] " if finding.required else "[yellow]limit[/yellow]"
+            stdout().print(f"{mark} {cell(finding.subject)}: {cell(finding.evidence)}", soft_wrap=True)
+            if finding.remedy and not finding.required:
+                stdout().print(f"      {cell(finding.remedy)}", soft_wrap=True)
+    failed = report.failed
+    if failed:
+        raise InactivePatchError(f"not proven: {failed.subject}: {failed.evidence}", hint=failed.remedy)
+    if not as_json:
+        print(f"{url} serves {patch.name} {patch.version}")
