@@ -1,12 +1,21 @@
-"""The lab model with a patch: every runtime against Transformers fed ``inputs_embeds``, and greedy text at F16."""
+"""The lab model with a patch: every runtime against Transformers fed ``inputs_embeds``, and greedy text at F16.
+
+Then the rows and the negative controls of `make parity` for the architectures that are converted here, and the table itself.
+"""
+
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from edgepatch.bench import parity, parity_floors, parity_models, parity_rows
 from edgepatch.bench.demo import LAB_FOLDER
+from edgepatch.bench.parity_controls import control_rows
+from edgepatch.bench.parity_report import render
 from edgepatch.bench.prompt_sets import load_prompts
-from edgepatch.converters import gguf, hf, onnx
+from edgepatch.converters import architectures, gguf, gguf_writer, hf, onnx, rope
 from edgepatch.patches import Patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.reference import TorchRuntime
@@ -86,3 +95,112 @@ def test_greedy_text_is_the_same_in_onnx(forms, patch):
     with TorchRuntime(BASE, patch) as reference, load_runtime(forms["onnx"], patch) as exported:
         for prompt in PROMPTS:
             assert exported.generate(prompt, greedy) == reference.generate(prompt, greedy)
+
+
+# The rows of `make parity`.
+
+
+def write_gemma(folder, target):
+    """Gemma's GGUF: llama.cpp's graph multiplies all embeddings by sqrt(D), also those that are fed; norms are stored plus one."""
+    import safetensors.torch
+
+    shifted = folder.parent / "shifted"
+    shutil.copytree(folder, shifted)
+    weights = safetensors.torch.load_file(shifted / "model.safetensors")
+    shift = {name: architectures.norm_shift("gemma", name) if "norm" in name else 0.0 for name in weights}
+    safetensors.torch.save_file({name: w + shift[name] for name, w in weights.items()}, shifted / "model.safetensors")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(rope.ROTATES_NEIGHBOURS, "gemma", False)
+        gguf_writer._write_model(target, shifted, hf.read_config(folder), hf.read_spec(folder), "F32")
+
+
+@pytest.fixture(scope="module", params=["mistral", "qwen2", "qwen3", "gemma"])
+def tiny(request, tmp_path_factory):
+    """(architecture, folder with its F32 and Q8_0 GGUF, oracle)."""
+    wanted, folder = parity_models.architecture(request.param), tmp_path_factory.mktemp(request.param)
+    parity_models.build_folder(wanted, folder / "hf")
+    if request.param == "gemma":
+        write_gemma(folder / "hf", folder / "F32.gguf")
+    else:
+        parity_models.convert(wanted, folder / "hf", folder / "F32.gguf", "F32", folder)
+    gguf.quantize(folder / "F32.gguf", folder / "Q8_0.gguf", "Q8_0", num_threads=1)
+    return wanted, folder, parity_rows.make_oracle(wanted, folder / "hf")
+
+
+@pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
+def test_every_setting_reaches_its_floors(tiny, quantization):
+    wanted, folder, oracle = tiny
+    rows = [*parity_rows.llamacpp_rows(wanted, quantization, folder / f"{quantization}.gguf", oracle)]
+    judged = [parity_floors.judge(row) for row in rows]
+    assert not [parity_floors.complaint(row) for row in judged if row["passed"] is False]
+    assert sum(row["passed"] is True for row in judged) == 12, "f32 and f16 with and without flash attention, q8_0, q4_0; b and c"
+    assert {row["refused"] for row in judged if row["passed"] is None} == {f"KV type {t} needs flash attention" for t in ("q8_0", "q4_0")}
+
+
+def test_the_stored_seed_is_taken_unasked(tiny):
+    wanted, folder, oracle = tiny
+    for kv_type in ("f16", "q4_0"):
+        with load_runtime(folder / "Q8_0.gguf", oracle.patch, kv_type=kv_type, num_threads=1) as runtime:
+            assert runtime.seed_route == "stored", wanted.name
+
+
+def test_every_wrong_seed_is_caught(tiny):
+    wanted, folder, oracle = tiny
+    rows = [*control_rows(wanted, folder, oracle, ("F32", "Q8_0"))]
+    names = {row["control"] for row in rows}
+    assert len(names) == (6 if wanted.name == "gemma" else 5) and "seed of another rope theta" in names
+    assert not [parity_floors.control_complaint(row) for row in rows if not row["caught_by"]]
+
+
+ROW = {
+    "architecture": "qwen2", "runtime": "llamacpp", "quantization": "Q4_0", "kv_type": "f16", "flash_attention": True, "route": "b",
+    "max_abs_dlogit": 1.0, "kl": 0.1, "top1": 0.5, "kl_bare": 0.1, "kl_no_patch": 0.8, "canary": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kl": 0.12}, "kl 1.2e-01 > 1.1e-01 (stored seed, quantized weights)"),
+        ({"kl": 0.12, "route": "c"}, ""),
+        ({"kl": 0.18, "route": "c"}, "requantized virtual tokens"),
+        ({"kl": 0.12, "kv_type": "q8_0"}, ""),
+        ({"kl": 0.3, "kl_bare": 0.3}, "(active)"),
+        ({"kl": float("nan")}, "kl nan"),
+        ({"quantization": "F16", "kl": 4e-6}, ""),
+        ({"quantization": "F16", "kl": 6e-6}, "float16 somewhere"),
+        ({"quantization": "F32", "kv_type": "f32", "flash_attention": False, "kl": 0.0, "max_abs_dlogit": 6e-5}, "float32 throughout"),
+        ({"quantization": "F32", "kv_type": "f32", "flash_attention": False, "kl": 0.0, "max_abs_dlogit": 4e-5}, ""),
+        ({"runtime": "onnx", "quantization": "fp32", "kl": 0.0, "max_abs_dlogit": 2e-4, "flash_attention": None}, "ONNX fp32"),
+        ({"runtime": "onnx", "quantization": "int8", "kl": 0.12, "flash_attention": None}, "stored seed"),
+        ({"refused": "no layout fits"}, "refused: no layout fits"),
+        ({"architecture": "lfm2"}, "should have been refused"),
+    ],
+)  # fmt: skip
+def test_a_missed_floor_is_named(change, words):
+    judged = parity_floors.judge(ROW | change)
+    assert judged["passed"] is not bool(words)
+    if words:
+        assert words in parity_floors.complaint(judged) and judged["architecture"] in parity_floors.complaint(judged)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads(parity.RESULTS.read_text(encoding="utf-8"))
+
+
+def test_the_document_is_made_of_the_committed_results(results):
+    assert parity.DOCUMENT.read_text(encoding="utf-8") == render(results)
+    assert len({row["architecture"] for row in results["rows"]}) >= 10
+    for row in results["rows"]:
+        assert {"architecture", "runtime", "quantization", "kv_type", "flash_attention", "route", "max_abs_dlogit", "kl", "top1"} <= row.keys()
+        assert parity_floors.judge({k: v for k, v in row.items() if k not in ("floors", "passed")}) == row
+
+
+@pytest.mark.xfail(
+    reason="Transformers' exporter at fp16 rounds rotary angles; at 4 bits calibration takes a known layout for granted and the canary is "
+    "too coarse to tell a foreign seed"
+)
+def test_the_committed_results_reach_every_floor(results):
+    assert not [parity_floors.complaint(row) for row in results["rows"] if row["passed"] is False]
+    assert not [parity_floors.control_complaint(row) for row in results["controls"] if row["required"] and not row["caught_by"]]
