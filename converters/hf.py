@@ -193,7 +193,7 @@ def prefill(model: PreTrainedModel, soft_prompt: SoftPrompt) -> DynamicCache:
     import torch
 
     cache = new_cache(model)
-    embeddings = torch.from_numpy(soft_prompt.embeddings).to(model.device)[None]  # (1, P, D)
+    embeddings = torch.tensor(soft_prompt.embeddings, device=model.device)[None]  # (1, P, D)
     with torch.inference_mode():
         model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
     return cache
@@ -205,7 +205,7 @@ def seeded_cache(model: PreTrainedModel, seed: KVSeed) -> DynamicCache:
 
     cache = new_cache(model)
     for layer, (key, value) in enumerate(zip(seed.keys, seed.values, strict=True)):
-        tensors = [torch.from_numpy(t.astype(np.float32))[None].to(model.device) for t in (key, value)]
+        tensors = [torch.tensor(t.astype(np.float32), device=model.device)[None] for t in (key, value)]
         cache.update(*tensors, layer)  # (1, K, P, H)
     return cache
 

@@ -17,6 +17,7 @@ from typer.main import get_command
 
 import edgepatch
 from edgepatch import cli
+from edgepatch.errors import PatchFormatError
 from edgepatch.patches import read_patch, write_patch
 
 ESCAPE = "\x1b["
@@ -159,6 +160,24 @@ def test_chat_reads_questions_until_the_end_of_input(gguf_file):
     assert done.returncode == 0 and done.stderr.count("first after") == 2
 
 
+def test_chat_commands(gguf_file, tiny_patch, tmp_path):
+    """Swap, unpatch, save and load at the terminal; an error is told and the conversation goes on."""
+    patch_file, talk = tmp_path / "p.safetensors", tmp_path / "talk.json"
+    write_patch(tiny_patch, patch_file)
+    (tmp_path / "broken").write_text("{")
+    lines = ["Hello", "/patch", f"/swap {patch_file}", "/swap nowhere", "Hello", f"/save {talk}", "/unpatch", f"/load {talk}",
+             f"/load {tmp_path / 'broken'}", "/save", "/new", "/unknown", "/quit", "not read"]  # fmt: skip
+    command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1", "--max-new-tokens", "3"]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = done.stderr
+    assert told.count("first after") == 2 and told.count("exchanged in") == 2
+    assert "patch tiny 1.0.0 (seed stored, canary passed)" in told and tiny_patch.digest[:12] in told
+    assert "cannot read patch nowhere" in told and "cannot read a conversation" in told and "/save needs" in told
+    assert "2 messages, held with" in told and "/unpatch" in told
+    assert [m["role"] for m in json.loads(talk.read_text())["messages"]] == ["user", "assistant"]
+
+
 def test_ctrl_c_is_130(gguf_file):
     command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -191,10 +210,11 @@ def test_convert_seed_stores_float16(run, tiny_folder, tiny_patch, tmp_path):
         assert stored.dtype == "float16" and abs(stored - computed).max() < 1e-2
 
 
-def test_convert_seed_without_soft_prompt_is_2(run, tiny_folder, tiny_patch, tmp_path):
-    prefix = tmp_path / "prefix.safetensors"
-    write_patch(replace(tiny_patch, soft_prompt=None), prefix)
-    assert run("convert", "seed", prefix, "--model", tiny_folder, "-o", tmp_path / "x")[0] == 2
+def test_convert_seed_gives_a_trained_prefix_its_canary(run, tiny_folder, tiny_patch, tmp_path):
+    prefix, made = tmp_path / "prefix.safetensors", tmp_path / "made.safetensors"
+    write_patch(replace(tiny_patch, soft_prompt=None, canary=None), prefix)
+    assert run("convert", "seed", prefix, "--model", tiny_folder, "-o", made)[0] == 0
+    assert read_patch(made).canary is not None and read_patch(made).soft_prompt is None
 
 
 def test_convert_base_to_gguf_and_generate(run, tiny_folder, patch_file, tmp_path):
@@ -218,9 +238,11 @@ def test_what_a_model_says_cannot_steer_the_terminal():
 
 def test_patch_name_cannot_steer_the_terminal(run, tiny_patch, tmp_path):
     path = tmp_path / "evil.safetensors"
-    write_patch(replace(tiny_patch, name="\x1b[31m[bold]evil[/bold]"), path)
+    write_patch(replace(tiny_patch, training={"by": "\x1b[31m[bold]evil[/bold]"}), path)
     _, out, _ = run("show", path)
     assert "\x1b" not in out and "[bold]evil[/bold]" in out
+    with pytest.raises(PatchFormatError, match="name"):
+        replace(tiny_patch, name="\x1b[31mevil")
 
 
 @pytest.mark.parametrize(
