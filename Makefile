@@ -7,10 +7,10 @@ STAMP := $(VENV)/.edgepatch-installed
 TYPES := .mypy_cache/tree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab clean
+.PHONY: help demo test lint lab stock parity optimum unpatch swap fingerprints clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train, convert, apply and measure a patch for the small model of the lab; result in out/demo
 	@# The model is so small that threads only wait for each other.
@@ -30,7 +30,29 @@ lab: $(STAMP) ## rebuild the lab model and its judges from the public data in $E
 	@test -n "$$EDGEPATCH_DATA" || { echo "EDGEPATCH_DATA must name the folder of the data sets" >&2; exit 2; }
 	$(BIN)/python -m edgepatch.bench.lab --data "$$EDGEPATCH_DATA" --out out/lab
 
-clean: ## remove the demo's result, builds and caches; keep .venv and out/lab
+parity: $(STAMP) ## compare every runtime, quantization and cache with Transformers; docs/parity.md and bench/results/parity.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.parity
+
+stock: $(STAMP) ## build an unmodified llama-server (20 minutes, once), test patches on it; bench/results/stock.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.stock
+
+optimum: $(STAMP) ## export with optimum in an environment of its own (out/optimum-env, made once), and test its graphs
+	$(BIN)/python -c 'import sys; from pathlib import Path; from edgepatch.converters.onnx_exporters import optimum_python; \
+		optimum_python(Path(sys.argv[1]))' out/optimum-env
+	EDGEPATCH_OPTIMUM_ENV=$(CURDIR)/out/optimum-env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_onnx_optimum.py
+
+unpatch: $(STAMP) ## measure what writing can do against the lab patch; bench/results/unpatching.json and .md
+	mkdir -p out/unpatch
+	$(BIN)/edgepatch convert base bench/lab/model/base out/unpatch/base-F16.gguf
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.unpatching --model out/unpatch/base-F16.gguf --patch bench/lab/model/lab-detox-0.1.0.safetensors
+
+swap: $(STAMP) ## time the exchange of patches on a model of a real size; bench/results/swap.json
+	$(BIN)/python -m edgepatch.bench.swap
+
+fingerprints: $(STAMP) ## which quantizations, fine-tunes and impostors of the lab model a patch accepts; bench/results/fingerprints.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.fingerprints
+
+clean: ## remove the demo's result, builds and caches; keep .venv, out/lab, out/stock and out/optimum-env
 	rm -rf out/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch goes first and alone: pip then takes a local CPU build where one is configured, and the usual wheel elsewhere.

@@ -84,19 +84,27 @@ def measure(shape: str, kind: str, num_threads: int, repeats: int, folder: Path)
             "platform": platform.platform(), "load_average": os.getloadavg()[0],
             "rows": {
                 "swap to another patch": _row(_times(lambda: runtime.swap(second), lambda: runtime.swap(first), repeats)),
-                "swap to a patch never seen": _row(_fresh(runtime, first, repeats)),
+                "swap to a patch that this device has used before": _row(_fresh(runtime, first, repeats, confirmed=True)),
+                "swap to a patch that is new to this device": _row(_fresh(runtime, first, repeats, confirmed=False)),
                 "unpatch": _row(_times(lambda: runtime.swap(None), lambda: runtime.swap(first), repeats)),
                 "one token decoded (the canary's share)": _row(_times(lambda: runtime.logits_of_last(token), runtime.reset, repeats)),
             },
         }  # fmt: skip
 
 
-def _fresh(runtime: LlamaCppRuntime, patch: Patch, repeats: int) -> list[float]:
-    names = iter(range(10**6))
+def _fresh(runtime: LlamaCppRuntime, patch: Patch, repeats: int, confirmed: bool) -> list[float]:
+    """Patches that are not in memory; where not ``confirmed``, each is compared with what the model makes of its soft prompt."""
     waiting: list[Patch] = []
-    return _times(
-        lambda: runtime.swap(waiting.pop()), lambda: waiting.append(replace(patch, name=f"fresh-{next(names)}")), repeats
-    )
+
+    def prepare() -> None:
+        made = replace(patch, name=f"fresh-{time.time_ns()}")
+        if confirmed:
+            runtime.swap(made)
+            runtime.forget_states()
+        runtime.swap(patch)
+        waiting.append(made)
+
+    return _times(lambda: runtime.swap(waiting.pop()), prepare, repeats)
 
 
 def main() -> None:
@@ -112,7 +120,7 @@ def main() -> None:
     document = measure(arguments.shape, arguments.type, arguments.threads, arguments.repeats, arguments.folder)
     write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
     for name, row in document["rows"].items():
-        print(f"{name:<42} median {row['median_ms']:7.1f} ms, {row['min_ms']:.1f} to {row['max_ms']:.1f}")
+        print(f"{name:<50} median {row['median_ms']:7.1f} ms, {row['min_ms']:.1f} to {row['max_ms']:.1f}")
     print(json.dumps(document))
 
 

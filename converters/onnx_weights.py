@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,6 @@ FUSED = ("attn_q", "attn_k", "attn_v")
 
 QUANTIZED = {"_Q8": ("_scales", 8), "_Q4": ("_scales", 4), "_Q8G32": ("_scale", 8), "_Q4G32": ("_scale", 4)}
 """Ending of a matrix in blocks -> (ending of its scales, bits)."""
-
-UINT8 = 2
 
 
 def sketch_of_onnx(folder: Path, like: Sketch, model_file: str | None = None) -> Sketch:
@@ -112,16 +111,16 @@ class _Matrix:
         levels = _unpacked(_numbers(self._file, data, (row * blocks + block) * width, width), bits)
         scale = float(_numbers(self._file, scales, row * blocks + block, 1)[0])
         zero = self._zero_point(row, blocks, block, bits)
-        return cells(((levels - zero) * np.float32(scale))[None], np.array([place]), "Q8_0")
+        return cells(((levels - np.float32(zero)) * np.float32(scale))[None], np.array([place]), "Q8_0")
 
-    def _zero_point(self, row: int, blocks: int, block: int, bits: int) -> np.float32:
+    def _zero_point(self, row: int, blocks: int, block: int, bits: int) -> float:
         """Of one block; in the middle of the range where the graph has none."""
         points = self._tensors.get(self._stem + "_zp")
         if points is None:
-            return np.float32(1 << (bits - 1))
+            return float(1 << (bits - 1))
         per_row = -(-blocks * bits // 8)
         packed = _numbers(self._file, points, row * per_row, per_row)
-        return np.float32(_unpacked(packed, bits)[block])
+        return float(_unpacked(packed, bits)[block])
 
 
 def _unpacked(data: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
@@ -130,7 +129,7 @@ def _unpacked(data: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
     return whole.astype(np.float32)
 
 
-def _numbers(file: GraphFile, tensor: Tensor, start: int, count: int) -> NDArray[np.generic]:
+def _numbers(file: GraphFile, tensor: Tensor, start: int, count: int) -> NDArray[Any]:
     """Some of a tensor's numbers.
 
     Raises:

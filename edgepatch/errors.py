@@ -4,6 +4,7 @@
     +- InputError             exit 2   a file, folder, option or value that cannot be used
     +- MissingExtraError      exit 2   an optional package is not installed
     +- PatchFormatError       exit 3   a patch file breaks the format
+    +- UntrustedError         exit 3   a signature, key or trust root does not hold
     +- MismatchError          exit 4   a patch was made for another model
     +- InactivePatchError     exit 1   a patch was loaded but is not active: never run on
     +- TrainingError          exit 1   training cannot go on (NaN loss, no usable pairs)
@@ -51,6 +52,22 @@ class PatchFormatError(EdgepatchError):
     """A patch file breaks the format."""
 
     exit_code = 3
+
+
+class UntrustedError(EdgepatchError):
+    """A signature, key or trust root does not hold. Whatever rests on it is refused.
+
+    Args:
+        check: the check that failed ("root version").
+        expected: what it needs.
+        found: what is there.
+    """
+
+    exit_code = 3
+
+    def __init__(self, check: str, expected: object, found: object, hint: str = "") -> None:
+        super().__init__(f"{check}: expected {expected}, found {found}", hint)
+        self.check = check
 
 
 class MismatchError(EdgepatchError):

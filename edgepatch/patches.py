@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -21,20 +22,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.canonical import MAX_WHOLE, canonical_json, parse_json
 from edgepatch.errors import InputError, PatchFormatError, UntrustedError
-from edgepatch.signing import Signature
+from edgepatch.signing import MANIFEST_TYPE, MAX_SIGNATURES, Signature
+from edgepatch.sketches import Sketch
 from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt
 
 FORMAT_VERSION = 1
 METADATA_KEY = "edgepatch.manifest"
 SIGNATURES_KEY = "edgepatch.signatures"
-PAYLOAD_TYPE = "application/vnd.edgepatch.manifest+json"
+PAYLOAD_TYPE = MANIFEST_TYPE
 """What a signature is over: the manifest's canonical bytes, as a document of this type."""
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
-MAX_SIGNATURES = 16
-MAX_DEPTH = 16
 LARGEST_VALUE = 65504.0  # of float16
 PROMPT_TENSOR = "prompt_embeddings"
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
@@ -42,11 +43,13 @@ DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CHANNEL = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
+_NUMBER, _PRE, _BUILD = r"(?:0|[1-9][0-9]*)", r"(?:0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)", r"[0-9A-Za-z-]+"
 SEMVER = re.compile(
-    r"(0|[1-9]\d{0,9})\.(0|[1-9]\d{0,9})\.(0|[1-9]\d{0,9})(-[0-9A-Za-z.-]{1,64})?(\+[0-9A-Za-z.-]{1,64})?", re.ASCII
+    rf"(?=.{{5,64}}\Z){_NUMBER}\.{_NUMBER}\.{_NUMBER}(?:-{_PRE}(?:\.{_PRE})*)?(?:\+{_BUILD}(?:\.{_BUILD})*)?"
 )
-MAX_SEQUENCE = 2**53 - 1
-"""The largest whole number that every JSON reader keeps."""
+UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What no text for people may hold: controls but the newline, and signs that turn the direction of writing around."""
+MAX_SEQUENCE = MAX_WHOLE
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Patch:
         expires: the same; from then on a device warns. "" for never.
         license: SPDX expression, or "".
         summary: a sentence for people.
+        weight_sketch: tells the base from its fine-tunes, at every quantization; ``None`` where its weights were not at hand.
         chat_template: SHA-256 of the chat template that it was trained with, or "".
         supersedes: digests of the patches that it replaces.
         parts: digests of the patches that it was composed of, in order.
@@ -88,6 +92,7 @@ class Patch:
     expires: str = ""
     license: str = ""
     summary: str = ""
+    weight_sketch: Sketch | None = None
     chat_template: str = ""
     supersedes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
@@ -97,6 +102,7 @@ class Patch:
         if self.soft_prompt is None and self.kv_seed is None:
             raise PatchFormatError("patch: expected a soft prompt or a KV seed, found neither")
         _check_tensors(self)
+        _check_bounds(_tensors(self))
         _check_values(self)
         for prompt in self.canary.prompts if self.canary else ():
             if not all(0 <= i < self.base.vocab_size for i in (*prompt.tokens, *prompt.token_ids)):
@@ -110,9 +116,14 @@ class Patch:
         return source.num_virtual_tokens
 
     @cached_property
+    def tensor_digests(self) -> dict[str, str]:
+        """SHA-256 of every tensor's bytes, by its name in the file."""
+        return {name: hashlib.sha256(tensor).hexdigest() for name, tensor in _tensors(self).items()}
+
+    @cached_property
     def manifest(self) -> bytes:
         """The canonical JSON that is signed; through the tensors' digests it covers the whole patch."""
-        return _canonical_json(_manifest_of(self))
+        return canonical_json(_manifest_of(self))
 
     @cached_property
     def digest(self) -> str:
@@ -135,24 +146,29 @@ def _check_tensors(patch: Patch) -> None:
 
 def _check_values(patch: Patch) -> None:
     """Each field of the manifest that is no object of its own."""
-    patterns = {"name": NAME, "version": SEMVER, "channel": CHANNEL}
-    for key, pattern in patterns.items():
-        if not isinstance(getattr(patch, key), str) or not pattern.fullmatch(getattr(patch, key)):
-            raise PatchFormatError(f"manifest: {key}: expected {_EXPECTED[key]}, found {getattr(patch, key)!r}")
-    if isinstance(patch.sequence, bool) or not isinstance(patch.sequence, int) or not 1 <= patch.sequence <= MAX_SEQUENCE:
-        raise PatchFormatError(f"manifest: sequence: expected a whole number from 1, found {patch.sequence!r}")
+    for key, pattern in {"name": NAME, "version": SEMVER, "channel": CHANNEL}.items():
+        _require(_is_text(getattr(patch, key), pattern), patch, key, _EXPECTED[key])
+    sequence = patch.sequence
+    whole = isinstance(sequence, int) and not isinstance(sequence, bool)
+    _require(whole and 1 <= sequence <= MAX_SEQUENCE, patch, "sequence", f"a whole number from 1 to {MAX_SEQUENCE}")
     for key in ("created", "expires"):
-        if getattr(patch, key) != "" and not is_timestamp(getattr(patch, key)):
-            raise PatchFormatError(f"manifest: {key}: expected a time like 2026-11-21T10:00:00Z, found {getattr(patch, key)!r}")
+        _require(getattr(patch, key) == "" or is_timestamp(getattr(patch, key)), patch, key, "a time like 2026-11-21T10:00:00Z")
     for key, most in (("license", 128), ("summary", 2000)):
         text = getattr(patch, key)
-        if not isinstance(text, str) or len(text) > most or any(ord(c) < 32 and c != "\n" for c in text):
-            raise PatchFormatError(f"manifest: {key}: expected a text of at most {most} characters, found {text!r:.80}")
+        readable = isinstance(text, str) and len(text) <= most and not UNPRINTABLE.search(text)
+        _require(readable, patch, key, f"a printable text of at most {most} characters")
     for key in ("supersedes", "parts"):
-        if any(not isinstance(d, str) or not DIGEST.fullmatch(d) for d in getattr(patch, key)):
-            raise PatchFormatError(f"manifest: {key}: expected SHA-256 digests, found {getattr(patch, key)!r:.80}")
-    if patch.chat_template and not DIGEST.fullmatch(patch.chat_template):
-        raise PatchFormatError(f"manifest: chat_template: expected a SHA-256 digest, found {patch.chat_template!r:.80}")
+        _require(all(_is_text(digest, DIGEST) for digest in getattr(patch, key)), patch, key, "SHA-256 digests")
+    _require(patch.chat_template == "" or _is_text(patch.chat_template, DIGEST), patch, "chat_template", "a SHA-256 digest")
+
+
+def _is_text(value: object, pattern: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _require(holds: bool, patch: Patch, key: str, expected: str) -> None:
+    if not holds:
+        raise PatchFormatError(f"manifest: {key}: expected {expected}, found {getattr(patch, key)!r:.80}")
 
 
 _EXPECTED = {
@@ -164,10 +180,12 @@ _EXPECTED = {
 
 def is_timestamp(text: object) -> bool:
     """Whether a text is a time in UTC to the second: "2026-11-21T10:00:00Z"."""
-    if not isinstance(text, str) or not re.fullmatch(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", text, re.ASCII):
+    found = re.fullmatch(r"(\d{4})-(\d{2})-(\d{2})T(\d{2}):(\d{2}):(\d{2})Z", text, re.ASCII) if isinstance(text, str) else None
+    if not found:
         return False
+    year, *rest = map(int, found.groups())
     try:
-        datetime.fromisoformat(text.replace("Z", "+00:00"))
+        datetime(year, *rest)
     except ValueError:
         return False
     return True
@@ -184,11 +202,6 @@ def _tensors(patch: Patch) -> dict[str, NDArray[Any]]:
     return {name: np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<")) for name, tensor in tensors.items()}
 
 
-def _canonical_json(value: object) -> bytes:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8")
-
-
 def _manifest_of(patch: Patch) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
@@ -201,9 +214,10 @@ def _manifest_of(patch: Patch) -> dict[str, Any]:
         "license": patch.license,
         "summary": patch.summary,
         "base": patch.base.as_dict(),
+        "weight_sketch": patch.weight_sketch.as_dict() if patch.weight_sketch else None,
         "chat_template": patch.chat_template,
         "num_virtual_tokens": patch.num_virtual_tokens,
-        "tensors": {name: hashlib.sha256(t).hexdigest() for name, t in _tensors(patch).items()},
+        "tensors": patch.tensor_digests,
         "training": patch.training,
         "evaluation": patch.evaluation,
         "canary": patch.canary.as_dict() if patch.canary else None,
@@ -214,7 +228,7 @@ def _manifest_of(patch: Patch) -> dict[str, Any]:
 
 MANIFEST_KINDS: dict[str, type | tuple[type, ...]] = {
     "format_version": int, "name": str, "version": str, "channel": str, "sequence": int, "created": str, "expires": str,
-    "license": str, "summary": str, "base": dict, "chat_template": str, "num_virtual_tokens": int, "tensors": dict,
+    "license": str, "summary": str, "base": dict, "weight_sketch": (dict, type(None)), "chat_template": str, "num_virtual_tokens": int, "tensors": dict,
     "training": dict, "evaluation": dict, "canary": (dict, type(None)), "supersedes": list, "parts": list,
 }  # fmt: skip
 """The closed set of the manifest's keys, with what each holds."""
@@ -244,7 +258,7 @@ def _metadata(patch: Patch) -> dict[str, str]:
     found = {METADATA_KEY: patch.manifest.decode("utf-8")}
     if patch.signatures:
         ordered = sorted(patch.signatures, key=lambda s: (s.key_id, s.signature))
-        found[SIGNATURES_KEY] = _canonical_json([s.as_dict() for s in ordered]).decode("utf-8")
+        found[SIGNATURES_KEY] = canonical_json([s.as_dict() for s in ordered]).decode("utf-8")
     return found
 
 
@@ -252,13 +266,15 @@ def patch_bytes(patch: Patch) -> bytes:
     """The file's bytes: the same patch gives the same bytes on every machine.
 
     Raises:
-        PatchFormatError: the manifest is larger than a reader accepts.
+        PatchFormatError: a reader would refuse them; they are read here, so that nobody hands out what cannot be read.
     """
     tensors = _tensors(patch)
     header = _header(tensors, _metadata(patch))
     if len(header) > MAX_HEADER_BYTES:
         raise PatchFormatError(f"header: expected at most {MAX_HEADER_BYTES} bytes, found {len(header)}", "shorten the records")
-    return b"".join([len(header).to_bytes(8, "little"), header, *(tensors[name].tobytes() for name in _order(tensors))])
+    data = b"".join([len(header).to_bytes(8, "little"), header, *(tensors[name].data for name in _order(tensors))])
+    parse_patch(data)
+    return data
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -305,47 +321,32 @@ def read_patch(path: Path | str) -> Patch:
         PatchFormatError: the file is not a patch, is damaged, or is of an unknown version.
     """
     path = Path(path)
-    data = _read_bounded(path)
     try:
-        return parse_patch(data)
+        return parse_patch(_read_bounded(path))
     except PatchFormatError as error:
         raise PatchFormatError(f"{path}: {error}", error.hint or "get the file again from its vendor") from None
 
 
 def _read_bounded(path: Path) -> bytes:
-    """The whole file through one handle; its size is known before anything is read."""
+    """The whole file through one handle; its kind and size are known before anything is read, and no more is read than that."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"cannot read patch {path}: it is no regular file", hint="name the patch file itself")
-            if status.st_size > MAX_FILE_BYTES:
-                raise PatchFormatError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, found {status.st_size}")
-            data = file.read(MAX_FILE_BYTES + 1)
+            _check_size(status.st_size)
+            with open(handle, "rb", closefd=False) as file:
+                return file.read(status.st_size + 1)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise InputError(f"cannot read patch {path}: {error.strerror}", hint="check the path") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise PatchFormatError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, found more")
-    return data
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({k for k, _ in pairs}) != len(pairs):
-        raise PatchFormatError("a key appears twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> None:
-    raise PatchFormatError(f"expected finite numbers, found {name}")
-
-
-def _parse_json(text: str | bytes, what: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except PatchFormatError as error:
-        raise PatchFormatError(f"{what}: {error}") from None
-    except (ValueError, RecursionError):
-        raise PatchFormatError(f"not an edgepatch file: {what} is no readable JSON") from None
+def _check_size(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise PatchFormatError(f"expected at most {MAX_FILE_BYTES} bytes, found {size}")
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], int]:
@@ -353,17 +354,22 @@ def _split(data: bytes) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > MAX_HEADER_BYTES or 8 + length > len(data):
         raise PatchFormatError("not a safetensors file: its header is missing, too long or truncated")
-    header = _parse_json(data[8 : 8 + length], "its header")
+    header = parse_json(data[8 : 8 + length], "its header")
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
         raise PatchFormatError("not an edgepatch file: it has no readable manifest")
     return header, 8 + length
+
+
+def _parse_text(text: str, what: str) -> Any:
+    """JSON that stands in the header as a text."""
+    return parse_json(text.encode("utf-8", "surrogatepass"), what)  # half a pair is no UTF-8, which is then refused
 
 
 def _read_manifest(metadata: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(map(str, metadata.keys() - {METADATA_KEY, SIGNATURES_KEY}))
     if unknown or not isinstance(metadata.get(METADATA_KEY), str):
         raise PatchFormatError(f"not an edgepatch file: expected the metadata key {METADATA_KEY}, found {unknown or 'none'}")
-    manifest = _parse_json(metadata[METADATA_KEY], "its manifest")
+    manifest = _parse_text(metadata[METADATA_KEY], "its manifest")
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise PatchFormatError("not an edgepatch file: it has no readable manifest")
     version = manifest["format_version"]
@@ -375,28 +381,23 @@ def _read_manifest(metadata: dict[str, Any]) -> dict[str, Any]:
     for key, kind in MANIFEST_KINDS.items():
         if not isinstance(manifest[key], kind) or isinstance(manifest[key], bool):
             raise PatchFormatError(f"manifest: {key}: a {type(manifest[key]).__name__} is out of place")
-    if _depth(manifest) > MAX_DEPTH:
-        raise PatchFormatError(f"manifest: expected at most {MAX_DEPTH} levels of nesting")
     return manifest
-
-
-def _depth(value: Any) -> int:
-    if isinstance(value, dict):
-        return 1 + max(map(_depth, value.values()), default=0)
-    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
 
 
 def _read_signatures(metadata: dict[str, Any]) -> tuple[Signature, ...]:
     if SIGNATURES_KEY not in metadata:
         return ()
     text = metadata[SIGNATURES_KEY]
-    values = _parse_json(text, "its signatures") if isinstance(text, str) else None
+    values = _parse_text(text, "its signatures") if isinstance(text, str) else None
     if not isinstance(values, list) or not 1 <= len(values) <= MAX_SIGNATURES:
         raise PatchFormatError(f"signatures: expected a list of 1 to {MAX_SIGNATURES}")
     try:
-        return tuple(Signature.from_dict(value) for value in values)
+        signatures = tuple(Signature.from_dict(value) for value in values)
     except UntrustedError as error:
         raise PatchFormatError(f"signatures: {error}") from None
+    if len({signature.key_id for signature in signatures}) != len(signatures):
+        raise PatchFormatError("signatures: expected one a key, found two")
+    return signatures
 
 
 def _read_tensors(data: bytes, header: dict[str, Any], start: int) -> dict[str, NDArray[Any]]:
@@ -409,24 +410,20 @@ def _read_tensors(data: bytes, header: dict[str, Any], start: int) -> dict[str, 
     tensors = {}
     for name in names:
         entry = header[name]
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] not in DTYPES:
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"} or str(entry["dtype"]) not in DTYPES:
             raise PatchFormatError(f"tensor {name}: expected dtype F32 or F16, a shape and two offsets, found {entry!r:.120}")
         tensors[name] = _view(data, name, start, DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"])
     return tensors
 
 
 def _view(data: bytes, name: str, start: int, dtype: np.dtype[Any], shape: Any, offsets: Any) -> NDArray[Any]:
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= MAX_FILE_BYTES for n in numbers) or len(offsets) != 2:
-        raise PatchFormatError(f"tensor {name}: expected whole numbers as shape and offsets")
-    count = 1
-    for n in shape:
-        count *= n
-    begin, end = offsets
-    if not 1 <= len(shape) <= 3 or count * dtype.itemsize != end - begin or start + end > len(data) or not count:
+    lists = isinstance(shape, list) and isinstance(offsets, list) and 1 <= len(shape) <= 3 and len(offsets) == 2
+    numbers = [*shape, *offsets] if lists else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= MAX_FILE_BYTES for n in numbers):
+        raise PatchFormatError(f"tensor {name}: expected one to three whole numbers as shape, and two as offsets")
+    count, (begin, end) = math.prod(shape), offsets
+    if count * dtype.itemsize != end - begin or start + end > len(data) or not count:
         raise PatchFormatError(f"tensor {name}: {shape} of {dtype} at {begin} to {end} does not lie in the file: damaged or truncated")
-    if (start + begin) % dtype.itemsize:
-        raise PatchFormatError(f"tensor {name}: its offset is not a multiple of {dtype.itemsize}")
     return np.frombuffer(data, dtype, count, start + begin).reshape(shape)
 
 
@@ -436,24 +433,24 @@ def parse_patch(data: bytes) -> Patch:
     Raises:
         PatchFormatError: the bytes break the format.
     """
+    _check_size(len(data))
     header, start = _split(data)
     manifest = _read_manifest(header["__metadata__"])
     tensors = _read_tensors(data, header, start)
     digests = {name: hashlib.sha256(tensor).hexdigest() for name, tensor in tensors.items()}
     for name in sorted(digests.keys() | manifest["tensors"].keys()):
         if digests.get(name) != manifest["tensors"].get(name):
-            raise PatchFormatError(f"tensor {name}: its SHA-256 is not the one in the manifest")
+            raise PatchFormatError(f"tensor {name:.80}: its SHA-256 is not the one in the manifest")
     patch = _assemble(manifest, tensors, _read_signatures(header["__metadata__"]))
+    vars(patch)["tensor_digests"] = digests  # of these very bytes; hashing them again would double the time of a check
     if patch.manifest.decode("utf-8") != header["__metadata__"][METADATA_KEY]:
         raise PatchFormatError("the manifest is not in canonical form")
-    ordered = [tensors[name] for name in _order(tensors)]
-    if _header(tensors, _metadata(patch)) != data[8:start] or start + sum(t.nbytes for t in ordered) != len(data):
+    if _header(tensors, _metadata(patch)) != data[8:start] or start + sum(t.nbytes for t in tensors.values()) != len(data):
         raise PatchFormatError("the bytes are not in canonical form")
     return patch
 
 
 def _assemble(manifest: dict[str, Any], tensors: dict[str, NDArray[Any]], signatures: tuple[Signature, ...]) -> Patch:
-    _check_bounds(tensors)
     layers = range(sum(name.endswith(".key") for name in tensors))
     try:
         seed = KVSeed(
@@ -463,11 +460,14 @@ def _assemble(manifest: dict[str, Any], tensors: dict[str, NDArray[Any]], signat
         prompt = SoftPrompt(tensors[PROMPT_TENSOR]) if PROMPT_TENSOR in tensors else None
     except InputError as error:
         raise PatchFormatError(str(error)) from None
+    sketch, canary = manifest["weight_sketch"], manifest["canary"]
+    plain = ("name", "version", "training", "evaluation", "channel", "sequence", "created", "expires", "license", "summary", "chat_template")
     patch = Patch(
-        manifest["name"], manifest["version"], ModelSpec.from_dict(manifest["base"]), prompt, seed, manifest["training"],
-        manifest["evaluation"], None if manifest["canary"] is None else Canary.from_dict(manifest["canary"]),
-        manifest["channel"], manifest["sequence"], manifest["created"], manifest["expires"], manifest["license"],
-        manifest["summary"], manifest["chat_template"], tuple(manifest["supersedes"]), tuple(manifest["parts"]), signatures,
+        base=ModelSpec.from_dict(manifest["base"]), soft_prompt=prompt, kv_seed=seed,
+        canary=None if canary is None else Canary.from_dict(canary),
+        weight_sketch=None if sketch is None else Sketch.from_dict(sketch),
+        supersedes=tuple(manifest["supersedes"]), parts=tuple(manifest["parts"]), signatures=signatures,
+        **{key: manifest[key] for key in plain},
     )  # fmt: skip
     if manifest["num_virtual_tokens"] != patch.num_virtual_tokens:
         raise PatchFormatError(f"num_virtual_tokens: expected {patch.num_virtual_tokens}, found {manifest['num_virtual_tokens']}")
@@ -475,9 +475,11 @@ def _assemble(manifest: dict[str, Any], tensors: dict[str, NDArray[Any]], signat
 
 
 def _check_bounds(tensors: dict[str, NDArray[Any]]) -> None:
+    """Compares bit patterns: without their sign, floats grow with their bits, and NaN and infinity are the largest of all."""
     for name, tensor in tensors.items():
-        largest = max(float(tensor.max()), -float(tensor.min()))
-        if not largest <= LARGEST_VALUE:  # NaN and infinity fail too
+        bits = tensor.view(f"<u{tensor.itemsize}")
+        largest = (bits & np.array(2 ** (8 * tensor.itemsize - 1) - 1, bits.dtype)).max(keepdims=True).view(tensor.dtype).item()
+        if not largest <= LARGEST_VALUE:
             raise PatchFormatError(f"tensor {name}: expected values up to {LARGEST_VALUE:.0f}, found {largest}")
 
 

@@ -62,13 +62,13 @@ class ModelSpec:
             raise PatchFormatError(f"model spec: expected an object, found {type(values).__name__}")
         names = {f.name for f in fields(cls)}
         if set(values) != names:
-            raise PatchFormatError(f"model spec: expected the fields {sorted(names)}, found {sorted(values)}")
+            raise PatchFormatError(f"model spec: expected the fields {sorted(names)}, found {sorted(values)!r:.400}")
         kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "dict[str, Any]": dict}
         for f in fields(cls):
             value = values[f.name]
             if isinstance(value, bool) or not isinstance(value, kinds[str(f.type)]):
-                raise PatchFormatError(f"model spec: {f.name} must be {f.type}, found {value!r}")
-        return cls(**values)
+                raise PatchFormatError(f"model spec: {f.name} must be {f.type}, found {value!r:.80}")
+        return cls(**{**values, "rope_theta": float(values["rope_theta"])})
 
     def require_same(self, model: ModelSpec) -> None:
         """Compares the spec a patch was made for (self) with a model's.
@@ -220,7 +220,8 @@ class Canary:
                 entries = prompt[name]
                 if not isinstance(entries, list) or any(isinstance(e, bool) or not isinstance(e, kind) for e in entries):
                     raise PatchFormatError(f"canary: {name} must be a list of numbers")
+        convert: dict[str, type] = {"tokens": int, "token_ids": int, "bare": float, "patched": float}  # JSON writes 2.0 as 2
         try:
-            return cls(tuple(CanaryPrompt(**{name: tuple(value) for name, value in prompt.items()}) for prompt in prompts))
+            return cls(tuple(CanaryPrompt(**{name: tuple(map(convert[name], value)) for name, value in prompt.items()}) for prompt in prompts))
         except InputError as error:
             raise PatchFormatError(str(error)) from None

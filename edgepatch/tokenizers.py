@@ -6,6 +6,7 @@ spells such a token: ``encode_chat`` keeps the two apart, so that no message can
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -263,6 +264,11 @@ class FolderTokenizer:
         """Tokens in order of their ids."""
         by_id = sorted((i, token) for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items())
         return [token for _, token in by_id]
+
+    @property
+    def chat_template_digest(self) -> str:
+        """SHA-256 of the chat template, or "" where there is none."""
+        return hashlib.sha256(self._template.encode("utf-8")).hexdigest() if self._template else ""
 
     @property
     def digest(self) -> str:

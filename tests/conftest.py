@@ -56,14 +56,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_patch(tiny_folder: Path) -> Patch:
     """A random patch for the tiny model: P 10, with its seed; strong enough to move every logit."""
-    from edgepatch.converters import hf
+    from edgepatch.converters import fingerprints, hf
 
     spec = hf.read_spec(tiny_folder)
     rng = np.random.default_rng(3)
     soft_prompt = SoftPrompt((rng.standard_normal((10, spec.hidden_size)) * 0.3).astype(np.float32))
     model = hf.load_model(tiny_folder)
     seed, canary = hf.compute_kv_seed(model, soft_prompt), hf.compute_canary(model, soft_prompt)
-    return Patch("tiny", "1.0.0", spec, soft_prompt, seed, canary=canary)
+    return Patch("tiny", "1.0.0", spec, soft_prompt, seed, canary=canary, weight_sketch=fingerprints.sketch_of(tiny_folder))
 
 
 @pytest.fixture(scope="session")

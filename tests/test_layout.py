@@ -15,10 +15,20 @@ import edgepatch
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "edgepatch.errors": 0,
+    "edgepatch.canonical": 1,
+    "edgepatch.constraints": 1,
+    "edgepatch.messages": 1,
+    "edgepatch.signing": 1,
     "edgepatch.tensors": 1,
-    "edgepatch.sampling": 1,
-    "edgepatch.signing": 2,
+    "edgepatch.vocabularies": 1,
+    "edgepatch.sampling": 2,
+    "edgepatch.canary": 2,
+    "edgepatch.keys": 2,
+    "edgepatch.sketches": 2,
     "edgepatch.tokenizers": 2,
+    "edgepatch.tool_calls": 2,
+    "edgepatch.trust": 2,
+    "edgepatch.generation": 3,
     "edgepatch.patches": 3,
     "edgepatch.store": 4,
     "edgepatch.converters": 4,
@@ -27,14 +37,15 @@ LAYERS = {
     "edgepatch.training": 5,
     "edgepatch.doctor": 6,
     "edgepatch.server": 6,
-    "edgepatch.bench": 6,
-    "edgepatch.cli": 7,
-    "edgepatch": 7,
+    "edgepatch.bench": 7,
+    "edgepatch.stock": 6,
+    "edgepatch.cli": 8,
+    "edgepatch": 8,
 }
 """The table of docs/architecture.md. A unit imports units of lower layers, and its own modules."""
 
 FOLDERS = {"edgepatch": ROOT / "edgepatch", "edgepatch.converters": ROOT / "converters", "edgepatch.bench": ROOT / "bench"}
-MODEL_LIBRARIES = ("torch", "transformers", "peft", "llama_cpp", "onnxruntime", "gguf", "jinja2", "tokenizers")
+MODEL_LIBRARIES = ("torch", "transformers", "peft", "llama_cpp", "onnxruntime", "gguf", "jinja2", "tokenizers", "llguidance")
 MAX_IMPORT_S = 0.3
 
 

@@ -1,13 +1,15 @@
 """The llama.cpp runtime against Transformers fed ``inputs_embeds``; the seed stays whatever a caller does."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgepatch.converters import gguf, hf, llamacpp_layout, llamacpp_state
 from edgepatch.converters.llamacpp_layout import Layout
-from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MismatchError
+from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MismatchError, PatchFormatError
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.runtimes.llamacpp_calibration import Calibration
 from edgepatch.runtimes.reference import TorchRuntime
@@ -245,6 +247,24 @@ def test_patch_for_another_model_names_every_difference(f32_file, tiny_patch):
     assert set(caught.value.differences) == {"rope_theta", "weight_fingerprint"}
 
 
+def test_a_fine_tune_with_the_same_norms_is_refused(tiny_folder, tiny_patch, tmp_path):
+    """What the norms cannot see: the weights of one matrix moved by 2 %."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tuned"))
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] += 0.02 * weights[name].std() * torch.randn_like(weights[name])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert gguf.convert_folder(folder, tmp_path / "tuned.gguf", "F16") == tiny_patch.base, "the spec alone cannot tell"
+    for runtime in (lambda patch: load(tmp_path / "tuned.gguf", patch, exact=False), lambda patch: TorchRuntime(folder, patch)):
+        with pytest.raises(MismatchError, match="ffn_up of layers 1"):
+            runtime(tiny_patch)
+        with runtime(None) as bare, pytest.raises(MismatchError, match="sampled weights"):
+            bare.swap(tiny_patch)
+
+
 def test_options_that_cannot_be_used_are_refused(f32_file, tiny_patch, tmp_path):
     with pytest.raises(InputError, match="KV type"):
         load(f32_file, tiny_patch, kv_type="q3")
@@ -267,11 +287,12 @@ def test_options_that_cannot_be_used_are_refused(f32_file, tiny_patch, tmp_path)
         load(truncated, tiny_patch)
 
 
-def test_a_seed_beyond_half_precision_is_refused(f32_file, tiny_patch):
+def test_a_seed_beyond_half_precision_is_refused(tiny_patch):
     seed = tiny_patch.kv_seed
-    large = replace(tiny_patch, kv_seed=replace(seed, values=(seed.values[0] * 1e6, *seed.values[1:])))
+    with pytest.raises(PatchFormatError, match="65504"):
+        replace(tiny_patch, kv_seed=replace(seed, values=(seed.values[0] * 1e6, *seed.values[1:])))
     with pytest.raises(InputError, match="float16"):
-        load(f32_file, large, exact=False)
+        llamacpp_layout.encode_rows(np.full((2, 3, 64), 7e4, dtype=np.float32), 1, False)
 
 
 def test_a_context_shorter_than_the_models_is_kept(f32_file, tiny_patch):

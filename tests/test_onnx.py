@@ -175,13 +175,6 @@ def test_a_zeroed_seed_is_refused(onnx_folders, tiny_patch):
         OnnxRuntime(onnx_folders["fp32"], replace(tiny_patch, kv_seed=KVSeed(keys, values)), num_threads=1)
 
 
-def test_a_seed_beyond_float16_is_refused_by_a_float16_cache(onnx_folders, tiny_patch):
-    keys = tuple(np.full_like(key, 1e5) for key in tiny_patch.kv_seed.keys)
-    patch = replace(tiny_patch, kv_seed=KVSeed(keys, tiny_patch.kv_seed.values))
-    with pytest.raises(InputError, match="layer 0 holds values that are not finite"):
-        OnnxRuntime(onnx_folders["fp16"], patch, num_threads=1)
-
-
 def test_a_graph_that_overwrites_the_seed_is_refused(onnx_folders, tiny_patch, monkeypatch):
     run = OnnxRuntime._forward
 

@@ -197,10 +197,6 @@ def test_the_document_is_made_of_the_committed_results(results):
         assert parity_floors.judge({k: v for k, v in row.items() if k not in ("floors", "passed")}) == row
 
 
-@pytest.mark.xfail(
-    reason="Transformers' exporter at fp16 rounds rotary angles; at 4 bits calibration takes a known layout for granted and the canary is "
-    "too coarse to tell a foreign seed"
-)
 def test_the_committed_results_reach_every_floor(results):
     assert not [parity_floors.complaint(row) for row in results["rows"] if row["passed"] is False]
     assert not [parity_floors.control_complaint(row) for row in results["controls"] if row["required"] and not row["caught_by"]]

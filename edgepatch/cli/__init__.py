@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 
-from edgepatch.cli import chat, convert, inspection, training  # noqa: F401  registers their verbs
+from edgepatch.cli import chat, convert, export, inspection, serve, training, trust  # noqa: F401  registers their verbs
 from edgepatch.cli.console import cell, printable, stderr
 from edgepatch.cli.root import app
 from edgepatch.errors import EdgepatchError, InputError

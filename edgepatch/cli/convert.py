@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -163,10 +164,11 @@ def convert_seed(
 
     Example: `edgepatch convert seed detox.safetensors --model models/llama -o detox-1.0.0.safetensors`
     """
-    from edgepatch.converters import hf
+    from edgepatch.converters import fingerprints, hf
     from edgepatch.patches import read_patch, write_patch
 
     patch = hf.with_kv_seed(read_patch(patch_file), model)
+    patch = replace(patch, weight_sketch=fingerprints.sketch_of(model))
     digest = write_patch(patch, out)
     if as_json:
         print_json({"path": str(out), "digest": digest, "num_virtual_tokens": patch.num_virtual_tokens})

@@ -93,6 +93,7 @@ def _summary(patch: Patch) -> dict[str, Any]:
         "num_virtual_tokens": patch.num_virtual_tokens,
         "soft_prompt": patch.soft_prompt is not None,
         "kv_seed": f"{len(seed.keys)} layers of {seed.keys[0].shape} {seed.keys[0].dtype}" if seed else None,
+        "canary": f"{len(patch.canary.prompts)} prompts" if patch.canary else None,
         "base": patch.base.as_dict(),
         "training": patch.training,
         "evaluation": patch.evaluation,

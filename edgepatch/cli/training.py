@@ -67,7 +67,9 @@ def make_pairs(
 
 @app.command()
 def train(
-    model: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="Transformers folder of the model to be patched.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Model to be patched: Transformers folder, or GGUF file to be dequantized.")
+    ],
     pairs_file: Annotated[Path, typer.Option("--pairs", help="Preference pairs, JSON Lines.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
     benign: Annotated[Path | None, typer.Option(help="Benign texts for the KL term; default: the texts shipped.")] = None,

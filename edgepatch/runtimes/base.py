@@ -100,6 +100,13 @@ class Runtime(ABC):
             InactivePatchError: the seed was not taken.
         """
 
+    def _check_weights(self, patch: Patch) -> None:  # noqa: B027  a runtime that cannot read weights has the canary alone
+        """Compares the patch's sketch of its base with the model's own weights.
+
+        Raises:
+            MismatchError: they are not those of its base, whatever their quantization.
+        """
+
     @abstractmethod
     def _rewind(self, sequence: int, length: int) -> int:
         """Forgets all but the first ``length`` positions behind the seed; 0 starts afresh from the seed.
@@ -184,6 +191,8 @@ class Runtime(ABC):
                 f"context length: expected {patch.num_virtual_tokens + 1} positions or more, found {self.num_positions}",
                 hint=f"the patch takes {patch.num_virtual_tokens} of them",
             )
+        if patch is not None:
+            self._check_weights(patch)
         old = self.patch
         prompts = patch.canary.prompts[:num_prompts] if patch and patch.canary else ()
         try:

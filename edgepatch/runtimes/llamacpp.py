@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import gguf_specs, llamacpp_layout
+from edgepatch.converters import fingerprints, gguf_specs, llamacpp_layout
 from edgepatch.converters.gguf_header import GGUFHeader, read_header
 from edgepatch.converters.gguf_library import load_library
 from edgepatch.converters.llamacpp_state import SequenceState, read_state
@@ -28,6 +28,7 @@ from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Runtime, SeedRoute, Tools, check_patch
 from edgepatch.runtimes.llamacpp_calibration import Calibration
 from edgepatch.runtimes.llamacpp_context import KV_TYPES, ContextSettings, LlamaContext, LlamaModel
+from edgepatch.sketches import compare
 from edgepatch.tokenizers import AddedTokens, encode_chat
 
 DEFAULT_CONTEXT = 4096
@@ -83,6 +84,7 @@ class LlamaCppRuntime(Runtime):
         self.kv_type, self._wanted_route = _checked_type(kv_type, flash_attention), _checked_route(seed_route)
         self.num_positions = _positions(context_length, int(header.setting("context_length")), patch)
         self.seed_reason = ""
+        self._header, self._fitting = header, set[str]()
         self._states: dict[str, tuple[bytes, SeedRoute]] = {}
         self._probe: SequenceState | None = None
         try:
@@ -116,6 +118,11 @@ class LlamaCppRuntime(Runtime):
         self._template = str(header.metadata.get("tokenizer.chat_template", ""))
         bos, eos = lib.llama_vocab_bos(self._vocab), lib.llama_vocab_eos(self._vocab)
         self._bos, self._eos = (lib.llama_vocab_get_text(self._vocab, i).decode() if i in ids else "" for i in (bos, eos))
+
+    def _check_weights(self, patch: Patch) -> None:
+        if patch.weight_sketch is not None and patch.digest not in self._fitting:
+            compare(patch.weight_sketch, fingerprints.sketch_of_gguf(self._header, patch.weight_sketch), self.quantization)
+            self._fitting.add(patch.digest)
 
     # The seed.
 
@@ -201,6 +208,10 @@ class LlamaCppRuntime(Runtime):
         factor = self._calibration.embedding_factor(self._context, self._master)
         self._context.evaluate_embeddings(self._master, patch.soft_prompt.embeddings * np.float32(factor))
         return self._context.state(self._master)
+
+    def forget_states(self) -> None:
+        """Frees the states of patches that were active before; the next swap to one lays it out anew."""
+        self._states.clear()
 
     def seed_state(self) -> bytes:
         """llama.cpp's own state of the seeded positions; meaningless to another build or another setting of the cache."""

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from edgepatch.converters.onnx_files import open_folder
 from edgepatch.converters.onnx_graphs import DecoderGraph, recognise
 from edgepatch.converters.onnx_identity import read_identity
+from edgepatch.converters.onnx_weights import sketch_of_onnx
 from edgepatch.errors import InactivePatchError, InputError, MissingExtraError
 from edgepatch.generation import Reply
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Prompt, Runtime, SeedRoute, Tools, as_float32, require_text_only
 from edgepatch.runtimes.onnx_caches import Cache, Cells, SharedCache, new_cache
 from edgepatch.sampling import Sampling
+from edgepatch.sketches import compare
 from edgepatch.tensors import KVSeed, ModelSpec
 from edgepatch.tokenizers import FolderTokenizer
 
@@ -75,6 +77,7 @@ class OnnxRuntime(Runtime):
         self._new_cache = partial(new_cache, session, self._graph, self.spec, window, provider)
         self._caches = [self._new_cache(positions=self.num_positions) for _ in range(num_sequences)]
         self._is_proven = False
+        self._folder, self._model_file, self._fitting = folder, model_file, set[str]()
         self._start = 0
         self._load_patch(patch)
 
@@ -89,6 +92,12 @@ class OnnxRuntime(Runtime):
 
     def _token_bytes(self) -> list[bytes]:
         return self._tokenizer.token_bytes(self.spec.vocab_size)
+
+    def _check_weights(self, patch: Patch) -> None:
+        # Only the builder's graphs name their matrices; of others the stamp and the canary must tell.
+        if patch.weight_sketch is not None and self._graph.shared and patch.digest not in self._fitting:
+            compare(patch.weight_sketch, sketch_of_onnx(self._folder, patch.weight_sketch, self._model_file), self.quantization)
+            self._fitting.add(patch.digest)
 
     def _install(self, patch: Patch | None) -> SeedRoute:
         seed = _require_seed(patch)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import hf
+from edgepatch.converters import fingerprints, hf
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Prompt, Runtime, SeedRoute, Tools, as_float32, check_patch
 from edgepatch.sampling import Sampling
+from edgepatch.sketches import compare
 from edgepatch.tokenizers import FolderTokenizer
 
 
@@ -36,7 +37,7 @@ class TorchRuntime(Runtime):
 
     def __init__(self, folder: Path, patch: Patch | None = None, device: str = "cpu", num_sequences: int = 1) -> None:
         super().__init__(num_sequences)
-        self.spec = hf.read_spec(folder)
+        self._folder, self.spec = folder, hf.read_spec(folder)
         check_patch(patch, self.spec)
         self._tokenizer = FolderTokenizer(folder)
         self.end_token_ids = self._tokenizer.end_token_ids
@@ -45,6 +46,10 @@ class TorchRuntime(Runtime):
         self._caches: list[Any] = [None] * num_sequences
         self._is_croppable = hf.is_attention_only(self.model)
         self._load_patch(patch)
+
+    def _check_weights(self, patch: Patch) -> None:
+        if patch.weight_sketch is not None:
+            compare(patch.weight_sketch, fingerprints.sketch_of_folder(self._folder, patch.weight_sketch), self.quantization)
 
     def _install(self, patch: Patch | None) -> SeedRoute:
         if patch is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepatch.converters import hf
+from edgepatch.converters import fingerprints, hf
 from edgepatch.errors import InputError, MissingExtraError, TrainingError
 from edgepatch.patches import Patch
 from edgepatch.tensors import SoftPrompt
@@ -355,5 +355,9 @@ def train_patch(
         "software": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
                      "python": platform.python_version()},
     }  # fmt: skip
-    patch = hf.complete(Patch(name, version, trainer.spec, soft_prompt, training=record), trainer.base)
+    patch = Patch(
+        name, version, trainer.spec, soft_prompt, training=record, weight_sketch=fingerprints.sketch_of(folder),
+        chat_template=trainer.tokenizer.chat_template_digest,
+    )  # fmt: skip
+    patch = hf.complete(patch, trainer.base)
     return patch, trainer.history

@@ -1,0 +1,188 @@
+"""Canonical bytes, and Ed25519 signatures over them.
+
+A signature covers DSSE's pre-authentication encoding: the payload together with its type, so that a signature under one
+kind of document never fits another kind. A key is named by the SHA-256 of its 32 raw bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from edgepatch.errors import InputError, UntrustedError
+
+MANIFEST_TYPE = "application/vnd.edgepatch.manifest+json"
+ROOT_TYPE = "application/vnd.edgepatch.root+json"
+PUBLIC_KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+MAX_SIGNATURES = 16
+"""So many signatures a document carries at most: the work of a check is bounded before it starts."""
+
+
+@dataclass(frozen=True, order=True)
+class Signature:
+    """A signature and the id of the key that made it.
+
+    Raises:
+        UntrustedError: the id is no SHA-256 in lower-case hex, or the signature has not 64 bytes.
+    """
+
+    key_id: str
+    signature: bytes
+
+    def __post_init__(self) -> None:
+        require_digest(self.key_id, "key id of a signature")
+        if len(self.signature) != SIGNATURE_BYTES:
+            raise UntrustedError("length of a signature", f"{SIGNATURE_BYTES} bytes", len(self.signature))
+
+    def as_dict(self) -> dict[str, str]:
+        return {"key_id": self.key_id, "signature": self.signature.hex()}
+
+    @classmethod
+    def from_dict(cls, value: object) -> Signature:
+        """From parsed JSON.
+
+        Raises:
+            UntrustedError: a key is missing or unknown, or a value has another form than ``as_dict`` gives it.
+        """
+        if not isinstance(value, dict) or value.keys() != {"key_id", "signature"}:
+            raise UntrustedError("a signature", "key_id and signature", _brief(value))
+        return cls(value["key_id"], from_hex(value["signature"], "a signature"))
+
+
+def _brief(value: object) -> str:
+    text = ", ".join(map(str, sorted(value))) if isinstance(value, dict) else type(value).__name__
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def require_digest(value: object, what: str) -> str:
+    """``value``, which is a SHA-256 in lower-case hex.
+
+    Raises:
+        UntrustedError: it is not.
+    """
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise UntrustedError(what, "64 digits of lower-case hex", repr(value)[:80])
+    return value
+
+
+def from_hex(value: object, what: str) -> bytes:
+    """Bytes written in lower-case hex, two digits each.
+
+    Raises:
+        UntrustedError: anything else, also upper case: one content has one form.
+    """
+    if not isinstance(value, str) or not re.fullmatch(r"([0-9a-f]{2})*", value):
+        raise UntrustedError(what, "lower-case hex", repr(value)[:80])
+    return bytes.fromhex(value)
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys, without white space, in UTF-8, nothing escaped that need not be: one content, one form.
+
+    Raises:
+        ValueError: NaN, an infinity, or half a surrogate pair.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def parse_canonical(data: bytes, what: str) -> Any:
+    """The value of canonical JSON.
+
+    Encoding it again must give the same bytes. That alone refuses duplicate keys, white space, needless escapes, other
+    spellings of a number, NaN, and bytes before or behind the document.
+
+    Args:
+        data: bytes of bounded size; the caller sets the bound.
+        what: names them in errors.
+
+    Raises:
+        UntrustedError: not JSON, or not in canonical form.
+    """
+    try:
+        value = json.loads(data.decode())
+        again = canonical_json(value)
+    except (ValueError, RecursionError) as error:
+        raise UntrustedError(what, "canonical JSON", f"{type(error).__name__}: {str(error)[:120]}") from None
+    if again != data:
+        at = next(i for i in range(len(data) + 1) if again[i : i + 1] != data[i : i + 1])
+        raise UntrustedError(what, "canonical JSON (sorted unique keys, no white space)", f"another form at byte {at}")
+    return value
+
+
+def read_bounded(path: Path, limit: int, what: str, *, private: bool = False) -> bytes:
+    """Content of a regular file of at most ``limit`` bytes.
+
+    Args:
+        path: the file; a pipe or device is refused before it can block.
+        limit: no more is ever read, whatever size the file claims.
+        what: names the file in errors ("trust root").
+        private: refuse a file that its group or others have any right to. The open file is examined, not its name.
+
+    Raises:
+        InputError: it cannot be read, or is no regular file.
+        UntrustedError: it is larger, or ``private`` and others have rights.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{path}: expected a {what}, found no regular file")
+            if private and stat.S_IMODE(status.st_mode) & 0o077:
+                mode = f"{stat.S_IMODE(status.st_mode):04o}"
+                raise UntrustedError(f"rights of {path}", "none for group and others (0600)", mode, hint=f"chmod 600 {path}")
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(limit + 1)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InputError(f"cannot read the {what} {path}: {error.strerror}", hint="check the path") from error
+    if len(data) > limit:
+        raise UntrustedError(f"size of {path}", f"at most {limit} bytes", "more", hint=f"this is no {what}")
+    return data
+
+
+def pre_authentication_encoding(payload: bytes, payload_type: str) -> bytes:
+    """The bytes that Ed25519 signs: both parts with their lengths, so that no other pair gives the same bytes.
+
+    Source: DSSE v1.0 (secure-systems-lab/dsse, protocol.md), ``PAE``.
+    """
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+def raw_public_key(key: Ed25519PrivateKey | Ed25519PublicKey) -> bytes:
+    """The 32 bytes of a public key, or of the public half of a private one."""
+    public = key.public_key() if isinstance(key, Ed25519PrivateKey) else key
+    return public.public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+
+def key_id(public: bytes) -> str:
+    """The name of a key: SHA-256 of its 32 raw bytes, in hex."""
+    return hashlib.sha256(public).hexdigest()
+
+
+def sign(payload: bytes, payload_type: str, key: Ed25519PrivateKey) -> Signature:
+    """Signs a payload as a document of one type. The same payload, type and key give the same signature."""
+    signature = key.sign(pre_authentication_encoding(payload, payload_type))
+    return Signature(key_id(raw_public_key(key)), signature)
+
+
+def fits(payload: bytes, payload_type: str, signature: bytes, public: bytes) -> bool:
+    """Whether the key ``public`` made this signature over this payload and type. Says nothing about trust in the key."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, pre_authentication_encoding(payload, payload_type))
+    except InvalidSignature:
+        return False
+    return True
