@@ -7,7 +7,7 @@ STAMP := $(VENV)/.edgepatch-installed
 TYPES := .mypy_cache/tree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab stock parity optimum unpatch swap fingerprints clean
+.PHONY: help demo test lint lab stock parity optimum unpatch swap fingerprints security coverage fuzz clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,17 @@ swap: $(STAMP) ## time the exchange of patches on a model of a real size; bench/
 
 fingerprints: $(STAMP) ## which quantizations, fine-tunes and impostors of the lab model a patch accepts; bench/results/fingerprints.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.fingerprints
+
+security: $(STAMP) ## measure the security figures F1 to F11, a line each; bench/results/security.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.security
+
+coverage: $(STAMP) ## branch coverage of format, signing and store; fails under 100 %
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.security --only F10
+
+SECONDS := 600
+fuzz: $(STAMP) ## fuzz every reader of foreign bytes for SECONDS=600, guided by atheris where it installs; bench/results/fuzz.json
+	$(BIN)/python -m pip install --quiet atheris || echo "note: no atheris for this Python; fuzzing blindly"
+	$(BIN)/python -m edgepatch.bench.fuzz --seconds $(SECONDS)
 
 clean: ## remove the demo's result, builds and caches; keep .venv, out/lab, out/stock and out/optimum-env
 	rm -rf out/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,7 +42,7 @@ class Variant:
 
     def load(self, patch: Patch | None, num_threads: int | None) -> Runtime:
         """The model with the patch, or bare; PyTorch keeps its own number of threads."""
-        options = {} if self.runtime == "torch" else {"num_threads": num_threads}
+        options: dict[str, Any] = {} if self.runtime == "torch" else {"num_threads": num_threads}
         return load_runtime(self.path, patch, **options)
 
 

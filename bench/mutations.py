@@ -11,7 +11,7 @@ import json
 import random
 from typing import Any
 
-from edgepatch.canonical import canonical_json
+from edgepatch.canonical import canonical_json, parse_json
 from edgepatch.errors import PatchFormatError
 from edgepatch.patches import METADATA_KEY, SIGNATURES_KEY
 
@@ -115,7 +115,7 @@ def mutated_patch(data: bytes, rng: random.Random) -> bytes:
     if part == "signatures":
         metadata[SIGNATURES_KEY] = _written(mutated_json(json.loads(metadata.get(SIGNATURES_KEY, "[]")), rng), rng)
     else:
-        manifest = json.loads(metadata[METADATA_KEY])
+        manifest = parse_json(metadata[METADATA_KEY].encode("utf-8"), "manifest")
         if part == "tensors":
             body = mutated_bytes(body, rng)
             for name, entry in header.items():

@@ -1,6 +1,6 @@
 """A patch as a GGUF file with ``general.type = adapter``, for registries and hubs that index GGUF by its metadata.
 
-It is the patch file in another container: the same tensors and the same manifest, so that reading it back gives the patch whose
+It is the patch file in another container: the same tensors, manifest and signatures, so that reading it back gives the patch whose
 digest it names. No runtime loads it: llama.cpp refuses it as a LoRA, by its ``adapter.type``.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,19 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from edgepatch.canonical import canonical_json, parse_json
 from edgepatch.converters import architectures
-from edgepatch.errors import InputError, MissingExtraError, PatchFormatError
-from edgepatch.patches import MAX_FILE_BYTES, METADATA_KEY, Patch, parse_patch, patch_bytes, write_atomically
+from edgepatch.errors import InputError, MissingExtraError, PatchFormatError, UntrustedError
+from edgepatch.patches import (
+    MAX_FILE_BYTES,
+    METADATA_KEY,
+    SIGNATURES_KEY,
+    Patch,
+    parse_patch,
+    patch_bytes,
+    write_atomically,
+)
+from edgepatch.signing import Signature
 
 SOFT_PROMPT, KV_SEED = "edgepatch.soft_prompt", "edgepatch.kv_seed"
 """``adapter.type``: what the patch was trained as."""
@@ -39,7 +50,7 @@ def metadata(patch: Patch, base_model_name: str) -> dict[str, str | int]:
         patch: the patch.
         base_model_name: ``general.base_model.0.name``.
     """
-    manifest, _ = _contents(patch)
+    texts, _ = _contents(patch)
     return {
         "general.architecture": architectures.gguf_name(patch.base.model_type),
         "general.type": "adapter",
@@ -49,17 +60,17 @@ def metadata(patch: Patch, base_model_name: str) -> dict[str, str | int]:
         BASE_NAME_KEY: base_model_name,
         "adapter.type": SOFT_PROMPT if patch.soft_prompt else KV_SEED,
         DIGEST_KEY: patch.digest,
-        BASE_KEY: json.dumps(patch.base.as_dict(), sort_keys=True, separators=(",", ":")),
+        BASE_KEY: canonical_json(patch.base.as_dict()).decode(),
         TOKENS_KEY: patch.num_virtual_tokens,
-        METADATA_KEY: manifest,
+        **texts,
     }
 
 
-def _contents(patch: Patch) -> tuple[str, dict[str, NDArray[Any]]]:
-    """(manifest, tensors) of the patch file."""
+def _contents(patch: Patch) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    """(manifest and signatures by their keys, tensors) of the patch file."""
     data = patch_bytes(patch)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return str(header["__metadata__"][METADATA_KEY]), safetensors.numpy.load(data)
+    return {str(key): str(text) for key, text in header["__metadata__"].items()}, safetensors.numpy.load(data)
 
 
 def write_gguf(patch: Patch, target: Path, base_model_name: str | None = None) -> None:
@@ -125,12 +136,25 @@ def _parse(data: bytes) -> Patch:
     if kind not in (SOFT_PROMPT, KV_SEED):
         raise PatchFormatError(f"adapter.type: expected {SOFT_PROMPT} or {KV_SEED}, found {kind!r}", hint="it is no patch")
     patch_file = safetensors.numpy.save(tensors, metadata={METADATA_KEY: str(entries.get(METADATA_KEY))})
-    patch = parse_patch(patch_file)
+    patch = _with_signatures(parse_patch(patch_file), entries.get(SIGNATURES_KEY))
     expected = metadata(patch, str(entries.get(BASE_NAME_KEY)))
     wrong = sorted(key for key in expected.keys() | entries.keys() if expected.get(key) != entries.get(key))
     if wrong:
         raise PatchFormatError(f"{wrong[0]}: the patch gives {expected.get(wrong[0])!r}, found {entries.get(wrong[0])!r}")
     return patch
+
+
+def _with_signatures(patch: Patch, text: object) -> Patch:
+    """The patch with what the file holds under ``SIGNATURES_KEY``, if anything."""
+    if text is None:
+        return patch
+    values = parse_json(str(text).encode(), "signatures")
+    if not isinstance(values, list):
+        raise PatchFormatError(f"signatures: expected a list, found {type(values).__name__}")
+    try:
+        return replace(patch, signatures=tuple(Signature.from_dict(value) for value in values))
+    except UntrustedError as error:
+        raise PatchFormatError(f"signatures: {error}") from None
 
 
 class _Reader:

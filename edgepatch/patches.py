@@ -38,7 +38,7 @@ MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
 LARGEST_VALUE = 65504.0  # of float16
 PROMPT_TENSOR = "prompt_embeddings"
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CHANNEL = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -118,7 +118,7 @@ class Patch:
     @cached_property
     def tensor_digests(self) -> dict[str, str]:
         """SHA-256 of every tensor's bytes, by its name in the file."""
-        return {name: hashlib.sha256(tensor).hexdigest() for name, tensor in _tensors(self).items()}
+        return {name: hashlib.sha256(tensor.data).hexdigest() for name, tensor in _tensors(self).items()}
 
     @cached_property
     def manifest(self) -> bytes:
@@ -183,9 +183,9 @@ def is_timestamp(text: object) -> bool:
     found = re.fullmatch(r"(\d{4})-(\d{2})-(\d{2})T(\d{2}):(\d{2}):(\d{2})Z", text, re.ASCII) if isinstance(text, str) else None
     if not found:
         return False
-    year, *rest = map(int, found.groups())
+    year, month, day, hour, minute, second = map(int, found.groups())
     try:
-        datetime(year, *rest)
+        datetime(year, month, day, hour, minute, second)
     except ValueError:
         return False
     return True
@@ -424,7 +424,8 @@ def _view(data: bytes, name: str, start: int, dtype: np.dtype[Any], shape: Any, 
     count, (begin, end) = math.prod(shape), offsets
     if count * dtype.itemsize != end - begin or start + end > len(data) or not count:
         raise PatchFormatError(f"tensor {name}: {shape} of {dtype} at {begin} to {end} does not lie in the file: damaged or truncated")
-    return np.frombuffer(data, dtype, count, start + begin).reshape(shape)
+    tensor: NDArray[Any] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
+    return tensor
 
 
 def parse_patch(data: bytes) -> Patch:
@@ -437,7 +438,7 @@ def parse_patch(data: bytes) -> Patch:
     header, start = _split(data)
     manifest = _read_manifest(header["__metadata__"])
     tensors = _read_tensors(data, header, start)
-    digests = {name: hashlib.sha256(tensor).hexdigest() for name, tensor in tensors.items()}
+    digests = {name: hashlib.sha256(tensor.data).hexdigest() for name, tensor in tensors.items()}
     for name in sorted(digests.keys() | manifest["tensors"].keys()):
         if digests.get(name) != manifest["tensors"].get(name):
             raise PatchFormatError(f"tensor {name:.80}: its SHA-256 is not the one in the manifest")
@@ -451,6 +452,7 @@ def parse_patch(data: bytes) -> Patch:
 
 
 def _assemble(manifest: dict[str, Any], tensors: dict[str, NDArray[Any]], signatures: tuple[Signature, ...]) -> Patch:
+    tensors = {name: tensor.astype(tensor.dtype.newbyteorder("="), copy=False) for name, tensor in tensors.items()}
     layers = range(sum(name.endswith(".key") for name in tensors))
     try:
         seed = KVSeed(

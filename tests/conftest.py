@@ -20,10 +20,11 @@ TEXT = [
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Measurements of other runs must not decide a test's outcome."""
+    """Measurements of other runs, and patches of this machine's user, must not decide a test's outcome."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("EDGEPATCH_CACHE_DIR", str(folder))
+        patched.setenv("EDGEPATCH_STORE", str(folder / "store"))
         yield folder
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import decimal
 import hashlib
 import json
 import math
@@ -27,12 +28,15 @@ def number(value: float) -> str:
     """Section 3.2: as ECMAScript writes a double."""
     if value == 0:
         return "0"
-    mantissa, exponent = f"{abs(value):.16e}".split("e")
-    for digits in range(17):  # the fewest digits that read back as the same double
-        mantissa, exponent = f"{abs(value):.{digits}e}".split("e")
-        if float(f"{mantissa}e{exponent}") == abs(value):
+    exact, exact_digits = decimal.Decimal(abs(value)), decimal.Context(1200)
+    for digits in range(1, 18):  # the fewest that read back as the same double, of these the closest
+        step = decimal.Decimal((0, (1,), exact.adjusted() + 1 - digits))
+        below = int(exact_digits.divide_int(exact, step))
+        near = [c for c in (below, below + 1) if float(exact_digits.multiply(c, step)) == abs(value)]
+        if near:
             break
-    figures, n = mantissa.replace(".", ""), int(exponent) + 1
+    best = min(near, key=lambda c: (abs(exact_digits.subtract(exact, exact_digits.multiply(c, step))), c % 2))
+    figures, n = str(best).rstrip("0"), len(str(best)) + exact.adjusted() + 1 - digits
     sign, k = "-" if value < 0 else "", len(figures)
     if k <= n <= 21:
         return sign + figures + "0" * (n - k)
@@ -67,7 +71,7 @@ def parse(data: str) -> object:
         return float(found)
 
     try:  # every number is a double; what is written twice, or in another form, is caught by writing it again
-        value = json.loads(data, parse_int=double, parse_float=double)
+        value = json.loads(data, parse_int=double, parse_float=double, parse_constant=double)
         need(canonical(value).encode("utf-8") == data.encode("utf-8"))
     except (ValueError, RecursionError):
         raise Refused from None

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgepatch.converters import adapters_gguf, gguf, hf, peft
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
-from edgepatch.patches import read_patch, write_patch
+from edgepatch.patches import PAYLOAD_TYPE, patch_bytes, read_patch, signed, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.signing import sign
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 
@@ -356,6 +358,23 @@ def test_gguf_gives_the_same_patch_back(registry_file, tiny_patch, adapters, spe
     assert adapters_gguf.read_gguf(tmp_path / "a.gguf").digest == imported.digest
     adapters_gguf.write_gguf(imported, tmp_path / "b.gguf")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_signatures_travel_in_gguf(tiny_patch, tmp_path):
+    keys = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (1, 2)]
+    patch = tiny_patch
+    for key in keys:
+        patch = signed(patch, sign(patch.manifest, PAYLOAD_TYPE, key))
+    adapters_gguf.write_gguf(patch, tmp_path / "signed.gguf")
+    back = adapters_gguf.read_gguf(tmp_path / "signed.gguf")
+    assert back.digest == patch.digest and len(back.signatures) == 2
+    assert patch_bytes(back) == patch_bytes(patch)
+    data = (tmp_path / "signed.gguf").read_bytes()
+    first, second = (signature.key_id.encode() for signature in back.signatures)
+    for old, new in {b'"key_id"': b'"key-id"', second: first, first: b"g" * 64, b'[{"': b'{ "'}.items():
+        (tmp_path / "other.gguf").write_bytes(data.replace(old, new))
+        with pytest.raises(PatchFormatError, match="signatures"):
+            adapters_gguf.read_gguf(tmp_path / "other.gguf")
 
 
 def test_the_gguf_package_reads_it(registry_file, tiny_patch):

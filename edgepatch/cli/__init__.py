@@ -10,7 +10,19 @@ import os
 import sys
 import traceback
 
-from edgepatch.cli import chat, convert, export, inspection, serve, training, trust  # noqa: F401  registers their verbs
+from edgepatch.cli import (  # noqa: F401  registers their verbs
+    artefacts,
+    bundle,
+    chat,
+    convert,
+    export,
+    inspection,
+    serve,
+    signing,
+    store,
+    training,
+    trust,
+)
 from edgepatch.cli.console import cell, printable, stderr
 from edgepatch.cli.root import app
 from edgepatch.errors import EdgepatchError, InputError

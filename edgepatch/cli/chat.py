@@ -12,12 +12,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, ModelArgument, PatchOption, note, print_json, printable, stderr
+from edgepatch.cli.console import (
+    BareFlag,
+    JsonFlag,
+    ModelArgument,
+    PatchOption,
+    StoreOption,
+    note,
+    print_json,
+    printable,
+    stderr,
+)
 from edgepatch.cli.root import app
 from edgepatch.errors import EdgepatchError, InputError
 
 if TYPE_CHECKING:
     from edgepatch.patches import Patch
+    from edgepatch.runtimes import PatchChoice
     from edgepatch.runtimes.base import Message, Prompt, Runtime
     from edgepatch.sampling import Sampling
 
@@ -53,6 +64,8 @@ def chat(
     context_length: ContextLength = None,
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
+    bare: BareFlag = False,
+    store: StoreOption = None,
 ) -> None:
     """Talk with a model; the replies go to stdout, all else to stderr. `/help` lists the commands.
 
@@ -61,8 +74,8 @@ def chat(
     from edgepatch.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with load_model(model, patch, context_length, threads, device) as runtime:
-        conversation = Conversation(runtime, sampling, system)
+    with load_model(model, choice(patch, bare), context_length, threads, device, store) as runtime:
+        conversation = Conversation(runtime, sampling, system, store)
         for line in _questions() if prompt is None else [prompt]:
             if prompt is None and line.startswith("/"):
                 if conversation.command(line):
@@ -72,7 +85,7 @@ def chat(
 
 
 COMMANDS = """\
-/swap FILE    exchange the patch on the loaded model, and start afresh
+/swap PATCH   exchange the patch on the loaded model, and start afresh
 /unpatch      take the patch off, and start afresh
 /patch        show what is active
 /new          forget the conversation
@@ -88,10 +101,11 @@ class Conversation:
         runtime: loaded.
         sampling: of the replies.
         system: system message, or ``None``.
+        store: folder of the store, for patches that are named by digest; ``None`` takes that of the device.
     """
 
-    def __init__(self, runtime: Runtime, sampling: Sampling, system: str | None) -> None:
-        self._runtime, self._sampling = runtime, sampling
+    def __init__(self, runtime: Runtime, sampling: Sampling, system: str | None, store: Path | None = None) -> None:
+        self._runtime, self._sampling, self._store = runtime, sampling, store
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
 
@@ -120,9 +134,9 @@ class Conversation:
         return False
 
     def _swap(self, argument: str) -> None:
-        from edgepatch.patches import read_patch
+        from edgepatch.runtimes import find_patch
 
-        self._exchange(read_patch(Path(argument)))
+        self._exchange(find_patch(argument, self._store))
 
     def _unpatch(self, _: str) -> None:
         self._exchange(None)
@@ -174,6 +188,8 @@ def generate(
     context_length: ContextLength = None,
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
+    bare: BareFlag = False,
+    store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Continue a text.
@@ -183,7 +199,7 @@ def generate(
     from edgepatch.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with load_model(model, patch, context_length, threads, device) as runtime:
+    with load_model(model, choice(patch, bare), context_length, threads, device, store) as runtime:
         if not as_json:
             _print_stream(runtime, prompt, sampling)
             return
@@ -200,12 +216,27 @@ def generate(
         )
 
 
-def load_model(model: Path, patch: Path | None, context_length: int | None, threads: int | None, device: Device) -> Runtime:
-    from edgepatch.runtimes import device_options, load_runtime
+def choice(patch: Path | None, bare: bool) -> PatchChoice:
+    """What ``--patch`` and ``--bare`` ask for: a patch, none, or with neither of them the active one."""
+    from edgepatch.runtimes import ACTIVE
+
+    if bare and patch is not None:
+        raise InputError("expected --patch or --bare, found both", hint="--bare runs the model as it is, without a patch")
+    return None if bare else ACTIVE if patch is None else patch
+
+
+def load_model(
+    model: Path, patch: PatchChoice, context_length: int | None, threads: int | None, device: Device, store: Path | None = None
+) -> Runtime:
+    from edgepatch.runtimes import ACTIVE, device_options, load_runtime
+    from edgepatch.store.reading import StoreReader
 
     options = {"context_length": context_length, "num_threads": threads, **device_options(model, device.value)}
-    runtime = load_runtime(model, patch, **{name: value for name, value in options.items() if value is not None})
+    runtime = load_runtime(model, patch, store=store, **{name: value for name, value in options.items() if value is not None})
     note(describe(runtime))
+    if patch is ACTIVE:
+        folder = StoreReader(store).folder
+        note(f"the active patch of {folder}" if runtime.patch else f"no patch for this model in {folder}")
     return runtime
 
 

@@ -17,7 +17,13 @@ from rich.table import Table
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 ModelArgument = Annotated[Path, typer.Argument(help="GGUF file, ONNX folder or Transformers folder.")]
-PatchOption = Annotated[Path | None, typer.Option("--patch", "-p", help="Patch file; without it the bare model runs.")]
+PatchOption = Annotated[
+    Path | None, typer.Option("--patch", "-p", help="Patch file, or sha256:DIGEST of one in the store; else the active one.")
+]
+BareFlag = Annotated[bool, typer.Option("--bare", help="Run the model without a patch.")]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="Folder of the store; else EDGEPATCH_STORE, else the user's.")
+]
 
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from edgepatch.cli.console import JsonFlag, cell, gib, print_json, stdout, table
+from edgepatch.cli.console import JsonFlag, StoreOption, cell, gib, print_json, stdout, table
 from edgepatch.cli.root import app
 from edgepatch.errors import EdgepatchError
 
@@ -66,22 +66,37 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 @app.command()
-def show(patch_file: Annotated[Path, typer.Argument(metavar="PATCH")], as_json: JsonFlag = False) -> None:
-    """Check a patch file and show what it holds.
+def show(patch_file: Annotated[Path, typer.Argument(metavar="PATCH")], as_json: JsonFlag = False, store: StoreOption = None) -> None:
+    """Check a patch file and show what it holds; `edgepatch verify` says whether its signatures count.
 
     Example: `edgepatch show detox-1.0.0.safetensors`
     """
     from edgepatch.patches import read_patch
 
     patch = read_patch(patch_file)
+    trust = _trust(patch, store)
     if as_json:
-        print_json(_summary(patch))
+        print_json(_summary(patch) | {"trust": trust})
         return
     rows: list[tuple[str, object]] = []
-    for name, value in _summary(patch).items():
+    for name, value in (_summary(patch) | {"trust": trust, "evaluation": patch.evaluation or "not evaluated"}).items():
         nested = value if isinstance(value, dict) else {"": value}
         rows += [(f"{name} {key}".strip(), entry) for key, entry in nested.items()]
     stdout().print(table(rows))
+
+
+def _trust(patch: Patch, store: Path | None) -> str:
+    """Whether this device's trust root vouches for a patch; a store that cannot be read is told, and is no reason to show nothing."""
+    from edgepatch.store.reading import StoreReader, require_vouched, root_of
+
+    try:
+        state = StoreReader(store).read()[1]
+        root = root_of(state)
+        if root is None:
+            return "unknown: this device has no trust root"
+        return "signed by " + ", ".join(sorted(root.called(key) for key in require_vouched(patch, state)))
+    except EdgepatchError as error:
+        return f"refused: {error}"
 
 
 def _summary(patch: Patch) -> dict[str, Any]:
@@ -90,11 +105,19 @@ def _summary(patch: Patch) -> dict[str, Any]:
         "name": patch.name,
         "version": patch.version,
         "digest": patch.digest,
+        "channel": patch.channel,
+        "sequence": patch.sequence,
+        "created": patch.created or None,
+        "expires": patch.expires or None,
+        "license": patch.license or None,
+        "summary": patch.summary or None,
+        "signatures": [signature.key_id for signature in patch.signatures],
         "num_virtual_tokens": patch.num_virtual_tokens,
         "soft_prompt": patch.soft_prompt is not None,
         "kv_seed": f"{len(seed.keys)} layers of {seed.keys[0].shape} {seed.keys[0].dtype}" if seed else None,
         "canary": f"{len(patch.canary.prompts)} prompts" if patch.canary else None,
         "base": patch.base.as_dict(),
+        "parts": list(patch.parts),
         "training": patch.training,
         "evaluation": patch.evaluation,
     }

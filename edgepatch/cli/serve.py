@@ -11,12 +11,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads
-from edgepatch.cli.console import JsonFlag, ModelArgument, cell, note, print_json, stderr, stdout, table
+from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads, choice
+from edgepatch.cli.console import (
+    BareFlag,
+    JsonFlag,
+    ModelArgument,
+    PatchOption,
+    StoreOption,
+    cell,
+    note,
+    print_json,
+    stderr,
+    stdout,
+    table,
+)
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
+    from edgepatch.runtimes import PatchChoice
     from edgepatch.runtimes.base import Runtime
     from edgepatch.server.model import ServedModel
     from edgepatch.server.settings import ServerSettings
@@ -25,8 +38,9 @@ if TYPE_CHECKING:
 @app.command()
 def serve(
     model: ModelArgument,
-    patch: Annotated[Path | None, typer.Option("--patch", "-p", help="Patch file.")] = None,
-    bare: Annotated[bool, typer.Option("--bare", help="Serve the model without a patch.")] = False,
+    patch: PatchOption = None,
+    bare: BareFlag = False,
+    store: StoreOption = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8080,
     sequences: Annotated[int, typer.Option("--sequences", min=1, max=64, help="Replies at once; others wait.")] = 4,
@@ -51,9 +65,8 @@ def serve(
 
     Example: `edgepatch serve llama-Q4_K_M.gguf --patch detox.safetensors`
     """
-    if (patch is None) != bare:
-        found = "both" if bare else "neither"
-        raise InputError(f"expected --patch or --bare, found {found}", hint="--bare serves the model as it is, without a patch")
+    chosen = choice(patch, bare)
+    _require_some_patch(chosen, store)
     from edgepatch.server.process import serve as run
     from edgepatch.server.service import Service
     from edgepatch.server.settings import ServerSettings, new_api_key
@@ -67,7 +80,7 @@ def serve(
     with settings.listen() as listener:
         url = _url(settings, listener.getsockname()[1])
         note(f"loading {model}")
-        load = _loader(model, patch, sequences, context_length, threads, device)
+        load = _loader(model, chosen, sequences, context_length, threads, device, store)
         service = Service(load, settings, lambda served: _announce(served, settings, url, is_new, as_json))
         run(service, listener)
     if not service.scheduler.join(0):
@@ -93,13 +106,39 @@ def _name_of(model: Path) -> str:
 
 
 def _loader(
-    model: Path, patch: Path | None, sequences: int, context_length: int | None, threads: int | None, device: Device
+    model: Path, patch: PatchChoice, sequences: int, context_length: int | None, threads: int | None, device: Device, store: Path | None
 ) -> Callable[[], Runtime]:
     from edgepatch.runtimes import device_options, load_runtime
 
     options: dict[str, object] = {"context_length": context_length, "num_threads": threads, "num_sequences": sequences}
     options |= device_options(model, device.value)
-    return lambda: load_runtime(model, patch, **{name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+
+    def load() -> Runtime:
+        runtime = load_runtime(model, patch, store=store, **given)
+        if patch is not None and runtime.patch is None:
+            runtime.close()
+            raise _no_patch(store)
+        return runtime
+
+    return load
+
+
+def _no_patch(store: Path | None) -> InputError:
+    from edgepatch.store.reading import StoreReader
+
+    folder = StoreReader(store).folder
+    return InputError(f"expected --patch or --bare, found neither, nor an active patch for the model in {folder}",
+                      hint="--bare serves the model as it is, without a patch")  # fmt: skip
+
+
+def _require_some_patch(chosen: PatchChoice, store: Path | None) -> None:
+    """Refuses early, before anything is loaded, where no patch can be active."""
+    from edgepatch.runtimes import ACTIVE
+    from edgepatch.store.reading import StoreReader
+
+    if chosen is ACTIVE and not StoreReader(store).read()[0].bases:
+        raise _no_patch(store)
 
 
 def _url(settings: ServerSettings, port: int) -> str:

@@ -56,7 +56,7 @@ def make_pairs(
         max_chosen_score=max_chosen_score, rng_seed=rng_seed,
     )  # fmt: skip
     score = ToxicityScorer.load("filter").score
-    with load_runtime(model) as base, load_runtime(reference) as safer, progress_bars() as bars:
+    with load_runtime(model, None) as base, load_runtime(reference, None) as safer, progress_bars() as bars:
         made = build_pairs(base, safer, texts, score, config, lambda done, total: bars("pairs", done, total))
     write_pairs(made, out)
     if as_json:

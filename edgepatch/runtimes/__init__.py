@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patches import Patch, read_patch
 
 if TYPE_CHECKING:
     from edgepatch.runtimes.base import Runtime
+    from edgepatch.tensors import ModelSpec
+
+
+class _Choice(Enum):
+    ACTIVE = "active"
+
+
+ACTIVE: Literal[_Choice.ACTIVE] = _Choice.ACTIVE
+"""In place of a patch: the one that the store of this device names as active for the model, if it has one for it."""
+
+PatchChoice = Patch | Path | str | Literal[_Choice.ACTIVE] | None
+PIN = "sha256:"
+"""What stands before the digest of a patch in the store."""
 
 GGUF_MAGIC = b"GGUF"
 PACKAGES = {
@@ -83,32 +97,93 @@ def _runtime_class(name: str) -> Callable[..., Runtime]:
     return TorchRuntime
 
 
-def load_runtime(model: Path | str, patch: Patch | Path | str | None = None, **options: Any) -> Runtime:
+def load_runtime(
+    model: Path | str, patch: PatchChoice = ACTIVE, *, store: Path | str | None = None, **options: Any
+) -> Runtime:
     """Loads a model, with a patch, in the runtime that takes its kind.
 
     Args:
         model: a GGUF file (llama.cpp), a folder with ``genai_config.json`` or ``model.onnx`` (ONNX Runtime), or a
             Transformers folder (PyTorch).
-        patch: the patch or its file; ``None`` for the bare model.
+        patch: the patch; its file; "sha256:" and the digest of one in the store; ``None`` for the bare model on purpose. When
+            not given: the active patch of the store for this model, and the bare model only where the store has none for it.
+        store: folder of the store; ``None`` takes that of the device.
         **options: of that runtime's class, e.g. ``context_length`` or ``num_threads``.
 
     Raises:
-        InputError: a file cannot be used, or the runtime has no such option.
+        InputError: a file or the store cannot be used, or the runtime has no such option.
         MissingExtraError: the runtime's packages are not installed.
         PatchFormatError: the patch file breaks the format.
+        UntrustedError: the store or a patch in it was changed, or its trust root does not vouch for the patch.
         MismatchError: the patch was made for another model.
     """
     name = runtime_name(Path(model))
-    if isinstance(patch, (str, Path)):
-        patch = read_patch(Path(patch))
+    if patch is ACTIVE:
+        runtime = _construct(name, Path(model), None, options)
+        try:
+            _activate(runtime, store)
+        except BaseException:
+            runtime.close()
+            raise
+        return runtime
+    return _construct(name, Path(model), find_patch(patch, store), options)
+
+
+def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None) -> Patch | None:
+    """A patch from its file, or by "sha256:" and its digest from the store.
+
+    Raises:
+        InputError: the file or the store cannot be read, or has no such patch.
+        PatchFormatError: the file breaks the format.
+        UntrustedError: the patch of the store was changed, or its trust root does not vouch for it.
+    """
+    if not isinstance(patch, (str, Path)):
+        return patch
+    if not str(patch).startswith(PIN):
+        return read_patch(Path(patch))
+    from edgepatch.store.reading import StoreReader
+
+    return StoreReader(store).load(str(patch))
+
+
+def _activate(runtime: Runtime, store: Path | str | None) -> None:
+    """Puts the store's patch for the loaded model into place, where there is one."""
+    from edgepatch.store.reading import StoreReader
+
+    active = StoreReader(store).active(runtime.spec)
+    if active is not None:
+        runtime._load_patch(active)
+
+
+def _construct(name: str, model: Path, patch: Patch | None, options: dict[str, Any]) -> Runtime:
     try:
         runtime = _runtime_class(name)
         known = list(inspect.signature(runtime).parameters)[2:]
         unknown = sorted(options.keys() - set(known))
         if unknown:
             raise InputError(f"the {name} runtime has no option {unknown[0]}", hint=f"it takes {', '.join(known)}")
-        return runtime(Path(model), patch, **options)
+        return runtime(model, patch, **options)
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES[name]:
             raise
         raise MissingExtraError(error.name, EXTRAS[name]) from None
+
+
+def read_spec(model: Path) -> ModelSpec:
+    """What model this is, in the words that patches name their base with.
+
+    Raises:
+        InputError: the model cannot be read.
+        MissingExtraError: the packages that read it are not installed.
+    """
+    name = runtime_name(model)
+    if name == "llamacpp":
+        from edgepatch.converters import gguf_specs
+
+        return gguf_specs.read_spec(model)
+    if name == "torch":
+        from edgepatch.converters import hf
+
+        return hf.read_spec(model)
+    with _construct(name, model, None, {}) as runtime:
+        return runtime.spec

@@ -1,0 +1,149 @@
+"""``bundle``: one file for a machine without a network, and what takes it in there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgepatch.cli.console import JsonFlag, StoreOption, print_json, stdout, table
+from edgepatch.cli.root import app
+from edgepatch.cli.trust import PassphraseFile, Unencrypted, read_passphrase
+from edgepatch.errors import InputError
+
+if TYPE_CHECKING:
+    from edgepatch.bundles.acceptance import Accepted
+    from edgepatch.bundles.contents import Manifest
+    from edgepatch.store.reading import StoreReader
+
+bundle_app = typer.Typer(
+    help="Make bundles for machines without a network, and take them in.\n\nExample: `edgepatch bundle import site.tar`", no_args_is_help=True
+)
+app.add_typer(bundle_app, name="bundle")
+
+
+@bundle_app.command("create")
+def create(
+    patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Tar file to write.")],
+    extra: Annotated[str, typer.Option("--extra", help="Wheels of edgepatch with this extra: gguf, onnx, ...")] = "",
+    platform: Annotated[
+        list[str] | None, typer.Option("--platform", help="pip's name of the device's platform, if not this machine's; may be repeated, the best first.")
+    ] = None,
+    python_version: Annotated[str, typer.Option("--python-version", help="The device's Python, if not this one: 3.11.")] = "",
+    constraint: Annotated[Path | None, typer.Option("--constraint", "-c", help="Constraints file for pip.")] = None,
+    wheel: Annotated[list[Path] | None, typer.Option("--wheel", help="Wheel that was built elsewhere; may be repeated.")] = None,
+    no_wheels: Annotated[bool, typer.Option("--no-wheels", help="For devices that have edgepatch already.")] = False,
+    root: Annotated[Path | None, typer.Option("--root", help="Trust root to bring along.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="HTML report to bring along.")] = None,
+    base_model: Annotated[str, typer.Option("--base-model", help="What a hub calls the base, for the model card.")] = "",
+    key: Annotated[list[Path] | None, typer.Option("--key", help="Private key that signs the bundle; may be repeated.")] = None,
+    passphrase_file: PassphraseFile = None,
+    unencrypted: Unencrypted = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Pack a patch with its model card, trust root, report, bill of materials, install note and wheels into one tar file.
+
+    pip downloads the wheels; each is pinned by its hash. llama-cpp-python is compiled for this machine's CPU.
+
+    Examples: `edgepatch bundle create detox-1.1.0.safetensors -o site.tar --extra gguf --root root.json --key vendor.key`,
+    `edgepatch bundle create detox-1.1.0.safetensors -o site.tar --no-wheels`
+    """
+    from edgepatch.bundles import creation
+    from edgepatch.bundles.wheels import Choice
+    from edgepatch.keys import read_private_key
+
+    choice = Choice(extra, tuple(platform or ()), python_version, constraint, tuple(wheel or ()))
+    if no_wheels and choice != Choice(""):
+        raise InputError("--no-wheels: expected alone, found with options of wheels")
+    passphrase = read_passphrase(passphrase_file, unencrypted, confirm=False) if key else None
+    keys = tuple(read_private_key(file, passphrase) for file in key or ())
+    sources = creation.Sources(patch_file, root, report, None if no_wheels else choice, base_model, keys)
+    _print_created(creation.create(sources, out), out, len(keys), as_json)
+
+
+def _print_created(manifest: Manifest, out: Path, num_keys: int, as_json: bool) -> None:
+    from edgepatch.bundles.creation import sha256_of
+
+    digest, size = sha256_of(out), out.stat().st_size
+    if as_json:
+        print_json({"path": str(out), "sha256": digest, "size_bytes": size, "signatures": num_keys, "patch": manifest.patch,
+                    "members": [member.path for member in manifest.members], "built": list(manifest.built)})  # fmt: skip
+        return
+    rows: list[tuple[str, object]] = [("file", f"{out}, {size / 1e6:.1f} MB"), ("SHA-256", digest), ("patch", manifest.patch)]
+    rows.append(("members", f"{len(manifest.members)}, {len(manifest.wheels)} of them wheels"))
+    rows += [("compiled here", f"{path}: fits CPUs like this machine's") for path in manifest.built]
+    rows.append(("signatures", num_keys or "none: devices with a trust root take the patch alone"))
+    stdout().print(table(rows))
+
+
+@bundle_app.command("import")
+def import_(
+    bundle_file: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Tar file of `bundle create`.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Only write the members into this new folder, and apply nothing.")] = None,
+    adopt_root: Annotated[
+        str, typer.Option("--adopt-root", metavar="FINGERPRINT", help="Trust the bundle's trust root from now on; its maker tells the fingerprint.")
+    ] = "",
+    model: Annotated[Path | None, typer.Option("--model", help="GGUF file, ONNX folder or Transformers folder.")] = None,
+    channel: Annotated[str, typer.Option("--channel", help="Change over to this channel.")] = "",
+    allow_downgrade: Annotated[bool, typer.Option("--allow-downgrade", help="Take an older patch; needs --reason.")] = False,
+    reason: Annotated[str, typer.Option("--reason", help="The history keeps it.")] = "",
+    allow_expired: Annotated[str, typer.Option("--allow-expired", metavar="REASON", help="Take a patch that has expired.")] = "",
+    unsigned: Annotated[
+        str, typer.Option("--unsigned", metavar="REASON", help="Take a patch that nobody vouches for, on a device without a trust root.")
+    ] = "",
+    store: StoreOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Verify all of a bundle, then make its patch the active one.
+
+    Examples: `edgepatch bundle import site.tar --model llama-Q4_K_M.gguf --adopt-root 5c1f...`,
+    `edgepatch bundle import site.tar --out site`
+    """
+    from edgepatch.bundles.acceptance import accept
+    from edgepatch.runtimes import read_spec
+    from edgepatch.store.device import Store
+    from edgepatch.store.policy import Allowances
+
+    if out is not None:
+        if any((adopt_root, model, channel, allow_downgrade, reason, allow_expired, unsigned)):
+            raise InputError("--out: expected without options of the store, found with some", hint="--out applies nothing")
+        _unpack(bundle_file, out, Store(store), as_json)
+        return
+    if allow_downgrade != bool(reason):
+        raise InputError("expected --allow-downgrade together with --reason, found one of them")
+    spec = read_spec(model) if model else None
+    allowances = Allowances(unsigned, reason, allow_expired)
+    _print_accepted(accept(bundle_file, Store(store), adopt_root=adopt_root, model=spec, channel=channel, allowances=allowances), as_json)
+
+
+def _unpack(bundle_file: Path, out: Path, store: StoreReader, as_json: bool) -> None:
+    from edgepatch.bundles.acceptance import unpack
+
+    root = store.root()
+    manifest = unpack(bundle_file, out, root, store.time(store.read()[1]))
+    if as_json:
+        print_json({"path": str(out), "members": [member.path for member in manifest.members], "vouched_for": root is not None})
+    else:
+        told = "the trust root of this device vouches for all of it" if root else "not checked: this device has no trust root"
+        stdout().print(table([("written", f"{len(manifest.members)} members to {out}"), ("signatures", told)]))
+
+
+def _print_accepted(done: Accepted, as_json: bool) -> None:
+    patch, root = done.change.patch, done.root
+    if as_json:
+        shown = {"patch": done.change.digest, "changed": done.change.is_new, "before": done.change.before, "bundle": done.manifest.digest}
+        keys = {"signed_by": sorted(done.change.signed_by), "bundle_signed_by": sorted(done.bundle_signed_by)}
+        print_json({**shown, **keys, "root_in_bundle": root.fingerprint if root else None, "adopted_root": done.adopted})
+        return
+    rows: list[tuple[str, object]] = [("active" if done.change.is_new else "already active", f"{patch.name} {patch.version}")]
+    rows += [("digest", done.change.digest), ("release", f"{patch.channel} {patch.sequence}")]
+    if done.change.before and done.change.is_new:
+        rows.append(("before", done.change.before[:12]))
+    if patch.unsigned:
+        rows.append(("signatures", f"not checked: {patch.unsigned}"))
+    if root:
+        word = "adopted" if done.adopted else "came along, not adopted"
+        rows.append(("trust root", f"version {root.version}, {root.fingerprint}: {word}"))
+    stdout().print(table(rows))

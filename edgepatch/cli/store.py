@@ -1,0 +1,314 @@
+"""``apply`` and what belongs to it: the patches of a device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from edgepatch.cli.console import JsonFlag, StoreOption, cell, print_json, stderr, stdout, table
+from edgepatch.cli.root import app
+from edgepatch.errors import InputError
+
+if TYPE_CHECKING:
+    from edgepatch.store.audit import Finding
+    from edgepatch.store.changes import Change
+    from edgepatch.tensors import ModelSpec
+
+BaseArgument = Annotated[str | None, typer.Argument(metavar="[BASE]", help="Start of the base's id, where the device has several.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="The history keeps it.")]
+FileArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
+ModelOption = Annotated[Path | None, typer.Option("--model", help="GGUF file, ONNX folder or Transformers folder.")]
+
+
+@app.command()
+def apply(
+    patch_file: FileArgument,
+    model: ModelOption = None,
+    store: StoreOption = None,
+    channel: Annotated[str, typer.Option("--channel", help="Change over to this channel.")] = "",
+    allow_downgrade: Annotated[bool, typer.Option("--allow-downgrade", help="Take an older patch; needs --reason.")] = False,
+    reason: ReasonOption = "",
+    allow_expired: Annotated[str, typer.Option("--allow-expired", metavar="REASON", help="Take a patch that has expired.")] = "",
+    unsigned: Annotated[
+        str, typer.Option("--unsigned", metavar="REASON", help="Take a patch that nobody vouches for, on a device without a trust root.")
+    ] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a patch and make it the active one of its model; until that is done the old one stays.
+
+    Example: `edgepatch apply detox-1.1.0.safetensors --model llama-Q4_K_M.gguf`
+    """
+    from edgepatch.store.device import Store
+    from edgepatch.store.policy import Allowances
+
+    if allow_downgrade != bool(reason):
+        raise InputError("expected --allow-downgrade together with --reason, found one of them")
+    allowances = Allowances(unsigned, reason, allow_expired)
+    change = Store(store).apply(patch_file, allowances, model=_spec(model), channel=channel)
+    _print_change(change, "active" if change.is_new else "already active", as_json)
+
+
+def _spec(model: Path | None) -> ModelSpec | None:
+    from edgepatch.runtimes import read_spec
+
+    return read_spec(model) if model else None
+
+
+def _print_change(change: Change, word: str, as_json: bool) -> None:
+    from edgepatch.store.audit import summary, title
+
+    if as_json:
+        shown = summary(change.digest, change.patch)
+        print_json({**shown, "base": change.patch.base, "before": change.before, "changed": change.is_new, "signed_by": sorted(change.signed_by)})
+        return
+    patch = change.patch
+    rows: list[tuple[str, object]] = [(word, title(patch)), ("digest", change.digest), ("release", f"{patch.channel} {patch.sequence}")]
+    rows.append(("base", patch.base[:12]))
+    if change.is_new and change.before:
+        rows.append(("before", change.before[:12]))
+    if patch.unsigned:
+        rows.append(("signatures", f"not checked: {patch.unsigned}"))
+    stdout().print(table(rows))
+
+
+@app.command()
+def status(store: StoreOption = None, as_json: JsonFlag = False) -> None:
+    """Show the active patches, who vouches for them, and what needs attention; the exit code is 3 if one cannot be trusted.
+
+    Example: `edgepatch status`
+    """
+    from edgepatch.store import audit
+    from edgepatch.store.reading import StoreReader
+
+    found, findings = audit.status(StoreReader(store))
+    if as_json:
+        print_json({**found, "findings": [asdict(finding) for finding in findings]})
+    else:
+        _print_status(found)
+        _print_findings(findings)
+    audit.require_no_error(findings)
+
+
+def _print_status(found: dict[str, Any]) -> None:
+    root = found["trust_root"]
+    rows: list[tuple[str, object]] = [("store", found["store"])]
+    rows.append(("trust root", f"version {root['version']}, {root['threshold']} of {', '.join(root['keys'])}" if root else "none"))
+    for base in found["bases"]:
+        rows.append(("", ""))
+        rows.append(("base", f"{base['base'][:12]} ({base['model_type']}, weights {base['weight_fingerprint'][:12]})"))
+        rows.append(("active", f"{base['name']} {base['version']} ({base['digest'][:12]})"))
+        rows.append(("release", f"{base['channel']} {base['sequence']}, expires {base['expires'] or 'never'}"))
+        rows.append(("signatures", base["signatures"]))
+        if base["held"]:
+            rows.append(("held", base["hold_reason"] or "yes"))
+    if not found["bases"]:
+        rows.append(("active", "nothing"))
+    stdout().print(table(rows))
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    console = stderr()
+    for finding in findings:
+        colour = "red" if finding.level == "error" else "yellow"
+        console.print(f"[bold {colour}]{finding.level}:[/] {cell(finding.subject)}: {cell(finding.message)}", soft_wrap=True)
+
+
+@app.command("list")
+def list_patches(store: StoreOption = None, as_json: JsonFlag = False) -> None:
+    """List the patches of the store.
+
+    Example: `edgepatch list`
+    """
+    from edgepatch.store.audit import summary
+    from edgepatch.store.reading import StoreReader
+
+    state, _ = StoreReader(store).read()
+    active = {record.active for record in state.bases.values()}
+    patches = sorted(state.patches.items(), key=lambda item: (item[1].base, item[1].channel, item[1].sequence))
+    if as_json:
+        print_json([{**summary(digest, patch), "base": patch.base, "active": digest in active} for digest, patch in patches])
+        return
+    rows = Table(box=None, pad_edge=False)
+    for heading in ("", "digest", "patch", "channel", "sequence", "expires", "base"):
+        rows.add_column(heading)
+    for digest, patch in patches:
+        marker = "*" if digest in active else ""
+        entries = (marker, digest[:12], f"{patch.name} {patch.version}", patch.channel, patch.sequence, patch.expires or "never", patch.base[:12])
+        rows.add_row(*map(cell, entries))
+    stdout().print(rows)
+
+
+@app.command()
+def verify(
+    patch_file: Annotated[Path | None, typer.Argument(metavar="[PATCH]", help="Patch file; the whole store if not given.")] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="Trust root that judges PATCH; else that of the store.")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Also load the patch on --model, and see that it works there.")] = False,
+    model: ModelOption = None,
+    store: StoreOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a patch file, or every byte of the store; the exit code is 0 only if all of it holds.
+
+    Examples: `edgepatch verify detox-1.1.0.safetensors --root root.json`, `edgepatch verify --deep --model llama-Q4_K_M.gguf`
+    """
+    if deep != (model is not None):
+        raise InputError("expected --deep and --model together, found one of them")
+    if root and not patch_file:
+        raise InputError("--root: expected a patch file with it, found none")
+    if patch_file:
+        _verify_file(patch_file, root, model, store, as_json)
+    else:
+        _verify_store(model, store, as_json)
+
+
+def _verify_file(patch_file: Path, root_file: Path | None, model: Path | None, store: Path | None, as_json: bool) -> None:
+    from datetime import datetime, timezone
+
+    from edgepatch.patches import PAYLOAD_TYPE, read_patch
+    from edgepatch.store.policy import check_expiry
+    from edgepatch.store.reading import StoreReader
+    from edgepatch.trust.roots import read_root
+    from edgepatch.trust.verification import verify_threshold
+
+    patch = read_patch(patch_file)
+    reader = StoreReader(store)
+    root = read_root(root_file) if root_file else reader.root()
+    if root is None:
+        raise InputError("expected a trust root, found none", hint="--root ROOT, or `edgepatch trust set ROOT`")
+    now = datetime.now(timezone.utc) if root_file else reader.time(reader.read()[1])
+    signed_by = verify_threshold(patch.manifest, PAYLOAD_TYPE, patch.signatures, root, "patch", now)
+    check_expiry(patch, now, "")
+    proof = _prove(model, patch_file, store) if model else {}
+    names = sorted(root.called(key) for key in signed_by)
+    shown = {"name": patch.name, "version": patch.version, "digest": patch.digest, "signed_by": names, **proof}
+    if as_json:
+        print_json(shown)
+    else:
+        stdout().print(table([(key.replace("_", " "), ", ".join(value) if isinstance(value, list) else value) for key, value in shown.items()]))
+
+
+def _prove(model: Path, patch: Path | None, store: Path | None) -> dict[str, str]:
+    """Loads a patch, or the active one, on a model; its canary must say that it works."""
+    from edgepatch.errors import InactivePatchError
+    from edgepatch.runtimes import ACTIVE, load_runtime
+
+    with load_runtime(model, patch or ACTIVE, store=store) as runtime:
+        if runtime.patch is None:
+            raise InactivePatchError(f"expected an active patch for {model}, found none", hint="`edgepatch status` shows what is active")
+        if runtime.patch.canary is None:
+            raise InactivePatchError(f"patch {runtime.patch.name} {runtime.patch.version}: expected a canary, found none",
+                                     hint="its vendor adds one; without it nothing proves that the patch works")  # fmt: skip
+        return {"works_on": f"{runtime.name} {runtime.quantization}", "system_fingerprint": runtime.system_fingerprint}
+
+
+def _verify_store(model: Path | None, store: Path | None, as_json: bool) -> None:
+    from edgepatch.store import audit
+    from edgepatch.store.reading import StoreReader
+
+    reader = StoreReader(store)
+    findings = audit.verify(reader)
+    is_sound = not any(finding.level == "error" for finding in findings)
+    proof = _prove(model, None, store) if model and is_sound else {}
+    patches = len(reader.read()[0].patches)
+    if as_json:
+        print_json({"store": str(reader.folder), "patches": patches, "findings": [asdict(finding) for finding in findings], **proof})
+    else:
+        _print_findings(findings)
+        if is_sound:
+            rows: list[tuple[str, object]] = [("store", reader.folder), ("verified", f"{patches} patches, trust, history")]
+            stdout().print(table([*rows, *((key.replace("_", " "), value) for key, value in proof.items())]))
+    audit.require_no_error(findings)
+
+
+@app.command()
+def rollback(base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False) -> None:
+    """Make the patch active again that was active before the present one.
+
+    Example: `edgepatch rollback --reason "1.1.0 refuses too much"`
+    """
+    from edgepatch.store.device import Store
+
+    _print_change(Store(store).rollback(base, reason), "active", as_json)
+
+
+@app.command()
+def hold(base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False) -> None:
+    """Keep the active patch: `apply` is refused until `unhold`.
+
+    Example: `edgepatch hold --reason "acceptance test runs"`
+    """
+    _hold(base, reason, store, True, as_json)
+
+
+@app.command()
+def unhold(base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False) -> None:
+    """Allow `apply` again.
+
+    Example: `edgepatch unhold`
+    """
+    _hold(base, reason, store, False, as_json)
+
+
+def _hold(base: str | None, reason: str, store: Path | None, is_held: bool, as_json: bool) -> None:
+    from edgepatch.store.device import Store
+
+    name = Store(store).hold(base, reason, is_held=is_held)
+    if as_json:
+        print_json({"base": name, "held": is_held})
+    else:
+        print(f"base {name[:12]}: {'held' if is_held else 'not held'}")
+
+
+@app.command()
+def history(store: StoreOption = None, as_json: JsonFlag = False) -> None:
+    """Show what was done to the store, oldest first; the exit code is 3 if somebody changed the record.
+
+    Example: `edgepatch history`
+    """
+    from edgepatch.store.reading import StoreReader
+
+    entries = StoreReader(store).history()
+    if as_json:
+        print_json(entries)
+        return
+    rows = Table(box=None, pad_edge=False)
+    for heading in ("", "time", "action", "what", "why"):
+        rows.add_column(heading)
+    for entry in entries:
+        rows.add_row(*map(cell, (entry["number"], entry["time"], entry["action"], _what(entry), _why(entry))))
+    stdout().print(rows)
+
+
+def _what(entry: dict[str, Any]) -> str:
+    if "patch" in entry:
+        return f"{entry['name']} {entry['version']} ({entry['patch'][:12]}), {entry['channel']} {entry['sequence']}"
+    if "version" in entry:
+        return f"trust root version {entry['version']} ({entry['fingerprint'][:12]}), sequences {entry['sequences']}"
+    return f"base {entry['base'][:12]}" if "base" in entry else ""
+
+
+def _why(entry: dict[str, Any]) -> str:
+    return "; ".join(f"{name}: {entry[name]}" for name in ("unsigned", "downgrade", "expired", "reason") if name in entry)
+
+
+@app.command()
+def remove(
+    digest: Annotated[str, typer.Argument(metavar="DIGEST", help="Start of the patch's digest.")],
+    store: StoreOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove a patch that is not active from the store.
+
+    Example: `edgepatch remove 3f2a91c04b7d`
+    """
+    from edgepatch.store.device import Store
+
+    name = Store(store).remove(digest)
+    if as_json:
+        print_json({"removed": name})
+    else:
+        print(f"removed {name[:12]}")

@@ -1,0 +1,158 @@
+"""What a store says of itself: ``status`` for every day, ``verify`` for every byte."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+from edgepatch.errors import InputError, UntrustedError
+from edgepatch.store.policy import is_expired, time_of
+from edgepatch.store.reading import PATCHES, StoreReader, require_vouched, root_of
+from edgepatch.store.records import State, StoredPatch, TrustState
+from edgepatch.trust.roots import Root, time_text
+from edgepatch.trust.verification import require_current, require_signed
+
+CLOCK_TOLERANCE = timedelta(minutes=5)
+Level = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that an administrator should know.
+
+    Attributes:
+        level: an "error" is refused wherever it matters; after a "warning" all goes on.
+        subject: what it is about.
+        message: what is wrong.
+    """
+
+    level: Level
+    subject: str
+    message: str
+
+
+def title(patch: StoredPatch) -> str:
+    """A patch for people."""
+    return f"{patch.name} {patch.version}"
+
+
+def status(store: StoreReader) -> tuple[dict[str, Any], list[Finding]]:
+    """What is active, who vouches for it, and what is to be done; the active patches are checked.
+
+    Raises:
+        InputError: the store cannot be read.
+        UntrustedError: its state was changed.
+    """
+    state, trust = store.read()
+    findings = check_trust(store, trust)
+    bases = []
+    for base, record in state.bases.items():
+        stored = state.patches[record.active]
+        signatures, found = check_patch(store, record.active, state, trust)
+        findings += found
+        bases.append({
+            "base": base,
+            "model_type": record.spec["model_type"],
+            "weight_fingerprint": record.spec["weight_fingerprint"],
+            **summary(record.active, stored),
+            "signatures": signatures,
+            "held": record.is_held,
+            "hold_reason": record.hold_reason,
+            "previous": list(record.previous),
+        })  # fmt: skip
+    return {"store": str(store.folder), "trust_root": root_summary(root_of(trust)), "bases": bases}, findings
+
+
+def summary(digest: str, patch: StoredPatch) -> dict[str, Any]:
+    """A stored patch, for ``--json``."""
+    return {
+        "name": patch.name, "version": patch.version, "digest": digest, "channel": patch.channel, "sequence": patch.sequence,
+        "created": patch.created, "expires": patch.expires, "unsigned": patch.unsigned,
+    }  # fmt: skip
+
+
+def root_summary(root: Root | None) -> dict[str, Any] | None:
+    """The trust root of a device, for ``--json``."""
+    if root is None:
+        return None
+    role = root.roles["patch"]
+    keys = sorted(root.called(key) for key in root.counting("patch"))
+    return {
+        "version": root.version, "fingerprint": root.fingerprint, "expires": time_text(root.expires),
+        "threshold": role.threshold, "keys": keys,
+    }  # fmt: skip
+
+
+def check_trust(store: StoreReader, trust: TrustState) -> list[Finding]:
+    """What is wrong with the trust root and with the clock."""
+    findings = []
+    root = root_of(trust)
+    if root is None:
+        findings.append(Finding("warning", "trust root", "none: this device cannot tell a genuine patch; `edgepatch trust set ROOT`"))
+    else:
+        try:
+            require_signed(root)
+        except UntrustedError as error:
+            findings.append(Finding("error", "trust root", str(error)))
+        try:
+            require_current(root, store.time(trust))
+        except UntrustedError as error:
+            findings.append(Finding("warning", "trust root", f"{error}: no patch can be applied until a newer one is set"))
+    if trust.floor and store.now() < time_of(trust.floor) - CLOCK_TOLERANCE:
+        text = f"it says {time_text(store.now())}, but this device has seen {trust.floor}, which counts"
+        findings.append(Finding("warning", "clock", f"{text}; if that was wrong: `edgepatch trust reset-clock`"))
+    return findings
+
+
+def check_patch(store: StoreReader, digest: str, state: State, trust: TrustState) -> tuple[str, list[Finding]]:
+    """(who vouches for a patch of the store, what is wrong with it)."""
+    stored = state.patches[digest]
+    findings = []
+    if is_expired(stored.expires, store.time(trust)):
+        findings.append(Finding("warning", title(stored), f"expired on {stored.expires}: get a newer one; it stays active until then"))
+    try:
+        patch = store.load_stored(digest, state, trust)
+    except (InputError, UntrustedError) as error:
+        return "refused", [*findings, Finding("error", title(stored), str(error))]
+    if stored.unsigned:
+        findings.append(Finding("warning", title(stored), f"no signature was checked: {stored.unsigned}"))
+        return f"not checked: {stored.unsigned}", findings
+    root = root_of(trust)
+    assert root is not None  # load_stored
+    return ", ".join(sorted(root.called(key) for key in require_vouched(patch, trust))), findings
+
+
+def verify(store: StoreReader) -> list[Finding]:
+    """Checks every byte of a store: state, trust root, history, each patch, and that nothing else is there.
+
+    Raises:
+        InputError: the store cannot be read.
+        UntrustedError: its state was changed, so that the rest means nothing.
+    """
+    state, trust = store.read()
+    findings = check_trust(store, trust)
+    try:
+        store.history()
+    except UntrustedError as error:
+        findings.append(Finding("error", "history", str(error)))
+    for digest in state.patches:
+        findings += check_patch(store, digest, state, trust)[1]
+    folder = store.folder / PATCHES
+    known = {store.patch_path(digest).name for digest in state.patches}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name not in known:
+            findings.append(Finding("warning", str(path), "not of this store: nothing uses it"))
+    return findings
+
+
+def require_no_error(findings: list[Finding]) -> None:
+    """Raises when one of the findings is an error.
+
+    Raises:
+        UntrustedError: with the first of them.
+    """
+    errors = [finding for finding in findings if finding.level == "error"]
+    if errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise UntrustedError(errors[0].subject, "what was applied", f"an error{more}: {errors[0].message}")

@@ -1,0 +1,64 @@
+"""What a change of a store comes to: for its caller, for the history, for the sequences that count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgepatch.store.records import Seen, State, StoredPatch
+from edgepatch.trust.roots import Root
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a verb did.
+
+    Attributes:
+        digest: the patch that is active now.
+        patch: its record.
+        before: digest of the one that was active before, "" for none.
+        is_new: whether anything changed.
+        signed_by: ids of the keys that vouch for it; none for an unsigned patch.
+    """
+
+    digest: str
+    patch: StoredPatch
+    before: str
+    is_new: bool
+    signed_by: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class RootChange:
+    """What ``set_root`` did.
+
+    Attributes:
+        root: the trust root of the device.
+        is_new: whether it changed.
+        reset: whether the sequences seen so far are forgotten, but for those of active patches that the new root vouches for.
+        refused: digests of active patches for which the new root does not vouch; they load no more.
+    """
+
+    root: Root
+    is_new: bool
+    reset: bool
+    refused: tuple[str, ...]
+
+
+def seen_of(state: State, refused: Sequence[str]) -> dict[str, dict[str, Seen]]:
+    """The sequences that count after a reset: of the active patches for which the new root vouches."""
+    active = {base: (record.active, state.patches[record.active]) for base, record in state.bases.items()}
+    return {
+        base: {patch.channel: Seen(patch.sequence, digest)}
+        for base, (digest, patch) in active.items()
+        if digest not in refused and not patch.unsigned
+    }
+
+
+def told_of(digest: str, patch: StoredPatch) -> dict[str, Any]:
+    """What the history says of a patch."""
+    return {
+        "patch": digest, "name": patch.name, "version": patch.version, "channel": patch.channel, "sequence": patch.sequence,
+        "base": patch.base,
+    }  # fmt: skip

@@ -1,0 +1,237 @@
+"""A store as runtimes read it: the active patch of a model, its bytes checked anew at every load.
+
+Reading needs neither a lock nor the right to write, so that a store may lie on read-only media.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from edgepatch.errors import InputError, PatchFormatError, UntrustedError
+from edgepatch.patches import MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch
+from edgepatch.store import files
+from edgepatch.store.history import MAX_HISTORY_BYTES, parse_history
+from edgepatch.store.policy import time_of
+from edgepatch.store.records import State, StoredPatch, TrustState, base_id, parse_state, parse_trust
+from edgepatch.tensors import ModelSpec
+from edgepatch.trust.roots import Root, parse_root
+from edgepatch.trust.verification import trusted_time, verify_threshold
+
+FOLDER_VARIABLE = "EDGEPATCH_STORE"
+PATCHES, TRUST, STATE, HISTORY = "patches", "trust", "state.json", "history.jsonl"
+MAX_RECORD_BYTES = 16 * 1024 * 1024
+MIN_DIGEST_LENGTH = 8
+READ_ATTEMPTS = 5
+
+
+def default_folder() -> Path:
+    """Where the store is when nobody says: ``$EDGEPATCH_STORE``, else the user's data folder."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    return Path(named) if named else platformdirs.user_data_path("edgepatch", appauthor=False) / "store"
+
+
+class StoreReader:
+    """The patches of a device, in one folder.
+
+    Args:
+        folder: need not exist; ``None`` takes ``default_folder()``.
+        clock: the present time, with a time zone.
+    """
+
+    def __init__(
+        self, folder: Path | str | None = None, *, clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc)
+    ) -> None:
+        self.folder = Path(folder) if folder is not None else default_folder()
+        self.now = clock
+
+    def read(self) -> tuple[State, TrustState]:
+        """State and trust state that belong together; empty ones where there is no store.
+
+        Raises:
+            InputError: they cannot be read.
+            UntrustedError: somebody changed them.
+        """
+        with self._reading():
+            for _ in range(READ_ATTEMPTS):
+                state = self._read_state()
+                with suppress(FileNotFoundError):  # a change came in between; the new state names another file
+                    return state, self._read_trust(state)
+            raise UntrustedError("trust state of the store", f"file {state.trust[:12]} in {self.folder / TRUST}", "none",
+                                 hint="somebody removed it, or put an old state in place")  # fmt: skip
+
+    def _read_state(self) -> State:
+        try:
+            data = files.read_file(self.folder / STATE, MAX_RECORD_BYTES, "state")
+        except FileNotFoundError:
+            self._require_fresh()
+            return State()
+        return parse_state(data)
+
+    def _require_fresh(self) -> None:
+        """A store without a state is one that never finished its first change; any other lost it."""
+        with suppress(FileNotFoundError):
+            found = files.read_file(self.folder / HISTORY, MAX_HISTORY_BYTES, "history").count(b"\n")
+            if found > 1:
+                raise UntrustedError(f"state of the store {self.folder}", STATE, "none, but a history", hint="somebody removed it")
+
+    def _read_trust(self, state: State) -> TrustState:
+        if not state.trust:
+            return TrustState()
+        files.require_folder(self.folder / TRUST)
+        data = files.read_file(self.trust_path(state.trust), MAX_RECORD_BYTES, "trust state")
+        found = hashlib.sha256(data).hexdigest()
+        if found != state.trust:
+            raise UntrustedError("digest of the trust state", state.trust[:12], found[:12], hint="somebody changed it")
+        return parse_trust(data)
+
+    def root(self) -> Root | None:
+        """The trust root of this device, if it has one.
+
+        Raises:
+            InputError: the store cannot be read.
+            UntrustedError: somebody changed it.
+        """
+        return root_of(self.read()[1])
+
+    def load(self, digest: str) -> Patch:
+        """A patch of the store, its bytes and the signatures over them checked anew.
+
+        Expiry of the patch or the trust root is no reason to stop an assistant; ``status`` warns of it.
+
+        Raises:
+            InputError: the store has no such patch, or cannot be read.
+            UntrustedError: its file was changed, or the trust root does not vouch for it.
+        """
+        state, trust = self.read()
+        return self.load_stored(self.find(digest, state), state, trust)
+
+    def load_stored(self, digest: str, state: State, trust: TrustState) -> Patch:
+        """As ``load``, of a state that was read before."""
+        what, record = f"patch {digest[:12]} of the store", state.patches[digest]
+        try:
+            with self._reading():
+                files.require_folder(self.folder / PATCHES)
+                data = files.read_file(self.patch_path(digest), MAX_FILE_BYTES, what)
+            patch = parse_patch(data)
+        except FileNotFoundError:
+            raise UntrustedError(what, f"its file in {self.folder / PATCHES}", "none", hint="apply its file again") from None
+        except PatchFormatError as error:
+            raise UntrustedError(what, "the bytes that were applied", str(error), hint="apply its file again") from None
+        found = StoredPatch.of(patch, record.unsigned)
+        if patch.digest != digest or found != record:
+            raise UntrustedError(what, "the patch that was applied", f"patch {patch.digest[:12]}", hint="apply its file again")
+        if not record.unsigned:
+            require_vouched(patch, trust)
+        return patch
+
+    def active(self, spec: ModelSpec) -> Patch | None:
+        """The active patch for a model, or ``None`` where the store has none for it.
+
+        Raises:
+            InputError: the store cannot be read.
+            UntrustedError: its file was changed, or the trust root does not vouch for it.
+        """
+        base = base_id(spec)
+        while True:
+            state, trust = self.read()
+            record = state.bases.get(base)
+            try:
+                return self.load_stored(record.active, state, trust) if record else None
+            except UntrustedError:
+                if self.read() == (state, trust):
+                    raise
+                # Another patch was applied, and this one removed, in between.
+
+    def find(self, text: str, state: State | None = None) -> str:
+        """The digest that a text names: "sha256:..." or the start of one.
+
+        Raises:
+            InputError: none or several patches of the store have it.
+        """
+        start = text.removeprefix("sha256:")
+        known = (state or self.read()[0]).patches
+        found = [digest for digest in known if digest.startswith(start)] if len(start) >= MIN_DIGEST_LENGTH else []
+        if len(found) != 1:
+            raise InputError(f"patch {text}: expected the digest of one patch in {self.folder}, found {len(found)} of {len(known)}",
+                             hint=f"`edgepatch list` shows them; {MIN_DIGEST_LENGTH} digits do")  # fmt: skip
+        return found[0]
+
+    def find_base(self, text: str | None, state: State | None = None) -> str:
+        """The id of a base, from its start; without one, that of the only base of this device.
+
+        Raises:
+            InputError: none or several fit.
+        """
+        known = (state or self.read()[0]).bases
+        found = [base for base in known if base.startswith(text or "")]
+        if len(found) != 1:
+            names = ", ".join(f"{base[:12]} ({record.spec['model_type']})" for base, record in known.items()) or "none"
+            raise InputError(f"base model: expected one in {self.folder}, found {len(found)}", hint=f"name one: {names}")
+        return found[0]
+
+    def history(self) -> list[dict[str, Any]]:
+        """What was done, oldest first; the chain is checked.
+
+        Raises:
+            InputError: it cannot be read.
+            UntrustedError: somebody changed it.
+        """
+        with self._reading():
+            state = self._read_state()
+            try:
+                data = files.read_file(self.folder / HISTORY, MAX_HISTORY_BYTES, "history")
+            except FileNotFoundError:
+                data = b""
+        return parse_history(data, state.history)
+
+    def time(self, trust: TrustState) -> datetime:
+        """The present time, or the latest that this device has seen, should its clock have been set back."""
+        return trusted_time(self.now(), time_of(trust.floor) if trust.floor else None)
+
+    # Where things lie.
+
+    def patch_path(self, digest: str) -> Path:
+        """The file of a patch."""
+        return self.folder / PATCHES / f"{digest}.safetensors"
+
+    def trust_path(self, digest: str) -> Path:
+        """The file of a trust state."""
+        return self.folder / TRUST / f"{digest}.json"
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise InputError(f"cannot read the store {self.folder}: {error.strerror}", hint="check the path and its rights") from error
+
+
+def root_of(trust: TrustState) -> Root | None:
+    """The trust root in a trust state.
+
+    Raises:
+        UntrustedError: it breaks the format.
+    """
+    return parse_root(trust.root.encode(), "trust root of the device") if trust.root else None
+
+
+def require_vouched(patch: Patch, trust: TrustState) -> frozenset[str]:
+    """The keys that vouch for a patch, whatever the time is.
+
+    Raises:
+        UntrustedError: too few do, or the device has no trust root.
+    """
+    root = root_of(trust)
+    if root is None:
+        raise UntrustedError(f"signatures of {patch.name} {patch.version}", "a trust root on this device", "none", hint="`edgepatch trust set ROOT`")
+    return verify_threshold(patch.manifest, PAYLOAD_TYPE, patch.signatures, root, "patch", root.created)

@@ -1,0 +1,243 @@
+"""What lies in a store, as values and as canonical JSON: the state, which is one file, and the trust state, which it names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from edgepatch import canonical
+from edgepatch.errors import PatchFormatError, UntrustedError
+from edgepatch.patches import CHANNEL, DIGEST, MAX_SEQUENCE, Patch, is_timestamp
+from edgepatch.signing import canonical_json, parse_canonical
+from edgepatch.tensors import ModelSpec
+
+FORMAT_VERSION = 1
+NO_LINE = "0" * 64
+"""What stands for the digest of the line before the first one."""
+
+RecordT = TypeVar("RecordT")
+
+
+def base_id(spec: ModelSpec) -> str:
+    """The name of a base model: SHA-256 of all that a patch must match."""
+    return hashlib.sha256(canonical.canonical_json(spec.as_dict())).hexdigest()  # as in the manifest: 8 and 8.0 are one number
+
+
+@dataclass(frozen=True)
+class StoredPatch:
+    """A patch in the store, as its manifest says.
+
+    Attributes:
+        base: id of its base.
+        unsigned: why it was taken without a signature that counts; "" where one was checked.
+    """
+
+    name: str
+    version: str
+    channel: str
+    sequence: int
+    created: str
+    expires: str
+    base: str
+    unsigned: str = ""
+
+    @classmethod
+    def of(cls, patch: Patch, unsigned: str) -> StoredPatch:
+        base = base_id(patch.base)
+        return cls(patch.name, patch.version, patch.channel, patch.sequence, patch.created, patch.expires, base, unsigned)
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """A base model on this device.
+
+    Attributes:
+        spec: the model.
+        active: digest of the active patch.
+        previous: digests of those that were active before, the latest last; ``rollback`` takes them off.
+        is_held: whether ``apply`` is refused.
+        hold_reason: why.
+    """
+
+    spec: dict[str, Any]
+    active: str
+    previous: tuple[str, ...] = ()
+    is_held: bool = False
+    hold_reason: str = ""
+
+
+@dataclass(frozen=True)
+class HistoryMark:
+    """How far the history goes: what stands behind it in the file was never done.
+
+    Attributes:
+        size: bytes.
+        lines: count.
+        head: SHA-256 of the last line.
+    """
+
+    size: int = 0
+    lines: int = 0
+    head: str = NO_LINE
+
+
+@dataclass(frozen=True)
+class State:
+    """All of a store, in one file that is replaced at once: the moment of that is the moment of a change.
+
+    Attributes:
+        patches: by their digests.
+        bases: by their ids.
+        trust: digest of the trust state, "" before there is one.
+        history: the mark up to which the history counts.
+    """
+
+    patches: Mapping[str, StoredPatch] = field(default_factory=dict)
+    bases: Mapping[str, BaseRecord] = field(default_factory=dict)
+    trust: str = ""
+    history: HistoryMark = field(default_factory=HistoryMark)
+
+    def __post_init__(self) -> None:
+        for digest, patch in self.patches.items():
+            if patch.base not in self.bases:
+                raise UntrustedError(f"base of patch {digest[:12]}", "one that the store knows", patch.base[:12])
+        for base, record in self.bases.items():
+            for digest in (record.active, *record.previous):
+                if digest not in self.patches or self.patches[digest].base != base:
+                    raise UntrustedError(f"patches of base {base[:12]}", "patches of the store for it", digest[:12])
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        return canonical_json({"format": FORMAT_VERSION, **_plain(asdict(self))})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The newest patch of a line of releases that this device ever took."""
+
+    sequence: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class TrustState:
+    """What this device trusts, and what it has seen.
+
+    Attributes:
+        root: text of the trust root's file, "" for none.
+        seen: base id -> channel -> the newest.
+        floor: the latest time that this device has seen, "" for none.
+    """
+
+    root: str = ""
+    seen: Mapping[str, Mapping[str, Seen]] = field(default_factory=dict)
+    floor: str = ""
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        return canonical_json({"format": FORMAT_VERSION, **_plain(asdict(self))})
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+# Reading. A store is written by this package alone, so anything else in it was changed by somebody.
+
+
+def _object(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UntrustedError(what, "an object", type(value).__name__)
+    return value
+
+
+def _fields(kind: type, value: object, what: str) -> dict[str, Any]:
+    """An object with exactly the fields of a dataclass; the plain ones are of their types."""
+    found = _object(value, what)
+    expected = {f.name: f for f in fields(kind)}
+    if found.keys() != expected.keys():
+        raise UntrustedError(what, ", ".join(sorted(expected)), ", ".join(sorted(found))[:200] or "nothing")
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,)}
+    for name, entry in found.items():
+        allowed = kinds.get(str(expected[name].type))
+        if allowed and type(entry) not in allowed:  # not isinstance: True is an int
+            raise UntrustedError(f"{what}: {name}", allowed[0].__name__, type(entry).__name__)
+    return found
+
+
+def _record(kind: type[RecordT], value: object, what: str) -> RecordT:
+    return kind(**_fields(kind, value, what))
+
+
+def _digest(value: object, what: str) -> str:
+    if not isinstance(value, str) or not DIGEST.fullmatch(value):
+        raise UntrustedError(what, "a SHA-256 digest", repr(value)[:80])
+    return value
+
+
+def _document(data: bytes, what: str) -> dict[str, Any]:
+    value = _object(parse_canonical(data, what), what)
+    if value.get("format") != FORMAT_VERSION or type(value["format"]) is not int:  # not 1.0, not True
+        raise UntrustedError(f"format of the {what}", FORMAT_VERSION, repr(value.get("format"))[:80], hint="a newer edgepatch may read it")
+    return {name: entry for name, entry in value.items() if name != "format"}
+
+
+def _base(value: object, name: str) -> BaseRecord:
+    found = dict(_object(value, "base"))
+    previous = found.get("previous")
+    if not isinstance(previous, list):
+        raise UntrustedError("previous patches of a base", "a list", type(previous).__name__)
+    record = _record(BaseRecord, {**found, "previous": tuple(previous)}, "base")
+    try:
+        actual = base_id(ModelSpec.from_dict(record.spec))
+    except PatchFormatError as error:
+        raise UntrustedError("base", "a model spec", str(error)[:200]) from None
+    if actual != name:
+        raise UntrustedError("id of a base", actual, name[:80])
+    return record
+
+
+def parse_state(data: bytes) -> State:
+    """The state from the bytes of its file.
+
+    Raises:
+        UntrustedError: it is damaged.
+    """
+    found = _fields(State, _document(data, "state"), "state")
+    patches = _object(found["patches"], "patches")
+    return State(
+        {_digest(name, "digest of a patch"): _record(StoredPatch, value, "patch") for name, value in patches.items()},
+        {name: _base(value, name) for name, value in _object(found["bases"], "bases").items()},
+        _digest(found["trust"], "digest of the trust state") if found["trust"] else "",
+        _record(HistoryMark, found["history"], "history mark"),
+    )
+
+
+def _seen(value: object) -> Seen:
+    found = _record(Seen, value, "newest patch seen")
+    if not 1 <= found.sequence <= MAX_SEQUENCE:
+        raise UntrustedError("sequence seen", f"1 to {MAX_SEQUENCE}", found.sequence)
+    _digest(found.digest, "digest of the newest patch seen")
+    return found
+
+
+def parse_trust(data: bytes) -> TrustState:
+    """The trust state from the bytes of its file; the trust root in it is not examined here.
+
+    Raises:
+        UntrustedError: it is damaged.
+    """
+    found = _fields(TrustState, _document(data, "trust state"), "trust state")
+    if found["floor"] and not is_timestamp(found["floor"]):
+        raise UntrustedError("latest time seen", "a time like 2030-01-31T23:59:59Z", found["floor"][:80])
+    seen: dict[str, dict[str, Seen]] = {}
+    for base, channels in _object(found["seen"], "newest patches seen").items():
+        seen[_digest(base, "id of a base")] = {name: _seen(value) for name, value in _object(channels, "channels").items()}
+        if not all(CHANNEL.fullmatch(name) for name in channels):
+            raise UntrustedError("channel seen", "lower-case letters, digits and -", ", ".join(channels)[:80])
+    return TrustState(found["root"], seen, found["floor"])
