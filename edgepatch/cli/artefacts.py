@@ -1,14 +1,17 @@
-"""``compose`` and ``card``: a patch of several, and the page that a hub shows of one."""
+"""``compose``, ``card`` and ``release``: a patch of several, the page that a hub shows of one, and what a release says of itself."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from edgepatch.cli.console import JsonFlag, print_json
 from edgepatch.cli.root import app
+from edgepatch.errors import InputError
 
 
 @app.command()
@@ -66,3 +69,56 @@ def card(
         print_json({"path": str(out), "digest": patch.digest, "evaluated": "model-index:" in text})
     else:
         print(f"{out}: model card of {patch.name} {patch.version} ({patch.digest[:12]})")
+
+
+@app.command()
+def release(
+    patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file as trained or composed.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    version: Annotated[str, typer.Option("--version", help="SemVer; default: as it is.")] = "",
+    sequence: Annotated[int, typer.Option("--sequence", help="Number of the release within its channel; 0 leaves it.")] = 0,
+    channel: Annotated[str, typer.Option("--channel", help="stable, beta, ...")] = "",
+    expires: Annotated[str, typer.Option("--expires", help="Time like 2027-11-21T10:00:00Z.")] = "",
+    license_: Annotated[str, typer.Option("--license", help="SPDX expression.")] = "",
+    summary: Annotated[str, typer.Option("--summary", help="A sentence for people.")] = "",
+    results: Annotated[Path | None, typer.Option("--results", help="results.json of the bench, measured with this very patch.")] = None,
+    supersedes: Annotated[list[Path] | None, typer.Option("--supersedes", help="Patch file that this one replaces; repeatable.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Set what a release says of itself, and take in what was measured. The new file is unsigned: sign it last.
+
+    Example: `edgepatch release detox.safetensors --version 1.1.0 --sequence 2 --results out/demo/results.json -o detox-1.1.0.safetensors`
+    """
+    from edgepatch.patches import read_patch, write_patch
+
+    patch = read_patch(patch_file)
+    told: dict[str, Any] = {"version": version, "sequence": sequence, "channel": channel, "expires": expires, "license": license_,
+                            "summary": summary}  # fmt: skip
+    changes = {key: value for key, value in told.items() if value}
+    if results is not None:
+        changes["evaluation"] = measured(results, patch.digest)
+    if supersedes:
+        changes["supersedes"] = tuple(read_patch(file).digest for file in supersedes)
+    made = replace(patch, signatures=(), **changes)
+    digest = write_patch(made, out)
+    if as_json:
+        print_json({"path": str(out), "digest": digest, "version": made.version, "channel": made.channel, "sequence": made.sequence})
+    else:
+        print(f"{out}: {made.name} {made.version}, {made.channel} {made.sequence}, SHA-256 {digest}; unsigned")
+
+
+def measured(results: Path, digest: str) -> dict[str, Any]:
+    """What the bench found, for the manifest: figures without texts.
+
+    Raises:
+        InputError: the file is no results document, or was measured with another patch.
+    """
+    try:
+        document = json.loads(results.read_text(encoding="utf-8"))
+        found = document["patch"]["digest"]
+        kept = {"created": document["created"], "measured_digest": found, "cells": document["cells"], "retention": document["retention"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read results from {results}: {error}", hint="name a results.json that the bench wrote") from None
+    if found != digest:
+        raise InputError(f"{results}: measured with the patch {found}, this one is {digest}", hint="measure this patch")
+    return kept
