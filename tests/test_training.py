@@ -61,6 +61,15 @@ def test_training_lowers_the_loss_prefers_the_chosen_answer_and_repeats(tiny_fol
     assert np.array_equal(again.soft_prompt.embeddings, patch.soft_prompt.embeddings)
     other, _ = train_patch(tiny_folder, make_pairs(24), BENIGN, small(rng_seed=2), "tiny")
     assert not np.array_equal(other.soft_prompt.embeddings, patch.soft_prompt.embeddings)
+    assert again.training["data"] == patch.training["data"] == other.training["data"]
+
+
+def test_a_patch_names_its_data_its_base_and_proves_itself(tiny_folder):
+    patch, _ = train_patch(tiny_folder, make_pairs(12), BENIGN, small(), "tiny")
+    more, _ = train_patch(tiny_folder, make_pairs(13), BENIGN, small(), "tiny")
+    assert patch.training["data"]["pairs_sha256"] != more.training["data"]["pairs_sha256"]
+    assert patch.training["data"]["benign_texts_sha256"] == more.training["data"]["benign_texts_sha256"]
+    assert patch.kv_seed is not None and patch.canary is not None and patch.weight_sketch is not None and patch.chat_template
 
 
 def test_the_trained_soft_prompt_gives_the_logits_it_was_trained_with(tiny_folder):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
@@ -106,6 +108,7 @@ def train(
         patch, history = train_patch(
             model, pairs, texts, config, name, version, progress=lambda stage, step, total, _: bars(stage, step, total)
         )
+    patch = replace(patch, created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
     digest = write_patch(patch, out)
     accuracy = history.preference_accuracy[-1]
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import random
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgepatch.canonical import canonical_json
 from edgepatch.converters import fingerprints, hf
 from edgepatch.errors import InputError, MissingExtraError, TrainingError
 from edgepatch.patches import Patch
@@ -349,6 +351,7 @@ def train_patch(
     record = {
         "config": asdict(config),
         "num_pairs": len(pairs),
+        "data": {"pairs_sha256": _digest([asdict(pair) for pair in pairs]), "benign_texts_sha256": _digest(list(benign_texts))},
         "seconds": round(time.monotonic() - began, 1),
         "device": trainer.device,
         "final": {name: curve[-1] for name, curve in asdict(trainer.history).items() if curve},
@@ -361,3 +364,8 @@ def train_patch(
     )  # fmt: skip
     patch = hf.complete(patch, trainer.base)
     return patch, trainer.history
+
+
+def _digest(data: object) -> str:
+    """SHA-256 of the canonical JSON: names what a patch was trained on without shipping it."""
+    return hashlib.sha256(canonical_json(data)).hexdigest()
