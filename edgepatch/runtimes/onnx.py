@@ -234,21 +234,9 @@ def _require_seed(patch: Patch | None) -> KVSeed | None:
 
 
 def _as_cells(seed: KVSeed | None, graph: DecoderGraph) -> list[Cells]:
-    """The seed in the cache's element type.
-
-    Raises:
-        InputError: a value is not finite in it.
-    """
+    """The seed in the cache's element type; a patch holds no value beyond float16."""
     layers = list(zip(seed.keys, seed.values, strict=True)) if seed else []
-    with np.errstate(over="ignore"):
-        cells = [(key.astype(graph.cache_type), value.astype(graph.cache_type)) for key, value in layers]
-    for layer, tensors in enumerate(cells):
-        if not all(np.isfinite(tensor).all() for tensor in tensors):
-            raise InputError(
-                f"KV seed: layer {layer} holds values that are not finite in the cache's {np.dtype(graph.cache_type)}",
-                hint="use an fp32, int8 or int4 model",
-            )
-    return cells
+    return [(key.astype(graph.cache_type), value.astype(graph.cache_type)) for key, value in layers]
 
 
 def _open_session(model_file: Path, num_threads: int | None, provider: str) -> Any:
