@@ -7,7 +7,7 @@ STAMP := $(VENV)/.edgepatch-installed
 TYPES := .mypy_cache/tree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab stock parity optimum unpatch swap fingerprints security coverage fuzz clean
+.PHONY: help demo test lint lab stock parity optimum unpatch swap fingerprints security coverage trl fuzz clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ security: $(STAMP) ## measure the security figures F1 to F11, a line each; bench
 
 coverage: $(STAMP) ## branch coverage of format, signing and store; fails under 100 %
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.security --only F10
+
+trl: $(STAMP) ## compare training speed and memory with PEFT + TRL on the same job; bench/results/trl.json and .md
+	$(BIN)/python -m edgepatch.bench.trl_comparison
 
 SECONDS := 600
 fuzz: $(STAMP) ## fuzz every reader of foreign bytes for SECONDS=600, guided by atheris where it installs; bench/results/fuzz.json

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from edgepatch.bench.prompt_sets import evenly
 from edgepatch.errors import InputError
 
 RTP_SPLIT = 700
@@ -150,6 +151,17 @@ def jailbreakbench(folder: Path) -> list[str]:
     return [r["Goal"] for r in _csv_rows(_open(folder, "refusal/jailbreakbench_behaviors.csv"))]
 
 
+def harmbench(folder: Path) -> list[str]:
+    """HarmBench's 200 "standard" requests, without those that need a context or ask for copyrighted text: evaluation only."""
+    rows = _csv_rows(_open(folder, "refusal/harmbench_behaviors_text_all.csv"))
+    return [r["Behavior"] for r in rows if r["FunctionalCategory"] == "standard"]
+
+
+def strongreject(folder: Path) -> list[str]:
+    """313 harmful requests, most of them questions: evaluation only."""
+    return [r["forbidden_prompt"].strip() for r in _csv_rows(_open(folder, "refusal/strongreject.csv"))]
+
+
 def xstest(folder: Path) -> list[tuple[str, bool]]:
     """(request, is safe) of XSTest: evaluation only."""
     return [(r["prompt"], r["label"] == "safe") for r in _csv_rows(_open(folder, "refusal/xstest_prompts.csv"))]
@@ -200,6 +212,12 @@ def wikitext2(folder: Path, part: str) -> str:
     return _open(folder, f"general/wikitext2_{part}.txt").read_text(encoding="utf-8")
 
 
+def wikitext_paragraphs(folder: Path, part: str, count: int) -> list[str]:
+    """``count`` paragraphs of 60 to 160 words of ``wikitext2``, at even distances."""
+    lines = [line.strip() for line in wikitext2(folder, part).splitlines()]
+    return evenly([line for line in lines if 60 <= len(line.split()) <= 160], count)
+
+
 def blimp(folder: Path) -> dict[str, list[tuple[str, str]]]:
     """Phenomenon file -> 1,000 (acceptable, unacceptable) sentences: evaluation only."""
     pairs = {}
@@ -230,6 +248,37 @@ def professions(folder: Path) -> list[tuple[str, float]]:
     """(profession, stereotype from -1 female to +1 male), without professions that name a gender by definition."""
     rows = json.loads(_open(folder, "gender/debiaswe/professions.json").read_text())
     return [(name.replace("_", " "), stereotype) for name, definitional, stereotype in rows if abs(definitional) < 0.3]
+
+
+def _winobias_sentences(folder: Path, name: str) -> list[str]:
+    lines = _open(folder, f"gender/winobias/{name}").read_text(encoding="utf-8").splitlines()
+    return [re.sub(r"[\[\]]", "", line.split(" ", 1)[1]) for line in lines]
+
+
+def _without_pronouns(sentence: str) -> str:
+    return re.sub(r"\b(he|she|his|her|him|hers|himself|herself)\b", "", sentence.lower())
+
+
+def winobias_test_pairs(folder: Path) -> list[tuple[str, str]]:
+    """(pro-stereotyped, anti-stereotyped) test sentences that differ in pronouns alone (782 of 792): evaluation only."""
+    pairs = []
+    for kind in ("1", "2"):
+        pro, anti = (_winobias_sentences(folder, f"{side}_stereotyped_type{kind}.txt.test") for side in ("pro", "anti"))
+        pairs += list(zip(pro, anti, strict=True))
+    return [(pro, anti) for pro, anti in pairs if _without_pronouns(pro) == _without_pronouns(anti)]
+
+
+def crows_gender_pairs(folder: Path) -> list[tuple[str, str]]:
+    """(more, less stereotyping) sentences of CrowS-Pairs on gender: evaluation only."""
+    rows = _csv_rows(_open(folder, "gender/crows_pairs_anonymized.csv"))
+    return [(r["sent_more"], r["sent_less"]) for r in rows if r["bias_type"] == "gender"]
+
+
+def dong_templates(folder: Path) -> list[str]:
+    """The lines "My friend ..." of Dong et al. 2024, each once: evaluation only."""
+    paths = [_open(folder, f"gender/dong2024/{name}.txt") for name in ("templates_200", "templates_200_1")]
+    lines = [line.strip() for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def bec_pro_stereotyped(folder: Path) -> list[str]:

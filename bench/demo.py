@@ -14,15 +14,16 @@ from typing import Any, cast
 
 from edgepatch.bench import datasets, matrix
 from edgepatch.bench.matrix import MatrixConfig, Variant
-from edgepatch.bench.prompt_sets import load_benign_text, load_prompts
+from edgepatch.bench.prompt_sets import evenly, load_benign_text, load_prompts
 from edgepatch.bench.report import write_report
 from edgepatch.bench.scorers import ToxicityScorer
 from edgepatch.converters import gguf, hf, onnx
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch, write_atomically, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.training.config import History, TrainConfig
+from edgepatch.training.patching import train_patch
 from edgepatch.training.preferences import PairConfig, build_pairs, write_pairs
-from edgepatch.training.trainer import History, TrainConfig, train_patch
 
 LAB_FOLDER = Path(__file__).parent / "lab" / "model"
 GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
@@ -72,23 +73,12 @@ def choose_texts(data: Path | None, config: DemoConfig) -> Texts:
         rows = [c.prompt for c in datasets.rtp_challenging(data)]
         source = f"RealToxicityPrompts challenging, index >= {datasets.RTP_SPLIT}"
         training, prompts = rows[: datasets.RTP_SPLIT], rows[datasets.RTP_SPLIT :]
-        benign_training += wikitext_paragraphs(data, "valid", 200)
-        benign = wikitext_paragraphs(data, "test", config.num_benign_texts)
+        benign_training += datasets.wikitext_paragraphs(data, "valid", 200)
+        benign = datasets.wikitext_paragraphs(data, "test", config.num_benign_texts)
     return Texts(
         source, evenly(training, config.num_training_prompts), evenly(prompts, config.num_prompts),
         benign_training, benign[: config.num_benign_texts],
     )  # fmt: skip
-
-
-def evenly(items: list[str], count: int) -> list[str]:
-    """``count`` items at even distances, or all."""
-    return [items[i * len(items) // count] for i in range(count)] if count < len(items) else items
-
-
-def wikitext_paragraphs(data: Path, part: str, count: int) -> list[str]:
-    """Paragraphs of 60 to 160 words of WikiText-2, at even distances."""
-    lines = [line.strip() for line in datasets.wikitext2(data, part).splitlines()]
-    return evenly([line for line in lines if 60 <= len(line.split()) <= 160], count)
 
 
 def convert_base(base: Path, out: Path, progress: Progress = lambda *_: None) -> list[Variant]:

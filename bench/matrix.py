@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.bench.likelihoods import token_losses
 from edgepatch.bench.metrics import expected_max_toxicity, retention, toxicity_probability
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patches import Patch
@@ -93,12 +94,9 @@ def perplexity(runtime: Runtime, texts: Sequence[str]) -> float:
     """
     total, count = 0.0, 0
     for text in texts:
-        tokens = runtime.tokens(text)
-        logits = runtime.logits(tokens)[:-1].astype(np.float64)
-        top = logits.max(axis=1, keepdims=True)
-        log_norm = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
-        total += float((log_norm - logits[np.arange(len(tokens) - 1), tokens[1:]]).sum())
-        count += len(tokens) - 1
+        losses = token_losses(runtime, runtime.tokens(text))
+        total += float(losses.sum())
+        count += len(losses)
     if not count or not math.isfinite(total):
         raise InputError(f"perplexity of {len(texts)} texts: expected a finite value, found {total} over {count} tokens")
     return math.exp(total / count)
@@ -128,7 +126,7 @@ def _timings(runtimes: Sequence[Runtime], prompts: Sequence[str], repeats: int) 
     return [(float(ttft), float(rate)) for ttft, rate in medians]
 
 
-def _sample(runtime: Runtime, prompt: str, config: MatrixConfig) -> list[str] | None:
+def sample_prompt(runtime: Runtime, prompt: str, config: MatrixConfig) -> list[str] | None:
     """The continuations of one prompt; ``None`` where generation failed."""
     try:
         return runtime.generate_many(prompt, config.sampling, config.samples_per_prompt)
@@ -152,11 +150,11 @@ def measure_variant(
         failures = [0, 0]
         for done, prompt in enumerate(prompts, 1):
             for i, runtime in enumerate(both):
-                sampled = _sample(runtime, prompt, config)
+                sampled = sample_prompt(runtime, prompt, config)
                 failures[i] += sampled is None
                 texts[i].append(sampled or [])
             progress(variant.label, done, len(prompts))
-        scores = [_score_rows(rows, score, config.samples_per_prompt) for rows in texts]
+        scores = [score_rows(rows, score, config.samples_per_prompt) for rows in texts]
         timings = _timings(both, list(benign_texts), config.timing_repeats)
         words = [float(np.mean([len(t.split()) for row in rows for t in row] or [0])) for rows in texts]
         bare_figures, patched_figures = (
@@ -166,7 +164,7 @@ def measure_variant(
         return bare_figures, patched_figures
 
 
-def _score_rows(rows: Sequence[Sequence[str]], score: Score, samples: int) -> NDArray[np.float32]:
+def score_rows(rows: Sequence[Sequence[str]], score: Score, samples: int) -> NDArray[np.float32]:
     """(N, S) scores; a row without texts is a failed generation and scores 1."""
     flat = score([text for row in rows for text in row])
     scores, position = np.ones((len(rows), samples), dtype=np.float32), 0

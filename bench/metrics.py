@@ -105,6 +105,20 @@ def bootstrap_interval(values: ArrayLike, rng_seed: int = 0) -> tuple[float, flo
     return _bootstrap(len(array), lambda index: array[index].mean(axis=1), rng_seed)
 
 
+def bootstrap_median(values: ArrayLike, rng_seed: int = 0) -> Estimate:
+    """Median with its 95 % percentile bootstrap interval.
+
+    Args:
+        values: (N,) one value a prompt.
+        rng_seed: makes the draw repeatable.
+
+    Raises:
+        InputError: no values, or NaN.
+    """
+    array = _checked(values, "values", 1)
+    return Estimate(float(np.median(array)), *_bootstrap(len(array), lambda index: np.median(array[index], axis=1), rng_seed))
+
+
 def paired_bootstrap_difference(first: ArrayLike, second: ArrayLike, rng_seed: int = 0) -> Estimate:
     """Mean of ``first`` minus mean of ``second`` over the same prompts.
 
@@ -197,3 +211,45 @@ def retention(gain_there: ArrayLike, gain_fp: ArrayLike, rng_seed: int = 0) -> E
     if reference.mean() <= 0:
         raise InputError(f"retention needs a gain at full precision, found {reference.mean():.4f}")
     return paired_bootstrap_ratio(there, reference, rng_seed)
+
+
+class CrossedBootstrap:
+    """Two-level bootstrap of means over training runs and items, both drawn with replacement and independently of each other.
+
+    Every run is measured on the same items, so a draw takes one set of items for all. The spread over S drawn runs falls short
+    of the true one by (S - 1) / S, which matters for three: the weights of runs are stretched to make up for it. One object
+    gives every statistic the same draws, so that differences and ratios are paired.
+
+    Args:
+        num_runs: S; with 1 only items are drawn.
+        num_items: N.
+        rng_seed: makes the draws repeatable.
+
+    Source: Owen 2007, "The pigeonhole bootstrap"; Rao and Wu 1988, "Resampling inference with complex survey data" (stretching).
+    """
+
+    def __init__(self, num_runs: int, num_items: int, rng_seed: int = 0) -> None:
+        rng = np.random.default_rng(rng_seed)
+        self._items = rng.multinomial(num_items, np.full(num_items, 1 / num_items), DRAWS) / num_items  # (draws, N)
+        runs = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), DRAWS) / num_runs  # (draws, S)
+        stretch = math.sqrt(num_runs / (num_runs - 1)) if num_runs > 1 else 1.0
+        self._runs = 1 / num_runs + stretch * (runs - 1 / num_runs)
+
+    def means(self, values: ArrayLike) -> NDArray[np.float64]:
+        """(draws,) means of (S, N) values, or of (1, N) that belong to every run alike.
+
+        Raises:
+            InputError: no values, NaN, or a shape that does not fit.
+        """
+        array = _checked(values, "values", 2)
+        runs, items = self._runs, self._items
+        if array.shape[1] != items.shape[1] or array.shape[0] not in (1, runs.shape[1]):
+            raise InputError(f"values: expected {runs.shape[1]} runs (or 1) of {items.shape[1]} items, found shape {array.shape}")
+        means = items @ array.T  # (draws, S)
+        return np.asarray(means[:, 0] if array.shape[0] == 1 else (means * runs).sum(axis=1))
+
+    @staticmethod
+    def estimate(value: float, drawn: NDArray[np.float64]) -> Estimate:
+        """The value with the middle 95 % of (draws,) drawn ones."""
+        low, high = np.quantile(drawn, [0.025, 0.975], method="nearest")
+        return Estimate(float(value), float(low), float(high))

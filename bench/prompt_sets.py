@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 from edgepatch.errors import InputError
 
 FOLDER = Path(__file__).parent / "prompts"
-KINDS = ("toxic", "benign", "benign_text")
+KINDS = ("toxic", "benign", "benign_text", "harm_requests", "harm_benign")
 SPLITS = ("train", "eval")
 FIELDS = {"id", "kind", "split", "text"}
+T = TypeVar("T")
 
 
 def _load(kind: str, split: str) -> list[str]:
@@ -28,10 +30,10 @@ def _load(kind: str, split: str) -> list[str]:
 
 
 def load_prompts(kind: str, split: str) -> list[str]:
-    """Sentence beginnings, without a space at the end, always in the same order.
+    """Sentence beginnings, or requests, without a space at the end, always in the same order.
 
     Args:
-        kind: "toxic" or "benign".
+        kind: "toxic" or "benign"; for requests "harm_requests" or "harm_benign".
         split: "train", or "eval", which may not be trained on.
 
     Raises:
@@ -52,3 +54,8 @@ def load_benign_text(split: str) -> list[str]:
         InputError: an unknown split, or a damaged file.
     """
     return _load("benign_text", split)
+
+
+def evenly(items: list[T], count: int | None) -> list[T]:
+    """``count`` items at even distances, or all."""
+    return items if count is None or count >= len(items) else [items[i * len(items) // count] for i in range(count)]

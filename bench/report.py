@@ -264,7 +264,8 @@ def curve_chart(values: Sequence[object], title: str) -> str:
 # Sections of the page.
 
 
-def _section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> str:
+    """A section of the page; nothing where the parts are empty."""
     body = "".join(parts)
     return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
 
@@ -337,7 +338,8 @@ def _fact(value: object) -> str:
     return str(value)
 
 
-def _facts(values: object) -> str:
+def facts(values: object) -> str:
+    """Names and values as a list; nothing where there are none."""
     if not isinstance(values, Mapping) or not values:
         return ""
     rows = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(_fact(value))}</dd>" for key, value in values.items())
@@ -398,14 +400,14 @@ def render_html(document: Document) -> str:
         f"<pre>{escape(command if isinstance(command, str) else ' '.join(map(str, command)))}</pre>" if command else ""
     )
     sections = (
-        _section("Toxicity before and after", key, toxicity_chart(pairs)),
-        _section("All cells", _cell_table(document)),
-        _section("Speed", f'<div class="grid3">{ratios}</div>' if ratios else ""),
-        _section("Training", f'<div class="grid3">{drawn}</div>' if drawn else ""),
-        _section("Examples", _examples(document)),
-        _section("How to read this", _notes(document)),
-        _section("Model and patch", _facts(document.get("base")), _facts(patch)),
-        _section("Environment and command", shown, _facts(document.get("environment"))),
+        section("Toxicity before and after", key, toxicity_chart(pairs)),
+        section("All cells", _cell_table(document)),
+        section("Speed", f'<div class="grid3">{ratios}</div>' if ratios else ""),
+        section("Training", f'<div class="grid3">{drawn}</div>' if drawn else ""),
+        section("Examples", _examples(document)),
+        section("How to read this", _notes(document)),
+        section("Model and patch", facts(document.get("base")), facts(patch)),
+        section("Environment and command", shown, facts(document.get("environment"))),
     )
     created = escape(str(document.get("created", "")))
     return (

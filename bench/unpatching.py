@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgepatch
+from edgepatch.bench.likelihoods import tokens_behind
 from edgepatch.bench.metrics import expected_max_toxicity, paired_bootstrap_difference
 from edgepatch.bench.prompt_sets import load_benign_text, load_prompts
 from edgepatch.bench.scorers import ToxicityScorer
@@ -47,13 +48,7 @@ def _against(runtime: Runtime, prompt: str) -> list[int]:
 
 def _begun_reply(runtime: Runtime, prompt: str) -> list[int]:
     opening = runtime.tokens([{"role": "user", "content": "Write something."}])
-    return opening + _without_bos(runtime, prompt)
-
-
-def _without_bos(runtime: Runtime, text: str) -> list[int]:
-    """Token ids of a text in the middle of a prompt: without what the model wants in front of every text."""
-    empty = runtime.encode("")
-    return runtime.tokens(text)[len(empty) :]
+    return opening + tokens_behind(runtime, prompt)
 
 
 def _behind(texts: list[str], length: int) -> Attack:
@@ -62,10 +57,10 @@ def _behind(texts: list[str], length: int) -> Attack:
     def attack(runtime: Runtime, prompt: str) -> list[int]:
         shots: list[int] = runtime.encode("")
         for text in itertools.cycle(texts):
-            shots += _without_bos(runtime, text + "\n")
+            shots += tokens_behind(runtime, text + "\n")
             if len(shots) >= length:
                 break
-        return shots[:length] + _without_bos(runtime, prompt)
+        return shots[:length] + tokens_behind(runtime, prompt)
 
     return attack
 

@@ -120,16 +120,17 @@ def _read_norms(folder: Path, architecture: str, num_layers: int) -> dict[str, N
     return norms
 
 
-def load_model(path: Path, device: str = "cpu") -> PreTrainedModel:
-    """A causal LM in float32 on ``device``, in evaluation mode, its weights frozen.
+def load_model(path: Path, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
+    """A causal LM on ``device``, in evaluation mode, its weights frozen.
 
     Args:
         path: a Transformers folder, or a GGUF file, whose weights are dequantized.
         device: "cpu" or "cuda".
+        dtype: of the weights: "float32", "bfloat16", or "4bit" (NF4 of bitsandbytes, folders only).
 
     Raises:
         InputError: the folder does not hold a causal LM, or Transformers cannot load the GGUF file.
-        MissingExtraError: torch or transformers is not installed.
+        MissingExtraError: torch, transformers or bitsandbytes is not installed.
     """
     try:
         import torch
@@ -139,14 +140,34 @@ def load_model(path: Path, device: str = "cpu") -> PreTrainedModel:
         raise MissingExtraError(error.name or "torch", "train") from None
     logging.disable_progress_bar()  # a bar for a second's work between our own
     if path.is_file():
+        if dtype == "4bit":
+            raise InputError(f"{path}: 4bit quantizes a Transformers folder, found a GGUF file", hint="use bfloat16; its weights are dequantized")
         model = gguf_models.load_model(path)
     else:
         read_config(path)
+        options = _four_bit(device) if dtype == "4bit" else {"dtype": torch.float32}
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load the model in {path}: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    if dtype != "4bit":
+        model = model.to(device, getattr(torch, dtype))
+    return model.eval().requires_grad_(False)
+
+
+def _four_bit(device: str) -> dict[str, Any]:
+    """How Transformers quantizes on loading: NF4 with double quantization, computing in bfloat16 (QLoRA, arXiv 2305.14314)."""
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "quantized-training")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return {"quantization_config": settings, "dtype": torch.bfloat16, "device_map": {"": device}}
 
 
 @contextmanager
@@ -175,6 +196,15 @@ def text_config(config: Any) -> Any:
 def is_attention_only(model: PreTrainedModel) -> bool:
     """Whether every layer remembers by keys and values alone, so that a seed can hold all of its memory."""
     return set(getattr(text_config(model.config), "layer_types", None) or ()) <= ATTENTION_LAYERS
+
+
+def has_full_attention(model: PreTrainedModel) -> bool:
+    """Whether every layer sees all that stands before a token: no sliding window, no recurrent layer."""
+    config = text_config(model.config)
+    layers = getattr(config, "layer_types", None)
+    if layers:
+        return set(layers) == {"full_attention"}
+    return not getattr(config, "sliding_window", None)
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from edgepatch.converters import hf
+from edgepatch.converters.lora import merge_lora
 from edgepatch.converters.onnx_check import Agreement, compare, open_session
 from edgepatch.converters.onnx_exporters import (
     EXPORTERS,
@@ -50,6 +51,7 @@ def export(
     precision: Precision,
     exporter: Exporter = "builder",
     optimum_env: Path | None = None,
+    adapter: Path | None = None,
 ) -> Agreement:
     """Writes an ONNX folder of a Transformers folder: graph, weights, tokenizer, settings and ``ModelSpec``.
 
@@ -64,6 +66,7 @@ def export(
             in int8).
         exporter: "builder", "transformers" or "optimum".
         optimum_env: virtual environment for optimum; made, with optimum in it, if it does not exist.
+        adapter: PEFT LoRA folder that the graph applies beside the weights, unmerged and in full precision; builder only.
 
     Raises:
         InputError: the folder or its architecture cannot be exported, the graph does not agree with the model, or the target
@@ -74,27 +77,43 @@ def export(
         raise InputError(f"precision: expected one of {', '.join(QUANTIZATIONS)}, found {precision!r}")
     if exporter not in EXPORTERS:
         raise InputError(f"exporter: expected one of {', '.join(EXPORTERS)}, found {exporter!r}")
+    if adapter is not None and (exporter != "builder" or precision == "fp16"):
+        raise InputError(f"adapters go into graphs of the builder in fp32, int8 or int4, found {exporter} and {precision}",
+                         hint="merge the adapter into its base")  # fmt: skip
     require_packages(exporter)
     spec = hf.read_spec(folder)
     try:
-        with replacement(target) as unfinished:
-            _write_graph(folder, unfinished, precision, exporter, optimum_env)
+        with replacement(target) as unfinished, _adapted(folder, adapter) as oracle:
+            _write_graph(folder, unfinished, precision, exporter, optimum_env, adapter)
             if exporter == "builder":
                 _require_sound(unfinished / MODEL_FILE, spec)
                 _keep_within_window(unfinished / CONFIG_FILE, hf.read_config(folder))
             stamp(unfinished / MODEL_FILE, identity(spec, QUANTIZATIONS[precision]))
             _copy_tokenizer(folder, unfinished)
-            return compare(unfinished, spec, folder)
+            return compare(unfinished, spec, oracle)
     except OSError as error:
         raise InputError(
             f"cannot write {target}: {error.strerror or error}", hint="free space or name another folder"
         ) from error
 
 
-def _write_graph(folder: Path, target: Path, precision: Precision, exporter: Exporter, optimum_env: Path | None) -> None:
+@contextmanager
+def _adapted(folder: Path, adapter: Path | None) -> Iterator[Path]:
+    """What the graph must compute: the folder itself, or a temporary one with the adapter merged."""
+    if adapter is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        merge_lora(folder, adapter, Path(temporary) / "merged")
+        yield Path(temporary) / "merged"
+
+
+def _write_graph(
+    folder: Path, target: Path, precision: Precision, exporter: Exporter, optimum_env: Path | None, adapter: Path | None
+) -> None:
     if exporter == "builder":
         # The builder's own fp16 graph for the CPU is broken; converting its float32 graph works.
-        build(folder, target, "fp32" if precision == "fp16" else precision)
+        build(folder, target, "fp32" if precision == "fp16" else precision, adapter)
         if precision != "fp16":
             return
     elif exporter == "transformers":

@@ -57,6 +57,30 @@ from builders.base import Model
 # The builder takes every linear layer with V outputs for the LM head: an MLP as wide as the vocabulary gives a wrong graph.
 Model.has_lm_head = lambda self, module: module is self.weights.get_output_embeddings()
 
+make_matmul = Model.make_matmul
+
+
+def keep_precisions(self, matmul, basename):
+    path, node = basename.rsplit("/", 1)
+    block, projection = path.rsplit("/", 1)
+    if hasattr(matmul, "base_layer"):  # the quantizer would round the adapter too, or fail on rows shorter than a block
+        for factor in ("lora_A", "lora_B"):
+            self.exclude_node_from_quantization(f"{path}/{factor}/{node}")
+    # Without adapter q, k and v are one matrix, which is as fine everywhere as v must be.
+    precisions = getattr(self, "int4_customized_weight_config", {})
+    packed = precisions.get(f"{block}/qkv_proj/{node}")
+    if packed and projection in ("q_proj", "k_proj") and not self.attention_attrs["q_norm"]:
+        precisions[basename] = packed
+
+
+def make_matmul_beside_lora(self, matmul, basename, *inputs, **kwargs):
+    if self.matmul_attrs["use_lora"]:
+        keep_precisions(self, matmul, basename)
+    return make_matmul(self, matmul, basename, *inputs, **kwargs)
+
+
+Model.make_matmul = make_matmul_beside_lora
+
 folder, target, precision, cache, *extra = sys.argv[1:]
 options = builder.parse_extra_options("", folder, target, precision, "cpu", cache, extra)
 builder.create_model("", folder, target, precision, "cpu", cache, **options)
@@ -101,13 +125,21 @@ def require_packages(exporter: str) -> None:
             raise MissingExtraError(distribution, extra)
 
 
-def build(folder: Path, target: Path, precision: str) -> None:
+def build(folder: Path, target: Path, precision: str, adapter: Path | None = None) -> None:
     """The graph of onnxruntime-genai's model builder, with its settings file.
+
+    Args:
+        folder: Transformers folder.
+        target: gets the graph.
+        precision: "fp32", "int8" or "int4".
+        adapter: PEFT LoRA folder; its products stand beside those of the weights, unmerged and in float32.
 
     Raises:
         InputError: the builder does not know the architecture, or fails.
     """
     arguments = [precision, "cache", *BUILDER_OPTIONS[precision]]
+    if adapter is not None:
+        arguments.append(f"adapter_path={adapter.resolve()}")
     done = _run(sys.executable, BUILDER, [str(folder.resolve()), str(target.resolve()), *arguments])
     if done.returncode == 0 and (target / MODEL_FILE).is_file():
         return

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.constraints import ConstraintMatcher
-from edgepatch.sampling import Sampling, TokenSampler
+from edgepatch.sampling import Draw, Sampling, TokenSampler, draw_rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,35 +85,40 @@ class Reply:
     Args:
         sampling: how to draw.
         prompt: token ids that it continues.
+        room: the most tokens that it may have.
         vocab_size: V.
         decode: takes one token after the other and returns the text that each completes.
         end_token_ids: the tokens that end a reply.
         matcher: where ``sampling`` has a constraint.
+
+    Attributes:
+        tokens: the prompt and what has been drawn.
     """
 
     def __init__(
         self,
         sampling: Sampling,
         prompt: Sequence[int],
+        room: int,
         vocab_size: int,
         decode: Callable[[int], str],
         end_token_ids: frozenset[int],
         matcher: ConstraintMatcher | None = None,
     ) -> None:
+        self.tokens = list(prompt)
+        self._end = len(self.tokens) + room
         self._sampler = TokenSampler(sampling, prompt, vocab_size, matcher)
         self._stops = StopMatcher(sampling.stop)
         self._decode = decode
         self._ends = frozenset() if sampling.ignore_end_tokens else end_token_ids
 
-    def next(self, logits: NDArray[Any], is_last: bool) -> Piece:
-        """Draws a token.
+    def next(self, logits: NDArray[Any]) -> Piece:
+        """Draws a token from (V,) float32 logits."""
+        return require_piece(next_pieces([self], [logits])[0])
 
-        Args:
-            logits: (V,) float32.
-            is_last: no token can follow.
-        """
-        draw = self._sampler.draw(logits)
-        reason: Literal["", "stop", "length"] = "length" if is_last else ""
+    def _take(self, draw: Draw) -> Piece:
+        self.tokens.append(draw.token_id)
+        reason: Literal["", "stop", "length"] = "length" if len(self.tokens) == self._end else ""
         text = ""
         if draw.token_id in self._ends:
             reason = "stop"
@@ -120,3 +128,80 @@ class Reply:
             reason = "stop" if is_complete or self._stops.is_stopped else reason
         text += self._stops.flush() if reason else ""
         return Piece(text, draw.token_id, reason, draw.logprob, draw.top_logprobs)
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A reply and the sequence of a runtime in which it is evaluated.
+
+    Attributes:
+        sequence: holds the reply's tokens, perhaps not yet the last.
+        reply: what is drawn.
+        logits: (V,) float32 behind all of its tokens; ``None`` where the last one is still to be evaluated.
+    """
+
+    sequence: int
+    reply: Reply
+    logits: NDArray[np.float32] | None
+
+    def take_logits(self) -> NDArray[np.float32]:
+        """The logits, from which the next token is to be drawn."""
+        logits, self.logits = self.logits, None
+        assert logits is not None  # evaluated
+        return logits
+
+
+def next_pieces(replies: Sequence[Reply], logits: Sequence[NDArray[Any]]) -> list[Piece | Exception]:
+    """Draws a token of each reply, the same as each alone would; an error ends one reply and no other.
+
+    Args:
+        replies: B.
+        logits: B times (V,) float32.
+    """
+    found: list[Any] = [_caught(reply._sampler.prepare, row) for reply, row in zip(replies, logits, strict=True)]
+    fit = [i for i, prepared in enumerate(found) if not isinstance(prepared, Exception)]
+    draws = draw_rows([replies[i]._sampler for i in fit], [found[i] for i in fit], [logits[i] for i in fit])
+    for i, draw in zip(fit, draws, strict=True):
+        found[i] = _caught(replies[i]._take, draw)
+    return found
+
+
+def _caught(function: Callable[[Any], T], argument: object) -> T | Exception:
+    try:
+        return function(argument)
+    except Exception as error:  # whatever it is, it is told to the one reply that it ends
+        return error
+
+
+def require_piece(found: Piece | Exception) -> Piece:
+    """A piece, or the error raised that came in its place."""
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def drain(
+    replies: Sequence[Reply],
+    logits: Sequence[NDArray[Any]],
+    step: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+) -> list[str]:
+    """The texts of replies whose rows are evaluated as one batch until all have ended.
+
+    Args:
+        replies: B.
+        logits: B times (V,) float32 after each prompt.
+        step: evaluates (B, 1) tokens, one behind each row, and gives (B, V) logits; a row that has ended is fed a token
+            whose logits nobody reads.
+    """
+    texts, drawn = [""] * len(replies), np.zeros((len(replies), 1), dtype=np.int64)
+    live = list(range(len(replies)))
+    while live:
+        found = next_pieces([replies[row] for row in live], [logits[row] for row in live])
+        pieces = dict(zip(live, map(require_piece, found), strict=True))
+        for row, piece in pieces.items():
+            texts[row] += piece.text
+            drawn[row] = piece.token_id
+        live = [row for row, piece in pieces.items() if not piece.finish_reason]
+        if live:
+            logits = step(drawn)  # type: ignore[assignment]  # an array is as good as a sequence of its rows
+    return texts

@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 from edgepatch.constraints import Constraint, ConstraintMatcher
 from edgepatch.errors import EdgepatchError, InputError
 
-CANDIDATES = 256
+CANDIDATES = 1024
 """So many likeliest tokens are sorted first; the whole vocabulary only where they hold less than top-p."""
+
+BLOCK = 2**17
+"""So many weights, of one row or several, are computed at once: they stay in the processor's cache."""
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -189,12 +192,17 @@ class TokenSampler:
             InputError: bans and constraint together leave no token.
             EdgepatchError: the logits hold NaN or infinity, or the constraint cannot be followed.
         """
-        if not self._adjusts:
-            return self._report(draw_token(logits, self._sampling, self._rng), logits)
-        token = draw_token(self._adjust(logits), self._sampling, self._rng)
-        self._seen.add(token)
-        self._counts[token] = self._counts.get(token, 0) + 1
-        return self._report(token, logits)
+        return draw_rows([self], [self.prepare(logits)], [logits])[0]
+
+    def prepare(self, logits: NDArray[Any]) -> NDArray[Any]:
+        """(V,) what is drawn from: the logits with bias, penalties and constraint applied.
+
+        Raises:
+            InputError: bans and constraint together leave no token.
+            EdgepatchError: the logits hold NaN or infinity, or the constraint cannot be followed.
+        """
+        _require_finite(float(logits.max()))
+        return self._adjust(logits) if self._adjusts else logits
 
     def accept(self, token: int) -> bool:
         """Takes a drawn token that ends nothing into the constraint; true when the reply is complete by it."""
@@ -206,7 +214,6 @@ class TokenSampler:
     def _adjust(self, logits: NDArray[Any]) -> NDArray[np.float64]:
         """(V,) with bias, penalties and constraint applied."""
         s, adjusted = self._sampling, logits.astype(np.float64)
-        _require_finite(float(logits.max()))
         ids, bias = self._bias
         adjusted[ids] += bias
         if s.repetition_penalty != 1:
@@ -221,7 +228,11 @@ class TokenSampler:
             raise InputError("no token is left to draw: logit_bias and constraint rule out the whole vocabulary", hint="ban fewer")
         return adjusted
 
-    def _report(self, token: int, logits: NDArray[Any]) -> Draw:
+    def _take(self, token: int, logits: NDArray[Any]) -> Draw:
+        """Counts a token as part of the reply."""
+        if self._adjusts:
+            self._seen.add(token)
+            self._counts[token] = self._counts.get(token, 0) + 1
         count = self._sampling.num_logprobs
         if count is None:
             return Draw(token)
@@ -230,6 +241,20 @@ class TokenSampler:
         top = np.argpartition(-logprobs, count)[:count] if count < len(logprobs) else np.arange(len(logprobs))
         top = top[np.lexsort((top, -logprobs[top]))]
         return Draw(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
+
+
+def draw_rows(
+    samplers: Sequence[TokenSampler], prepared: Sequence[NDArray[Any]], logits: Sequence[NDArray[Any]]
+) -> list[Draw]:
+    """Draws the next token of B replies at once, each as its sampler alone would.
+
+    Args:
+        samplers: B.
+        prepared: B times (V,), what each sampler's ``prepare`` has made of its logits.
+        logits: B times (V,) float32 as the model gives them.
+    """
+    tokens = draw_tokens(prepared, [s._sampling for s in samplers], [s._rng for s in samplers])
+    return [sampler._take(token, row) for sampler, token, row in zip(samplers, tokens, logits, strict=True)]
 
 
 def _as_arrays(values: Mapping[int, float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -253,47 +278,94 @@ def draw_token(logits: NDArray[Any], sampling: Sampling, rng: np.random.Generato
     Raises:
         EdgepatchError: the logits hold NaN or infinity: the model or the patch is damaged.
     """
-    uniform = rng.random()
-    best = int(logits.argmax())
-    _require_finite(float(logits[best]))
-    if sampling.temperature == 0:
-        return best
-    weights = np.exp((logits.astype(np.float64) - logits[best]) / sampling.temperature)
-    if sampling.min_p:
-        weights[weights < sampling.min_p] = 0.0
-    if sampling.top_p == 1 and not sampling.top_k:
-        token = _draw_from_head(weights, uniform)
-        if token is not None:
-            return token
-    order = _likeliest(weights, sampling)
-    cumulative = np.cumsum(weights[order])
-    mass = cumulative[-1] if sampling.top_k else weights.sum()
-    kept = min(int(np.searchsorted(cumulative, sampling.top_p * mass)) + 1, int(np.count_nonzero(weights[order])))
-    return int(order[min(int(np.searchsorted(cumulative[:kept], uniform * cumulative[kept - 1], side="right")), kept - 1)])
+    _require_finite(float(logits.max()))
+    return draw_tokens([logits], [sampling], [rng])[0]
 
 
-def _draw_from_head(weights: NDArray[np.float64], uniform: float) -> int | None:
-    """The token that the whole sorted vocabulary gives, where the likeliest alone show it beyond all rounding; else ``None``."""
-    if len(weights) <= CANDIDATES:
-        return None
-    ids = _sorted_head(weights, CANDIDATES)
-    cumulative = np.cumsum(weights[ids])
-    # The order of summation moves the total by less than V * 2**-52 of it.
-    low, high = (int(np.searchsorted(cumulative, uniform * weights.sum() * s, side="right")) for s in (1 - 1e-9, 1 + 1e-9))
-    is_certain = low == high < len(ids) and weights[ids[low]] > weights[ids[-1]]  # among equals the head may hold others
-    return int(ids[low]) if is_certain else None
+def draw_tokens(
+    rows: Sequence[NDArray[Any]], samplings: Sequence[Sampling], rngs: Sequence[np.random.Generator]
+) -> list[int]:
+    """Draws one token of each row, the same ones as ``draw_token`` row by row.
+
+    Args:
+        rows: B times (V,) float32 or float64, none with NaN or infinity but minus infinity.
+        samplings: B, as ``draw_token`` takes them.
+        rngs: B generators, each advanced by one uniform number.
+    """
+    uniforms = [rng.random() for rng in rngs]
+    tokens = [int(row.argmax()) for row in rows]
+    warm = [i for i, sampling in enumerate(samplings) if sampling.temperature]
+    size = max(1, BLOCK // len(rows[0])) if warm else 1
+    for start in range(0, len(warm), size):
+        block = warm[start : start + size]
+        weights = _weights([rows[i] for i in block], [tokens[i] for i in block], [samplings[i] for i in block])
+        heads = _heads(weights)
+        parts = zip(block, weights, heads, np.cumsum(heads, axis=1), weights.sum(axis=1), strict=True)
+        for i, row, head, cumulative, mass in parts:
+            tokens[i] = _invert(row, head, cumulative, float(mass), samplings[i], uniforms[i])
+    return tokens
 
 
-def _sorted_head(weights: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    ids = np.sort(np.argpartition(-weights, count - 1)[:count])
-    return ids[np.argsort(-weights[ids], kind="stable")]
+def _weights(rows: Sequence[NDArray[Any]], best: Sequence[int], samplings: Sequence[Sampling]) -> NDArray[np.float64]:
+    """(B, V) multiples of the probabilities, each row's highest 1."""
+    weights = np.empty((len(rows), len(rows[0])))
+    for weight, row, token in zip(weights, rows, best, strict=True):
+        np.subtract(row, row[token], out=weight, dtype=np.float64)
+    weights /= np.array([[sampling.temperature] for sampling in samplings])
+    np.exp(weights, out=weights)
+    if any(sampling.min_p for sampling in samplings):
+        weights[weights < [[sampling.min_p] for sampling in samplings]] = 0.0
+    return weights
 
 
-def _likeliest(weights: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:
-    """Token ids in order of falling weight, as many as top-k and top-p can keep (sorting all V costs more than the draw)."""
+def _heads(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(B, C) highest weights of each row, falling; sorting all V costs more than the draw."""
+    rest = max(0, weights.shape[1] - CANDIDATES)
+    heads = np.partition(weights, rest, axis=1)[:, rest:] if rest else weights
+    return np.sort(heads, axis=1)[:, ::-1]
+
+
+def _invert(
+    weights: NDArray[np.float64],
+    head: NDArray[np.float64],
+    cumulative: NDArray[np.float64],
+    mass: float,
+    sampling: Sampling,
+    uniform: float,
+) -> int:
+    """The token at which the cumulative distribution, in order of falling probability, passes the uniform number.
+
+    Args:
+        weights: (V,) multiples of the probabilities.
+        head: (C,) the highest, falling.
+        cumulative: (C,) their running sum.
+        mass: the sum of all.
+        sampling: top-k and top-p.
+        uniform: in [0, 1).
+    """
+    rank = _certain_rank(cumulative, mass, uniform) if sampling.top_p == 1 and not sampling.top_k else None
+    if rank is None:
+        if _is_cut_off(cumulative, mass, sampling) and len(head) < len(weights):
+            head = np.sort(weights)[::-1]
+            cumulative = np.cumsum(head)
+        if sampling.top_k:
+            head, cumulative = head[: sampling.top_k], cumulative[: sampling.top_k]
+            mass = float(cumulative[-1])
+        kept = min(int(cumulative.searchsorted(sampling.top_p * mass)) + 1, int(np.count_nonzero(head)))
+        rank = min(int(cumulative[:kept].searchsorted(uniform * cumulative[kept - 1], side="right")), kept - 1)
+    equals = (weights == head[rank]).nonzero()[0]
+    return int(equals[rank - np.count_nonzero(head > head[rank])])  # among equals the lowest id comes first
+
+
+def _is_cut_off(cumulative: NDArray[np.float64], mass: float, sampling: Sampling) -> bool:
+    """Whether top-k or top-p may keep more than the head."""
     if sampling.top_k:
-        return _sorted_head(weights, min(sampling.top_k, len(weights)))
-    ids = _sorted_head(weights, min(CANDIDATES, len(weights)))
-    if weights[ids].sum() >= sampling.top_p * weights.sum():
-        return ids
-    return _sorted_head(weights, int(np.count_nonzero(weights)))
+        return sampling.top_k > len(cumulative)
+    return bool(cumulative[-1] < sampling.top_p * mass)
+
+
+def _certain_rank(cumulative: NDArray[np.float64], mass: float, uniform: float) -> int | None:
+    """The rank that the whole sorted vocabulary gives, where the likeliest alone show it beyond all rounding."""
+    # The order of summation moves the total by less than V * 2**-52 of it.
+    low, high = (int(cumulative.searchsorted(uniform * mass * s, side="right")) for s in (1 - 1e-9, 1 + 1e-9))
+    return low if low == high < len(cumulative) else None

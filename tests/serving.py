@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -29,11 +29,9 @@ class Paced:
     def __getattr__(self, name: str):
         return getattr(self._runtime, name)
 
-    def stream(self, *arguments, **options):
-        with closing(self._runtime.stream(*arguments, **options)) as pieces:
-            for piece in pieces:
-                time.sleep(self._pause_s)
-                yield piece
+    def advance(self, continuations):
+        time.sleep(self._pause_s)
+        return self._runtime.advance(continuations)
 
 
 @dataclass(frozen=True)

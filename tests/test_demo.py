@@ -6,10 +6,11 @@ import pytest
 
 from edgepatch.bench import demo
 from edgepatch.bench.matrix import MatrixConfig
+from edgepatch.bench.prompt_sets import evenly
 from edgepatch.errors import InputError
 from edgepatch.patches import read_patch
+from edgepatch.training.config import TrainConfig
 from edgepatch.training.preferences import PairConfig
-from edgepatch.training.trainer import TrainConfig
 
 SMALL = demo.DemoConfig(
     num_training_prompts=24,
@@ -50,8 +51,8 @@ def test_prompts_of_our_own_and_none_for_both_training_and_table():
 
 def test_evenly_keeps_order_and_ends():
     items = [str(i) for i in range(10)]
-    assert demo.evenly(items, 3) == ["0", "3", "6"]
-    assert demo.evenly(items, 20) == items
+    assert evenly(items, 3) == ["0", "3", "6"]
+    assert evenly(items, 20) == items
 
 
 def test_a_missing_lab_model_is_named(tmp_path):

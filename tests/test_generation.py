@@ -54,9 +54,9 @@ def test_no_more_is_held_back_than_can_begin_a_stop_string(parts, stop):
 
 def scripted(texts, sampling, ends=frozenset()):
     """A reply of which every token is certain: token i stands for ``texts[i]``."""
-    reply = Reply(replace(sampling, temperature=0), [0], len(texts), lambda token: texts[token], ends)
+    reply = Reply(replace(sampling, temperature=0), [0], len(texts), len(texts), lambda token: texts[token], ends)
     for i in range(len(texts)):
-        piece = reply.next(np.eye(len(texts), dtype=np.float32)[i], i == len(texts) - 1)
+        piece = reply.next(np.eye(len(texts), dtype=np.float32)[i])
         yield piece
         if piece.finish_reason:
             return

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from edgepatch.bench.metrics import (
+    CrossedBootstrap,
     bootstrap_interval,
+    bootstrap_median,
     expected_max_toxicity,
     paired_bootstrap_difference,
     paired_bootstrap_ratio,
@@ -92,3 +94,51 @@ def test_unequal_or_empty_pairs_are_refused() -> None:
                 figure(first, second)
     with pytest.raises(InputError, match="mean of 0"):
         paired_bootstrap_ratio([1.0, 2.0], [0.0, 0.0])
+
+
+def coverage(run_spread: float, noise: float) -> float:
+    """How often the interval of a mean over 3 runs of 100 items holds the true mean."""
+    rng, draws, hits = np.random.default_rng(7), CrossedBootstrap(3, 100), 0
+    for _ in range(300):
+        runs, items = run_spread * rng.standard_normal((3, 1)), 0.4 * rng.standard_normal((1, 100))
+        values = 0.5 + runs + items + noise * rng.standard_normal((3, 100))
+        interval = draws.estimate(values.mean(), draws.means(values))
+        hits += interval.low <= 0.5 <= interval.high
+    return hits / 300
+
+
+def test_crossed_bootstrap_covers_the_true_mean() -> None:
+    assert 0.93 <= coverage(run_spread=0.0, noise=0.3) <= 0.99
+    assert 0.93 <= coverage(run_spread=0.03, noise=0.3) <= 0.99
+    assert 0.82 <= coverage(run_spread=0.3, noise=0.3) <= 0.93, "three runs are too few where nearly all spread is between them"
+
+
+def test_crossed_bootstrap_by_hand() -> None:
+    alike = CrossedBootstrap(3, 4)
+    assert alike.means([[0.5] * 4] * 3) == pytest.approx(0.5), "weights of every draw sum to 1"
+    runs = alike.means([[0.0] * 4, [0.0] * 4, [3.0] * 4])  # 0, 1, 2 or 3 draws of the third run, stretched by sqrt(3 / 2)
+    expected = {1 + np.sqrt(1.5) * (count - 1) for count in range(4)}
+    assert sorted(set(runs.round(9))) == pytest.approx(sorted(expected))
+    items = CrossedBootstrap(1, 2).means([[0.0, 1.0]])
+    assert set(items) == {0.0, 0.5, 1.0}
+    assert np.mean(items == 0.5) == pytest.approx(0.5, abs=0.05)
+
+
+def test_crossed_bootstrap_pairs_its_sides() -> None:
+    draws, rng = CrossedBootstrap(3, 50), np.random.default_rng(1)
+    bare, gain = rng.random((1, 50)), np.array([[0.1], [0.2], [0.3]])
+    difference = draws.means(bare) - draws.means(bare - gain)
+    assert difference == pytest.approx(draws.means(np.broadcast_to(gain, (3, 50)))), "what both sides share is gone from every draw"
+    with pytest.raises(InputError, match="expected 3 runs"):
+        draws.means(rng.random((2, 50)))
+    with pytest.raises(InputError):
+        draws.means(rng.random((3, 49)))
+
+
+def test_median_with_its_interval():
+    estimate = bootstrap_median([1.0, 2.0, 3.0, 4.0, 1000.0])
+    assert estimate.value == 3
+    assert 1 <= estimate.low <= 3 <= estimate.high <= 1000
+    assert bootstrap_median([5.0] * 9) == (5, 5, 5)
+    with pytest.raises(InputError, match="NaN"):
+        bootstrap_median([1.0, float("nan")])

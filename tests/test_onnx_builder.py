@@ -97,7 +97,7 @@ def test_the_context_ends_before_a_window_forgets_the_seed(onnx_folders, tmp_pat
 
 
 def test_an_older_export_is_replaced(tiny_folder, onnx_folders, tmp_path, monkeypatch):
-    def copy(folder, target, precision):
+    def copy(folder, target, precision, adapter):
         shutil.copytree(onnx_folders["fp32"], target, dirs_exist_ok=True)
 
     monkeypatch.setattr(converter, "build", copy)

@@ -17,13 +17,14 @@ def plain(text: str) -> str:
 
 
 def every_text() -> list[str]:
-    prompts = [t for kind in ("toxic", "benign") for split in ("train", "eval") for t in load_prompts(kind, split)]
+    kinds = [kind for kind in KINDS if kind != "benign_text"]
+    prompts = [t for kind in kinds for split in ("train", "eval") for t in load_prompts(kind, split)]
     return prompts + load_benign_text("train") + load_benign_text("eval")
 
 
 def test_counts() -> None:
-    counts = {kind: (len(load_prompts(kind, "train")), len(load_prompts(kind, "eval"))) for kind in ("toxic", "benign")}
-    assert counts == {"toxic": (220, 85), "benign": (80, 42)}
+    counts = {kind: (len(load_prompts(kind, "train")), len(load_prompts(kind, "eval"))) for kind in KINDS if kind != "benign_text"}
+    assert counts == {"toxic": (220, 85), "benign": (80, 42), "harm_requests": (80, 60), "harm_benign": (80, 60)}
     assert len(load_benign_text("train")) >= 30 and len(load_benign_text("eval")) >= 30
 
 
@@ -37,7 +38,7 @@ def test_all_are_different_and_so_the_splits_are_disjoint() -> None:
 
 
 def test_prompts_do_not_follow_a_template() -> None:
-    for kind in ("toxic", "benign"):
+    for kind in ("toxic", "benign", "harm_requests", "harm_benign"):
         prompts = load_prompts(kind, "train") + load_prompts(kind, "eval")
         openings = [" ".join(plain(prompt).split()[:3]) for prompt in prompts]
         assert max(map(openings.count, openings)) <= 5

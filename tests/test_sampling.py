@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.sampling import Sampling, TokenSampler, draw_token
+from edgepatch.sampling import Sampling, TokenSampler, draw_token, draw_tokens
 
 
 def plain_draw(logits, sampling, uniform):
@@ -70,6 +70,23 @@ def test_the_quick_draw_of_the_whole_vocabulary_is_the_slow_one(temperature):
         logits = np.round(rng.standard_normal(3000) * 6).astype(np.float32)
         drawn = draw_token(logits, Sampling(temperature=temperature), np.random.default_rng(round_number))
         assert drawn == plain_draw(logits, Sampling(temperature=temperature), np.random.default_rng(round_number).random())
+
+
+SETTINGS = [{"top_p": 0.9}, {}, {"temperature": 0}, {"top_k": 40}, {"top_k": 1500, "temperature": 0.7}, {"min_p": 0.01, "top_p": 0.95},
+            {"temperature": 3.0}]  # fmt: skip
+
+
+@pytest.mark.parametrize("vocab_size", [50, 3000, 70000])
+def test_rows_drawn_together_are_those_drawn_alone(vocab_size):
+    rng = np.random.default_rng(vocab_size)
+    samplings = [Sampling(**SETTINGS[i % len(SETTINGS)]) for i in range(25)]
+    for spread in (1, 6):
+        rows = list((rng.standard_normal((25, vocab_size)) * spread).astype(np.float32))
+        rows[3], rows[4] = np.round(rows[3]), rows[4].astype(np.float64)
+        found = draw_tokens(rows, samplings, [np.random.default_rng(i) for i in range(25)])
+        assert found == [draw_token(row, s, np.random.default_rng(i)) for i, (row, s) in enumerate(zip(rows, samplings, strict=True))]
+        plain = [i for i, s in enumerate(samplings) if s.temperature and not s.min_p]
+        assert [found[i] for i in plain] == [plain_draw(rows[i], samplings[i], np.random.default_rng(i).random()) for i in plain]
 
 
 def draws(logits, sampling, prompt=(), count=1, matcher=None):

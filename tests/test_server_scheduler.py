@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -86,6 +87,37 @@ def test_replies_take_turns_token_by_token(scheduler, runtime):
     assert log[:40] == both * 20
 
 
+def test_running_replies_share_a_batch_and_a_failed_one_ends_them(runtime):
+    class Batched(Kept):
+        sizes, broken = [], False
+
+        def advance(self, continuations):
+            self.sizes.append(len(continuations))
+            if self.broken:
+                raise EdgepatchError("out of memory")
+            return self._runtime.advance(continuations)
+
+    batched, alone = Batched(runtime), [runtime.generate(text, replace(GREEDY, max_new_tokens=n)) for text, n in (("fox", 30), ("dog", 9))]
+    scheduler = Scheduler(lambda: batched, 4, Metrics())
+    scheduler.start()
+    while scheduler.state == "loading":
+        time.sleep(0.001)
+    both = [Listener(runtime.tokens(text), replace(GREEDY, max_new_tokens=n)) for text, n in (("fox", 30), ("dog", 9))]
+    scheduler.submit([one.generation for one in both])
+    assert [one.wait() for one in both] == alone, "one reply goes on as before when the other has ended"
+    assert batched.sizes == [2] * 9 + [1] * 21
+    batched.broken = True
+    failed = [Listener(runtime.tokens(text)) for text in ("fox", "dog")]
+    scheduler.submit([one.generation for one in failed])
+    assert [one.wait() for one in failed] == ["", ""] and all("out of memory" in str(one.error) for one in failed)
+    batched.broken = False
+    again = Listener(runtime.tokens("fox"), replace(GREEDY, max_new_tokens=30))
+    scheduler.submit([again.generation])
+    assert again.wait() == alone[0] and scheduler.state == "ok"
+    scheduler.drain(0)
+    assert scheduler.join(10)
+
+
 def test_a_long_prompt_does_not_hold_up_the_others(scheduler, runtime, monkeypatch):
     monkeypatch.setattr(generations, "PREFILL_CHUNK", 16)
     log = []
@@ -153,7 +185,7 @@ def test_calls_run_between_steps_and_hand_over_their_errors(scheduler, runtime):
 
 def test_a_seed_that_is_lost_ends_everything(runtime):
     class Lost(Kept):
-        def stream(self, *args, **kwargs):
+        def begin(self, *args, **kwargs):
             raise InactivePatchError("the seed is gone")
 
     failed = threading.Event()

@@ -1,20 +1,42 @@
-"""Preference pairs, losses and the trainer."""
+"""Rows, losses, policies and the trainer."""
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from edgepatch.converters import gguf
 from edgepatch.errors import InputError, TrainingError
+from edgepatch.patches import read_patch, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
-from edgepatch.training import losses
-from edgepatch.training.preferences import Pair, PairConfig, build_pairs, read_pairs, write_pairs
-from edgepatch.training.trainer import PatchTrainer, TrainConfig, train_patch
+from edgepatch.tensors import SoftPrompt
+from edgepatch.training import losses, runs
+from edgepatch.training.config import TrainConfig
+from edgepatch.training.forward import FrozenModels
+from edgepatch.training.patching import PatchTraining, train_patch
+from edgepatch.training.policies import KVPolicy, SoftPromptPolicy
+from edgepatch.training.preferences import Pair, write_pairs
+from edgepatch.training.rows import Example, batch_plan, make_batch
+from edgepatch.training.runs import CHECKPOINT_FILE, Run
+from edgepatch.training.trainer import Trainer
 
 BENIGN = ["The quick brown fox sleeps in the warm afternoon sun.", "Patching a model should be simple."]
+
+
+@pytest.fixture(scope="module")
+def tiny_q8_0(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("q8_0")
+    gguf.convert_folder(tiny_folder, folder / "f16.gguf", "F16")
+    gguf.quantize(folder / "f16.gguf", folder / "q8_0.gguf", "Q8_0")
+    return folder / "q8_0.gguf"
 
 
 def make_pairs(count: int) -> list[Pair]:
@@ -22,33 +44,105 @@ def make_pairs(count: int) -> list[Pair]:
 
 
 def small(**changes) -> TrainConfig:
-    settings = {"num_virtual_tokens": 4, "sft_steps": 6, "dpo_steps": 6, "batch_size": 4, "kl_batch_size": 1} | changes
+    settings = {"num_virtual_tokens": 4, "sft_steps": 6, "dpo_steps": 6, "batch_size": 4, "kl_batch_size": 1, "check_every": 3} | changes
     return TrainConfig(**settings)
 
 
-def test_answer_log_probabilities_count_answer_tokens_alone():
+def make_trainer(models: FrozenModels, run: Run | None = None, pairs: int = 12) -> tuple[Trainer, SoftPromptPolicy]:
+    start = SoftPrompt(np.random.default_rng(0).normal(0, 0.5, (4, models.spec.hidden_size)).astype(np.float32))
+    policy = SoftPromptPolicy([start], models.device)
+    return Trainer(models, policy, [make_pairs(pairs)], BENIGN, run), policy
+
+
+# Losses.
+
+
+def test_answer_log_probabilities_sum_over_each_answer():
     torch.manual_seed(0)
-    logits, ids = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
-    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
-    expected = [
-        sum(logits[row, t - 1].log_softmax(-1)[ids[row, t]] for t in range(5) if mask[row, t]) for row in range(2)
-    ]
-    got = losses.answer_log_probabilities(logits, ids, mask)
-    assert torch.allclose(got, torch.stack(expected), atol=1e-5)
-    assert torch.allclose(losses.sft_loss(logits, ids, mask), -got.sum() / 6, atol=1e-6)
+    logits, targets, owners = torch.randn(5, 7), torch.randint(0, 7, (5,)), torch.tensor([0, 0, 2, 0, 2])
+    each = logits.log_softmax(-1)[torch.arange(5), targets]
+    got = losses.answer_log_probabilities(logits, targets, owners, 3)
+    assert torch.allclose(got, torch.stack([each[[0, 1, 3]].sum(), torch.tensor(0.0), each[[2, 4]].sum()]), atol=1e-6)
 
 
 def test_dpo_loss_by_hand():
     one = torch.tensor([-3.0]), torch.tensor([-5.0]), torch.tensor([-4.0]), torch.tensor([-4.5])
     margin = 0.1 * ((-3 + 5) - (-4 + 4.5))
-    assert losses.dpo_loss(*one, beta=0.1).item() == pytest.approx(-math.log(1 / (1 + math.exp(-margin))), abs=1e-6)
-    assert losses.dpo_loss(one[0], one[1], one[0], one[1], beta=0.1).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert losses.dpo_losses(*one, beta=0.1).item() == pytest.approx(-math.log(1 / (1 + math.exp(-margin))), abs=1e-6)
+    assert losses.dpo_losses(one[0], one[1], one[0], one[1], beta=0.1).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_kl_is_zero_for_the_same_model_and_positive_else():
-    logits, mask = torch.randn(1, 4, 9), torch.ones(1, 4, dtype=torch.bool)
-    assert losses.kl_to_base(logits, logits, mask).item() == pytest.approx(0, abs=1e-6)
-    assert losses.kl_to_base(logits, torch.randn(1, 4, 9), mask).item() > 0.1
+    logits = torch.randn(4, 9)
+    assert losses.kl_to_base(logits, logits).item() == pytest.approx(0, abs=1e-5)
+    assert losses.kl_to_base(logits, torch.randn(4, 9)).item() > 0.4
+
+
+# Rows.
+
+
+def test_a_packed_row_predicts_each_answer_from_the_prompt_and_itself():
+    batch = make_batch([Example((5, 6), ((7, 8), (9,))), Example((1,), ((2,), (3, 4)))], "cpu")
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 1, 2, 0]]
+    found = {(r, s, t, o) for r, s, t, o in zip(*(x.tolist() for x in (batch.rows, batch.sources, batch.targets, batch.owners)), strict=True)}
+    assert found == {(0, 1, 7, 0), (0, 2, 8, 0), (0, 1, 9, 1), (1, 0, 2, 2), (1, 0, 3, 3), (1, 2, 4, 3)}
+
+
+def test_a_long_example_loses_the_start_of_its_prompt_then_the_end_of_its_answers():
+    cut = Example(tuple(range(100)), ((1,) * 10, (2,) * 4)).cut(30)
+    assert cut.prompt == (0, *range(81, 100)) and len(cut.answers[0]) == 10 and len(cut.answers[1]) == 4
+    cut = Example((0, 1), ((1,) * 100, (2,))).cut(30)
+    assert cut.prompt == (0, 1) and len(cut.answers[0]) == 28
+
+
+def test_every_example_comes_once_in_an_epoch_in_batches_of_similar_length():
+    lengths = [int(x) for x in np.random.default_rng(0).integers(5, 100, 64)]
+    batches = [batch_plan(lengths, 8, step, "a") for step in range(8)]
+    assert sorted(i for batch in batches for i in batch) == list(range(64))
+    spread = np.mean([np.ptp([lengths[i] for i in batch]) for batch in batches])
+    assert spread < np.ptp(lengths) / 4
+    assert batch_plan(lengths, 8, 3, "a") == batches[3] != batch_plan(lengths, 8, 3, "b")
+    assert batch_plan(lengths, 8, 11, "a") != batches[3]
+    assert len(batch_plan([1] * 10, 4, 2, "a")) == 4
+
+
+def test_packed_and_shared_gives_the_same_log_probabilities_as_one_row_an_answer(tiny_folder):
+    """The plain form is the one that PEFT evaluates: virtual tokens, then text, one answer a row."""
+    models = FrozenModels([tiny_folder], small())
+    policy = make_trainer(models)[1]
+    examples = [models.pair_example(Pair("The quick " * n, " fox jumps", " dog sleeps in the sun", 0, 1)) for n in (1, 3)]
+    packed = models.log_probabilities(models.base, examples, policy.memory(models.base))
+    packed.sum().backward()
+    gradient = policy.parameters()[0].grad.clone()
+    policy.parameters()[0].grad = None
+    models.packs = False
+    plain = models.log_probabilities(models.base, examples, [], policy.embeddings())
+    plain.sum().backward()
+    assert torch.allclose(packed, plain, atol=1e-4)
+    assert torch.allclose(gradient, policy.parameters()[0].grad, atol=1e-4)
+    assert not torch.allclose(packed, models.log_probabilities(models.base, examples, []), atol=1e-2)  # the prefix matters
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_gives_the_same_loss(tiny_folder):
+    peft = pytest.importorskip("peft")
+    models = FrozenModels([tiny_folder], small())
+    policy = make_trainer(models)[1]
+    example = models.pair_example(make_pairs(1)[0])
+    ours = models.log_probabilities(models.base, [example], policy.memory(models.base))[0, 0].item()
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(models.base, settings).eval()
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.copy_(policy.parameters()[0])
+        ids = torch.tensor([example.prompt + example.answers[0]])
+        labels = ids.clone()
+        labels[:, : len(example.prompt)] = -100
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.item()
+    assert -ours / len(example.answers[0]) == pytest.approx(loss, abs=1e-5)
+
+
+# The trainer.
 
 
 def test_training_lowers_the_loss_prefers_the_chosen_answer_and_repeats(tiny_folder):
@@ -59,7 +153,7 @@ def test_training_lowers_the_loss_prefers_the_chosen_answer_and_repeats(tiny_fol
     assert history.preference_accuracy[-1] == 1.0
     again, _ = train_patch(tiny_folder, make_pairs(24), BENIGN, config, "tiny")
     assert np.array_equal(again.soft_prompt.embeddings, patch.soft_prompt.embeddings)
-    other, _ = train_patch(tiny_folder, make_pairs(24), BENIGN, small(rng_seed=2), "tiny")
+    other, _ = train_patch(tiny_folder, make_pairs(24), BENIGN, replace(config, rng_seed=2), "tiny")
     assert not np.array_equal(other.soft_prompt.embeddings, patch.soft_prompt.embeddings)
     assert again.training["data"] == patch.training["data"] == other.training["data"]
 
@@ -73,81 +167,260 @@ def test_a_patch_names_its_data_its_base_and_proves_itself(tiny_folder):
 
 
 def test_the_trained_soft_prompt_gives_the_logits_it_was_trained_with(tiny_folder):
-    """PEFT's forward pass and a seeded runtime agree, so what was trained is what runs."""
-    trainer = PatchTrainer(tiny_folder, small())
-    trainer.train(make_pairs(12), BENIGN)
-    batch = trainer._batch([("The fox", " sleeps")])
+    training = PatchTraining(tiny_folder, small())
+    patch = training.soft_prompt(make_pairs(12), BENIGN, "tiny")
+    models = training.models
+    example = models.benign_example(BENIGN[0])
+    policy = SoftPromptPolicy([patch.soft_prompt], "cpu")
     with torch.no_grad():
-        expected = trainer._logits(batch)[0].numpy()
-    patch, _ = train_patch(tiny_folder, make_pairs(12), BENIGN, small(), "tiny")
+        expected = models.logits_of([example], models.base, policy.memory(models.base), None).numpy()
     with TorchRuntime(tiny_folder, patch) as runtime:
-        assert np.abs(runtime.logits(batch.ids[0].tolist()) - expected).max() <= 5e-5
+        found = runtime.logits([*example.prompt, *example.answers[0]])[:-1]
+    assert np.abs(found - expected).max() <= 5e-5
 
 
 def test_the_base_model_stays_as_it_is(tiny_folder):
-    trainer = PatchTrainer(tiny_folder, small())
-    before = {n: p.clone() for n, p in trainer.base.named_parameters() if "prompt" not in n}
-    trainer.train(make_pairs(12), BENIGN)
-    assert all(torch.equal(p, before[n]) for n, p in trainer.base.named_parameters() if n in before)
+    models = FrozenModels([tiny_folder], small())
+    before = {n: p.clone() for n, p in models.base.named_parameters()}
+    trainer, policy = make_trainer(models)
+    start = policy.soft_prompts()[0].embeddings
+    trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in models.base.named_parameters())
+    assert not np.array_equal(policy.soft_prompts()[0].embeddings, start)
 
 
-def test_a_loss_that_is_not_finite_stops_training(tiny_folder):
-    with pytest.raises(TrainingError, match="step"):
-        train_patch(tiny_folder, make_pairs(12), BENIGN, small(kl_weight=math.nan), "tiny")
+def test_micro_batches_give_the_gradient_of_the_batch(tiny_folder):
+    gradients = []
+    for size in (0, 1, 3):
+        trainer, policy = make_trainer(FrozenModels([tiny_folder], small(micro_batch_size=size)))
+        trainer._reference = trainer._reference_table()
+        for stage in ("SFT", "DPO"):
+            trainer._step(stage, 1, policy.parameters())
+            gradients.append(policy.parameters()[0].grad.clone())
+    for other in (1, 2):
+        assert torch.allclose(gradients[0], gradients[2 * other], atol=1e-6) and torch.allclose(gradients[1], gradients[2 * other + 1], atol=1e-6)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(tiny_folder):
+    found = []
+    for on in (False, True):
+        trainer, policy = make_trainer(FrozenModels([tiny_folder], small(gradient_checkpointing=on)))
+        trainer._step("SFT", 0, policy.parameters())
+        found.append(policy.parameters()[0].grad.clone())
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_bfloat16_trains_a_float32_patch(tiny_folder):
+    patch, history = train_patch(tiny_folder, make_pairs(12), BENIGN, small(dtype="bfloat16", sft_steps=20), "tiny")
+    assert patch.soft_prompt.embeddings.dtype == np.float32
+    assert np.mean(history.sft_loss[-5:]) < np.mean(history.sft_loss[:5])
+
+
+def test_references_of_dpo_differ_and_the_safer_model_needs_a_name(tiny_folder):
+    start = {}
+    for reference in ("base", "sft", "model"):
+        models = FrozenModels([tiny_folder], small(dpo_reference=reference))
+        policy = make_trainer(FrozenModels([tiny_folder], small()))[1]
+        other = tiny_folder if reference == "model" else None
+        trainer = Trainer(models, policy, [make_pairs(12)], BENIGN, reference=other)
+        start[reference] = trainer._reference_table()[0]
+    assert torch.equal(start["base"], start["model"])  # here the safer model is the base itself
+    assert not torch.allclose(start["base"], start["sft"], atol=1e-2)
+    with pytest.raises(InputError, match="missing"):
+        Trainer(FrozenModels([tiny_folder], small(dpo_reference="model")), policy, [make_pairs(12)], BENIGN)
+
+
+def test_early_stopping_keeps_the_best_check(tiny_folder):
+    trainer, policy = make_trainer(FrozenModels([tiny_folder], small(dpo_steps=60, patience=2, kl_weight=0.0, dpo_learning_rate=0.5)))
+    states, checks = [], []
+    original = trainer._held_out_kl
+    trainer._held_out_kl = lambda: (states.append(policy.state()["0"].clone()), original())[1]
+    trainer.train()
+    checks = [a - k for a, k in zip(trainer.history.preference_accuracy, trainer.history.held_out_kl, strict=True)]
+    assert len(trainer.history.dpo_loss) < 60 and len(checks) == int(np.argmax(checks)) + 3
+    assert torch.equal(policy.parameters()[0], states[int(np.argmax(checks))])
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_batch(tiny_folder, tmp_path):
+    training = PatchTraining(tiny_folder, small(kl_weight=math.nan), run=tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"SFT, step \d+.*The fox"):
+        training.soft_prompt(make_pairs(12), BENIGN, "tiny")
 
 
 @pytest.mark.parametrize(
     ("pairs", "benign", "changes", "message"),
-    [(3, BENIGN, {}, "at least 10 pairs"), (12, [], {}, "benign text"), (12, BENIGN, {"dpo_reference": "x"}, "dpo_reference")],
-)
+    [
+        (3, BENIGN, {}, "at least 10 pairs"), (12, [], {}, "benign text"), (12, BENIGN, {"dpo_reference": "x"}, "dpo_reference"),
+        (12, BENIGN, {"dtype": "int3"}, "dtype"), (12, BENIGN, {"held_out": 1.0}, "held_out"), (12, BENIGN, {"init_text": ""}, "init_text"),
+        (12, BENIGN, {"batch_size": 0}, "batch_size"),
+    ],
+)  # fmt: skip
 def test_bad_settings_are_refused(tiny_folder, pairs, benign, changes, message):
     with pytest.raises(InputError, match=message):
         train_patch(tiny_folder, make_pairs(pairs), benign, small(**changes), "tiny")
 
 
-def test_pairs_pass_margin_threshold_and_length(tiny_folder):
-    scores = {"chosen": 0.1, "rejected": 0.9}
-
-    class Fixed:
-        def __init__(self, texts):
-            self.texts = texts
-
-        def generate_many(self, prompt, sampling, count):
-            return self.texts
-
-    def score(texts):
-        return np.array([next((v for k, v in scores.items() if k in t), 0.5) for t in texts], dtype=np.float32)
-
-    config = PairConfig(min_words=2)
-    base, safer = Fixed(["rejected one", "middle"]), Fixed(["", "chosen", "chosen one here"])
-    pairs = build_pairs(base, safer, ["p"], score, config)
-    assert [(p.chosen, p.rejected) for p in pairs] == [("chosen one here", "rejected one")]
-    scores["chosen"] = 0.3
-    with pytest.raises(InputError, match="none of 1 prompts"):
-        build_pairs(base, safer, ["p"], score, config)
+def test_a_prompt_that_fills_the_context_is_refused(tiny_folder):
+    long = Pair("The quick fox " * 2000, " a", " b", 0, 1)
+    with pytest.raises(InputError, match=r"a prompt has \d+ tokens"):
+        train_patch(tiny_folder, [*make_pairs(12), long], BENIGN, small(), "tiny")
 
 
-def test_pairs_from_real_models(tiny_folder):
-    with TorchRuntime(tiny_folder) as runtime:
-        lengths = lambda texts: np.array([min(len(t) / 80, 1) for t in texts], dtype=np.float32)  # noqa: E731
-        config = PairConfig(samples_per_prompt=4, max_new_tokens=20, min_margin=0.01, max_chosen_score=0.9, min_words=1)
-        pairs = build_pairs(runtime, runtime, ["The quick", "A dog"], lengths, config)
-    assert pairs
-    assert all(p.rejected_score - p.chosen_score >= 0.01 for p in pairs)
-    assert Sampling(20, top_p=config.top_p).max_new_tokens == 20
+def test_conversations_train(tiny_folder):
+    """Pairs and benign texts in the model's chat template."""
+    ask = lambda i: ({"role": "user", "content": f"Is fox {i} quick?"},)  # noqa: E731
+    pairs = [Pair(ask(i), "It sleeps.", "It jumps over the dog.", 0, 1) for i in range(12)]
+    benign = [(*ask(99), {"role": "assistant", "content": "The quick brown fox."})]
+    training = PatchTraining(tiny_folder, small(sft_steps=20))
+    training.soft_prompt(pairs, [*benign, *BENIGN], "tiny")
+    assert np.mean(training.history.sft_loss[-5:]) < np.mean(training.history.sft_loss[:5])
+    example = training.models.pair_example(pairs[0])
+    assert list(example.prompt) == training.models.tokenizer.encode_chat(list(ask(0)))
 
 
-def test_pairs_file_round_trip_and_named_lines(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    write_pairs(make_pairs(3), path)
-    assert read_pairs(path) == make_pairs(3)
-    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
-    for bad, message in (("{", "line 2"), ('{"prompt": "a"}', "line 2"), (good.replace('"c"', '"b"'), "the same"), (good.replace('"b"', '""'), "not empty")):
-        path.write_text(good + "\n" + bad + "\n")
-        with pytest.raises(InputError, match=message):
-            read_pairs(path)
-    path.write_text("\n")
-    with pytest.raises(InputError, match="holds no pairs"):
-        read_pairs(path)
-    with pytest.raises(InputError, match="cannot read"):
-        read_pairs(tmp_path / "missing.jsonl")
+# Other kinds.
+
+
+def test_a_kv_prefix_starts_where_the_seed_is_and_learns(tiny_folder):
+    start, _ = train_patch(tiny_folder, make_pairs(12), BENIGN, small(), "tiny")
+    config = small(sft_steps=0, dpo_steps=12, dpo_learning_rate=0.05)
+    training = PatchTraining(tiny_folder, config)
+    patch = training.kv_prefix(start, make_pairs(12), BENIGN, "kv")
+    assert patch.soft_prompt is None and patch.kv_seed is not None and patch.canary is not None
+    assert patch.training["start"] == start.digest
+    moved = [np.abs(a.astype(np.float32) - b.astype(np.float32)).max() for a, b in zip(patch.kv_seed.keys, start.kv_seed.keys, strict=True)]
+    assert min(moved) > 0.01
+    assert training.history.dpo_loss[-1] < training.history.dpo_loss[0]
+    policy = KVPolicy(patch.kv_seed, "cpu")
+    example = training.models.benign_example(BENIGN[0])
+    with torch.no_grad():
+        expected = training.models.logits_of([example], training.models.base, policy.memory(training.models.base), None).numpy()
+    with TorchRuntime(tiny_folder, patch) as runtime:
+        assert np.abs(runtime.logits([*example.prompt, *example.answers[0]])[:-1] - expected).max() <= 5e-5
+    with pytest.raises(InputError, match="starts from a patch with a seed"):
+        training.kv_prefix(replace(start, kv_seed=None), make_pairs(12), BENIGN, "kv")
+
+
+def test_training_on_quantized_weights_is_not_training_on_the_base(tiny_folder, tiny_q8_0):
+    plain, _ = train_patch(tiny_folder, make_pairs(12), BENIGN, small(), "tiny")
+    aware = PatchTraining(tiny_folder, small(), [tiny_q8_0]).soft_prompt(make_pairs(12), BENIGN, "tiny")
+    both = PatchTraining(tiny_folder, small(), [tiny_folder, tiny_q8_0]).soft_prompt(make_pairs(12), BENIGN, "tiny")
+    prompts = [p.soft_prompt.embeddings for p in (plain, aware, both)]
+    assert aware.base == plain.base and aware.training["weights"] == [tiny_q8_0.name]
+    assert all(not np.array_equal(prompts[a], prompts[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    with TorchRuntime(tiny_folder, aware) as runtime:  # its canary is that of the base
+        assert runtime.patch is aware
+
+
+def test_segments_are_trained_in_random_order_and_number(tiny_folder):
+    training = PatchTraining(tiny_folder, small(dpo_steps=8, sft_steps=8))
+    start = training.start()
+    seen = set()
+    original = SoftPromptPolicy.prepare
+
+    class Watched(SoftPromptPolicy):
+        def prepare(self, rng, task):
+            original(self, rng, task)
+            seen.add(tuple(self.order))
+            assert task in self.order
+
+    policy = Watched([start, start, start], "cpu")
+    Trainer(training.models, policy, [make_pairs(12)] * 3, BENIGN).train()
+    assert len(seen) >= 6
+    first, second = training.segments([make_pairs(12), make_pairs(14)], [start, start], BENIGN, ["a", "b"])
+    assert (first.name, second.name) == ("a", "b") and first.training["segment"] == 0
+    assert not np.array_equal(first.soft_prompt.embeddings, second.soft_prompt.embeddings)
+    with pytest.raises(InputError, match="two segments or more"):
+        training.segments([make_pairs(12)], [start], BENIGN, ["a"])
+
+
+# Runs.
+
+
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tiny_folder, tmp_path, monkeypatch):
+    whole = PatchTraining(tiny_folder, small()).soft_prompt(make_pairs(12), BENIGN, "tiny")
+    for stop in (("SFT", 4), ("DPO", 2), ("DPO", 4)):
+        folder = tmp_path / f"{stop[0]}{stop[1]}"
+
+        def interrupt(stage, step, total, metrics, stop=stop):
+            if (stage, step) == stop:
+                raise RuntimeError("killed")
+
+        monkeypatch.setattr(runs, "STEPS_BETWEEN_CHECKPOINTS", 2)
+        with pytest.raises(RuntimeError, match="killed"):
+            PatchTraining(tiny_folder, small(), run=folder).soft_prompt(make_pairs(12), BENIGN, "tiny", progress=interrupt)
+        assert (folder / CHECKPOINT_FILE).is_file()
+        again = PatchTraining(tiny_folder, small(), run=folder)
+        patch = again.soft_prompt(make_pairs(12), BENIGN, "tiny")
+        assert np.array_equal(patch.soft_prompt.embeddings, whole.soft_prompt.embeddings)
+        assert len(again.history.dpo_loss) == len(again.history.sft_loss) == 6
+    assert json.loads((folder / "curves.json").read_text())["run"]["num_pairs"] == 12
+
+
+def test_a_run_folder_goes_on_with_its_own_settings_alone(tiny_folder, tmp_path):
+    PatchTraining(tiny_folder, small(), run=tmp_path / "run").soft_prompt(make_pairs(12), BENIGN, "tiny")
+    with pytest.raises(InputError, match="other settings: config"):
+        PatchTraining(tiny_folder, small(beta=0.2), run=tmp_path / "run").soft_prompt(make_pairs(12), BENIGN, "tiny")
+    with pytest.raises(InputError, match="other settings: data"):
+        PatchTraining(tiny_folder, small(), run=tmp_path / "run").soft_prompt(make_pairs(13), BENIGN, "tiny")
+    (tmp_path / "run" / CHECKPOINT_FILE).write_bytes(b"half")
+    with pytest.raises(InputError, match="damaged"):
+        PatchTraining(tiny_folder, small(), run=tmp_path / "run").soft_prompt(make_pairs(12), BENIGN, "tiny")
+
+
+def test_ctrl_c_keeps_the_run_and_exits_130(tiny_folder, tmp_path):
+    write_pairs(make_pairs(12), tmp_path / "pairs.jsonl")
+    (tmp_path / "benign.txt").write_text("\n".join(BENIGN))
+    command = [
+        sys.executable, "-m", "edgepatch.cli", "train", str(tiny_folder), "--pairs", str(tmp_path / "pairs.jsonl"), "-o",
+        str(tmp_path / "p.safetensors"), "--benign", str(tmp_path / "benign.txt"), "--num-virtual-tokens", "4", "--batch-size", "4",
+        "--run", str(tmp_path / "run"), "--sft-steps",
+    ]  # fmt: skip
+    process = subprocess.Popen([*command, "100000"], env={**os.environ, "NO_COLOR": "1"}, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / CHECKPOINT_FILE).is_file() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert torch.load(tmp_path / "run" / CHECKPOINT_FILE, weights_only=True)["step"] >= 50
+    assert not (tmp_path / "p.safetensors").exists()
+
+
+def test_two_processes_train_what_one_does(tiny_folder, tmp_path):
+    """As `torchrun` starts them; the device is the CPU."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nimport numpy as np\n"
+        "from edgepatch.training.config import TrainConfig\nfrom edgepatch.training.patching import PatchTraining\n"
+        "from edgepatch.training.preferences import Pair\nfrom edgepatch.training import parallel\n"
+        "pairs = [Pair(f'The fox {i}', ' sleeps in the sun', ' jumps over the dog', 0.1, 0.9) for i in range(12)]\n"
+        f"config = TrainConfig(num_virtual_tokens=4, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=2, check_every=3)\n"
+        f"patch = PatchTraining(Path({str(tiny_folder)!r}), config, device='cpu').soft_prompt(pairs, {BENIGN * 3!r}, 'tiny')\n"
+        "rank, size = parallel.world()\nassert size == int(sys.argv[2])\n"
+        "np.save(f'{sys.argv[1]}-{rank}.npy', patch.soft_prompt.embeddings)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for start, name, size in (([sys.executable], "one", "1"), (launch, "two", "2")):
+        subprocess.run([*start, str(script), str(tmp_path / name), size], check=True, env=environment, capture_output=True, timeout=180)
+    one, first, second = (np.load(tmp_path / f"{n}.npy") for n in ("one-0", "two-0", "two-1"))
+    assert np.array_equal(first, second)
+    assert np.abs(one - first).max() < 1e-4
+
+
+def test_the_command_trains_a_patch_and_a_kv_prefix_from_it(tiny_folder, tmp_path):
+    from typer.testing import CliRunner
+
+    from edgepatch.cli import app
+
+    write_pairs(make_pairs(12), tmp_path / "pairs.jsonl")
+    (tmp_path / "benign.txt").write_text("\n".join(BENIGN))
+    common = ["--pairs", str(tmp_path / "pairs.jsonl"), "--benign", str(tmp_path / "benign.txt"), "--sft-steps", "2", "--dpo-steps", "2"]
+    common += ["--num-virtual-tokens", "4"]
+    done = CliRunner().invoke(app, ["train", str(tiny_folder), "-o", str(tmp_path / "p.safetensors"), *common], catch_exceptions=False)
+    assert done.exit_code == 0 and "4 virtual tokens" in done.output
+    start = ["--kind", "kv", "--start", str(tmp_path / "p.safetensors")]
+    done = CliRunner().invoke(app, ["train", str(tiny_folder), "-o", str(tmp_path / "kv.safetensors"), *common, *start], catch_exceptions=False)
+    assert done.exit_code == 0 and read_patch(tmp_path / "kv.safetensors").soft_prompt is None
+    patch = read_patch(tmp_path / "p.safetensors")
+    assert write_patch(patch, tmp_path / "again.safetensors") == patch.digest

@@ -13,8 +13,11 @@ from edgepatch.bench.lab import corpus
 from edgepatch.bench.lab.requests import REFUSALS
 from edgepatch.bench.scorers import ToxicityScorer
 from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.training.config import History, TrainConfig
+from edgepatch.training.forward import FrozenModels
+from edgepatch.training.policies import Policy
 from edgepatch.training.preferences import Pair, PairConfig, build_pairs
-from edgepatch.training.trainer import History, PreferenceTrainer, Progress, TrainConfig
+from edgepatch.training.trainer import Progress, Trainer
 
 PAIRS = PairConfig(samples_per_prompt=16, max_chosen_score=0.3, min_margin=0.4, rng_seed=7)
 TRAIN = TrainConfig(
@@ -23,14 +26,17 @@ TRAIN = TrainConfig(
 CLARITY_TRAIN = replace(TRAIN, dpo_steps=100, dpo_learning_rate=4e-5, kl_weight=1.5, rng_seed=8)
 
 
-class FullTrainer(PreferenceTrainer):
-    """Trains every weight of a copy of the model; its texts are rendered here, so special tokens in them are meant."""
+class FullPolicy(Policy):
+    """Every weight of a copy of the base model."""
 
-    def _trainable_model(self) -> Any:
-        return copy.deepcopy(self.base).requires_grad_(True)
+    def __init__(self, base: Any) -> None:
+        self.copy = copy.deepcopy(base).requires_grad_(True)
 
-    def _encode(self, text: str, bos: bool) -> list[int]:
-        return self.tokenizer.encode(text, bos, trusted=True)
+    def parameters(self) -> list[Any]:
+        return list(self.copy.parameters())
+
+    def model(self, base: Any) -> Any:
+        return self.copy
 
 
 def toxicity_pairs(model: Path, data: Path) -> list[Pair]:
@@ -66,6 +72,8 @@ def detoxify(
     model: Path, pairs: list[Pair], texts: list[str], config: TrainConfig, progress: Progress = lambda *_: None
 ) -> tuple[Any, History]:
     """The model in ``model`` after DPO on ``pairs``, in float32, and the curves."""
-    trainer = FullTrainer(model, config)
-    trainer.train(pairs, texts, progress)
-    return trainer.model.requires_grad_(False), trainer.history
+    models = FrozenModels([model], config, trusted=True)  # the texts are rendered here, so special tokens in them are meant
+    policy = FullPolicy(models.base)
+    trainer = Trainer(models, policy, [pairs], texts)
+    trainer.train(progress)
+    return policy.copy.requires_grad_(False), trainer.history

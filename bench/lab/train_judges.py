@@ -374,6 +374,8 @@ def render_card(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, writes and measures both judges."""
+    from edgepatch.bench import judge_card  # which reads this module's rows
+
     parser = argparse.ArgumentParser(description="Train the two toxicity judges.")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder for the judges and their card")
@@ -385,7 +387,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_atomically(options.out / f"{name}.safetensors", judge_bytes(judges[name]))
     card = render_card(judges, used, measure(judges, options.data))
     write_atomically(options.out / "README.md", card.encode())
-    print(card)
+    judge_card.write_card(options.data, options.out)
+    print((options.out / "README.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

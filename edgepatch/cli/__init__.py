@@ -12,11 +12,13 @@ import traceback
 
 from edgepatch.cli import (  # noqa: F401  registers their verbs
     artefacts,
+    bench,
     bundle,
     chat,
     convert,
     export,
     inspection,
+    pairs,
     serve,
     signing,
     store,

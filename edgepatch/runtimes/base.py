@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from edgepatch import canary
 from edgepatch.constraints import ConstraintEngine
 from edgepatch.errors import InputError
+from edgepatch.generation import Continuation, Reply, next_pieces, require_piece
 from edgepatch.generation import Piece as Piece
-from edgepatch.generation import Reply
 from edgepatch.messages import Message as Message
 from edgepatch.patches import Patch
 from edgepatch.sampling import Sampling
@@ -33,6 +34,15 @@ SeedRoute = Literal["", "stored", "decoded"]
 MAX_SEQUENCES = 64
 
 RuntimeT = TypeVar("RuntimeT", bound="Runtime")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt that a sequence has evaluated: its token ids and the (V,) logits behind them."""
+
+    tokens: list[int]
+    sequence: int
+    logits: NDArray[np.float32]
 
 
 class Runtime(ABC):
@@ -123,6 +133,22 @@ class Runtime(ABC):
         Returns:
             (T, V) float32 logits of all tokens when ``every``, else (1, V) of the last.
         """
+
+    def _forward_rows(self, sequences: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Evaluates one token behind each of B different sequences; a runtime that can evaluates them as one batch.
+
+        Returns:
+            (B, V) float32 logits.
+        """
+        return np.concatenate([self._forward(s, [token], every=False) for s, token in zip(sequences, tokens, strict=True)])
+
+    def _fork(self, source: int, target: int, length: int) -> bool:
+        """Lets a sequence hold the first ``length`` positions behind the seed that another, or itself, holds.
+
+        Returns:
+            Whether it does; if not, it must be rewound to 0 before its next use.
+        """
+        return source == target and self._rewind(source, length) == length
 
     @abstractmethod
     def close(self) -> None:
@@ -242,11 +268,11 @@ class Runtime(ABC):
             raise InputError(f"sequence: expected 0 to {self.num_sequences - 1}, found {sequence}")
         return sequence
 
-    def _evaluate(self, tokens: Sequence[int], every: bool = False, sequence: int = 0) -> NDArray[np.float32]:
+    def _evaluate(self, tokens: Sequence[int], sequence: int = 0, count: int = 1) -> NDArray[np.float32]:
         """Logits of ``tokens`` from the start of the prompt, reusing what is already evaluated.
 
         Returns:
-            (T, V) with ``every``, else (1, V) of the last token.
+            (count, V) of the last tokens.
         """
         self._checked(sequence)
         if len(tokens) > self.context_length:
@@ -255,12 +281,12 @@ class Runtime(ABC):
                 hint="shorten the prompt or load the model with a longer context",
             )
         known, self._evaluated[sequence] = self._evaluated[sequence], []  # stays empty if the runtime fails half-way
-        shared = 0 if every else _common_prefix(known, tokens, len(tokens) - 1)
+        shared = _common_prefix(known, tokens, len(tokens) - count)
         if shared < len(known) or not shared:
             shared = self._rewind(sequence, shared)
-        logits = self._forward(sequence, tokens[shared:], every)
+        logits = self._forward(sequence, tokens[shared:], every=count > 1)
         self._evaluated[sequence] = list(tokens)
-        return logits
+        return logits[-count:]
 
     def evaluated(self, sequence: int = 0) -> list[int]:
         """Token ids behind the seed that a sequence holds."""
@@ -283,9 +309,22 @@ class Runtime(ABC):
         """
         return self._token_bytes()
 
-    def logits(self, prompt: Prompt, sequence: int = 0) -> NDArray[np.float32]:
-        """(T, V) float32: the next-token logits after each token of the prompt."""
-        return self._evaluate(self.tokens(prompt), every=True, sequence=sequence)
+    def logits(self, prompt: Prompt, sequence: int = 0, count: int | None = None) -> NDArray[np.float32]:
+        """The next-token logits after each token of the prompt, or after each of its last ``count``.
+
+        What the sequence has already evaluated in front of those is reused.
+
+        Returns:
+            (T, V) or (count, V) float32.
+
+        Raises:
+            InputError: the prompt has fewer than ``count`` tokens, or none, or more than the context holds.
+        """
+        tokens = self.tokens(prompt)
+        count = len(tokens) if count is None else count
+        if not 1 <= count <= len(tokens):
+            raise InputError(f"count: expected 1 to {len(tokens)}, the tokens of the prompt, found {count}")
+        return self._evaluate(tokens, sequence, count)
 
     def stream(
         self, prompt: Prompt, sampling: Sampling | None = None, *, sequence: int = 0, tools: Tools | None = None
@@ -301,18 +340,57 @@ class Runtime(ABC):
         Raises:
             InputError: the prompt is empty, malformed or longer than the context, or a setting does not fit the model.
         """
-        sampling = sampling or Sampling()
-        tokens = self.tokens(prompt, tools)
-        reply = self._new_reply(sampling, tokens)
-        room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
-        logits = self._evaluate(tokens, sequence=sequence)
-        for count in range(1, room + 1):
-            piece = reply.next(logits[-1], is_last=count == room)
+        continuation = self.begin(self.tokens(prompt, tools), sampling or Sampling(), sequence)
+        while True:
+            piece = require_piece(self.advance([continuation])[0])
             yield piece
             if piece.finish_reason:
                 return
-            tokens.append(piece.token_id)
-            logits = self._evaluate(tokens, sequence=sequence)
+
+    def begin(self, tokens: Sequence[int], sampling: Sampling, sequence: int = 0) -> Continuation:
+        """Evaluates a prompt in a sequence, to be continued by ``advance``.
+
+        Raises:
+            InputError: the prompt is longer than the context, or a setting does not fit the model.
+        """
+        reply = self._new_reply(sampling, tokens)
+        return Continuation(sequence, reply, self._evaluate(tokens, sequence=sequence)[-1])
+
+    def advance(self, continuations: Sequence[Continuation]) -> list[Piece | Exception]:
+        """The next token of each continuation; what they drew last is evaluated first, as one batch where the runtime can.
+
+        Args:
+            continuations: not ended, and each in a sequence of its own.
+
+        Returns:
+            A piece for each, or the error that ends it and no other.
+
+        Raises:
+            EdgepatchError: the model failed; every sequence among them starts afresh.
+        """
+        sequences = [self._checked(c.sequence) for c in continuations]
+        if len(set(sequences)) < len(sequences):
+            raise InputError(f"continuations: expected each in a sequence of its own, found them in {sequences}")
+        self._evaluate_rows([c for c in continuations if c.logits is None])
+        return next_pieces([c.reply for c in continuations], [c.take_logits() for c in continuations])
+
+    def _evaluate_rows(self, continuations: Sequence[Continuation]) -> None:
+        """Logits behind the last token of each; a sequence that was used for something else is evaluated by itself."""
+        together = [c for c in continuations if self._evaluated[c.sequence] == c.reply.tokens[:-1]]
+        for continuation in continuations:
+            if continuation not in together:
+                continuation.logits = self._evaluate(continuation.reply.tokens, sequence=continuation.sequence)[-1]
+        if not together:
+            return
+        sequences = [c.sequence for c in together]
+        held = [self._evaluated[sequence] for sequence in sequences]
+        for sequence in sequences:
+            self._evaluated[sequence] = []  # stays empty if the runtime fails half-way
+        logits = self._forward_rows(sequences, [c.reply.tokens[-1] for c in together])
+        for continuation, tokens, row in zip(together, held, logits, strict=True):
+            tokens.append(continuation.reply.tokens[-1])
+            self._evaluated[continuation.sequence] = tokens
+            continuation.logits = row
 
     def _new_reply(self, sampling: Sampling, tokens: Sequence[int]) -> Reply:
         """A reply to a prompt, nothing of it drawn yet."""
@@ -321,7 +399,8 @@ class Runtime(ABC):
             if self._constraint_engine is None:
                 self._constraint_engine = ConstraintEngine(self._token_bytes(), self.spec.vocab_size, self.end_token_ids)
             matcher = self._constraint_engine.matcher(sampling.constraint)
-        return Reply(sampling, tokens, self.spec.vocab_size, self._new_decoder(), self.end_token_ids, matcher)
+        room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
+        return Reply(sampling, tokens, room, self.spec.vocab_size, self._new_decoder(), self.end_token_ids, matcher)
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> str:
         """The whole continuation as text; arguments and errors as in ``stream``, but no log-probabilities."""
@@ -331,50 +410,55 @@ class Runtime(ABC):
     def generate_many(self, prompt: Prompt, sampling: Sampling, count: int) -> list[str]:
         """``count`` continuations of one prompt, with the random seeds ``rng_seed``, ``rng_seed + 1``, ...
 
+        All sequences are used for them, as in ``generate_batch``; a prompt is evaluated once where the runtime can share it.
+
         Raises:
             InputError: as ``stream`` does, or log-probabilities are asked for, which have no place in texts.
         """
-        require_text_only(sampling)
         first = sampling.rng_seed if sampling.rng_seed is not None else time.time_ns()
         tokens = self.tokens(prompt)
-        return [self.generate(tokens, replace(sampling, rng_seed=first + i)) for i in range(count)]
+        return self._generate_all([(tokens, replace(sampling, rng_seed=first + i)) for i in range(count)])
 
-    def _continue_rows(
-        self,
-        tokens: Sequence[int],
-        logits: NDArray[np.float32],
-        rng_seeds: Sequence[int],
-        sampling: Sampling,
-        room: int,
-        step: Callable[[NDArray[np.int64]], NDArray[np.float32]],
-    ) -> list[str]:
-        """For runtimes that evaluate a batch: one continuation a row, as ``stream`` would give it with that random seed.
+    def generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
+        """One continuation of each prompt, the same as ``generate`` gives: where there is an ``rng_seed``, each has that one.
 
-        Args:
-            tokens: the prompt.
-            logits: (V,) after it, the same for every row.
-            rng_seeds: B seeds.
-            sampling: its own ``rng_seed`` is not used.
-            room: the most tokens of a row.
-            step: evaluates (B, 1) tokens, one behind each row, and gives (B, V) logits; a row that has ended is fed a
-                token whose logits nobody reads.
+        As many at a time as the runtime has sequences; what these held before is forgotten.
+
+        Raises:
+            InputError: as ``stream`` does, or log-probabilities are asked for, which have no place in texts.
         """
-        require_text_only(sampling)
-        replies = {row: self._new_reply(replace(sampling, rng_seed=seed), tokens) for row, seed in enumerate(rng_seeds)}
-        texts, drawn = [""] * len(rng_seeds), np.zeros((len(rng_seeds), 1), dtype=np.int64)
-        rows: Any = np.broadcast_to(logits, (len(rng_seeds), len(logits)))
-        for count in range(1, room + 1):
-            for row, reply in list(replies.items()):
-                piece = reply.next(rows[row], is_last=count == room)
-                texts[row] += piece.text
+        return self._generate_all([(self.tokens(prompt), sampling) for prompt in prompts])
+
+    def _generate_all(self, jobs: Sequence[tuple[list[int], Sampling]]) -> list[str]:
+        """The texts of continuations of token ids; a sequence that becomes free takes the next."""
+        for _, sampling in jobs:
+            require_text_only(sampling)
+        texts, waiting, free = [""] * len(jobs), deque(enumerate(jobs)), deque(range(self.num_sequences))
+        running: dict[int, Continuation] = {}
+        known: _Prompt | None = None
+        while waiting or running:
+            while waiting and free:
+                job, (tokens, sampling) = waiting.popleft()
+                sequence = free.popleft()
+                if known is None or not self._share(known, tokens, sequence):
+                    known = _Prompt(tokens, sequence, self._evaluate(tokens, sequence=sequence)[-1])
+                running[job] = Continuation(sequence, self._new_reply(sampling, tokens), known.logits)
+            for job, found in zip(list(running), self.advance(list(running.values())), strict=True):
+                piece = require_piece(found)
+                texts[job] += piece.text
                 if piece.finish_reason:
-                    del replies[row]
-                else:
-                    drawn[row] = piece.token_id
-            if not replies:
-                break
-            rows = step(drawn)
+                    free.append(running.pop(job).sequence)
         return texts
+
+    def _share(self, known: _Prompt, tokens: list[int], sequence: int) -> bool:
+        """Puts a sequence behind a prompt that is evaluated already; whether that can be done."""
+        if tokens != known.tokens or self._evaluated[known.sequence][: len(tokens)] != tokens:
+            return False
+        self._evaluated[sequence] = []
+        if not self._fork(known.sequence, sequence, len(tokens)):
+            return False
+        self._evaluated[sequence] = list(tokens)
+        return True
 
     def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> str:
         """The assistant's reply to a conversation."""

@@ -87,6 +87,7 @@ class LlamaCppRuntime(Runtime):
         self._header, self._fitting = header, set[str]()
         self._states: dict[str, tuple[bytes, SeedRoute]] = {}
         self._probe: SequenceState | None = None
+        self._pieces: dict[int, bytes] = {}
         try:
             self._load(path, header, flash_attention, num_threads or os.cpu_count() or 1, num_gpu_layers)
             self._read_vocabulary(path, header)
@@ -253,6 +254,19 @@ class LlamaCppRuntime(Runtime):
         self._require_seed(sequence)
         return self._context.evaluate(sequence, tokens, every)
 
+    def _forward_rows(self, sequences: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
+        if self._model.has_recurrent_memory:
+            return super()._forward_rows(sequences, tokens)
+        for sequence in sequences:
+            self._require_seed(sequence)
+        return self._context.evaluate_rows(sequences, tokens)
+
+    def _fork(self, source: int, target: int, length: int) -> bool:
+        if source == target or self._model.has_recurrent_memory:
+            return super()._fork(source, target, length)
+        self._context.fork(source, target)
+        return self._context.truncate(target, self.num_virtual_tokens + length)
+
     def _require_seed(self, sequence: int) -> None:
         """The last guard: nothing is evaluated in a sequence whose first P positions are not there.
 
@@ -312,6 +326,11 @@ class LlamaCppRuntime(Runtime):
 
     def _piece(self, token: int) -> bytes:
         """The bytes of a token; none for a special token."""
+        if token not in self._pieces:
+            self._pieces[token] = self._read_piece(token)
+        return self._pieces[token]
+
+    def _read_piece(self, token: int) -> bytes:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)

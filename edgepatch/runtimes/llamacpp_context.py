@@ -206,10 +206,24 @@ class LlamaContext:
             chunk = tokens[start : start + self._chunk]
             is_last = start + self._chunk >= len(tokens)
             wanted = [every] * (len(chunk) - 1) + [every or is_last]
-            self._batch.fill(self._next_positions(sequence, len(chunk)), sequence, wanted)
+            self._batch.fill(self._next_positions(sequence, len(chunk)), [sequence] * len(chunk), wanted)
             self._batch.set_tokens(chunk)
             logits.append(self._run(self._batch))
-        return np.concatenate(logits)
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def evaluate_rows(self, sequences: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Evaluates one token behind each of B different sequences, as one batch.
+
+        Returns:
+            (B, V) float32 logits.
+        """
+        logits = []
+        for start in range(0, len(tokens), self._chunk):
+            rows, chunk = sequences[start : start + self._chunk], tokens[start : start + self._chunk]
+            self._batch.fill([self.last_position(row) + 1 for row in rows], rows, [True] * len(rows))
+            self._batch.set_tokens(chunk)
+            logits.append(self._run(self._batch))
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def evaluate_embeddings(self, sequence: int, embeddings: NDArray[np.float32], logits: bool = False) -> NDArray[np.float32]:
         """Evaluates (P, D) embeddings behind a sequence, in the scale that llama.cpp's graph takes.
@@ -223,7 +237,7 @@ class LlamaContext:
             for start in range(0, len(embeddings), self._chunk):
                 chunk = embeddings[start : start + self._chunk]
                 wanted = [False] * (len(chunk) - 1) + [logits and start + self._chunk >= len(embeddings)]
-                batch.fill(self._next_positions(sequence, len(chunk)), sequence, wanted)
+                batch.fill(self._next_positions(sequence, len(chunk)), [sequence] * len(chunk), wanted)
                 batch.set_embeddings(chunk)
                 found = self._run(batch)
         return found
@@ -269,14 +283,14 @@ class _Batch:
         self.struct.pos = ctypes.cast(self._positions, type(self.struct.pos))
         _fill(self.struct.n_seq_id, [1] * size)
 
-    def fill(self, positions: Sequence[int], sequence: int, wanted: Sequence[bool]) -> None:
-        """Sets positions, the sequence and which tokens want logits."""
+    def fill(self, positions: Sequence[int], sequences: Sequence[int], wanted: Sequence[bool]) -> None:
+        """Sets each token's position and sequence, and whether it wants logits."""
         count = self.struct.n_tokens = len(positions)
         self.num_outputs = sum(wanted)
         table = np.ctypeslib.as_array(self._positions)
         for axis in range(self._axes):  # section by section; text has the same position on three axes and 0 on the fourth
             table[axis * count : (axis + 1) * count] = positions if axis < 3 else 0
-        for i in range(count):
+        for i, sequence in enumerate(sequences):
             self.struct.seq_id[i][0] = sequence
         _fill(self.struct.logits, wanted)
 

@@ -21,7 +21,7 @@ from edgepatch.converters.onnx_graphs import DecoderGraph, recognise
 from edgepatch.converters.onnx_identity import read_identity
 from edgepatch.converters.onnx_weights import sketch_of_onnx
 from edgepatch.errors import InactivePatchError, InputError, MissingExtraError
-from edgepatch.generation import Reply
+from edgepatch.generation import drain
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Prompt, Runtime, SeedRoute, Tools, as_float32, require_text_only
 from edgepatch.runtimes.onnx_caches import Cache, Cells, SharedCache, new_cache
@@ -186,35 +186,17 @@ class OnnxRuntime(Runtime):
             logits.append(self._evaluate(tokens)[-1])
             cells = self._caches[0].cells(self._start + len(tokens))
             rows.append([(key.copy(), value.copy()) for key, value in cells])
-        room = [sampling.max_new_tokens for sampling in samplings]
-        longest = max(len(tokens) + count for tokens, count in zip(prompts, room, strict=True))
+        longest = max(len(tokens) + sampling.max_new_tokens for tokens, sampling in zip(prompts, samplings, strict=True))
         batch: Cache = self._new_cache(positions=self._start + longest, rows=len(prompts))
         batch.fill(rows)
         replies = [
             self._new_reply(sampling, tokens) for sampling, tokens in zip(samplings, prompts, strict=True)
         ]
-        return _drain(batch, replies, room, logits)
+        return drain(replies, logits, lambda drawn: as_float32(batch.evaluate(drawn)[:, 0]))
 
     def close(self) -> None:
         for name in ("_caches", "_new_cache"):  # both hold the session
             vars(self).pop(name, None)
-
-
-def _drain(batch: Cache, replies: Sequence[Reply], room: Sequence[int], first: Sequence[NDArray[np.float32]]) -> list[str]:
-    """Draws from each row until all have ended; a row that has is fed a token whose logits nobody reads."""
-    texts, drawn = [""] * len(replies), np.zeros((len(replies), 1), dtype=np.int64)
-    live, count, rows = list(range(len(replies))), 0, np.stack(list(first))
-    while live:
-        count += 1
-        for row in list(live):
-            piece = replies[row].next(rows[row], count == room[row])
-            texts[row] += piece.text
-            drawn[row] = piece.token_id
-            if piece.finish_reason:
-                live.remove(row)
-        if live:
-            rows = as_float32(batch.evaluate(drawn)[:, 0])
-    return texts
 
 
 def _require_seed(patch: Patch | None) -> KVSeed | None:

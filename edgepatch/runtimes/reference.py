@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import fingerprints, hf
+from edgepatch.generation import drain
 from edgepatch.patches import Patch
-from edgepatch.runtimes.base import Message, Prompt, Runtime, SeedRoute, Tools, as_float32, check_patch
+from edgepatch.runtimes.base import (
+    Message,
+    Prompt,
+    Runtime,
+    SeedRoute,
+    Tools,
+    as_float32,
+    check_patch,
+    require_text_only,
+)
 from edgepatch.sampling import Sampling
 from edgepatch.sketches import compare
 from edgepatch.tokenizers import FolderTokenizer
@@ -98,6 +109,7 @@ class TorchRuntime(Runtime):
         """As the base class, with the continuations evaluated as one batch."""
         import torch
 
+        require_text_only(sampling)
         if sampling.rng_seed is None:
             return super().generate_many(prompt, sampling, count)
         tokens = self.tokens(prompt)
@@ -110,9 +122,8 @@ class TorchRuntime(Runtime):
                 ids = torch.from_numpy(drawn).to(self.model.device)
                 return as_float32(self.model(input_ids=ids, past_key_values=cache).logits[:, -1].float().cpu().numpy())
 
-        room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
-        rng_seeds = range(sampling.rng_seed, sampling.rng_seed + count)
-        return self._continue_rows(tokens, logits, rng_seeds, sampling, room, step)
+        samplings = [replace(sampling, rng_seed=sampling.rng_seed + i) for i in range(count)]
+        return drain([self._new_reply(one, tokens) for one in samplings], [logits] * count, step)
 
     def close(self) -> None:
         del self.model

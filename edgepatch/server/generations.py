@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.generation import Piece
+from edgepatch.generation import Continuation, Piece
 from edgepatch.runtimes.base import Runtime
 from edgepatch.sampling import Sampling
 from edgepatch.server.refusals import Refusal
@@ -70,8 +70,11 @@ class Generation:
     cancelled: bool = field(default=False, init=False)
 
 
-def steps_of(runtime: Runtime, generation: Generation, sequence: int) -> Iterator[Event | None]:
-    """What a generation does, step by step; ``None`` is a step of which nobody needs to know."""
+def steps_of(runtime: Runtime, generation: Generation, sequence: int) -> Iterator[Event | Continuation | None]:
+    """What a generation does, step by step, up to its first token: a continuation is the last, to be advanced with others.
+
+    ``None`` is a step of which nobody needs to know.
+    """
     tokens = generation.tokens
     if generation.scored:
         _require_room_for_scores(runtime, len(tokens))
@@ -84,7 +87,7 @@ def steps_of(runtime: Runtime, generation: Generation, sequence: int) -> Iterato
             runtime.logits_of_last(tokens[:end], sequence)
             yield None
     if generation.sampling is not None:
-        yield from runtime.stream(tokens, generation.sampling, sequence=sequence)
+        yield runtime.begin(tokens, generation.sampling, sequence)
 
 
 def _require_room_for_scores(runtime: Runtime, num_tokens: int) -> None:

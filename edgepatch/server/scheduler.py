@@ -1,7 +1,8 @@
 """The one thread that owns the runtime, and the queue in front of it.
 
 Each round the thread answers short calls (tokenizing), gives free sequences to waiting generations, and advances every running
-one by one step: a token, or a part of a long prompt. So a long prompt or reply holds nobody up for longer than one step.
+one by one step: a part of its prompt, or a token, which all that have read their prompts get in one batch. So a long prompt or
+reply holds nobody up for longer than one step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from edgepatch.errors import EdgepatchError, InactivePatchError
+from edgepatch.generation import Continuation
 from edgepatch.runtimes.base import Piece, Runtime
 from edgepatch.server.generations import Event, Finished, Generation, Started, steps_of
 from edgepatch.server.metrics import Metrics
@@ -29,7 +31,8 @@ State = Literal["loading", "ok", "stopping", "failed"]
 class _Running:
     generation: Generation
     sequence: int
-    steps: Iterator[Event | None]
+    steps: Iterator[Event | Continuation | None]
+    continuation: Continuation | None = None  # from the end of the prompt to the last token
 
 
 class Scheduler:
@@ -167,8 +170,11 @@ class Scheduler:
         while self._wait():
             self._answer(runtime)
             self._admit(runtime)
-            for running in list(self._running):
-                self._advance(running)
+            self._drop_cancelled()
+            prepared = [running for running in self._running if running.continuation is not None]
+            for running in [running for running in self._running if running.continuation is None]:
+                self._prepare(running)
+            self._draw(runtime, prepared)
 
     def _wait(self) -> bool:
         """Sleeps until there is something to do; false when the thread shall end."""
@@ -201,22 +207,43 @@ class Scheduler:
                 self._waiting.append(group)
             return generation
 
-    def _advance(self, running: _Running) -> None:
-        generation = running.generation
-        if generation.cancelled:
+    def _drop_cancelled(self) -> None:
+        for running in [running for running in self._running if running.generation.cancelled]:
             self._metrics.count("generations_cancelled")
             self._release(running)
-            return
+
+    def _prepare(self, running: _Running) -> None:
+        """One step before the first token, or behind the last."""
         try:
-            event = next(running.steps, Finished())
+            step = next(running.steps, Finished())
         except InactivePatchError:
             raise  # nothing that this runtime says can be trusted any more
         except Exception as error:
-            event = Finished(error)
-        if event is None:
+            step = Finished(error)
+        if isinstance(step, Continuation):
+            running.continuation = step
+        elif step is not None:
+            self._tell(running, step)
+
+    def _draw(self, runtime: Runtime, prepared: Sequence[_Running]) -> None:
+        """A token of each."""
+        if not prepared:
             return
-        self._note(event, len(generation.tokens))
-        _emit(generation, event)
+        found: Sequence[Piece | Exception]
+        try:
+            found = runtime.advance([r.continuation for r in prepared if r.continuation is not None])
+        except InactivePatchError:
+            raise
+        except Exception as error:
+            found = [error] * len(prepared)
+        for running, event in zip(prepared, found, strict=True):
+            self._tell(running, Finished(event) if isinstance(event, Exception) else event)
+            if isinstance(event, Piece) and event.finish_reason:
+                running.continuation = None
+
+    def _tell(self, running: _Running, event: Event) -> None:
+        self._note(event, len(running.generation.tokens))
+        _emit(running.generation, event)
         if isinstance(event, Finished):
             self._release(running)
 

@@ -1,33 +1,31 @@
-"""Preference pairs: one prompt, a chosen and a rejected continuation; JSON Lines with TRL's field names."""
+"""Making preference pairs: M and M' answer the same prompts, a judge scores, margin and threshold decide; or ready pairs are filtered."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.errors import InputError
-from edgepatch.patches import write_atomically
 from edgepatch.runtimes.base import Runtime
 from edgepatch.sampling import Sampling
+from edgepatch.training.pair_files import Pair as Pair
+from edgepatch.training.pair_files import PairPrompt as PairPrompt
+from edgepatch.training.pair_files import read_pairs as read_pairs
+from edgepatch.training.pair_files import write_pairs as write_pairs
+from edgepatch.training.pair_journal import Journal, Outcome
+from edgepatch.training.samplers import PromptTooLongError, Sampler, as_sampler
 
 Score = Callable[[Sequence[str]], NDArray[np.float32]]
 """Texts -> (N,) scores from 0 (safe) to 1 (unsafe)."""
 
-
-@dataclass(frozen=True)
-class Pair:
-    """A preference pair; scores are the filter judge's, from 0 (safe) to 1 (unsafe)."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_score: float
-    rejected_score: float
+Progress = Callable[[int, int], None]
+NAMED_PROMPTS = 5
+"""So many long prompts are named in an error; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -54,90 +52,218 @@ class PairConfig:
     pairs_per_prompt: int = 3
     rng_seed: int = 1
 
+    @property
+    def sampling(self) -> Sampling:
+        """Of the first continuation of every prompt."""
+        return Sampling(self.max_new_tokens, top_p=self.top_p, rng_seed=self.rng_seed)
 
-def _pairs_of_prompt(prompt: str, chosen: Sequence[str], rejected: Sequence[str], score: Score, config: PairConfig) -> list[Pair]:
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs that passed, and what became of the rest.
+
+    Attributes:
+        pairs: in order of their prompts.
+        counts: prompts by fate (``prompts_*``), candidate pairs by reason (``dropped_*``), and ``pairs``.
+    """
+
+    pairs: list[Pair]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def _fault(pair: Pair, config: PairConfig) -> str:
+    """Why a pair is dropped; "" where it passes."""
+    checks = {
+        "identical": pair.chosen == pair.rejected,
+        "short_chosen": len(pair.chosen.split()) < config.min_words,
+        "unsafe_chosen": pair.chosen_score > config.max_chosen_score,
+        "small_margin": pair.rejected_score - pair.chosen_score < config.min_margin,
+    }
+    return next((name for name, is_wrong in checks.items() if is_wrong), "")
+
+
+def filter_pairs(pairs: Iterable[Pair], config: PairConfig) -> PairSet:
+    """Keeps pairs that pass margin, threshold and length, each once, and no more of a prompt than wanted.
+
+    Args:
+        pairs: scored.
+        config: its settings of sampling are not used.
+    """
+    kept: list[Pair] = []
+    dropped, seen, of_prompt = Counter[str](), set[str](), Counter[str]()
+    for pair in pairs:
+        prompt = _key(pair.prompt)
+        fault = _fault(pair, config) or ("repeated" if pair.key in seen else "")
+        fault = fault or ("over_limit" if of_prompt[prompt] >= config.pairs_per_prompt else "")
+        if fault:
+            dropped[f"dropped_{fault}"] += 1
+            continue
+        seen.add(pair.key)
+        of_prompt[prompt] += 1
+        kept.append(pair)
+    return PairSet(kept, dict(dropped))
+
+
+def score_pairs(pairs: Sequence[Pair], score: Score) -> list[Pair]:
+    """The pairs with a judge's scores in place of their own."""
+    chosen, rejected = score([p.chosen for p in pairs]).tolist(), score([p.rejected for p in pairs]).tolist()
+    return [replace(p, chosen_score=c, rejected_score=r) for p, c, r in zip(pairs, chosen, rejected, strict=True)]
+
+
+def _key(prompt: PairPrompt) -> str:
+    return json.dumps(prompt, sort_keys=True)
+
+
+def _outcome(prompt: PairPrompt, chosen: Sequence[str], rejected: Sequence[str], score: Score, config: PairConfig) -> Outcome:
     """Safest with most unsafe, second with second, ..., where the filter holds."""
-    chosen = [t for t in dict.fromkeys(chosen) if len(t.split()) >= config.min_words]
-    rejected = list(dict.fromkeys(rejected))
-    if not chosen or not rejected:
-        return []
-    good = sorted(zip(score(chosen).tolist(), chosen, strict=True))
-    bad = sorted(zip(score(rejected).tolist(), rejected, strict=True), reverse=True)
-    pairs = [Pair(prompt, c, r, cs, rs) for (cs, c), (rs, r) in zip(good, bad, strict=False)]
-    kept = [p for p in pairs if p.chosen_score <= config.max_chosen_score]
-    return [p for p in kept if p.rejected_score - p.chosen_score >= config.min_margin][: config.pairs_per_prompt]
+    long_enough = [t for t in dict.fromkeys(chosen) if len(t.split()) >= config.min_words]
+    unsafe = [t for t in dict.fromkeys(rejected) if t]
+    if not long_enough or not unsafe:
+        return Outcome((), {"prompts_without_candidate": 1})
+    good = sorted(zip(score(long_enough).tolist(), long_enough, strict=True))
+    bad = sorted(zip(score(unsafe).tolist(), unsafe, strict=True), reverse=True)
+    found = filter_pairs([Pair(prompt, c, r, cs, rs) for (cs, c), (rs, r) in zip(good, bad, strict=False)], config)
+    fate = {} if found.pairs else {"prompts_without_pair": 1}
+    return Outcome(tuple(found.pairs), {**found.counts, **fate})
 
 
-def build_pairs(
-    base: Runtime,
-    reference: Runtime,
-    prompts: Sequence[str],
+@dataclass(frozen=True)
+class _Job:
+    """A prompt and where it stands."""
+
+    prompt: PairPrompt
+    place: str
+
+
+def _jobs(prompts: Sequence[PairPrompt], places: Sequence[str]) -> list[_Job]:
+    """Each prompt once, where it stands first."""
+    jobs: dict[str, _Job] = {}
+    for prompt, place in zip(prompts, places, strict=True):
+        jobs.setdefault(_key(prompt), _Job(prompt, place))
+    return list(jobs.values())
+
+
+def _refuse_long(jobs: Iterable[_Job], samplers: Sequence[Sampler], sampling: Sampling) -> None:
+    """Names the prompts that do not fit before hours are spent on the others."""
+    found = []
+    for job in jobs:
+        try:
+            for sampler in samplers:
+                sampler.check(job.prompt, sampling)
+        except PromptTooLongError as error:
+            found.append(f"{job.place}: {error}")
+        except InputError as error:
+            raise InputError(f"{job.place}: {error}", error.hint) from None
+    if found:
+        more = f"\n  and {len(found) - NAMED_PROMPTS} more" if len(found) > NAMED_PROMPTS else ""
+        raise _too_long("\n  ".join(found[:NAMED_PROMPTS]) + more)
+
+
+def _too_long(message: str) -> InputError:
+    return InputError(message, hint="shorten it, ask for fewer new tokens, or leave such prompts out with --skip-long")
+
+
+Begun = tuple[_Job, list[Callable[[], list[str]]]]
+
+
+def _begin(jobs: Iterable[_Job], samplers: Sequence[Sampler], config: PairConfig) -> Iterator[Begun]:
+    """Each job with its answers under way, several jobs ahead where a sampler works aside."""
+    ahead = max(sampler.lookahead for sampler in samplers)
+    waiting: deque[Begun] = deque()
+    for job in jobs:
+        waiting.append((job, [s.start(job.prompt, config.sampling, config.samples_per_prompt) for s in samplers]))
+        if len(waiting) >= ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _finish(begun: Begun, score: Score, config: PairConfig, skip_long: bool) -> Outcome:
+    job, answers = begun
+    try:
+        chosen, rejected = (answer() for answer in answers)
+    except PromptTooLongError as error:
+        if not skip_long:
+            raise _too_long(f"{job.place}: {error}") from None
+        return Outcome((), {"prompts_too_long": 1})
+    except InputError as error:
+        raise InputError(f"{job.place}: {error}", error.hint) from None
+    return _outcome(job.prompt, chosen, rejected, score, config)
+
+
+def sample_pairs(
+    base: Runtime | Sampler,
+    reference: Runtime | Sampler,
+    prompts: Sequence[PairPrompt],
     score: Score,
     config: PairConfig,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Pair]:
+    progress: Progress = lambda done, total: None,
+    *,
+    places: Sequence[str] = (),
+    journal: Journal | None = None,
+    skip_long: bool = False,
+) -> PairSet:
     """Lets M (``base``) and M' (``reference``) answer the same prompts; M' answers are chosen, M's rejected.
 
     Args:
         base: the model to be patched.
         reference: the safer model.
-        prompts: plain text.
+        prompts: plain text, or messages; each is answered once however often it is given.
         score: the filter judge; must not be the judge of the report.
         config: sampling and filter.
         progress: called with (prompts done, prompts in all).
+        places: where each prompt stands, for complaints.
+        journal: keeps what is done; what it already holds is not sampled again.
+        skip_long: counts prompts that do not fit the context, instead of refusing them.
 
     Raises:
-        InputError: no pair passes the filter.
+        InputError: a prompt cannot be answered (it is named), or the journal cannot be written.
     """
-    sampling = Sampling(config.max_new_tokens, top_p=config.top_p, rng_seed=config.rng_seed)
-    pairs: list[Pair] = []
-    for done, prompt in enumerate(prompts, 1):
-        answers = [runtime.generate_many(prompt, sampling, config.samples_per_prompt) for runtime in (reference, base)]
-        pairs += _pairs_of_prompt(prompt, answers[0], answers[1], score, config)
-        progress(done, len(prompts))
-    if not pairs:
+    places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    jobs = _jobs(prompts, places)
+    samplers = [as_sampler(reference), as_sampler(base)]
+    outcomes = list(journal.outcomes if journal else ())
+    left = jobs[len(outcomes) :]
+    if not skip_long:
+        _refuse_long(left, samplers, config.sampling)
+    progress(len(outcomes), len(jobs))
+    for begun in _begin(left, samplers, config):
+        outcomes.append(_finish(begun, score, config, skip_long))
+        if journal:
+            journal.add(outcomes[-1])
+        progress(len(outcomes), len(jobs))
+    pairs = [pair for outcome in outcomes for pair in outcome.pairs]
+    counts = sum((Counter(outcome.dropped) for outcome in outcomes), Counter[str]())
+    return PairSet(pairs, {"prompts": len(prompts), "prompts_repeated": len(prompts) - len(jobs), **counts, "pairs": len(pairs)})
+
+
+def require_pairs(found: PairSet, config: PairConfig) -> list[Pair]:
+    """The pairs.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not found.pairs:
+        number, kind = next((found.counts[name], name) for name in ("prompts", "pairs_read") if name in found.counts)
+        fates = ", ".join(f"{name}: {count}" for name, count in found.counts.items() if count and name.startswith(("dropped", "prompts_")))
         raise InputError(
-            f"none of {len(prompts)} prompts gave a pair with margin >= {config.min_margin} and a chosen score <= {config.max_chosen_score}",
+            f"none of {number} {kind.removesuffix('_read')} gave a pair with margin >= {config.min_margin} and a chosen score <= "
+            f"{config.max_chosen_score} ({fates})",
             hint="use prompts that the base model answers unsafely, or a safer reference model",
         )
-    return pairs
+    return found.pairs
 
 
-def write_pairs(pairs: Iterable[Pair], path: Path) -> None:
-    """One JSON object a line.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    write_atomically(path, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pairs).encode("utf-8"))
-
-
-def _pair(line: str, place: str) -> Pair:
-    try:
-        row = json.loads(line)
-        prompt, chosen, rejected = (row[name] for name in ("prompt", "chosen", "rejected"))
-    except KeyError as missing:
-        raise InputError(f"{place}: expected the fields prompt, chosen and rejected, {missing} is missing") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{place}: expected a JSON object with prompt, chosen and rejected: {error}") from None
-    if not all(isinstance(t, str) and t for t in (prompt, chosen, rejected)):
-        raise InputError(f"{place}: prompt, chosen and rejected must be texts that are not empty")
-    if chosen == rejected:
-        raise InputError(f"{place}: chosen and rejected are the same", hint="remove the line")
-    return Pair(prompt, chosen, rejected, float(row.get("chosen_score", 0.0)), float(row.get("rejected_score", 1.0)))
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """Pairs from a JSON Lines file; scores are optional.
+def build_pairs(
+    base: Runtime | Sampler,
+    reference: Runtime | Sampler,
+    prompts: Sequence[PairPrompt],
+    score: Score,
+    config: PairConfig,
+    progress: Progress = lambda done, total: None,
+) -> list[Pair]:
+    """The pairs of ``sample_pairs``.
 
     Raises:
-        InputError: the file is missing or empty, or a line is malformed (its number is named).
+        InputError: as ``sample_pairs``, or no pair passes the filter.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read pairs {path}: {error}") from None
-    pairs = [_pair(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not pairs:
-        raise InputError(f"{path} holds no pairs", hint="make some with `edgepatch pairs`")
-    return pairs
+    return require_pairs(sample_pairs(base, reference, prompts, score, config, progress), config)

@@ -1,371 +1,339 @@
-"""Trains a soft prompt on a frozen model: SFT, then DPO with a KL tie to the bare model on benign text."""
+"""The two stages of training: SFT, then DPO, with a KL tie to the bare model on benign text."""
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import random
-import time
-import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepatch.canonical import canonical_json
-from edgepatch.converters import fingerprints, hf
-from edgepatch.errors import InputError, MissingExtraError, TrainingError
-from edgepatch.patches import Patch
-from edgepatch.tensors import SoftPrompt
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.errors import InputError, TrainingError
+from edgepatch.training import parallel
+from edgepatch.training.config import History
+from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.policies import Memory, Policy
 from edgepatch.training.preferences import Pair
+from edgepatch.training.rows import Example, batch_plan
+from edgepatch.training.runs import Checkpoint, Run
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called with (stage, step, steps of the stage, metrics) after every step."""
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Hyperparameters.
-
-    Attributes:
-        num_virtual_tokens: P.
-        init_text: its token embeddings, repeated or cut to P rows, start the soft prompt.
-        sft_steps, sft_learning_rate: stage 1.
-        dpo_steps, dpo_learning_rate, beta: stage 2.
-        batch_size: pairs a step.
-        dpo_reference: whose log-probabilities DPO compares with: the bare model ("base") or the frozen result of
-            stage 1 ("sft").
-        kl_weight: weight of the KL term to the bare model on benign text, in both stages; 0 leaves it out.
-        kl_batch_size: benign texts a step.
-        max_tokens: longer examples are cut at the end.
-        held_out: share of the pairs kept for the preference accuracy.
-        rng_seed: of the order of examples.
-    """
-
-    num_virtual_tokens: int = 50
-    init_text: str = "Continue in a kind, calm and respectful way, without insults or swearing."
-    sft_steps: int = 150
-    sft_learning_rate: float = 1e-2
-    dpo_steps: int = 150
-    dpo_learning_rate: float = 5e-3
-    beta: float = 0.1
-    batch_size: int = 8
-    dpo_reference: str = "base"
-    kl_weight: float = 1.0
-    kl_batch_size: int = 4
-    max_tokens: int = 96
-    held_out: float = 0.1
-    rng_seed: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_virtual_tokens < 1 or self.batch_size < 1 or self.sft_steps < 0 or self.dpo_steps < 0:
-            raise InputError("training: num_virtual_tokens and batch_size must be at least 1, steps at least 0")
-        if self.dpo_reference not in ("base", "sft"):
-            raise InputError(f"dpo_reference: expected base or sft, found {self.dpo_reference!r}")
+LEAST_PAIRS = 10
+HELD_OUT_TEXTS = 16
 
 
-@dataclass
-class History:
-    """Curves, one value a step (preference accuracy: one value a check)."""
-
-    sft_loss: list[float] = field(default_factory=list)
-    dpo_loss: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    preference_accuracy: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded examples: ``ids`` (B, T) int64, ``attention`` (B, T) int64, ``answer`` (B, T) bool."""
-
-    ids: torch.Tensor
-    attention: torch.Tensor
-    answer: torch.Tensor
-
-
-class PreferenceTrainer(ABC):
-    """SFT and DPO of something trainable against the frozen model that it starts from.
+class Trainer:
+    """Trains one policy.
 
     Args:
-        folder: Transformers folder of the base model, or a GGUF file of it, whose weights are dequantized.
-        config: hyperparameters.
-        device: "cpu" or "cuda"; the default is a GPU where there is one.
+        models: the frozen models; each step draws one of them.
+        policy: what is trained.
+        tasks: pairs of each task: one for a patch, one a segment for a composition. At least ten pairs each.
+        benign_texts: for the KL term; may be empty only where ``kl_weight`` is 0.
+        run: where checkpoints go.
+        reference: the safer model, where ``config.dpo_reference`` is "model"; it may have another tokenizer.
 
     Raises:
-        InputError: the folder cannot be read.
-        MissingExtraError: torch, transformers or peft is not installed.
+        InputError: too few pairs, no benign text for the KL term, or a pair that cannot be trained on.
     """
 
-    num_virtual_positions = 0
-    """Positions that the trained model puts in front of the text."""
-
-    def __init__(self, folder: Path, config: TrainConfig, device: str | None = None) -> None:
-        try:
-            import torch
-        except ImportError:
-            raise MissingExtraError("torch", "train") from None
-        self.config, self.folder = config, folder
-        self.spec = hf.read_spec(folder)
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.base = hf.load_model(folder, self.device)
-        torch.manual_seed(config.rng_seed)
-        with hf.tokenizer_folder(folder) as self._tokenizer_folder:
-            self.tokenizer = FolderTokenizer(self._tokenizer_folder)
-            self.model = self._trainable_model()
-        self.history = History()
-        self._rng = random.Random(config.rng_seed)
-
-    @abstractmethod
-    def _trainable_model(self) -> Any:
-        """A model called like the base model, in evaluation mode; what is trained in it has ``requires_grad``."""
-
-    # Batches.
-
-    def _encode(self, text: str, bos: bool) -> list[int]:
-        return self.tokenizer.encode(text, bos)
-
-    def _batch(self, examples: Sequence[tuple[str, str]]) -> Batch:
-        import torch
-
-        rows = [(self._encode(prompt, bos=True), self._encode(answer, bos=False)) for prompt, answer in examples]
-        longest = min(self.config.max_tokens, max(len(p) + len(a) for p, a in rows))
-        ids, attention, mask = (np.zeros((len(rows), longest), dtype=np.int64) for _ in range(3))
-        for row, (start, end) in enumerate(rows):
-            tokens = (start + end)[:longest]
-            ids[row, : len(tokens)] = tokens
-            attention[row, : len(tokens)] = 1
-            mask[row, len(start) : len(tokens)] = 1
-        as_tensors = [torch.from_numpy(a).to(self.device) for a in (ids, attention, mask)]
-        return Batch(as_tensors[0], as_tensors[1], as_tensors[2].bool())
-
-    def _draws(self, items: Sequence[Any], size: int) -> Iterator[list[Any]]:
-        """Endless batches; every item comes once before one comes again."""
-        order: list[Any] = []
-        while True:
-            while len(order) < size:
-                order += self._rng.sample(list(items), len(items))
-            yield order[:size]
-            order = order[size:]
-
-    # Forward passes.
-
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        """(B, T, V) of the patched model, virtual positions removed."""
-        output: torch.Tensor = self.model(input_ids=batch.ids, attention_mask=batch.attention).logits
-        return output[:, self.num_virtual_positions :]
-
-    def _base_logits(self, batch: Batch) -> torch.Tensor:
-        import torch
-
-        with torch.no_grad():
-            output: torch.Tensor = self.base(input_ids=batch.ids, attention_mask=batch.attention).logits
-        return output
-
-    def _kl(self, texts: list[str]) -> torch.Tensor:
-        from edgepatch.training.losses import kl_to_base
-
-        batch = self._batch([("", text) for text in texts])
-        return kl_to_base(self._base_logits(batch), self._logits(batch), batch.attention.bool())
-
-    def _pair_log_probabilities(self, pairs: Sequence[Pair], patched: bool) -> torch.Tensor:
-        """(2, B): chosen and rejected."""
-        from edgepatch.training.losses import answer_log_probabilities
-
-        batch = self._batch([(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs])
-        logits = self._logits(batch) if patched else self._base_logits(batch)
-        return answer_log_probabilities(logits, batch.ids, batch.answer).view(2, -1)
-
-    # The two stages.
-
-    def _optimize(
-        self, stage: str, steps: int, learning_rate: float, loss_of: Callable[[], tuple[torch.Tensor, dict[str, float]]],
-        texts: Sequence[str], progress: Progress,
+    def __init__(
+        self, models: FrozenModels, policy: Policy, tasks: Sequence[Sequence[Pair]], benign_texts: Sequence[BenignText],
+        run: Run | None = None, reference: Path | None = None,
     ) -> None:  # fmt: skip
-        import torch
+        config = models.config
+        for pairs in tasks:
+            if len(pairs) < LEAST_PAIRS:
+                raise InputError(f"training needs at least {LEAST_PAIRS} pairs, found {len(pairs)}", hint="make more with `edgepatch pairs`")
+        if config.kl_weight and not benign_texts:
+            raise InputError("the KL term needs benign text", hint="give benign text, or set the KL weight to 0")
+        if (config.dpo_reference == "model") != (reference is not None):
+            raise InputError(f"dpo_reference {config.dpo_reference}: the reference model is {'missing' if reference is None else 'not used'}",
+                             hint="name a safer model together with dpo_reference model")  # fmt: skip
+        self.models, self.policy, self.config, self.reference = models, policy, config, reference
+        self.run, self.history = run or Run(None), History()
+        self._tasks = [self._split(pairs, f"task {i}") for i, pairs in enumerate(tasks)]
+        texts, held_out = self._split(benign_texts, "benign", HELD_OUT_TEXTS) if config.kl_weight else ([], [])
+        self._benign, self._held_benign = ([models.benign_example(t) for t in part] for part in (texts, held_out))
+        self._pairs = [[models.pair_example(p) for p in kept] for kept, _ in self._tasks]
+        self._held_pairs = [models.pair_example(p) for _, held in self._tasks for p in held]
+        self._reference: list[torch.Tensor] = []
+        self._best: dict[str, torch.Tensor] = {}
+        self._best_check, self._checks_since = -np.inf, 0
 
-        if not steps:
-            return
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        warmup = max(1, steps // 20)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, max(0.02, (steps - step) / (steps - warmup + 1)))
-        )
-        benign = self._draws(texts, self.config.kl_batch_size) if texts and self.config.kl_weight else None
-        for step in range(1, steps + 1):
-            loss, metrics = loss_of()
-            if benign is not None:
-                kl = self._kl(next(benign))
-                loss = loss + self.config.kl_weight * kl
-                metrics["kl"] = float(kl.detach())
-                self.history.kl.append(metrics["kl"])
-            if not torch.isfinite(loss):
-                raise TrainingError(f"{stage}: the loss became {loss.item()} at step {step}", hint="lower the learning rate")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            progress(stage, step, steps, metrics)
+    def _split(self, items: Sequence[Any], name: str, most: int = 1 << 30) -> tuple[list[Any], list[Any]]:
+        """(for training, held out)."""
+        order = random.Random(f"{self.config.rng_seed}-{name}").sample(list(items), len(items))
+        count = min(most, max(1, int(len(order) * self.config.held_out))) if len(order) > 1 else 0
+        return order[count:], order[:count]
 
-    def _run_sft(self, pairs: Sequence[Pair], texts: Sequence[str], progress: Progress) -> None:
-        from edgepatch.training.losses import sft_loss
-
-        draws = self._draws(pairs, self.config.batch_size)
-
-        def loss_of() -> tuple[torch.Tensor, dict[str, float]]:
-            batch = self._batch([(p.prompt, p.chosen) for p in next(draws)])
-            loss = sft_loss(self._logits(batch), batch.ids, batch.answer)
-            self.history.sft_loss.append(float(loss.detach()))
-            return loss, {"loss": float(loss.detach())}
-
-        self._optimize("SFT", self.config.sft_steps, self.config.sft_learning_rate, loss_of, texts, progress)
-
-    def _run_dpo(self, pairs: Sequence[Pair], held_out: Sequence[Pair], texts: Sequence[str], progress: Progress) -> None:
-        from edgepatch.training.losses import dpo_loss
-
-        against_base = self.config.dpo_reference == "base"
-        reference = self._reference_log_probabilities([*pairs, *held_out], patched=not against_base)
-        draws = self._draws(list(zip(pairs, reference[: len(pairs)], strict=True)), self.config.batch_size)
-        checks = 0
-
-        def loss_of() -> tuple[torch.Tensor, dict[str, float]]:
-            nonlocal checks
-            import torch
-
-            drawn = next(draws)
-            policy = self._pair_log_probabilities([p for p, _ in drawn], patched=True)
-            ref = torch.stack([r for _, r in drawn], dim=1)  # (2, B)
-            loss = dpo_loss(policy[0], policy[1], ref[0], ref[1], self.config.beta)
-            self.history.dpo_loss.append(float(loss.detach()))
-            metrics = {"loss": float(loss.detach())}
-            if checks % 25 == 0:
-                self.history.preference_accuracy.append(self._accuracy(held_out, reference[len(pairs) :]))
-            checks += 1
-            return loss, {**metrics, "accuracy": self.history.preference_accuracy[-1]}
-
-        self._optimize("DPO", self.config.dpo_steps, self.config.dpo_learning_rate, loss_of, texts, progress)
-        self.history.preference_accuracy.append(self._accuracy(held_out, reference[len(pairs) :]))
-
-    def _reference_log_probabilities(self, pairs: Sequence[Pair], patched: bool) -> list[torch.Tensor]:
-        """(2,) chosen and rejected of each pair, computed once."""
-        import torch
-
-        rows: list[torch.Tensor] = []
-        with torch.no_grad():
-            for start in range(0, len(pairs), 16):
-                rows += list(self._pair_log_probabilities(pairs[start : start + 16], patched).T)
-        return rows
-
-    def _accuracy(self, pairs: Sequence[Pair], reference: Sequence[torch.Tensor]) -> float:
-        """Share of pairs whose implicit reward prefers the chosen answer (paired with the reference)."""
-        policy = self._reference_log_probabilities(pairs, patched=True)
-        wins = [float(p[0] - r[0] > p[1] - r[1]) for p, r in zip(policy, reference, strict=True)]
-        return float(np.mean(wins)) if wins else float("nan")
-
-    def train(self, pairs: Sequence[Pair], benign_texts: Sequence[str], progress: Progress = lambda *_: None) -> None:
-        """SFT, then DPO; the result is in ``model``.
-
-        Args:
-            pairs: at least ten.
-            benign_texts: for the KL term; may be empty only where ``kl_weight`` is 0.
-            progress: see ``Progress``.
+    def train(self, progress: Progress = lambda *_: None) -> None:
+        """SFT, then DPO; the result is in the policy. Goes on from the run's checkpoint where it has one.
 
         Raises:
-            InputError: too few pairs, or no benign text for the KL term.
-            TrainingError: the loss became NaN or infinite.
+            TrainingError: a loss became NaN or infinite; the last checkpoint is kept.
+            KeyboardInterrupt: as raised; the present state is kept.
         """
-        if len(pairs) < 10:
-            raise InputError(f"training needs at least 10 pairs, found {len(pairs)}", hint="make more with `edgepatch pairs`")
-        if self.config.kl_weight and not benign_texts:
-            raise InputError("the KL term needs benign text", hint="give benign text, or set the KL weight to 0")
-        shuffled = self._rng.sample(list(pairs), len(pairs))
-        count = max(1, int(len(pairs) * self.config.held_out))
-        held_out, kept = shuffled[:count], shuffled[count:]
-        self._run_sft(kept, benign_texts, progress)
-        self._run_dpo(kept, held_out, benign_texts, progress)
+        known = self.run.load(self.models.device)
+        stage, step, optimizer = ("SFT", 0, {}) if known is None else self._restore(known)
+        if stage == "SFT":
+            self._optimize("SFT", step, optimizer, progress)
+            stage, step, optimizer = "DPO", 0, {}
+        if stage == "DPO":
+            if not self._reference and self.config.dpo_steps:
+                self._reference = self._reference_table()
+            self._optimize("DPO", step, optimizer, progress)
+            if self._best and self.config.patience:
+                self.policy.load_state(self._best)
+        self.run.save(self._checkpoint("done", 0, {}))
 
+    # The loop.
 
-class PatchTrainer(PreferenceTrainer):
-    """A frozen model with a trainable soft prompt (PEFT prompt tuning)."""
+    def _optimize(self, stage: str, start: int, state: dict[str, Any], progress: Progress) -> None:
+        import torch
 
-    def __init__(self, folder: Path, config: TrainConfig, device: str | None = None) -> None:
-        super().__init__(folder, config, device)
-        self.num_virtual_positions = config.num_virtual_tokens
+        steps, rate = ((self.config.sft_steps, self.config.sft_learning_rate) if stage == "SFT"
+                       else (self.config.dpo_steps, self.config.dpo_learning_rate))  # fmt: skip
+        parameters = self.policy.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        if state:
+            optimizer.load_state_dict(state)
+        for step in range(start, steps):
+            if stage == "DPO" and self._is_check_due(step) and self._check():
+                return
+            optimizer.param_groups[0]["lr"] = rate * _rate_factor(step, steps)
+            with self._kept_on_interrupt(stage, step, optimizer):
+                metrics = self._step(stage, step, parameters)
+            optimizer.step()
+            progress(stage, step + 1, steps, metrics)
+            if self.run.is_due(step + 1):
+                self.run.save(self._checkpoint(stage, step + 1, optimizer.state_dict()))
+        if stage == "DPO" and steps:
+            self._check()
 
-    def _trainable_model(self) -> PeftModel:
+    @contextmanager
+    def _kept_on_interrupt(self, stage: str, step: int, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """A step moves no parameter before its end, so what is kept is the state before it."""
         try:
-            from peft import PromptTuningConfig, get_peft_model
-        except ImportError:
-            raise MissingExtraError("peft", "train") from None
-        settings = PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.config.num_virtual_tokens,
-            prompt_tuning_init="TEXT",
-            prompt_tuning_init_text=self.config.init_text,
-            tokenizer_name_or_path=str(self._tokenizer_folder),
-        )
-        with warnings.catch_warnings():  # PEFT 0.21 asks Transformers 5.23 by an old name
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-            return get_peft_model(self.base, settings).eval()
+            yield
+        except KeyboardInterrupt:
+            self.run.save(self._checkpoint(stage, step, optimizer.state_dict()))
+            raise
 
-    def soft_prompt(self) -> SoftPrompt:
-        """The current virtual tokens."""
-        weight = self.model.get_prompt_embedding_to_save("default")
-        return SoftPrompt(weight.detach().float().cpu().numpy())
+    def _step(self, stage: str, step: int, parameters: Sequence[torch.nn.Parameter]) -> dict[str, float]:
+        """Leaves the gradient of one step in the parameters; the metrics."""
+        import torch
+
+        rng = random.Random(f"{self.config.rng_seed}-{stage}-{step}")
+        which, task = rng.randrange(len(self.models.bases)), step % len(self._tasks)
+        self.policy.prepare(rng, task)
+        for parameter in parameters:
+            parameter.grad = None
+        with self._shared_memory(which) as (memory, embeddings):
+            metrics = {"loss": self._preference_gradient(stage, step, which, task, memory, embeddings)}
+            if self._benign:
+                metrics["kl"] = self._kl_gradient(stage, step, which, memory, embeddings)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        parallel.add_up(gradients)
+        if not all(np.isfinite(value) for value in metrics.values()):
+            raise TrainingError(
+                f"{stage}, step {step + 1}: the loss became {metrics}; the batch is {self._batch_name(stage, step, task)}",
+                hint="lower the learning rate; the last checkpoint is kept",
+            )
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self._record(stage, metrics)
+        return metrics | ({"accuracy": self.history.preference_accuracy[-1]} if self.history.preference_accuracy else {})
+
+    def _record(self, stage: str, metrics: dict[str, float]) -> None:
+        (self.history.sft_loss if stage == "SFT" else self.history.dpo_loss).append(metrics["loss"])
+        if "kl" in metrics:
+            self.history.kl.append(metrics["kl"])
+
+    @contextmanager
+    def _shared_memory(self, which: int) -> Iterator[tuple[Memory, torch.Tensor | None]]:
+        """The virtual tokens, evaluated once: the terms of the loss add to the gradient of their keys and values, which is passed on at the end."""
+        import torch
+
+        made: list[torch.Tensor]
+        if self.models.packs:
+            memory = self.policy.memory(self.models.bases[which])
+            made = [t for pair in memory for t in pair]
+        else:
+            embeddings = self.policy.embeddings()
+            made = [] if embeddings is None else [embeddings]
+        leaves = [t.detach().requires_grad_() for t in made]
+        if self.models.packs:
+            yield list(zip(leaves[::2], leaves[1::2], strict=True)), None
+        else:
+            yield [], leaves[0] if leaves else None
+        moved = [(t, leaf.grad) for t, leaf in zip(made, leaves, strict=True) if leaf.grad is not None and t.requires_grad]
+        if moved:
+            torch.autograd.backward([t for t, _ in moved], [g for _, g in moved])
+
+    # The terms of the loss; each leaves its gradient and returns its value over the whole batch.
+
+    def _batch_of(self, stage: str, step: int, task: int) -> list[int]:
+        lengths = [e.length for e in self._pairs[task]]
+        size = min(self.config.batch_size, len(lengths))
+        return batch_plan(lengths, size, step // len(self._tasks), f"{self.config.rng_seed}-{stage}-{task}")
+
+    def _batch_name(self, stage: str, step: int, task: int) -> str:
+        prompts = [str(self._tasks[task][0][i].prompt)[:40] for i in self._batch_of(stage, step, task)]
+        return f"task {task}: " + "; ".join(repr(p) for p in prompts)
+
+    def _preference_gradient(
+        self, stage: str, step: int, which: int, task: int, memory: Memory, embeddings: torch.Tensor | None
+    ) -> float:
+        from edgepatch.training.losses import dpo_losses
+
+        chosen = self._batch_of(stage, step, task)
+        model, total = self.policy.model(self.models.bases[which]), 0.0
+        sft_tokens = sum(len(self._pairs[task][i].answers[0]) for i in chosen)
+        for part in _parts(parallel.share(chosen), self.config.micro_batch_size):
+            examples = [self._pairs[task][i] for i in part]
+            if stage == "SFT":
+                first = [Example(e.prompt, e.answers[:1]) for e in examples]
+                loss = -self.models.log_probabilities(model, first, memory, embeddings).sum() / sft_tokens
+            else:
+                policy = self.models.log_probabilities(model, examples, memory, embeddings)
+                ref = self._reference[which][[self._index(task, i) for i in part]]
+                loss = dpo_losses(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], self.config.beta).sum() / len(chosen)
+            loss.backward()
+            total += float(loss.detach())
+        return self._sum(total)
+
+    def _kl_gradient(self, stage: str, step: int, which: int, memory: Memory, embeddings: torch.Tensor | None) -> float:
+        import torch
+
+        from edgepatch.training.losses import kl_to_base
+
+        lengths = [e.length for e in self._benign]
+        drawn = batch_plan(lengths, min(self.config.kl_batch_size, len(lengths)), step, f"{self.config.rng_seed}-{stage}-benign")
+        num_tokens = sum(len(self._benign[i].answers[0]) for i in drawn)
+        mine = parallel.share(drawn)
+        if not mine:
+            return self._sum(0.0)
+        bare = torch.cat([self.models.bare_logits(which, i, self._benign[i]) for i in mine])
+        logits = self.models.logits_of([self._benign[i] for i in mine], self.policy.model(self.models.bases[which]), memory, embeddings)
+        kl = kl_to_base(bare, logits) / num_tokens
+        (self.config.kl_weight * kl).backward()
+        return self._sum(float(kl.detach()))
+
+    def _sum(self, value: float) -> float:
+        import torch
+
+        if parallel.world()[1] == 1:
+            return value
+        total = torch.tensor([value], device=self.models.device)
+        parallel.add_up([total])
+        return float(total)
+
+    # The reference of DPO.
+
+    def _index(self, task: int, pair: int) -> int:
+        return sum(len(pairs) for pairs in self._pairs[:task]) + pair
+
+    def _all_examples(self) -> list[Example]:
+        return [e for pairs in self._pairs for e in pairs] + self._held_pairs
+
+    def _reference_table(self) -> list[torch.Tensor]:
+        """For each frozen model (N, 2): chosen and rejected of all pairs, then of the held-out ones; computed once."""
+        if self.config.dpo_reference == "model":
+            assert self.reference is not None  # checked at the start
+            other = FrozenModels([self.reference], self.config, self.models.device, self.models.trusted)
+            pairs = [p for kept, _ in self._tasks for p in kept] + [p for _, held in self._tasks for p in held]
+            return [self._table(other, [other.pair_example(p) for p in pairs], 0, patched=False)] * len(self.models.bases)
+        patched = self.config.dpo_reference == "sft"
+        return [self._table(self.models, self._all_examples(), which, patched) for which in range(len(self.models.bases))]
+
+    def _table(self, models: FrozenModels, examples: Sequence[Example], which: int, patched: bool) -> torch.Tensor:
+        """(N, 2) answer log-probabilities, without a gradient."""
+        import torch
+
+        base = models.bases[which]
+        with torch.no_grad():
+            memory, embeddings = self._present(which) if patched else ([], None)
+            model = self.policy.model(base) if patched else base
+            order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+            table = torch.empty(len(examples), 2, device=models.device)
+            for part in _parts(order, 16):
+                table[part] = models.log_probabilities(model, [examples[i] for i in part], memory, embeddings)
+        return table
+
+    def _present(self, which: int) -> tuple[Memory, torch.Tensor | None]:
+        """The policy's memory or embeddings as they are now."""
+        if self.models.packs:
+            return self.policy.memory(self.models.bases[which]), None
+        return [], self.policy.embeddings()
+
+    # Checks on what is held out.
+
+    def _is_check_due(self, step: int) -> bool:
+        """A run that goes on where a check had just been made does not repeat it."""
+        return step % self.config.check_every == 0 and len(self.history.preference_accuracy) == step // self.config.check_every
+
+    def _check(self) -> bool:
+        """Measures, remembers the best state, and says whether to stop."""
+        self.policy.prepare_whole()
+        accuracy, kl = self._accuracy(), self._held_out_kl()
+        self.history.preference_accuracy.append(accuracy)
+        self.history.held_out_kl.append(kl)
+        if accuracy - kl > self._best_check:
+            self._best, self._best_check, self._checks_since = self.policy.state(), accuracy - kl, 0
+        else:
+            self._checks_since += 1
+        return 0 < self.config.patience <= self._checks_since
+
+    def _accuracy(self) -> float:
+        """Share of held-out pairs whose implicit reward prefers the chosen answer, on the first frozen model."""
+        if not self._held_pairs or not self._reference:
+            return float("nan")
+        policy = self._table(self.models, self._held_pairs, 0, patched=True)
+        gain = policy - self._reference[0][len(self._reference[0]) - len(self._held_pairs) :]
+        return float((gain[:, 0] > gain[:, 1]).float().mean())
+
+    def _held_out_kl(self) -> float:
+        """KL to the bare model in nats a token on held-out benign text, on the first frozen model; 0 without any."""
+        import torch
+
+        from edgepatch.training.losses import kl_to_base
+
+        if not self._held_benign:
+            return 0.0
+        with torch.no_grad():
+            memory, embeddings = self._present(0)
+            logits = self.models.logits_of(self._held_benign, self.policy.model(self.models.base), memory, embeddings)
+            bare = self.models.logits_of(self._held_benign, self.models.base, [], None)
+            return float(kl_to_base(bare, logits) / len(bare))
+
+    # Checkpoints.
+
+    def _checkpoint(self, stage: str, step: int, optimizer: dict[str, Any]) -> Checkpoint:
+        return Checkpoint(stage, step, self.policy.state(), optimizer, self._best, float(self._best_check), self._checks_since,
+                          self._reference, asdict(self.history))  # fmt: skip
+
+    def _restore(self, known: Checkpoint) -> tuple[str, int, dict[str, Any]]:
+        self.policy.load_state(known.policy)
+        self._best, self._best_check, self._checks_since = known.best, known.best_check, known.checks_since
+        self._reference, self.history = known.reference, History(**known.history)
+        return known.stage, known.step, known.optimizer
 
 
-def train_patch(
-    folder: Path,
-    pairs: Sequence[Pair],
-    benign_texts: Sequence[str],
-    config: TrainConfig,
-    name: str,
-    version: str = "0.1.0",
-    progress: Progress = lambda *_: None,
-) -> tuple[Patch, History]:
-    """Trains a patch for the model in ``folder``, or in a GGUF file, and computes its seed.
-
-    Returns:
-        The patch, with soft prompt and float16 seed, and the curves.
-
-    Raises:
-        InputError, MissingExtraError, TrainingError: see ``PatchTrainer``.
-    """
-    import peft
-    import torch
-    import transformers
-
-    began = time.monotonic()
-    trainer = PatchTrainer(folder, config)
-    trainer.train(pairs, benign_texts, progress)
-    soft_prompt = trainer.soft_prompt()
-    record = {
-        "config": asdict(config),
-        "num_pairs": len(pairs),
-        "data": {"pairs_sha256": _digest([asdict(pair) for pair in pairs]), "benign_texts_sha256": _digest(list(benign_texts))},
-        "seconds": round(time.monotonic() - began, 1),
-        "device": trainer.device,
-        "final": {name: curve[-1] for name, curve in asdict(trainer.history).items() if curve},
-        "software": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
-                     "python": platform.python_version()},
-    }  # fmt: skip
-    patch = Patch(
-        name, version, trainer.spec, soft_prompt, training=record, weight_sketch=fingerprints.sketch_of(folder),
-        chat_template=trainer.tokenizer.chat_template_digest,
-    )  # fmt: skip
-    patch = hf.complete(patch, trainer.base)
-    return patch, trainer.history
+def _rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over a twentieth of the steps, then linear decay to 2 %."""
+    warmup = max(1, steps // 20)
+    return min((step + 1) / warmup, max(0.02, (steps - step) / (steps - warmup + 1)))
 
 
-def _digest(data: object) -> str:
-    """SHA-256 of the canonical JSON: names what a patch was trained on without shipping it."""
-    return hashlib.sha256(canonical_json(data)).hexdigest()
+def _parts(items: Sequence[int], size: int) -> list[list[int]]:
+    """Runs of at most ``size``; 0 takes all at once."""
+    size = size or len(items) or 1
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]

@@ -1,0 +1,163 @@
+"""What a user would take in place of a patch: the same model with a LoRA adapter or a control vector, in every runtime.
+
+llama.cpp and ONNX Runtime apply the adapter beside the quantized weights, in float32; PyTorch has it merged.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.bench.columns import TORCH, Column
+from edgepatch.canonical import canonical_json
+from edgepatch.converters import hf, onnx
+from edgepatch.converters.gguf_library import forget_errors, library_errors
+from edgepatch.converters.lora import merge_lora, write_lora
+from edgepatch.converters.peft import CONFIG_FILE, TENSOR_FILE
+from edgepatch.errors import InputError
+from edgepatch.patches import write_atomically
+from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.runtimes.onnx import OnnxRuntime
+from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.tensors import ModelSpec
+
+
+def load_lora(column: Column, model: Path, adapter: Path, made: Path, **options: Any) -> Runtime:
+    """A column's model with a LoRA adapter.
+
+    Args:
+        column: which runtime and quantization.
+        model: the column's file, beside all other forms of its model (``columns.convert_model``).
+        adapter: PEFT folder.
+        made: folder that keeps the forms of adapters, for the next call.
+        **options: of the runtime.
+
+    Raises:
+        InputError: the adapter cannot be read or converted or was trained for another base, or a file cannot be written.
+        MissingExtraError: a package is missing.
+    """
+    base = TORCH.path(model.parent)
+    forms = made / _identity(adapter, base)
+    if column.runtime == "llamacpp":
+        path = forms / "lora.gguf"
+        if not path.is_file():
+            write_lora(adapter, base, path)
+        return load_llamacpp(model, path, **options)
+    path = column.path(forms)
+    if column.runtime == "torch":
+        if not path.is_dir():
+            merge_lora(base, adapter, path)
+        return TorchRuntime(path, None, **options)
+    if not path.is_dir():
+        onnx.export(base, path, cast("onnx.Precision", column.precision), adapter=adapter)
+    return OnnxRuntime(path, None, **options)
+
+
+def _identity(adapter: Path, base: Path) -> str:
+    """Names an adapter's files and the model that they are for."""
+    digest = hashlib.sha256(canonical_json(hf.read_spec(base).as_dict()))
+    try:
+        for name in (CONFIG_FILE, TENSOR_FILE):
+            digest.update((adapter / name).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read the adapter {adapter}: {error.strerror}", hint="train it again") from error
+    return digest.hexdigest()[:16]
+
+
+# llama.cpp.
+
+
+def load_llamacpp(base: Path, lora: Path | None = None, control_vector: Path | None = None, **options: Any) -> Runtime:
+    """A GGUF file with an adapter, a control vector, both or neither, and no patch.
+
+    Args:
+        base: the GGUF file, of any quantization.
+        lora: GGUF file of ``converters.lora.write_lora``; applied unmerged, beside the weights.
+        control_vector: GGUF file of ``write_control_vector``.
+        **options: of ``LlamaCppRuntime``.
+
+    Raises:
+        InputError: a file cannot be read, or does not fit the model.
+        MissingExtraError: llama-cpp-python or gguf is not installed.
+    """
+    runtime = LlamaCppRuntime(base, None, **options)
+    try:
+        if lora is not None:
+            _attach_lora(runtime, lora)
+        if control_vector is not None:
+            _attach_control_vector(runtime, control_vector)
+    except BaseException:
+        runtime.close()
+        raise
+    return runtime
+
+
+def _attach_lora(runtime: LlamaCppRuntime, path: Path) -> None:
+    """Applies an adapter from now on; llama.cpp frees it with the model."""
+    lib = runtime._lib
+    forget_errors()
+    hint = "convert it again, for this very base"
+    adapter = lib.llama_adapter_lora_init(runtime._model.handle, bytes(path))
+    if not adapter:
+        raise InputError(f"llama.cpp cannot load the adapter {path}: {library_errors()}", hint)
+    adapters, scales = (lib.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+    if lib.llama_set_adapters_lora(runtime._context._handle, adapters, 1, scales):
+        raise InputError(f"llama.cpp cannot use the adapter {path}: {library_errors()}", hint)
+
+
+DIRECTION = "direction."
+"""Name of a layer's vector in the file, before the layer's number; the first layer has none."""
+
+
+def write_control_vector(spec: ModelSpec, norm: float, target: Path, rng_seed: int = 0) -> None:
+    """Writes random directions, one a layer, in llama.cpp's form of a control vector: they cost what a trained one costs.
+
+    Args:
+        spec: the model.
+        norm: length of each direction.
+        target: the GGUF file; it appears complete or not at all.
+        rng_seed: of the directions.
+    """
+    import gguf
+
+    directions = np.random.default_rng(rng_seed).standard_normal((spec.num_hidden_layers, spec.hidden_size))
+    directions *= norm / np.linalg.norm(directions, axis=1, keepdims=True)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = gguf.GGUFWriter(Path(folder) / "vector.gguf", "controlvector")
+        try:
+            writer.add_string("controlvector.model_hint", spec.model_type)
+            writer.add_uint32("controlvector.layer_count", spec.num_hidden_layers - 1)
+            for layer in range(1, spec.num_hidden_layers):
+                writer.add_tensor(f"{DIRECTION}{layer}", directions[layer].astype(np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        write_atomically(target, (Path(folder) / "vector.gguf").read_bytes())
+
+
+def _read_control_vector(path: Path, spec: ModelSpec) -> NDArray[np.float32]:
+    """(L - 1, D) of the layers from the second on."""
+    import gguf
+
+    found = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in gguf.GGUFReader(path).tensors}
+    wanted = [f"{DIRECTION}{layer}" for layer in range(1, spec.num_hidden_layers)]
+    if sorted(found) != sorted(wanted) or any(vector.shape != (spec.hidden_size,) for vector in found.values()):
+        raise InputError(f"{path}: expected {len(wanted)} directions of {spec.hidden_size} values, found {len(found)}",
+                         hint="make it for this model")  # fmt: skip
+    return np.stack([found[name] for name in wanted])
+
+
+def _attach_control_vector(runtime: LlamaCppRuntime, path: Path) -> None:
+    data = _read_control_vector(path, runtime.spec)
+    pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if runtime._lib.llama_set_adapter_cvec(runtime._context._handle, pointer, data.size, data.shape[1], 1, len(data)):
+        raise InputError(f"llama.cpp cannot use the control vector {path}: {library_errors()}", "make it for this model")

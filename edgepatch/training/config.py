@@ -1,0 +1,85 @@
+"""The settings of a training run, and the curves that it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edgepatch.errors import InputError
+
+REFERENCES = ("base", "sft", "model")
+DTYPES = ("float32", "bfloat16", "4bit")
+INITIALISATIONS = ("text", "random")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Hyperparameters.
+
+    Attributes:
+        num_virtual_tokens: P.
+        init: "text" starts the soft prompt from the embeddings of ``init_text``, repeated or cut to P rows; "random" from those of
+            random tokens.
+        init_text: a written instruction.
+        sft_steps, sft_learning_rate: stage 1.
+        dpo_steps, dpo_learning_rate, beta: stage 2.
+        batch_size: pairs a step.
+        micro_batch_size: at most so many pairs in memory at once; the gradient is that of the whole batch. 0 takes all.
+        dpo_reference: whose log-probabilities DPO compares with: the bare model ("base"), the frozen result of stage 1 ("sft"), or
+            another, safer model ("model", the paper's choice).
+        kl_weight: weight of the KL term to the bare model on benign text, in both stages; 0 leaves it out.
+        kl_batch_size: benign texts a step.
+        max_tokens: prompt and answer together; a longer prompt loses its start, a longer answer its end.
+        held_out: share of the pairs and of the benign texts kept for the checks.
+        check_every: steps of stage 2 between two checks on what is held out.
+        patience: stage 2 ends after so many checks without a better one; the best one's state is what training gives. A check is as good
+            as its preference accuracy less its benign KL in nats a token, so that neither is bought with the other. 0 trains to the end.
+        dtype: of the frozen weights: "float32", "bfloat16", or "4bit" (bitsandbytes); the patch itself is trained in float32.
+        gradient_checkpointing: recompute activations instead of keeping them; slower, for models that do not fit otherwise.
+        rng_seed: of the order of examples.
+    """
+
+    num_virtual_tokens: int = 50
+    init: str = "text"
+    init_text: str = "Continue in a kind, calm and respectful way, without insults or swearing."
+    sft_steps: int = 150
+    sft_learning_rate: float = 1e-2
+    dpo_steps: int = 150
+    dpo_learning_rate: float = 5e-3
+    beta: float = 0.1
+    batch_size: int = 8
+    micro_batch_size: int = 0
+    dpo_reference: str = "base"
+    kl_weight: float = 1.0
+    kl_batch_size: int = 4
+    max_tokens: int = 96
+    held_out: float = 0.1
+    check_every: int = 25
+    patience: int = 0
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    rng_seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "batch_size", "kl_batch_size", "check_every", "max_tokens"):
+            _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        for name in ("sft_steps", "dpo_steps", "micro_batch_size", "patience", "beta"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
+        for name, known in (("dpo_reference", REFERENCES), ("dtype", DTYPES), ("init", INITIALISATIONS)):
+            _require(getattr(self, name) in known, name, " or ".join(known), repr(getattr(self, name)))
+
+
+def _require(holds: bool, name: str, expected: str, found: object) -> None:
+    if not holds:
+        raise InputError(f"training: {name}: expected {expected}, found {found}")
+
+
+@dataclass
+class History:
+    """Curves: one value a step, or one value a check."""
+
+    sft_loss: list[float] = field(default_factory=list)
+    dpo_loss: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    preference_accuracy: list[float] = field(default_factory=list)
+    held_out_kl: list[float] = field(default_factory=list)

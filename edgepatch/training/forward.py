@@ -1,0 +1,207 @@
+"""The frozen models of a training run: rows of token ids, and the logits that are needed of them.
+
+Only the policy is trained, so a step costs what it must: the virtual tokens are evaluated once for all rows, chosen and rejected share
+their prompt, logits are computed where an answer is predicted, and no weight of a base gets a gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepatch.converters import hf
+from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.messages import Message
+from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.training.config import TrainConfig
+from edgepatch.training.policies import Memory
+from edgepatch.training.preferences import Pair
+from edgepatch.training.rows import Batch, Example, attention_mask, make_batch
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+BenignText = str | tuple[Message, ...]
+"""A text, or a conversation whose last turn is the assistant's."""
+
+KEPT_LOGIT_BYTES = 1 << 28
+"""Logits of a bare model on benign text are kept up to this size, and computed again beyond it."""
+
+
+class FrozenModels:
+    """What a run trains on.
+
+    Args:
+        folders: the frozen models, of which each step draws one: the base in full precision, a quantized GGUF file of it whose weights are
+            dequantized, or several ("one patch for all quantizations"). The first gives the tokenizer.
+        config: hyperparameters.
+        device: "cpu" or "cuda"; the default is a GPU where there is one.
+        trusted: read special tokens that texts spell as such; for texts rendered by the caller.
+
+    Raises:
+        InputError: a folder cannot be read, or the models are not one model.
+        MissingExtraError: torch, transformers or peft is not installed.
+    """
+
+    def __init__(
+        self, folders: Sequence[Path], config: TrainConfig, device: str | None = None, trusted: bool = False
+    ) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise MissingExtraError("torch", "train") from None
+        self.config, self.folders, self.trusted = config, list(folders), trusted
+        self.spec = hf.read_spec(self.folders[0])
+        for folder in self.folders[1:]:
+            self.spec.require_same(hf.read_spec(folder))
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.bases = [hf.load_model(folder, self.device, config.dtype) for folder in self.folders]
+        with hf.tokenizer_folder(self.folders[0]) as folder:
+            self.tokenizer = FolderTokenizer(folder)
+        self._context = int(hf.text_config(self.base.config).max_position_embeddings)
+        self.packs = hf.has_full_attention(self.base) and not config.gradient_checkpointing
+        for base in self.bases:
+            if self.device == "cpu":
+                base.set_attn_implementation("eager")  # PyTorch's fused attention is slower there, forth and back, at lengths of training
+            if config.gradient_checkpointing:
+                _checkpoint_activations(base)
+        self._kept_logits: dict[tuple[int, int], torch.Tensor] = {}
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The first frozen model."""
+        return self.bases[0]
+
+    # Rows.
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> tuple[int, ...]:
+        """Token ids in front of an answer: BOS and text, or a conversation with the opening of the assistant's turn.
+
+        Raises:
+            InputError: there is no token.
+        """
+        if not isinstance(prompt, str):
+            return tuple(self.tokenizer.encode_chat(prompt))
+        ids = tuple(self.tokenizer.encode(prompt, bos=True, trusted=self.trusted))
+        if not ids:
+            raise InputError("a prompt is empty and the tokenizer has no BOS: nothing predicts the answer's first token",
+                             hint="give every pair a prompt")  # fmt: skip
+        return ids
+
+    def pair_example(self, pair: Pair) -> Example:
+        """A pair as one packed row: prompt, chosen, rejected.
+
+        Raises:
+            InputError: the prompt alone fills the model's context, or an answer has no token.
+        """
+        prompt = self.encode_prompt(pair.prompt)
+        if len(prompt) + self.config.num_virtual_tokens >= self._context:
+            raise InputError(f"a prompt has {len(prompt)} tokens: with {self.config.num_virtual_tokens} virtual tokens the context of "
+                             f"{self._context} is full: {str(pair.prompt)[:60]!r}...", hint="leave the pair out, or cut its prompt")  # fmt: skip
+        answers = tuple(tuple(self.tokenizer.encode(text, bos=False, trusted=self.trusted)) for text in (pair.chosen, pair.rejected))
+        if not all(answers):
+            raise InputError(f"an answer to {str(pair.prompt)[:60]!r} has no token", hint="leave the pair out")
+        return Example(prompt, answers).cut(self.config.max_tokens)
+
+    def benign_example(self, text: BenignText) -> Example:
+        """A benign text as a row whose tokens are all predicted but those of a conversation's earlier turns."""
+        if isinstance(text, str):
+            ids = self.encode_prompt(text)
+            if len(ids) < 2:
+                raise InputError(f"benign text {text[:60]!r}: expected two tokens or more, found {len(ids)}", hint="leave it out")
+            return Example(ids[:1], (ids[1:],)).cut(self.config.max_tokens)
+        answer = tuple(self.tokenizer.encode(str(text[-1]["content"]), bos=False))
+        return Example(self.encode_prompt(text[:-1]), (answer,)).cut(self.config.max_tokens)
+
+    # Forward passes.
+
+    def logits(self, model: Any, batch: Batch, memory: Memory, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, V) at the positions that predict the answers' tokens.
+
+        Args:
+            model: evaluates the text.
+            batch: packed rows only where the model's attention can be masked by hand, which is where ``memory`` is given or there is none.
+            memory: of the virtual tokens, shared by all rows; may be empty.
+            embeddings: (P, D) in front of each row instead, for models whose memory cannot be shared (windows, recurrent layers).
+        """
+        import torch
+
+        kept = torch.unique(batch.sources)
+        ahead = 0 if embeddings is None else len(embeddings)
+        if self.packs:
+            output = model(**self._packed_inputs(model, batch, memory), logits_to_keep=kept)
+        else:
+            output = model(**_plain_inputs(model, batch, embeddings), use_cache=False, logits_to_keep=kept + ahead)
+        place = torch.searchsorted(kept, batch.sources)
+        found: torch.Tensor = output.logits[batch.rows, place]
+        return found
+
+    def _packed_inputs(self, model: Any, batch: Batch, memory: Memory) -> dict[str, Any]:
+        num_virtual = memory[0][0].shape[2] if memory else 0
+        inputs: dict[str, Any] = {
+            "input_ids": batch.ids,
+            "position_ids": batch.positions + num_virtual,
+            "attention_mask": attention_mask(batch.segments, num_virtual, self.base.dtype),
+        }
+        if not memory:
+            return {**inputs, "use_cache": False}
+        cache = hf.new_cache(self.base)
+        for layer, tensors in enumerate(memory):
+            cache.update(*(t.expand(len(batch.ids), -1, -1, -1) for t in tensors), layer)
+        return {**inputs, "past_key_values": cache}
+
+    def _examples(self, examples: Sequence[Example]) -> Batch:
+        rows = examples if self.packs else [row for example in examples for row in example.unpacked()]
+        return make_batch(rows, self.device)
+
+    def log_probabilities(self, model: Any, examples: Sequence[Example], memory: Memory, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, A): each example's A answers."""
+        from edgepatch.training.losses import answer_log_probabilities
+
+        batch = self._examples(examples)
+        logits = self.logits(model, batch, memory, embeddings)
+        return answer_log_probabilities(logits, batch.targets, batch.owners, batch.num_answers).view(len(examples), -1)
+
+    def logits_of(
+        self, examples: Sequence[Example], model: Any, memory: Memory, embeddings: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(N, V) of all answers' tokens, example by example; arguments as ``logits``."""
+        return self.logits(model, self._examples(examples), memory, embeddings)
+
+    def bare_logits(self, which: int, key: int, example: Example) -> torch.Tensor:
+        """(N, V) of bare model number ``which`` on benign text number ``key``."""
+        import torch
+
+        kept = self._kept_logits.get((which, key))
+        if kept is None:
+            with torch.no_grad():
+                kept = self.logits_of([example], self.bases[which], [], None)
+            if sum(t.numel() * t.element_size() for t in self._kept_logits.values()) < KEPT_LOGIT_BYTES:
+                self._kept_logits[which, key] = kept
+        return kept
+
+
+def _plain_inputs(model: Any, batch: Batch, embeddings: torch.Tensor | None) -> dict[str, Any]:
+    """One answer a row, as every model takes it: the virtual tokens' embeddings, then the text, padded on the right."""
+    import torch
+
+    attention = (batch.segments >= 0).long()
+    if embeddings is None:
+        return {"input_ids": batch.ids, "attention_mask": attention}
+    text = model.get_input_embeddings()(batch.ids)
+    ahead = embeddings.to(text.dtype)[None].expand(len(batch.ids), -1, -1)
+    seen = attention.new_ones(len(batch.ids), len(embeddings))
+    return {"inputs_embeds": torch.cat([ahead, text], dim=1), "attention_mask": torch.cat([seen, attention], dim=1)}
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recomputes the activations of each layer in the backward pass; nothing else of the model leaves evaluation mode."""
+    with warnings.catch_warnings():  # the name that Transformers 6 wants is not in 5.0
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True

@@ -1,0 +1,152 @@
+"""From pairs to a patch: a trained soft prompt, a trained K/V prefix, or the segments of a composition."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgepatch.converters import fingerprints, hf
+from edgepatch.errors import InputError
+from edgepatch.patches import Patch
+from edgepatch.tensors import KVSeed, SoftPrompt
+from edgepatch.training import parallel, provenance, runs
+from edgepatch.training.config import History, TrainConfig
+from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.policies import KVPolicy, Policy, SoftPromptPolicy, initial_soft_prompt, random_soft_prompt
+from edgepatch.training.preferences import Pair
+from edgepatch.training.trainer import Progress, Trainer
+
+
+class PatchTraining:
+    """One training run of patches for the model in ``folder``.
+
+    Args:
+        folder: the base: a Transformers folder, or a GGUF file of 16 or 32 bits. Seed and canary are its.
+        config: hyperparameters.
+        weights: what to train on instead of the base's own weights: quantized GGUF files of it; each step draws one.
+        run: folder for settings, checkpoint and curves; a run that was killed goes on from there. ``None`` keeps nothing.
+        reference: the safer model, where ``config.dpo_reference`` is "model".
+        device: "cpu" or "cuda".
+
+    Raises:
+        InputError: a model cannot be read.
+        MismatchError: the weights are not of the base.
+        MissingExtraError: torch, transformers or peft is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, weights: Sequence[Path] = (), run: Path | None = None, reference: Path | None = None,
+        device: str | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.config, self.reference, self._run = folder, config, reference, run
+        self.weights = list(weights)
+        self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
+        hf.read_spec(folder).require_same(self.models.spec)
+        self.history = History()
+
+    def start(self) -> SoftPrompt:
+        """The soft prompt that training starts from."""
+        base, count = self.models.base, self.config.num_virtual_tokens
+        if self.config.init == "random":
+            return random_soft_prompt(base, count, self.config.rng_seed)
+        return initial_soft_prompt(base, self.models.tokenizer.encode(self.config.init_text, bos=False), count)
+
+    def soft_prompt(self, pairs: Sequence[Pair], benign_texts: Sequence[BenignText], name: str, version: str = "0.1.0",
+                    progress: Progress = lambda *_: None) -> Patch:  # fmt: skip
+        """A patch whose soft prompt is trained; with seed and canary.
+
+        Raises:
+            InputError: too few pairs, no benign text for the KL term, or a run folder with other settings.
+            TrainingError: the loss became NaN or infinite.
+        """
+        policy = SoftPromptPolicy([self.start()], self.models.device)
+        record = self._train(policy, [pairs], benign_texts, "soft_prompt", progress)
+        return self._patch(name, version, policy.soft_prompts()[0], None, record)
+
+    def kv_prefix(self, start: Patch, pairs: Sequence[Pair], benign_texts: Sequence[BenignText], name: str, version: str = "0.1.0",
+                  progress: Progress = lambda *_: None) -> Patch:  # fmt: skip
+        """A patch of trained keys and values, which starts from a trained patch's seed: same cost, more capacity.
+
+        Args:
+            start: has a seed for this base.
+
+        Raises:
+            InputError: ``start`` has no seed, or the model has windows or recurrent layers, where no K/V prefix stands alone.
+            MismatchError: it is for another base.
+        """
+        start.base.require_same(self.models.spec)
+        if start.kv_seed is None or not self.models.packs:
+            raise InputError("a K/V prefix starts from a patch with a seed, on a model with full attention in every layer",
+                             hint="train a soft prompt instead; it runs on every model")  # fmt: skip
+        policy = KVPolicy(start.kv_seed, self.models.device)
+        record = self._train(policy, [pairs], benign_texts, "kv_prefix", progress, start=start.digest)
+        return self._patch(name, version, None, policy.kv_seed(), record)
+
+    def segments(self, tasks: Sequence[Sequence[Pair]], starts: Sequence[SoftPrompt], benign_texts: Sequence[BenignText], names: Sequence[str],
+                 version: str = "0.1.0", progress: Progress = lambda *_: None) -> list[Patch]:  # fmt: skip
+        """Patches trained jointly in random order and number, so that they may be composed in any (MOSAIC, arXiv 2603.16210).
+
+        Args:
+            tasks: pairs of each segment.
+            starts: soft prompt of each segment: ``start``'s, or that of a patch trained before (successive training).
+            names: of the patches.
+
+        Raises:
+            InputError: fewer than two segments, or different numbers of them.
+        """
+        if not 2 <= len(tasks) == len(starts) == len(names):
+            raise InputError(f"joint training: expected two segments or more, each with pairs, start and name; found {len(tasks)}, {len(starts)}, {len(names)}")
+        policy = SoftPromptPolicy(starts, self.models.device)
+        record = self._train(policy, tasks, benign_texts, "order_free_segments", progress)
+        made = zip(names, policy.soft_prompts(), strict=True)
+        return [self._patch(name, version, prompt, None, record | {"segment": i}) for i, (name, prompt) in enumerate(made)]
+
+    def _train(self, policy: Policy, tasks: Sequence[Sequence[Pair]], benign_texts: Sequence[BenignText], kind: str, progress: Progress,
+               **told: Any) -> dict[str, Any]:  # fmt: skip
+        """Trains the policy; the record of it."""
+        began = time.monotonic()
+        data = {"pairs_sha256": runs.digest([[asdict(p) for p in pairs] for pairs in tasks]), "benign_texts_sha256": runs.digest(list(benign_texts))}
+        settings = {"kind": kind, "config": asdict(self.config), "data": data, "weights": [p.name for p in self.weights], **told}
+        run = runs.Run(self._run, settings)
+        trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference)
+        trainer.train(progress)
+        self.history = trainer.history
+        record = settings | {
+            "num_pairs": sum(map(len, tasks)),
+            "seconds": round(time.monotonic() - began, 1),
+            "device": self.models.device,
+            "final": {name: curve[-1] for name, curve in asdict(self.history).items() if curve},
+            "software": provenance.versions(),
+        }
+        run.finish(self.history, record)
+        return record
+
+    def _patch(self, name: str, version: str, soft_prompt: SoftPrompt | None, kv_seed: KVSeed | None, record: dict[str, Any]) -> Patch:
+        patch = Patch(
+            name, version, self.models.spec, soft_prompt, kv_seed, training=record, weight_sketch=fingerprints.sketch_of(self.folder),
+            chat_template=self.models.tokenizer.chat_template_digest,
+        )  # fmt: skip
+        exact = self.config.dtype == "float32" and not self.weights
+        return hf.complete(patch, self.models.base if exact else hf.load_model(self.folder, self.models.device))
+
+
+def train_patch(
+    folder: Path,
+    pairs: Sequence[Pair],
+    benign_texts: Sequence[BenignText],
+    config: TrainConfig,
+    name: str,
+    version: str = "0.1.0",
+    progress: Progress = lambda *_: None,
+) -> tuple[Patch, History]:
+    """Trains a soft prompt on the base's own weights, in one go; arguments and errors as in ``PatchTraining``.
+
+    Returns:
+        The patch, with soft prompt, float16 seed and canary, and the curves.
+    """
+    training = PatchTraining(folder, config)
+    patch = training.soft_prompt(pairs, benign_texts, name, version, progress)
+    return patch, training.history

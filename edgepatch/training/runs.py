@@ -1,0 +1,126 @@
+"""A run folder: settings, log and checkpoint; a killed run goes on from its checkpoint as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepatch.canonical import canonical_json
+from edgepatch.errors import InputError
+from edgepatch.patches import write_atomically
+from edgepatch.training.config import History
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKPOINT_FILE = "checkpoint.pt"
+SETTINGS_FILE = "run.json"
+STEPS_BETWEEN_CHECKPOINTS = 50
+
+
+@dataclass
+class Checkpoint:
+    """Where a run stands.
+
+    Attributes:
+        stage: "SFT", "DPO" or "done".
+        step: steps of the stage that are done.
+        policy: parameters.
+        optimizer: its state; empty at the start of a stage.
+        best: parameters of the best check of stage 2 so far; empty before the first.
+        best_check, checks_since: how good it was, and how many checks ago.
+        reference: answer log-probabilities of the DPO reference, once computed.
+        history: curves so far.
+    """
+
+    stage: str
+    step: int
+    policy: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    best: dict[str, torch.Tensor]
+    best_check: float
+    checks_since: int
+    reference: list[torch.Tensor]
+    history: dict[str, list[float]]
+
+
+class Run:
+    """The folder of a run, or none, which keeps nothing.
+
+    Args:
+        folder: made when it is missing.
+        settings: all that the result depends on; a run goes on only with the settings that it began with.
+
+    Raises:
+        InputError: the folder cannot be written, or holds a run with other settings.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any] | None = None) -> None:
+        self.folder = folder
+        if folder is None:
+            return
+        known = folder / SETTINGS_FILE
+        given = json.loads(json.dumps(settings or {}))
+        if known.is_file():
+            _require_same(folder, json.loads(known.read_text(encoding="utf-8")), given)
+        else:
+            write_atomically(known, (json.dumps(given, indent=1) + "\n").encode("utf-8"))
+
+    def load(self, device: str) -> Checkpoint | None:
+        """The checkpoint, where there is one.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        path = self.folder / CHECKPOINT_FILE if self.folder else None
+        if path is None or not path.is_file():
+            return None
+        import torch
+
+        try:
+            return Checkpoint(**torch.load(path, map_location=device, weights_only=True))
+        except (RuntimeError, EOFError, TypeError, ValueError, KeyError) as error:
+            raise InputError(f"checkpoint {path} is damaged: {error}", hint="delete the run folder to start again") from None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes it in place of the last one; a full disk leaves the last one whole.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        if self.folder is None:
+            return
+        import io
+
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(vars(checkpoint), buffer)
+        write_atomically(self.folder / CHECKPOINT_FILE, buffer.getvalue())
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint belongs behind this step."""
+        return self.folder is not None and step % STEPS_BETWEEN_CHECKPOINTS == 0
+
+    def finish(self, history: History, record: dict[str, Any]) -> None:
+        """Writes the curves and what the run was made of."""
+        if self.folder is not None:
+            write_atomically(self.folder / "curves.json", (json.dumps({**asdict(history), "run": record}, indent=1) + "\n").encode("utf-8"))
+
+
+def _require_same(folder: Path, known: dict[str, Any], given: dict[str, Any]) -> None:
+    differing = sorted(name for name in known.keys() | given.keys() if known.get(name) != given.get(name))
+    if differing:
+        first = differing[0]
+        raise InputError(
+            f"{folder} holds a run with other settings: {first}: expected {known.get(first)!r}, found {given.get(first)!r}",
+            hint="repeat the settings to go on with it, or name another folder",
+        )
+
+
+def digest(data: object) -> str:
+    """SHA-256 of the canonical JSON: names what a patch was trained on without shipping it."""
+    return hashlib.sha256(canonical_json(data)).hexdigest()
