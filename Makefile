@@ -7,7 +7,7 @@ STAMP := $(VENV)/.edgepatch-installed
 TYPES := .mypy_cache/tree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab stock parity optimum unpatch swap fingerprints security coverage trl fuzz clean
+.PHONY: help demo test lint lab evidence stock parity optimum unpatch swap fingerprints security coverage trl fuzz clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ unpatch: $(STAMP) ## measure what writing can do against the lab patch; bench/re
 	mkdir -p out/unpatch
 	$(BIN)/edgepatch convert base bench/lab/model/base out/unpatch/base-F16.gguf
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.unpatching --model out/unpatch/base-F16.gguf --patch bench/lab/model/lab-detox-0.1.0.safetensors
+
+evidence: $(STAMP) ## train every arm, measure the evidence matrix (hours; goes on where it stopped); bench/results/evidence.html
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.evidence --out out/evidence --publish
 
 swap: $(STAMP) ## time the exchange of patches on a model of a real size; bench/results/swap.json
 	$(BIN)/python -m edgepatch.bench.swap

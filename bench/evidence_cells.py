@@ -94,7 +94,7 @@ class EvidenceConfig:
         composition: whether compositions are measured.
     """
 
-    items: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: dict.fromkeys(DOMAINS, (400, 200, 50)))
+    items: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: dict.fromkeys(DOMAINS, (300, 150, 50)))
     retained: tuple[Sizes, Sizes] = (Sizes(30, 4, 100), Sizes(10, 1, 25))
     examples: int = 12
     rng_seeds: tuple[int, ...] = (1, 2, 3)

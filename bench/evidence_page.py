@@ -27,6 +27,7 @@ table.heat td small { color: var(--ink); opacity: .8; } td.core { font-weight: 6
 svg .c0 { color: #7c5cff; } svg .c1 { color: #2f7ed8; } svg .c2 { color: var(--patched); } svg .c3 { color: #8a9a1f; }
 svg .c4 { color: #d0457b; } svg .c5 { color: var(--bare); } svg .c6 { color: var(--soft); }
 svg .mark { fill: currentColor; stroke: currentColor; } svg .goal { stroke: var(--bare); stroke-dasharray: 4 3; }
+tbody th { vertical-align: top; color: var(--ink); }
 @page { size: A4 landscape; } @media print { table { font-size: 7.5pt; } th, td { padding: .15rem .2rem; } }
 """
 HEAT = 55

@@ -118,7 +118,9 @@ def scatter_plot(rows: Sequence[Row], domain: str) -> str:
         index = SERIES.index(row["arm"]) if row["arm"] in SERIES else 6
         marks.append(mark(index, x(row["perplexity_change"]), y(row["score"]), title))
         if index == 6:
-            marks.append(f'<text class="soft" x="{x(row["perplexity_change"]) + 8:.1f}" y="{y(row["score"]) + 4:.1f}">{escape(ARM_NAMES[row["arm"]])}</text>')
+            right = x(row["perplexity_change"]) > SIDE / 2
+            anchor, shift = ("end", -8) if right else ("start", 8)
+            marks.append(f'<text class="soft" text-anchor="{anchor}" x="{x(row["perplexity_change"]) + shift:.1f}" y="{y(row["score"]) + 4:.1f}">{escape(ARM_NAMES[row["arm"]])}</text>')
     told = "; ".join(f"{ARM_NAMES[r['arm']]} on {r['column']}: score {r['score']:.2f} at {r['perplexity_change']:+.1f} %" for r in points)
     axis = "".join(
         f'<text class="soft" x="{x(v):.1f}" y="{SIDE - 30}" text-anchor="middle">{v:+.1f} %</text>' for v in (low + 0.5, 0.0, high - 0.5)

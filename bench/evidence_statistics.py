@@ -266,13 +266,12 @@ class Matrix:
 
 
 def spread(sides: Sequence[Values]) -> Estimate:
-    """Highest minus lowest mean of several (S, N) arrays, paired; with two it is the distance between them.
+    """Highest minus lowest mean of several (S, N) arrays, with the paired interval of the distance between just these two.
 
-    It is never negative, so chance alone makes it positive: it overstates how much order matters.
+    It is never negative, so noise alone makes it positive; an interval that reaches below 0 says that it may be nothing else.
     """
-    draws = _draws(*sides)
-    drawn, values = np.stack([draws.means(side) for side in sides]), [side.mean() for side in sides]
-    return draws.estimate(max(values) - min(values), drawn.max(axis=0) - drawn.min(axis=0))
+    ordered = sorted(sides, key=lambda side: float(side.mean()))
+    return difference(ordered[-1], ordered[0])
 
 
 def spread_by_chance(sides: Sequence[Values], draws: int = 1000) -> tuple[float, float]:

@@ -35,6 +35,14 @@ def test_batched_and_single_generation_are_the_same(runtime):
     assert runtime.generate_many(PROMPT, sampling, 6) == singles
 
 
+def test_a_batch_of_different_prompts_is_what_each_gives_alone(runtime):
+    prompts = ["The quick", "A dog", "The fox jumps over", "The lazy", "A dog sleeps in the sun", "The quick"]
+    for sampling in (Sampling(12, temperature=0), Sampling(12, top_p=0.9, rng_seed=3)):
+        assert runtime.generate_batch(prompts, sampling) == [runtime.generate(prompt, sampling) for prompt in prompts]
+    with pytest.raises(InputError, match="the context holds"):
+        runtime.generate_batch(["The", "fox " * 5000], Sampling(2))
+
+
 def test_prompt_reuse_does_not_change_the_answer(runtime):
     greedy = Sampling(max_new_tokens=16, temperature=0)
     fresh = runtime.generate(PROMPT, greedy)

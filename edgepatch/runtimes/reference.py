@@ -28,6 +28,8 @@ from edgepatch.sampling import Sampling
 from edgepatch.sketches import compare
 from edgepatch.tokenizers import FolderTokenizer
 
+MAX_BATCH = 64
+
 
 class TorchRuntime(Runtime):
     """A Transformers folder in float32, seeded with the patch.
@@ -107,8 +109,6 @@ class TorchRuntime(Runtime):
 
     def generate_many(self, prompt: Prompt, sampling: Sampling, count: int) -> list[str]:
         """As the base class, with the continuations evaluated as one batch."""
-        import torch
-
         require_text_only(sampling)
         if sampling.rng_seed is None:
             return super().generate_many(prompt, sampling, count)
@@ -116,14 +116,43 @@ class TorchRuntime(Runtime):
         logits = self._evaluate(tokens)[-1]
         cache = copy.deepcopy(self._caches[0])
         cache.batch_repeat_interleave(count)
-
-        def step(drawn: NDArray[np.int64]) -> NDArray[np.float32]:
-            with torch.inference_mode():
-                ids = torch.from_numpy(drawn).to(self.model.device)
-                return as_float32(self.model(input_ids=ids, past_key_values=cache).logits[:, -1].float().cpu().numpy())
-
         samplings = [replace(sampling, rng_seed=sampling.rng_seed + i) for i in range(count)]
-        return drain([self._new_reply(one, tokens) for one in samplings], [logits] * count, step)
+        return drain([self._new_reply(one, tokens) for one in samplings], [logits] * count, lambda drawn: self._step(cache, drawn))
+
+    def generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
+        """As the base class, with prompts of equal length evaluated as one batch: they need no padding."""
+        require_text_only(sampling)
+        texts, tokens = [""] * len(prompts), [self.tokens(prompt) for prompt in prompts]
+        if max(map(len, tokens), default=0) > self.context_length:
+            return super().generate_batch(prompts, sampling)  # which says so
+        for rows in _equal_lengths(tokens):
+            cache = copy.deepcopy(self._memory)
+            cache.batch_repeat_interleave(len(rows))
+            logits = self._step(cache, np.array([tokens[row] for row in rows]))
+            replies = [self._new_reply(sampling, tokens[row]) for row in rows]
+            found = drain(replies, list(logits), lambda drawn, cache=cache: self._step(cache, drawn))  # type: ignore[misc]
+            for row, text in zip(rows, found, strict=True):
+                texts[row] = text
+        return texts
+
+    def _step(self, cache: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(B, V) behind (B, T) tokens, which go into the cache."""
+        import torch
+
+        with torch.inference_mode():
+            output = self.model(input_ids=torch.from_numpy(tokens).to(self.model.device), past_key_values=cache, logits_to_keep=1)
+        return as_float32(output.logits[:, -1].float().cpu().numpy())
 
     def close(self) -> None:
         del self.model
+
+
+def _equal_lengths(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of the prompts in batches of one length each, at most ``MAX_BATCH``."""
+    found: dict[int, list[list[int]]] = {}
+    for index, tokens in enumerate(prompts):
+        batches = found.setdefault(len(tokens), [[]])
+        if len(batches[-1]) == MAX_BATCH:
+            batches.append([])
+        batches[-1].append(index)
+    return [batch for batches in found.values() for batch in batches]

@@ -1,0 +1,161 @@
+"""The limits of this machine: ``make machine``; bench/results/machine.json.
+
+Decoding reads every weight once a token, so memory bandwidth over the model's bytes is a ceiling on its rate. The bandwidth is measured
+here as STREAM does it (McCalpin 1995): arrays four times larger than the last cache, the best of many passes, all threads at once.
+Reading alone is measured too, for a decoder writes next to nothing, and it is the higher of the two: it makes the ceiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.bench.demo import environment
+from edgepatch.bench.shapes import Shape
+from edgepatch.errors import InputError
+from edgepatch.patches import write_atomically
+
+CACHE_FILES = "cpu0/cache/index*/size"
+UNKNOWN_CACHE_BYTES = 32 << 20
+STREAM_FACTOR = 4
+BLOCK = 1 << 14
+"""Values of a block of the triad: three blocks of float64 stay in a core's own cache, so that numpy's two steps pass memory once."""
+BITS_PER_WEIGHT = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5, "Q4_K_M": 4.85}
+"""Of the matrices, with their scales; Q4_K_M mixes types, the figure is llama.cpp's for an 8B model."""
+
+Pass = Callable[[int], object]
+
+
+def cache_bytes(folder: Path = Path("/sys/devices/system/cpu")) -> int:
+    """The largest cache that the system tells of, or a guess."""
+    sizes = [path.read_text(encoding="ascii").strip() for path in folder.glob(CACHE_FILES)]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=UNKNOWN_CACHE_BYTES)
+
+
+def _triad(num_values: int) -> tuple[Pass, int]:
+    """a = b + s c over arrays of a thread's own; (one pass, bytes that STREAM counts for it)."""
+    made: dict[int, tuple[NDArray[np.float64], ...]] = {}
+
+    def run(thread: int) -> None:
+        if thread not in made:  # a thread touches its own pages first
+            made[thread] = tuple(np.full(num_values, value) for value in (0.0, 1.0, 2.0))
+        a, b, c = made[thread]
+        for start in range(0, num_values, BLOCK):
+            block = slice(start, start + BLOCK)
+            np.multiply(c[block], 3.0, out=a[block])
+            np.add(a[block], b[block], out=a[block])
+
+    return run, 3 * 8 * num_values
+
+
+def _read(num_values: int) -> tuple[Pass, int]:
+    """Two equal arrays compared by the C library, which reads both to their ends and writes nothing."""
+    compare = ctypes.CDLL(None).memcmp
+    compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    made: dict[int, tuple[NDArray[np.float64], ...]] = {}
+
+    def run(thread: int) -> None:
+        if thread not in made:
+            made[thread] = (np.ones(num_values), np.ones(num_values))
+        first, second = made[thread]
+        if compare(first.ctypes.data, second.ctypes.data, first.nbytes):
+            raise RuntimeError("equal arrays compare as different: the memory of this machine is broken")
+
+    return run, 2 * 8 * num_values
+
+
+def _rates(kernel: tuple[Pass, int], pool: ThreadPoolExecutor, num_threads: int, repeats: int) -> dict[str, float]:
+    """GB/s (10^9 bytes) over all threads: the best pass, as STREAM tells it, with median and worst beside it."""
+    act, num_bytes = kernel
+    found = []
+    for number in range(repeats + 1):
+        began = time.perf_counter()
+        list(pool.map(act, range(num_threads)))
+        if number:  # the first pass fetches the pages
+            found.append(num_threads * num_bytes / (time.perf_counter() - began) / 1e9)
+    return {"best": max(found), "median": statistics.median(found), "worst": min(found), "repeats": repeats}
+
+
+def measure_bandwidth(num_threads: int, repeats: int = 20, size_bytes: int | None = None) -> dict[str, Any]:
+    """Memory bandwidth with so many threads.
+
+    Args:
+        num_threads: all work at the same time, each on arrays of its own.
+        repeats: passes that count.
+        size_bytes: of one array over all threads; default: four times the largest cache.
+
+    Returns:
+        ``triad_gb_s`` and ``read_gb_s``, each best, median and worst; ``size_bytes`` and ``num_threads``.
+
+    Raises:
+        InputError: fewer than one thread or pass, or arrays smaller than a block.
+    """
+    size = size_bytes or STREAM_FACTOR * cache_bytes()
+    num_values = size // num_threads // 8 if num_threads > 0 else 0
+    if num_threads < 1 or repeats < 1 or num_values < BLOCK:
+        raise InputError(f"expected threads >= 1, repeats >= 1 and {8 * BLOCK} bytes a thread, found {num_threads}, {repeats}, {size} bytes")
+    with ThreadPoolExecutor(num_threads) as pool:
+        rates = {name: _rates(kernel(num_values), pool, num_threads, repeats) for name, kernel in (("triad", _triad), ("read", _read))}
+    return {"num_threads": num_threads, "size_bytes": 8 * num_values * num_threads} | {f"{name}_gb_s": rate for name, rate in rates.items()}
+
+
+def bytes_per_token(shape: Shape, kind: str, depth: int = 0) -> float:
+    """Bytes that decoding one token reads: every matrix once, and the keys and values (float16) of ``depth`` positions.
+
+    The embedding counts where it is the output matrix as well, which it is in models without one of their own.
+
+    Raises:
+        InputError: the type is not known.
+    """
+    if kind not in BITS_PER_WEIGHT:
+        raise InputError(f"type: expected one of {', '.join(BITS_PER_WEIGHT)}, found {kind}")
+    cache = 2 * 2 * shape.num_layers * shape.num_key_value_heads * shape.head_dim * depth
+    return _weights(shape) * BITS_PER_WEIGHT[kind] / 8 + cache
+
+
+def operations_per_token(shape: Shape, depth: int = 0) -> float:
+    """Multiplications and additions of one token: two a weight, and four a position, head and dimension in attention."""
+    return 2 * _weights(shape) + 4 * shape.num_layers * shape.num_heads * shape.head_dim * depth
+
+
+def _weights(shape: Shape) -> int:
+    tensors = shape.tensors()
+    skipped = "token_embd.weight" if "output.weight" in tensors else ""
+    return sum(int(np.prod(size)) for name, size in tensors.items() if len(size) > 1 and name != skipped)
+
+
+def decode_ceiling(machine: Mapping[str, Any], num_bytes: float) -> float:
+    """Tokens a second that this machine cannot exceed when each reads ``num_bytes``."""
+    return float(machine["read_gb_s"]["best"]) * 1e9 / num_bytes
+
+
+def main() -> None:
+    """The entry point of ``make machine``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/machine.json"))
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
+    document = {
+        "command": "make machine", "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "environment": environment(),
+        "load_average": load, **measure_bandwidth(arguments.threads, arguments.repeats),
+    }  # fmt: skip
+    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
