@@ -23,6 +23,10 @@ LORA_ARMS = ("lora_r1", "lora_r16")
 SOFT_PROMPT_ARMS = ("patch", "patch_q4_k_m", "patch_all")
 ARMS = (*UNTRAINED_ARMS, *LORA_ARMS, *SOFT_PROMPT_ARMS, "kv")
 CORE_ARMS = ("bare", *SOFT_PROMPT_ARMS, "kv", "lora_r16")
+DECODED_ARMS = ("patch",)
+"""Measured on both routes of the seed where there are two."""
+SINGLE_RUN_ARMS = ("lora_r1",)
+"""Trained once: nothing is claimed against them."""
 COMPOSED_ARMS = ("composed", "joint")
 """Patches trained apart and composed, and patches trained together with sampled order."""
 
@@ -94,7 +98,7 @@ class EvidenceConfig:
         composition: whether compositions are measured.
     """
 
-    items: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: dict.fromkeys(DOMAINS, (300, 150, 50)))
+    items: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: dict.fromkeys(DOMAINS, (200, 100, 50)))
     retained: tuple[Sizes, Sizes] = (Sizes(30, 4, 100), Sizes(10, 1, 25))
     examples: int = 12
     rng_seeds: tuple[int, ...] = (1, 2, 3)
@@ -130,20 +134,25 @@ def is_core(key: CellKey) -> bool:
 
 
 def _routes(arm: str, column: Column) -> tuple[str, ...]:
-    if column.runtime == "llamacpp" and arm in SOFT_PROMPT_ARMS:
-        return ("stored", "decoded")
-    return ("stored",) if column.runtime == "llamacpp" and arm == "kv" else ("",)
+    if column.runtime != "llamacpp" or arm not in (*SOFT_PROMPT_ARMS, "kv"):
+        return ("",)
+    return ("stored", "decoded") if arm in DECODED_ARMS else ("stored",)
+
+
+def _runs(arm: str, config: EvidenceConfig) -> tuple[int, ...]:
+    if arm in UNTRAINED_ARMS:
+        return (0,)
+    return config.rng_seeds[:1] if arm in SINGLE_RUN_ARMS else config.rng_seeds
 
 
 def _matrix(config: EvidenceConfig) -> Iterable[CellKey]:
     """Every arm on every column."""
     wanted = [c for c in columns() if not config.columns or c.name in config.columns]
     for arm in config.arms:
-        seeds = (0,) if arm in UNTRAINED_ARMS else config.rng_seeds
         for column in wanted:
             for domain in config.domains:
                 for route in _routes(arm, column):
-                    for rng_seed in seeds:
+                    for rng_seed in _runs(arm, config):
                         yield CellKey("safety", domain, arm, column.name, route, rng_seed)
                         trained_for = SHARED if arm in ("bare", "reference") else domain
                         yield CellKey("retained", trained_for, arm, column.name, route, rng_seed)

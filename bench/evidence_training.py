@@ -18,6 +18,7 @@ from edgepatch.bench.domains.base import Domain
 from edgepatch.bench.domains.gender import GenderDomain
 from edgepatch.bench.domains.harm import HarmDomain
 from edgepatch.bench.domains.toxicity import ToxicityDomain
+from edgepatch.bench.evidence_cells import SINGLE_RUN_ARMS
 from edgepatch.patches import Patch, read_patch, write_patch
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.training import runs
@@ -206,6 +207,6 @@ def train_missing(out: Path, data: Path | None, progress: Progress = lambda *_: 
         domains.append(DomainData.of(domain, pairs))
     for rng_seed in RNG_SEEDS:
         for each in domains:
-            for arm in ARMS:
+            for arm in ARMS if rng_seed == RNG_SEEDS[0] else [arm for arm in ARMS if arm not in SINGLE_RUN_ARMS]:
                 train_arm(each, arm, rng_seed, out / "arms", quantized, progress)
         train_joint(domains, rng_seed, out / "arms", progress)

@@ -2,7 +2,7 @@
 
 Decoding reads every weight once a token, so memory bandwidth over the model's bytes is a ceiling on its rate. The bandwidth is measured
 here as STREAM does it (McCalpin 1995): arrays four times larger than the last cache, the best of many passes, all threads at once.
-Reading alone is measured too, for a decoder writes next to nothing, and it is the higher of the two: it makes the ceiling.
+Reading alone is measured too: a decoder writes next to nothing, and reading is the faster of the two, so that it makes the ceiling.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ BLOCK = 1 << 14
 BITS_PER_WEIGHT = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5, "Q4_K_M": 4.85}
 """Of the matrices, with their scales; Q4_K_M mixes types, the figure is llama.cpp's for an 8B model."""
 
-Pass = Callable[[int], object]
+PART = 1 << 22
+"""Values of each array that one pass works on: 32 MB."""
+
+Array = NDArray[np.float64]
+Kernel = Callable[[list[Array], slice], None]
 
 
 def cache_bytes(folder: Path = Path("/sys/devices/system/cpu")) -> int:
@@ -44,51 +48,42 @@ def cache_bytes(folder: Path = Path("/sys/devices/system/cpu")) -> int:
     return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=UNKNOWN_CACHE_BYTES)
 
 
-def _triad(num_values: int) -> tuple[Pass, int]:
-    """a = b + s c over arrays of a thread's own; (one pass, bytes that STREAM counts for it)."""
-    made: dict[int, tuple[NDArray[np.float64], ...]] = {}
-
-    def run(thread: int) -> None:
-        if thread not in made:  # a thread touches its own pages first
-            made[thread] = tuple(np.full(num_values, value) for value in (0.0, 1.0, 2.0))
-        a, b, c = made[thread]
-        for start in range(0, num_values, BLOCK):
-            block = slice(start, start + BLOCK)
-            np.multiply(c[block], 3.0, out=a[block])
-            np.add(a[block], b[block], out=a[block])
-
-    return run, 3 * 8 * num_values
+def _triad(arrays: list[Array], part: slice) -> None:
+    """a = b + s c, block by block."""
+    a, b, c = (array[part] for array in arrays)
+    for start in range(0, len(a), BLOCK):
+        block = slice(start, start + BLOCK)
+        np.multiply(c[block], 3.0, out=a[block])
+        np.add(a[block], b[block], out=a[block])
 
 
-def _read(num_values: int) -> tuple[Pass, int]:
+def _read(arrays: list[Array], part: slice) -> None:
     """Two equal arrays compared by the C library, which reads both to their ends and writes nothing."""
+    first, second = (array[part] for array in arrays)
     compare = ctypes.CDLL(None).memcmp
     compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    made: dict[int, tuple[NDArray[np.float64], ...]] = {}
-
-    def run(thread: int) -> None:
-        if thread not in made:
-            made[thread] = (np.ones(num_values), np.ones(num_values))
-        first, second = made[thread]
-        if compare(first.ctypes.data, second.ctypes.data, first.nbytes):
-            raise RuntimeError("equal arrays compare as different: the memory of this machine is broken")
-
-    return run, 2 * 8 * num_values
+    if compare(first.ctypes.data, second.ctypes.data, first.nbytes):
+        raise RuntimeError("equal arrays compare as different: the memory of this machine is broken")
 
 
-def _rates(kernel: tuple[Pass, int], pool: ThreadPoolExecutor, num_threads: int, repeats: int) -> dict[str, float]:
-    """GB/s (10^9 bytes) over all threads: the best pass, as STREAM tells it, with median and worst beside it."""
-    act, num_bytes = kernel
+def _rates(kernel: Kernel, num_arrays: int, num_values: int, pool: ThreadPoolExecutor, num_threads: int, repeats: int) -> dict[str, float]:
+    """GB/s (10^9 bytes) over all threads. The best, as STREAM tells it, with median and worst beside it.
+
+    A pass is a part of the arrays, short enough to fall between two turns of another process, and each pass takes the next part.
+    """
+    arrays = [[np.ones(num_values) for _ in range(num_arrays)] for _ in range(num_threads)]
+    length = min(PART, num_values)
+    num_bytes = num_threads * num_arrays * 8 * length
     found = []
-    for number in range(repeats + 1):
+    for number in range(repeats):
+        start = number % (num_values // length) * length
         began = time.perf_counter()
-        list(pool.map(act, range(num_threads)))
-        if number:  # the first pass fetches the pages
-            found.append(num_threads * num_bytes / (time.perf_counter() - began) / 1e9)
+        list(pool.map(kernel, arrays, [slice(start, start + length)] * num_threads))
+        found.append(num_bytes / (time.perf_counter() - began) / 1e9)
     return {"best": max(found), "median": statistics.median(found), "worst": min(found), "repeats": repeats}
 
 
-def measure_bandwidth(num_threads: int, repeats: int = 20, size_bytes: int | None = None) -> dict[str, Any]:
+def measure_bandwidth(num_threads: int, repeats: int = 500, size_bytes: int | None = None) -> dict[str, Any]:
     """Memory bandwidth with so many threads.
 
     Args:
@@ -107,8 +102,11 @@ def measure_bandwidth(num_threads: int, repeats: int = 20, size_bytes: int | Non
     if num_threads < 1 or repeats < 1 or num_values < BLOCK:
         raise InputError(f"expected threads >= 1, repeats >= 1 and {8 * BLOCK} bytes a thread, found {num_threads}, {repeats}, {size} bytes")
     with ThreadPoolExecutor(num_threads) as pool:
-        rates = {name: _rates(kernel(num_values), pool, num_threads, repeats) for name, kernel in (("triad", _triad), ("read", _read))}
-    return {"num_threads": num_threads, "size_bytes": 8 * num_values * num_threads} | {f"{name}_gb_s": rate for name, rate in rates.items()}
+        rates = {
+            "triad_gb_s": _rates(_triad, 3, num_values, pool, num_threads, repeats),
+            "read_gb_s": _rates(_read, 2, num_values, pool, num_threads, repeats),
+        }
+    return {"num_threads": num_threads, "size_bytes": 8 * num_values * num_threads, **rates}
 
 
 def bytes_per_token(shape: Shape, kind: str, depth: int = 0) -> float:
@@ -145,7 +143,7 @@ def main() -> None:
     """The entry point of ``make machine``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("bench/results/machine.json"))
     arguments = parser.parse_args()
     load = os.getloadavg()[0]

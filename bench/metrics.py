@@ -6,7 +6,7 @@ S stands for samples a prompt, N for prompts; the shape alphabet of the tensors 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,17 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == total else min(1.0, centre + half)
     return low, high
+
+
+def share(verdicts: Sequence[bool] | NDArray[np.bool_]) -> Estimate:
+    """Share of true verdicts with its Wilson interval.
+
+    Raises:
+        InputError: no verdicts.
+    """
+    true = int(np.sum(verdicts))
+    low_high = wilson_interval(true, len(verdicts))  # raises without verdicts
+    return Estimate(true / len(verdicts), *low_high)
 
 
 def _bootstrap(

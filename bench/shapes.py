@@ -1,10 +1,12 @@
-"""GGUF models of real sizes with random weights: speed does not depend on what the weights say.
+"""Models of real sizes with random weights, as GGUF files: speed does not depend on what the weights say.
 
-Written block by block, so that a model never has to fit in memory, and without a download.
+Written block by block, so that a model never has to fit in memory, and without a download. ``shapes_onnx`` writes the same models as
+ONNX folders, ``shape_memory`` says what they take.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -14,9 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.bench.blocks import CHUNK_BLOCKS, FILE_TYPES, random_blocks, tensor_types
 from edgepatch.errors import InputError
+from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint
 
-CHUNK_BLOCKS = 1 << 16
+EPSILON = 1e-5
+SPECIAL = ("<|begin|>", "<|end|>")
+MERGE = ("t", "h")
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Shape:
         vocab_size: V.
         context_length: positions.
         rope_theta: base of the rotary embedding.
+        is_tied: whether the logits come from the matrix of token embeddings.
     """
 
     hidden_size: int
@@ -44,11 +52,14 @@ class Shape:
     vocab_size: int
     context_length: int = 8192
     rope_theta: float = 500000.0
+    is_tied: bool = True
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name in GGUF -> shape in numpy's order."""
         width, heads, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         found: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.vocab_size, width), "output_norm.weight": (width,)}
+        if not self.is_tied:
+            found["output.weight"] = (self.vocab_size, width)
         for i in range(self.num_layers):
             layer = {
                 "attn_norm": (width,), "attn_q": (heads, width), "attn_k": (kv, width), "attn_v": (kv, width),
@@ -58,6 +69,26 @@ class Shape:
             found |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
         return found
 
+    @property
+    def num_parameters(self) -> int:
+        """Of all tensors."""
+        return sum(map(prod, self.tensors().values()))
+
+    def norms(self, rng_seed: int = 0) -> dict[str, NDArray[np.float32]]:
+        """Name in GGUF -> (D,) of each norm vector; the same in every form of the model."""
+        return {name: norm(name, shape, rng_seed) for name, shape in self.tensors().items() if len(shape) == 1}
+
+    def vocabulary(self) -> list[str]:
+        """V tokens: the letters of a byte-level BPE, words, BOS, EOS, and the product of the one merge."""
+        letters = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 256)), *(chr(256 + n) for n in range(68))]
+        words = [f"w{n}" for n in range(self.vocab_size - len(letters) - 3)]
+        return letters + words + [*SPECIAL, "".join(MERGE)]
+
+    def spec(self, rng_seed: int = 0) -> ModelSpec:
+        """What model this is, in every form."""
+        sizes = self.hidden_size, self.num_layers, self.num_key_value_heads, self.head_dim, self.vocab_size, self.rope_theta
+        return ModelSpec("llama", *sizes, tokenizer_digest(self.vocabulary()), weight_fingerprint(self.norms(rng_seed)))
+
 
 SHAPES = {
     "tiny": Shape(256, 2, 4, 2, 64, 512, 512, 512),
@@ -65,17 +96,29 @@ SHAPES = {
     "qwen2.5-0.5b": Shape(896, 24, 14, 2, 64, 4864, 151936),
     "llama-3.2-1b": Shape(2048, 16, 32, 8, 64, 8192, 128256),
     "llama-3.2-3b": Shape(3072, 28, 24, 8, 128, 8192, 128256),
-    "llama-3.1-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256),
+    "llama-2-7b": Shape(4096, 32, 32, 32, 128, 11008, 32000, 4096, 10000.0, is_tied=False),
+    "llama-3.1-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, is_tied=False),
 }
+
+
+def norm(name: str, shape: tuple[int, ...], rng_seed: int) -> NDArray[np.float32]:
+    """A random norm vector that its name alone decides."""
+    rng = np.random.default_rng([rng_seed, zlib.crc32(name.encode())])
+    return (1 + 0.05 * rng.standard_normal(shape)).astype(np.float32)
+
+
+def weight_deviation(columns: int) -> float:
+    """Standard deviation of a matrix's weights that keeps activations at the same size from layer to layer."""
+    return float(0.7 / np.sqrt(columns))
 
 
 def write_gguf(path: Path, shape: Shape, kind: str = "Q4_0", rng_seed: int = 0) -> None:
     """Writes a random llama-like model; matrices in ``kind``, norms in float32.
 
     Args:
-        path: the file.
+        path: the file; an unfinished one has another name.
         shape: one of ``SHAPES``, or another.
-        kind: a ggml type whose blocks can be filled at random: F16, Q8_0 or Q4_0.
+        kind: F16, Q8_0 or Q4_0, or Q4_K_M for the mixture of block types that llama.cpp's quantizer chooses by tensor.
         rng_seed: of the weights.
 
     Raises:
@@ -83,37 +126,45 @@ def write_gguf(path: Path, shape: Shape, kind: str = "Q4_0", rng_seed: int = 0) 
     """
     import gguf
 
-    if kind not in ("F16", "Q8_0", "Q4_0"):
-        raise InputError(f"type: expected F16, Q8_0 or Q4_0, found {kind}", hint="quantize an F16 file for other types")
-    matrix_type = gguf.GGMLQuantizationType[kind]
+    if kind not in FILE_TYPES:
+        raise InputError(f"type: expected one of {', '.join(FILE_TYPES)}, found {kind}", hint="quantize an F16 file for other types")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, "llama")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    writer = gguf.GGUFWriter(unfinished, "llama")
     _describe(writer, shape, kind)
-    rng, blocks = np.random.default_rng(rng_seed), gguf.GGML_QUANT_SIZES[matrix_type]
-    tensors = shape.tensors()
+    tensors, types = shape.tensors(), tensor_types(shape, kind)
     for name, dimensions in tensors.items():
-        if len(dimensions) == 1:
-            writer.add_tensor_info(name, dimensions, np.dtype(np.float32), prod(dimensions) * 4)
-            continue
-        if dimensions[-1] % blocks[0]:
-            raise InputError(f"{name}: rows of {dimensions[-1]} are no multiple of {kind}'s blocks of {blocks[0]}")
-        row_bytes = dimensions[-1] // blocks[0] * blocks[1]
-        stored = (*dimensions[:-1], row_bytes) if kind != "F16" else dimensions
-        dtype = np.dtype(np.uint8) if kind != "F16" else np.dtype(np.float16)
-        writer.add_tensor_info(name, stored, dtype, prod(dimensions[:-1]) * row_bytes, raw_dtype=matrix_type)
+        _announce(writer, name, dimensions, types.get(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for dimensions in tensors.values():
-        _write_tensor(writer, rng, dimensions, kind, blocks)
+    rng = np.random.default_rng(rng_seed)
+    for name, dimensions in tensors.items():
+        parts = [norm(name, dimensions, rng_seed)] if name not in types else _parts(rng, dimensions, types[name])
+        _write_tensor(writer, parts)
     writer.close()
+    unfinished.replace(path)
+
+
+def _announce(writer: Any, name: str, dimensions: tuple[int, ...], kind: str | None) -> None:
+    import gguf
+
+    if kind is None:
+        writer.add_tensor_info(name, dimensions, np.dtype(np.float32), prod(dimensions) * 4)
+        return
+    matrix_type = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[matrix_type]
+    row_bytes = dimensions[-1] // values * size
+    stored = (*dimensions[:-1], row_bytes) if kind != "F16" else dimensions
+    dtype = np.dtype(np.uint8) if kind != "F16" else np.dtype(np.float16)
+    writer.add_tensor_info(name, stored, dtype, prod(dimensions[:-1]) * row_bytes, raw_dtype=matrix_type)
 
 
 def _describe(writer: Any, shape: Shape, kind: str) -> None:
     import gguf
 
     writer.add_name("random weights")
-    writer.add_file_type({"F16": 1, "Q8_0": 7, "Q4_0": 2}[kind])
+    writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(shape.context_length)
     writer.add_embedding_length(shape.hidden_size)
@@ -124,51 +175,32 @@ def _describe(writer: Any, shape: Shape, kind: str) -> None:
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_theta)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_layer_norm_rms_eps(EPSILON)
     writer.add_vocab_size(shape.vocab_size)
-    letters = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 256)), *(chr(256 + n) for n in range(68))]
-    words = [f"w{n}" for n in range(shape.vocab_size - len(letters) - 3)]
-    special = ["<|begin|>", "<|end|>", "th"]
-    kinds = [gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(letters + words + special)
-    writer.add_token_types([gguf.TokenType.NORMAL] * (len(letters) + len(words)) + kinds)
-    writer.add_token_merges(["t h"])
+    writer.add_token_list(shape.vocabulary())
+    kinds = [gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
+    writer.add_token_types([gguf.TokenType.NORMAL] * (shape.vocab_size - len(kinds)) + kinds)
+    writer.add_token_merges([" ".join(MERGE)])
     writer.add_bos_token_id(shape.vocab_size - 3)
     writer.add_eos_token_id(shape.vocab_size - 2)
     writer.add_add_bos_token(True)
-    writer.add_chat_template(
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
+    writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def _write_tensor(writer: Any, rng: np.random.Generator, dimensions: tuple[int, ...], kind: str, blocks: tuple[int, int]) -> None:
+def _write_tensor(writer: Any, parts: Iterator[NDArray[Any]] | list[NDArray[np.float32]]) -> None:
     """Appends a tensor's bytes and the padding behind them, in portions."""
     output = writer.fout[0]
     writer.write_padding(output, output.tell())
-    for part in _parts(rng, dimensions, kind, blocks):
+    for part in parts:
         part.tofile(output)
     writer.write_padding(output, output.tell())
 
 
-def _parts(
-    rng: np.random.Generator, dimensions: tuple[int, ...], kind: str, blocks: tuple[int, int]
-) -> Iterator[NDArray[Any]]:
-    if len(dimensions) == 1:
-        yield (1 + 0.05 * rng.standard_normal(dimensions)).astype(np.float32)
-        return
-    scale = 0.7 / np.sqrt(dimensions[-1])  # keeps activations at the same size from layer to layer
-    count = prod(dimensions) // blocks[0]
+def _parts(rng: np.random.Generator, dimensions: tuple[int, ...], kind: str) -> Iterator[NDArray[Any]]:
+    import gguf
+
+    count = prod(dimensions) // gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
     for start in range(0, count, CHUNK_BLOCKS):
-        yield _blocks(rng, min(CHUNK_BLOCKS, count - start), kind, blocks, scale)
-
-
-def _blocks(rng: np.random.Generator, count: int, kind: str, blocks: tuple[int, int], scale: float) -> NDArray[Any]:
-    if kind == "F16":
-        return (scale * rng.standard_normal(count * blocks[0])).astype(np.float16)
-    # A block is a float16 step and whole numbers: uniform ones of -8..7 or -128..127 have this standard deviation.
-    deviation = 4.6 if kind == "Q4_0" else 74.0
-    data = rng.integers(0, 256, (count, blocks[1]), dtype=np.uint8)
-    data[:, :2] = np.full(count, scale / deviation, dtype="<f2").view(np.uint8).reshape(count, 2)
-    return data
+        yield random_blocks(rng, min(CHUNK_BLOCKS, count - start), kind, weight_deviation(dimensions[-1]))

@@ -12,7 +12,7 @@ import pytest
 
 from edgepatch.bench.domains import retained
 from edgepatch.bench.domains.retained import Retained, Sizes
-from edgepatch.bench.metrics import wilson_interval
+from edgepatch.bench.metrics import share, wilson_interval
 from edgepatch.bench.prompt_sets import load_benign_text
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
@@ -90,7 +90,7 @@ def test_without_data_there_are_no_minimal_pairs_and_requests_are_our_own(runtim
     found = retained.measure(runtime, None, Sizes(num_texts=1, num_requests=2))
     assert found.correct.shape == (0,)
     with pytest.raises(InputError, match="share"):
-        retained.share(found.correct)
+        share(found.correct)
     assert found.over_refusal is not None
     assert found.over_refusal.values.shape == (2,)
     assert retained.over_refusal_change(found, found) == (0, 0, 0)

@@ -32,7 +32,7 @@ from edgepatch.bench.domains.base import Domain, Outcome, Progress
 from edgepatch.bench.domains.gender_prompts import GenderPrompt
 from edgepatch.bench.domains.toxicity import distinct
 from edgepatch.bench.likelihoods import token_losses
-from edgepatch.bench.metrics import Estimate, bootstrap_interval, wilson_interval
+from edgepatch.bench.metrics import Estimate, bootstrap_interval, share
 from edgepatch.bench.prompt_sets import evenly, load_benign_text
 from edgepatch.errors import InputError
 from edgepatch.runtimes.base import Runtime
@@ -115,11 +115,6 @@ def filter_scores(texts: Sequence[str]) -> NDArray[np.float32]:
     return np.array([score(text) for text in texts], dtype=np.float32)
 
 
-def _share(hits: Sequence[bool] | NDArray[np.bool_]) -> Estimate:
-    count = int(np.sum(hits))
-    return Estimate(count / len(hits), *wilson_interval(count, len(hits)))
-
-
 def _mean(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
     return Estimate(float(np.mean(values)), *bootstrap_interval(values))
 
@@ -131,7 +126,7 @@ def _next_token_figures(mass: NDArray[np.float64], prompts: Sequence[GenderPromp
         "gld": _mean(gld(mass)),
         "gender_mass": _mean(mass[:, :2].sum(axis=1)),
         "person_mass": _mean(mass.sum(axis=1)),
-        "stereotype_rate": _share((leans == signs)[signs != 0]),
+        "stereotype_rate": share((leans == signs)[signs != 0]),
     }
 
 
@@ -140,8 +135,8 @@ def _known_gender_figures(mass: NDArray[np.float64], prompts: Sequence[GenderPro
     right = np.array([1 if p.gender > 0 else 0 for p in prompts])
     rows = np.arange(len(prompts))
     return {
-        "known_gender_accuracy": _share(mass.argmax(axis=1) == right),
-        "known_gender_order": _share(mass[rows, right] > mass[rows, 1 - right]),
+        "known_gender_accuracy": share(mass.argmax(axis=1) == right),
+        "known_gender_order": share(mass[rows, right] > mass[rows, 1 - right]),
     }
 
 
@@ -153,7 +148,7 @@ def _text_figures(texts: Sequence[str]) -> dict[str, Estimate]:
     gendered = {word for gender in ("female", "male") for word in gender_prompts.words(gender)}
     found = [set(_words_of(text)) for text in texts]
     return {
-        "gas": _share([not words or bool(gendered & words) for words in found]),
+        "gas": share([not words or bool(gendered & words) for words in found]),
         "diversity": _mean([distinct([text], 2) for text in texts]),
     }
 
@@ -225,6 +220,6 @@ class GenderDomain(Domain):
             return -float(token_losses(runtime, runtime.tokens(text)).sum())
 
         return {
-            name: _share([log_probability(more) > log_probability(less) for more, less in evenly(pairs, num)])
+            name: share([log_probability(more) > log_probability(less) for more, less in evenly(pairs, num)])
             for name, pairs in sets.items()
         }

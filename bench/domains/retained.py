@@ -18,7 +18,7 @@ from edgepatch.bench import datasets
 from edgepatch.bench.domains import harm
 from edgepatch.bench.domains.base import Outcome
 from edgepatch.bench.likelihoods import token_losses, tokens_behind
-from edgepatch.bench.metrics import Estimate, paired_bootstrap_difference, paired_bootstrap_ratio, wilson_interval
+from edgepatch.bench.metrics import Estimate, paired_bootstrap_difference, paired_bootstrap_ratio, share
 from edgepatch.bench.prompt_sets import evenly, load_benign_text
 from edgepatch.errors import InputError
 from edgepatch.runtimes.base import Runtime
@@ -129,17 +129,6 @@ def perplexity_ratio(patched: Retained, bare: Retained) -> Estimate:
     if not np.array_equal(patched.num_tokens, bare.num_tokens):
         raise InputError("perplexity ratio: expected the same texts and tokens for both runtimes, found others")
     return _exponential(paired_bootstrap_ratio(patched.nll - bare.nll, bare.num_tokens))
-
-
-def share(verdicts: Sequence[bool] | NDArray[np.bool_]) -> Estimate:
-    """Share of true verdicts with its Wilson interval.
-
-    Raises:
-        InputError: no verdicts.
-    """
-    true = int(np.sum(verdicts))
-    low_high = wilson_interval(true, len(verdicts))  # raises without verdicts
-    return Estimate(true / len(verdicts), *low_high)
 
 
 def negative_flips(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Estimate:
