@@ -35,8 +35,8 @@ BLOCK = 1 << 14
 BITS_PER_WEIGHT = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5, "Q4_K_M": 4.85}
 """Of the matrices, with their scales; Q4_K_M mixes types, the figure is llama.cpp's for an 8B model."""
 
-PART = 1 << 22
-"""Values of each array that one pass works on: 32 MB."""
+PART = 1 << 21
+"""Values of each array that one pass works on: 16 MB."""
 
 Array = NDArray[np.float64]
 Kernel = Callable[[list[Array], slice], None]
@@ -66,7 +66,7 @@ def _read(arrays: list[Array], part: slice) -> None:
         raise RuntimeError("equal arrays compare as different: the memory of this machine is broken")
 
 
-def _rates(kernel: Kernel, num_arrays: int, num_values: int, pool: ThreadPoolExecutor, num_threads: int, repeats: int) -> dict[str, float]:
+def _rates(kernel: Kernel, num_arrays: int, num_values: int, pool: ThreadPoolExecutor, num_threads: int, seconds: float) -> dict[str, float]:
     """GB/s (10^9 bytes) over all threads. The best, as STREAM tells it, with median and worst beside it.
 
     A pass is a part of the arrays, short enough to fall between two turns of another process, and each pass takes the next part.
@@ -74,37 +74,38 @@ def _rates(kernel: Kernel, num_arrays: int, num_values: int, pool: ThreadPoolExe
     arrays = [[np.ones(num_values) for _ in range(num_arrays)] for _ in range(num_threads)]
     length = min(PART, num_values)
     num_bytes = num_threads * num_arrays * 8 * length
-    found = []
-    for number in range(repeats):
-        start = number % (num_values // length) * length
+    found: list[float] = []
+    until = time.perf_counter() + seconds
+    while not found or time.perf_counter() < until:
+        start = len(found) % (num_values // length) * length
         began = time.perf_counter()
         list(pool.map(kernel, arrays, [slice(start, start + length)] * num_threads))
         found.append(num_bytes / (time.perf_counter() - began) / 1e9)
-    return {"best": max(found), "median": statistics.median(found), "worst": min(found), "repeats": repeats}
+    return {"best": max(found), "median": statistics.median(found), "worst": min(found), "repeats": len(found)}
 
 
-def measure_bandwidth(num_threads: int, repeats: int = 500, size_bytes: int | None = None) -> dict[str, Any]:
+def measure_bandwidth(num_threads: int, seconds: float = 5.0, size_bytes: int | None = None) -> dict[str, Any]:
     """Memory bandwidth with so many threads.
 
     Args:
         num_threads: all work at the same time, each on arrays of its own.
-        repeats: passes that count.
+        seconds: of each of the two measurements.
         size_bytes: of one array over all threads; default: four times the largest cache.
 
     Returns:
         ``triad_gb_s`` and ``read_gb_s``, each best, median and worst; ``size_bytes`` and ``num_threads``.
 
     Raises:
-        InputError: fewer than one thread or pass, or arrays smaller than a block.
+        InputError: fewer than one thread, or arrays smaller than a block.
     """
     size = size_bytes or STREAM_FACTOR * cache_bytes()
     num_values = size // num_threads // 8 if num_threads > 0 else 0
-    if num_threads < 1 or repeats < 1 or num_values < BLOCK:
-        raise InputError(f"expected threads >= 1, repeats >= 1 and {8 * BLOCK} bytes a thread, found {num_threads}, {repeats}, {size} bytes")
+    if num_threads < 1 or num_values < BLOCK:
+        raise InputError(f"expected one thread or more and {8 * BLOCK} bytes for each, found {num_threads} threads and {size} bytes")
     with ThreadPoolExecutor(num_threads) as pool:
         rates = {
-            "triad_gb_s": _rates(_triad, 3, num_values, pool, num_threads, repeats),
-            "read_gb_s": _rates(_read, 2, num_values, pool, num_threads, repeats),
+            "triad_gb_s": _rates(_triad, 3, num_values, pool, num_threads, seconds),
+            "read_gb_s": _rates(_read, 2, num_values, pool, num_threads, seconds),
         }
     return {"num_threads": num_threads, "size_bytes": 8 * num_values * num_threads, **rates}
 
@@ -143,13 +144,13 @@ def main() -> None:
     """The entry point of ``make machine``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--out", type=Path, default=Path("bench/results/machine.json"))
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     document = {
         "command": "make machine", "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "environment": environment(),
-        "load_average": load, **measure_bandwidth(arguments.threads, arguments.repeats),
+        "load_average": load, **measure_bandwidth(arguments.threads, arguments.seconds),
     }  # fmt: skip
     write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
     print(json.dumps(document))

@@ -1,5 +1,6 @@
 """Rows, losses, policies and the trainer."""
 
+import importlib.util
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from edgepatch.converters import gguf
-from edgepatch.errors import InputError, TrainingError
+from edgepatch.errors import InputError, MissingExtraError, TrainingError
 from edgepatch.patches import read_patch, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import SoftPrompt
@@ -212,6 +213,16 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny_folder):
 
 def test_bfloat16_trains_a_float32_patch(tiny_folder):
     patch, history = train_patch(tiny_folder, make_pairs(12), BENIGN, small(dtype="bfloat16", sft_steps=20), "tiny")
+    assert patch.soft_prompt.embeddings.dtype == np.float32
+    assert np.mean(history.sft_loss[-5:]) < np.mean(history.sft_loss[:5])
+
+
+def test_four_bits_train_where_bitsandbytes_is_installed_and_say_so_where_not(tiny_folder):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(MissingExtraError, match="quantized-training"):
+            FrozenModels([tiny_folder], small(dtype="4bit"))
+        return
+    patch, history = train_patch(tiny_folder, make_pairs(12), BENIGN, small(dtype="4bit", sft_steps=20), "tiny")
     assert patch.soft_prompt.embeddings.dtype == np.float32
     assert np.mean(history.sft_loss[-5:]) < np.mean(history.sft_loss[:5])
 
@@ -416,10 +427,12 @@ def test_the_command_trains_a_patch_and_a_kv_prefix_from_it(tiny_folder, tmp_pat
     write_pairs(make_pairs(12), tmp_path / "pairs.jsonl")
     (tmp_path / "benign.txt").write_text("\n".join(BENIGN))
     common = ["--pairs", str(tmp_path / "pairs.jsonl"), "--benign", str(tmp_path / "benign.txt"), "--sft-steps", "2", "--dpo-steps", "2"]
-    common += ["--num-virtual-tokens", "4"]
+    common += ["--num-virtual-tokens", "4", "--run", str(tmp_path / "run")]
     done = CliRunner().invoke(app, ["train", str(tiny_folder), "-o", str(tmp_path / "p.safetensors"), *common], catch_exceptions=False)
     assert done.exit_code == 0 and "4 virtual tokens" in done.output
-    start = ["--kind", "kv", "--start", str(tmp_path / "p.safetensors")]
+    page = (tmp_path / "run" / "curves.html").read_text()
+    assert page.count("<svg") == 5 and "SFT loss" in page and "http" not in page
+    start = ["--kind", "kv", "--start", str(tmp_path / "p.safetensors"), "--run", str(tmp_path / "kv")]
     done = CliRunner().invoke(app, ["train", str(tiny_folder), "-o", str(tmp_path / "kv.safetensors"), *common, *start], catch_exceptions=False)
     assert done.exit_code == 0 and read_patch(tmp_path / "kv.safetensors").soft_prompt is None
     patch = read_patch(tmp_path / "p.safetensors")

@@ -81,6 +81,7 @@ def train(
 
     Example: `edgepatch train models/base --pairs pairs.jsonl -o detox.safetensors --name detox --run runs/detox`
     """
+    from edgepatch.bench.training_page import write_training_page
     from edgepatch.patches import read_patch, write_patch
     from edgepatch.training import parallel
     from edgepatch.training.patching import PatchTraining
@@ -101,6 +102,8 @@ def train(
         return  # the first process writes
     patch = replace(patch, created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
     digest = write_patch(patch, out)
+    if run is not None:
+        write_training_page(training.history, patch.training, f"{name} {version}", run / "curves.html")
     accuracy = (training.history.preference_accuracy or [float("nan")])[-1]
     if as_json:
         print_json({"path": str(out), "digest": digest, "training": patch.training})
