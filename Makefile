@@ -7,7 +7,7 @@ STAMP := $(VENV)/.edgepatch-installed
 TYPES := .mypy_cache/tree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab evidence stock parity optimum unpatch swap fingerprints security coverage trl fuzz clean
+.PHONY: help demo test lint lab evidence stock parity optimum unpatch swap fingerprints security coverage trl fuzz machine report clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,12 @@ coverage: $(STAMP) ## branch coverage of format, signing and store; fails under 
 
 trl: $(STAMP) ## compare training speed and memory with PEFT + TRL on the same job; bench/results/trl.json and .md
 	$(BIN)/python -m edgepatch.bench.trl_comparison
+
+machine: $(STAMP) ## measure the memory bandwidth, on a quiet machine; bench/results/machine.json
+	$(BIN)/python -m edgepatch.bench.machine
+
+report: $(STAMP) ## one page of all results: bench/results/report.html and .md, and the tables of docs/performance.md
+	$(BIN)/edgepatch bench report --document docs/performance.md
 
 SECONDS := 600
 fuzz: $(STAMP) ## fuzz every reader of foreign bytes for SECONDS=600, guided by atheris where it installs; bench/results/fuzz.json

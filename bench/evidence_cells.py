@@ -23,8 +23,8 @@ LORA_ARMS = ("lora_r1", "lora_r16")
 SOFT_PROMPT_ARMS = ("patch", "patch_q4_k_m", "patch_all")
 ARMS = (*UNTRAINED_ARMS, *LORA_ARMS, *SOFT_PROMPT_ARMS, "kv")
 CORE_ARMS = ("bare", *SOFT_PROMPT_ARMS, "kv", "lora_r16")
-DECODED_ARMS = ("patch",)
-"""Measured on both routes of the seed where there are two."""
+DECODED_ARMS, DECODED_COLUMNS = ("patch",), ("llamacpp Q8_0", "llamacpp Q4_K_M", "llamacpp Q2_K")
+"""Measured on both routes of the seed."""
 SINGLE_RUN_ARMS = ("lora_r1",)
 """Trained once: nothing is claimed against them."""
 COMPOSED_ARMS = ("composed", "joint")
@@ -98,8 +98,8 @@ class EvidenceConfig:
         composition: whether compositions are measured.
     """
 
-    items: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: dict.fromkeys(DOMAINS, (200, 100, 50)))
-    retained: tuple[Sizes, Sizes] = (Sizes(30, 4, 100), Sizes(10, 1, 25))
+    items: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: dict.fromkeys(DOMAINS, (200, 100, 25)))
+    retained: tuple[Sizes, Sizes] = (Sizes(24, 3, 60), Sizes(8, 1, 20))
     examples: int = 12
     rng_seeds: tuple[int, ...] = (1, 2, 3)
     domains: tuple[str, ...] = DOMAINS
@@ -136,7 +136,7 @@ def is_core(key: CellKey) -> bool:
 def _routes(arm: str, column: Column) -> tuple[str, ...]:
     if column.runtime != "llamacpp" or arm not in (*SOFT_PROMPT_ARMS, "kv"):
         return ("",)
-    return ("stored", "decoded") if arm in DECODED_ARMS else ("stored",)
+    return ("stored", "decoded") if arm in DECODED_ARMS and column.name in DECODED_COLUMNS else ("stored",)
 
 
 def _runs(arm: str, config: EvidenceConfig) -> tuple[int, ...]:
@@ -179,11 +179,9 @@ def _compositions(config: EvidenceConfig) -> Iterable[CellKey]:
 
 def _tier(key: CellKey) -> int:
     """Earlier tiers give a useful part of the matrix before the whole is there."""
-    if key.parts:
-        return 3
-    if is_core(key) and key.arm in ("bare", "patch"):
-        return 0
-    return 1 if is_core(key) else 2
+    if is_core(key):
+        return 0 if key.arm in ("bare", "patch") else 1
+    return 2 if key.parts else 3
 
 
 def plan(config: EvidenceConfig) -> list[CellKey]:

@@ -94,19 +94,28 @@ TABLES: dict[str, Callable[[Document], str]] = {
 }  # fmt: skip
 
 
+def fill_markers(text: str, tables: Mapping[str, str]) -> str:
+    """A Markdown text with everything between the markers of each name written anew.
+
+    Raises:
+        InputError: a marker is missing.
+    """
+    for name, table in tables.items():
+        before, opening, rest = text.partition(f"<!-- {name} -->\n")
+        _, closing, behind = rest.partition(f"<!-- /{name} -->")
+        if not opening or not closing:
+            raise InputError(f"expected the markers <!-- {name} --> and <!-- /{name} -->, found at most one of them")
+        text = f"{before}{opening}{table}\n{closing}{behind}"
+    return text
+
+
 def with_tables(text: str, document: Document) -> str:
     """A Markdown text with every table between its markers written anew.
 
     Raises:
         InputError: a marker is missing.
     """
-    for name, table in TABLES.items():
-        before, opening, rest = text.partition(f"<!-- {name} -->\n")
-        _, closing, behind = rest.partition(f"<!-- /{name} -->")
-        if not opening or not closing:
-            raise InputError(f"expected the markers <!-- {name} --> and <!-- /{name} -->, found at most one of them")
-        text = f"{before}{opening}{table(document)}\n{closing}{behind}"
-    return text
+    return fill_markers(text, {name: table(document) for name, table in TABLES.items()})
 
 
 def write_tables(document: Document, path: Path) -> None:

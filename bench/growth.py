@@ -69,8 +69,7 @@ def exponent(points: Sequence[Point], base: float = 0.0) -> Exponent | None:
 
 def model_name(row: Row) -> str:
     """Model, type and runtime of a row, as shown."""
-    names = (row.get("model_type") or row.get("shape"), row.get("type") or row.get("quantization"), row.get("runtime") or row.get("backend"))
-    return " ".join(dict.fromkeys(str(name) for name in names if name)) or "?"
+    return " ".join(str(name) for name in (row.get("shape") or row.get("model_type"), row.get("quantization"), row.get("runtime")) if name)
 
 
 def timed(rows: Sequence[Row], measure: str) -> list[Row]:
@@ -92,45 +91,58 @@ def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple[Any, ...]]) -> dict
 def _over_prompts(rows: Sequence[Row]) -> list[Curve]:
     groups = _grouped(timed(rows, "ttft"), lambda row: (model_name(row), row["arm"]))
     return [
-        Curve("prompt tokens", "time to first token", *name, tuple(sorted(_point(row, row["n_prompt"]) for row in own)))
-        for name, own in groups.items()
+        Curve("prompt tokens", "time to first token", model, arm, tuple(sorted(_point(row, row["n_prompt"]) for row in own)))
+        for (model, arm), own in groups.items()
     ]
 
 
 def _over_depths(rows: Sequence[Row]) -> list[Curve]:
     groups = _grouped(timed(rows, "decode"), lambda row: (model_name(row), row["arm"]))
     curves = []
-    for name, own in groups.items():
+    for (model, arm), own in groups.items():
         points = sorted(_point(row, row["n_depth"], row["n_gen"]) for row in own)
         base = points[0].median if points[0].x == 0 else 0.0
-        curves.append(Curve("positions of context", "time of one token", *name, tuple(points), base))
+        curves.append(Curve("positions of context", "time of one token", model, arm, tuple(points), base))
     return curves
 
 
-def _over_field(rows: Sequence[Row], field: str, quantity: str, unit: float = 1) -> list[Curve]:
-    """Every measure with other values of a field, the rest being equal."""
-    own = [row for measure in dict.fromkeys(row.get("measure") for row in rows) for row in timed(rows, str(measure)) if row.get(field)]
-    is_model = field == "model_n_params"
+def _test(row: Row) -> tuple[Any, ...]:
+    return row["measure"], row.get("n_prompt"), row.get("n_gen"), row.get("n_depth")
 
-    def key(row: Row) -> tuple[Any, ...]:
-        what = (row["measure"], row.get("n_prompt"), row.get("n_gen"), row.get("n_depth"))
-        kind = str(row.get("type") or row.get("quantization") or "")
-        arm = row["arm"] if is_model else re.sub(r"\d+", "N", str(row["arm"]))  # "seed of 50" and "seed of 200" are one arm
-        return (what, f"all shapes {kind}".strip() if is_model else model_name(row), arm)
 
-    curves = []
-    for (what, model, arm), group in _grouped(own, key).items():
-        cost = f"{what[0]}, {what[1] or 0} prompt, {what[2] or 0} generated, depth {what[3] or 0}"
-        points = {row[field] / unit: _point(row, row[field] / unit) for row in group}
-        curves.append(Curve(quantity, cost, model, arm, tuple(points[x] for x in sorted(points))))
-    return curves
+def _cost(test: tuple[Any, ...]) -> str:
+    name, *sizes = test
+    told = (f"{word} {size}" for word, size in zip(("prompt of", "generated", "behind"), sizes, strict=True) if size)
+    return ", ".join([name, *told])
+
+
+def _over_sizes(rows: Sequence[Row]) -> list[Curve]:
+    """Every test of an arm on models of several sizes, of one type on one runtime."""
+    groups = _grouped(rows, lambda row: (_test(row), f"{row.get('quantization')} {row.get('runtime')}", row["arm"]))
+    return [_by_field("parameters, billions", _cost(test), model, arm, own, "model_n_params", 1e9) for (test, model, arm), own in groups.items()]
+
+
+def _over_field(rows: Sequence[Row], field: str, quantity: str) -> list[Curve]:
+    """Every test with other values of a field, beside the bare model's time, which is taken off."""
+    found = []
+    for (test, model), group in _grouped(rows, lambda row: (_test(row), model_name(row))).items():
+        bare = next((float(row["median_ms"]) for row in group if row["arm"] == "bare"), 0.0)
+        arms = _grouped([row for row in group if row.get(field)], lambda row: (re.sub(r"\d+", "N", row["arm"]) if field == "n_prefix" else "patch",))
+        found += [_by_field(quantity, _cost(test), model, arm, own, field, base=bare) for (arm,), own in arms.items()]
+    return found
+
+
+def _by_field(quantity: str, cost: str, model: str, arm: str, rows: Sequence[Row], field: str, unit: float = 1, base: float = 0.0) -> Curve:
+    points = {row[field]: _point(row, row[field] / unit) for row in rows if row.get(field)}
+    return Curve(quantity, cost, model, arm, tuple(points[x] for x in sorted(points)), base)
 
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
     """Every curve of two points or more: over the prompt, the context, P, the number of patches, the size of the model."""
+    whole = [row for measure in dict.fromkeys(str(row.get("measure")) for row in rows) for row in timed(rows, measure)]
     found = [
-        *_over_prompts(rows), *_over_depths(rows), *_over_field(rows, "num_virtual_tokens", "virtual tokens (P)"),
-        *_over_field(rows, "num_patches", "stacked patches"), *_over_field(rows, "model_n_params", "parameters, billions", 1e9),
+        *_over_prompts(rows), *_over_depths(rows), *_over_field(whole, "num_virtual_tokens", "virtual tokens (P)"),
+        *_over_field(whole, "num_patches", "stacked patches"), *_over_field(whole, "n_prefix", "tokens of a text in front"), *_over_sizes(whole),
     ]  # fmt: skip
     return [curve for curve in found if len({point.x for point in curve.points}) > 1]
 

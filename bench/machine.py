@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.demo import environment
+from edgepatch.bench.shape_memory import gguf_weight_bytes
 from edgepatch.bench.shapes import Shape
 from edgepatch.errors import InputError
 from edgepatch.patches import write_atomically
@@ -32,9 +34,6 @@ UNKNOWN_CACHE_BYTES = 32 << 20
 STREAM_FACTOR = 4
 BLOCK = 1 << 14
 """Values of a block of the triad: three blocks of float64 stay in a core's own cache, so that numpy's two steps pass memory once."""
-BITS_PER_WEIGHT = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5, "Q4_K_M": 4.85}
-"""Of the matrices, with their scales; Q4_K_M mixes types, the figure is llama.cpp's for an 8B model."""
-
 PART = 1 << 21
 """Values of each array that one pass works on: 16 MB."""
 
@@ -110,29 +109,26 @@ def measure_bandwidth(num_threads: int, seconds: float = 5.0, size_bytes: int | 
     return {"num_threads": num_threads, "size_bytes": 8 * num_values * num_threads, **rates}
 
 
-def bytes_per_token(shape: Shape, kind: str, depth: int = 0) -> float:
+def bytes_per_token(shape: Shape, kind: str, depth: int = 0) -> int:
     """Bytes that decoding one token reads: every matrix once, and the keys and values (float16) of ``depth`` positions.
 
-    The embedding counts where it is the output matrix as well, which it is in models without one of their own.
+    Of the embedding one row is read, unless it is the output matrix as well.
 
     Raises:
         InputError: the type is not known.
     """
-    if kind not in BITS_PER_WEIGHT:
-        raise InputError(f"type: expected one of {', '.join(BITS_PER_WEIGHT)}, found {kind}")
     cache = 2 * 2 * shape.num_layers * shape.num_key_value_heads * shape.head_dim * depth
-    return _weights(shape) * BITS_PER_WEIGHT[kind] / 8 + cache
+    return gguf_weight_bytes(_read_whole(shape), kind) + cache
 
 
-def operations_per_token(shape: Shape, depth: int = 0) -> float:
+def operations_per_token(shape: Shape, depth: int = 0) -> int:
     """Multiplications and additions of one token: two a weight, and four a position, head and dimension in attention."""
-    return 2 * _weights(shape) + 4 * shape.num_layers * shape.num_heads * shape.head_dim * depth
+    return 2 * _read_whole(shape).num_parameters + 4 * shape.num_layers * shape.num_heads * shape.head_dim * depth
 
 
-def _weights(shape: Shape) -> int:
-    tensors = shape.tensors()
-    skipped = "token_embd.weight" if "output.weight" in tensors else ""
-    return sum(int(np.prod(size)) for name, size in tensors.items() if len(size) > 1 and name != skipped)
+def _read_whole(shape: Shape) -> Shape:
+    """The shape with the one matrix of V x D that every token reads: the output matrix."""
+    return replace(shape, is_tied=True)
 
 
 def decode_ceiling(machine: Mapping[str, Any], num_bytes: float) -> float:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from edgepatch.bench.blocks import Block, picture
 from edgepatch.bench.evidence_plots import mark
 from edgepatch.bench.growth import Curve, Row, model_name
+from edgepatch.bench.page_parts import Block, picture
 from edgepatch.bench.report import format_number
 
 BAR_LEFT, BAR_WIDTH, BAR_RIGHT, BAR_HEIGHT = 210, 300, 130, 28

@@ -17,39 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgepatch import canary
+from edgepatch.bench.latency_peers import make_patch
 from edgepatch.bench.shapes import SHAPES, write_gguf
-from edgepatch.converters import gguf_specs, llamacpp_layout
-from edgepatch.converters.llamacpp_state import read_state
 from edgepatch.patches import Patch, write_atomically
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt
 
 NUM_VIRTUAL_TOKENS = 50
-
-
-def _patch(runtime: LlamaCppRuntime, spec: ModelSpec) -> Patch:
-    """A random patch with the seed and the canary that this model itself gives it."""
-    rng = np.random.default_rng(0)
-    prompt = SoftPrompt((rng.standard_normal((NUM_VIRTUAL_TOKENS, spec.hidden_size)) * 0.02).astype(np.float32))
-    patch = Patch("random", "1.0.0", spec, prompt)
-    prompts = canary.canary_prompts(spec.vocab_size)
-
-    def answers(active: Patch | None) -> dict[Sequence[int], NDArray[np.float32]]:
-        runtime.swap(active)
-        return {tokens: runtime.logits_of_last(tokens) for tokens in prompts}
-
-    bare, patched = answers(None), answers(patch)
-    cache = read_state(runtime.seed_state()).caches[0]
-    shape = (spec.num_key_value_heads, spec.head_dim)
-    keys = [llamacpp_layout.decode_rows(rows, NUM_VIRTUAL_TOKENS, shape, False) for rows in cache.keys]
-    values = [llamacpp_layout.decode_rows(rows, NUM_VIRTUAL_TOKENS, shape, cache.transposed) for rows in cache.values]
-    halves = [key.reshape(*key.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(key.shape) for key in keys]  # rotate-half order
-    seed = KVSeed(tuple(k.astype(np.float16) for k in halves), tuple(v.astype(np.float16) for v in values))
-    made = canary.make_canary(spec.vocab_size, lambda t: bare[tuple(t)], lambda t: patched[tuple(t)])
-    return replace(patch, kv_seed=seed, canary=made)
 
 
 def _times(act: Callable[[], object], between: Callable[[], object], repeats: int) -> list[float]:
@@ -72,12 +47,11 @@ def measure(shape: str, kind: str, num_threads: int, repeats: int, folder: Path)
     path = folder / f"{shape}-{kind}.gguf"
     if not path.is_file():
         write_gguf(path, SHAPES[shape], kind)
-    spec = gguf_specs.read_spec(path)
     with LlamaCppRuntime(path, None, num_threads=num_threads, context_length=1024) as runtime:
-        first = _patch(runtime, spec)
+        first = make_patch(runtime, NUM_VIRTUAL_TOKENS)
         second = replace(first, name="other")
         runtime.swap(first)
-        token = canary.canary_prompts(spec.vocab_size)[0]
+        token = canary.canary_prompts(runtime.spec.vocab_size)[0]
         return {
             "command": "make swap", "shape": shape, "type": kind, "num_threads": num_threads, "seed_route": runtime.seed_route,
             "num_virtual_tokens": NUM_VIRTUAL_TOKENS, "state_bytes": len(runtime.seed_state()),

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _scores(runtime: Runtime, attack: Attack, prompts: Sequence[str], samples: i
     return scorer.score([text for row in texts for text in row]).reshape(len(prompts), samples)
 
 
-def measure(model: Path, patch_file: Path, num_prompts: int, samples: int, num_threads: int) -> dict[str, Any]:
+def measure(model: Path, patch_file: Path, num_prompts: int, samples: int, num_threads: int, command: str = "make unpatch") -> dict[str, Any]:
     """The results document: for each attack EMT bare and patched, the patch's gain, and its change against plain continuation."""
     scorer, patch = ToxicityScorer.load("report"), read_patch(patch_file)
     prompts = load_prompts("toxic", "eval")[:num_prompts]
@@ -109,7 +110,7 @@ def measure(model: Path, patch_file: Path, num_prompts: int, samples: int, num_t
             rows.append(row)
             print(_line(row), flush=True)
         return {
-            "command": "make unpatch", "model": model.name, "runtime": patched.name, "quantization": patched.quantization,
+            "command": command, "model": model.name, "runtime": patched.name, "quantization": patched.quantization,
             "system_fingerprint": patched.system_fingerprint, "patch": f"{patch.name} {patch.version}",
             "context_length": patched.context_length, "num_prompts": len(prompts), "samples_per_prompt": samples,
             "edgepatch": edgepatch.__version__, "platform": platform.platform(), "rows": rows,
@@ -155,7 +156,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    document = measure(arguments.model, arguments.patch, arguments.prompts, arguments.samples, arguments.threads)
+    command = f"python -m edgepatch.bench.unpatching {' '.join(sys.argv[1:])}"
+    document = measure(arguments.model, arguments.patch, arguments.prompts, arguments.samples, arguments.threads, command)
     write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
     write_atomically(arguments.out.with_suffix(".md"), markdown(document).encode())
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import architectures, hf
-from edgepatch.converters.gguf_header import GGUFHeader, block_sizes, read_header
+from edgepatch.converters.gguf_header import BLOCK_SIZES, GGUFHeader, read_header
 from edgepatch.errors import InputError, MismatchError
 from edgepatch.sketches import ALLOWED, ALLOWED_REFITTED, EMBEDDINGS, NUM_CELLS, NUM_WEIGHTS, ROLES, Position, Sketch
 
@@ -178,9 +178,9 @@ def _cells_of_type(header: GGUFHeader, file: FileIO, kind: int, where: Sequence[
     """Cells of weights in tensors of one type."""
     import gguf
 
-    if kind not in block_sizes():
+    if kind not in BLOCK_SIZES:
         raise InputError(f"{header.path}: {where[0].tensor}: unknown type {kind}", hint="update the gguf package")
-    per_block, num_bytes = block_sizes()[kind]
+    per_block, num_bytes = BLOCK_SIZES[kind]
     kind_name = gguf.GGMLQuantizationType(kind).name
     blocks = bytearray()
     for tensor, row, column in where:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,17 @@ class GGUFHeader:
         return np.fromfile(self.path, dtype, prod(info.shape), offset=info.offset).astype(np.float32)
 
 
+LENGTH = struct.Struct("<Q")
+
+BLOCK_SIZES: dict[int, tuple[int, int]] = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84), 11: (256, 110),
+    12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
+    21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
+    34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18),
+}  # fmt: skip
+"""ggml type -> (values per block, bytes per block): ``gguf.GGML_QUANT_SIZES``, whose package takes longer to import than a header to read."""
+
+
 class _Cursor:
     """Reads a GGUF header value by value; every read is checked against the end of the file."""
 
@@ -126,30 +137,29 @@ class _Cursor:
             return self.string() if code == "s" else self.number(code)
         code, count = self._code(), self.number("Q")
         if code == "s":
-            return [self.string() for _ in range(count)]
+            return self._strings(count)
         if code == "A":
             raise ValueError("an array of arrays")
         dtype = np.dtype("<" + code)
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+
+    def _strings(self, count: int) -> list[str]:
+        """As ``string``, many times: vocabularies are the most of a header, and every start of a program waits for them."""
+        data, position, end, found = self.data, self.position, len(self.data), []
+        for _ in range(count):
+            start = position + LENGTH.size
+            position = start + (LENGTH.unpack_from(data, position)[0] if start <= end else 0)
+            if position > end or start > end:
+                raise ValueError(f"a string expected at {start}, the file ends at {end}")
+            found.append(data[start:position].decode("utf-8"))
+        self.position = position
+        return found
 
     def _code(self) -> str:
         kind = self.number("I")
         if kind >= len(self.SCALARS):
             raise ValueError(f"unknown value type {kind}")
         return self.SCALARS[kind]
-
-
-def block_sizes() -> dict[int, tuple[int, int]]:
-    """ggml type -> (values per block, bytes per block).
-
-    Raises:
-        MissingExtraError: the gguf package is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise MissingExtraError("gguf", "gguf") from None
-    return {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
 
 
 def _read_tensors(cursor: _Cursor, count: int) -> dict[str, TensorInfo]:
@@ -168,10 +178,9 @@ def _place_tensors(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: i
     if alignment < 8 or alignment & (alignment - 1):
         raise ValueError(f"an alignment of {alignment}")
     start = -(-cursor.position // alignment) * alignment
-    sizes = block_sizes()
     placed = {}
     for name, info in tensors.items():
-        values, size = sizes.get(info.ggml_type, (1, 0))  # a type newer than the gguf package: only its start is checked
+        values, size = BLOCK_SIZES.get(info.ggml_type, (1, 0))  # of a newer type only the start is checked
         end = start + info.offset + prod(info.shape) // values * size
         if info.shape[-1] % values or info.offset % alignment or min(info.shape) < 1 or end > len(cursor.data):
             raise ValueError(f"tensor {name} of shape {info.shape} does not lie in the file")
@@ -204,7 +213,6 @@ def read_header(path: Path) -> GGUFHeader:
 
     Raises:
         InputError: the file is missing, truncated, damaged, or no GGUF model.
-        MissingExtraError: the gguf package is not installed.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

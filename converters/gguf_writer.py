@@ -7,6 +7,7 @@ comes with its sources, converts everything else, and its files are as good.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import hf, rope
-from edgepatch.converters.gguf_header import block_sizes
 from edgepatch.converters.gguf_library import forget_errors, library_errors, load_library, quantization_types
 from edgepatch.converters.gguf_specs import read_spec
 from edgepatch.converters.gguf_tokenizers import add_tokenizer, refuse
-from edgepatch.errors import InputError
+from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.tensors import ModelSpec
 
 CONVERTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -171,6 +171,11 @@ def _write_model(path: Path, folder: Path, config: dict[str, Any], spec: ModelSp
         writer.close()
 
 
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError("gguf", "gguf")
+
+
 def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelSpec:
     """Converts a Transformers folder (llama, mistral, qwen2, qwen3) to GGUF.
 
@@ -188,7 +193,7 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelS
     """
     if type_name not in ("F32", "F16"):
         raise InputError(f"type: expected F32 or F16, found {type_name!r}", hint="quantize the F16 file for other types")
-    block_sizes()
+    _require_gguf()
     config = hf.read_config(folder)
     _check_config(folder, config)
     spec = hf.read_spec(folder)

@@ -219,7 +219,7 @@ def test_bfloat16_trains_a_float32_patch(tiny_folder):
 
 def test_four_bits_train_where_bitsandbytes_is_installed_and_say_so_where_not(tiny_folder):
     if importlib.util.find_spec("bitsandbytes") is None:
-        with pytest.raises(MissingExtraError, match="quantized-training"):
+        with pytest.raises(MissingExtraError, match="bitsandbytes"):
             FrozenModels([tiny_folder], small(dtype="4bit"))
         return
     patch, history = train_patch(tiny_folder, make_pairs(12), BENIGN, small(dtype="4bit", sft_steps=20), "tiny")

@@ -6,9 +6,12 @@ another model; 130 interrupted.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import traceback
+
+from typer import Typer
 
 from edgepatch.cli import (  # noqa: F401  registers their verbs
     artefacts,
@@ -19,6 +22,7 @@ from edgepatch.cli import (  # noqa: F401  registers their verbs
     export,
     inspection,
     pairs,
+    results,
     serve,
     signing,
     store,
@@ -51,11 +55,21 @@ def _install_hint(module: str) -> str:
     return rows[0]["install"] if rows else "edgepatch doctor lists what each extra installs"
 
 
+def _narrowed(words: list[str]) -> Typer:
+    """The application with the one verb that the command line names: building all of them takes longer than to load a small model."""
+    names = {info.name or (info.callback.__name__ if info.callback else ""): info for info in app.registered_commands}
+    if not words or words[0] not in names:
+        return app
+    narrowed = copy.copy(app)
+    narrowed.registered_commands, narrowed.registered_groups = [names[words[0]]], []
+    return narrowed
+
+
 def main() -> None:
     """The entry point: every error becomes a line on stderr and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # Transformers draws bars over the replies otherwise
     try:
-        app(prog_name="edgepatch")
+        _narrowed(sys.argv[1:2])(prog_name="edgepatch")
     except EdgepatchError as error:
         _fail(str(error), error.hint)
         sys.exit(error.exit_code)

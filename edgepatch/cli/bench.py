@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from edgepatch.cli.chat import Device, DeviceOption
 from edgepatch.cli.console import (
     BareFlag,
     JsonFlag,
@@ -79,6 +80,75 @@ def harness(
         print_json(document)
     else:
         stdout().print(_table(found.scores))
+
+
+@bench_app.command()
+def latency(
+    shape: Annotated[str, typer.Option("--shape", help="Shape of a random model, made once in out/shapes.")] = "llama-3.2-1b",
+    model: Annotated[Path | None, typer.Option("--model", help="GGUF file or ONNX folder of yours, in place of a shape.")] = None,
+    quantization: Annotated[
+        str, typer.Option("--quantization", help="Of the random model: F16, Q8_0, Q4_0, Q4_K_M (llama.cpp), int8, int4 (ONNX).")
+    ] = "Q4_0",
+    patch: Annotated[Path | None, typer.Option("--patch", "-p", help="Patch file for the model; else a random one of 50 tokens.")] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="So many rounds, all arms in turn in each.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    device: DeviceOption = Device.cpu,
+    arms: Annotated[str, typer.Option(help="Only arms of these names, with commas; `*` stands for anything.")] = "",
+    parts: Annotated[str, typer.Option(help="Only these parts, with commas: arms, costs, serving, processes.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Shorter prompts, fewer depths and texts.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the document, which is the last line of stdout as well.")] = None,
+) -> None:
+    """Time to first token, decoding, swap, memory: bare, patched, and with what a user would take instead, in turn in one run.
+
+    Example: `edgepatch bench latency --shape llama-3.2-1b --quantization Q4_0 --out bench/results/latency.json`
+    """
+    from edgepatch.bench.latency import PARTS, Settings, measure, write
+    from edgepatch.bench.latency_sessions import FULL, QUICK
+
+    chosen = _listed(parts) or PARTS
+    unknown = sorted(set(chosen) - set(PARTS))
+    if unknown:
+        raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {unknown[0]}")
+    settings = Settings(
+        model, shape, quantization, patch, repeats, threads or os.cpu_count() or 1, device.value, _listed(arms), QUICK if quick else FULL, chosen
+    )
+    with progress_bars() as bars:
+        document = measure(settings, bars)
+    if out is not None:
+        write(document, out)
+    stdout().print(_times(document["rows"]))
+    stdout().print(_goals(document["goals"]))
+    print(json.dumps(document))
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _times(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("measure", "arm", "prompt", "new", "depth", "median", "least to most", "rate"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        sizes = [row.get(name) or "" for name in ("n_prompt", "n_gen", "n_depth")]
+        if row["status"] != "ok":
+            figures = [row["status"], row["reason"], ""]
+        elif "value" in row:
+            figures = [f"{row['value']:,} {row['unit']}", "", ""]
+        else:
+            rate = f"{row['median_ts']:.1f} tok/s" if "median_ts" in row else ""
+            figures = [f"{row['median_ms']:.2f} ms", f"{row['min_ms']:.2f} to {row['max_ms']:.2f}", rate]
+        table.add_row(*map(cell, (row["measure"], row["arm"], *sizes, *figures)))
+    return table
+
+
+def _goals(goals: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("goal", "wanted", "reached", "met"):
+        table.add_column(name, overflow="fold")
+    for goal in goals:
+        table.add_row(*map(cell, (goal["goal"], goal["wanted"], f"{goal['reached']:.4g}", "yes" if goal["met"] else "no")))
+    return table
 
 
 def _table(scores: list[Score]) -> Table:

@@ -140,7 +140,8 @@ class Runtime(ABC):
         Returns:
             (B, V) float32 logits.
         """
-        return np.concatenate([self._forward(s, [token], every=False) for s, token in zip(sequences, tokens, strict=True)])
+        rows = [self._forward(s, [token], every=False) for s, token in zip(sequences, tokens, strict=True)]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def _fork(self, source: int, target: int, length: int) -> bool:
         """Lets a sequence hold the first ``length`` positions behind the seed that another, or itself, holds.

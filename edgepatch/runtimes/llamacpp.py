@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -295,12 +295,15 @@ class LlamaCppRuntime(Runtime):
     def _added_tokens(self) -> AddedTokens:
         """What ``_tokenize`` reads as single tokens."""
 
-        def texts(kinds: int) -> tuple[str, ...]:
-            ids = [i for i in range(self.spec.vocab_size) if self._lib.llama_vocab_get_attr(self._vocab, i) & kinds]
-            return tuple(self._lib.llama_vocab_get_text(self._vocab, i).decode("utf-8", "replace") for i in ids)
+        lib, read = self._lib, partial(self._lib.llama_vocab_get_attr, self._vocab)
+        kinds = list(map(read, range(self.spec.vocab_size)))
 
-        special = self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN
-        return AddedTokens(texts(special), texts(self._lib.LLAMA_TOKEN_ATTR_USER_DEFINED))
+        def texts(wanted: int) -> tuple[str, ...]:
+            ids = [i for i, kind in enumerate(kinds) if kind & wanted]
+            return tuple(lib.llama_vocab_get_text(self._vocab, i).decode("utf-8", "replace") for i in ids)
+
+        special = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        return AddedTokens(texts(special), texts(lib.LLAMA_TOKEN_ATTR_USER_DEFINED))
 
     def _token_bytes(self) -> list[bytes]:
         return [self._piece(i) for i in range(self.spec.vocab_size)]

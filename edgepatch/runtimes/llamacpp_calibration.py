@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import llamacpp_layout, rope
-from edgepatch.converters.gguf_header import GGUFHeader, block_sizes
+from edgepatch.converters.gguf_header import BLOCK_SIZES, GGUFHeader
 from edgepatch.converters.llamacpp_layout import Layout
 from edgepatch.converters.llamacpp_state import SequenceState, read_state
 from edgepatch.errors import InactivePatchError, InputError
@@ -223,7 +223,7 @@ def _embedding_row(header: GGUFHeader, token: int) -> NDArray[np.float32]:
     import gguf
 
     info = header.tensors["token_embd.weight"]
-    values, size = block_sizes()[info.ggml_type]
+    values, size = BLOCK_SIZES[info.ggml_type]
     row_bytes = info.shape[1] // values * size
     data = np.fromfile(header.path, np.uint8, row_bytes, offset=info.offset + token * row_bytes)
     kind = gguf.GGMLQuantizationType(info.ggml_type)

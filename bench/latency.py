@@ -1,0 +1,279 @@
+"""What a patch costs, against everything a user would take instead: ``edgepatch bench latency``.
+
+All arms run on one machine in one run, in turn within each repeat; the weights are random, which changes no time. The document that
+comes out is what ``bench report`` draws and ``bench gate`` compares.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from edgepatch.bench import latency_costs as costs
+from edgepatch.bench import latency_processes as processes
+from edgepatch.bench.demo import environment
+from edgepatch.bench.latency_arms import Arm, cells
+from edgepatch.bench.latency_bench import run_llama_bench
+from edgepatch.bench.latency_goals import goals, ratios
+from edgepatch.bench.latency_sessions import FULL, LlamaCppSession, OnnxSession, Session, Sizes
+from edgepatch.bench.latency_timing import Bars, Cell, Measure, Times, fact, interleave, missing, row
+from edgepatch.bench.shape_memory import ONNX_KINDS, estimate_bytes, estimate_of_file, require_memory
+from edgepatch.bench.shapes import SHAPES, write_gguf
+from edgepatch.bench.shapes_onnx import write_onnx
+from edgepatch.doctor import gpus
+from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.patches import Patch, read_patch, write_atomically, write_patch
+from edgepatch.runtimes import EXTRAS, read_spec, runtime_name
+
+SHAPES_FOLDER = Path("out/shapes")
+DEFAULT_QUANTIZATION = "Q4_0"
+LIBRARIES = {"llamacpp": ("llama_cpp", "llama-cpp-python"), "onnx": ("onnxruntime", "onnxruntime")}
+BUSY = 0.25
+"""Load average per core from which on a run says that other work was going on."""
+
+PARTS = ("arms", "costs", "serving", "processes")
+"""Of a run, by kind of measure; ``Settings.parts`` chooses."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        model: a model of yours; ``None`` for a random one of a shape.
+        shape: one of ``SHAPES``.
+        quantization: of the random model; a type of ``write_gguf`` for llama.cpp, "int8" or "int4" for ONNX.
+        patch: file of a patch for the model; else a random one is made for it.
+        repeats: that count.
+        num_threads: of a forward pass.
+        device: "cpu" or "cuda".
+        arms: patterns of names; empty for all.
+        sizes: of prompts, depths, texts.
+        parts: of ``PARTS``.
+        folder: random models are kept here.
+    """
+
+    model: Path | None = None
+    shape: str = "llama-3.2-1b"
+    quantization: str = DEFAULT_QUANTIZATION
+    patch: Path | None = None
+    repeats: int = 7
+    num_threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    device: str = "cpu"
+    arms: tuple[str, ...] = ()
+    sizes: Sizes = FULL
+    parts: tuple[str, ...] = PARTS
+    folder: Path = SHAPES_FOLDER
+
+
+def measure(settings: Settings, bars: Bars = lambda *_: None, command: str = "") -> dict[str, Any]:
+    """Everything of one model.
+
+    Args:
+        settings: what.
+        bars: told how far it is.
+        command: for the document; by default this process's.
+
+    Raises:
+        InputError: the model cannot be used, or does not fit into memory; it is not loaded then.
+        MissingExtraError: its runtime is not installed.
+    """
+    model = find_model(settings)
+    load_before = os.getloadavg()
+    with tempfile.TemporaryDirectory(prefix="edgepatch-latency-") as scratch:
+        rows, times = _measure(settings, model, Path(scratch), bars)
+    quotients = ratios(times)
+    load = {"before": list(load_before), "after": list(os.getloadavg()), "cores": os.cpu_count() or 1}
+    load["is_busy"] = load_before[0] > BUSY * (os.cpu_count() or 1)
+    load["largest_spread"] = max((entry["spread"] for entry in rows if "spread" in entry), default=0.0)
+    return {
+        "command": command or " ".join(["edgepatch", *sys.argv[1:]]), "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": {**environment(), "cores": os.cpu_count(), "device": settings.device, "gpus": gpus() if settings.device == "cuda" else []},
+        "load": load, "shape": settings.shape if settings.model is None else "", "quantization": rows[0]["quantization"],
+        "repeats": settings.repeats, "rows": rows, "ratios": quotients, "goals": goals(rows, quotients),
+    }  # fmt: skip
+
+
+def find_model(settings: Settings) -> Path:
+    """The model, made if it is one of a shape and not there yet; refused where it does not fit into memory.
+
+    Raises:
+        InputError: unknown shape or quantization, no model, or too little memory.
+        MissingExtraError: its runtime is not installed.
+    """
+    context = settings.sizes.context_length
+    if settings.model is not None:
+        _require_library(runtime_name(settings.model))
+        require_memory(str(settings.model), estimate_of_file(settings.model, read_spec(settings.model), context))
+        return settings.model
+    if settings.shape not in SHAPES:
+        raise InputError(f"shape: expected one of {', '.join(SHAPES)}, found {settings.shape}")
+    is_onnx = settings.quantization in ONNX_KINDS
+    _require_library("onnx" if is_onnx else "llamacpp")
+    shape, name = SHAPES[settings.shape], f"{settings.shape}-{settings.quantization}"
+    require_memory(name, estimate_bytes(shape, settings.quantization, context))
+    path = settings.folder / (f"{name}-onnx" if is_onnx else f"{name}.gguf")
+    if not path.exists():
+        (write_onnx if is_onnx else write_gguf)(path, shape, settings.quantization)
+    return path
+
+
+def _require_library(runtime: str) -> None:
+    if runtime not in LIBRARIES:
+        raise InputError("expected a GGUF file or an ONNX folder, found a Transformers folder", hint="convert it: edgepatch convert base")
+    module, distribution = LIBRARIES[runtime]
+    if find_spec(module) is None:
+        raise MissingExtraError(distribution, EXTRAS[runtime])
+
+
+@contextmanager
+def _session(settings: Settings, model: Path, scratch: Path) -> Iterator[Session]:
+    kind = LlamaCppSession if runtime_name(model) == "llamacpp" else OnnxSession
+    patch = read_patch(settings.patch) if settings.patch else None
+    session = kind(model, patch, settings.sizes, settings.arms, settings.num_threads, settings.device, scratch)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def _measure(settings: Settings, model: Path, scratch: Path, bars: Bars) -> tuple[list[dict[str, Any]], Times]:
+    rows: list[dict[str, Any]] = []
+    times: Times = {}
+    with _session(settings, model, scratch) as session:
+        common = {**session.columns(), "shape": settings.shape if settings.model is None else ""}
+        run = _Run(settings, session, common, bars, rows, times, scratch)
+        if "arms" in settings.parts:
+            run.arms()
+        if "costs" in settings.parts:
+            run.costs()
+        if "serving" in settings.parts:
+            run.conversations()
+        run.artefacts()
+    if "serving" in settings.parts:
+        run.concurrency()
+    if "processes" in settings.parts:
+        run.processes()
+        run.llama_bench()
+    return rows, times
+
+
+@dataclass
+class _Run:
+    """The parts of a run, each adding its rows and times."""
+
+    settings: Settings
+    session: Session
+    common: dict[str, Any]
+    bars: Bars
+    rows: list[dict[str, Any]]
+    times: Times
+    scratch: Path
+
+    def _add(self, found: Sequence[Cell], stage: str, repeats: int = 0, **more: Any) -> None:
+        times = interleave(found, repeats or self.settings.repeats, self.bars, stage)
+        self.times.update(times)
+        for (what, arm), milliseconds in times.items():
+            self.rows.append(row(what, arm, milliseconds, self.common, **self.session.arm_columns(arm), **more))
+
+    def _miss(self, measure: str, arm: str, status: str, reason: str) -> None:
+        self.rows.append(missing(measure, arm, status, reason, self.common))
+
+    def arms(self) -> None:
+        """First tokens and decoding."""
+        session, sizes = self.session, self.settings.sizes
+        made: list[Arm] = session.arms()
+        found = cells(made, sizes.prompts, sizes.depths, sizes.num_new, session.runtime.spec.vocab_size)
+        fitting = [cell for cell in found if self._positions(cell) <= session.context_length]
+        self._add(fitting, "arms")
+        for cell in found:
+            if cell not in fitting:
+                needed = self._positions(cell)
+                self._miss(cell.measure.name, cell.arm, "does not fit", f"{needed} positions of {session.context_length}")
+        for arm, (status, reason) in session.absent().items():
+            if session.wants(arm):
+                self._miss("ttft", arm, status, reason)
+
+    def _positions(self, cell: Cell) -> int:
+        columns, what = self.session.arm_columns(cell.arm), cell.measure
+        return columns.get("n_prefix", 0) + columns.get("num_virtual_tokens", 0) + what.n_prompt + what.n_gen + what.n_depth + 4
+
+    def costs(self) -> None:
+        """Of the patch itself."""
+        session = self.session
+        store = costs.StoreCosts(session.patch, self.scratch)
+        found = [*costs.exchange_cells(session.runtime, session.patch, session.detach), *store.cells()]
+        self._add(found, "costs", state_route=session.runtime.seed_route)
+
+    def conversations(self) -> None:
+        """Several turns, and a guard's pass over a reply."""
+        session, sizes = self.session, self.settings.sizes
+        text = next(iter(session.texts().items()))
+        arms: dict[str, tuple[Patch | None, Sequence[int]]] = {"bare": (None, []), "seed": (session.patch, []), f"text-{text[0]} cold": (None, text[1])}
+        found = costs.conversation_cells(session.runtime, arms, sizes.turns, session.detach)
+        shrink = 1 if session.context_length > 512 else 8
+        self._add([*found, *costs.guard_cells(session.runtime, session.detach, shrink)], "conversations")
+
+    def concurrency(self) -> None:
+        """Several sequences behind one seed; the model is loaded again with room for them."""
+        sizes, patch = self.settings.sizes, self.session.patch
+        prompt, length = sizes.prompts[0], sizes.num_new
+        room = patch.num_virtual_tokens + prompt + length + 8
+        with self.session.load(room, max(sizes.sequences)) as runtime:
+            found = costs.concurrent_cells(runtime, patch, sizes.sequences, prompt, length)
+            self._add(found, "sequences", max(2, self.settings.repeats // 2))
+            held = costs.seed_bytes(runtime, patch)
+        self.rows.append(fact("seed in memory", "seed", held["bytes_in_all"], "bytes", self.common, **held))
+
+    def artefacts(self) -> None:
+        """Bytes that each arm ships."""
+        path = self.scratch / "artefact.safetensors"
+        write_patch(self.session.patch, path)
+        found = {"seed": path.stat().st_size, **self.session.artefacts()}
+        self.rows += [fact("artefact", arm, size, "bytes", self.common) for arm, size in found.items()]
+
+    def processes(self) -> None:
+        """Peak memory, cold start, import."""
+        session, path = self.session, self.scratch / "artefact.safetensors"
+        job: Callable[..., processes.Job] = lambda **more: processes.Job(  # noqa: E731
+            str(session.model), session.num_threads, session.context_length, session.device,
+            n_prompt=self.settings.sizes.prompts[-1], n_gen=4, **more)  # fmt: skip
+        jobs = {"bare": job(), "seed": job(patch=str(path))}
+        if isinstance(session, LlamaCppSession):
+            files = {name: str(self.scratch / f"{name}.gguf") for name in session.artefacts()}
+            jobs |= {name: job(**{"lora" if name.startswith("lora") else "control_vector": file}) for name, file in files.items()}
+        elif "onnxruntime-genai" not in session.absent():
+            jobs["onnxruntime-genai"] = job(arm="onnxruntime-genai")
+        for done, (arm, work) in enumerate((pair for pair in jobs.items() if session.wants(pair[0])), 1):
+            self.bars("memory", done, len(jobs))
+            self.rows.append(fact("peak memory", arm, processes.peak_memory(work), "bytes", self.common))
+        runtime = self.common["runtime"]
+        self._add(processes.cold_start_cells(
+            session.model, runtime, path, session.num_threads, session.context_length, session.device), "cold starts")  # fmt: skip
+        milliseconds = processes.import_times(self.settings.repeats)
+        self.times[Measure("import"), "import edgepatch"] = milliseconds
+        self.rows.append(row(Measure("import"), "import edgepatch", milliseconds, self.common))
+
+    def llama_bench(self) -> None:
+        """llama.cpp's own bench, where it is built."""
+        if self.common["runtime"] == "llamacpp":
+            self.rows += run_llama_bench(self.session.model, self.settings, self.common, shutil.which)
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Writes the document; complete or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())

@@ -1,0 +1,96 @@
+"""``bench report`` and ``bench gate``: what is done with measurements that are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgepatch.cli.bench import bench_app
+from edgepatch.cli.console import JsonFlag, cell, print_json, stdout
+from edgepatch.errors import InputError
+
+if TYPE_CHECKING:
+    from edgepatch.bench.gate import Failure
+
+ResultsOption = Annotated[Path, typer.Option(help="Folder of the JSON files that measurements left.")]
+RESULTS = Path("bench") / "results"
+
+
+@bench_app.command()
+def report(
+    results: ResultsOption = RESULTS,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file; the Markdown stands beside it. Default: report.html with the results.")] = None,
+    document: Annotated[
+        Path | None, typer.Option(help="Markdown file with markers, such as docs/performance.md, whose tables are written anew.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make one HTML page and one Markdown file from all results: safety, speed, growth, goals, environment, commands.
+
+    Example: `edgepatch bench report --results bench/results --document docs/performance.md`
+    """
+    from edgepatch.bench.overview import fill_document, goals, headline, write_overview
+    from edgepatch.bench.result_files import RESULT_FILES, read_results
+    from edgepatch.patches import write_atomically
+
+    found = read_results(results)
+    page = out or results / "report.html"
+    filled = None if document is None else fill_document(_text(document), found)
+    markdown = write_overview(found, page)
+    if document is not None and filled is not None:
+        write_atomically(document, filled.encode())
+    if as_json:
+        judged = [dict(zip(("of", "goal", "on", "wanted", "reached", "verdict"), goal, strict=True)) for goal in goals(found)]
+        missing = [file.name for file in RESULT_FILES if file.name not in found]
+        print_json({"html": str(page), "markdown": str(markdown), "goals": judged, "missing": missing})
+    else:
+        stdout().print(f"{cell(headline(found))}\n{cell(page)}\n{cell(markdown)}", soft_wrap=True)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+@bench_app.command()
+def gate(
+    baseline: Annotated[Path | None, typer.Option(help="JSON file with a floor or a ceiling for each figure.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Make such a file from the present results, with the tolerances that it states.")] = None,
+    results: ResultsOption = RESULTS,
+    as_json: JsonFlag = False,
+) -> None:
+    """Hold results against a baseline: exit code 0 when all figures pass, 1 when one is worse or missing, 2 for input that cannot be used.
+
+    Examples: `edgepatch bench gate --baseline baseline.json`, `edgepatch bench gate --write baseline.json`
+    """
+    from edgepatch.bench.gate import as_document, check, figures, make_baseline, read_baseline
+    from edgepatch.patches import write_atomically
+
+    if (baseline is None) == (write is None):
+        raise InputError("expected either --baseline or --write, found " + ("both" if baseline else "neither"))
+    if write is not None:
+        made = make_baseline(figures(results), f"edgepatch bench gate --results {results} --write {write}")
+        write_atomically(write, (json.dumps(made, indent=1) + "\n").encode())
+        stdout().print(f"{cell(write)}: {len(made['figures'])} figures", soft_wrap=True)
+        return
+    assert baseline is not None
+    wanted = read_baseline(baseline)
+    failures = check(wanted, figures(results))
+    if as_json:
+        print_json(as_document(failures, len(wanted)))
+    else:
+        _tell(failures, len(wanted))
+    if failures:
+        raise typer.Exit(1)
+
+
+def _tell(failures: list[Failure], num_figures: int) -> None:
+    for failure in failures:
+        line = f"{failure.figure}: {failure.reason}: expected {failure.expected}, found {failure.found}"
+        stdout().print(cell(line), soft_wrap=True)
+    stdout().print(f"{num_figures - len(failures)} of {num_figures} figures pass", soft_wrap=True)
