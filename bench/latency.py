@@ -206,7 +206,8 @@ class _Run:
 
     def _positions(self, cell: Cell) -> int:
         columns, what = self.session.arm_columns(cell.arm), cell.measure
-        return columns.get("n_prefix", 0) + columns.get("num_virtual_tokens", 0) + what.n_prompt + what.n_gen + what.n_depth + 4
+        held = int(columns.get("n_prefix", 0)) + int(columns.get("num_virtual_tokens", 0))
+        return held + what.n_prompt + what.n_gen + what.n_depth + 4
 
     def costs(self) -> None:
         """Of the patch itself."""
@@ -257,9 +258,11 @@ class _Run:
         for done, (arm, work) in enumerate((pair for pair in jobs.items() if session.wants(pair[0])), 1):
             self.bars("memory", done, len(jobs))
             self.rows.append(fact("peak memory", arm, processes.peak_memory(work), "bytes", self.common))
-        runtime = self.common["runtime"]
-        self._add(processes.cold_start_cells(
-            session.model, runtime, path, session.num_threads, session.context_length, session.device), "cold starts")  # fmt: skip
+        starts = processes.cold_start_cells(
+            session.model, self.common["runtime"], path, session.num_threads, session.context_length, session.device
+        )
+        absent = session.absent()
+        self._add([cell for cell in starts if cell.arm.startswith("edgepatch") or (session.wants(cell.arm) and cell.arm not in absent)], "cold starts")
         milliseconds = processes.import_times(self.settings.repeats)
         self.times[Measure("import"), "import edgepatch"] = milliseconds
         self.rows.append(row(Measure("import"), "import edgepatch", milliseconds, self.common))

@@ -80,8 +80,8 @@ class Session(ABC):
 
     def load(self, context_length: int, num_sequences: int = 1) -> Runtime:
         """The model, bare."""
-        options = {"context_length": context_length, "num_threads": self.num_threads, "num_sequences": num_sequences}
-        return load_runtime(self.model, None, **options, **device_options(self.model, self.device))
+        options: dict[str, Any] = {"context_length": context_length, "num_threads": self.num_threads, "num_sequences": num_sequences}
+        return load_runtime(self.model, None, **(options | device_options(self.model, self.device)))
 
     @abstractmethod
     def detach(self) -> None:

@@ -78,7 +78,7 @@ class _Graph:
         head = self._matrix("lm_head.MatMul", shape.vocab_size, shape.hidden_size, bits)
         hidden = hidden or self._shared_embeddings(head)
         hidden = self._layers(hidden)
-        self._node("MatMulNBits", [hidden, *head], ["logits"], **self._matmul(shape.vocab_size, shape.hidden_size, bits))
+        self._node("MatMulNBits", [hidden, *head], ["logits"], DOMAIN, **self._matmul(shape.vocab_size, shape.hidden_size, bits))
         graph = helper.make_graph(self._nodes, "main_graph", self._inputs(), self._outputs(), self._weights)
         opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
@@ -120,7 +120,7 @@ class _Graph:
     def _shared_embeddings(self, head: Sequence[str]) -> str:
         self._constant("embedding_shape", [self._shape.vocab_size, self._shape.hidden_size])
         self._node("Reshape", [head[0], "embedding_shape"], ["embedding_rows"])
-        options = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        options: dict[str, Any] = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         self._node("GatherBlockQuantized", ["embedding_rows", "input_ids", *head[1:]], ["embedded"], DOMAIN, **options)
         return "embedded"
 
@@ -128,7 +128,7 @@ class _Graph:
         """The normalized output of the last layer."""
         normed, residual = f"{self._name(0)}.input_layernorm", hidden
         self._norm_weight(f"{normed}.weight", "blk.0.attn_norm.weight")
-        options = {"epsilon": EPSILON, "axis": -1, "stash_type": 1}
+        options: dict[str, Any] = {"epsilon": EPSILON, "axis": -1, "stash_type": 1}
         self._node("SimplifiedLayerNormalization", [hidden, f"{normed}.weight"], [normed], **options)
         for layer in range(self._shape.num_layers):
             attended = self._attention(layer, normed)
@@ -188,8 +188,7 @@ class _Graph:
     def _matmul(rows: int, columns: int, bits: int) -> dict[str, int]:
         return {"K": columns, "N": rows, "accuracy_level": 4, "bits": bits, "block_size": BLOCK}
 
-    def _node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str | None = None, **options: Any) -> None:
-        domain = DOMAIN if operator == "MatMulNBits" else domain
+    def _node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **options: Any) -> None:
         self._nodes.append(self._helper.make_node(operator, inputs, outputs, f"/node{len(self._nodes)}", domain=domain, **options))
 
     @staticmethod
@@ -227,7 +226,7 @@ class _Graph:
         """Appends a tensor's parts to the file of weights, and names them in the graph."""
         offset = self._data.tell()
         for part in parts:
-            self._data.write(memoryview(np.ascontiguousarray(part)).cast("B"))
+            self._data.write(np.ascontiguousarray(part).tobytes())
         length = self._data.tell() - offset
         assert length == prod(shape) * (4 if kind == FLOAT else 1)
         from onnx import TensorProto
@@ -249,7 +248,7 @@ class _Graph:
         return texts + self._caches("past_key_values", "past_sequence_length")
 
     def _outputs(self) -> list[Any]:
-        logits = ["batch_size", "sequence_length", self._shape.vocab_size]
+        logits: list[Any] = ["batch_size", "sequence_length", self._shape.vocab_size]
         return [self._helper.make_tensor_value_info("logits", FLOAT, logits), *self._caches("present", "total_sequence_length")]
 
     def _caches(self, name: str, length: str) -> list[Any]:
