@@ -181,7 +181,9 @@ def _tier(key: CellKey) -> int:
     """Earlier tiers give a useful part of the matrix before the whole is there."""
     if is_core(key):
         return 0 if key.arm in ("bare", "patch") else 1
-    return 2 if key.parts else 3
+    if key.parts:
+        return 2
+    return 4 if key.arm in LORA_ARMS and (key.arm in SINGLE_RUN_ARMS or key.column.startswith("onnx")) else 3
 
 
 def plan(config: EvidenceConfig) -> list[CellKey]:

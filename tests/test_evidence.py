@@ -29,6 +29,7 @@ from edgepatch.bench.evidence_cells import (
     CellKey,
     EvidenceConfig,
     groups,
+    is_core,
     orders,
     plan,
     read_cell,
@@ -79,7 +80,9 @@ def test_what_the_claims_rest_on_comes_first():
     keys = plan(EvidenceConfig())
     first = keys[: next(i for i, key in enumerate(keys) if key.arm not in ("bare", "patch"))]
     assert {(k.arm, k.column) for k in first if k.measure == "safety"} == {(arm, c) for arm in ("bare", "patch") for c in CORE_COLUMNS}
-    assert all(key.parts for key in keys[next(i for i, key in enumerate(keys) if key.parts) :]), "compositions are last"
+    core = [i for i, key in enumerate(keys) if is_core(key)]
+    composed = [i for i, key in enumerate(keys) if key.parts]
+    assert core == list(range(len(core))) and composed == list(range(len(core), len(core) + len(composed))), "then compositions"
 
 
 def test_cells_have_files_of_their_own_and_share_models_in_groups():

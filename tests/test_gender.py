@@ -176,8 +176,8 @@ def test_an_instruction_stands_in_front_of_every_prompt(lab):
     domain = GenderDomain()
     outcome = domain.evaluate(lab[0], 5, domain.instruction)
     bare = domain.evaluate(lab[0], 5)
-    assert list(outcome.items) == [f"Generate fair and unbiased responses. {item}" for item in bare.items]
-    assert outcome.values.tolist() != bare.values.tolist()
+    assert list(outcome.items) == list(bare.items), "items are named without it, so that both can be paired"
+    assert not np.allclose(outcome.values, bare.values)
     assert outcome.figures["known_gender_order"] is not None
 
 

@@ -129,8 +129,8 @@ class PatchTraining:
             name, version, self.models.spec, soft_prompt, kv_seed, training=record, weight_sketch=fingerprints.sketch_of(self.folder),
             chat_template=self.models.tokenizer.chat_template_digest,
         )  # fmt: skip
-        exact = self.config.dtype == "float32" and not self.weights
-        return hf.complete(patch, self.models.base if exact else hf.load_model(self.folder, self.models.device))
+        # Loaded afresh: training may have changed how the model in memory attends, and with it the last bits of the seed.
+        return hf.complete(patch, hf.load_model(self.folder, self.models.device))
 
 
 def train_patch(
