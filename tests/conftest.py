@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ TEXT = [
     "Patching a model should be as simple as patching software: verify, apply, roll back.",
     "<b>Numbers</b> 1234, accents é à ü, and emoji 🙂 must survive the round trip.",
 ]
+
+
+# A suite started in the background inherits an ignored SIGINT, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

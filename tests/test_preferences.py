@@ -542,7 +542,7 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
 
 
 def test_a_run_that_is_killed_or_interrupted_goes_on_to_the_same_file(run, model_file, tmp_path):
-    prompts = write_lines(tmp_path / "prompts.txt", *(f"The quick brown fox {i} jumps" for i in range(40)))
+    prompts = write_lines(tmp_path / "prompts.txt", *(f"The quick brown fox {i} jumps" for i in range(120)))
     options = ("--prompts", prompts, "--samples", 2, "--max-new-tokens", 16, *LOOSE)
     out, whole = tmp_path / "pairs.jsonl", tmp_path / "whole.jsonl"
     journal, arguments = tmp_path / "pairs.jsonl.partial", (model_file, model_file, "-o", out, *options)
@@ -550,7 +550,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_to_the_same_file(run, model
         wait_for_lines(journal, 4, process)
         process.kill()
     first = journal.read_bytes().count(b"\n")
-    assert process.returncode == -signal.SIGKILL and first < 41 and not out.exists()
+    assert process.returncode == -signal.SIGKILL and first < 121 and not out.exists()
     with started(*arguments) as process:
         wait_for_lines(journal, first + 3, process)
         process.send_signal(signal.SIGINT)
@@ -558,7 +558,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_to_the_same_file(run, model
     assert process.returncode == 130 and "the same command goes on from there" in stderr, stderr
     kept = journal.read_bytes()
     done = kept.count(b"\n") - 1
-    assert 40 > done >= first + 2
+    assert 120 > done >= first + 2
     code, _, stderr = run(*arguments, "--rng-seed", 2)
     assert code == 2 and "rng_seed: 1 then, 2 now" in stderr and "--restart" in stderr
     assert journal.read_bytes() == kept
