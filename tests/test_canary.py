@@ -131,3 +131,12 @@ def test_nan_logits_are_an_inactive_patch(tiny_patch):
     logits = np.full(tiny_patch.base.vocab_size, np.nan, dtype=np.float32)
     with pytest.raises(InactivePatchError, match="nan"):
         canary.require_active(prompt, logits, logits, 0.5)
+
+
+def test_a_prompt_on_which_the_patch_does_nothing_proves_nothing_and_is_left_out():
+    rng = np.random.default_rng(0)
+    bare = {tokens: rng.normal(size=512) for tokens in canary.canary_prompts(512)}
+    first, second, third = bare
+    effects = {first: 3.0, second: 0.01, third: 1.0}
+    made = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)] * np.linspace(-1, 1, 512))
+    assert [prompt.tokens for prompt in made.prompts] == [first, third]

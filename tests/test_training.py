@@ -387,11 +387,14 @@ def test_ctrl_c_keeps_the_run_and_exits_130(tiny_folder, tmp_path):
         str(tmp_path / "p.safetensors"), "--benign", str(tmp_path / "benign.txt"), "--num-virtual-tokens", "4", "--batch-size", "4",
         "--run", str(tmp_path / "run"), "--sft-steps",
     ]  # fmt: skip
-    process = subprocess.Popen([*command, "100000"], env={**os.environ, "NO_COLOR": "1"}, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / CHECKPOINT_FILE).is_file() and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with subprocess.Popen([*command, "100000"], env={**os.environ, "NO_COLOR": "1"}, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "run" / CHECKPOINT_FILE).is_file() and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        try:
+            errors = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode == 130 and "Traceback" not in errors
     assert torch.load(tmp_path / "run" / CHECKPOINT_FILE, weights_only=True)["step"] >= 50
     assert not (tmp_path / "p.safetensors").exists()
