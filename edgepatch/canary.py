@@ -72,15 +72,15 @@ def make_canary(
         bare: prompt -> (V,) logits after it, without the patch.
         patched: the same with the patch.
     """
-    made, lengths = [], list[float]()
+    made = []
     for tokens in canary_prompts(vocab_size):
         without, with_patch = (np.asarray(f(tokens), dtype=np.float64) for f in (bare, patched))
         effect = (with_patch - with_patch.mean()) - (without - without.mean())
         ids = np.sort(np.argsort(-np.abs(effect), kind="stable")[: min(NUM_LOGITS, len(effect))])
-        lengths.append(float(np.linalg.norm(effect[ids])))
-        rounded = (tuple(round(float(x), 4) for x in centred(logits, ids)) for logits in (without, with_patch))
-        made.append(CanaryPrompt(tokens, tuple(int(i) for i in ids), *rounded))
-    return Canary(tuple(prompt for prompt, length in zip(made, lengths, strict=True) if length >= LEAST_EFFECT * max(lengths)))
+        rounded = [tuple(round(float(x), 4) for x in centred(logits, ids)) for logits in (without, with_patch)]
+        made.append((float(np.linalg.norm(np.subtract(*rounded))), tokens, tuple(int(i) for i in ids), rounded))
+    least = LEAST_EFFECT * max(length for length, *_ in made)
+    return Canary(tuple(CanaryPrompt(tokens, ids, *rounded) for length, tokens, ids, rounded in made if length >= least))
 
 
 def centred(logits: NDArray[Any], ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:

@@ -137,6 +137,11 @@ def test_a_prompt_on_which_the_patch_does_nothing_proves_nothing_and_is_left_out
     rng = np.random.default_rng(0)
     bare = {tokens: rng.normal(size=512) for tokens in canary.canary_prompts(512)}
     first, second, third = bare
-    effects = {first: 3.0, second: 0.01, third: 1.0}
-    made = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)] * np.linspace(-1, 1, 512))
+    slope = np.linspace(-1, 1, 512)
+    together = np.where(np.arange(512) < 64, 50.0, 0.0)  # moves the tokens that are looked at by the same, which is no effect on them
+    effects = {first: 3 * slope, second: together, third: slope}
+    made = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)])
+    assert [prompt.tokens for prompt in made.prompts] == [first, third]
+    effects[second] = 0.01 * slope
+    made = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)])
     assert [prompt.tokens for prompt in made.prompts] == [first, third]
