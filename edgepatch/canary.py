@@ -77,10 +77,11 @@ def make_canary(
         without, with_patch = (np.asarray(f(tokens), dtype=np.float64) for f in (bare, patched))
         effect = (with_patch - with_patch.mean()) - (without - without.mean())
         ids = np.sort(np.argsort(-np.abs(effect), kind="stable")[: min(NUM_LOGITS, len(effect))])
-        rounded = [tuple(round(float(x), 4) for x in centred(logits, ids)) for logits in (without, with_patch)]
-        made.append((float(np.linalg.norm(np.subtract(*rounded))), tokens, tuple(int(i) for i in ids), rounded))
-    least = LEAST_EFFECT * max(length for length, *_ in made)
-    return Canary(tuple(CanaryPrompt(tokens, ids, *rounded) for length, tokens, ids, rounded in made if length >= least))
+        before, after = (tuple(round(float(x), 4) for x in centred(logits, ids)) for logits in (without, with_patch))
+        length = float(np.linalg.norm(np.subtract(before, after)))
+        made.append((length, CanaryPrompt(tokens, tuple(int(i) for i in ids), before, after) if length else None))
+    least = LEAST_EFFECT * max(length for length, _ in made)
+    return Canary(tuple(prompt for length, prompt in made if prompt is not None and length >= least))
 
 
 def centred(logits: NDArray[Any], ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
