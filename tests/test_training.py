@@ -379,6 +379,12 @@ def test_a_run_folder_goes_on_with_its_own_settings_alone(tiny_folder, tmp_path)
         PatchTraining(tiny_folder, small(), run=tmp_path / "run").soft_prompt(make_pairs(12), BENIGN, "tiny")
 
 
+def test_a_run_folder_that_cannot_be_written_is_refused_before_training(tiny_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        PatchTraining(tiny_folder, small(), run=tmp_path / "file" / "run").soft_prompt(make_pairs(12), BENIGN, "tiny")
+
+
 def test_ctrl_c_keeps_the_run_and_exits_130(tiny_folder, tmp_path):
     write_pairs(make_pairs(12), tmp_path / "pairs.jsonl")
     (tmp_path / "benign.txt").write_text("\n".join(BENIGN))
