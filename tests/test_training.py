@@ -19,7 +19,7 @@ from edgepatch.errors import InputError, MissingExtraError, TrainingError
 from edgepatch.patches import read_patch, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import SoftPrompt
-from edgepatch.training import losses, runs
+from edgepatch.training import losses, parallel, runs
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.patching import PatchTraining, train_patch
@@ -426,6 +426,13 @@ def test_two_processes_train_what_one_does(tiny_folder, tmp_path):
     one, first, second = (np.load(tmp_path / f"{n}.npy") for n in ("one-0", "two-0", "two-1"))
     assert np.array_equal(first, second)
     assert np.abs(one - first).max() < 1e-4
+
+
+def test_more_processes_than_pairs_in_a_batch_are_refused(tiny_folder, monkeypatch):
+    """Each would wait for a gradient that the idle one never sends."""
+    monkeypatch.setattr(parallel, "world", lambda: (0, 5))
+    with pytest.raises(InputError, match="5 processes share batches of 4 pairs"):
+        make_trainer(FrozenModels([tiny_folder], small()))
 
 
 def test_the_command_trains_a_patch_and_a_kv_prefix_from_it(tiny_folder, tmp_path):

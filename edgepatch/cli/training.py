@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgepatch.training.forward import BenignText
 
 
-KINDS = {"soft-prompt": "soft_prompt", "kv": "kv_prefix"}
+KINDS = ("soft-prompt", "kv")
 
 
 def _benign_texts(path: Path | None) -> list[BenignText]:

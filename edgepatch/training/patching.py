@@ -108,7 +108,7 @@ class PatchTraining:
                **told: Any) -> dict[str, Any]:  # fmt: skip
         """Trains the policy; the record of it."""
         began = time.monotonic()
-        data = {"pairs_sha256": runs.digest([[asdict(p) for p in pairs] for pairs in tasks]), "benign_texts_sha256": runs.digest(list(benign_texts))}
+        data = {"pairs_sha256": provenance.digest_of_json([[asdict(p) for p in pairs] for pairs in tasks]), "benign_texts_sha256": provenance.digest_of_json(list(benign_texts))}
         settings = {"kind": kind, "config": asdict(self.config), "data": data, "weights": [p.name for p in self.weights], **told}
         run = runs.Run(self._run, settings)
         trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import edgepatch
+from edgepatch.canonical import canonical_json
 from edgepatch.errors import InputError
 from edgepatch.patches import write_atomically
 
@@ -45,8 +46,8 @@ def _file_digest(path: Path) -> str:
 
 
 def digest_of_json(value: object) -> str:
-    """SHA-256 of a value as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of a value as canonical JSON: names what a patch was trained on without shipping it."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def versions() -> dict[str, str]:

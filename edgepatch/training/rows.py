@@ -65,11 +65,6 @@ class Batch:
     owners: torch.Tensor
     num_answers: int
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether a row holds more than one answer."""
-        return bool((self.segments > 1).any())
-
 
 def make_batch(examples: Sequence[Example], device: str) -> Batch:
     """Rows of the examples, padded to the longest.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepatch.canonical import canonical_json
 from edgepatch.errors import InputError
 from edgepatch.patches import write_atomically
+from edgepatch.training import parallel
 from edgepatch.training.config import History
 
 if TYPE_CHECKING:
@@ -86,12 +85,12 @@ class Run:
             raise InputError(f"checkpoint {path} is damaged: {error}", hint="delete the run folder to start again") from None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes it in place of the last one; a full disk leaves the last one whole.
+        """Writes it in place of the last one; a full disk leaves the last one whole. Of several processes the first writes.
 
         Raises:
             InputError: the file cannot be written.
         """
-        if self.folder is None:
+        if self.folder is None or parallel.world()[0]:
             return
         import io
 
@@ -107,7 +106,7 @@ class Run:
 
     def finish(self, history: History, record: dict[str, Any]) -> None:
         """Writes the curves and what the run was made of."""
-        if self.folder is not None:
+        if self.folder is not None and not parallel.world()[0]:
             write_atomically(self.folder / "curves.json", (json.dumps({**asdict(history), "run": record}, indent=1) + "\n").encode("utf-8"))
 
 
@@ -119,8 +118,3 @@ def _require_same(folder: Path, known: dict[str, Any], given: dict[str, Any]) ->
             f"{folder} holds a run with other settings: {first}: expected {known.get(first)!r}, found {given.get(first)!r}",
             hint="repeat the settings to go on with it, or name another folder",
         )
-
-
-def digest(data: object) -> str:
-    """SHA-256 of the canonical JSON: names what a patch was trained on without shipping it."""
-    return hashlib.sha256(canonical_json(data)).hexdigest()

@@ -58,6 +58,10 @@ class Trainer:
         if (config.dpo_reference == "model") != (reference is not None):
             raise InputError(f"dpo_reference {config.dpo_reference}: the reference model is {'missing' if reference is None else 'not used'}",
                              hint="name a safer model together with dpo_reference model")  # fmt: skip
+        processes = parallel.world()[1]
+        if processes > min(config.batch_size, *(len(pairs) for pairs in tasks)):
+            raise InputError(f"{processes} processes share batches of {config.batch_size} pairs: each needs at least one",
+                             hint="start fewer processes, or raise the batch size")  # fmt: skip
         self.models, self.policy, self.config, self.reference = models, policy, config, reference
         self.run, self.history = run or Run(None), History()
         self._tasks = [self._split(pairs, f"task {i}") for i, pairs in enumerate(tasks)]
