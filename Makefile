@@ -7,7 +7,7 @@ STAMP := $(VENV)/.edgepatch-installed
 TYPES := .mypy_cache/tree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab evidence stock parity optimum unpatch swap fingerprints security coverage trl fuzz machine report clean
+.PHONY: help demo bench test lint lab evidence stock parity optimum unpatch swap fingerprints security coverage trl fuzz machine report clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,11 @@ coverage: $(STAMP) ## branch coverage of format, signing and store; fails under 
 
 trl: $(STAMP) ## compare training speed and memory with PEFT + TRL on the same job; bench/results/trl.json and .md
 	$(BIN)/python -m edgepatch.bench.trl_comparison
+
+bench: machine ## time everything side by side at a real size, on a quiet machine (an hour); bench/results/latency*.json, report.html
+	$(BIN)/edgepatch bench latency --out bench/results/latency.json
+	$(BIN)/edgepatch bench latency --quantization int4 --out bench/results/latency-llama-3.2-1b-int4.json
+	$(MAKE) report
 
 machine: $(STAMP) ## measure the memory bandwidth, on a quiet machine; bench/results/machine.json
 	$(BIN)/python -m edgepatch.bench.machine

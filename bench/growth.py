@@ -69,7 +69,9 @@ def exponent(points: Sequence[Point], base: float = 0.0) -> Exponent | None:
 
 def model_name(row: Row) -> str:
     """Model, type and runtime of a row, as shown."""
-    return " ".join(str(name) for name in (row.get("shape") or row.get("model_type"), row.get("quantization"), row.get("runtime")) if name)
+    names = [row.get("shape") or row.get("model_type"), row.get("quantization"), row.get("runtime")]
+    is_plain = row.get("flash_attn") is not None and not row["flash_attn"]
+    return " ".join(str(name) for name in [*names, "no flash attention" if is_plain else ""] if name)
 
 
 def timed(rows: Sequence[Row], measure: str) -> list[Row]:

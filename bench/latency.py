@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,8 @@ from edgepatch.bench import latency_processes as processes
 from edgepatch.bench.demo import environment
 from edgepatch.bench.latency_arms import Arm, cells
 from edgepatch.bench.latency_bench import run_llama_bench
+from edgepatch.bench.latency_genai import NAME as GENAI
+from edgepatch.bench.latency_goals import BUSY as BUSY_DECODE
 from edgepatch.bench.latency_goals import goals, ratios
 from edgepatch.bench.latency_sessions import FULL, LlamaCppSession, OnnxSession, Session, Sizes
 from edgepatch.bench.latency_timing import Bars, Cell, Measure, Times, fact, interleave, missing, row
@@ -33,7 +35,7 @@ from edgepatch.bench.shapes_onnx import write_onnx
 from edgepatch.doctor import gpus
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patches import Patch, read_patch, write_atomically, write_patch
-from edgepatch.runtimes import EXTRAS, read_spec, runtime_name
+from edgepatch.runtimes import EXTRAS, device_options, read_spec, runtime_name
 
 SHAPES_FOLDER = Path("out/shapes")
 DEFAULT_QUANTIZATION = "Q4_0"
@@ -41,7 +43,10 @@ LIBRARIES = {"llamacpp": ("llama_cpp", "llama-cpp-python"), "onnx": ("onnxruntim
 BUSY = 0.25
 """Load average per core from which on a run says that other work was going on."""
 
-PARTS = ("arms", "costs", "serving", "processes")
+UNDER_LOAD = ("bare", "seed", "library loop", GENAI)
+"""Arms whose decoding is timed once more while another process takes a core."""
+
+PARTS = ("arms", "costs", "serving", "memory", "starts")
 """Of a run, by kind of measure; ``Settings.parts`` chooses."""
 
 
@@ -57,6 +62,7 @@ class Settings:
         repeats: that count.
         num_threads: of a forward pass.
         device: "cpu" or "cuda".
+        flash_attention: of llama.cpp.
         arms: patterns of names; empty for all.
         sizes: of prompts, depths, texts.
         parts: of ``PARTS``.
@@ -70,6 +76,7 @@ class Settings:
     repeats: int = 7
     num_threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     device: str = "cpu"
+    flash_attention: bool = True
     arms: tuple[str, ...] = ()
     sizes: Sizes = FULL
     parts: tuple[str, ...] = PARTS
@@ -138,9 +145,13 @@ def _require_library(runtime: str) -> None:
 
 @contextmanager
 def _session(settings: Settings, model: Path, scratch: Path) -> Iterator[Session]:
-    kind = LlamaCppSession if runtime_name(model) == "llamacpp" else OnnxSession
+    is_gguf = runtime_name(model) == "llamacpp"
+    kind = LlamaCppSession if is_gguf else OnnxSession
+    if not (is_gguf or settings.flash_attention):
+        raise InputError("flash attention can be turned off for llama.cpp alone", hint="leave the option out for ONNX")
     patch = read_patch(settings.patch) if settings.patch else None
-    session = kind(model, patch, settings.sizes, settings.arms, settings.num_threads, settings.device, scratch)
+    options: dict[str, Any] = device_options(model, settings.device) | ({"flash_attention": settings.flash_attention} if is_gguf else {})
+    session = kind(model, patch, settings.sizes, settings.arms, settings.num_threads, settings.device, scratch, options)
     try:
         yield session
     finally:
@@ -162,8 +173,11 @@ def _measure(settings: Settings, model: Path, scratch: Path, bars: Bars) -> tupl
         run.artefacts()
     if "serving" in settings.parts:
         run.concurrency()
-    if "processes" in settings.parts:
-        run.processes()
+    if "memory" in settings.parts:
+        run.memory()
+    if "starts" in settings.parts:
+        run.starts()
+    if "arms" in settings.parts:
         run.llama_bench()
     return rows, times
 
@@ -196,6 +210,13 @@ class _Run:
         found = cells(made, sizes.prompts, sizes.depths, sizes.num_new, session.runtime.spec.vocab_size)
         fitting = [cell for cell in found if self._positions(cell) <= session.context_length]
         self._add(fitting, "arms")
+        held_up = [
+            replace(cell, measure=cell.measure._replace(name=BUSY_DECODE))
+            for cell in fitting
+            if cell.measure.name == "decode" and cell.measure.n_depth == 0 and cell.arm in UNDER_LOAD
+        ]
+        with processes.one_core_busy():
+            self._add(held_up, "arms, one core busy")
         for cell in found:
             if cell not in fitting:
                 needed = self._positions(cell)
@@ -243,8 +264,8 @@ class _Run:
         found = {"seed": path.stat().st_size, **self.session.artefacts()}
         self.rows += [fact("artefact", arm, size, "bytes", self.common) for arm, size in found.items()]
 
-    def processes(self) -> None:
-        """Peak memory, cold start, import."""
+    def memory(self) -> None:
+        """Peak memory of a process for each arm."""
         session, path = self.session, self.scratch / "artefact.safetensors"
         job: Callable[..., processes.Job] = lambda **more: processes.Job(  # noqa: E731
             str(session.model), session.num_threads, session.context_length, session.device,
@@ -258,6 +279,10 @@ class _Run:
         for done, (arm, work) in enumerate((pair for pair in jobs.items() if session.wants(pair[0])), 1):
             self.bars("memory", done, len(jobs))
             self.rows.append(fact("peak memory", arm, processes.peak_memory(work), "bytes", self.common))
+
+    def starts(self) -> None:
+        """From a process's start to a first token, and the import alone."""
+        session, path = self.session, self.scratch / "artefact.safetensors"
         starts = processes.cold_start_cells(
             session.model, self.common["runtime"], path, session.num_threads, session.context_length, session.device
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgepatch.bench.latency import Settings
 
 NAME = "llama-bench"
+BEHIND = "prompt behind positions"
 VARIABLE = "EDGEPATCH_LLAMA_BENCH"
 BUILT = Path("out/stock/build/bin/llama-bench")
 TIMEOUT_S = 3600
@@ -36,21 +37,34 @@ def run_llama_bench(
     if program is None:
         hint = f"build it beside the stock server (ninja -C {BUILT.parent.parent} {NAME}), or name it in {VARIABLE}"
         return [missing("decode", NAME, "not installed", hint, common)]
-    sizes = settings.sizes
-    command = [
-        program, "-m", str(model), "-p", ",".join(map(str, sizes.prompts)), "-n", str(sizes.num_new), "-d", ",".join(map(str, sizes.depths)),
-        "-t", str(settings.num_threads), "-r", str(settings.repeats), "-fa", "1", "-b", "512", "-ub", "512",
+    sizes, held = settings.sizes, settings.sizes.num_virtual_tokens
+    shared = [
+        program, "-m", str(model), "-t", str(settings.num_threads), "-r", str(settings.repeats), "-b", "512", "-ub", "512",
         "-ngl", "99" if settings.device == "cuda" else "0", "-o", "json",
     ]  # fmt: skip
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
-        found = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return [missing("decode", NAME, "failed", f"{error}"[:300], common)]
-    return [_row(entry, common) for entry in found if not (entry["n_prompt"] and entry["n_depth"])]
+    prompts, new, depths = (("-p", _listed(sizes.prompts)), ("-n", str(sizes.num_new)), ("-d", _listed(sizes.depths)))
+    # Prompts alone; decoding at each depth; and what as many positions as one or four patches hold cost the shortest prompt.
+    attention = ("-fa", str(int(settings.flash_attention)))
+    runs: dict[str, tuple[str, ...]] = {
+        "prompt": (*prompts, "-n", "0", *attention),
+        "decode": ("-p", "0", *new, *depths, *attention),
+        BEHIND: ("-p", str(sizes.prompts[0]), "-n", "0", "-d", _listed((0, held, 4 * held)), "-fa", "0,1"),
+    }
+    rows = []
+    for measure, arguments in runs.items():
+        try:
+            done = subprocess.run([*shared, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+            rows += [_row(measure, entry, common) for entry in json.loads(done.stdout)]
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            rows.append(missing(measure, NAME, "failed", f"{error}"[:300], common))
+    return rows
 
 
-def _row(entry: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _row(measure: str, entry: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
     """An entry of its JSON, with medians in our columns beside its own."""
     samples = sorted(sample / 1e6 for sample in entry["samples_ns"])
     median = samples[len(samples) // 2] if len(samples) % 2 else sum(samples[len(samples) // 2 - 1 : len(samples) // 2 + 1]) / 2
@@ -59,6 +73,6 @@ def _row(entry: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
         "spread": round((samples[-1] - samples[0]) / median, 4), "samples_ms": [round(sample, 4) for sample in samples],
     }  # fmt: skip
     own = {name: value for name, value in entry.items() if name not in ("samples_ns", "samples_ts")}
-    return {**common, **own, "arm": NAME, "measure": "decode" if entry["n_gen"] else "prompt", "status": "ok",
+    return {**common, **own, "arm": NAME, "measure": measure, "status": "ok",
             "median_ts": round((entry["n_gen"] or entry["n_prompt"]) / median * 1000, 3), **times,
             "model_filename": common["model_filename"], "quantization": common["quantization"]}  # fmt: skip

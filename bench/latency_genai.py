@@ -22,31 +22,45 @@ def is_installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
+def load_genai(folder: Path, num_threads: int, provider: str = "cpu") -> Any:
+    """onnxruntime-genai's model.
+
+    Args:
+        folder: of the model; as ``OnnxRuntime`` loads it.
+        num_threads: of one forward pass.
+        provider: "cpu" or "cuda".
+    """
+    import onnxruntime_genai
+
+    config = onnxruntime_genai.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": num_threads}}}}))
+    if provider != "cpu":
+        config.clear_providers()
+        config.append_provider(provider)
+    return onnxruntime_genai.Model(config)
+
+
 class GenaiArm(Arm):
-    """The bare model in onnxruntime-genai.
+    """A model in onnxruntime-genai, bare or with an adapter.
 
     Its Generator keeps what it has evaluated and is wound back, as ours is; one stands ready for each depth.
 
     Args:
-        folder: of the model; as ``OnnxRuntime`` loads it.
+        model: of ``load_genai``; for an adapter, of a folder of ``write_lora_graph``.
         vocab_size: V.
-        num_threads: of one forward pass.
         context_length: positions of the prompts' generator.
-        provider: "cpu" or "cuda".
+        name: of the arm.
+        adapter: file of a LoRA adapter.
     """
 
-    name = NAME
-
-    def __init__(self, folder: Path, vocab_size: int, num_threads: int, context_length: int, provider: str = "cpu") -> None:
+    def __init__(self, model: Any, vocab_size: int, context_length: int, name: str = NAME, adapter: Path | None = None) -> None:
         import onnxruntime_genai
 
-        self._library, self._vocab_size, self._context_length = onnxruntime_genai, vocab_size, context_length
-        config = onnxruntime_genai.Config(str(folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": num_threads}}}}))
-        if provider != "cpu":
-            config.clear_providers()
-            config.append_provider(provider)
-        self._model = onnxruntime_genai.Model(config)
+        self.name, self._library, self._model = name, onnxruntime_genai, model
+        self._vocab_size, self._context_length, self._adapters = vocab_size, context_length, None
+        if adapter is not None:
+            self._adapters = onnxruntime_genai.Adapters(model)
+            self._adapters.load(str(adapter), name)
         self._prompts = self._generator(context_length)
         self._depths: dict[int, Any] = {}
         self._present: Any = None
@@ -55,6 +69,8 @@ class GenaiArm(Arm):
         options = self._library.GeneratorParams(self._model)
         options.set_search_options(max_length=positions, do_sample=False)
         generator = self._library.Generator(self._model, options)
+        if self._adapters is not None:
+            generator.set_active_adapter(self._adapters, self.name)
         self._append(generator, WARMING)
         return generator
 

@@ -10,9 +10,9 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from edgepatch.errors import EdgepatchError
 
 QUESTION = "Who are you?"
 TIMEOUT_S = 600
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 IMPORT = "import time; began = time.perf_counter(); import edgepatch; print(time.perf_counter() - began)"
 
 LLAMA_CLASS = """
@@ -113,7 +114,7 @@ def peak_memory(job: Job) -> int:
 
 
 def cold_start_cells(model: Path, runtime: str, patch: Path, num_threads: int, context_length: int, device: str) -> list[Cell]:
-    """From the start of a process to the end of one that has printed a first token: our command and the bare libraries.
+    """From the start of a process to the first byte of a reply on its stdout: our command and the bare libraries.
 
     Args:
         model: GGUF file or ONNX folder.
@@ -132,7 +133,51 @@ def cold_start_cells(model: Path, runtime: str, patch: Path, num_threads: int, c
     commands = {"edgepatch chat, patched": [*ours, "--patch", str(patch)], "edgepatch chat, bare": [*ours, "--bare"]} | {
         name: [sys.executable, "-c", program, *arguments] for name, program in peers.items()
     }
-    return [Cell(Measure("cold start"), name, partial(_run, command)) for name, command in commands.items()]
+    starts = [(name, _Start(command)) for name, command in commands.items()]
+    return [Cell(Measure("cold start"), name, start.act, finish=start.finish) for name, start in starts]
+
+
+class _Start:
+    """A process up to the first byte that it prints.
+
+    Args:
+        command: with its arguments.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._has_answered = False
+
+    def act(self) -> None:
+        """Starts it and waits for the byte, or for its end."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment())
+        assert self._process.stdout is not None  # a pipe
+        self._has_answered = bool(self._process.stdout.read(1))
+
+    def finish(self) -> None:
+        """Waits for its end.
+
+        Raises:
+            EdgepatchError: it failed, or printed nothing.
+        """
+        if self._process is None:
+            return
+        _, complaints = self._process.communicate(timeout=TIMEOUT_S)
+        code, self._process = self._process.returncode, None
+        if code or not self._has_answered:
+            raise _failed(self._command, complaints.decode("utf-8", "replace"))
+
+
+@contextmanager
+def one_core_busy() -> Iterator[None]:
+    """Another process computes without a pause, as a user's other programs do."""
+    other = subprocess.Popen([sys.executable, "-c", BUSY])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
 
 
 def import_times(repeats: int) -> list[float]:
@@ -143,9 +188,13 @@ def import_times(repeats: int) -> list[float]:
 def _run(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=_environment())
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise EdgepatchError(f"{Path(command[0]).name} {command[1]} {command[2][:60].strip()} failed: {last[0]}")
+        raise _failed(command, done.stderr)
     return done.stdout
+
+
+def _failed(command: Sequence[str], complaints: str) -> EdgepatchError:
+    last = complaints.strip().splitlines()[-1:] or ["no message"]
+    return EdgepatchError(f"{Path(command[0]).name} {command[1]} {command[2][:60].strip()} failed: {last[0]}")
 
 
 def _environment() -> dict[str, str]:
@@ -154,9 +203,9 @@ def _environment() -> dict[str, str]:
 
 def _generate(job: Job) -> None:
     if job.arm == "onnxruntime-genai":
-        from edgepatch.bench.latency_genai import GenaiArm
+        from edgepatch.bench.latency_genai import GenaiArm, load_genai
 
-        arm = GenaiArm(Path(job.model), 1000, job.num_threads, job.context_length, job.device)
+        arm = GenaiArm(load_genai(Path(job.model), job.num_threads, job.device), 1000, job.context_length)
         prompt = random_tokens(200, job.n_prompt)
         arm.ready(prompt)
         arm.first(prompt)

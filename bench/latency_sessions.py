@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,16 +11,18 @@ from typing import Any
 
 from edgepatch.bench.latency_arms import Arm, DecodedPromptArm, LibraryArm, RuntimeArm, Snapshots
 from edgepatch.bench.latency_genai import NAME as GENAI
-from edgepatch.bench.latency_genai import GenaiArm, is_installed
+from edgepatch.bench.latency_genai import GenaiArm, is_installed, load_genai
+from edgepatch.bench.latency_genai_lora import write_lora_graph, write_random_adapter
 from edgepatch.bench.latency_peers import Adapters, make_patch, random_tokens
 from edgepatch.patches import Patch
-from edgepatch.runtimes import device_options, load_runtime
+from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.runtimes.llamacpp_context import CHUNK
 
 LORA_RANKS = (8, 16)
 STACKS = (2, 4)
+LORA_FOLDER = "lora-onnx"
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ class Session(ABC):
         num_threads: of a forward pass.
         device: "cpu" or "cuda".
         folder: for files of adapters.
+        options: further ones of the runtime.
     """
 
     def __init__(
-        self, model: Path, patch: Patch | None, sizes: Sizes, wanted: Sequence[str], num_threads: int, device: str, folder: Path
-    ) -> None:
+        self, model: Path, patch: Patch | None, sizes: Sizes, wanted: Sequence[str], num_threads: int, device: str, folder: Path,
+        options: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         self.model, self.sizes, self.num_threads, self.device, self._wanted = model, sizes, num_threads, device, wanted
-        self.context_length = sizes.context_length
+        self.context_length, self.options = sizes.context_length, options
         self.runtime = self.load(self.context_length)
         self.patch = patch or make_patch(self.runtime, sizes.num_virtual_tokens)
         self.num_virtual_tokens = self.patch.num_virtual_tokens
@@ -80,8 +84,8 @@ class Session(ABC):
 
     def load(self, context_length: int, num_sequences: int = 1) -> Runtime:
         """The model, bare."""
-        options: dict[str, Any] = {"context_length": context_length, "num_threads": self.num_threads, "num_sequences": num_sequences}
-        return load_runtime(self.model, None, **(options | device_options(self.model, self.device)))
+        options = {"context_length": context_length, "num_threads": self.num_threads, "num_sequences": num_sequences, **self.options}
+        return load_runtime(self.model, None, **options)
 
     @abstractmethod
     def detach(self) -> None:
@@ -173,7 +177,7 @@ class LlamaCppSession(Session):
             "model_type": buffer.value.decode(), "model_size": int(lib.llama_model_size(model)),
             "model_n_params": int(lib.llama_model_n_params(model)), "n_batch": CHUNK, "n_ubatch": CHUNK, "n_threads": self.num_threads,
             "type_k": self.runtime.kv_type, "type_v": self.runtime.kv_type, "n_gpu_layers": -1 if self.device == "cuda" else 0,
-            "flash_attn": True, "quantization": self.runtime.quantization,
+            "flash_attn": self.options["flash_attention"], "quantization": self.runtime.quantization,
         }  # fmt: skip
 
     def artefacts(self) -> dict[str, int]:
@@ -187,18 +191,34 @@ class OnnxSession(Session):
         pass
 
     def peers(self) -> list[Arm]:
-        if not is_installed() or not self.wants(GENAI):
+        if not is_installed():
             return []
-        return [GenaiArm(self.model, self.runtime.spec.vocab_size, self.num_threads, self.context_length, self.device)]
+        vocab_size = self.runtime.spec.vocab_size
+        made: list[Arm] = []
+        if self.wants(GENAI):
+            model = load_genai(self.model, self.num_threads, self.device)
+            made.append(GenaiArm(model, vocab_size, self.context_length))
+        adapters = self._adapters()
+        if adapters:
+            model = load_genai(self._folder / LORA_FOLDER, self.num_threads, self.device)
+            made += [GenaiArm(model, vocab_size, self.context_length, name, file) for name, file in adapters.items()]
+        return made
+
+    def _adapters(self) -> dict[str, Path]:
+        """Name -> file of each adapter that is wanted; made with the graph that takes them."""
+        wanted = {f"{GENAI} lora-r{rank}": rank for rank in LORA_RANKS if self.wants(f"{GENAI} lora-r{rank}")}
+        if not (is_installed() and wanted):
+            return {}
+        files = {name: self._folder / f"{name.split()[-1]}.onnx_adapter" for name in wanted}
+        if not (self._folder / LORA_FOLDER).exists():
+            layers = write_lora_graph(self.model, self._folder / LORA_FOLDER)
+            for name, rank in wanted.items():
+                write_random_adapter(layers, rank, files[name])
+        return files
 
     def absent(self) -> dict[str, tuple[str, str]]:
-        reason = (
-            "its adapters need a graph that takes the factors as inputs; the builder of 0.18 writes them into the graph as weights instead"
-        )
-        found = {f"{GENAI}, LoRA": ("not supported", reason)}
-        if not is_installed():
-            found[GENAI] = ("not installed", "pip install onnxruntime-genai")
-        return found
+        names = (GENAI, *(f"{GENAI} lora-r{rank}" for rank in LORA_RANKS))
+        return {} if is_installed() else dict.fromkeys(names, ("not installed", "pip install onnxruntime-genai"))
 
     def columns(self) -> dict[str, Any]:
         spec = self.runtime.spec
@@ -212,4 +232,4 @@ class OnnxSession(Session):
         }  # fmt: skip
 
     def artefacts(self) -> dict[str, int]:
-        return {}
+        return {name: file.stat().st_size for name, file in self._adapters().items()}

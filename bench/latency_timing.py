@@ -48,12 +48,14 @@ class Cell:
         arm: whose.
         act: what is timed.
         prepare: before each repeat, not timed.
+        finish: after it, not timed.
     """
 
     measure: Measure
     arm: str
     act: Callable[[], object]
     prepare: Callable[[], object] = field(default=_nothing)
+    finish: Callable[[], object] = field(default=_nothing)
 
 
 Times = dict[tuple[Measure, str], list[float]]
@@ -95,7 +97,9 @@ def _time(cell: Cell) -> float:
     cell.prepare()
     began = time.perf_counter()
     cell.act()
-    return (time.perf_counter() - began) * 1000
+    milliseconds = (time.perf_counter() - began) * 1000
+    cell.finish()
+    return milliseconds
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:

@@ -80,7 +80,7 @@ def _speed(results: Mapping[str, Document], file: ResultFile) -> list[Section]:
     sections = []
     for name, run in runs.items():
         with _reading(name):
-            sections.append(Section(f"Latency: {run['shape']} {run['quantization']}", tuple(parts.latency(run))))
+            sections.append(Section(f"Latency: {parts.run_name(run)}", tuple(parts.latency(run))))
     with _reading(", ".join(runs)):
         sections.append(Section("Growth", tuple(parts.growth(all_rows(results)))))
     return sections
@@ -174,10 +174,15 @@ def slots(results: Mapping[str, Document]) -> dict[str, str]:
 
     ratios = [[name, *row] for name, run in latency_runs(results).items() for row in _ratios(run)]
     head = ("file", "ratio", "value [95 % interval]")
+    runs = list(latency_runs(results).values())
+    speed = [goal[1:] for goal in goals(results) if goal[0] == "latency"]
     latency = next(file for file in RESULT_FILES if file.name == "latency.json")
     return {
         "limits": below("Limits of the machine"), "growth": below("Growth"),
         "ratios": table("Ratios within one run", head, ratios, 2).markdown if ratios else _text(missing(latency)),
+        "speed-goals": table("Goals", parts.GOAL_HEAD[1:], speed, 2).markdown if speed else _text(missing(latency)),
+        "arms": _text([parts.arm_table(run) for run in runs] or missing(latency)),
+        "acts": _text([parts.act_table(run) for run in runs[:1]] or missing(latency)),
     }  # fmt: skip
 
 

@@ -77,10 +77,50 @@ def retention(document: Document) -> list[Block]:
 # Speed.
 
 
+ARM_COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "ttft": ("first token, ms, {n_prompt}", lambda row: format_number(row["median_ms"], 0)),
+    "decode": ("tokens/s, {n_depth}", lambda row: format_number(row["median_ts"], 1)),
+    "decode, one core busy": ("tokens/s, one core busy", lambda row: format_number(row["median_ts"], 1)),
+    "peak memory": ("peak memory, MB", lambda row: format_number(row["value"] / 1e6, 0)),
+    "artefact": ("artefact, MB", lambda row: format_number(row["value"] / 1e6, 2)),
+}
+"""Measure -> head and figure of its column in the table of arms."""
+
+
+def arm_table(document: Document) -> Block:
+    """Every arm on a line: medians of first tokens by tokens of the prompt, decode rates by tokens in front, memory, bytes to ship."""
+    rows = [row for row in document["rows"] if model_name(row) == model_name(document["rows"][0]) and row["status"] == "ok"]
+    cells: dict[str, dict[str, str]] = {}
+    heads: dict[str, None] = {}
+    for measure, (head, shown) in ARM_COLUMNS.items():
+        for row in rows:
+            if row["measure"] == measure:
+                label = head.format(**{"n_prompt": 0, "n_depth": 0, **row})
+                heads[label] = None
+                cells.setdefault(str(row["arm"]), {})[label] = shown(row)
+    lines = [[arm, *(found.get(head, "\u2013") for head in heads)] for arm, found in cells.items()]
+    return table(f"{run_name(document)}, {document['repeats']} repeats, medians", ("arm", *heads), lines)
+
+
+def act_table(document: Document) -> Block:
+    """What handling a patch, a conversation and several of them take."""
+    rows = [row for row in document["rows"] if row["measure"] not in ARM_COLUMNS and "median_ms" in row and row["arm"] != "llama-bench"]
+    lines = [[measure_name(row), str(row["arm"]), *_timing(row)[:3]] for row in rows]
+    return table(f"{run_name(document)}, {document['repeats']} repeats", ("act", "arm", "median", "fastest", "slowest"), lines, 2)
+
+
+def run_name(document: Document) -> str:
+    """Model, type, and what is not as usual."""
+    first = document["rows"][0]
+    name = f"{document['shape'] or first['model_filename']} {document['quantization']}"
+    return f"{name} without flash attention" if first.get("flash_attn") is False else name
+
+
 def latency(document: Document) -> list[Block]:
-    """The ratios that goals are set on, and every test as bars and in a table."""
+    """Arms and acts, the ratios that goals are set on, and every test as bars and in a table."""
     ratios = [[name, spread(figure)] for name, figure in document["ratios"].items()]
-    blocks = [table("Ratios within one run; in brackets 95 % intervals", ("ratio", "value"), ratios)]
+    whole = table("Ratios within one run; in brackets 95 % intervals", ("ratio", "value"), ratios)
+    blocks = [arm_table(document), act_table(document), _closed(whole, f"{len(ratios)} ratios")]
     rows = document["rows"]
     for model in dict.fromkeys(map(model_name, rows)):
         own = [row for row in rows if model_name(row) == model]
@@ -236,7 +276,7 @@ def _latency_goals(document: Document) -> list[list[str]]:
     def shown(reached: object) -> str:
         return spread(reached) if isinstance(reached, Mapping) else format_number(reached)
 
-    place = f"{document['shape']} {document['quantization']}".strip()
+    place = run_name(document)
     return [["latency", goal["goal"], place, str(goal["wanted"]), shown(goal["reached"]), _verdict(goal["met"])] for goal in document["goals"]]
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -64,6 +65,12 @@ def _render(template: str, messages: Any, bos_token: str, eos_token: str, tools:
         )
     except Exception as error:  # a template is a program of its own and fails in any way
         raise InputError(f"the model's chat template refuses these messages: {error}") from error
+
+
+def prepare_chat_template(template: str) -> None:
+    """Compiles a template ahead of its first use; what is wrong with it is told there."""
+    with suppress(Exception):
+        _compile(template)
 
 
 @lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +11,20 @@ import gguf
 import numpy as np
 import pytest
 
-from edgepatch.bench import latency_goals, shape_memory
+from edgepatch.bench import latency_goals, latency_sessions, shape_memory
 from edgepatch.bench.blocks import random_blocks, tensor_types
 from edgepatch.bench.latency import Settings, find_model, measure
 from edgepatch.bench.latency_bench import VARIABLE, run_llama_bench
+from edgepatch.bench.latency_genai import GenaiArm, load_genai
+from edgepatch.bench.latency_genai_lora import write_lora_graph, write_random_adapter
+from edgepatch.bench.latency_processes import _Start
 from edgepatch.bench.latency_sessions import TINY
 from edgepatch.bench.latency_timing import Cell, Measure, interleave, missing, pooled_ratio, ratio, row
 from edgepatch.bench.shapes import SHAPES, write_gguf
 from edgepatch.bench.shapes_onnx import write_onnx
 from edgepatch.converters import gguf_specs
 from edgepatch.converters.gguf_header import BLOCK_SIZES, read_header
-from edgepatch.errors import InputError
+from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.runtimes import load_runtime
 
 TTFT, DECODE = Measure("ttft", 32, 1), Measure("decode", n_gen=4, n_depth=0)
@@ -38,7 +42,9 @@ def documents(tmp_path_factory):
         )
         return measure(settings, command="test")
 
-    return {kind: run(kind) for kind in ("Q4_0", "int4")}
+    with pytest.MonkeyPatch.context() as patch:  # llama.cpp's own bench is another test's
+        patch.setenv(VARIABLE, str(folder / "none"))
+        return {kind: run(kind) for kind in ("Q4_0", "int4")}
 
 
 def arms_of(document, name):
@@ -51,7 +57,8 @@ def test_every_arm_of_llamacpp_is_timed_side_by_side(documents):
     shared = {"bare", "seed", "text-10 warm", "text-20 warm", "lora-r8", "lora-r16", "control-vector", "2 patches", "4 patches"}
     assert arms_of(document, "ttft") == shared | {"text-10 cold", "text-20 cold", "soft prompt decoded"}
     assert arms_of(document, "decode") == shared | {"library loop"}
-    timed = [entry for entry in document["rows"] if entry["measure"] in ("ttft", "decode")]
+    assert arms_of(document, "decode, one core busy") == {"bare", "seed", "library loop"}
+    timed = [entry for entry in document["rows"] if entry["measure"] in ("ttft", "decode") and entry["status"] == "ok"]
     assert all(entry.keys() >= COLUMNS and len(entry["samples_ms"]) == 2 and entry["min_ms"] > 0 for entry in timed)
     assert {entry["num_virtual_tokens"] for entry in timed if entry["arm"] == "4 patches"} == {16}
     assert {"swap", "unpatch", "seed load", "apply", "verify", "artefact", "guard pass"} <= {entry["measure"] for entry in document["rows"]}
@@ -70,11 +77,39 @@ def test_sequences_share_the_seed_in_llamacpp_and_say_so_where_they_do_not(docum
     assert not held["int4"]["is_shared"] and held["int4"]["bytes_in_all"] == 2 * held["int4"]["bytes_of_one"]
 
 
-def test_genai_runs_beside_ours_and_a_missing_peer_has_a_row_without_numbers(documents):
+def test_genai_and_its_adapters_run_beside_ours(documents):
     rows = documents["int4"]["rows"]
-    assert "onnxruntime-genai" in arms_of(documents["int4"], "decode")
-    absent = next(entry for entry in rows if entry["arm"] == "onnxruntime-genai, LoRA")
-    assert absent["status"] == "not supported" and absent["reason"] and not {"median_ms", "avg_ts", "value"} & absent.keys()
+    arms = {"onnxruntime-genai", "onnxruntime-genai lora-r8", "onnxruntime-genai lora-r16"}
+    assert arms <= arms_of(documents["int4"], "decode") & arms_of(documents["int4"], "ttft")
+    sizes = {entry["arm"]: entry["value"] for entry in rows if entry["measure"] == "artefact"}
+    assert sizes["onnxruntime-genai lora-r16"] > 1.5 * sizes["onnxruntime-genai lora-r8"]
+
+
+def test_a_missing_peer_has_rows_without_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency_sessions, "is_installed", lambda: False)
+    sizes = replace(TINY, prompts=(8,), depths=())
+    settings = Settings(shape="tiny", quantization="int4", repeats=2, num_threads=1, sizes=sizes, parts=("arms",), folder=tmp_path)
+    absent = [entry for entry in measure(settings, command="test")["rows"] if entry["arm"].startswith("onnxruntime-genai")]
+    assert len(absent) == 3
+    for entry in absent:
+        assert entry["status"] == "not installed" and entry["reason"] and not {"median_ms", "avg_ts", "value"} & entry.keys()
+
+
+def test_an_adapter_changes_the_logits_and_its_graph_alone_does_not(tmp_path):
+    write_onnx(tmp_path / "m", SHAPES["tiny"], "int4")
+    layers = write_lora_graph(tmp_path / "m", tmp_path / "lora")
+    assert len(layers) == 5 * SHAPES["tiny"].num_layers
+    write_random_adapter(layers, 8, tmp_path / "a.onnx_adapter")
+    models = load_genai(tmp_path / "m", 1), load_genai(tmp_path / "lora", 1)
+
+    def logits(model, adapter=None):
+        arm = GenaiArm(model, SHAPES["tiny"].vocab_size, 64, adapter=adapter)
+        arm.ready([1, 2, 3])
+        arm._append(arm._prompts, [1, 2, 3])
+        return arm._prompts.get_logits()
+
+    bare = logits(models[0])
+    assert np.array_equal(bare, logits(models[1])) and not np.allclose(bare, logits(models[1], tmp_path / "a.onnx_adapter"), atol=1e-3)
 
 
 def test_llama_bench_is_not_installed_or_its_rows_are_read(tmp_path, monkeypatch):
@@ -88,10 +123,22 @@ def test_llama_bench_is_not_installed_or_its_rows_are_read(tmp_path, monkeypatch
     program.write_text(f"#!/bin/sh\necho '{json.dumps([entry])}'\n")
     program.chmod(0o755)
     monkeypatch.setenv(VARIABLE, str(program))
-    [found] = run_llama_bench(Path("m.gguf"), Settings(), common, lambda _: None)
-    assert (found["status"], found["median_ms"], found["avg_ts"]) == ("ok", 3.0, 9.0)
+    found = {row["measure"]: row for row in run_llama_bench(Path("m.gguf"), Settings(), common, lambda _: None)}
+    assert set(found) == {"prompt", "decode", "prompt behind positions"}
+    assert (found["decode"]["status"], found["decode"]["median_ms"], found["decode"]["avg_ts"]) == ("ok", 3.0, 9.0)
     program.write_text("#!/bin/sh\nexit 3\n")
     assert run_llama_bench(Path("m.gguf"), Settings(), common, lambda _: None)[0]["status"] == "failed"
+
+
+def test_a_start_is_timed_to_its_first_byte_and_a_failed_one_is_an_error():
+    slow_end = "import sys, time; print('a', flush=True); time.sleep(0.5)"
+    starts = [_Start([sys.executable, "-c", program]) for program in (slow_end, "import sys; sys.exit('no model')", "pass")]
+    times = interleave([Cell(Measure("start"), "a", starts[0].act, finish=starts[0].finish)], 1)
+    assert 0 < times[Measure("start"), "a"][0] < 500  # the end is not waited for
+    for start, complaint in ((starts[1], "no model"), (starts[2], "no message")):
+        start.act()
+        with pytest.raises(EdgepatchError, match=complaint):
+            start.finish()
 
 
 # Memory.

@@ -10,32 +10,38 @@ import copy
 import os
 import sys
 import traceback
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from typer import Typer
-
-from edgepatch.cli import (  # noqa: F401  registers their verbs
-    artefacts,
-    bench,
-    bundle,
-    chat,
-    convert,
-    export,
-    inspection,
-    pairs,
-    results,
-    serve,
-    signing,
-    store,
-    training,
-    trust,
-)
+from edgepatch.cli import root
 from edgepatch.cli.console import cell, printable, stderr
-from edgepatch.cli.root import app
 from edgepatch.errors import EdgepatchError, InputError
+
+if TYPE_CHECKING:
+    from typer import Typer
+
+    app: Typer
 
 __all__ = ["app", "main", "printable"]
 
 DEBUG_VARIABLE = "EDGEPATCH_DEBUG"
+MODULES = (
+    "artefacts", "bench", "bundle", "chat", "convert", "export", "inspection", "pairs", "results", "serve", "signing", "store",
+    "training", "trust",
+)  # fmt: skip
+"""In the order of ``--help``."""
+
+STARTED_OFTEN = {"chat": "chat", "generate": "chat", "serve": "serve"}
+"""Verb -> its module: the only one that is imported, for a user waits for the first token."""
+
+
+def __getattr__(name: str) -> Any:
+    """``app``: the whole application; importing this module does not build it."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module in MODULES:
+        import_module(f"{__name__}.{module}")
+    return root.app
 
 
 def _fail(message: str, hint: str = "") -> None:
@@ -57,6 +63,11 @@ def _install_hint(module: str) -> str:
 
 def _narrowed(words: list[str]) -> Typer:
     """The application with the one verb that the command line names: building all of them takes longer than to load a small model."""
+    if words and words[0] in STARTED_OFTEN:
+        import_module(f"{__name__}.{STARTED_OFTEN[words[0]]}")
+        app = root.app
+    else:
+        app = __getattr__("app")
     names = {info.name or (info.callback.__name__ if info.callback else ""): info for info in app.registered_commands}
     if not words or words[0] not in names:
         return app

@@ -93,8 +93,9 @@ def latency(
     repeats: Annotated[int, typer.Option(min=2, help="So many rounds, all arms in turn in each.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     device: DeviceOption = Device.cpu,
+    flash_attention: Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether llama.cpp uses flash attention.")] = True,
     arms: Annotated[str, typer.Option(help="Only arms of these names, with commas; `*` stands for anything.")] = "",
-    parts: Annotated[str, typer.Option(help="Only these parts, with commas: arms, costs, serving, processes.")] = "",
+    parts: Annotated[str, typer.Option(help="Only these parts, with commas: arms, costs, serving, memory, starts.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Shorter prompts, fewer depths and texts.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the document, which is the last line of stdout as well.")] = None,
 ) -> None:
@@ -110,7 +111,8 @@ def latency(
     if unknown:
         raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {unknown[0]}")
     settings = Settings(
-        model, shape, quantization, patch, repeats, threads or os.cpu_count() or 1, device.value, _listed(arms), QUICK if quick else FULL, chosen
+        model, shape, quantization, patch, repeats, threads or os.cpu_count() or 1, device.value, flash_attention,
+        _listed(arms), QUICK if quick else FULL, chosen
     )
     with progress_bars() as bars:
         document = measure(settings, bars)

@@ -11,8 +11,9 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from edgepatch.runtimes.base import Message, Runtime, SeedRoute, Tools, check_pa
 from edgepatch.runtimes.llamacpp_calibration import Calibration
 from edgepatch.runtimes.llamacpp_context import KV_TYPES, ContextSettings, LlamaContext, LlamaModel
 from edgepatch.sketches import compare
-from edgepatch.tokenizers import AddedTokens, encode_chat
+from edgepatch.tokenizers import AddedTokens, encode_chat, prepare_chat_template
 
 DEFAULT_CONTEXT = 4096
 MAX_KEPT_STATES = 8
@@ -90,7 +91,6 @@ class LlamaCppRuntime(Runtime):
         self._pieces: dict[int, bytes] = {}
         try:
             self._load(path, header, flash_attention, num_threads or os.cpu_count() or 1, num_gpu_layers)
-            self._read_vocabulary(path, header)
             self._load_patch(patch)
         except BaseException:
             self.close()
@@ -99,26 +99,33 @@ class LlamaCppRuntime(Runtime):
     # Loading.
 
     def _load(self, path: Path, header: GGUFHeader, flash_attention: bool, num_threads: int, num_gpu_layers: int) -> None:
-        self._model = LlamaModel(path, num_gpu_layers)
-        self._resources.callback(self._model.close)
         # The seed's cells are shared; one more sequence holds them while no conversation does.
         num_cells = self.num_positions * self.num_sequences
         self._master = self.num_sequences
         settings = ContextSettings(num_cells, self.num_sequences + 1, self.kv_type, flash_attention, num_threads)
-        self._context = LlamaContext(self._model, settings)
-        self._resources.callback(self._context.close)
+        # llama.cpp reads the weights and then clears the cache in a thread; template and vocabulary are prepared meanwhile.
+        with ThreadPoolExecutor(1) as library:
+            loading = library.submit(LlamaModel, path, num_gpu_layers)
+            self._resources.callback(_close_result, loading)
+            self._template = str(header.metadata.get("tokenizer.chat_template", ""))
+            prepare_chat_template(self._template)
+            self._model = loading.result()
+            creating = library.submit(LlamaContext, self._model, settings)
+            self._resources.callback(_close_result, creating)
+            self._vocab = self._model.vocab
+            self._read_vocabulary(path)
+            self._context = creating.result()
         self._calibration = Calibration(self._model, header, self.spec, settings)
-        self._vocab = self._model.vocab
 
-    def _read_vocabulary(self, path: Path, header: GGUFHeader) -> None:
+    def _read_vocabulary(self, path: Path) -> None:
         lib = self._lib
         ids = range(lib.llama_vocab_n_tokens(self._vocab))
         if len(ids) != self.spec.vocab_size:
             raise InputError(f"{path}: expected {self.spec.vocab_size} tokens, found {len(ids)}", hint="download it again")
         self.end_token_ids = frozenset(i for i in ids if lib.llama_vocab_is_eog(self._vocab, i))
-        self._template = str(header.metadata.get("tokenizer.chat_template", ""))
         bos, eos = lib.llama_vocab_bos(self._vocab), lib.llama_vocab_eos(self._vocab)
         self._bos, self._eos = (lib.llama_vocab_get_text(self._vocab, i).decode() if i in ids else "" for i in (bos, eos))
+        self._added_tokens = self._read_added_tokens()
 
     def _check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None and patch.digest not in self._fitting:
@@ -127,8 +134,14 @@ class LlamaCppRuntime(Runtime):
 
     # The seed.
 
+    def _load_patch(self, patch: Patch | None) -> None:
+        """As the base class; a patch that has passed its whole canary on this device before proves itself as in a swap."""
+        is_proved = patch is not None and self._calibration.has_proved(patch.digest)
+        self._exchange(patch, num_prompts=1 if is_proved else None)
+        if patch is not None and not is_proved:
+            self._calibration.keep_proof(patch.digest)
+
     def _install(self, patch: Patch | None) -> SeedRoute:
-        self._context.clear()
         route: SeedRoute = ""
         if patch is not None:
             route = self._state_of(patch)[1]
@@ -195,9 +208,11 @@ class LlamaCppRuntime(Runtime):
 
     def _lay_out(self, patch: Patch, layout: llamacpp_layout.Layout) -> bytes:
         assert patch.kv_seed is not None  # _make_state
-        if self._probe is None:
-            self._context.clear()
-            self._context.evaluate(self._master, [0])  # any token: only the structure of its state is wanted
+        if self._probe is None:  # any tokens: only the structure of their state is wanted
+            if self._context.last_position(0) < 0:
+                self._context.evaluate(0, [0])
+            self._context.fork(0, self._master)
+            self._context.forget(0)  # a cell names the sequences that share it
             self._probe = read_state(self._context.state(self._master))
         return llamacpp_layout.seeded_state(self._probe, layout, patch.kv_seed, self._model.window)
 
@@ -291,10 +306,8 @@ class LlamaCppRuntime(Runtime):
 
         return encode_chat(self._template, messages, self._bos, self._eos, self._added_tokens, encode, tools)
 
-    @cached_property
-    def _added_tokens(self) -> AddedTokens:
+    def _read_added_tokens(self) -> AddedTokens:
         """What ``_tokenize`` reads as single tokens."""
-
         lib, read = self._lib, partial(self._lib.llama_vocab_get_attr, self._vocab)
         kinds = list(map(read, range(self.spec.vocab_size)))
 
@@ -350,6 +363,12 @@ class LlamaCppRuntime(Runtime):
         """Frees the model; may be called more than once."""
         self._resources.close()
         self._lib = _Closed()
+
+
+def _close_result(made: Future[LlamaModel] | Future[LlamaContext]) -> None:
+    """Frees what a thread has made, if it has."""
+    if made.done() and not made.cancelled() and made.exception() is None:
+        made.result().close()
 
 
 class _Closed:

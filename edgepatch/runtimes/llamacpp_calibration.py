@@ -69,6 +69,7 @@ class Calibration:
             "library": [lib.__version__, lib.LLAMA_STATE_SEQ_VERSION, lib.llama_print_system_info().decode()],
             "kv_type": self._settings.kv_type,
             "flash_attention": self._settings.flash_attention,
+            "num_gpu_layers": self._model.num_gpu_layers,
             # llama.cpp chooses between two sets of frequencies by the size of the context.
             "num_cells": self._settings.num_cells if "longrope" in str(self._spec.rope_scaling) else 0,
             "rotation_disabled": os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""),
@@ -91,6 +92,14 @@ class Calibration:
         """Remembers a layout and the seed that has confirmed it."""
         self._keep("layout", layout.as_dict())
         self._keep("confirmed", [*self._known.get("confirmed", ())[-63:], seed_digest])
+
+    def has_proved(self, patch_digest: str) -> bool:
+        """Whether a patch has passed all prompts of its canary under these settings."""
+        return patch_digest in self._known.get("proved", ())
+
+    def keep_proof(self, patch_digest: str) -> None:
+        """Remembers that it has."""
+        self._keep("proved", [*self._known.get("proved", ())[-63:], patch_digest])
 
     def key_error_factor(self) -> float:
         """How much more wrong cached keys may be than values, by the types of the weights that make them."""

@@ -58,7 +58,7 @@ class LlamaModel:
         self.lib = gguf_library.load_library()
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
-        self.path = path
+        self.path, self.num_gpu_layers = path, num_gpu_layers
         settings = self.lib.llama_model_default_params()
         settings.n_gpu_layers = num_gpu_layers
         self.handle = self.lib.llama_model_load_from_file(bytes(path), settings)

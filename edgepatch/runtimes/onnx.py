@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,12 +66,15 @@ class OnnxRuntime(Runtime):
         super().__init__(num_sequences)
         _require_seed(patch)
         file = open_folder(folder, model_file)
-        session = _open_session(file.path, num_threads, provider)
+        with ThreadPoolExecutor(1) as library:  # onnxruntime packs the weights while the vocabulary is read
+            opening = library.submit(_open_session, file.path, num_threads, provider)
+            self._tokenizer = FolderTokenizer(folder)
+            session = opening.result()
         metadata = session.get_modelmeta().custom_metadata_map
         self.spec, self.quantization = read_identity(folder, file, metadata)
         self._graph = recognise(session, file, self.spec)
         self.kv_type = "f16" if self._graph.cache_type is np.float16 else "f32"
-        self._tokenizer = _read_tokenizer(folder, self.spec)
+        _require_tokenizer(self._tokenizer, folder, self.spec)
         self.end_token_ids = self._tokenizer.end_token_ids
         self.num_positions = _positions(folder, self._graph, context_length)
         window = _window(folder) if self._graph.windows else 0
@@ -255,13 +259,11 @@ def _open_session(model_file: Path, num_threads: int | None, provider: str) -> A
     return session
 
 
-def _read_tokenizer(folder: Path, spec: ModelSpec) -> FolderTokenizer:
-    tokenizer = FolderTokenizer(folder)
+def _require_tokenizer(tokenizer: FolderTokenizer, folder: Path, spec: ModelSpec) -> None:
     if tokenizer.digest != spec.tokenizer_digest:
         raise InputError(
             f"{folder}: the tokenizer is not the one the model was converted with", hint="convert the model again"
         )
-    return tokenizer
 
 
 def _setting(folder: Path, name: str, *keys: str) -> int:
