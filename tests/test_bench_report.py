@@ -20,6 +20,8 @@ import pytest
 from edgepatch import cli
 from edgepatch.bench import growth, machine, overview
 from edgepatch.bench.evidence_page import PAGE_STYLE
+from edgepatch.bench.growth import model_name
+from edgepatch.bench.overview_parts import arm_table
 from edgepatch.bench.report import STYLE
 from edgepatch.bench.result_files import RESULT_FILES, read_results
 from edgepatch.bench.shapes import SHAPES
@@ -153,6 +155,19 @@ def test_a_missing_file_is_named_with_its_command_and_has_no_picture(tmp_path):
         assert f"there is no {file.name}" in page and f"<pre>{file.command}</pre>" in page
     assert "svg" not in Page(page).tags and "<table" in page, "the table of commands"
     assert "0 of 0 goals are met. Not measured: evidence.json" in page
+
+
+def test_an_arm_is_a_line_with_a_dash_for_what_was_not_measured():
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in arm_table(a_latency()).markdown.splitlines() if line.startswith("|")]
+    assert lines[0] == ["arm", *(f"first token, ms, {n}" for n in (32, 128, 512)), *(f"tokens/s, {n}" for n in (0, 512, 2048)), "artefact, MB"]
+    told = {line[0]: line[1:] for line in lines[2:]}
+    assert told["seed"] == ["97", "385", "1,537", "50.0", "39.8", "24.7", "1.64"]
+    assert told["lora-r8"] == ["99", "387", "1,539", *["\u2013"] * 4] and "onnxruntime-genai" not in told
+
+
+def test_attention_turned_off_is_another_model():
+    rows = [timing("ttft", "bare", 9.0, flash_attn=on) for on in (True, 1, False, 0)] + [timing("ttft", "bare", 9.0)]
+    assert [model_name(row).endswith("no flash attention") for row in rows] == [False, False, True, True, False]
 
 
 def test_goals_of_all_files_are_told_and_the_missed_come_first(results):
