@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import product
 
@@ -50,7 +51,7 @@ def test_no_false_alarm_in_1000_loads_and_no_foreign_seed_unseen(files, patches)
         with LlamaCppRuntime(files / f"{name}.gguf", None, **options) as runtime:
             for number in range(-(-LOADS // len(TYPES) // len(CACHES))):
                 patch, other = patches[loads % 25], patches[(loads + 7) % 25]
-                runtime._load_patch(patch)
+                runtime._exchange(patch, num_prompts=None)
                 loads += 1
                 if number % 5 == 0:
                     foreign += 1
@@ -77,6 +78,41 @@ def test_an_inactive_patch_is_caught(files, patches, monkeypatch):
         for patch in patches:
             with pytest.raises(InactivePatchError, match=r"deviates by 1\.00"):
                 runtime.swap(patch)
+
+
+def test_a_device_asks_the_whole_canary_once_and_again_when_what_it_rests_on_has_changed(files, patches, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
+    asked = []
+    prove = LlamaCppRuntime._prove
+    monkeypatch.setattr(LlamaCppRuntime, "_prove", lambda self, prompts: (asked.append(len(prompts)), prove(self, prompts)))
+
+    def load(patch, **options):
+        asked.clear()
+        with LlamaCppRuntime(files / "Q8_0.gguf", patch, num_threads=1, context_length=128, **options) as runtime:
+            runtime.prove()
+        return list(asked)
+
+    whole = len(patches[0].canary.prompts)
+    assert whole > 1
+    assert [load(patches[0]) for _ in range(2)] == [[whole, whole], [1, whole]]
+    assert load(patches[1]) == load(patches[0], kv_type="q8_0") == [whole, whole]
+    [known] = [file for file in tmp_path.rglob("*.json") if len(json.loads(file.read_text())["proved"]) == 2]
+    kept = json.loads(known.read_text())
+    known.write_text(json.dumps({**kept, "layout": {**kept["layout"], "key_block": 32}}))
+    with pytest.raises(InactivePatchError, match="canary"):
+        load(patches[0])
+    assert asked == [whole]
+
+
+def test_a_patch_that_has_passed_and_does_not_work_now_is_caught(files, patches, monkeypatch, tmp_path):
+    """What a device remembers never stands in for a measurement."""
+    monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
+    LlamaCppRuntime(files / "Q8_0.gguf", patches[0], num_threads=1, context_length=128).close()
+    seed = patches[0].kv_seed
+    wrong = replace(patches[0], kv_seed=replace(seed, values=tuple(-value for value in seed.values)))
+    monkeypatch.setattr(LlamaCppRuntime, "_lay_out", lambda self, patch, layout, real=LlamaCppRuntime._lay_out: real(self, wrong, layout))
+    with pytest.raises(InactivePatchError, match="canary"):
+        LlamaCppRuntime(files / "Q8_0.gguf", patches[0], num_threads=1, context_length=128)
 
 
 def test_the_reference_runtime_proves_its_patch_too(tiny_folder, tiny_patch, patches):

@@ -202,6 +202,7 @@ def _prove(model: Path, patch: Path | None, store: Path | None) -> dict[str, str
         if runtime.patch.canary is None:
             raise InactivePatchError(f"patch {runtime.patch.name} {runtime.patch.version}: expected a canary, found none",
                                      hint="its vendor adds one; without it nothing proves that the patch works")  # fmt: skip
+        runtime.prove()
         return {"works_on": f"{runtime.name} {runtime.quantization}", "system_fingerprint": runtime.system_fingerprint}
 
 

@@ -207,6 +207,15 @@ class Runtime(ABC):
         """
         self._exchange(patch, num_prompts=1)
 
+    def prove(self) -> None:
+        """Asks the whole canary of the active patch again, where it has one.
+
+        Raises:
+            InactivePatchError: the patch does not work as it should; the model is not left without it.
+        """
+        if self.patch is not None:
+            self._exchange(self.patch, num_prompts=None)
+
     def _load_patch(self, patch: Patch | None) -> None:
         """The first patch of a runtime; every prompt of its canary is checked."""
         self._exchange(patch, num_prompts=None)

@@ -94,12 +94,16 @@ class Calibration:
         self._keep("confirmed", [*self._known.get("confirmed", ())[-63:], seed_digest])
 
     def has_proved(self, patch_digest: str) -> bool:
-        """Whether a patch has passed all prompts of its canary under these settings."""
-        return patch_digest in self._known.get("proved", ())
+        """Whether a patch has passed all prompts of its canary under these settings, with what is known now of layout and scale."""
+        return self._proof(patch_digest) in self._known.get("proved", ())
 
     def keep_proof(self, patch_digest: str) -> None:
         """Remembers that it has."""
-        self._keep("proved", [*self._known.get("proved", ())[-63:], patch_digest])
+        self._keep("proved", [*self._known.get("proved", ())[-63:], self._proof(patch_digest)])
+
+    def _proof(self, patch_digest: str) -> str:
+        facts = [patch_digest, self._known.get("layout"), self._known.get("embedding_factor")]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def key_error_factor(self) -> float:
         """How much more wrong cached keys may be than values, by the types of the weights that make them."""
