@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgepatch.bench.evidence_goals import PATCH_ARMS
-from edgepatch.bench.result_files import Document, read_result
+from edgepatch.bench.result_files import MORE_LATENCY, Document, read_result
 from edgepatch.errors import InputError
 
 VERSION = 1
@@ -26,7 +27,7 @@ TOLERANCES = {"retention": 0.05, "perplexity_change": 1.0, "over_refusal_change"
 HIGHER_IS_BETTER = ("retention", "decode")
 """Beginnings of the names of such figures; of all others less is better: changes, and ratios of times."""
 
-GATED_RATIOS = re.compile(r"(?:.*_patched_over_bare(?:_\d+)?|decode_python_over_library|(?:decode|ttft)(?:_patched)?_over_genai|cold_start_.*|(?:decode|ttft)_\d+_patches_over_bare)")
+GATED_RATIOS = re.compile(r"(?:.*_patched_over_bare(?:_\d+)?|decode_python_over_library|(?:decode|ttft)(?:_patched|_one_core_busy)?_over_genai|cold_start_.*|(?:decode|ttft)_\d+_patches_over_bare)")
 """Ratios with something of ours above the line; ratios of others over ours say nothing of ours when they change."""
 
 
@@ -74,7 +75,7 @@ def figures(results: Path) -> dict[str, Figure]:
     """Name -> figure, of everything that a gate can watch: of patches, with the seed as shipped, and of our speed.
 
     Args:
-        results: folder with ``evidence.json`` and ``latency.json``; what is not there holds no figures.
+        results: folder with ``evidence.json``, ``latency.json`` and further runs beside it; what is not there holds no figures.
 
     Raises:
         InputError: the folder does not exist, or a file in it is none of ours.
@@ -82,8 +83,8 @@ def figures(results: Path) -> dict[str, Figure]:
     if not results.is_dir():
         raise InputError(f"results: expected a folder, found no such one: {results}", hint="name it with --results")
     found: dict[str, Figure] = {}
-    for name, read in (("evidence.json", _safety), ("latency.json", _speed)):
-        document = read_result(results / name)
+    for name in ("evidence.json", "latency.json", *sorted(path.name for path in results.glob(MORE_LATENCY))):
+        document, read = read_result(results / name), _safety if name == "evidence.json" else partial(_speed, name)
         try:
             found |= dict(read(document)) if document is not None else {}
         except (KeyError, TypeError, AttributeError) as error:
@@ -99,15 +100,18 @@ def _safety(document: Document) -> Iterator[tuple[str, Figure]]:
                 yield f"{field}/{row['domain']}/{row['arm']}/{row['column']}", Figure(_finite(row[field]), *ends)
 
 
-def _speed(document: Document) -> Iterator[tuple[str, Figure]]:
+def _speed(file: str, document: Document) -> Iterator[tuple[str, Figure]]:
+    """Of ``latency.json`` by their own names, of other files behind that of the run."""
+    run = "" if file == "latency.json" else f"{Path(file).stem.removeprefix('latency-')}/"
     for name, ratio in document["ratios"].items():
         if GATED_RATIOS.fullmatch(name):
-            yield f"ratio/{name}", Figure(*(_finite(ratio[field]) for field in ("value", "low", "high")))
+            yield f"ratio/{run}{name}", Figure(*(_finite(ratio[field]) for field in ("value", "low", "high")))
 
 
 def is_higher_better(name: str) -> bool:
     """The direction of a figure, from its name."""
-    return name.removeprefix("ratio/").startswith(HIGHER_IS_BETTER)
+    kind, *_, last = name.split("/")
+    return (last if kind == "ratio" else kind).startswith(HIGHER_IS_BETTER)
 
 
 # Writing a baseline.

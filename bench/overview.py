@@ -182,6 +182,7 @@ def slots(results: Mapping[str, Document]) -> dict[str, str]:
         "ratios": table("Ratios within one run", head, ratios, 2).markdown if ratios else _text(missing(latency)),
         "speed-goals": table("Goals", parts.GOAL_HEAD[1:], speed, 2).markdown if speed else _text(missing(latency)),
         "arms": _text([parts.arm_table(run) for run in runs] or missing(latency)),
+        "behind": _text([parts.behind_table(run) for run in runs[:1]]),
         "acts": _text([parts.act_table(run) for run in runs[:1]] or missing(latency)),
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 from edgepatch.bench.evidence_page import heat_table, interval, name_of
 from edgepatch.bench.evidence_plots import ARM_NAMES, retention_plot
 from edgepatch.bench.growth import EXPONENT_HEAD, curves, exponent_rows, model_name, timed
+from edgepatch.bench.latency_bench import BEHIND
 from edgepatch.bench.machine import decode_ceiling
 from edgepatch.bench.page_parts import Block, markdown_table, paragraph, table
 from edgepatch.bench.report import format_number
@@ -109,6 +110,20 @@ def act_table(document: Document) -> Block:
     return table(f"{run_name(document)}, {document['repeats']} repeats", ("act", "arm", "median", "fastest", "slowest"), lines, 2)
 
 
+def behind_table(document: Document) -> Block:
+    """llama.cpp's own price of positions in front of the shortest prompt, by its own bench: what no patch can go below."""
+    rows = [row for row in document["rows"] if row["measure"] == BEHIND and row["status"] == "ok"]
+    lines = []
+    for on in (True, False):
+        own = {row["n_depth"]: row for row in rows if bool(row["flash_attn"]) is on}
+        if own:
+            shown = [f"{format_number(row['median_ms'], 1)} ms ({row['median_ms'] / own[0]['median_ms']:.3f})" for row in own.values()]
+            lines.append(["on" if on else "off", *shown])
+    head = ("flash attention", *(f"behind {depth}" for depth in dict.fromkeys(row["n_depth"] for row in rows)))
+    first = rows[0] if rows else {}
+    return table(f"llama-bench, {run_name(document)}: prompt of {first.get('n_prompt')} tokens behind so many positions (over none)", head, lines)
+
+
 def run_name(document: Document) -> str:
     """Model, type, and what is not as usual."""
     first = document["rows"][0]
@@ -120,7 +135,7 @@ def latency(document: Document) -> list[Block]:
     """Arms and acts, the ratios that goals are set on, and every test as bars and in a table."""
     ratios = [[name, spread(figure)] for name, figure in document["ratios"].items()]
     whole = table("Ratios within one run; in brackets 95 % intervals", ("ratio", "value"), ratios)
-    blocks = [arm_table(document), act_table(document), _closed(whole, f"{len(ratios)} ratios")]
+    blocks = [arm_table(document), act_table(document), behind_table(document), _closed(whole, f"{len(ratios)} ratios")]
     rows = document["rows"]
     for model in dict.fromkeys(map(model_name, rows)):
         own = [row for row in rows if model_name(row) == model]

@@ -13,6 +13,7 @@ from edgepatch import cli
 from edgepatch.bench.gate import Figure, check, figures, is_higher_better, make_baseline, read_baseline
 from edgepatch.errors import InputError
 
+ROOT = Path(__file__).parents[1]
 CELL = {
     "domain": "toxicity", "arm": "patch", "column": "llamacpp Q4_K_M", "route": "stored",
     "retention": 0.97, "retention_low": 0.93, "retention_high": 1.01,
@@ -69,6 +70,19 @@ def test_watched_are_patches_as_shipped_and_ratios_of_ours(results: Path):
     found = figures(results)
     assert set(found) == {KEPT, PERPLEXITY, REFUSED, TTFT, DECODE}
     assert found[KEPT] == Figure(0.97, 0.93, 1.01)
+
+
+def test_further_runs_are_watched_by_their_names(results: Path):
+    (results / "latency-small-int4.json").write_text((results / "latency.json").read_text())
+    found = figures(results)
+    more = {name for name in found if name.startswith("ratio/small-int4/")}
+    assert {name.replace("small-int4/", "") for name in more} == {TTFT, DECODE}
+    assert {name: is_higher_better(name) for name in more} == {name: "decode" in name for name in more}
+
+
+def test_the_committed_results_pass_the_committed_baseline():
+    baseline = read_baseline(ROOT / "bench" / "baseline.json")
+    assert len(baseline) > 50 and not check(baseline, figures(ROOT / "bench" / "results"))
 
 
 def test_directions():
