@@ -32,7 +32,7 @@ table.heat td { background: color-mix(in srgb, var(--bare) calc(var(--heat) * .6
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 1.4rem; margin: .8rem 0; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; list-style: none; } a { color: var(--patched); }
 .skip { position: absolute; left: -999px; } .skip:focus { left: 1rem; top: 1rem; background: var(--card); padding: .5rem; }
-figure { break-inside: avoid; } h2 { scroll-margin-top: 1rem; }
+#goals td { white-space: normal; } figure { break-inside: avoid; } h2 { scroll-margin-top: 1rem; }
 """
 DATES = ("created", "date")
 ENVIRONMENT = ("environment", "software", "platform", "cpu", "server", "load", "load_average", "meta")
