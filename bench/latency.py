@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -104,7 +105,7 @@ def measure(settings: Settings, bars: Bars = lambda *_: None, command: str = "")
     load["is_busy"] = load_before[0] > BUSY * (os.cpu_count() or 1)
     load["largest_spread"] = max((entry["spread"] for entry in rows if "spread" in entry), default=0.0)
     return {
-        "command": command or " ".join(["edgepatch", *sys.argv[1:]]), "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command or shlex.join(["edgepatch", *sys.argv[1:]]), "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": {**environment(), "cores": os.cpu_count(), "device": settings.device, "gpus": gpus() if settings.device == "cuda" else []},
         "load": load, "shape": settings.shape if settings.model is None else "", "quantization": rows[0]["quantization"],
         "repeats": settings.repeats, "rows": rows, "ratios": quotients, "goals": goals(rows, quotients),
