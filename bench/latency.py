@@ -120,13 +120,15 @@ def find_model(settings: Settings) -> Path:
         MissingExtraError: its runtime is not installed.
     """
     context = settings.sizes.context_length
+    is_onnx = runtime_name(settings.model) == "onnx" if settings.model is not None else settings.quantization in ONNX_KINDS
+    if is_onnx and not settings.flash_attention:
+        raise InputError("flash attention can be turned off for llama.cpp alone", hint="leave the option out for ONNX")
     if settings.model is not None:
         _require_library(runtime_name(settings.model))
         require_memory(str(settings.model), estimate_of_file(settings.model, read_spec(settings.model), context))
         return settings.model
     if settings.shape not in SHAPES:
         raise InputError(f"shape: expected one of {', '.join(SHAPES)}, found {settings.shape}")
-    is_onnx = settings.quantization in ONNX_KINDS
     _require_library("onnx" if is_onnx else "llamacpp")
     shape, name = SHAPES[settings.shape], f"{settings.shape}-{settings.quantization}"
     require_memory(name, estimate_bytes(shape, settings.quantization, context))
@@ -148,8 +150,6 @@ def _require_library(runtime: str) -> None:
 def _session(settings: Settings, model: Path, scratch: Path) -> Iterator[Session]:
     is_gguf = runtime_name(model) == "llamacpp"
     kind = LlamaCppSession if is_gguf else OnnxSession
-    if not (is_gguf or settings.flash_attention):
-        raise InputError("flash attention can be turned off for llama.cpp alone", hint="leave the option out for ONNX")
     patch = read_patch(settings.patch) if settings.patch else None
     options: dict[str, Any] = device_options(model, settings.device) | ({"flash_attention": settings.flash_attention} if is_gguf else {})
     session = kind(model, patch, settings.sizes, settings.arms, settings.num_threads, settings.device, scratch, options)
@@ -270,7 +270,7 @@ class _Run:
         session, path = self.session, self.scratch / "artefact.safetensors"
         job: Callable[..., processes.Job] = lambda **more: processes.Job(  # noqa: E731
             str(session.model), session.num_threads, session.context_length, session.device,
-            n_prompt=self.settings.sizes.prompts[-1], n_gen=4, **more)  # fmt: skip
+            n_prompt=self.settings.sizes.prompts[-1], n_gen=4, flash_attention=self.settings.flash_attention, **more)  # fmt: skip
         jobs = {"bare": job(), "seed": job(patch=str(path))}
         if isinstance(session, LlamaCppSession):
             files = {name: str(self.scratch / f"{name}.gguf") for name in session.artefacts()}
@@ -284,6 +284,9 @@ class _Run:
     def starts(self) -> None:
         """From a process's start to a first token, and the import alone."""
         session, path = self.session, self.scratch / "artefact.safetensors"
+        if not self.settings.flash_attention:
+            self._miss("cold start", "edgepatch chat", "not measured", "the command line always uses flash attention")
+            return
         starts = processes.cold_start_cells(
             session.model, self.common["runtime"], path, session.num_threads, session.context_length, session.device
         )

@@ -89,6 +89,7 @@ class Job:
         device: "cpu" or "cuda".
         n_prompt: tokens of the prompt.
         n_gen: tokens generated.
+        flash_attention: of llama.cpp.
     """
 
     model: str
@@ -101,6 +102,7 @@ class Job:
     control_vector: str = ""
     n_prompt: int = 128
     n_gen: int = 8
+    flash_attention: bool = True
 
 
 def peak_memory(job: Job) -> int:
@@ -216,6 +218,8 @@ def _generate(job: Job) -> None:
 
     options: dict[str, Any] = {"num_threads": job.num_threads, "context_length": job.context_length}
     options |= device_options(Path(job.model), job.device)
+    if not job.flash_attention:
+        options["flash_attention"] = False
     if job.lora or job.control_vector:
         from edgepatch.bench.baselines import load_llamacpp
 

@@ -141,6 +141,20 @@ def test_a_start_is_timed_to_its_first_byte_and_a_failed_one_is_an_error():
             start.finish()
 
 
+def test_attention_without_fusing_reaches_every_part_or_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "none"))
+    jobs = []
+    monkeypatch.setattr("edgepatch.bench.latency_processes.peak_memory", lambda job: jobs.append(job) or 1)
+    sizes = replace(TINY, prompts=(8,), depths=())
+    plain = Settings(shape="tiny", repeats=2, num_threads=1, sizes=sizes, arms=("seed",), folder=tmp_path, flash_attention=False)
+    rows = measure(replace(plain, parts=("arms", "memory", "starts")), command="test")["rows"]
+    assert {row["flash_attn"] for row in rows} == {False} and jobs and not any(job.flash_attention for job in jobs)
+    assert [row["status"] for row in rows if row["measure"] == "cold start"] == ["not measured"]
+    with pytest.raises(InputError, match=r"llama\.cpp alone"):
+        measure(replace(plain, quantization="int4"), command="test")
+    assert not (tmp_path / "tiny-int4-onnx").exists()
+
+
 # Memory.
 
 
