@@ -208,8 +208,9 @@ class LlamaCppRuntime(Runtime):
 
     def _lay_out(self, patch: Patch, layout: llamacpp_layout.Layout) -> bytes:
         assert patch.kv_seed is not None  # _make_state
-        if self._probe is None:  # any tokens: only the structure of their state is wanted
-            if self._context.last_position(0) < 0:
+        if self._probe is None:  # any token: only the structure of its state is wanted
+            if self._context.last_position(0) != 0:  # else the canary has left one there
+                self._context.clear()
                 self._context.evaluate(0, [0])
             self._context.fork(0, self._master)
             self._context.forget(0)  # a cell names the sequences that share it
