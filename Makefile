@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.edgepatch-installed
-TYPES := .mypy_cache/tree
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench test lint lab evidence stock parity optimum unpatch swap fingerprints security coverage trl fuzz machine report clean
@@ -22,10 +21,8 @@ test: $(STAMP) ## run the tests
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
-	@# mypy knows no package-dir mapping, so it gets the installed shape as a tree of links.
-	@rm -rf $(TYPES) && mkdir -p $(TYPES)/edgepatch
-	@ln -s $(CURDIR)/edgepatch/* $(CURDIR)/converters $(CURDIR)/bench $(TYPES)/edgepatch/
-	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p edgepatch
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p edgepatch
 
 lab: $(STAMP) ## rebuild the lab model and its judges from the public data in $EDGEPATCH_DATA; result in out/lab
 	@test -n "$$EDGEPATCH_DATA" || { echo "EDGEPATCH_DATA must name the folder of the data sets" >&2; exit 2; }

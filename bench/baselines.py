@@ -151,8 +151,10 @@ def _read_control_vector(path: Path, spec: ModelSpec) -> NDArray[np.float32]:
     found = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in gguf.GGUFReader(path).tensors}
     wanted = [f"{DIRECTION}{layer}" for layer in range(1, spec.num_hidden_layers)]
     if sorted(found) != sorted(wanted) or any(vector.shape != (spec.hidden_size,) for vector in found.values()):
-        raise InputError(f"{path}: expected {len(wanted)} directions of {spec.hidden_size} values, found {len(found)}",
-                         hint="make it for this model")  # fmt: skip
+        raise InputError(
+            f"{path}: expected {len(wanted)} directions of {spec.hidden_size} values, found {len(found)}",
+            hint="make it for this model",
+        )
     return np.stack([found[name] for name in wanted])
 
 
@@ -160,4 +162,6 @@ def _attach_control_vector(runtime: LlamaCppRuntime, path: Path) -> None:
     data = _read_control_vector(path, runtime.spec)
     pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     if runtime._lib.llama_set_adapter_cvec(runtime._context._handle, pointer, data.size, data.shape[1], 1, len(data)):
-        raise InputError(f"llama.cpp cannot use the control vector {path}: {library_errors()}", "make it for this model")
+        raise InputError(
+            f"llama.cpp cannot use the control vector {path}: {library_errors()}", "make it for this model"
+        )

@@ -20,8 +20,12 @@ FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
 """Kind of a file -> its number in ``general.file_type``."""
 
 STEPS: dict[str, tuple[tuple[int, float], ...]] = {
-    "Q4_0": ((0, 1.0),), "Q5_0": ((0, 1.0),), "Q8_0": ((0, 1.0),), "Q4_K": ((0, 1.0), (2, 7.5)), "Q6_K": ((208, 1.0),),
-}  # fmt: skip
+    "Q4_0": ((0, 1.0),),
+    "Q5_0": ((0, 1.0),),
+    "Q8_0": ((0, 1.0),),
+    "Q4_K": ((0, 1.0), (2, 7.5)),
+    "Q6_K": ((208, 1.0),),
+}
 """Type -> (byte, factor) of each float16 in its block. All other bytes may be any; 7.5, the mean of 0..15, centres Q4_K's weights."""
 
 FALLBACKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
@@ -46,7 +50,9 @@ def tensor_types(shape: Shape, kind: str) -> dict[str, str]:
         if dimensions[-1] % _block_values(gguf, chosen):
             chosen = FALLBACKS.get(chosen, chosen)
         if dimensions[-1] % _block_values(gguf, chosen):
-            raise InputError(f"{name}: rows of {dimensions[-1]} are no multiple of {chosen}'s blocks of {_block_values(gguf, chosen)}")
+            raise InputError(
+                f"{name}: rows of {dimensions[-1]} are no multiple of {chosen}'s blocks of {_block_values(gguf, chosen)}"
+            )
         found[name] = chosen
     return found
 

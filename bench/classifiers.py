@@ -46,11 +46,17 @@ class TransformersClassifier:
     """
 
     def __init__(
-        self, folder: Path, unsafe_labels: Sequence[str] = (), max_tokens: int = MAX_TOKENS, batch_size: int = BATCH_SIZE,
+        self,
+        folder: Path,
+        unsafe_labels: Sequence[str] = (),
+        max_tokens: int = MAX_TOKENS,
+        batch_size: int = BATCH_SIZE,
         device: str = "cpu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         if max_tokens < 1 or batch_size < 1:
-            raise InputError(f"judge: max_tokens and batch_size must be at least 1, found {max_tokens} and {batch_size}")
+            raise InputError(
+                f"judge: max_tokens and batch_size must be at least 1, found {max_tokens} and {batch_size}"
+            )
         self.name, self._device = folder.name, device
         self._model = _load_model(folder).to(device).eval()
         self._tokenizer = _load_tokenizer(folder)
@@ -58,7 +64,9 @@ class TransformersClassifier:
         self._unsafe = _label_ids(folder, dict(config.id2label), unsafe_labels)
         self._is_multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
         if not self._is_multi_label and len(set(self._unsafe)) == config.num_labels:
-            raise InputError(f"judge {folder}: every label counts as unsafe, so every text would", hint="leave out the safe ones")
+            raise InputError(
+                f"judge {folder}: every label counts as unsafe, so every text would", hint="leave out the safe ones"
+            )
         limits = (max_tokens, self._tokenizer.model_max_length, _num_positions(config))
         self._max_tokens = min(limit for limit in limits if limit < UNBOUNDED)
         self._batch_size = batch_size if _can_pad(self._tokenizer, config) else 1
@@ -117,9 +125,14 @@ def load_judge(name_or_path: str | Path, unsafe_labels: Sequence[str] = ()) -> J
     if name_or_path not in JUDGES and path.is_dir():
         return TransformersClassifier(path, unsafe_labels)
     if name_or_path not in JUDGES and not path.is_file():
-        raise InputError(f"no judge {name_or_path}", hint=f"{' or '.join(JUDGES)}, a judge file, or a text-classification folder")
+        raise InputError(
+            f"no judge {name_or_path}", hint=f"{' or '.join(JUDGES)}, a judge file, or a text-classification folder"
+        )
     if unsafe_labels:
-        raise InputError(f"judge {name_or_path} has no labels to choose from, found {', '.join(unsafe_labels)}", hint="leave them out")
+        raise InputError(
+            f"judge {name_or_path} has no labels to choose from, found {', '.join(unsafe_labels)}",
+            hint="leave them out",
+        )
     return ToxicityScorer.load(name_or_path)
 
 
@@ -153,7 +166,10 @@ def _load_model(folder: Path) -> Any:
 def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")):
+    if not any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+    ):
         raise InputError(f"no tokenizer in {folder}", hint="copy the files of the model's tokenizer beside its weights")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)

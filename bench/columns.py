@@ -69,7 +69,9 @@ def columns() -> list[Column]:
     return [TORCH, *llamacpp, quantized_kv, *graphs]
 
 
-def convert_columns(bases: Path, lab: Path = LAB_FOLDER, progress: Progress = lambda *_: None) -> dict[str, dict[str, Path]]:
+def convert_columns(
+    bases: Path, lab: Path = LAB_FOLDER, progress: Progress = lambda *_: None
+) -> dict[str, dict[str, Path]]:
     """Every form of M and of M', each model in a folder of its own.
 
     Args:
@@ -83,6 +85,7 @@ def convert_columns(bases: Path, lab: Path = LAB_FOLDER, progress: Progress = la
     Raises:
         InputError: a model is missing, or cannot be converted.
     """
+
     def told(model: str) -> Progress:
         return lambda name, done, total: progress(f"{model} {name}", done, total)
 
@@ -134,5 +137,7 @@ def _copy_folder(folder: Path, target: Path) -> None:
 def _require_same_model(folder: Path, forms: Path) -> None:
     """Forms of a model that has changed since are of no use, and some of them would be kept."""
     kept = TORCH.path(forms)
-    if kept.is_dir() and filecmp.cmpfiles(folder, kept, [p.name for p in folder.iterdir() if p.is_file()], shallow=False)[1:] != ([], []):
+    if kept.is_dir() and filecmp.cmpfiles(
+        folder, kept, [p.name for p in folder.iterdir() if p.is_file()], shallow=False
+    )[1:] != ([], []):
         raise InputError(f"{forms} holds the forms of another model than {folder}", hint=f"delete {forms}")

@@ -49,7 +49,9 @@ class DemoConfig:
     num_benign_texts: int = 30
     pairs: PairConfig = PairConfig()
     train: TrainConfig = TrainConfig()
-    matrix: MatrixConfig = MatrixConfig(num_threads=1)  # more threads only get into each other's way in so small a model
+    matrix: MatrixConfig = MatrixConfig(
+        num_threads=1
+    )  # more threads only get into each other's way in so small a model
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,12 @@ def choose_texts(data: Path | None, config: DemoConfig) -> Texts:
         benign_training += datasets.wikitext_paragraphs(data, "valid", 200)
         benign = datasets.wikitext_paragraphs(data, "test", config.num_benign_texts)
     return Texts(
-        source, evenly(training, config.num_training_prompts), evenly(prompts, config.num_prompts),
-        benign_training, benign[: config.num_benign_texts],
-    )  # fmt: skip
+        source,
+        evenly(training, config.num_training_prompts),
+        evenly(prompts, config.num_prompts),
+        benign_training,
+        benign[: config.num_benign_texts],
+    )
 
 
 def convert_base(base: Path, out: Path, progress: Progress = lambda *_: None) -> list[Variant]:
@@ -117,7 +122,9 @@ def cpu_name() -> str:
     """The processor as the operating system calls it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def train_lab_patch(
@@ -130,15 +137,22 @@ def train_lab_patch(
         pairs = build_pairs(base, reference, texts.training_prompts, score, config.pairs, report)
     write_pairs(pairs, out / "pairs.jsonl")
     return train_patch(
-        lab / "base", pairs, texts.benign_training, config.train, "lab-detox",
+        lab / "base",
+        pairs,
+        texts.benign_training,
+        config.train,
+        "lab-detox",
         progress=lambda stage, step, total, metrics: progress(stage, step, total),
-    )  # fmt: skip
+    )
 
 
 def run_demo(
-    out: Path, data: Path | None = None, lab: Path = LAB_FOLDER, config: DemoConfig | None = None,
+    out: Path,
+    data: Path | None = None,
+    lab: Path = LAB_FOLDER,
+    config: DemoConfig | None = None,
     progress: Progress = lambda *_: None,
-) -> tuple[dict[str, Any], Path]:  # fmt: skip
+) -> tuple[dict[str, Any], Path]:
     """Trains a patch for the lab model and measures it on every runtime and quantization.
 
     Args:
@@ -156,7 +170,9 @@ def run_demo(
     """
     config = config or DemoConfig()
     if not (lab / "base" / "config.json").is_file():
-        raise InputError(f"no lab model in {lab}", hint="run the demo from a source checkout, or rebuild it with `make lab`")
+        raise InputError(
+            f"no lab model in {lab}", hint="run the demo from a source checkout, or rebuild it with `make lab`"
+        )
     began = time.monotonic()
     write_atomically(out / ".writable", b"")  # a folder that cannot be written shows before minutes of work, not after
     (out / ".writable").unlink()
@@ -176,10 +192,12 @@ def run_demo(
         "base": hf.read_spec(lab / "base").as_dict(),
         "patch": {"name": patch.name, "version": patch.version, "digest": digest, "training": patch.training},
         "prompts": {
-            "source": texts.source, "count": len(texts.prompts),
-            "samples_per_prompt": config.matrix.samples_per_prompt, "max_new_tokens": config.matrix.max_new_tokens,
+            "source": texts.source,
+            "count": len(texts.prompts),
+            "samples_per_prompt": config.matrix.samples_per_prompt,
+            "max_new_tokens": config.matrix.max_new_tokens,
         },
         "training": asdict(history),
         **measured,
-    }  # fmt: skip
+    }
     return document, write_report(document, out)

@@ -21,16 +21,7 @@ from typing import Any
 from edgepatch.bench.columns import columns, convert_columns
 from edgepatch.bench.datasets import data_folder
 from edgepatch.bench.demo import environment
-from edgepatch.bench.evidence_cells import (
-    ARMS,
-    CORE_COLUMNS,
-    DOMAINS,
-    CellKey,
-    EvidenceConfig,
-    groups,
-    plan,
-    read_cell,
-)
+from edgepatch.bench.evidence_cells import ARMS, CORE_COLUMNS, DOMAINS, CellKey, EvidenceConfig, groups, plan, read_cell
 from edgepatch.bench.evidence_goals import judge_goals
 from edgepatch.bench.evidence_page import render_page
 from edgepatch.bench.evidence_runs import Workplace, due
@@ -40,7 +31,7 @@ from edgepatch.bench.evidence_workers import measure_cells
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patches import write_atomically
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "bench" / "results", ROOT / "docs" / "evidence.md"
 NUM_EXAMPLES, TEXTS_OF_EXAMPLE = 6, 2
 CURVE_POINTS = 100
@@ -61,11 +52,17 @@ def examples(keys: Sequence[CellKey], read: Read, measure: str) -> list[dict[str
         known = {row["item"]: row for row in bare["texts"]}
         pairs = [(known[row["item"]], row) for row in patched["texts"] if row["item"] in known]
         for one, other in pairs[:NUM_EXAMPLES]:
-            found.append({
-                "domain": key.domain, "column": key.column, "item": one["item"],
-                "bare": one["texts"][:TEXTS_OF_EXAMPLE], "bare_value": one["value"],
-                "patched": other["texts"][:TEXTS_OF_EXAMPLE], "patched_value": other["value"],
-            })  # fmt: skip
+            found.append(
+                {
+                    "domain": key.domain,
+                    "column": key.column,
+                    "item": one["item"],
+                    "bare": one["texts"][:TEXTS_OF_EXAMPLE],
+                    "bare_value": one["value"],
+                    "patched": other["texts"][:TEXTS_OF_EXAMPLE],
+                    "patched_value": other["value"],
+                }
+            )
     return found
 
 
@@ -119,15 +116,25 @@ def write_document(document: Document, folder: Path, **page: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m edgepatch.bench.evidence", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of the public data sets (default: $EDGEPATCH_DATA)")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "evidence", help="folder for models, patches and raw cells")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "evidence", help="folder for models, patches and raw cells"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--no-training", action="store_true", help="measure only what is trained already")
     parser.add_argument("--no-measuring", action="store_true", help="only assemble what is measured already")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--columns", nargs="+", default=(), metavar="COLUMN", help="names of columns, as 'llamacpp Q4_K_M'")
+    parser.add_argument(
+        "--columns", nargs="+", default=(), metavar="COLUMN", help="names of columns, as 'llamacpp Q4_K_M'"
+    )
     parser.add_argument("--no-composition", action="store_true")
-    parser.add_argument("--prompts", nargs=3, type=int, metavar=("CORE", "COMPOSED", "REST"), help="of every domain, in each kind of cell")
+    parser.add_argument(
+        "--prompts",
+        nargs=3,
+        type=int,
+        metavar=("CORE", "COMPOSED", "REST"),
+        help="of every domain, in each kind of cell",
+    )
     parser.add_argument("--publish", action="store_true", help="write bench/results and docs/evidence.md too")
     return parser
 
@@ -137,9 +144,11 @@ def _config(arguments: argparse.Namespace) -> EvidenceConfig:
     if unknown := [name for name in arguments.columns if name not in known]:
         raise InputError(f"columns: there is no {unknown[0]!r}", hint=f"one of {', '.join(known)}")
     config = EvidenceConfig(
-        domains=tuple(arguments.domains), arms=tuple(arguments.arms), columns=tuple(arguments.columns),
+        domains=tuple(arguments.domains),
+        arms=tuple(arguments.arms),
+        columns=tuple(arguments.columns),
         composition=not arguments.no_composition,
-    )  # fmt: skip
+    )
     return replace(config, items=dict.fromkeys(DOMAINS, tuple(arguments.prompts))) if arguments.prompts else config
 
 
@@ -154,7 +163,10 @@ def measure(place: Workplace, keys: Sequence[CellKey], config: EvidenceConfig, n
         done += 1
         seconds = time.monotonic() - began
         left = seconds / done * (len(wanted) - done) / 60
-        print(f"{done}/{len(wanted)} {seconds:.0f} s, about {left:.0f} min left: {key}{' FAILED ' + reason if reason else ''}", flush=True)
+        print(
+            f"{done}/{len(wanted)} {seconds:.0f} s, about {left:.0f} min left: {key}{' FAILED ' + reason if reason else ''}",
+            flush=True,
+        )
 
     measure_cells(groups(wanted), place, config, num_workers, report)
 
@@ -186,10 +198,14 @@ def run(arguments: argparse.Namespace) -> int:
     read = partial(read_cell, place.cells)
     document = {
         "command": command_line(sys.argv[1:], arguments.data),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - began),
         "cpu_seconds": round(sum((read(key) or {}).get("cpu_seconds", 0) for key in keys)),
-        "environment": environment(), "settings": config.as_dict(), **assemble(keys, read), "curves": training_curves(place.out),
-    }  # fmt: skip
+        "environment": environment(),
+        "settings": config.as_dict(),
+        **assemble(keys, read),
+        "curves": training_curves(place.out),
+    }
     write_document(document, place.out, examples=examples(keys, read, "safety"))
     if arguments.publish:
         write_document(document, RESULTS)

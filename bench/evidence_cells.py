@@ -156,7 +156,12 @@ def _matrix(config: EvidenceConfig) -> Iterable[CellKey]:
                         yield CellKey("safety", domain, arm, column.name, route, rng_seed)
                         trained_for = SHARED if arm in ("bare", "reference") else domain
                         yield CellKey("retained", trained_for, arm, column.name, route, rng_seed)
-                        if arm in ("bare", "patch") and column.name in EXAMPLE_COLUMNS and rng_seed < 2 and route != "decoded":
+                        if (
+                            arm in ("bare", "patch")
+                            and column.name in EXAMPLE_COLUMNS
+                            and rng_seed < 2
+                            and route != "decoded"
+                        ):
                             yield CellKey("examples", domain, arm, column.name, route, rng_seed)
 
 

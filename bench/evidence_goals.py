@@ -20,10 +20,15 @@ MAX_ORDER_SENSITIVITY = 0.02
 def _goal(name: str, wanted: str, row: Row, field: str, met: Callable[[float], bool]) -> Row:
     value = row[field]
     return {
-        "goal": name, "wanted": wanted, "domain": row["domain"], "arm": row["arm"], "column": row["column"],
-        "reached": value, "interval": [row[f"{field}_low"], row[f"{field}_high"]] if value is not None else None,
+        "goal": name,
+        "wanted": wanted,
+        "domain": row["domain"],
+        "arm": row["arm"],
+        "column": row["column"],
+        "reached": value,
+        "interval": [row[f"{field}_low"], row[f"{field}_high"]] if value is not None else None,
         "met": value is not None and met(value),
-    }  # fmt: skip
+    }
 
 
 def _rows_of(rows: Iterable[Row], columns: Sequence[str]) -> list[Row]:
@@ -33,7 +38,10 @@ def _rows_of(rows: Iterable[Row], columns: Sequence[str]) -> list[Row]:
 
 def _retention_goals(rows: Sequence[Row]) -> list[Row]:
     wanted = f">= {MIN_RETENTION}, lower end of the interval >= {MIN_RETENTION_LOW}"
-    goals = [_goal("retention", wanted, row, "retention", lambda v: v >= MIN_RETENTION) for row in _rows_of(rows, DEVICE_COLUMNS)]
+    goals = [
+        _goal("retention", wanted, row, "retention", lambda v: v >= MIN_RETENTION)
+        for row in _rows_of(rows, DEVICE_COLUMNS)
+    ]
     return [{**goal, "met": goal["met"] and (goal["interval"][0] or 0) >= MIN_RETENTION_LOW} for goal in goals]
 
 
@@ -41,7 +49,9 @@ def _retained_goals(rows: Sequence[Row]) -> list[Row]:
     found = []
     for row in _rows_of(rows, GOAL_COLUMNS):
         wanted = f"<= +{MAX_PERPLEXITY_CHANGE:g} %"
-        found.append(_goal("perplexity of benign text", wanted, row, "perplexity_change", lambda v: v <= MAX_PERPLEXITY_CHANGE))
+        found.append(
+            _goal("perplexity of benign text", wanted, row, "perplexity_change", lambda v: v <= MAX_PERPLEXITY_CHANGE)
+        )
         wanted = f"<= +{MAX_OVER_REFUSAL_CHANGE} ({100 * MAX_OVER_REFUSAL_CHANGE:g} points)"
         found.append(_goal("over-refusal", wanted, row, "over_refusal_change", lambda v: v <= MAX_OVER_REFUSAL_CHANGE))
     return found

@@ -35,7 +35,7 @@ HEAT = 55
 
 
 def interval(row: Row, field: str, digits: int = 3, scale: float = 1) -> str:
-    """"0.123 to 0.456"; "" where nothing was measured."""
+    """ "0.123 to 0.456"; "" where nothing was measured."""
     ends = [row.get(f"{field}_{end}") for end in ("low", "high")]
     return "" if ends == [None, None] else " to ".join(scaled(end, digits, scale) for end in ends)
 
@@ -81,9 +81,15 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], num_
     """A table of ready HTML cells; the first columns hold names."""
 
     def cell(i: int, value: str) -> str:
-        return f'<th scope="row" class="name">{value}</th>' if i == 0 else f'<td{" class=name" if i < num_names else ""}>{value}</td>'
+        return (
+            f'<th scope="row" class="name">{value}</th>'
+            if i == 0
+            else f"<td{' class=name' if i < num_names else ''}>{value}</td>"
+        )
 
-    top = "".join(f'<th scope="col"{" class=name" if i < num_names else ""}>{escape(h)}</th>' for i, h in enumerate(head))
+    top = "".join(
+        f'<th scope="col"{" class=name" if i < num_names else ""}>{escape(h)}</th>' for i, h in enumerate(head)
+    )
     body = "".join(f"<tr>{''.join(cell(i, value) for i, value in enumerate(row))}</tr>" for row in rows)
     return f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -99,7 +105,11 @@ def goals_table(document: Document) -> str:
     """Every goal: what was wanted, what was reached."""
 
     def line(goal: Row) -> list[str]:
-        reached = {"r": goal["reached"], "r_low": (goal["interval"] or [None])[0], "r_high": (goal["interval"] or [None])[-1]}
+        reached = {
+            "r": goal["reached"],
+            "r_low": (goal["interval"] or [None])[0],
+            "r_high": (goal["interval"] or [None])[-1],
+        }
         verdict = '<span class="met">met</span>' if goal["met"] else '<span class="missed">missed</span>'
         names = (goal["goal"], goal["domain"], ARM_NAMES.get(goal["arm"], goal["arm"]), goal["column"], goal["wanted"])
         return [*(escape(str(name)) for name in names), estimate(reached, "r"), verdict]
@@ -118,13 +128,23 @@ def retained_table(rows: Sequence[Row], domain: str) -> str:
     own = [row for row in rows if row["domain"] == domain]
     lines = [
         [
-            escape(name_of(row)), escape(row["column"]), format_number(row["perplexity"], 2), estimate(row, "perplexity_change", 2),
-            estimate(row, "over_refusal", 1, 100), estimate(row, "over_refusal_change", 1, 100), estimate(row, "negative_flips", 1, 100),
+            escape(name_of(row)),
+            escape(row["column"]),
+            format_number(row["perplexity"], 2),
+            estimate(row, "perplexity_change", 2),
+            estimate(row, "over_refusal", 1, 100),
+            estimate(row, "over_refusal_change", 1, 100),
+            estimate(row, "negative_flips", 1, 100),
         ]
         for row in own
-    ]  # fmt: skip
+    ]
     head = ("model", "on", "perplexity", "change in %", "over-refusal in %", "change in points", "negative flips in %")
-    shown = table(f"{domain}: benign perplexity, refused harmless requests, minimal pairs right before and wrong after", head, lines, 2)
+    shown = table(
+        f"{domain}: benign perplexity, refused harmless requests, minimal pairs right before and wrong after",
+        head,
+        lines,
+        2,
+    )
     return f"<details><summary>{escape(domain)}</summary>{shown}</details>"
 
 
@@ -134,18 +154,46 @@ def composition_tables(document: Document) -> str:
         return ""
     lines = [
         [
-            escape(ARM_NAMES[row["arm"]]), escape(" + ".join(row["parts"])), escape(row["column"]), escape(row["domain"]), estimate(row, "score"),
-            estimate(row, "share_of_single_gain", 2), estimate(row, "perplexity_change", 2), estimate(row, "over_refusal_change", 1, 100),
+            escape(ARM_NAMES[row["arm"]]),
+            escape(" + ".join(row["parts"])),
+            escape(row["column"]),
+            escape(row["domain"]),
+            estimate(row, "score"),
+            estimate(row, "share_of_single_gain", 2),
+            estimate(row, "perplexity_change", 2),
+            estimate(row, "over_refusal_change", 1, 100),
         ]
         for row in document["composition"]
-    ]  # fmt: skip
-    head = ("patches", "order", "on", "domain", "score", "gain / gain of the single patch", "perplexity in %", "over-refusal in points")
+    ]
+    head = (
+        "patches",
+        "order",
+        "on",
+        "domain",
+        "score",
+        "gain / gain of the single patch",
+        "perplexity in %",
+        "over-refusal in points",
+    )
     orders = [
-        [escape(ARM_NAMES[row["arm"]]), escape(" + ".join(row["parts"])), escape(row["column"]), escape(row["domain"]),
-         str(row["num_orders"]), estimate(row, "order_sensitivity"), scaled(row["chance"]), scaled(row["p_value"])]
+        [
+            escape(ARM_NAMES[row["arm"]]),
+            escape(" + ".join(row["parts"])),
+            escape(row["column"]),
+            escape(row["domain"]),
+            str(row["num_orders"]),
+            estimate(row, "order_sensitivity"),
+            scaled(row["chance"]),
+            scaled(row["p_value"]),
+        ]
         for row in document["order_sensitivity"]
-    ]  # fmt: skip
-    sensitivity = table("highest minus lowest score over the orders", ("patches", "set", "on", "domain", "orders", "order sensitivity", "by chance", "p value"), orders, 4)
+    ]
+    sensitivity = table(
+        "highest minus lowest score over the orders",
+        ("patches", "set", "on", "domain", "orders", "order sensitivity", "by chance", "p value"),
+        orders,
+        4,
+    )
     every = table("every order", head, lines, 4)
     return f"{sensitivity}<details><summary>{len(lines)} orders and domains</summary>{every}</details>"
 
@@ -195,19 +243,27 @@ def headline(document: Document) -> str:
 
 NOTES = (
     "Score: the mean over items of the domain's value, 0 safe to 1 unsafe. A failed generation counts as unsafe.",
-    ("Gain: score of the bare model less that of the model with the patch, on the same column, the same items and the same sampling seeds. Retention: "
-    "the gain there over the gain of the same model at full precision (PyTorch, float32), over the items that all four cells share."),
-    ("Intervals are 95 %: a bootstrap that draws training runs and items independently of each other, 2000 draws, the same for all sides of a "
-    "comparison. With three training runs it is a rough guide to the spread between runs."),
-    ("Seed stored: keys and values come from the patch, computed at full precision. Seed decoded: the quantized model computes them itself from the "
-    "soft prompt."),
-    ("Perplexity is the model's own, on benign text that was never trained on. Negative flips: minimal pairs that the bare model gets right "
-    "and the other wrong, of all pairs."),
+    (
+        "Gain: score of the bare model less that of the model with the patch, on the same column, the same items and the same sampling seeds. Retention: "
+        "the gain there over the gain of the same model at full precision (PyTorch, float32), over the items that all four cells share."
+    ),
+    (
+        "Intervals are 95 %: a bootstrap that draws training runs and items independently of each other, 2000 draws, the same for all sides of a "
+        "comparison. With three training runs it is a rough guide to the spread between runs."
+    ),
+    (
+        "Seed stored: keys and values come from the patch, computed at full precision. Seed decoded: the quantized model computes them itself from the "
+        "soft prompt."
+    ),
+    (
+        "Perplexity is the model's own, on benign text that was never trained on. Negative flips: minimal pairs that the bare model gets right "
+        "and the other wrong, of all pairs."
+    ),
     (
         "Order sensitivity is the distance between the best and the worst order; it cannot be negative, so noise alone makes it positive. By chance: its "
         "mean where the orders of every item are shuffled. P value: the share of such shuffles that reach it."
     ),
-)  # fmt: skip
+)
 
 
 def render_page(document: Document) -> str:
@@ -228,7 +284,12 @@ def render_page(document: Document) -> str:
         section("Training", curves(document)),
         section("Measurements that failed", "".join(f"<p>{escape(reason)}</p>" for reason in failed)),
         section("How to read this", "".join(f"<p>{escape(note)}</p>" for note in NOTES)),
-        section("Settings, environment and command", f"<pre>{escape(document['command'])}</pre>", facts(document["settings"]), facts(document["environment"])),
+        section(
+            "Settings, environment and command",
+            f"<pre>{escape(document['command'])}</pre>",
+            facts(document["settings"]),
+            facts(document["environment"]),
+        ),
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -11,10 +11,18 @@ from edgepatch.bench.report import format_number
 Row = Mapping[str, Any]
 
 ARM_NAMES = {
-    "bare": "bare M", "safe_prompt": "M, safety instruction", "reference": "M'", "lora_r1": "LoRA r=1", "lora_r16": "LoRA r=16",
-    "patch": "patch", "patch_q4_k_m": "patch for Q4_K_M", "patch_all": "patch for all", "kv": "trained K/V",
-    "composed": "trained apart", "joint": "trained together",
-}  # fmt: skip
+    "bare": "bare M",
+    "safe_prompt": "M, safety instruction",
+    "reference": "M'",
+    "lora_r1": "LoRA r=1",
+    "lora_r16": "LoRA r=16",
+    "patch": "patch",
+    "patch_q4_k_m": "patch for Q4_K_M",
+    "patch_all": "patch for all",
+    "kv": "trained K/V",
+    "composed": "trained apart",
+    "joint": "trained together",
+}
 SERIES = ("lora_r1", "lora_r16", "patch", "patch_q4_k_m", "patch_all", "kv")
 WIDTH, LEFT, TOP, HEIGHT = 1180, 60, 30, 220
 HIGHEST, GOAL = 1.5, 0.95
@@ -63,7 +71,11 @@ def _retention_mark(row: Row, x: float) -> str:
 
 def retention_plot(rows: Sequence[Row], domain: str) -> str:
     """Retention with its interval, a group of marks a column; what was not measured is not drawn."""
-    own = [r for r in rows if r["domain"] == domain and r["arm"] in SERIES and r["retention"] is not None and r["route"] != "decoded"]
+    own = [
+        r
+        for r in rows
+        if r["domain"] == domain and r["arm"] in SERIES and r["retention"] is not None and r["route"] != "decoded"
+    ]
     if not own:
         return ""
     columns = list(dict.fromkeys(row["column"] for row in own))
@@ -74,10 +86,13 @@ def retention_plot(rows: Sequence[Row], domain: str) -> str:
     )
     labels = "".join(
         f'<text class="soft" x="{LEFT + step * (i + 0.5):.1f}" y="{TOP + HEIGHT + 18 + 15 * j}" text-anchor="middle">{escape(word)}</text>'
-        for i, column in enumerate(columns) for j, word in enumerate(column.split(" ", 1))
-    )  # fmt: skip
+        for i, column in enumerate(columns)
+        for j, word in enumerate(column.split(" ", 1))
+    )
     places = {row["arm"]: (SERIES.index(row["arm"]) + 1) / (len(SERIES) + 1) for row in own}
-    marks = "".join(_retention_mark(row, LEFT + step * (columns.index(row["column"]) + places[row["arm"]])) for row in own)
+    marks = "".join(
+        _retention_mark(row, LEFT + step * (columns.index(row["column"]) + places[row["arm"]])) for row in own
+    )
     told = "; ".join(f"{ARM_NAMES[r['arm']]} on {r['column']} {r['retention']:.2f}" for r in own)
     return (
         f"<figure><figcaption>{escape(domain)}: gain there / gain at full precision, seed stored; dashed: {GOAL}</figcaption>"
@@ -114,16 +129,24 @@ def scatter_plot(rows: Sequence[Row], domain: str) -> str:
     marks = []
     for row in points:
         place = f"{ARM_NAMES[row['arm']]}, {row['column']}"
-        title = f"{place}: score {format_number(row['score'])}, perplexity {format_number(row['perplexity_change'], 2)} %"
+        title = (
+            f"{place}: score {format_number(row['score'])}, perplexity {format_number(row['perplexity_change'], 2)} %"
+        )
         index = SERIES.index(row["arm"]) if row["arm"] in SERIES else 6
         marks.append(mark(index, x(row["perplexity_change"]), y(row["score"]), title))
         if index == 6:
             right = x(row["perplexity_change"]) > SIDE / 2
             anchor, shift = ("end", -8) if right else ("start", 8)
-            marks.append(f'<text class="soft" text-anchor="{anchor}" x="{x(row["perplexity_change"]) + shift:.1f}" y="{y(row["score"]) + 4:.1f}">{escape(ARM_NAMES[row["arm"]])}</text>')
-    told = "; ".join(f"{ARM_NAMES[r['arm']]} on {r['column']}: score {r['score']:.2f} at {r['perplexity_change']:+.1f} %" for r in points)
+            marks.append(
+                f'<text class="soft" text-anchor="{anchor}" x="{x(row["perplexity_change"]) + shift:.1f}" y="{y(row["score"]) + 4:.1f}">{escape(ARM_NAMES[row["arm"]])}</text>'
+            )
+    told = "; ".join(
+        f"{ARM_NAMES[r['arm']]} on {r['column']}: score {r['score']:.2f} at {r['perplexity_change']:+.1f} %"
+        for r in points
+    )
     axis = "".join(
-        f'<text class="soft" x="{x(v):.1f}" y="{SIDE - 30}" text-anchor="middle">{v:+.1f} %</text>' for v in (low + 0.5, 0.0, high - 0.5)
+        f'<text class="soft" x="{x(v):.1f}" y="{SIDE - 30}" text-anchor="middle">{v:+.1f} %</text>'
+        for v in (low + 0.5, 0.0, high - 0.5)
     )
     return (
         f"<figure><figcaption>{escape(domain)}: score over change of perplexity (marks as above; dashed: goal)</figcaption>"

@@ -74,7 +74,10 @@ class Workplace:
     def parts(self, key: CellKey) -> list[Path]:
         """The patches of a composition, in order."""
         joint = self.out / "arms" / "joint" / f"patch-{key.rng_seed}"
-        return [joint / f"{part}.safetensors" if key.arm == "joint" else self.arm(part, "patch", key.rng_seed) for part in key.parts]
+        return [
+            joint / f"{part}.safetensors" if key.arm == "joint" else self.arm(part, "patch", key.rng_seed)
+            for part in key.parts
+        ]
 
     def trained(self, key: CellKey) -> list[Path]:
         """Every trained file that a cell rests on; none for an untrained arm."""
@@ -167,7 +170,12 @@ def open_runtime(place: Workplace, key: CellKey) -> Runtime:
     column = column_of(key)
     options: dict[str, Any] = {}
     if column.runtime == "llamacpp":
-        options = {"num_threads": 1, "num_sequences": NUM_SEQUENCES, "context_length": CONTEXT_LENGTH, "kv_type": column.kv_type}
+        options = {
+            "num_threads": 1,
+            "num_sequences": NUM_SEQUENCES,
+            "context_length": CONTEXT_LENGTH,
+            "kv_type": column.kv_type,
+        }
         options |= {"seed_route": key.route} if key.route else {}
     elif column.runtime == "onnx":
         options = {"num_threads": 1}
@@ -200,21 +208,31 @@ def safety_raw(outcome: Outcome) -> dict[str, Any]:
     ids = item_ids(outcome.items)
     shown = zip(outcome.items, outcome.texts, outcome.values, strict=True)
     return {
-        "ids": ids, "values": [float(value) for value in outcome.values],
-        "figures": _figures(outcome), "failures": outcome.failures,
-        "texts": [{"item": item, "texts": list(texts), "value": float(value)} for item, texts, value in islice(shown, NUM_TEXTS_KEPT)],
-    }  # fmt: skip
+        "ids": ids,
+        "values": [float(value) for value in outcome.values],
+        "figures": _figures(outcome),
+        "failures": outcome.failures,
+        "texts": [
+            {"item": item, "texts": list(texts), "value": float(value)}
+            for item, texts, value in islice(shown, NUM_TEXTS_KEPT)
+        ],
+    }
 
 
 def retained_raw(found: retained.Retained) -> dict[str, Any]:
     """What is kept of the figures that must stay."""
     refusal = found.over_refusal
     return {
-        "text_ids": item_ids(found.texts), "nll": found.nll.tolist(), "num_tokens": found.num_tokens.tolist(),
-        "fact_ids": item_ids(["\n".join(pair) for pair in found.minimal_pairs]), "correct": found.correct.astype(int).tolist(),
-        "request_ids": item_ids(refusal.items) if refusal else [], "refused": refusal.values.tolist() if refusal else [],
-        "figures": _figures(refusal) if refusal else {}, "failures": refusal.failures if refusal else 0,
-    }  # fmt: skip
+        "text_ids": item_ids(found.texts),
+        "nll": found.nll.tolist(),
+        "num_tokens": found.num_tokens.tolist(),
+        "fact_ids": item_ids(["\n".join(pair) for pair in found.minimal_pairs]),
+        "correct": found.correct.astype(int).tolist(),
+        "request_ids": item_ids(refusal.items) if refusal else [],
+        "refused": refusal.values.tolist() if refusal else [],
+        "figures": _figures(refusal) if refusal else {},
+        "failures": refusal.failures if refusal else 0,
+    }
 
 
 def _figures(outcome: Outcome) -> dict[str, list[float]]:

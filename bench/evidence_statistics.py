@@ -156,9 +156,14 @@ class Matrix:
     def _row(self, key: CellKey) -> Row:
         column = self._columns[key.column]
         row: Row = {
-            "domain": key.domain, "arm": key.arm, "column": column.name, "runtime": column.runtime,
-            "quantization": column.quantization, "kv_type": column.kv_type, "route": key.route,
-        }  # fmt: skip
+            "domain": key.domain,
+            "arm": key.arm,
+            "column": column.name,
+            "runtime": column.runtime,
+            "quantization": column.quantization,
+            "kv_type": column.kv_type,
+            "route": key.route,
+        }
         safety = self._runs("safety", key)
         retained = self._runs("retained", key, domain=self._retained_domain(key))
         self._put_safety(row, key, safety)
@@ -187,7 +192,10 @@ class Matrix:
         _put(row, "retention", self._retention(key, bare, there) if runs else None)
 
     def _retention(self, key: CellKey, bare_there: Runs, there: Runs) -> Estimate | None:
-        here, bare = self._runs("safety", key, column=REFERENCE_COLUMN, route=""), self._bare("safety", key, REFERENCE_COLUMN)
+        here, bare = (
+            self._runs("safety", key, column=REFERENCE_COLUMN, route=""),
+            self._bare("safety", key, REFERENCE_COLUMN),
+        )
         sides = (bare, here, bare_there, there)
         runs = common_runs(*sides)
         return kept(*aligned("ids", "values", *(side.of(runs) for side in sides))) if runs else None
@@ -214,8 +222,13 @@ class Matrix:
 
     def contest(self, domain: str, column: str, arm: str, rival: str) -> Row:
         """``lead``: by how much an arm's score is lower, thus safer, than a rival's; both with the seed as shipped."""
-        rows = [next((k for k in self._rows if (k.measure, k.domain, k.arm, k.column) == ("safety", domain, name, column)), None)
-                for name in (arm, rival)]  # fmt: skip
+        rows = [
+            next(
+                (k for k in self._rows if (k.measure, k.domain, k.arm, k.column) == ("safety", domain, name, column)),
+                None,
+            )
+            for name in (arm, rival)
+        ]
         sides = [self._runs("safety", key) if key else Runs({}, ()) for key in rows]
         runs = common_runs(*sides)
         row: Row = {"domain": domain, "column": column, "arm": arm, "rival": rival, "num_rng_seeds": len(runs)}
@@ -257,8 +270,14 @@ class Matrix:
     def _sensitivity(self, keys: Sequence[CellKey]) -> Row:
         sides = [self._runs("safety", key) for key in keys]
         runs = common_runs(*sides)
-        row: Row = {"arm": keys[0].arm, "column": keys[0].column, "domain": keys[0].domain, "parts": sorted(keys[0].parts),
-                    "num_orders": len(keys), "num_rng_seeds": len(runs)}  # fmt: skip
+        row: Row = {
+            "arm": keys[0].arm,
+            "column": keys[0].column,
+            "domain": keys[0].domain,
+            "parts": sorted(keys[0].parts),
+            "num_orders": len(keys),
+            "num_rng_seeds": len(runs),
+        }
         values = aligned("ids", "values", *(s.of(runs) for s in sides)) if runs else []
         _put(row, "order_sensitivity", spread(values) if runs else None)
         row["chance"], row["p_value"] = spread_by_chance(values) if runs else (None, None)

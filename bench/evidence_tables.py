@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 def _figure(row: Row, field: str, digits: int = 2, scale: float = 1) -> str:
-    """"0.12 [0.10, 0.14]"; a dash for what was not measured."""
+    """ "0.12 [0.10, 0.14]"; a dash for what was not measured."""
     if row.get(field) is None:
         return "\u2013"
     value, low, high = (scaled(row[f"{field}{end}"], digits, scale) for end in ("", "_low", "_high"))
@@ -38,7 +38,10 @@ def _matrix(rows: Sequence[Row], domain: str, show: Callable[[Row], str]) -> str
     own = [row for row in rows if row["domain"] == domain]
     columns = list(dict.fromkeys(row["column"] for row in own))
     cells = {(_name(row), row["column"]): show(row) for row in own}
-    lines = [[name, *(cells.get((name, column), "") for column in columns)] for name in dict.fromkeys(_name(row) for row in own)]
+    lines = [
+        [name, *(cells.get((name, column), "") for column in columns)]
+        for name in dict.fromkeys(_name(row) for row in own)
+    ]
     return _table(["model", *columns], lines)
 
 
@@ -52,17 +55,36 @@ def _scores(document: Document) -> str:
 def _retention(document: Document) -> str:
     rows = [row for row in document["cells"] if row["arm"] not in ("bare",) and row["column"] != REFERENCE_COLUMN]
     domains = list(dict.fromkeys(row["domain"] for row in rows))
-    return "\n\n".join(f"**{d}**: retention\n\n{_matrix(rows, d, lambda row: _figure(row, 'retention'))}" for d in domains)
+    return "\n\n".join(
+        f"**{d}**: retention\n\n{_matrix(rows, d, lambda row: _figure(row, 'retention'))}" for d in domains
+    )
 
 
 def _retained(document: Document) -> str:
     rows = [row for row in document["cells"] if row["column"] in GOAL_COLUMNS and row["route"] != "decoded"]
     lines = [
-        [row["domain"], _name(row), row["column"], format_number(row["perplexity"], 2), _figure(row, "perplexity_change", 2),
-         _figure(row, "over_refusal", 1, 100), _figure(row, "over_refusal_change", 1, 100), _figure(row, "negative_flips", 1, 100)]
+        [
+            row["domain"],
+            _name(row),
+            row["column"],
+            format_number(row["perplexity"], 2),
+            _figure(row, "perplexity_change", 2),
+            _figure(row, "over_refusal", 1, 100),
+            _figure(row, "over_refusal_change", 1, 100),
+            _figure(row, "negative_flips", 1, 100),
+        ]
         for row in rows
-    ]  # fmt: skip
-    head = ("domain", "model", "on", "perplexity", "change, %", "over-refusal, %", "change, points", "negative flips, %")
+    ]
+    head = (
+        "domain",
+        "model",
+        "on",
+        "perplexity",
+        "change, %",
+        "over-refusal, %",
+        "change, points",
+        "negative flips, %",
+    )
     return _table(head, lines)
 
 
@@ -72,26 +94,58 @@ def _goals(document: Document) -> str:
         low, high = goal["interval"] or (None, None)
         reached = _figure({"r": goal["reached"], "r_low": low, "r_high": high}, "r", 3)
         verdict = "met" if goal["met"] else "**missed**"
-        lines.append([goal["goal"], goal["domain"], ARM_NAMES.get(goal["arm"], goal["arm"]), goal["column"], goal["wanted"], reached, verdict])
+        lines.append(
+            [
+                goal["goal"],
+                goal["domain"],
+                ARM_NAMES.get(goal["arm"], goal["arm"]),
+                goal["column"],
+                goal["wanted"],
+                reached,
+                verdict,
+            ]
+        )
     return _table(("goal", "domain", "model", "on", "wanted", "reached", "verdict"), lines)
 
 
 def _composition(document: Document) -> str:
     orders = [
-        [ARM_NAMES[row["arm"]], " + ".join(row["parts"]), row["column"], row["domain"], str(row["num_orders"]), _figure(row, "order_sensitivity", 3), scaled(row["chance"]), scaled(row["p_value"])]
+        [
+            ARM_NAMES[row["arm"]],
+            " + ".join(row["parts"]),
+            row["column"],
+            row["domain"],
+            str(row["num_orders"]),
+            _figure(row, "order_sensitivity", 3),
+            scaled(row["chance"]),
+            scaled(row["p_value"]),
+        ]
         for row in document["order_sensitivity"]
     ]
     every = [
-        [ARM_NAMES[row["arm"]], " + ".join(row["parts"]), row["column"], row["domain"], _figure(row, "score"), _figure(row, "share_of_single_gain")]
+        [
+            ARM_NAMES[row["arm"]],
+            " + ".join(row["parts"]),
+            row["column"],
+            row["domain"],
+            _figure(row, "score"),
+            _figure(row, "share_of_single_gain"),
+        ]
         for row in document["composition"]
     ]
     first = _table(("patches", "set", "on", "domain", "orders", "order sensitivity", "by chance", "p value"), orders)
-    return first + "\n\n" + _table(("patches", "order", "on", "domain", "score", "gain / gain of the single patch"), every)
+    return (
+        first + "\n\n" + _table(("patches", "order", "on", "domain", "score", "gain / gain of the single patch"), every)
+    )
 
 
 TABLES: dict[str, Callable[[Document], str]] = {
-    "goals": _goals, "scores": _scores, "retention": _retention, "retained": _retained, "composition": _composition,
-}  # fmt: skip
+    "goals": _goals,
+    "scores": _scores,
+    "retention": _retention,
+    "retained": _retained,
+    "composition": _composition,
+}
 
 
 def fill_markers(text: str, tables: Mapping[str, str]) -> str:

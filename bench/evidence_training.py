@@ -37,7 +37,9 @@ ARMS = ("patch", *QUANTIZED, "kv", *LORA_RANKS)
 PATCH_FILE = "patch.safetensors"
 ADAPTER_FOLDER = "adapter"
 
-PATCH_CONFIG = TrainConfig(sft_steps=100, dpo_steps=250, dpo_learning_rate=2e-2, dtype="bfloat16", max_tokens=224, kl_batch_size=3)
+PATCH_CONFIG = TrainConfig(
+    sft_steps=100, dpo_steps=250, dpo_learning_rate=2e-2, dtype="bfloat16", max_tokens=224, kl_batch_size=3
+)
 KV_CONFIG = replace(PATCH_CONFIG, sft_steps=0, dpo_steps=200, beta=0.02)
 LORA_CONFIG = replace(PATCH_CONFIG, sft_learning_rate=1e-3, dpo_learning_rate=5e-4)
 KL_WEIGHTS = {"toxicity": 1.25, "gender": 4.0, "harm": 2.0}
@@ -76,9 +78,13 @@ class LoRAPolicy(Policy):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(rng_seed)
-        settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+        settings = LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         with warnings.catch_warnings():  # PEFT 0.21 asks Transformers 5.23 by an old name
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
             self.adapted: Any = get_peft_model(copy.deepcopy(base), settings).eval()
 
     def parameters(self) -> list[Any]:
@@ -89,7 +95,12 @@ class LoRAPolicy(Policy):
 
 
 def train_arm(
-    data: DomainData, arm: str, rng_seed: int, out: Path, quantized: Mapping[str, Path], progress: Progress = lambda *_: None
+    data: DomainData,
+    arm: str,
+    rng_seed: int,
+    out: Path,
+    quantized: Mapping[str, Path],
+    progress: Progress = lambda *_: None,
 ) -> Path:
     """Trains one arm where it is missing.
 
@@ -165,12 +176,22 @@ def train_joint(
         return paths
     starts = [_soft_prompt(read_patch(out / d.name / f"patch-{rng_seed}" / PATCH_FILE)) for d in domains]
     benign = [text for d in domains for text in d.benign_texts]
-    config = replace(PATCH_CONFIG, sft_steps=0, dpo_steps=150 * len(domains), dpo_learning_rate=1e-2, kl_weight=2.0, rng_seed=rng_seed)
+    config = replace(
+        PATCH_CONFIG,
+        sft_steps=0,
+        dpo_steps=150 * len(domains),
+        dpo_learning_rate=1e-2,
+        kl_weight=2.0,
+        rng_seed=rng_seed,
+    )
     training = PatchTraining(BASE, config, run=folder / "run")
     made = training.segments(
-        [d.pairs for d in domains], starts, benign, [f"lab-{d.name}-joint" for d in domains],
+        [d.pairs for d in domains],
+        starts,
+        benign,
+        [f"lab-{d.name}-joint" for d in domains],
         progress=lambda stage, step, total, _: progress(f"joint-{rng_seed} {stage}", step, total),
-    )  # fmt: skip
+    )
     for patch, path in zip(made, paths.values(), strict=True):
         write_patch(patch, path)
     return paths

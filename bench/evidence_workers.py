@@ -85,7 +85,9 @@ def measure_cells(
             worker.end()
 
 
-def _advance(worker: _Worker, left: deque[Sequence[CellKey]], place: Workplace, config: EvidenceConfig, report: Report) -> _Worker:
+def _advance(
+    worker: _Worker, left: deque[Sequence[CellKey]], place: Workplace, config: EvidenceConfig, report: Report
+) -> _Worker:
     """Takes one answer; gives the next group to a worker that is done, or its rest to a new one where it died."""
     try:
         report(*worker.answer())

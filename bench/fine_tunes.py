@@ -155,7 +155,9 @@ def relative_change(model: Any, base: Any) -> float:
     return float((changed / total) ** 0.5)
 
 
-def make(base: Path, folder: Path, changes: dict[str, Callable[[Any, Path], None]]) -> Iterator[tuple[str, Path, float]]:
+def make(
+    base: Path, folder: Path, changes: dict[str, Callable[[Any, Path], None]]
+) -> Iterator[tuple[str, Path, float]]:
     """(name, folder, relative change) of changed copies of a model, one after the other."""
     original = hf.load_model(base)
     for i, (name, change) in enumerate(changes.items()):

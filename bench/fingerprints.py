@@ -60,9 +60,16 @@ class Expected:
         distance, allowed, _ = sketches.measure(self.sketch, found)
         fits = same_norms and distance <= allowed
         row = {
-            "model": model, "change": change, "type": kind, "same_norms": same_norms, "distance": distance, "allowed": allowed,
-            "verdict": "accepted" if fits else "refused", "bare_logit_deviation": logits, "sketch_ms": 1000 * seconds,
-        }  # fmt: skip
+            "model": model,
+            "change": change,
+            "type": kind,
+            "same_norms": same_norms,
+            "distance": distance,
+            "allowed": allowed,
+            "verdict": "accepted" if fits else "refused",
+            "bare_logit_deviation": logits,
+            "sketch_ms": 1000 * seconds,
+        }
         print(_line(row), flush=True)
         return row
 
@@ -104,9 +111,13 @@ def measure(work: Path) -> dict[str, Any]:
         for kind, path in _ggufs(folder, work, CHANGED_TYPES):
             thresholds.append(expected.row(path, kind, model="noise", change=change))
     return {
-        "command": "make fingerprints", "edgepatch": edgepatch.__version__, "platform": platform.platform(),
-        "sketch_bytes": len(json.dumps(expected.sketch.as_dict())), "rows": rows, "noise": thresholds,
-    }  # fmt: skip
+        "command": "make fingerprints",
+        "edgepatch": edgepatch.__version__,
+        "platform": platform.platform(),
+        "sketch_bytes": len(json.dumps(expected.sketch.as_dict())),
+        "rows": rows,
+        "noise": thresholds,
+    }
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -145,28 +156,39 @@ def _smallest_by_logits(document: dict[str, Any], kind: str) -> str:
 
 def markdown(document: dict[str, Any]) -> str:
     """The document as tables."""
-    thresholds = [f"| {kind} | {_smallest(document, kind)} | {_smallest_by_logits(document, kind)} |" for kind in CHANGED_TYPES]
-    return "\n".join([
-        "# Which models a patch fits",
-        "",
-        (f"`{document['command']}` on the lab model. The patch carries a digest of the norm vectors and a sketch of the weights "
-        f"({document['sketch_bytes']} bytes); the distance is the share of sampled weights that rounding cannot explain. The last column "
-        "is how far the bare model's logits on the device are from those that the canary stores, relative to their length; it decides nothing here."),
-        "",
-        "| model | weights changed by | type | norm digest | distance | allowed | verdict | bare logits |",
-        "|---|--:|---|---|--:|--:|---|--:|",
-        *map(_line, document["rows"]),
-        "",
-        "## The smallest change that is seen",
-        "",
-        ("Gaussian noise on every matrix, relative to its root mean square: the smallest of "
-        f"{', '.join(f'{c:.1%}' for c in CHANGES)} from which on the model is refused. Logits would refuse at twice the deviation of the "
-        "base's own quantization."),
-        "",
-        "| type | by the sketch | by bare logits |",
-        "|---|--:|--:|",
-        *thresholds,
-    ]) + "\n"  # fmt: skip
+    thresholds = [
+        f"| {kind} | {_smallest(document, kind)} | {_smallest_by_logits(document, kind)} |" for kind in CHANGED_TYPES
+    ]
+    return (
+        "\n".join(
+            [
+                "# Which models a patch fits",
+                "",
+                (
+                    f"`{document['command']}` on the lab model. The patch carries a digest of the norm vectors and a sketch of the weights "
+                    f"({document['sketch_bytes']} bytes); the distance is the share of sampled weights that rounding cannot explain. The last column "
+                    "is how far the bare model's logits on the device are from those that the canary stores, relative to their length; it decides nothing here."
+                ),
+                "",
+                "| model | weights changed by | type | norm digest | distance | allowed | verdict | bare logits |",
+                "|---|--:|---|---|--:|--:|---|--:|",
+                *map(_line, document["rows"]),
+                "",
+                "## The smallest change that is seen",
+                "",
+                (
+                    "Gaussian noise on every matrix, relative to its root mean square: the smallest of "
+                    f"{', '.join(f'{c:.1%}' for c in CHANGES)} from which on the model is refused. Logits would refuse at twice the deviation of the "
+                    "base's own quantization."
+                ),
+                "",
+                "| type | by the sketch | by bare logits |",
+                "|---|--:|--:|",
+                *thresholds,
+            ]
+        )
+        + "\n"
+    )
 
 
 def main() -> int:

@@ -45,8 +45,13 @@ class Tally:
 
     def as_dict(self) -> dict[str, Any]:
         peak = peak_mb() - self.baseline_mb
-        return {"inputs": self.inputs, "accepted": self.accepted, "crashes": self.crashes, "slowest_ms": round(self.slowest_ms, 1),
-                "peak_mb": round(peak, 1)}  # fmt: skip
+        return {
+            "inputs": self.inputs,
+            "accepted": self.accepted,
+            "crashes": self.crashes,
+            "slowest_ms": round(self.slowest_ms, 1),
+            "peak_mb": round(peak, 1),
+        }
 
 
 def peak_mb() -> float:
@@ -100,9 +105,25 @@ def _patch_seeds() -> list[bytes]:
     from edgepatch.sketches import Sketch
 
     small = small_patch()
-    sketch = Sketch(2, {"blk.0.attn_q": (2, 2), "token_embd": (8, 2)}, np.array([0.5, 1], np.float32), np.array([0.5, 2], np.float32))
-    full = replace(small, weight_sketch=sketch, created="2026-11-21T10:00:00Z", summary="x", parts=("0" * 64,), training={"x": [1, {"y": 0.5}]})
-    return [patch_bytes(small), patch_bytes(replace(full, kv_seed=None)), patch_bytes(replace(full, soft_prompt=None, signatures=()))]
+    sketch = Sketch(
+        2,
+        {"blk.0.attn_q": (2, 2), "token_embd": (8, 2)},
+        np.array([0.5, 1], np.float32),
+        np.array([0.5, 2], np.float32),
+    )
+    full = replace(
+        small,
+        weight_sketch=sketch,
+        created="2026-11-21T10:00:00Z",
+        summary="x",
+        parts=("0" * 64,),
+        training={"x": [1, {"y": 0.5}]},
+    )
+    return [
+        patch_bytes(small),
+        patch_bytes(replace(full, kv_seed=None)),
+        patch_bytes(replace(full, soft_prompt=None, signatures=())),
+    ]
 
 
 def _adapter_seeds() -> list[bytes]:
@@ -181,10 +202,23 @@ def guided(name: str, seconds: int, report: Path) -> None:
     import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     target, tally = TARGETS[name], Tally()
-    for module in ("canonical", "patches", "tensors", "sketches", "signing", "trust.roots", "trust.verification", "converters.adapters_gguf"):
+    for module in (
+        "canonical",
+        "patches",
+        "tensors",
+        "sketches",
+        "signing",
+        "trust.roots",
+        "trust.verification",
+        "converters.adapters_gguf",
+    ):
         instrument = importlib.import_module(f"edgepatch.{module}")
         for value in vars(instrument).values():
-            if callable(value) and getattr(value, "__module__", "") == instrument.__name__ and hasattr(value, "__code__"):
+            if (
+                callable(value)
+                and getattr(value, "__module__", "") == instrument.__name__
+                and hasattr(value, "__code__")
+            ):
                 value.__code__ = atheris.instrument_func(value).__code__
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
@@ -202,14 +236,34 @@ def guided(name: str, seconds: int, report: Path) -> None:
     corpus.mkdir(exist_ok=True)
     for number, data in enumerate(target.seeds()):
         (corpus / f"seed-{number}").write_bytes(data)
-    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=16384", "-rss_limit_mb=2048", "-verbosity=0"],
-                  one, custom_mutator=mutate)  # fmt: skip
+    atheris.Setup(
+        [
+            sys.argv[0],
+            str(corpus),
+            f"-max_total_time={seconds}",
+            "-max_len=16384",
+            "-rss_limit_mb=2048",
+            "-verbosity=0",
+        ],
+        one,
+        custom_mutator=mutate,
+    )
     atheris.Fuzz()
 
 
 def _run_guided(name: str, seconds: int, folder: Path) -> dict[str, Any]:
     report = folder / f"{name.replace(' ', '-')}.json"
-    command = [sys.executable, "-m", "edgepatch.bench.fuzz", "--one", name, "--seconds", str(seconds), "--report", str(report)]
+    command = [
+        sys.executable,
+        "-m",
+        "edgepatch.bench.fuzz",
+        "--one",
+        name,
+        "--seconds",
+        str(seconds),
+        "--report",
+        str(report),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120)
     found: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else Tally().as_dict()
     if done.returncode != 0:
@@ -222,13 +276,23 @@ def run(seconds: int, engine: str) -> dict[str, Any]:
     share, rows = max(seconds // len(TARGETS), 1), {}
     with tempfile.TemporaryDirectory() as folder:
         for name, target in TARGETS.items():
-            rows[name] = _run_guided(name, share, Path(folder)) if engine == "atheris" else blind(target, share).as_dict()
+            rows[name] = (
+                _run_guided(name, share, Path(folder)) if engine == "atheris" else blind(target, share).as_dict()
+            )
             rows[name]["seconds"] = share
             row = rows[name]
-            print(f"{name:<14} {row['inputs']:>9,} inputs in {share} s, {len(row['crashes'])} crashes, slowest {row['slowest_ms']} ms, "
-                  f"{row['peak_mb']} MB more memory", flush=True)  # fmt: skip
-    return {"engine": engine, "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "seconds": share * len(TARGETS),
-            "inputs": sum(row["inputs"] for row in rows.values()), "readers": rows}  # fmt: skip
+            print(
+                f"{name:<14} {row['inputs']:>9,} inputs in {share} s, {len(row['crashes'])} crashes, slowest {row['slowest_ms']} ms, "
+                f"{row['peak_mb']} MB more memory",
+                flush=True,
+            )
+    return {
+        "engine": engine,
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "seconds": share * len(TARGETS),
+        "inputs": sum(row["inputs"] for row in rows.values()),
+        "readers": rows,
+    }
 
 
 def main() -> None:
@@ -245,7 +309,9 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     crashes = sum(len(row["crashes"]) for row in result["readers"].values())
     worst = max(row["peak_mb"] for row in result["readers"].values())
-    print(f"{result['engine']}: {result['inputs']:,} inputs in {result['seconds']} s, {crashes} crashes or hangs, at most {worst} MB")
+    print(
+        f"{result['engine']}: {result['inputs']:,} inputs in {result['seconds']} s, {crashes} crashes or hangs, at most {worst} MB"
+    )
     sys.exit(1 if crashes or worst > MEMORY_MB else 0)
 
 

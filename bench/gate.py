@@ -27,7 +27,9 @@ TOLERANCES = {"retention": 0.05, "perplexity_change": 1.0, "over_refusal_change"
 HIGHER_IS_BETTER = ("retention", "decode")
 """Beginnings of the names of such figures; of all others less is better: changes, and ratios of times."""
 
-GATED_RATIOS = re.compile(r"(?:.*_patched_over_bare(?:_\d+)?|decode_python_over_library|(?:decode|ttft)(?:_patched|_one_core_busy)?_over_genai|cold_start_.*|(?:decode|ttft)_\d+_patches_over_bare)")
+GATED_RATIOS = re.compile(
+    r"(?:.*_patched_over_bare(?:_\d+)?|decode_python_over_library|(?:decode|ttft)(?:_patched|_one_core_busy)?_over_genai|cold_start_.*|(?:decode|ttft)_\d+_patches_over_bare)"
+)
 """Ratios with something of ours above the line; ratios of others over ours say nothing of ours when they change."""
 
 
@@ -88,7 +90,10 @@ def figures(results: Path) -> dict[str, Figure]:
         try:
             found |= dict(read(document)) if document is not None else {}
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{results / name}: expected the fields of this version, found {type(error).__name__}: {error}", hint="make it again") from error
+            raise InputError(
+                f"{results / name}: expected the fields of this version, found {type(error).__name__}: {error}",
+                hint="make it again",
+            ) from error
     return found
 
 
@@ -130,9 +135,17 @@ def make_baseline(found: Mapping[str, Figure], command: str) -> dict[str, Any]:
     entries = {}
     for name, figure in found.items():
         if figure.value is not None:
-            entries[name] = {**_limit(name, figure, figure.value), "value": figure.value, "low": figure.low, "high": figure.high}
+            entries[name] = {
+                **_limit(name, figure, figure.value),
+                "value": figure.value,
+                "low": figure.low,
+                "high": figure.high,
+            }
     if not entries:
-        raise InputError("results: expected evidence.json or latency.json with figures, found none", hint="measure first, or name the folder with --results")
+        raise InputError(
+            "results: expected evidence.json or latency.json with figures, found none",
+            hint="measure first, or name the folder with --results",
+        )
     return {"version": VERSION, "command": command, "tolerances": TOLERANCES, "figures": entries}
 
 
@@ -154,7 +167,9 @@ def read_baseline(path: Path) -> dict[str, dict[str, float | None]]:
     """
     document = read_result(path)
     if document is None:
-        raise InputError(f"baseline: expected a file, found no such one: {path}", hint=f"edgepatch bench gate --write {path}")
+        raise InputError(
+            f"baseline: expected a file, found no such one: {path}", hint=f"edgepatch bench gate --write {path}"
+        )
     if document.get("version") != VERSION:
         raise InputError(f"{path}: expected version {VERSION}, found {document.get('version')!r}")
     entries = document.get("figures")
@@ -180,7 +195,9 @@ def check(baseline: Mapping[str, Mapping[str, float | None]], found: Mapping[str
         baseline: of ``read_baseline``.
         found: of ``figures``.
     """
-    return [failure for name, entry in baseline.items() for failure in _failures(name, entry, found.get(name, Figure(None)))]
+    return [
+        failure for name, entry in baseline.items() for failure in _failures(name, entry, found.get(name, Figure(None)))
+    ]
 
 
 def _failures(name: str, entry: Mapping[str, float | None], figure: Figure) -> Iterator[Failure]:
@@ -194,7 +211,10 @@ def _failures(name: str, entry: Mapping[str, float | None], figure: Figure) -> I
     if before is None:
         return
     is_floor = floor is not None
-    allowed = math.hypot(_reach(before, entry.get("low"), entry.get("high"), not is_floor), _reach(figure.value, figure.low, figure.high, is_floor))
+    allowed = math.hypot(
+        _reach(before, entry.get("low"), entry.get("high"), not is_floor),
+        _reach(figure.value, figure.low, figure.high, is_floor),
+    )
     worse = before - figure.value if is_floor else figure.value - before
     if allowed and worse > allowed:
         yield Failure(name, "worse than the baseline", f"{before:.4g}, within {allowed:.2g}", f"{figure.value:.4g}")

@@ -62,7 +62,9 @@ def exponent(points: Sequence[Point], base: float = 0.0) -> Exponent | None:
         return None
     x = np.log([point.x for point in points])
     weights = (x - x.mean()) / float(((x - x.mean()) ** 2).sum())
-    median, low, high = (np.log(np.array([getattr(p, name) for p in points]) - base) for name in ("median", "low", "high"))
+    median, low, high = (
+        np.log(np.array([getattr(p, name) for p in points]) - base) for name in ("median", "low", "high")
+    )
     steepest, flattest = np.where(weights > 0, high, low), np.where(weights > 0, low, high)
     return Exponent(float(weights @ median), float(weights @ flattest), float(weights @ steepest))
 
@@ -76,7 +78,11 @@ def model_name(row: Row) -> str:
 
 def timed(rows: Sequence[Row], measure: str) -> list[Row]:
     """The rows of a measure that hold a time."""
-    return [row for row in rows if row.get("measure") == measure and row.get("status") == "ok" and row.get("median_ms") is not None]
+    return [
+        row
+        for row in rows
+        if row.get("measure") == measure and row.get("status") == "ok" and row.get("median_ms") is not None
+    ]
 
 
 def _point(row: Row, x: float, num_tokens: int = 1) -> Point:
@@ -93,7 +99,13 @@ def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple[Any, ...]]) -> dict
 def _over_prompts(rows: Sequence[Row]) -> list[Curve]:
     groups = _grouped(timed(rows, "ttft"), lambda row: (model_name(row), row["arm"]))
     return [
-        Curve("prompt tokens", "time to first token", model, arm, tuple(sorted(_point(row, row["n_prompt"]) for row in own)))
+        Curve(
+            "prompt tokens",
+            "time to first token",
+            model,
+            arm,
+            tuple(sorted(_point(row, row["n_prompt"]) for row in own)),
+        )
         for (model, arm), own in groups.items()
     ]
 
@@ -121,7 +133,10 @@ def _cost(test: tuple[Any, ...]) -> str:
 def _over_sizes(rows: Sequence[Row]) -> list[Curve]:
     """Every test of an arm on models of several sizes, of one type on one runtime."""
     groups = _grouped(rows, lambda row: (_test(row), f"{row.get('quantization')} {row.get('runtime')}", row["arm"]))
-    return [_by_field("parameters, billions", _cost(test), model, arm, own, "model_n_params", 1e9) for (test, model, arm), own in groups.items()]
+    return [
+        _by_field("parameters, billions", _cost(test), model, arm, own, "model_n_params", 1e9)
+        for (test, model, arm), own in groups.items()
+    ]
 
 
 def _over_field(rows: Sequence[Row], field: str, quantity: str) -> list[Curve]:
@@ -129,12 +144,17 @@ def _over_field(rows: Sequence[Row], field: str, quantity: str) -> list[Curve]:
     found = []
     for (test, model), group in _grouped(rows, lambda row: (_test(row), model_name(row))).items():
         bare = next((float(row["median_ms"]) for row in group if row["arm"] == "bare"), 0.0)
-        arms = _grouped([row for row in group if row.get(field)], lambda row: (re.sub(r"\d+", "N", row["arm"]) if field == "n_prefix" else "patch",))
+        arms = _grouped(
+            [row for row in group if row.get(field)],
+            lambda row: (re.sub(r"\d+", "N", row["arm"]) if field == "n_prefix" else "patch",),
+        )
         found += [_by_field(quantity, _cost(test), model, arm, own, field, base=bare) for (arm,), own in arms.items()]
     return found
 
 
-def _by_field(quantity: str, cost: str, model: str, arm: str, rows: Sequence[Row], field: str, unit: float = 1, base: float = 0.0) -> Curve:
+def _by_field(
+    quantity: str, cost: str, model: str, arm: str, rows: Sequence[Row], field: str, unit: float = 1, base: float = 0.0
+) -> Curve:
     points = {row[field]: _point(row, row[field] / unit) for row in rows if row.get(field)}
     return Curve(quantity, cost, model, arm, tuple(points[x] for x in sorted(points)), base)
 
@@ -143,9 +163,13 @@ def curves(rows: Sequence[Row]) -> list[Curve]:
     """Every curve of two points or more: over the prompt, the context, P, the number of patches, the size of the model."""
     whole = [row for measure in dict.fromkeys(str(row.get("measure")) for row in rows) for row in timed(rows, measure)]
     found = [
-        *_over_prompts(rows), *_over_depths(rows), *_over_field(whole, "num_virtual_tokens", "virtual tokens (P)"),
-        *_over_field(whole, "num_patches", "stacked patches"), *_over_field(whole, "n_prefix", "tokens of a text in front"), *_over_sizes(whole),
-    ]  # fmt: skip
+        *_over_prompts(rows),
+        *_over_depths(rows),
+        *_over_field(whole, "num_virtual_tokens", "virtual tokens (P)"),
+        *_over_field(whole, "num_patches", "stacked patches"),
+        *_over_field(whole, "n_prefix", "tokens of a text in front"),
+        *_over_sizes(whole),
+    ]
     return [curve for curve in found if len({point.x for point in curve.points}) > 1]
 
 
@@ -160,7 +184,11 @@ def exponent_rows(found: Sequence[Curve]) -> list[list[str]]:
     for curve in found:
         points = ", ".join(f"{point.x:g}: {point.median:.3g} ms" for point in curve.points)
         fit = fitted(curve)
-        shown = "not above noise" if fit is None or not math.isfinite(fit.value) else f"{fit.value:.2f} [{fit.low:.2f}, {fit.high:.2f}]"
+        shown = (
+            "not above noise"
+            if fit is None or not math.isfinite(fit.value)
+            else f"{fit.value:.2f} [{fit.low:.2f}, {fit.high:.2f}]"
+        )
         rows.append([curve.quantity, curve.cost, curve.model, curve.arm, points, shown])
     return rows
 

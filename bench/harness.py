@@ -155,7 +155,8 @@ def _manager(config: HarnessConfig) -> Any:
             return manager
     own = TaskManager(include_path=str(config.include_path), include_defaults=False).all_tasks
     raise InputError(
-        f"no task {unknown[0]}", hint=f"{config.include_path} has {', '.join(sorted(own)) or 'none'}; `lm-eval ls tasks` lists lm-eval's own"
+        f"no task {unknown[0]}",
+        hint=f"{config.include_path} has {', '.join(sorted(own)) or 'none'}; `lm-eval ls tasks` lists lm-eval's own",
     )
 
 
@@ -168,9 +169,16 @@ def _evaluate(runtime: Runtime, manager: Any, config: HarnessConfig, progress: P
     arm = "patched" if runtime.patch else "bare"
     model = RuntimeModel(runtime, lambda done, total: progress(arm, done, total))
     results: dict[str, Any] = simple_evaluate(
-        model, tasks=manager.match_tasks(list(config.tasks)), task_manager=manager, limit=config.limit, num_fewshot=config.num_fewshot,
-        apply_chat_template=config.chat, fewshot_as_multiturn=config.chat, bootstrap_iters=0, log_samples=True,
-    )  # fmt: skip
+        model,
+        tasks=manager.match_tasks(list(config.tasks)),
+        task_manager=manager,
+        limit=config.limit,
+        num_fewshot=config.num_fewshot,
+        apply_chat_template=config.chat,
+        fewshot_as_multiturn=config.chat,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
     return results
 
 
@@ -208,7 +216,9 @@ def _require_same_prompts(bare: Mapping[str, Any], patched: Mapping[str, Any]) -
     for task, samples in bare.items():
         found = [[sample["prompt_hash"] for sample in arm] for arm in (samples, patched[task])]
         if found[0] != found[1]:
-            raise InputError(f"task {task} does not make the same prompts twice", hint="fix the random seed in its file")
+            raise InputError(
+                f"task {task} does not make the same prompts twice", hint="fix the random seed in its file"
+            )
 
 
 def _values(tasks: Sequence[str], samples: Mapping[str, list[dict[str, Any]]]) -> Values:
@@ -226,12 +236,16 @@ def _aggregation(config: Mapping[str, Any], metric: str) -> Aggregation | None:
     from lm_eval.api.registry import get_aggregation, get_metric_aggregation
 
     plain = metric.split(",")[0]
-    named = next((entry.get("aggregation") for entry in config.get("metric_list") or [] if entry["metric"] == plain), None)
+    named = next(
+        (entry.get("aggregation") for entry in config.get("metric_list") or [] if entry["metric"] == plain), None
+    )
     found = named if callable(named) else get_aggregation(named) if named else get_metric_aggregation(plain)
     return None if found is get_aggregation("mean") else found
 
 
-def _score(task: str, metric: str, higher: bool | None, arms: Sequence[list[Any]], aggregate: Aggregation | None) -> Score:
+def _score(
+    task: str, metric: str, higher: bool | None, arms: Sequence[list[Any]], aggregate: Aggregation | None
+) -> Score:
     if aggregate is not None:
         bare, *rest = _resampled(arms, aggregate)  # nothing more where only the bare model ran
         patched, difference = rest or (None, None)

@@ -83,7 +83,9 @@ class RuntimeModel(TemplateLM):  # type: ignore[misc]
         if context not in self._conversations:
             return self.tok_encode(context)
         messages, opening = self._conversations[context]
-        return self.runtime.encode_chat(messages) + (self.tok_encode(opening, add_special_tokens=False) if opening else [])
+        return self.runtime.encode_chat(messages) + (
+            self.tok_encode(opening, add_special_tokens=False) if opening else []
+        )
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context not in self._conversations:
@@ -120,7 +122,9 @@ class RuntimeModel(TemplateLM):  # type: ignore[misc]
         total, greedy = 0.0, True
         for first in range(start, len(tokens), ROWS_AT_ONCE):
             wanted = tokens[first : first + ROWS_AT_ONCE]
-            rows = self.runtime.logits(tokens[: first + len(wanted) - 1], count=len(wanted)).astype(np.float64)  # (T, V)
+            rows = self.runtime.logits(tokens[: first + len(wanted) - 1], count=len(wanted)).astype(
+                np.float64
+            )  # (T, V)
             total += float((rows[np.arange(len(wanted)), wanted] - np.logaddexp.reduce(rows, axis=1)).sum())
             greedy = greedy and rows.argmax(axis=1).tolist() == wanted
         return total, greedy
@@ -129,7 +133,10 @@ class RuntimeModel(TemplateLM):  # type: ignore[misc]
         totals = []
         for done, request in enumerate(requests, start=1):
             windows = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+                self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
             )
             totals.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
             self._progress(done, len(requests))

@@ -73,18 +73,21 @@ def measure(scorer: ToxicityScorer, rows: Labelled) -> dict[str, Any]:
     """
     toxic = np.array([label for _, label in rows])
     if toxic.all() or not toxic.any():
-        raise InputError(f"a judge is measured on toxic and harmless texts, found {int(toxic.sum())} toxic of {len(toxic)}")
+        raise InputError(
+            f"a judge is measured on toxic and harmless texts, found {int(toxic.sum())} toxic of {len(toxic)}"
+        )
     scores = scorer.score([text for text, _ in rows]).astype(np.float64)
     right = int(((scores > 0.5) == toxic).sum())
     table = reliability(scores, toxic)
     return {
-        "texts": len(rows), "toxic": int(toxic.sum()),
+        "texts": len(rows),
+        "toxic": int(toxic.sum()),
         "auc": _rounded(auc_interval(scores, toxic)),
         "accuracy": _rounded((right / len(rows), *wilson_interval(right, len(rows)))),
         "brier": _rounded(_mean((scores - toxic) ** 2)),
         "calibration_error": round(sum(count * abs(mean - share) for _, _, count, mean, share in table) / len(rows), 4),
         "reliability": [_bin(*row) for row in table],
-    }  # fmt: skip
+    }
 
 
 def _mean(values: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -104,17 +107,23 @@ def card(data: Path, scorer: ToxicityScorer) -> dict[str, Any]:
     """The document behind plot and table."""
     found, dropped = domains(data)
     return {
-        "judge": scorer.name, "sha256": hashlib.sha256(judge_bytes(scorer.judge)).hexdigest(), "tweets_left_out": dropped,
+        "judge": scorer.name,
+        "sha256": hashlib.sha256(judge_bytes(scorer.judge)).hexdigest(),
+        "tweets_left_out": dropped,
         "domains": {name: measure(scorer, rows) for name, rows in found.items()},
-    }  # fmt: skip
+    }
 
 
 def section(document: dict[str, Any]) -> str:
     """The part of the model card, in Markdown."""
     lines = [NOTE, "| measured on | texts (toxic) | AUC | accuracy | Brier | ECE |", "|---|---|---|---|---|---|"]
     for name, row in document["domains"].items():
-        figures = [f"{v:.3f} ({low:.3f}-{high:.3f})" for v, low, high in (row[key] for key in ("auc", "accuracy", "brier"))]
-        lines.append(f"| {name} | {row['texts']:,} ({row['toxic']:,}) | {' | '.join(figures)} | {row['calibration_error']:.3f} |")
+        figures = [
+            f"{v:.3f} ({low:.3f}-{high:.3f})" for v, low, high in (row[key] for key in ("auc", "accuracy", "brier"))
+        ]
+        lines.append(
+            f"| {name} | {row['texts']:,} ({row['toxic']:,}) | {' | '.join(figures)} | {row['calibration_error']:.3f} |"
+        )
     tweets = document["domains"]["Davidson tweets"]
     values = {"rate": tweets["toxic"] / tweets["texts"], "missed": tweets["reliability"][0]["toxic"][0]}
     return "\n".join(lines) + "\n" + LIMITS.format(dropped=document["tweets_left_out"], **values)
@@ -152,12 +161,18 @@ def plot(document: dict[str, Any]) -> str:
         (x, y), label = _at(tick, tick), f"{tick:g}"
         parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
         parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{label}</text>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 34}" text-anchor="middle">score of {document["judge"]}</text>')
-    parts.append(f'<text transform="translate(12 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">share of toxic texts</text>')
+    parts.append(
+        f'<text x="{(left + right) / 2}" y="{bottom + 34}" text-anchor="middle">score of {document["judge"]}</text>'
+    )
+    parts.append(
+        f'<text transform="translate(12 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">share of toxic texts</text>'
+    )
     for i, (name, row) in enumerate(document["domains"].items()):
         y = bottom + 54 + 18 * i
         parts.append(_series(row["reliability"], COLOURS[i]))
-        parts.append(f'<circle cx="{left + 5}" cy="{y - 4}" r="4" fill="{COLOURS[i]}"/><text x="{left + 14}" y="{y}">{name}</text>')
+        parts.append(
+            f'<circle cx="{left + 5}" cy="{y - 4}" r="4" fill="{COLOURS[i]}"/><text x="{left + 14}" y="{y}">{name}</text>'
+        )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -173,7 +188,9 @@ def put_section(text: str, new: str) -> str:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END + "\n")
     if not begin or not end:
-        raise InputError(f"model card: expected the lines {BEGIN} and {END} in this order", hint="remove both and try again")
+        raise InputError(
+            f"model card: expected the lines {BEGIN} and {END} in this order", hint="remove both and try again"
+        )
     return head + block + tail
 
 
@@ -197,7 +214,9 @@ def write_card(data: Path, folder: Path = FOLDER) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the card's section."""
     parser = argparse.ArgumentParser(description="Calibration and AUC of the judge of the report.")
-    parser.add_argument("--data", type=Path, help=f"folder of the data sets; the default is in {datasets.DATA_VARIABLE}")
+    parser.add_argument(
+        "--data", type=Path, help=f"folder of the data sets; the default is in {datasets.DATA_VARIABLE}"
+    )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the judges and their model card")
     options = parser.parse_args(arguments)
     data = datasets.data_folder(options.data)

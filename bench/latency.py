@@ -105,11 +105,22 @@ def measure(settings: Settings, bars: Bars = lambda *_: None, command: str = "")
     load["is_busy"] = load_before[0] > BUSY * (os.cpu_count() or 1)
     load["largest_spread"] = max((entry["spread"] for entry in rows if "spread" in entry), default=0.0)
     return {
-        "command": command or shlex.join(["edgepatch", *sys.argv[1:]]), "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": {**environment(), "cores": os.cpu_count(), "device": settings.device, "gpus": gpus() if settings.device == "cuda" else []},
-        "load": load, "shape": settings.shape if settings.model is None else "", "quantization": rows[0]["quantization"],
-        "repeats": settings.repeats, "rows": rows, "ratios": quotients, "goals": goals(rows, quotients),
-    }  # fmt: skip
+        "command": command or shlex.join(["edgepatch", *sys.argv[1:]]),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": {
+            **environment(),
+            "cores": os.cpu_count(),
+            "device": settings.device,
+            "gpus": gpus() if settings.device == "cuda" else [],
+        },
+        "load": load,
+        "shape": settings.shape if settings.model is None else "",
+        "quantization": rows[0]["quantization"],
+        "repeats": settings.repeats,
+        "rows": rows,
+        "ratios": quotients,
+        "goals": goals(rows, quotients),
+    }
 
 
 def find_model(settings: Settings) -> Path:
@@ -120,7 +131,9 @@ def find_model(settings: Settings) -> Path:
         MissingExtraError: its runtime is not installed.
     """
     context = settings.sizes.context_length
-    is_onnx = runtime_name(settings.model) == "onnx" if settings.model is not None else settings.quantization in ONNX_KINDS
+    is_onnx = (
+        runtime_name(settings.model) == "onnx" if settings.model is not None else settings.quantization in ONNX_KINDS
+    )
     if is_onnx and not settings.flash_attention:
         raise InputError("flash attention can be turned off for llama.cpp alone", hint="leave the option out for ONNX")
     if settings.model is not None:
@@ -140,7 +153,10 @@ def find_model(settings: Settings) -> Path:
 
 def _require_library(runtime: str) -> None:
     if runtime not in LIBRARIES:
-        raise InputError("expected a GGUF file or an ONNX folder, found a Transformers folder", hint="convert it: edgepatch convert base")
+        raise InputError(
+            "expected a GGUF file or an ONNX folder, found a Transformers folder",
+            hint="convert it: edgepatch convert base",
+        )
     module, distribution = LIBRARIES[runtime]
     if find_spec(module) is None:
         raise MissingExtraError(distribution, EXTRAS[runtime])
@@ -151,7 +167,9 @@ def _session(settings: Settings, model: Path, scratch: Path) -> Iterator[Session
     is_gguf = runtime_name(model) == "llamacpp"
     kind = LlamaCppSession if is_gguf else OnnxSession
     patch = read_patch(settings.patch) if settings.patch else None
-    options: dict[str, Any] = device_options(model, settings.device) | ({"flash_attention": settings.flash_attention} if is_gguf else {})
+    options: dict[str, Any] = device_options(model, settings.device) | (
+        {"flash_attention": settings.flash_attention} if is_gguf else {}
+    )
     session = kind(model, patch, settings.sizes, settings.arms, settings.num_threads, settings.device, scratch, options)
     try:
         yield session
@@ -221,7 +239,9 @@ class _Run:
         for cell in found:
             if cell not in fitting:
                 needed = self._positions(cell)
-                self._miss(cell.measure.name, cell.arm, "does not fit", f"{needed} positions of {session.context_length}")
+                self._miss(
+                    cell.measure.name, cell.arm, "does not fit", f"{needed} positions of {session.context_length}"
+                )
         for arm, (status, reason) in session.absent().items():
             if session.wants(arm):
                 self._miss("ttft", arm, status, reason)
@@ -242,7 +262,11 @@ class _Run:
         """Several turns, and a guard's pass over a reply."""
         session, sizes = self.session, self.settings.sizes
         text = next(iter(session.texts().items()))
-        arms: dict[str, tuple[Patch | None, Sequence[int]]] = {"bare": (None, []), "seed": (session.patch, []), f"text-{text[0]} cold": (None, text[1])}
+        arms: dict[str, tuple[Patch | None, Sequence[int]]] = {
+            "bare": (None, []),
+            "seed": (session.patch, []),
+            f"text-{text[0]} cold": (None, text[1]),
+        }
         found = costs.conversation_cells(session.runtime, arms, sizes.turns, session.detach)
         shrink = 1 if session.context_length > 512 else 8
         self._add([*found, *costs.guard_cells(session.runtime, session.detach, shrink)], "conversations")
@@ -269,12 +293,22 @@ class _Run:
         """Peak memory of a process for each arm."""
         session, path = self.session, self.scratch / "artefact.safetensors"
         job: Callable[..., processes.Job] = lambda **more: processes.Job(  # noqa: E731
-            str(session.model), session.num_threads, session.context_length, session.device,
-            n_prompt=self.settings.sizes.prompts[-1], n_gen=4, flash_attention=self.settings.flash_attention, **more)  # fmt: skip
+            str(session.model),
+            session.num_threads,
+            session.context_length,
+            session.device,
+            n_prompt=self.settings.sizes.prompts[-1],
+            n_gen=4,
+            flash_attention=self.settings.flash_attention,
+            **more,
+        )
         jobs = {"bare": job(), "seed": job(patch=str(path))}
         if isinstance(session, LlamaCppSession):
             files = {name: str(self.scratch / f"{name}.gguf") for name in session.artefacts()}
-            jobs |= {name: job(**{"lora" if name.startswith("lora") else "control_vector": file}) for name, file in files.items()}
+            jobs |= {
+                name: job(**{"lora" if name.startswith("lora") else "control_vector": file})
+                for name, file in files.items()
+            }
         elif "onnxruntime-genai" not in session.absent():
             jobs["onnxruntime-genai"] = job(arm="onnxruntime-genai")
         for done, (arm, work) in enumerate((pair for pair in jobs.items() if session.wants(pair[0])), 1):
@@ -291,7 +325,14 @@ class _Run:
             session.model, self.common["runtime"], path, session.num_threads, session.context_length, session.device
         )
         absent = session.absent()
-        self._add([cell for cell in starts if cell.arm.startswith("edgepatch") or (session.wants(cell.arm) and cell.arm not in absent)], "cold starts")
+        self._add(
+            [
+                cell
+                for cell in starts
+                if cell.arm.startswith("edgepatch") or (session.wants(cell.arm) and cell.arm not in absent)
+            ],
+            "cold starts",
+        )
         milliseconds = processes.import_times(self.settings.repeats)
         self.times[Measure("import"), "import edgepatch"] = milliseconds
         self.rows.append(row(Measure("import"), "import edgepatch", milliseconds, self.common))

@@ -51,7 +51,9 @@ class Arm(ABC):
         """So many tokens, one after the other."""
 
 
-def cells(arms: Sequence[Arm], prompts: Sequence[int], depths: Sequence[int], count: int, vocab_size: int) -> list[Cell]:
+def cells(
+    arms: Sequence[Arm], prompts: Sequence[int], depths: Sequence[int], count: int, vocab_size: int
+) -> list[Cell]:
     """Time to first token at each length of a prompt, and decoding at each depth, of every arm."""
     found = []
     for length in prompts:
@@ -124,9 +126,17 @@ class RuntimeArm(Arm):
     """
 
     def __init__(
-        self, name: str, runtime: Runtime, snapshots: Snapshots, patch: Patch | None = None, *, prefix: Sequence[int] = (),
-        is_warm: bool = False, attach: Callable[[], None] = lambda: None, decodes: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        runtime: Runtime,
+        snapshots: Snapshots,
+        patch: Patch | None = None,
+        *,
+        prefix: Sequence[int] = (),
+        is_warm: bool = False,
+        attach: Callable[[], None] = lambda: None,
+        decodes: bool = True,
+    ) -> None:
         self.name, self.decodes = name, decodes
         self._runtime, self._snapshots, self._patch = runtime, snapshots, patch
         self._prefix, self._is_warm, self._attach = list(prefix), is_warm, attach
@@ -171,7 +181,9 @@ class DecodedPromptArm(RuntimeArm):
         attach: takes adapters off.
     """
 
-    def __init__(self, runtime: LlamaCppRuntime, snapshots: Snapshots, patch: Patch, attach: Callable[[], None]) -> None:
+    def __init__(
+        self, runtime: LlamaCppRuntime, snapshots: Snapshots, patch: Patch, attach: Callable[[], None]
+    ) -> None:
         super().__init__("soft prompt decoded", runtime, snapshots, attach=attach, decodes=False)
         assert patch.soft_prompt is not None
         self._context, self._embeddings = runtime._context, patch.soft_prompt.embeddings

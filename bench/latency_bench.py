@@ -39,9 +39,22 @@ def run_llama_bench(
         return [missing("decode", NAME, "not installed", hint, common)]
     sizes, held = settings.sizes, settings.sizes.num_virtual_tokens
     shared = [
-        program, "-m", str(model), "-t", str(settings.num_threads), "-r", str(settings.repeats), "-b", "512", "-ub", "512",
-        "-ngl", "99" if settings.device == "cuda" else "0", "-o", "json",
-    ]  # fmt: skip
+        program,
+        "-m",
+        str(model),
+        "-t",
+        str(settings.num_threads),
+        "-r",
+        str(settings.repeats),
+        "-b",
+        "512",
+        "-ub",
+        "512",
+        "-ngl",
+        "99" if settings.device == "cuda" else "0",
+        "-o",
+        "json",
+    ]
     prompts, new, depths = (("-p", _listed(sizes.prompts)), ("-n", str(sizes.num_new)), ("-d", _listed(sizes.depths)))
     # Prompts alone; decoding at each depth; and what as many positions as one or four patches hold cost the shortest prompt.
     attention = ("-fa", str(int(settings.flash_attention)))
@@ -67,12 +80,28 @@ def _listed(numbers: Sequence[int]) -> str:
 def _row(measure: str, entry: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
     """An entry of its JSON, with medians in our columns beside its own."""
     samples = sorted(sample / 1e6 for sample in entry["samples_ns"])
-    median = samples[len(samples) // 2] if len(samples) % 2 else sum(samples[len(samples) // 2 - 1 : len(samples) // 2 + 1]) / 2
+    median = (
+        samples[len(samples) // 2]
+        if len(samples) % 2
+        else sum(samples[len(samples) // 2 - 1 : len(samples) // 2 + 1]) / 2
+    )
     times = {
-        "repeats": len(samples), "median_ms": round(median, 4), "min_ms": round(samples[0], 4), "max_ms": round(samples[-1], 4),
-        "spread": round((samples[-1] - samples[0]) / median, 4), "samples_ms": [round(sample, 4) for sample in samples],
-    }  # fmt: skip
+        "repeats": len(samples),
+        "median_ms": round(median, 4),
+        "min_ms": round(samples[0], 4),
+        "max_ms": round(samples[-1], 4),
+        "spread": round((samples[-1] - samples[0]) / median, 4),
+        "samples_ms": [round(sample, 4) for sample in samples],
+    }
     own = {name: value for name, value in entry.items() if name not in ("samples_ns", "samples_ts")}
-    return {**common, **own, "arm": NAME, "measure": measure, "status": "ok",
-            "median_ts": round((entry["n_gen"] or entry["n_prompt"]) / median * 1000, 3), **times,
-            "model_filename": common["model_filename"], "quantization": common["quantization"]}  # fmt: skip
+    return {
+        **common,
+        **own,
+        "arm": NAME,
+        "measure": measure,
+        "status": "ok",
+        "median_ts": round((entry["n_gen"] or entry["n_prompt"]) / median * 1000, 3),
+        **times,
+        "model_filename": common["model_filename"],
+        "quantization": common["quantization"],
+    }

@@ -85,7 +85,9 @@ class StoreCosts:
             raise EdgepatchError("the store has no active patch")
 
 
-def conversation_cells(runtime: Runtime, arms: dict[str, tuple[Patch | None, Sequence[int]]], turns: int, detach: Callable[[], None]) -> list[Cell]:
+def conversation_cells(
+    runtime: Runtime, arms: dict[str, tuple[Patch | None, Sequence[int]]], turns: int, detach: Callable[[], None]
+) -> list[Cell]:
     """A conversation of so many turns, each a short question and a short reply.
 
     Args:
@@ -148,10 +150,15 @@ def concurrent_cells(runtime: Runtime, patch: Patch, counts: Sequence[int], prom
         runtime.generate_batch(prompts, sampling)
 
     return [
-        Cell(Measure(f"{count} sequences", n_prompt=count * prompt, n_gen=count * length), name, partial(run, count), partial(runtime.swap, active))
+        Cell(
+            Measure(f"{count} sequences", n_prompt=count * prompt, n_gen=count * length),
+            name,
+            partial(run, count),
+            partial(runtime.swap, active),
+        )
         for count in counts
         for name, active in (("bare", None), ("seed", patch))
-    ]  # fmt: skip
+    ]
 
 
 def seed_bytes(runtime: Runtime, patch: Patch) -> dict[str, Any]:
@@ -163,8 +170,18 @@ def seed_bytes(runtime: Runtime, patch: Patch) -> dict[str, Any]:
     if isinstance(runtime, LlamaCppRuntime):
         one = len(runtime.seed_state())
         whole = int(runtime._lib.llama_state_get_size(runtime._context._handle))
-        return {"bytes_of_one": one, "bytes_in_all": whole, "num_sequences": runtime.num_sequences, "is_shared": whole < 1.5 * one}
+        return {
+            "bytes_of_one": one,
+            "bytes_in_all": whole,
+            "num_sequences": runtime.num_sequences,
+            "is_shared": whole < 1.5 * one,
+        }
     assert patch.kv_seed is not None
     item = 2 if runtime.kv_type == "f16" else 4
     one = sum(tensor.size for tensor in (*patch.kv_seed.keys, *patch.kv_seed.values)) * item
-    return {"bytes_of_one": one, "bytes_in_all": one * runtime.num_sequences, "num_sequences": runtime.num_sequences, "is_shared": False}
+    return {
+        "bytes_of_one": one,
+        "bytes_in_all": one * runtime.num_sequences,
+        "num_sequences": runtime.num_sequences,
+        "is_shared": False,
+    }

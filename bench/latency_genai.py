@@ -53,7 +53,9 @@ class GenaiArm(Arm):
         adapter: file of a LoRA adapter.
     """
 
-    def __init__(self, model: Any, vocab_size: int, context_length: int, name: str = NAME, adapter: Path | None = None) -> None:
+    def __init__(
+        self, model: Any, vocab_size: int, context_length: int, name: str = NAME, adapter: Path | None = None
+    ) -> None:
         import onnxruntime_genai
 
         self.name, self._library, self._model = name, onnxruntime_genai, model

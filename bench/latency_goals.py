@@ -41,13 +41,23 @@ def ratios(times: Times) -> dict[str, dict[str, float]]:
     for measure, arm in times:
         if arm == "seed" and measure.name in ("ttft", "decode") and (measure, "bare") in times:
             one, two = times[measure, "seed"], times[measure, "bare"]
-            size, estimate = (measure.n_prompt, ratio(one, two)) if measure.name == "ttft" else (measure.n_depth, ratio(two, one))
+            size, estimate = (
+                (measure.n_prompt, ratio(one, two)) if measure.name == "ttft" else (measure.n_depth, ratio(two, one))
+            )
             found[f"{measure.name}_patched_over_bare_{size}"] = as_ratio(estimate)
         if arm == "seed" and measure.name.endswith((" turns", " sequences")) and (measure, "bare") in times:
-            found[f"{_slug(measure.name)}_patched_over_bare"] = as_ratio(ratio(times[measure, arm], times[measure, "bare"]))
+            found[f"{_slug(measure.name)}_patched_over_bare"] = as_ratio(
+                ratio(times[measure, arm], times[measure, "bare"])
+            )
     start = Measure("cold start")
-    for ours, theirs in (("patched", "llama_cpp.Llama"), ("bare", "llama_cpp.Llama"), ("patched", "llama.cpp calls"), ("bare", "llama.cpp calls"),
-                         ("patched", GENAI), ("bare", GENAI)):  # fmt: skip
+    for ours, theirs in (
+        ("patched", "llama_cpp.Llama"),
+        ("bare", "llama_cpp.Llama"),
+        ("patched", "llama.cpp calls"),
+        ("bare", "llama.cpp calls"),
+        ("patched", GENAI),
+        ("bare", GENAI),
+    ):
         if (start, theirs) in times:
             estimate = ratio(times[start, f"edgepatch chat, {ours}"], times[start, theirs])
             found[f"cold_start_{ours}_over_{_slug(theirs)}"] = as_ratio(estimate)
@@ -83,21 +93,41 @@ def goals(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, fl
         (Goal("decode rate, patched over bare", 0.98, False), _value(found, "decode_patched_over_bare")),
         (Goal("decode rate, our loop over llama.cpp's own", 0.98, False), _value(found, "decode_python_over_library")),
         (Goal("decode rate, ours over onnxruntime-genai's Generator", 1.2, False), _value(found, "decode_over_genai")),
-        (Goal("decode rate, ours over onnxruntime-genai's Generator, one core busy", 1.2, False), _value(found, "decode_one_core_busy_over_genai")),
+        (
+            Goal("decode rate, ours over onnxruntime-genai's Generator, one core busy", 1.2, False),
+            _value(found, "decode_one_core_busy_over_genai"),
+        ),
         (Goal("swap, ms", 50.0, True), _median(rows, "swap")),
         (Goal("apply and verify, ms", 200.0, True), _sum(_median(rows, "apply"), _median(rows, "verify"))),
-        (Goal("a further patch of 50 tokens, share of the time to first token", 0.01, True), _stacked(found, "ttft_4_patches_over_patched")),
-        (Goal("a further patch of 50 tokens, share of a token's time", 0.01, True), _stacked(found, "decode_4_patches_over_patched", True)),
-        (Goal("cold start of edgepatch chat, patched, over llama_cpp.Llama", 1.05, True), _value(found, "cold_start_patched_over_llama_cpp_llama")),
-        (Goal("cold start of edgepatch chat, bare, over llama_cpp.Llama", 1.05, True), _value(found, "cold_start_bare_over_llama_cpp_llama")),
+        (
+            Goal("a further patch of 50 tokens, share of the time to first token", 0.01, True),
+            _stacked(found, "ttft_4_patches_over_patched"),
+        ),
+        (
+            Goal("a further patch of 50 tokens, share of a token's time", 0.01, True),
+            _stacked(found, "decode_4_patches_over_patched", True),
+        ),
+        (
+            Goal("cold start of edgepatch chat, patched, over llama_cpp.Llama", 1.05, True),
+            _value(found, "cold_start_patched_over_llama_cpp_llama"),
+        ),
+        (
+            Goal("cold start of edgepatch chat, bare, over llama_cpp.Llama", 1.05, True),
+            _value(found, "cold_start_bare_over_llama_cpp_llama"),
+        ),
         (Goal("import edgepatch, ms", 300.0, True), _median(rows, "import")),
-    ]  # fmt: skip
+    ]
     return [_judged(goal, reached) for goal, reached in checks if reached is not None]
 
 
 def _judged(goal: Goal, reached: float) -> dict[str, Any]:
     is_met = reached <= goal.wanted if goal.is_most else reached >= goal.wanted
-    return {"goal": goal.goal, "wanted": f"{'<=' if goal.is_most else '>='} {goal.wanted:g}", "reached": round(reached, 4), "met": is_met}
+    return {
+        "goal": goal.goal,
+        "wanted": f"{'<=' if goal.is_most else '>='} {goal.wanted:g}",
+        "reached": round(reached, 4),
+        "met": is_met,
+    }
 
 
 def _value(found: Mapping[str, Mapping[str, float]], name: str) -> float | None:

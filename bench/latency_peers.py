@@ -92,7 +92,9 @@ def _seed_of_text(runtime: OnnxRuntime, count: int) -> KVSeed:
     runtime.swap(None)
     runtime.logits_of_last(random_tokens(runtime.spec.vocab_size, count))
     cells = runtime._caches[0].cells(count)
-    return KVSeed(tuple(key.astype(np.float16) for key, _ in cells), tuple(value.astype(np.float16) for _, value in cells))
+    return KVSeed(
+        tuple(key.astype(np.float16) for key, _ in cells), tuple(value.astype(np.float16) for _, value in cells)
+    )
 
 
 # Adapters.
@@ -137,7 +139,9 @@ class Adapters:
 
     def __init__(self, runtime: LlamaCppRuntime, folder: Path, ranks: Sequence[int]) -> None:
         self._runtime, self._lib = runtime, runtime._lib
-        self.files = {f"lora-r{rank}": folder / f"lora-r{rank}.gguf" for rank in ranks} | {"control-vector": folder / "control-vector.gguf"}
+        self.files = {f"lora-r{rank}": folder / f"lora-r{rank}.gguf" for rank in ranks} | {
+            "control-vector": folder / "control-vector.gguf"
+        }
         for rank in ranks:
             write_random_lora(runtime._header, rank, self.files[f"lora-r{rank}"])
         write_control_vector(runtime.spec, 1.0, self.files["control-vector"])

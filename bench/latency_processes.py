@@ -115,7 +115,9 @@ def peak_memory(job: Job) -> int:
     return int(json.loads(done.splitlines()[-1])["peak_bytes"])
 
 
-def cold_start_cells(model: Path, runtime: str, patch: Path, num_threads: int, context_length: int, device: str) -> list[Cell]:
+def cold_start_cells(
+    model: Path, runtime: str, patch: Path, num_threads: int, context_length: int, device: str
+) -> list[Cell]:
     """From the start of a process to the first byte of a reply on its stdout: our command and the bare libraries.
 
     Args:
@@ -127,14 +129,34 @@ def cold_start_cells(model: Path, runtime: str, patch: Path, num_threads: int, c
         device: "cpu" or "cuda".
     """
     ours = [
-        sys.executable, "-m", "edgepatch.cli", "chat", str(model), "--prompt", QUESTION, "--max-new-tokens", "1", "--temperature", "0",
-        "--threads", str(num_threads), "--context-length", str(context_length), "--device", device,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "edgepatch.cli",
+        "chat",
+        str(model),
+        "--prompt",
+        QUESTION,
+        "--max-new-tokens",
+        "1",
+        "--temperature",
+        "0",
+        "--threads",
+        str(num_threads),
+        "--context-length",
+        str(context_length),
+        "--device",
+        device,
+    ]
     arguments = [str(model), str(context_length), str(num_threads), "-1" if device == "cuda" else "0", QUESTION]
-    peers = {"llama_cpp.Llama": LLAMA_CLASS, "llama.cpp calls": LLAMA_CALLS} if runtime == "llamacpp" else {"onnxruntime-genai": GENAI}
-    commands = {"edgepatch chat, patched": [*ours, "--patch", str(patch)], "edgepatch chat, bare": [*ours, "--bare"]} | {
-        name: [sys.executable, "-c", program, *arguments] for name, program in peers.items()
-    }
+    peers = (
+        {"llama_cpp.Llama": LLAMA_CLASS, "llama.cpp calls": LLAMA_CALLS}
+        if runtime == "llamacpp"
+        else {"onnxruntime-genai": GENAI}
+    )
+    commands = {
+        "edgepatch chat, patched": [*ours, "--patch", str(patch)],
+        "edgepatch chat, bare": [*ours, "--bare"],
+    } | {name: [sys.executable, "-c", program, *arguments] for name, program in peers.items()}
     starts = [(name, _Start(command)) for name, command in commands.items()]
     return [Cell(Measure("cold start"), name, start.act, finish=start.finish) for name, start in starts]
 
@@ -153,7 +175,9 @@ class _Start:
 
     def act(self) -> None:
         """Starts it and waits for the byte, or for its end."""
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment())
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment()
+        )
         assert self._process.stdout is not None  # a pipe
         self._has_answered = bool(self._process.stdout.read(1))
 
@@ -223,7 +247,9 @@ def _generate(job: Job) -> None:
     if job.lora or job.control_vector:
         from edgepatch.bench.baselines import load_llamacpp
 
-        runtime = load_llamacpp(Path(job.model), *(Path(file) if file else None for file in (job.lora, job.control_vector)), **options)
+        runtime = load_llamacpp(
+            Path(job.model), *(Path(file) if file else None for file in (job.lora, job.control_vector)), **options
+        )
     else:
         runtime = load_runtime(job.model, job.patch or None, **options)
     with runtime:

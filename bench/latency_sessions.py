@@ -51,7 +51,9 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(prompts=(32, 128), depths=(0, 512), num_new=16, texts=(50, 300), turns=3, sequences=(1, 2), context_length=2048)
+QUICK = Sizes(
+    prompts=(32, 128), depths=(0, 512), num_new=16, texts=(50, 300), turns=3, sequences=(1, 2), context_length=2048
+)
 TINY = Sizes((8, 16), (0, 32), 4, (10, 20), 4, 2, (1, 2), 256)
 """For models of a test's size."""
 
@@ -71,20 +73,34 @@ class Session(ABC):
     """
 
     def __init__(
-        self, model: Path, patch: Patch | None, sizes: Sizes, wanted: Sequence[str], num_threads: int, device: str, folder: Path,
+        self,
+        model: Path,
+        patch: Patch | None,
+        sizes: Sizes,
+        wanted: Sequence[str],
+        num_threads: int,
+        device: str,
+        folder: Path,
         options: Mapping[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.sizes, self.num_threads, self.device, self._wanted = model, sizes, num_threads, device, wanted
         self.context_length, self.options = sizes.context_length, options
         self.runtime = self.load(self.context_length)
         self.patch = patch or make_patch(self.runtime, sizes.num_virtual_tokens)
         self.num_virtual_tokens = self.patch.num_virtual_tokens
-        self.stacked = {count: make_patch(self.runtime, count * self.num_virtual_tokens, f"stack-{count}") for count in STACKS}
+        self.stacked = {
+            count: make_patch(self.runtime, count * self.num_virtual_tokens, f"stack-{count}") for count in STACKS
+        }
         self._snapshots, self._folder = Snapshots(self.runtime), folder
 
     def load(self, context_length: int, num_sequences: int = 1) -> Runtime:
         """The model, bare."""
-        options = {"context_length": context_length, "num_threads": self.num_threads, "num_sequences": num_sequences, **self.options}
+        options = {
+            "context_length": context_length,
+            "num_threads": self.num_threads,
+            "num_sequences": num_sequences,
+            **self.options,
+        }
         return load_runtime(self.model, None, **options)
 
     @abstractmethod
@@ -125,7 +141,9 @@ class Session(ABC):
         return [arm for arm in [*made, *self.peers()] if self.wants(arm.name)]
 
     def _arm(self, name: str, patch: Patch | None = None, **options: Any) -> RuntimeArm:
-        return RuntimeArm(name, self.runtime, self._snapshots, patch, attach=options.pop("attach", self.detach), **options)
+        return RuntimeArm(
+            name, self.runtime, self._snapshots, patch, attach=options.pop("attach", self.detach), **options
+        )
 
     def arm_columns(self, arm: str) -> dict[str, Any]:
         """Columns that tell what an arm holds."""
@@ -173,12 +191,21 @@ class LlamaCppSession(Session):
         buffer = ctypes.create_string_buffer(128)
         lib.llama_model_desc(model, buffer, 128)
         return {
-            "runtime": "llamacpp", "backends": "CUDA" if self.device == "cuda" else "CPU", "model_filename": self.model.name,
-            "model_type": buffer.value.decode(), "model_size": int(lib.llama_model_size(model)),
-            "model_n_params": int(lib.llama_model_n_params(model)), "n_batch": CHUNK, "n_ubatch": CHUNK, "n_threads": self.num_threads,
-            "type_k": self.runtime.kv_type, "type_v": self.runtime.kv_type, "n_gpu_layers": -1 if self.device == "cuda" else 0,
-            "flash_attn": self.options["flash_attention"], "quantization": self.runtime.quantization,
-        }  # fmt: skip
+            "runtime": "llamacpp",
+            "backends": "CUDA" if self.device == "cuda" else "CPU",
+            "model_filename": self.model.name,
+            "model_type": buffer.value.decode(),
+            "model_size": int(lib.llama_model_size(model)),
+            "model_n_params": int(lib.llama_model_n_params(model)),
+            "n_batch": CHUNK,
+            "n_ubatch": CHUNK,
+            "n_threads": self.num_threads,
+            "type_k": self.runtime.kv_type,
+            "type_v": self.runtime.kv_type,
+            "n_gpu_layers": -1 if self.device == "cuda" else 0,
+            "flash_attn": self.options["flash_attention"],
+            "quantization": self.runtime.quantization,
+        }
 
     def artefacts(self) -> dict[str, int]:
         return {name: path.stat().st_size for name, path in self._adapters.files.items()}
@@ -223,13 +250,21 @@ class OnnxSession(Session):
     def columns(self) -> dict[str, Any]:
         spec = self.runtime.spec
         return {
-            "runtime": "onnx", "backends": "CUDA" if self.device == "cuda" else "CPU", "model_filename": self.model.name,
+            "runtime": "onnx",
+            "backends": "CUDA" if self.device == "cuda" else "CPU",
+            "model_filename": self.model.name,
             "model_type": f"{spec.model_type} {self.runtime.quantization}",
             "model_size": sum(file.stat().st_size for file in self.model.glob("model.onnx*")),
-            "model_n_params": 0, "n_batch": 256, "n_ubatch": 256, "n_threads": self.num_threads,
-            "type_k": self.runtime.kv_type, "type_v": self.runtime.kv_type, "n_gpu_layers": -1 if self.device == "cuda" else 0,
-            "flash_attn": True, "quantization": self.runtime.quantization,
-        }  # fmt: skip
+            "model_n_params": 0,
+            "n_batch": 256,
+            "n_ubatch": 256,
+            "n_threads": self.num_threads,
+            "type_k": self.runtime.kv_type,
+            "type_v": self.runtime.kv_type,
+            "n_gpu_layers": -1 if self.device == "cuda" else 0,
+            "flash_attn": True,
+            "quantization": self.runtime.quantization,
+        }
 
     def artefacts(self) -> dict[str, int]:
         return {name: file.stat().st_size for name, file in self._adapters().items()}

@@ -133,7 +133,9 @@ def pooled_ratio(times: Times, name: str, above: str, below: str, is_rate: bool 
     return ratio(two, one) if is_rate else ratio(one, two)
 
 
-def row(measure: Measure, arm: str, milliseconds: Sequence[float], common: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def row(
+    measure: Measure, arm: str, milliseconds: Sequence[float], common: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
     """A measure of an arm in llama-bench's columns, with medians and the spread beside its means.
 
     Args:
@@ -147,17 +149,33 @@ def row(measure: Measure, arm: str, milliseconds: Sequence[float], common: Mappi
     tokens = measure.n_gen if measure.n_gen > 1 else measure.n_prompt  # a first token's time is the prompt's
     rates = tokens / (values / 1000)
     return {
-        "arm": arm, "measure": measure.name, "status": "ok", **common,
-        "n_prompt": measure.n_prompt, "n_gen": measure.n_gen, "n_depth": measure.n_depth,
+        "arm": arm,
+        "measure": measure.name,
+        "status": "ok",
+        **common,
+        "n_prompt": measure.n_prompt,
+        "n_gen": measure.n_gen,
+        "n_depth": measure.n_depth,
         "test_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "repeats": len(values), "median_ms": round(float(np.median(values)), 4), "min_ms": round(float(values.min()), 4),
-        "max_ms": round(float(values.max()), 4), "spread": round(float((values.max() - values.min()) / np.median(values)), 4),
+        "repeats": len(values),
+        "median_ms": round(float(np.median(values)), 4),
+        "min_ms": round(float(values.min()), 4),
+        "max_ms": round(float(values.max()), 4),
+        "spread": round(float((values.max() - values.min()) / np.median(values)), 4),
         "samples_ms": [round(float(v), 4) for v in values],
-        "avg_ns": round(float(values.mean()) * 1e6), "stddev_ns": round(_deviation(values) * 1e6),
-        **({"avg_ts": round(float(rates.mean()), 3), "stddev_ts": round(_deviation(rates), 3), "median_ts": round(float(np.median(rates)), 3)}
-           if tokens else {}),
+        "avg_ns": round(float(values.mean()) * 1e6),
+        "stddev_ns": round(_deviation(values) * 1e6),
+        **(
+            {
+                "avg_ts": round(float(rates.mean()), 3),
+                "stddev_ts": round(_deviation(rates), 3),
+                "median_ts": round(float(np.median(rates)), 3),
+            }
+            if tokens
+            else {}
+        ),
         **more,
-    }  # fmt: skip
+    }
 
 
 def _deviation(values: Any) -> float:

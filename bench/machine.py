@@ -65,7 +65,9 @@ def _read(arrays: list[Array], part: slice) -> None:
         raise RuntimeError("equal arrays compare as different: the memory of this machine is broken")
 
 
-def _rates(kernel: Kernel, num_arrays: int, num_values: int, pool: ThreadPoolExecutor, num_threads: int, seconds: float) -> dict[str, float]:
+def _rates(
+    kernel: Kernel, num_arrays: int, num_values: int, pool: ThreadPoolExecutor, num_threads: int, seconds: float
+) -> dict[str, float]:
     """GB/s (10^9 bytes) over all threads. The best, as STREAM tells it, with median and worst beside it.
 
     A pass is a part of the arrays, short enough to fall between two turns of another process, and each pass takes the next part.
@@ -100,7 +102,9 @@ def measure_bandwidth(num_threads: int, seconds: float = 5.0, size_bytes: int | 
     size = size_bytes or STREAM_FACTOR * cache_bytes()
     num_values = size // num_threads // 8 if num_threads > 0 else 0
     if num_threads < 1 or num_values < BLOCK:
-        raise InputError(f"expected one thread or more and {8 * BLOCK} bytes for each, found {num_threads} threads and {size} bytes")
+        raise InputError(
+            f"expected one thread or more and {8 * BLOCK} bytes for each, found {num_threads} threads and {size} bytes"
+        )
     with ThreadPoolExecutor(num_threads) as pool:
         rates = {
             "triad_gb_s": _rates(_triad, 3, num_values, pool, num_threads, seconds),
@@ -145,9 +149,12 @@ def main() -> None:
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     document = {
-        "command": "make machine", "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "environment": environment(),
-        "load_average": load, **measure_bandwidth(arguments.threads, arguments.seconds),
-    }  # fmt: skip
+        "command": "make machine",
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "load_average": load,
+        **measure_bandwidth(arguments.threads, arguments.seconds),
+    }
     write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
     print(json.dumps(document))
 

@@ -98,7 +98,9 @@ def perplexity(runtime: Runtime, texts: Sequence[str]) -> float:
         total += float(losses.sum())
         count += len(losses)
     if not count or not math.isfinite(total):
-        raise InputError(f"perplexity of {len(texts)} texts: expected a finite value, found {total} over {count} tokens")
+        raise InputError(
+            f"perplexity of {len(texts)} texts: expected a finite value, found {total} over {count} tokens"
+        )
     return math.exp(total / count)
 
 
@@ -180,34 +182,57 @@ def cell(variant: Variant, patched: bool, m: Measurement) -> dict[str, Any]:
     emt, emt_low, emt_high = expected_max_toxicity(m.scores)
     probability, low, high = toxicity_probability(m.scores)
     return {
-        "runtime": variant.runtime, "quantization": variant.quantization, "patched": patched,
-        "emt": emt, "emt_low": emt_low, "emt_high": emt_high,
-        "toxicity_probability": probability, "toxicity_probability_low": low, "toxicity_probability_high": high,
-        "perplexity": m.perplexity, "ttft_ms": m.ttft_ms, "decode_tokens_per_s": m.decode_tokens_per_s,
-        "num_prompts": len(m.scores), "failures": m.failures, "words_per_sample": m.words_per_sample,
-    }  # fmt: skip
+        "runtime": variant.runtime,
+        "quantization": variant.quantization,
+        "patched": patched,
+        "emt": emt,
+        "emt_low": emt_low,
+        "emt_high": emt_high,
+        "toxicity_probability": probability,
+        "toxicity_probability_low": low,
+        "toxicity_probability_high": high,
+        "perplexity": m.perplexity,
+        "ttft_ms": m.ttft_ms,
+        "decode_tokens_per_s": m.decode_tokens_per_s,
+        "num_prompts": len(m.scores),
+        "failures": m.failures,
+        "words_per_sample": m.words_per_sample,
+    }
 
 
 def _retention(variant: Variant, gain: NDArray[np.float32], reference_gain: NDArray[np.float32]) -> dict[str, Any]:
     """Retention with its interval; all ``None`` where full precision shows no gain that could be retained."""
     none = (None, None, None)
     value, low, high = retention(gain, reference_gain) if reference_gain.mean() > 0 else none
-    return {"runtime": variant.runtime, "quantization": variant.quantization,
-            "retention": value, "retention_low": low, "retention_high": high}  # fmt: skip
+    return {
+        "runtime": variant.runtime,
+        "quantization": variant.quantization,
+        "retention": value,
+        "retention_low": low,
+        "retention_high": high,
+    }
 
 
-def _examples(variant: Variant, prompts: Sequence[str], bare: Measurement, patched: Measurement, count: int) -> list[dict[str, Any]]:
+def _examples(
+    variant: Variant, prompts: Sequence[str], bare: Measurement, patched: Measurement, count: int
+) -> list[dict[str, Any]]:
     """The most toxic bare continuation of evenly spaced prompts beside the patched one's most toxic."""
     rows = []
     for i in np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int):
         worst = [int(m.scores[i].argmax()) for m in (bare, patched)]
         if not bare.texts[i] or not patched.texts[i]:
             continue
-        rows.append({
-            "prompt": prompts[i], "bare": bare.texts[i][worst[0]], "patched": patched.texts[i][worst[1]],
-            "bare_score": float(bare.scores[i].max()), "patched_score": float(patched.scores[i].max()),
-            "runtime": variant.runtime, "quantization": variant.quantization,
-        })  # fmt: skip
+        rows.append(
+            {
+                "prompt": prompts[i],
+                "bare": bare.texts[i][worst[0]],
+                "patched": patched.texts[i][worst[1]],
+                "bare_score": float(bare.scores[i].max()),
+                "patched_score": float(patched.scores[i].max()),
+                "runtime": variant.runtime,
+                "quantization": variant.quantization,
+            }
+        )
     return rows
 
 
@@ -243,5 +268,3 @@ def run_matrix(
         kept.append(_retention(variant, maxima[0] - maxima[1], reference[0] - reference[1]))
         examples += _examples(variant, prompts, bare, patched, 8 if variant is variants[0] else 4)
     return {"cells": cells, "retention": kept, "examples": examples}
-
-

@@ -127,7 +127,9 @@ def bootstrap_median(values: ArrayLike, rng_seed: int = 0) -> Estimate:
         InputError: no values, or NaN.
     """
     array = _checked(values, "values", 1)
-    return Estimate(float(np.median(array)), *_bootstrap(len(array), lambda index: np.median(array[index], axis=1), rng_seed))
+    return Estimate(
+        float(np.median(array)), *_bootstrap(len(array), lambda index: np.median(array[index], axis=1), rng_seed)
+    )
 
 
 def paired_bootstrap_difference(first: ArrayLike, second: ArrayLike, rng_seed: int = 0) -> Estimate:
@@ -255,7 +257,9 @@ class CrossedBootstrap:
         array = _checked(values, "values", 2)
         runs, items = self._runs, self._items
         if array.shape[1] != items.shape[1] or array.shape[0] not in (1, runs.shape[1]):
-            raise InputError(f"values: expected {runs.shape[1]} runs (or 1) of {items.shape[1]} items, found shape {array.shape}")
+            raise InputError(
+                f"values: expected {runs.shape[1]} runs (or 1) of {items.shape[1]} items, found shape {array.shape}"
+            )
         means = items @ array.T  # (draws, S)
         return np.asarray(means[:, 0] if array.shape[0] == 1 else (means * runs).sum(axis=1))
 

@@ -45,7 +45,9 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{name}: expected the fields of this version, found {type(error).__name__}: {error}", hint="make it again") from error
+        raise InputError(
+            f"{name}: expected the fields of this version, found {type(error).__name__}: {error}", hint="make it again"
+        ) from error
 
 
 def missing(file: ResultFile) -> list[Block]:
@@ -69,7 +71,11 @@ def _goals(results: Mapping[str, Document]) -> Section:
     missed, met = ([goal for goal in found if goal[-1] == verdict] for verdict in ("missed", "met"))
     blocks = [table(f"{len(missed)} goals that are missed, or not measured", parts.GOAL_HEAD, missed, 3)]
     shown = table(f"{len(met)} goals that are met", parts.GOAL_HEAD, met, 3)
-    blocks.append(Block(f"<details><summary>{len(met)} goals that are met</summary>{shown.html}</details>", shown.markdown) if met else shown)
+    blocks.append(
+        Block(f"<details><summary>{len(met)} goals that are met</summary>{shown.html}</details>", shown.markdown)
+        if met
+        else shown
+    )
     return Section("Goals", tuple(blocks if found else [paragraph("No file that holds a goal is there.")]))
 
 
@@ -112,11 +118,16 @@ def _provenance(results: Mapping[str, Document]) -> Section:
     for name, document in results.items():
         meta = document.get("meta", {})
         command = document.get("command") or meta.get("command") or known[name]
-        lines.append([name, next((str(document[f]) for f in DATES if f in document), str(meta.get("date", "\u2013"))), command])
+        lines.append(
+            [name, next((str(document[f]) for f in DATES if f in document), str(meta.get("date", "\u2013"))), command]
+        )
         found = {field: document[field] for field in ENVIRONMENT if field in document}
         details.append(Block(f"<details><summary>{escape(name)}</summary>{facts(found)}</details>" if found else ""))
     absent = [[file.name, "not there", file.command] for file in RESULT_FILES if file.name not in results]
-    return Section("Environment and commands", (table("What made each file", ("file", "made", "command"), [*lines, *absent], 3), *details))
+    return Section(
+        "Environment and commands",
+        (table("What made each file", ("file", "made", "command"), [*lines, *absent], 3), *details),
+    )
 
 
 def sections(results: Mapping[str, Document]) -> list[Section]:
@@ -128,7 +139,11 @@ def sections(results: Mapping[str, Document]) -> list[Section]:
     Raises:
         InputError: a document lacks what its section shows.
     """
-    return [_goals(results), *(section for file in RESULT_FILES for section in _part(results, file)), _provenance(results)]
+    return [
+        _goals(results),
+        *(section for file in RESULT_FILES for section in _part(results, file)),
+        _provenance(results),
+    ]
 
 
 def headline(results: Mapping[str, Document]) -> str:
@@ -178,17 +193,20 @@ def slots(results: Mapping[str, Document]) -> dict[str, str]:
     speed = [goal[1:] for goal in goals(results) if goal[0] == "latency"]
     latency = next(file for file in RESULT_FILES if file.name == "latency.json")
     return {
-        "limits": below("Limits of the machine"), "growth": below("Growth"),
+        "limits": below("Limits of the machine"),
+        "growth": below("Growth"),
         "ratios": table("Ratios within one run", head, ratios, 2).markdown if ratios else _text(missing(latency)),
         "speed-goals": table("Goals", parts.GOAL_HEAD[1:], speed, 2).markdown if speed else _text(missing(latency)),
         "arms": _text([parts.arm_table(run) for run in runs] or missing(latency)),
         "behind": _text([parts.behind_table(run) for run in runs[:1]]),
         "acts": _text([parts.act_table(run) for run in runs[:1]] or missing(latency)),
-    }  # fmt: skip
+    }
 
 
 def _ratios(run: Document) -> Sequence[list[str]]:
-    return [[name, parts.spread(figure)] for name, figure in run["ratios"].items() if name.endswith("_patched_over_bare")]
+    return [
+        [name, parts.spread(figure)] for name, figure in run["ratios"].items() if name.endswith("_patched_over_bare")
+    ]
 
 
 def _text(blocks: Sequence[Block]) -> str:
@@ -219,7 +237,9 @@ def write_overview(results: Mapping[str, Document], page: Path) -> Path:
     """
     text = page.with_suffix(".md")
     if text == page:
-        raise InputError(f"--out: expected the name of an HTML file, found {page}", hint="the Markdown file is written beside it")
+        raise InputError(
+            f"--out: expected the name of an HTML file, found {page}", hint="the Markdown file is written beside it"
+        )
     html, markdown = render_html(results), render_markdown(results)
     write_atomically(page, html.encode())
     write_atomically(text, markdown.encode())

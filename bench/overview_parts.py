@@ -51,7 +51,9 @@ def _scores(rows: Sequence[Row], domain: str) -> Block:
     columns, names = (list(dict.fromkeys(get(row) for row in own)) for get in (lambda row: row["column"], name_of))
     cells = {(name_of(row), row["column"]): _figure(row, "score") for row in own}
     lines = [[name, *(cells.get((name, column), "\u2013") for column in columns)] for name in names]
-    return Block(heat_table(rows, domain), f"**{domain}, score: lower is safer**\n\n{markdown_table(('model', *columns), lines)}")
+    return Block(
+        heat_table(rows, domain), f"**{domain}, score: lower is safer**\n\n{markdown_table(('model', *columns), lines)}"
+    )
 
 
 def safety(document: Document) -> list[Block]:
@@ -66,11 +68,30 @@ def retention(document: Document) -> list[Block]:
     plots = [Block(retention_plot(rows, domain)) for domain in dict.fromkeys(row["domain"] for row in rows)]
     kept = [row for row in rows if row.get("retention") is not None or row.get("perplexity_change")]
     lines = [
-        [row["domain"], name_of(row), row["column"], _figure(row, "retention"), _figure(row, "perplexity_change"), _figure(row, "over_refusal_change", 1, 100),
-         _figure(row, "negative_flips", 1, 100), str(row["num_items"]), str(row["num_rng_seeds"])]
+        [
+            row["domain"],
+            name_of(row),
+            row["column"],
+            _figure(row, "retention"),
+            _figure(row, "perplexity_change"),
+            _figure(row, "over_refusal_change", 1, 100),
+            _figure(row, "negative_flips", 1, 100),
+            str(row["num_items"]),
+            str(row["num_rng_seeds"]),
+        ]
         for row in kept
-    ]  # fmt: skip
-    head = ("domain", "model", "on", "retention", "perplexity, %", "over-refusal, points", "negative flips, %", "items", "training runs")
+    ]
+    head = (
+        "domain",
+        "model",
+        "on",
+        "retention",
+        "perplexity, %",
+        "over-refusal, points",
+        "negative flips, %",
+        "items",
+        "training runs",
+    )
     whole = table("Retention, and what must stay as it was; in brackets 95 % intervals", head, lines, 3)
     return [*plots, _closed(whole, f"{len(lines)} rows")]
 
@@ -90,7 +111,9 @@ ARM_COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
 
 def arm_table(document: Document) -> Block:
     """Every arm on a line: medians of first tokens by tokens of the prompt, decode rates by tokens in front, memory, bytes to ship."""
-    rows = [row for row in document["rows"] if model_name(row) == model_name(document["rows"][0]) and row["status"] == "ok"]
+    rows = [
+        row for row in document["rows"] if model_name(row) == model_name(document["rows"][0]) and row["status"] == "ok"
+    ]
     cells: dict[str, dict[str, str]] = {}
     heads: dict[str, None] = {}
     for measure, (head, shown) in ARM_COLUMNS.items():
@@ -105,9 +128,15 @@ def arm_table(document: Document) -> Block:
 
 def act_table(document: Document) -> Block:
     """What handling a patch, a conversation and several of them take."""
-    rows = [row for row in document["rows"] if row["measure"] not in ARM_COLUMNS and "median_ms" in row and row["arm"] != "llama-bench"]
+    rows = [
+        row
+        for row in document["rows"]
+        if row["measure"] not in ARM_COLUMNS and "median_ms" in row and row["arm"] != "llama-bench"
+    ]
     lines = [[measure_name(row), str(row["arm"]), *_timing(row)[:3]] for row in rows]
-    return table(f"{run_name(document)}, {document['repeats']} repeats", ("act", "arm", "median", "fastest", "slowest"), lines, 2)
+    return table(
+        f"{run_name(document)}, {document['repeats']} repeats", ("act", "arm", "median", "fastest", "slowest"), lines, 2
+    )
 
 
 def behind_table(document: Document) -> Block:
@@ -117,11 +146,18 @@ def behind_table(document: Document) -> Block:
     for on in (True, False):
         own = {row["n_depth"]: row for row in rows if bool(row["flash_attn"]) is on}
         if own:
-            shown = [f"{format_number(row['median_ms'], 1)} ms ({row['median_ms'] / own[0]['median_ms']:.3f})" for row in own.values()]
+            shown = [
+                f"{format_number(row['median_ms'], 1)} ms ({row['median_ms'] / own[0]['median_ms']:.3f})"
+                for row in own.values()
+            ]
             lines.append(["on" if on else "off", *shown])
     head = ("flash attention", *(f"behind {depth}" for depth in dict.fromkeys(row["n_depth"] for row in rows)))
     first = rows[0] if rows else {}
-    return table(f"llama-bench, {run_name(document)}: prompt of {first.get('n_prompt')} tokens behind so many positions (over none)", head, lines)
+    return table(
+        f"llama-bench, {run_name(document)}: prompt of {first.get('n_prompt')} tokens behind so many positions (over none)",
+        head,
+        lines,
+    )
 
 
 def run_name(document: Document) -> str:
@@ -145,7 +181,12 @@ def latency(document: Document) -> list[Block]:
         charts = "".join(bar_chart(group).html for group in tests.values() if any("median_ms" in row for row in group))
         lines = [[str(row["arm"]), test, *_timing(row)] for test, group in tests.items() for row in group]
         blocks.append(Block(f'<div class="charts">{charts}</div>'))
-        blocks.append(_closed(table(f"{model}: every row", ("arm", "test", "median", "fastest", "slowest", "tokens/s"), lines, 2), f"{len(lines)} rows"))
+        blocks.append(
+            _closed(
+                table(f"{model}: every row", ("arm", "test", "median", "fastest", "slowest", "tokens/s"), lines, 2),
+                f"{len(lines)} rows",
+            )
+        )
     return blocks
 
 
@@ -172,7 +213,11 @@ def growth(rows: Sequence[Row]) -> list[Block]:
         return [paragraph("No quantity was measured at two values or more, so nothing can be said about growth.")]
     charts = "".join(growth_chart(group).html for group in groups.values())
     note = "The exponent is the slope with both axes logarithmic: 1 grows in proportion, 0 not at all. What the same costs without that quantity (an empty context, no patch) is taken off first where it was measured."
-    return [Block(f'<div class="charts">{charts}</div>'), paragraph(note), table("Exponents", EXPONENT_HEAD, exponent_rows(found), 4)]
+    return [
+        Block(f'<div class="charts">{charts}</div>'),
+        paragraph(note),
+        table("Exponents", EXPONENT_HEAD, exponent_rows(found), 4),
+    ]
 
 
 def limits(machine: Document, rows: Sequence[Row]) -> list[Block]:
@@ -186,10 +231,27 @@ def limits(machine: Document, rows: Sequence[Row]) -> list[Block]:
         if row.get("model_size") and row.get("n_depth") == 0 and row["arm"] in ("bare", "seed"):
             ceiling = decode_ceiling(machine, row["model_size"])
             operations = 2e-9 * row["model_n_params"] if row.get("model_n_params") else None
-            lines.append([model_name(row), row["arm"], format_number(row["model_size"] / 1e6, 0), format_number(operations, 2),
-                          format_number(ceiling, 1), format_number(row["median_ts"], 1), f"{row['median_ts'] / ceiling:.0%}"])  # fmt: skip
+            lines.append(
+                [
+                    model_name(row),
+                    row["arm"],
+                    format_number(row["model_size"] / 1e6, 0),
+                    format_number(operations, 2),
+                    format_number(ceiling, 1),
+                    format_number(row["median_ts"], 1),
+                    f"{row['median_ts'] / ceiling:.0%}",
+                ]
+            )
     caption = f"Memory bandwidth in GB/s, {machine['num_threads']} threads, load average {machine['load_average']:.1f}"
-    head = ("model", "arm", "MB a token", "billion operations a token", "ceiling, tokens/s", "reached, tokens/s", "of the ceiling")
+    head = (
+        "model",
+        "arm",
+        "MB a token",
+        "billion operations a token",
+        "ceiling, tokens/s",
+        "reached, tokens/s",
+        "of the ceiling",
+    )
     return [
         table(caption, ("kernel", "best", "median", "worst"), bandwidth),
         table("Decoding beside its ceiling: bandwidth of reading / bytes of the model, context empty", head, lines, 2),
@@ -201,7 +263,10 @@ def limits(machine: Document, rows: Sequence[Row]) -> list[Block]:
 
 def swap(document: Document) -> list[Block]:
     """Times of exchanging a patch."""
-    lines = [[name, *(format_number(row[f"{part}_ms"], 2) for part in ("median", "min", "max")), str(row["repeats"])] for name, row in document["rows"].items()]
+    lines = [
+        [name, *(format_number(row[f"{part}_ms"], 2) for part in ("median", "min", "max")), str(row["repeats"])]
+        for name, row in document["rows"].items()
+    ]
     caption = f"{document['shape']} {document['type']}, {document['num_threads']} threads, P {document['num_virtual_tokens']}; milliseconds"
     return [table(caption, ("act", "median", "fastest", "slowest", "repeats"), lines)]
 
@@ -209,17 +274,26 @@ def swap(document: Document) -> list[Block]:
 def trl(document: Document) -> list[Block]:
     """Training speed against PEFT and TRL."""
     lines = [
-        [row["model"], row["stage"], repeated(row["speed_ratio"]), repeated(row["cpu_ratio"]), repeated(row["memory_ratio"]), f">= {row['goal']}",
-         _verdict(row["speed_ratio"]["median"] >= row["goal"])]
+        [
+            row["model"],
+            row["stage"],
+            repeated(row["speed_ratio"]),
+            repeated(row["cpu_ratio"]),
+            repeated(row["memory_ratio"]),
+            f">= {row['goal']}",
+            _verdict(row["speed_ratio"]["median"] >= row["goal"]),
+        ]
         for row in document["rows"]
-    ]  # fmt: skip
+    ]
     head = ("model", "stage", "speed", "CPU time", "memory", "goal", "verdict")
     return [table("PEFT + TRL over ours: above 1 is in our favour; median (least to most) of repeats", head, lines, 2)]
 
 
 def security(document: Document) -> list[Block]:
     """The security figures."""
-    lines = [[row["id"], row["what"], row["target"], row["measured"], _verdict(row["pass"])] for row in document["figures"]]
+    lines = [
+        [row["id"], row["what"], row["target"], row["measured"], _verdict(row["pass"])] for row in document["figures"]
+    ]
     return [table("Security figures", ("figure", "what", "target", "measured", "verdict"), lines, 2)]
 
 
@@ -231,11 +305,17 @@ def parity(document: Document) -> list[Block]:
         name = (row["runtime"], row["quantization"])
         divergence[name] = max(divergence.get(name, 0.0), row["kl"] or 0.0)
     lines = [
-        [*name, *(str(counts[name[0], name[1], passed]) for passed in (True, False, None)), f"{worst:.1e}"] for name, worst in divergence.items()
+        [*name, *(str(counts[name[0], name[1], passed]) for passed in (True, False, None)), f"{worst:.1e}"]
+        for name, worst in divergence.items()
     ]
     caught = sum(row["caught_by"] is not None for row in document["controls"])
     return [
-        table("Logits against Transformers in float32", ("runtime", "quantization", "passed", "failed", "refused", "largest KL, nats"), lines, 2),
+        table(
+            "Logits against Transformers in float32",
+            ("runtime", "quantization", "passed", "failed", "refused", "largest KL, nats"),
+            lines,
+            2,
+        ),
         paragraph(f"Damaged on purpose: {caught} of {len(document['controls'])} controls are caught."),
     ]
 
@@ -251,7 +331,10 @@ def fingerprints(document: Document) -> list[Block]:
 
 def unpatching(document: Document) -> list[Block]:
     """What writing can do against the patch."""
-    lines = [[row["attack"], *(spread(row[name], 2) for name in ("bare", "patched", "gain", "gain_change"))] for row in document["rows"]]
+    lines = [
+        [row["attack"], *(spread(row[name], 2) for name in ("bare", "patched", "gain", "gain_change"))]
+        for row in document["rows"]
+    ]
     caption = f"Expected maximum toxicity, {document['num_prompts']} prompts, {document['samples_per_prompt']} continuations; in brackets 95 % intervals"
     return [table(caption, ("attack", "bare", "patched", "gain", "change of the gain"), lines)]
 
@@ -259,19 +342,46 @@ def unpatching(document: Document) -> list[Block]:
 def stock(document: Document) -> list[Block]:
     """Tokens that an unmodified llama-server gives as ours does."""
     lines = [
-        [row["weights"], row["kv_type"], "on" if row["flash_attention"] else "off", str(row["tokens"]), str(row["tokens_equal"]), str(row["tokens_equal_without_patch"])]
+        [
+            row["weights"],
+            row["kv_type"],
+            "on" if row["flash_attention"] else "off",
+            str(row["tokens"]),
+            str(row["tokens_equal"]),
+            str(row["tokens_equal_without_patch"]),
+        ]
         for row in document["rows"]
     ]
-    return [table("Tokens equal to those of an unmodified llama-server", ("weights", "KV", "flash attention", "tokens", "equal", "equal when bare"), lines, 3)]
+    return [
+        table(
+            "Tokens equal to those of an unmodified llama-server",
+            ("weights", "KV", "flash attention", "tokens", "equal", "equal when bare"),
+            lines,
+            3,
+        )
+    ]
 
 
 def fuzz(document: Document) -> list[Block]:
     """Inputs and crashes of every reader of foreign bytes."""
     lines = [
-        [name, f"{row['inputs']:,}", f"{row['accepted']:,}", str(len(row["crashes"])), format_number(row["slowest_ms"], 1), format_number(row["peak_mb"], 1)]
+        [
+            name,
+            f"{row['inputs']:,}",
+            f"{row['accepted']:,}",
+            str(len(row["crashes"])),
+            format_number(row["slowest_ms"], 1),
+            format_number(row["peak_mb"], 1),
+        ]
         for name, row in document["readers"].items()
     ]
-    return [table(f"Fuzzed with {document['engine']}", ("reader", "inputs", "accepted", "crashes", "slowest, ms", "peak, MB"), lines)]
+    return [
+        table(
+            f"Fuzzed with {document['engine']}",
+            ("reader", "inputs", "accepted", "crashes", "slowest, ms", "peak, MB"),
+            lines,
+        )
+    ]
 
 
 # Goals.
@@ -292,26 +402,49 @@ def _latency_goals(document: Document) -> list[list[str]]:
         return spread(reached) if isinstance(reached, Mapping) else format_number(reached)
 
     place = run_name(document)
-    return [["latency", goal["goal"], place, str(goal["wanted"]), shown(goal["reached"]), _verdict(goal["met"])] for goal in document["goals"]]
+    return [
+        ["latency", goal["goal"], place, str(goal["wanted"]), shown(goal["reached"]), _verdict(goal["met"])]
+        for goal in document["goals"]
+    ]
 
 
 def _security_goals(document: Document) -> list[list[str]]:
-    return [["security", f"{row['id']}: {row['what']}", "", row["target"], row["measured"], _verdict(row["pass"])] for row in document["figures"]]
+    return [
+        ["security", f"{row['id']}: {row['what']}", "", row["target"], row["measured"], _verdict(row["pass"])]
+        for row in document["figures"]
+    ]
 
 
 def _trl_goals(document: Document) -> list[list[str]]:
     return [
-        ["training", "speed over PEFT + TRL", f"{row['model']}, {row['stage']}", f">= {row['goal']}", repeated(row["speed_ratio"]),
-         _verdict(row["speed_ratio"]["median"] >= row["goal"])]
+        [
+            "training",
+            "speed over PEFT + TRL",
+            f"{row['model']}, {row['stage']}",
+            f">= {row['goal']}",
+            repeated(row["speed_ratio"]),
+            _verdict(row["speed_ratio"]["median"] >= row["goal"]),
+        ]
         for row in document["rows"]
-    ]  # fmt: skip
+    ]
 
 
 GOALS: dict[str, Callable[[Document], list[list[str]]]] = {
-    "evidence.json": _evidence_goals, "latency.json": _latency_goals, "trl.json": _trl_goals, "security.json": _security_goals,
-}  # fmt: skip
+    "evidence.json": _evidence_goals,
+    "latency.json": _latency_goals,
+    "trl.json": _trl_goals,
+    "security.json": _security_goals,
+}
 GOAL_HEAD = ("of", "goal", "on", "wanted", "reached", "verdict")
 PARTS: dict[str, Callable[[Document], list[Block]]] = {
-    "evidence.json": safety, "latency.json": latency, "swap.json": swap, "trl.json": trl, "security.json": security, "parity.json": parity,
-    "fingerprints.json": fingerprints, "unpatching.json": unpatching, "stock.json": stock, "fuzz.json": fuzz,
-}  # fmt: skip
+    "evidence.json": safety,
+    "latency.json": latency,
+    "swap.json": swap,
+    "trl.json": trl,
+    "security.json": security,
+    "parity.json": parity,
+    "fingerprints.json": fingerprints,
+    "unpatching.json": unpatching,
+    "stock.json": stock,
+    "fuzz.json": fuzz,
+}

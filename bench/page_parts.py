@@ -35,7 +35,10 @@ class Section:
     def html(self) -> str:
         """The section; what is too wide for a screen scrolls, with the keys too."""
         body = "".join(block.html for block in self.blocks)
-        body = body.replace('<div class="wide">', f'<div class="wide" tabindex="0" role="region" aria-label="{escape(self.title)}, table">')
+        body = body.replace(
+            '<div class="wide">',
+            f'<div class="wide" tabindex="0" role="region" aria-label="{escape(self.title)}, table">',
+        )
         return f'<section id="{self.anchor}"><h2>{escape(self.title)}</h2>{body}</section>'
 
     @property
@@ -78,7 +81,9 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], num_
     """A table of plain text, its first columns names; nothing where there are no rows."""
     if not rows:
         return Block("")
-    top = "".join(f'<th scope="col"{" class=name" if i < num_names else ""}>{escape(name)}</th>' for i, name in enumerate(head))
+    top = "".join(
+        f'<th scope="col"{" class=name" if i < num_names else ""}>{escape(name)}</th>' for i, name in enumerate(head)
+    )
     body = "".join(f"<tr>{''.join(_cell(i, value, num_names) for i, value in enumerate(row))}</tr>" for row in rows)
     html = f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     return Block(html, f"**{_plain(caption)}**\n\n{markdown_table(head, rows)}")

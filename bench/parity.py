@@ -31,7 +31,7 @@ from edgepatch.patches import write_atomically
 
 Found = dict[str, list[dict[str, Any]]]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "bench" / "results" / "parity.json", ROOT / "docs" / "parity.md"
 COMMAND = "make parity"
 LIBRARIES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "numpy")
@@ -62,13 +62,29 @@ def measure_apart(name: str, work: Path, llama_cpp: Path, digest: str) -> Found:
         if known["digest"] == digest:
             print(f"{name}: measured before", flush=True)
             return dict(known["found"])
-    command = [sys.executable, "-m", "edgepatch.bench.parity", "--work", work, "--llama-cpp", llama_cpp, "--measure", name]
+    command = [
+        sys.executable,
+        "-m",
+        "edgepatch.bench.parity",
+        "--work",
+        work,
+        "--llama-cpp",
+        llama_cpp,
+        "--measure",
+        name,
+    ]
     # Calibration of an earlier run must not stand in for this one's.
-    settings = {"EDGEPATCH_CACHE_DIR": str(work / name / f"cache-{os.getpid()}"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings = {
+        "EDGEPATCH_CACHE_DIR": str(work / name / f"cache-{os.getpid()}"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     try:
         code = subprocess.run([str(word) for word in command], env=os.environ | settings, timeout=LIMIT_S).returncode
     except subprocess.TimeoutExpired:
-        raise EdgepatchError(f"{name}: not measured after {LIMIT_S} s", hint="run it again on an idle machine") from None
+        raise EdgepatchError(
+            f"{name}: not measured after {LIMIT_S} s", hint="run it again on an idle machine"
+        ) from None
     if code:
         raise EdgepatchError(f"{name}: measuring failed with exit code {code}")
     found: Found = json.loads((work / f"{name}.found.json").read_text(encoding="utf-8"))
@@ -89,7 +105,10 @@ def _measure_here(name: str, work: Path, llama_cpp: Path) -> None:
     wanted, folder = architecture(name), work / name
     build_folder(wanted, folder / "hf")
     oracle = make_oracle(wanted, folder / "hf")
-    found = {"rows": measure(wanted, folder, oracle, llama_cpp, tell), "controls": list(control_rows(wanted, folder, oracle))}
+    found = {
+        "rows": measure(wanted, folder, oracle, llama_cpp, tell),
+        "controls": list(control_rows(wanted, folder, oracle)),
+    }
     tell("controls")
     write_atomically(work / f"{name}.found.json", json.dumps(found).encode())
 
@@ -115,7 +134,9 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
 def write_results(rows: list[dict[str, Any]], controls: list[dict[str, Any]], seconds: float) -> None:
     """Writes the results, a line for each row, and the document made of them."""
     results = {"meta": _meta(seconds), "rows": rows, "controls": controls}
-    lists = [f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in results[name]) + "\n]" for name in ("rows", "controls")]
+    lists = [
+        f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in results[name]) + "\n]" for name in ("rows", "controls")
+    ]
     text = "{" + ",\n".join([f'"meta": {json.dumps(results["meta"])}', *lists]) + "}\n"
     write_atomically(RESULTS, text.encode())
     write_atomically(DOCUMENT, render(results).encode())
@@ -143,9 +164,15 @@ def _run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Parses the command line and runs; exit code 1 when a floor is missed."""
     parser = argparse.ArgumentParser(prog="python -m edgepatch.bench.parity", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these architectures alone, and write no results")
-    parser.add_argument("--work", type=Path, default=ROOT / "out" / "parity", help="folder for models and kept measurements")
-    parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's sources (default: those of llama-cpp-python, fetched once)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="measure these architectures alone, and write no results"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "out" / "parity", help="folder for models and kept measurements"
+    )
+    parser.add_argument(
+        "--llama-cpp", type=Path, help="llama.cpp's sources (default: those of llama-cpp-python, fetched once)"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

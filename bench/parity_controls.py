@@ -54,7 +54,9 @@ def control_rows(
                 yield row | {"required": required or not replaced} | _load(model, patch, route, setting)
 
 
-def _cases(wanted: Architecture, model: Path, right: Patch, foreign: Mapping[str, Patch]) -> Iterator[tuple[str, Row, str, Patch, Row]]:
+def _cases(
+    wanted: Architecture, model: Path, right: Patch, foreign: Mapping[str, Patch]
+) -> Iterator[tuple[str, Row, str, Patch, Row]]:
     """(name, setting, route, patch, replaced attributes of the calibration) of each control."""
     if wanted.stored_route:
         plain, rotated = (_measured_layout(model, right, setting) for setting in (PLAIN, ROTATED))
@@ -62,10 +64,22 @@ def _cases(wanted: Architecture, model: Path, right: Patch, foreign: Mapping[str
             yield control, PLAIN, "stored", patch, {}
         swapped = replace(plain, rotates_neighbours=not plain.rotates_neighbours)
         yield "canary alone: no permutation, or one too many", PLAIN, "stored", right, {"layout": swapped}
-        yield "canary alone: no rotation", ROTATED, "stored", right, {"layout": replace(rotated, key_block=0, value_block=0)}
+        yield (
+            "canary alone: no rotation",
+            ROTATED,
+            "stored",
+            right,
+            {"layout": replace(rotated, key_block=0, value_block=0)},
+        )
     if wanted.scaled_embeddings:
         factor = _unscaled(wanted)
-        yield "canary alone: embeddings in another scale", PLAIN, "decoded", right, {"embedding_factor": lambda *_: factor}
+        yield (
+            "canary alone: embeddings in another scale",
+            PLAIN,
+            "decoded",
+            right,
+            {"embedding_factor": lambda *_: factor},
+        )
 
 
 def _wrong_seeds(folder: Path, oracle: Oracle) -> dict[str, Patch]:
@@ -75,7 +89,9 @@ def _wrong_seeds(folder: Path, oracle: Oracle) -> dict[str, Patch]:
     order = np.random.default_rng(5).permutation(right.keys[0].shape[-1])
     return {
         "seed of another rope theta": replace(oracle.patch, kv_seed=_seed_of_another_theta(folder, oracle)),
-        "keys in an unknown order": replace(oracle.patch, kv_seed=replace(right, keys=tuple(key[..., order] for key in right.keys))),
+        "keys in an unknown order": replace(
+            oracle.patch, kv_seed=replace(right, keys=tuple(key[..., order] for key in right.keys))
+        ),
         "layers exchanged": replace(oracle.patch, kv_seed=replace(right, keys=right.keys[::-1])),
     }
 
@@ -83,7 +99,9 @@ def _wrong_seeds(folder: Path, oracle: Oracle) -> dict[str, Patch]:
 def _measured_layout(model: Path, patch: Patch, setting: Row) -> Layout:
     from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 
-    with LlamaCppRuntime(model, patch, **setting, context_length=CONTEXT, seed_route="stored", num_threads=1) as runtime:
+    with LlamaCppRuntime(
+        model, patch, **setting, context_length=CONTEXT, seed_route="stored", num_threads=1
+    ) as runtime:
         layout = runtime._calibration.layout
     if layout is None:
         raise InputError(f"{model.name}: no layout was confirmed")

@@ -37,9 +37,13 @@ PROMPT = (
 """What is measured: text that the tokenizer has not seen, so that it gives many short tokens."""
 
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 GELU_TABLE = 5e-3
 """llama.cpp looks GELU up in a float16 table, so Gemma's logits are never as close as others'."""
 
@@ -71,50 +75,110 @@ class Architecture:
 
 
 COMMON = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT_LENGTH, "tie_word_embeddings": False,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT_LENGTH,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 TIED = {"tie_word_embeddings": True}
 GEMMA = {**TIED, "head_dim": 64, "query_pre_attn_scalar": 64}
 
 ARCHITECTURES = (
     Architecture("llama", "LlamaForCausalLM", own_converter=True),
     Architecture(
-        "llama3", "LlamaForCausalLM",
-        {"hidden_size": 512, "rope_parameters": LLAMA3, "max_position_embeddings": 16384}, own_converter=True,
+        "llama3",
+        "LlamaForCausalLM",
+        {"hidden_size": 512, "rope_parameters": LLAMA3, "max_position_embeddings": 16384},
+        own_converter=True,
     ),
-    Architecture("smollm", "LlamaForCausalLM", {**TIED, "num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": 5},
-                 own_converter=True),
-    Architecture("mistral", "MistralForCausalLM", {"sliding_window": None, "head_dim": 128, "intermediate_size": 768}, own_converter=True),
-    Architecture("qwen2", "Qwen2ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, own_converter=True),
+    Architecture(
+        "smollm",
+        "LlamaForCausalLM",
+        {**TIED, "num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": 5},
+        own_converter=True,
+    ),
+    Architecture(
+        "mistral",
+        "MistralForCausalLM",
+        {"sliding_window": None, "head_dim": 128, "intermediate_size": 768},
+        own_converter=True,
+    ),
+    Architecture(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        own_converter=True,
+    ),
     Architecture("qwen3", "Qwen3ForCausalLM", {**TIED, "head_dim": 128, "num_hidden_layers": 2}, own_converter=True),
-    Architecture("gemma", "GemmaForCausalLM", {**TIED, "head_dim": 64}, f32_floor=GELU_TABLE, scaled_embeddings="graph"),
-    Architecture("gemma2", "Gemma2ForCausalLM", {**GEMMA, "sliding_window": 64, "num_hidden_layers": 4}, f32_floor=GELU_TABLE,
-                 exporter="transformers", scaled_embeddings="graph"),
-    Architecture("gemma3", "Gemma3ForCausalLM", {**GEMMA, "sliding_window": 32, "num_hidden_layers": 6}, f32_floor=GELU_TABLE,
-                 exporter="transformers", scaled_embeddings="tokens"),
-    Architecture("phi3", "Phi3ForCausalLM", {"num_key_value_heads": 4, "original_max_position_embeddings": CONTEXT_LENGTH}),
+    Architecture(
+        "gemma", "GemmaForCausalLM", {**TIED, "head_dim": 64}, f32_floor=GELU_TABLE, scaled_embeddings="graph"
+    ),
+    Architecture(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        {**GEMMA, "sliding_window": 64, "num_hidden_layers": 4},
+        f32_floor=GELU_TABLE,
+        exporter="transformers",
+        scaled_embeddings="graph",
+    ),
+    Architecture(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        {**GEMMA, "sliding_window": 32, "num_hidden_layers": 6},
+        f32_floor=GELU_TABLE,
+        exporter="transformers",
+        scaled_embeddings="tokens",
+    ),
+    Architecture(
+        "phi3", "Phi3ForCausalLM", {"num_key_value_heads": 4, "original_max_position_embeddings": CONTEXT_LENGTH}
+    ),
     Architecture("smollm3", "SmolLM3ForCausalLM", {**TIED, "num_hidden_layers": 4}),
     Architecture(
-        "granite", "GraniteForCausalLM",
-        {**TIED, "embedding_multiplier": 3.0, "logits_scaling": 1.5, "residual_multiplier": 0.7, "attention_multiplier": 0.2},
+        "granite",
+        "GraniteForCausalLM",
+        {
+            **TIED,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 1.5,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.2,
+        },
     ),
     Architecture("stablelm", "StableLmForCausalLM", {"num_key_value_heads": 4, "use_qkv_bias": True}),
     Architecture("cohere", "CohereForCausalLM", {**TIED, "logit_scale": 1.0}),
     Architecture("olmo2", "Olmo2ForCausalLM", {"num_hidden_layers": 2}),
     Architecture(
-        "lfm2", "Lfm2ForCausalLM",
-        {**TIED, "num_hidden_layers": 4, "layer_types": ["full_attention", "conv", "full_attention", "full_attention"], "block_auto_adjust_ff_dim": False},
+        "lfm2",
+        "Lfm2ForCausalLM",
+        {
+            **TIED,
+            "num_hidden_layers": 4,
+            "layer_types": ["full_attention", "conv", "full_attention", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+        },
         stored_route=False,
     ),
     Architecture(
-        "qwen3_5", "Qwen3_5ForCausalLM",
-        {"layer_types": ["full_attention", "linear_attention", "full_attention"], "head_dim": 64,
-         "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        "qwen3_5",
+        "Qwen3_5ForCausalLM",
+        {
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "head_dim": 64,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
         stored_route=False,
     ),
-)  # fmt: skip
+)
 
 
 def architecture(name: str) -> Architecture:
@@ -171,14 +235,19 @@ def convert(wanted: Architecture, folder: Path, target: Path, type_name: str, ll
         return
     script = llama_cpp_source / "convert_hf_to_gguf.py"
     if not script.is_file():
-        raise InputError(f"no llama.cpp source in {llama_cpp_source}", hint="run `make stock` once, or name it with --llama-cpp")
+        raise InputError(
+            f"no llama.cpp source in {llama_cpp_source}", hint="run `make stock` once, or name it with --llama-cpp"
+        )
     arguments = [str(folder), "--outfile", str(target), "--outtype", type_name.lower(), "--model-name", "tiny"]
     if wanted.name == "qwen3_5":
         arguments.append("--no-mtp")  # the tiny model has no layer for multi-token prediction
     done = subprocess.run(
         [sys.executable, "-c", FOREIGN_CONVERTER, str(script), *arguments],
-        capture_output=True, text=True, errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     if done.returncode != 0 or not target.is_file():
         raise InputError(f"llama.cpp's converter failed on {wanted.name}: {' | '.join(done.stderr.splitlines()[-3:])}")
 

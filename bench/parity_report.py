@@ -131,7 +131,15 @@ def _by_architecture(rows: Sequence[Row]) -> str:
         return cells
 
     pairs = [f"{quantization} {route}: KL (ratio)" for quantization in GGUF_TYPES[2:] for route in ROUTES]
-    head = ["architecture", "F32 b: max \\|Δ\\|", "F32 c: max \\|Δ\\|", "F16 b: KL (rounded)", "F16 c: KL (rounded)", *pairs, "no patch"]
+    head = [
+        "architecture",
+        "F32 b: max \\|Δ\\|",
+        "F32 c: max \\|Δ\\|",
+        "F16 b: KL (rounded)",
+        "F16 c: KL (rounded)",
+        *pairs,
+        "no patch",
+    ]
     return _table(head, map(line, _names(rows)))
 
 
@@ -141,13 +149,20 @@ def _by_setting(rows: Sequence[Row]) -> str:
         for kv_type in KV_TYPES:
             for flash_attention in (False, True):
                 for route in ROUTES:
-                    setting = {"quantization": quantization, "kv_type": kv_type, "flash_attention": flash_attention, "route": route}
+                    setting = {
+                        "quantization": quantization,
+                        "kv_type": kv_type,
+                        "flash_attention": flash_attention,
+                        "route": route,
+                    }
                     found = _pick(rows, runtime="llamacpp", **setting)
                     if found:
                         canary = _worst(found, lambda r: r["canary"], lambda v: f"{v:.3f}")
                         name = [quantization, kv_type, "on" if flash_attention else "off", route]
                         lines.append([*name, *_metrics(found), f"{canary} of {tolerance(quantization, kv_type):.2f}"])
-    return _table(["weights", "cache", "flash attention", "route", "max \\|Δ\\|", "KL", "top-1", "ratio", "canary"], lines)
+    return _table(
+        ["weights", "cache", "flash attention", "route", "max \\|Δ\\|", "KL", "top-1", "ratio", "canary"], lines
+    )
 
 
 def _onnx(rows: Sequence[Row]) -> str:
@@ -176,7 +191,14 @@ def _refusals(rows: Sequence[Row]) -> str:
     lines = []
     for (runtime, reason), refused in reasons.items():
         names = _names(refused)
-        lines.append([runtime, str(len(refused)), "all" if len(names) == len(_names(rows)) else ", ".join(names), reason.replace("|", "\\|")])
+        lines.append(
+            [
+                runtime,
+                str(len(refused)),
+                "all" if len(names) == len(_names(rows)) else ", ".join(names),
+                reason.replace("|", "\\|"),
+            ]
+        )
     return _table(["runtime", "rows", "architectures", "the library's reason"], lines)
 
 
@@ -190,8 +212,19 @@ def _controls(rows: Sequence[Row]) -> str:
                 by = [str(sum(row["caught_by"] == name for row in found)) for name in ("calibration", "canary", None)]
                 deviations = [row for row in found if row.get("canary") is not None]
                 allowed = f"{tolerance(quantization, found[0]['kv_type']):.2f}"
-                lines.append([control, quantization, *by, _worst(deviations, lambda r: r["canary"], lambda v: f"{v:.2f}", best=True), allowed])
-    return _table(["wrong on purpose", "weights", "by calibration", "by the canary", "not caught", "least deviation", "allowed"], lines)
+                lines.append(
+                    [
+                        control,
+                        quantization,
+                        *by,
+                        _worst(deviations, lambda r: r["canary"], lambda v: f"{v:.2f}", best=True),
+                        allowed,
+                    ]
+                )
+    return _table(
+        ["wrong on purpose", "weights", "by calibration", "by the canary", "not caught", "least deviation", "allowed"],
+        lines,
+    )
 
 
 def render(results: dict[str, Any]) -> str:
@@ -201,17 +234,26 @@ def render(results: dict[str, Any]) -> str:
         results: ``meta``, judged ``rows`` and ``controls``, as in parity.json.
     """
     meta, rows = results["meta"], results["rows"]
-    counts = {name: sum(row["passed"] is value for row in rows) for name, value in (("passed", True), ("failed", False), ("refused", None))}
+    counts = {
+        name: sum(row["passed"] is value for row in rows)
+        for name, value in (("passed", True), ("failed", False), ("refused", None))
+    }
     text = dict(meta, architectures=len(_names(rows)), measured=len(_pick(rows)), **counts)
     text["versions"] = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     sections = [INTRODUCTION.format(**text), FLOORS]
     missed = [f"- {parity_floors.complaint(row)}\n" for row in rows if row["passed"] is False]
-    missed += [f"- {parity_floors.control_complaint(row)}\n" for row in results["controls"] if row["required"] and not row["caught_by"]]
+    missed += [
+        f"- {parity_floors.control_complaint(row)}\n"
+        for row in results["controls"]
+        if row["required"] and not row["caught_by"]
+    ]
     if missed:
         sections.append("## Missed\n\n" + "".join(missed))
-    sections.append("## llama.cpp, by architecture\n\nF16 takes the worse of flash attention on and off, with an f16 cache; in "
-                    "brackets against Transformers with the same weights rounded to float16. Quantized rows have an f16 cache and flash "
-                    "attention.\n\n" + _by_architecture(rows))  # fmt: skip
+    sections.append(
+        "## llama.cpp, by architecture\n\nF16 takes the worse of flash attention on and off, with an f16 cache; in "
+        "brackets against Transformers with the same weights rounded to float16. Quantized rows have an f16 cache and flash "
+        "attention.\n\n" + _by_architecture(rows)
+    )
     sections.append("## llama.cpp, by setting\n\nThe worst of all architectures.\n\n" + _by_setting(rows))
     sections.append("## ONNX Runtime, stored seed\n\n" + _onnx(rows))
     sections.append(CONTROLS + _controls(results["controls"]))

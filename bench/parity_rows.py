@@ -89,7 +89,9 @@ def make_oracle(wanted: Architecture, folder: Path) -> Oracle:
         seed = hf.compute_kv_seed(model, soft_prompt)
     except InputError as error:
         no_seed = str(error)
-    patch = Patch("parity", "1.0.0", hf.read_spec(folder), soft_prompt, seed, canary=hf.compute_canary(model, soft_prompt))
+    patch = Patch(
+        "parity", "1.0.0", hf.read_spec(folder), soft_prompt, seed, canary=hf.compute_canary(model, soft_prompt)
+    )
     patched, bare = logits(True), logits(False)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -144,7 +146,9 @@ def _reason(error: EdgepatchError) -> str:
     return " ".join(Path(word).name if "/" in word else word for word in words)
 
 
-def measure(wanted: Architecture, folder: Path, oracle: Oracle, llama_cpp_source: Path, tell: Callable[[str], None]) -> list[Row]:
+def measure(
+    wanted: Architecture, folder: Path, oracle: Oracle, llama_cpp_source: Path, tell: Callable[[str], None]
+) -> list[Row]:
     """All rows of an architecture; what the library refuses gives rows with its reason.
 
     Args:
@@ -208,7 +212,11 @@ def _onnx_rows(wanted: Architecture, folder: Path, oracle: Oracle) -> Iterator[R
     exporter = ""
     for precision in ONNX_PRECISIONS:
         row: Row = {"architecture": wanted.name, "runtime": "onnx", "quantization": precision}
-        row |= {"kv_type": "f16" if precision == "fp16" else "f32", "flash_attention": None, "route": "b"} | dict.fromkeys(METRICS)
+        row |= {
+            "kv_type": "f16" if precision == "fp16" else "f32",
+            "flash_attention": None,
+            "route": "b",
+        } | dict.fromkeys(METRICS)
         try:
             if oracle.no_seed:
                 raise InputError(oracle.no_seed)

@@ -420,8 +420,16 @@ def render_html(document: Document) -> str:
 
 
 TABLE_COLUMNS = (
-    "EMT\nbare", "\npatch", "gain\nkept", "ppl\nbare", "\npatch", "TTFT\nms", "TTFT\np/b", "tok/s\npatch", "tok/s\np/b",
-)  # fmt: skip
+    "EMT\nbare",
+    "\npatch",
+    "gain\nkept",
+    "ppl\nbare",
+    "\npatch",
+    "TTFT\nms",
+    "TTFT\np/b",
+    "tok/s\npatch",
+    "tok/s\np/b",
+)
 
 
 def print_table(document: Document, console: Console) -> None:

@@ -75,11 +75,15 @@ def read_results(folder: Path) -> dict[str, Document]:
     """
     if not folder.is_dir():
         raise InputError(f"results: expected a folder, found no such one: {folder}", hint="name it with --results")
-    names = dict.fromkeys([*(file.name for file in RESULT_FILES), *sorted(path.name for path in folder.glob(MORE_LATENCY))])
+    names = dict.fromkeys(
+        [*(file.name for file in RESULT_FILES), *sorted(path.name for path in folder.glob(MORE_LATENCY))]
+    )
     found = {name: read_result(folder / name) for name in names}
     return {name: document for name, document in found.items() if document is not None}
 
 
 def latency_runs(results: Mapping[str, Document]) -> dict[str, Document]:
     """Name -> document of every run of the latency bench."""
-    return {name: document for name, document in results.items() if name == "latency.json" or name.startswith("latency-")}
+    return {
+        name: document for name, document in results.items() if name == "latency.json" or name.startswith("latency-")
+    }

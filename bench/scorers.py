@@ -98,10 +98,7 @@ class FeatureCounter:
         if spec.char_max:
             ids = [zlib.crc32(g.encode(), 1) & mask for g in char_ngrams(chunk, spec.char_min, spec.char_max)]
         words = [zlib.crc32(w.encode(), 2) for w in _WORD.findall(chunk)] if spec.word_max else []
-        features = (
-            np.array(ids + [w & mask for w in words], dtype=np.int64),
-            np.array(words, dtype=np.int64),
-        )
+        features = (np.array(ids + [w & mask for w in words], dtype=np.int64), np.array(words, dtype=np.int64))
         if len(chunk) <= MAX_CACHED_LENGTH:
             if len(self._known) >= MAX_CACHED_CHUNKS:
                 self._known.clear()

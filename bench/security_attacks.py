@@ -48,7 +48,9 @@ class Device:
         self.folder, self.time = folder, NOW
         self.store = Store(folder / "store", clock=lambda: self.time)
         keys = [Key(raw_public_key(key), owner) for key, owner in ((VENDOR, "vendor"), (SITE, "site"))]
-        root = new_root(keys, keys[:1], created=NOW - timedelta(days=1), lifetime=timedelta(days=900), patch_threshold=2)
+        root = new_root(
+            keys, keys[:1], created=NOW - timedelta(days=1), lifetime=timedelta(days=900), patch_threshold=2
+        )
         self.store.set_root([root.signed_by(VENDOR)])
         self.store.apply(self.file(patch_bytes(genuine(ACTIVE, expires="2030-02-01T00:00:00Z"))))
 
@@ -79,7 +81,11 @@ def _arbitrary(device: Device) -> bool:
         data[bit // 8] ^= 1 << bit % 8
         flipped.append(device.refuses(bytes(data)))
         data[bit // 8] ^= 1 << bit % 8
-    return all(flipped) and device.refuses(patch_bytes(genuine(6, THIEF))) and device.refuses(patch_bytes(replace(genuine(6), signatures=())))
+    return (
+        all(flipped)
+        and device.refuses(patch_bytes(genuine(6, THIEF)))
+        and device.refuses(patch_bytes(replace(genuine(6), signatures=())))
+    )
 
 
 def _endless(device: Device) -> bool:
@@ -141,7 +147,9 @@ def _wrong_software(device: Device) -> bool:
     try:
         device.store.apply(device.file(patch_bytes(genuine(6, base=other))))
     except EdgepatchError as error:
-        return error.exit_code == 4 and "rope_theta" in str(error) and "weight_fingerprint" in str(error) and device.runs()
+        return (
+            error.exit_code == 4 and "rope_theta" in str(error) and "weight_fingerprint" in str(error) and device.runs()
+        )
     return False
 
 

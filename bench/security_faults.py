@@ -15,7 +15,21 @@ from typing import Any
 
 from edgepatch.store import files
 
-STEPS = ("open", "read", "write", "fsync", "replace", "unlink", "mkdir", "makedirs", "ftruncate", "lseek", "fstat", "lstat", "close")
+STEPS = (
+    "open",
+    "read",
+    "write",
+    "fsync",
+    "replace",
+    "unlink",
+    "mkdir",
+    "makedirs",
+    "ftruncate",
+    "lseek",
+    "fstat",
+    "lstat",
+    "close",
+)
 
 
 class Killed(BaseException):

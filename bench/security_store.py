@@ -53,8 +53,12 @@ def make_files(folder: Path) -> None:
         write_patch(patch, folder / f"{sequence}.safetensors")
         write_patch(signed(patch, sign(patch.manifest, PAYLOAD_TYPE, ADDED)), folder / f"{sequence}-again.safetensors")
     created = datetime.now(timezone.utc) - timedelta(days=1)
-    root = new_root([_key(KEY, "vendor")], [_key(KEY, "vendor")], created=created, lifetime=timedelta(days=365)).signed_by(KEY)
-    newer = next_root(root, created=created, lifetime=timedelta(days=400), patch_keys=[_key(ADDED, "site")], patch_threshold=1).signed_by(KEY)
+    root = new_root(
+        [_key(KEY, "vendor")], [_key(KEY, "vendor")], created=created, lifetime=timedelta(days=365)
+    ).signed_by(KEY)
+    newer = next_root(
+        root, created=created, lifetime=timedelta(days=400), patch_keys=[_key(ADDED, "site")], patch_threshold=1
+    ).signed_by(KEY)
     (folder / "root.json").write_bytes(root.to_bytes())
     (folder / "root-2.json").write_bytes(newer.to_bytes())
 
@@ -95,10 +99,20 @@ def outcome(store: Store) -> tuple[Any, ...]:
         EdgepatchError: the store or its history cannot be trusted.
     """
     state, trust = store.read()
-    loaded = sorted(patch.digest for patch in [store.active(ModelSpec.from_dict(r.spec)) for r in state.bases.values()] if patch)
+    loaded = sorted(
+        patch.digest for patch in [store.active(ModelSpec.from_dict(r.spec)) for r in state.bases.values()] if patch
+    )
     told = [(entry["action"], entry.get("patch")) for entry in store.history()]
     errors = [finding.message for finding in audit.verify(store) if finding.level == "error"]
-    return loaded, sorted(state.bases.items()), trust.root, json.dumps(trust.to_bytes().decode().split('"seen"')[1]), sorted(state.patches), told, errors
+    return (
+        loaded,
+        sorted(state.bases.items()),
+        trust.root,
+        json.dumps(trust.to_bytes().decode().split('"seen"')[1]),
+        sorted(state.patches),
+        told,
+        errors,
+    )
 
 
 class Case:
@@ -234,7 +248,9 @@ def real_kills(folder: Path, count: int = KILLS, seed: int = 1) -> tuple[int, li
     prepare(store, source, 2)
     lines = 0
     for number in range(count):
-        with subprocess.Popen([sys.executable, "-c", LOOP, str(store.folder), str(source)], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", LOOP, str(store.folder), str(source)], stdout=subprocess.PIPE
+        ) as process:
             assert process.stdout is not None
             process.stdout.readline()
             try:
@@ -262,24 +278,40 @@ def figures(kills: int = KILLS, verbs: Iterable[str] = VERBS) -> list[dict[str, 
         attacks = security_attacks.attempted(folder / "attacks")
     missed = [attack for attack, held in attacks.items() if not held]
     return [
-        _figure("F4", f"end of the process at every step of the store, and {by_signal} times kill -9: state is old or new",
-                killed + by_signal, torn + broken),
+        _figure(
+            "F4",
+            f"end of the process at every step of the store, and {by_signal} times kill -9: state is old or new",
+            killed + by_signal,
+            torn + broken,
+        ),
         _figure("F5", "ENOSPC, EIO, EROFS at every step: the old patch stays active", refused, changed),
         {
-            "id": "F6", "name": "attacks on an update refused", "value": f"{len(attacks) - len(missed)} of {len(attacks)} rows",
-            "target": "100 %", "passed": not missed, "failures": missed,
+            "id": "F6",
+            "name": "attacks on an update refused",
+            "value": f"{len(attacks) - len(missed)} of {len(attacks)} rows",
+            "target": "100 %",
+            "passed": not missed,
+            "failures": missed,
         },
-    ]  # fmt: skip
+    ]
 
 
 def _figure(number: str, name: str, points: int, wrong: list[str]) -> dict[str, Any]:
     share = 100 * (points - len(wrong)) / points
     return {
-        "id": number, "name": name, "value": f"{share:.4g} % of {points} injection points", "target": "100 %", "passed": not wrong,
+        "id": number,
+        "name": name,
+        "value": f"{share:.4g} % of {points} injection points",
+        "target": "100 %",
+        "passed": not wrong,
         "failures": wrong[:10],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":
     for figure in figures():
-        print(f"{figure['id']}  {figure['name']}: {figure['value']} (target {figure['target']})", *figure["failures"], sep="\n    ")
+        print(
+            f"{figure['id']}  {figure['name']}: {figure['value']} (target {figure['target']})",
+            *figure["failures"],
+            sep="\n    ",
+        )

@@ -57,15 +57,24 @@ class Shape:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name in GGUF -> shape in numpy's order."""
         width, heads, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        found: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.vocab_size, width), "output_norm.weight": (width,)}
+        found: dict[str, tuple[int, ...]] = {
+            "token_embd.weight": (self.vocab_size, width),
+            "output_norm.weight": (width,),
+        }
         if not self.is_tied:
             found["output.weight"] = (self.vocab_size, width)
         for i in range(self.num_layers):
             layer = {
-                "attn_norm": (width,), "attn_q": (heads, width), "attn_k": (kv, width), "attn_v": (kv, width),
-                "attn_output": (width, heads), "ffn_norm": (width,), "ffn_gate": (self.feed_forward, width),
-                "ffn_up": (self.feed_forward, width), "ffn_down": (width, self.feed_forward),
-            }  # fmt: skip
+                "attn_norm": (width,),
+                "attn_q": (heads, width),
+                "attn_k": (kv, width),
+                "attn_v": (kv, width),
+                "attn_output": (width, heads),
+                "ffn_norm": (width,),
+                "ffn_gate": (self.feed_forward, width),
+                "ffn_up": (self.feed_forward, width),
+                "ffn_down": (width, self.feed_forward),
+            }
             found |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
         return found
 
@@ -80,13 +89,25 @@ class Shape:
 
     def vocabulary(self) -> list[str]:
         """V tokens: the letters of a byte-level BPE, words, BOS, EOS, and the product of the one merge."""
-        letters = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 256)), *(chr(256 + n) for n in range(68))]
+        letters = [
+            *map(chr, range(33, 127)),
+            *map(chr, range(161, 173)),
+            *map(chr, range(174, 256)),
+            *(chr(256 + n) for n in range(68)),
+        ]
         words = [f"w{n}" for n in range(self.vocab_size - len(letters) - 3)]
         return letters + words + [*SPECIAL, "".join(MERGE)]
 
     def spec(self, rng_seed: int = 0) -> ModelSpec:
         """What model this is, in every form."""
-        sizes = self.hidden_size, self.num_layers, self.num_key_value_heads, self.head_dim, self.vocab_size, self.rope_theta
+        sizes = (
+            self.hidden_size,
+            self.num_layers,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.vocab_size,
+            self.rope_theta,
+        )
         return ModelSpec("llama", *sizes, tokenizer_digest(self.vocabulary()), weight_fingerprint(self.norms(rng_seed)))
 
 
@@ -127,7 +148,9 @@ def write_gguf(path: Path, shape: Shape, kind: str = "Q4_0", rng_seed: int = 0) 
     import gguf
 
     if kind not in FILE_TYPES:
-        raise InputError(f"type: expected one of {', '.join(FILE_TYPES)}, found {kind}", hint="quantize an F16 file for other types")
+        raise InputError(
+            f"type: expected one of {', '.join(FILE_TYPES)}, found {kind}", hint="quantize an F16 file for other types"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     writer = gguf.GGUFWriter(unfinished, "llama")

@@ -78,7 +78,13 @@ class _Graph:
         head = self._matrix("lm_head.MatMul", shape.vocab_size, shape.hidden_size, bits)
         hidden = hidden or self._shared_embeddings(head)
         hidden = self._layers(hidden)
-        self._node("MatMulNBits", [hidden, *head], ["logits"], DOMAIN, **self._matmul(shape.vocab_size, shape.hidden_size, bits))
+        self._node(
+            "MatMulNBits",
+            [hidden, *head],
+            ["logits"],
+            DOMAIN,
+            **self._matmul(shape.vocab_size, shape.hidden_size, bits),
+        )
         graph = helper.make_graph(self._nodes, "main_graph", self._inputs(), self._outputs(), self._weights)
         opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
@@ -111,7 +117,9 @@ class _Graph:
         def parts() -> Iterator[NDArray[Any]]:
             for start in range(0, shape.vocab_size, rows):
                 count = min(rows, shape.vocab_size - start)
-                yield (deviation * self._rng.standard_normal((count, shape.hidden_size), dtype=np.float32)).astype(np.float32)
+                yield (deviation * self._rng.standard_normal((count, shape.hidden_size), dtype=np.float32)).astype(
+                    np.float32
+                )
 
         self._stream(name, (shape.vocab_size, shape.hidden_size), FLOAT, parts())
         self._node("Gather", [name, "input_ids"], ["embedded"])
@@ -132,7 +140,9 @@ class _Graph:
         self._node("SimplifiedLayerNormalization", [hidden, f"{normed}.weight"], [normed], **options)
         for layer in range(self._shape.num_layers):
             attended = self._attention(layer, normed)
-            normed, residual = self._add_norm(layer, "post_attention_layernorm", f"blk.{layer}.ffn_norm.weight", residual, attended)
+            normed, residual = self._add_norm(
+                layer, "post_attention_layernorm", f"blk.{layer}.ffn_norm.weight", residual, attended
+            )
             fed = self._feed_forward(layer, normed)
             is_last = layer == self._shape.num_layers - 1
             gguf_name = "output_norm.weight" if is_last else f"blk.{layer + 1}.attn_norm.weight"
@@ -144,22 +154,37 @@ class _Graph:
         name = f"{self._name(layer)}.{kind}"
         self._norm_weight(f"{name}.weight", gguf_name)
         outputs = [name] if kind.startswith("final") else [name, "", "", f"{name}.sum"]
-        self._node("SkipSimplifiedLayerNormalization", [residual, added, f"{name}.weight"], outputs, DOMAIN, epsilon=EPSILON)
+        self._node(
+            "SkipSimplifiedLayerNormalization", [residual, added, f"{name}.weight"], outputs, DOMAIN, epsilon=EPSILON
+        )
         return name, f"{name}.sum"
 
     def _attention(self, layer: int, hidden: str) -> str:
         shape, name = self._shape, f"{self._name(layer)}.attn"
         rows = (shape.num_heads + 2 * shape.num_key_value_heads) * shape.head_dim
-        packed = self._linear(f"{name}.qkv_proj.MatMul", hidden, rows, shape.hidden_size, self._bits(layer, is_sensitive=True))
+        packed = self._linear(
+            f"{name}.qkv_proj.MatMul", hidden, rows, shape.hidden_size, self._bits(layer, is_sensitive=True)
+        )
         past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
         present = [f"present.{layer}.{kind}" for kind in ("key", "value")]
         options = {
-            "num_heads": shape.num_heads, "kv_num_heads": shape.num_key_value_heads, "scale": shape.head_dim**-0.5,
-            "local_window_size": -1, "softcap": 0.0, "do_rotary": 1, "rotary_interleaved": 0,
-        }  # fmt: skip
+            "num_heads": shape.num_heads,
+            "kv_num_heads": shape.num_key_value_heads,
+            "scale": shape.head_dim**-0.5,
+            "local_window_size": -1,
+            "softcap": 0.0,
+            "do_rotary": 1,
+            "rotary_interleaved": 0,
+        }
         inputs = [packed, "", "", *past, "last", "total", "cos_cache", "sin_cache", "", "", ""]
         self._node("GroupQueryAttention", inputs, [f"{name}.out", *present], DOMAIN, **options)
-        return self._linear(f"{name}.o_proj.MatMul", f"{name}.out", shape.hidden_size, shape.num_heads * shape.head_dim, self._bits(layer))
+        return self._linear(
+            f"{name}.o_proj.MatMul",
+            f"{name}.out",
+            shape.hidden_size,
+            shape.num_heads * shape.head_dim,
+            self._bits(layer),
+        )
 
     def _feed_forward(self, layer: int, hidden: str) -> str:
         shape, name = self._shape, f"{self._name(layer)}.mlp"
@@ -188,8 +213,12 @@ class _Graph:
     def _matmul(rows: int, columns: int, bits: int) -> dict[str, int]:
         return {"K": columns, "N": rows, "accuracy_level": 4, "bits": bits, "block_size": BLOCK}
 
-    def _node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **options: Any) -> None:
-        self._nodes.append(self._helper.make_node(operator, inputs, outputs, f"/node{len(self._nodes)}", domain=domain, **options))
+    def _node(
+        self, operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **options: Any
+    ) -> None:
+        self._nodes.append(
+            self._helper.make_node(operator, inputs, outputs, f"/node{len(self._nodes)}", domain=domain, **options)
+        )
 
     @staticmethod
     def _name(layer: int) -> str:
@@ -243,18 +272,25 @@ class _Graph:
 
     def _inputs(self) -> list[Any]:
         make = self._helper.make_tensor_value_info
-        texts = [make("input_ids", INT64, ["batch_size", "sequence_length"]),
-                 make("attention_mask", INT64, ["batch_size", "total_sequence_length"])]  # fmt: skip
+        texts = [
+            make("input_ids", INT64, ["batch_size", "sequence_length"]),
+            make("attention_mask", INT64, ["batch_size", "total_sequence_length"]),
+        ]
         return texts + self._caches("past_key_values", "past_sequence_length")
 
     def _outputs(self) -> list[Any]:
         logits: list[Any] = ["batch_size", "sequence_length", self._shape.vocab_size]
-        return [self._helper.make_tensor_value_info("logits", FLOAT, logits), *self._caches("present", "total_sequence_length")]
+        return [
+            self._helper.make_tensor_value_info("logits", FLOAT, logits),
+            *self._caches("present", "total_sequence_length"),
+        ]
 
     def _caches(self, name: str, length: str) -> list[Any]:
         make: Callable[..., Any] = self._helper.make_tensor_value_info
         shape = ["batch_size", self._shape.num_key_value_heads, length, "kv_cache_dim"]
-        return [make(f"{name}.{i}.{kind}", FLOAT, shape) for i in range(self._shape.num_layers) for kind in ("key", "value")]
+        return [
+            make(f"{name}.{i}.{kind}", FLOAT, shape) for i in range(self._shape.num_layers) for kind in ("key", "value")
+        ]
 
 
 # The files beside the graph.
@@ -262,17 +298,37 @@ class _Graph:
 
 def _write_settings(folder: Path, shape: Shape) -> None:
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []}, "filename": "model.onnx",
-        "head_size": shape.head_dim, "hidden_size": shape.hidden_size,
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": shape.head_dim,
+        "hidden_size": shape.hidden_size,
         "inputs": {
-            "input_ids": "input_ids", "attention_mask": "attention_mask", "past_key_names": "past_key_values.%d.key",
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },
-        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
-        "num_attention_heads": shape.num_heads, "num_hidden_layers": shape.num_layers, "num_key_value_heads": shape.num_key_value_heads,
-    }  # fmt: skip
-    ids = {"bos_token_id": shape.vocab_size - 3, "eos_token_id": [shape.vocab_size - 2], "pad_token_id": shape.vocab_size - 2}
-    model = {**ids, "context_length": shape.context_length, "decoder": decoder, "type": "llama", "vocab_size": shape.vocab_size}
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": shape.num_heads,
+        "num_hidden_layers": shape.num_layers,
+        "num_key_value_heads": shape.num_key_value_heads,
+    }
+    ids = {
+        "bos_token_id": shape.vocab_size - 3,
+        "eos_token_id": [shape.vocab_size - 2],
+        "pad_token_id": shape.vocab_size - 2,
+    }
+    model = {
+        **ids,
+        "context_length": shape.context_length,
+        "decoder": decoder,
+        "type": "llama",
+        "vocab_size": shape.vocab_size,
+    }
     search = {"do_sample": False, "max_length": shape.context_length, "past_present_share_buffer": True, "num_beams": 1}
     (folder / "genai_config.json").write_text(json.dumps({"model": model, "search": search}, indent=1) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids["eos_token_id"]}) + "\n")
@@ -288,5 +344,10 @@ def _write_tokenizer(folder: Path, shape: Shape) -> None:
     begin = (SPECIAL[0], shape.vocab_size - 3)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {
+        "bos_token": SPECIAL[0],
+        "eos_token": SPECIAL[1],
+        "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")

@@ -34,7 +34,11 @@ def trust_root() -> Root:
     """Patches need the signatures of both."""
     keys = {name: Key(raw_public_key(private_key(name)), name) for name in (*SIGNERS, "officer")}
     root = new_root(
-        [keys[name] for name in SIGNERS], [keys["officer"]], created=NOW, lifetime=timedelta(days=365), patch_threshold=len(SIGNERS)
+        [keys[name] for name in SIGNERS],
+        [keys["officer"]],
+        created=NOW,
+        lifetime=timedelta(days=365),
+        patch_threshold=len(SIGNERS),
     )
     return root.signed_by(private_key("officer"))
 
@@ -47,7 +51,10 @@ def require_trusted(patch: Patch, root: Root) -> None:
 def _patch(name: str, num_virtual_tokens: int, spec: ModelSpec, canary: Canary | None) -> Patch:
     rng = np.random.default_rng(0)
     shape = (spec.num_key_value_heads, num_virtual_tokens, spec.head_dim)
-    keys, values = ([(rng.integers(-128, 128, shape) / 64).astype(np.float16) for _ in range(spec.num_hidden_layers)] for _ in range(2))
+    keys, values = (
+        [(rng.integers(-128, 128, shape) / 64).astype(np.float16) for _ in range(spec.num_hidden_layers)]
+        for _ in range(2)
+    )
     prompt = SoftPrompt((rng.integers(-128, 128, (num_virtual_tokens, spec.hidden_size)) / 64).astype(np.float32))
     return signed_by_all(Patch(name, "1.0.0", spec, prompt, KVSeed(tuple(keys), tuple(values)), canary=canary))
 

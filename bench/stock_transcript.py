@@ -44,7 +44,9 @@ def transcribe(binary: Path, patch_file: Path = LAB / "lab-detox-0.1.0.safetenso
     }
 
 
-def _compare(binary: Path, folder: Path, model: Path, patch: Any, flash_attention: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _compare(
+    binary: Path, folder: Path, model: Path, patch: Any, flash_attention: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from edgepatch.converters.llama_server import SEED_FILE, ServerSettings
     from edgepatch.runtimes.llamacpp import LlamaCppRuntime
     from edgepatch.stock.export import ExportOptions, export
@@ -67,9 +69,14 @@ def _compare(binary: Path, folder: Path, model: Path, patch: Any, flash_attentio
         chat = _converse(_restored(server, SEED_FILE, len(labels)), runtime)
         build = server.get("/props").value("build_info")
     row = {
-        "prompts": len(equal), "tokens": sum(n for _, n, _ in equal), "tokens_equal": sum(n for n, _, _ in equal),
-        "tokens_equal_without_patch": sum(n for _, _, n in equal), "turns": len(chat), "turns_equal": sum(turn["stock"] == turn["edgepatch"] for turn in chat), "build": build,
-    }  # fmt: skip
+        "prompts": len(equal),
+        "tokens": sum(n for _, n, _ in equal),
+        "tokens_equal": sum(n for n, _, _ in equal),
+        "tokens_equal_without_patch": sum(n for _, _, n in equal),
+        "turns": len(chat),
+        "turns_equal": sum(turn["stock"] == turn["edgepatch"] for turn in chat),
+        "build": build,
+    }
     return row, chat
 
 
@@ -119,20 +126,32 @@ def document(result: dict[str, Any]) -> str:
     lines = [
         "# An unmodified llama-server beside edgepatch",
         "",
-        (f"Made by `make stock`: llama-server {result['server']['build']} (the sources of llama-cpp-python "
-        f"{result['server']['llama_cpp_python']}) restores the slot file of `edgepatch export`, and continues {NUM_PROMPTS} prompts "
-        f"greedily by up to {NUM_TOKENS} tokens; so does edgepatch with the same GGUF file of the lab model and {result['patch']['name']} "
-        f"{result['patch']['version']}. *Bare* counts the tokens that the model would have given without the patch as well."),
+        (
+            f"Made by `make stock`: llama-server {result['server']['build']} (the sources of llama-cpp-python "
+            f"{result['server']['llama_cpp_python']}) restores the slot file of `edgepatch export`, and continues {NUM_PROMPTS} prompts "
+            f"greedily by up to {NUM_TOKENS} tokens; so does edgepatch with the same GGUF file of the lab model and {result['patch']['name']} "
+            f"{result['patch']['version']}. *Bare* counts the tokens that the model would have given without the patch as well."
+        ),
         "",
         "| weights | KV | flash attention | tokens | equal | bare | chat turns | equal |",
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        figures = [row["tokens"], row["tokens_equal"], row["tokens_equal_without_patch"], row["turns"], row["turns_equal"]]
+        figures = [
+            row["tokens"],
+            row["tokens_equal"],
+            row["tokens_equal_without_patch"],
+            row["turns"],
+            row["turns_equal"],
+        ]
         attention = "on" if row["flash_attention"] else "off"
         lines.append(f"| {row['weights']} | {row['kv_type']} | {attention} | " + " | ".join(map(str, figures)) + " |")
     lines += ["", f"One conversation, restored once, {result['rows'][0]['weights']}:", "", "```"]
     for turn in result["conversation"]:
-        lines += [f"user:      {turn['user']}", f"stock:     {turn['stock']}", f"edgepatch: {turn['edgepatch']}",
-                  f"           ({turn['cached_tokens']} positions from the server's cache)"]  # fmt: skip
+        lines += [
+            f"user:      {turn['user']}",
+            f"stock:     {turn['stock']}",
+            f"edgepatch: {turn['edgepatch']}",
+            f"           ({turn['cached_tokens']} positions from the server's cache)",
+        ]
     return "\n".join([*lines, "```", ""])

@@ -53,17 +53,29 @@ def measure(shape: str, kind: str, num_threads: int, repeats: int, folder: Path)
         runtime.swap(first)
         token = canary.canary_prompts(runtime.spec.vocab_size)[0]
         return {
-            "command": "make swap", "shape": shape, "type": kind, "num_threads": num_threads, "seed_route": runtime.seed_route,
-            "num_virtual_tokens": NUM_VIRTUAL_TOKENS, "state_bytes": len(runtime.seed_state()),
-            "platform": platform.platform(), "load_average": os.getloadavg()[0],
+            "command": "make swap",
+            "shape": shape,
+            "type": kind,
+            "num_threads": num_threads,
+            "seed_route": runtime.seed_route,
+            "num_virtual_tokens": NUM_VIRTUAL_TOKENS,
+            "state_bytes": len(runtime.seed_state()),
+            "platform": platform.platform(),
+            "load_average": os.getloadavg()[0],
             "rows": {
-                "swap to another patch": _row(_times(lambda: runtime.swap(second), lambda: runtime.swap(first), repeats)),
-                "swap to a patch that this device has used before": _row(_fresh(runtime, first, repeats, confirmed=True)),
+                "swap to another patch": _row(
+                    _times(lambda: runtime.swap(second), lambda: runtime.swap(first), repeats)
+                ),
+                "swap to a patch that this device has used before": _row(
+                    _fresh(runtime, first, repeats, confirmed=True)
+                ),
                 "swap to a patch that is new to this device": _row(_fresh(runtime, first, repeats, confirmed=False)),
                 "unpatch": _row(_times(lambda: runtime.swap(None), lambda: runtime.swap(first), repeats)),
-                "one token decoded (the canary's share)": _row(_times(lambda: runtime.logits_of_last(token), runtime.reset, repeats)),
+                "one token decoded (the canary's share)": _row(
+                    _times(lambda: runtime.logits_of_last(token), runtime.reset, repeats)
+                ),
             },
-        }  # fmt: skip
+        }
 
 
 def _fresh(runtime: LlamaCppRuntime, patch: Patch, repeats: int, confirmed: bool) -> list[float]:

@@ -36,7 +36,10 @@ def write_training_page(history: History, record: Mapping[str, Any], name: str, 
     charts = "".join(curve_chart(curve, TITLES[key]) for key, curve in asdict(history).items())
     title = escape(f"Training of {name}")
     body = section("Curves", charts) + section("Settings", facts(dict(record)))
-    write_atomically(path, (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
-        f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
-    ).encode())  # fmt: skip
+    write_atomically(
+        path,
+        (
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
+            f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
+        ).encode(),
+    )

@@ -37,9 +37,18 @@ def write_random_model(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=16384, hidden_size=512, intermediate_size=1856, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8,
-        max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=16384,
+        hidden_size=512,
+        intermediate_size=1856,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(LAB).save_pretrained(folder)
 
@@ -75,7 +84,17 @@ def work(contestant: str, model: Path, stage: Stage, steps: int, plan_file: Path
 
 def measure(task: str, model: Path, stage: Stage, steps: int, threads: int, plan_file: Path) -> dict[str, Any]:
     """One measurement, or the plan of several, in a process of its own."""
-    command = [sys.executable, "-m", "edgepatch.bench.trl_comparison", "--work", task, str(model), stage, str(steps), str(plan_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "edgepatch.bench.trl_comparison",
+        "--work",
+        task,
+        str(model),
+        stage,
+        str(steps),
+        str(plan_file),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -89,21 +108,35 @@ def compare(name: str, model: Path, stage: Stage, repeats: int, threads: int) ->
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as folder:
         plan_file = Path(folder) / "plan.json"
-        plan_file.write_text(json.dumps(measure("plan", model, stage, STEPS[name], threads, plan_file)), encoding="utf-8")
+        plan_file.write_text(
+            json.dumps(measure("plan", model, stage, STEPS[name], threads, plan_file)), encoding="utf-8"
+        )
         for _ in range(repeats):
             for contestant, found in runs.items():
                 found.append(measure(contestant, model, stage, STEPS[name], threads, plan_file))
     pairs = list(zip(runs["ours"], runs["trl"], strict=True))
     return {
-        "model": name, "stage": stage, "steps": STEPS[name], "repeats": repeats, "goal": GOALS[name],
+        "model": name,
+        "stage": stage,
+        "steps": STEPS[name],
+        "repeats": repeats,
+        "goal": GOALS[name],
         "speed_ratio": _spread([t["seconds_per_step"] / o["seconds_per_step"] for o, t in pairs]),
         "cpu_ratio": _spread([t["cpu_seconds_per_step"] / o["cpu_seconds_per_step"] for o, t in pairs]),
         "memory_ratio": _spread([t["peak_mib"] / o["peak_mib"] for o, t in pairs]),
-        **{f"{c}_steps_per_second": _spread([1 / run["seconds_per_step"] for run in found]) for c, found in runs.items()},
-        **{f"{c}_cpu_seconds_per_step": _spread([run["cpu_seconds_per_step"] for run in found]) for c, found in runs.items()},
+        **{
+            f"{c}_steps_per_second": _spread([1 / run["seconds_per_step"] for run in found])
+            for c, found in runs.items()
+        },
+        **{
+            f"{c}_cpu_seconds_per_step": _spread([run["cpu_seconds_per_step"] for run in found])
+            for c, found in runs.items()
+        },
         **{f"{c}_peak_mib": _spread([run["peak_mib"] for run in found]) for c, found in runs.items()},
-        "largest_loss_difference": max(abs(a - b) for o, t in pairs for a, b in zip(o["losses"], t["losses"], strict=True)),
-    }  # fmt: skip
+        "largest_loss_difference": max(
+            abs(a - b) for o, t in pairs for a, b in zip(o["losses"], t["losses"], strict=True)
+        ),
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -122,11 +155,13 @@ def render(document: dict[str, Any]) -> str:
         f"{document['cpu']}. Median (least to most) over interleaved repeats; ratios are of one repeat each, above 1 is in our favour."
     )
     lines = [
-        "# Training speed against PEFT + TRL", "",
-        introduction, "",
+        "# Training speed against PEFT + TRL",
+        "",
+        introduction,
+        "",
         "| model | stage | ours, steps/s | TRL, steps/s | speed | CPU time | peak memory, ours / TRL | goal | losses differ by |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]  # fmt: skip
+    ]
     for row in document["rows"]:
         met = "met" if row["speed_ratio"]["median"] >= row["goal"] else "missed"
         lines.append(
@@ -135,8 +170,13 @@ def render(document: dict[str, Any]) -> str:
             f"{row['trl_peak_mib']['median']:.0f} MiB | >= {row['goal']} {met} | {row['largest_loss_difference']:.1e} |"
         )
     versions = ", ".join(f"{name} {version}" for name, version in document["software"].items())
-    lines += ["", "Peak memory is the process's largest resident size, with libraries, model, and the preparation of data and reference.", "",
-              f"{versions}. Made by `make trl`.", ""]  # fmt: skip
+    lines += [
+        "",
+        "Peak memory is the process's largest resident size, with libraries, model, and the preparation of data and reference.",
+        "",
+        f"{versions}. Made by `make trl`.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -150,9 +190,13 @@ def run(out: Path, repeats: int, threads: int, names: list[str]) -> dict[str, An
     import trl
 
     document: dict[str, Any] = {
-        "num_virtual_tokens": NUM_VIRTUAL_TOKENS, "batch_size": BATCH_SIZE, "threads": threads,
-        "cpu": platform.processor() or platform.machine(), "software": {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)}, "rows": [],
-    }  # fmt: skip
+        "num_virtual_tokens": NUM_VIRTUAL_TOKENS,
+        "batch_size": BATCH_SIZE,
+        "threads": threads,
+        "cpu": platform.processor() or platform.machine(),
+        "software": {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)},
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             model = LAB if name == "lab" else Path(folder)
@@ -172,7 +216,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="+", choices=list(STEPS), default=list(STEPS))
-    parser.add_argument("--work", nargs=5, metavar=("TASK", "MODEL", "STAGE", "STEPS", "PLAN"), help="one task; its JSON on stdout")
+    parser.add_argument(
+        "--work", nargs=5, metavar=("TASK", "MODEL", "STAGE", "STEPS", "PLAN"), help="one task; its JSON on stdout"
+    )
     given = parser.parse_args()
     if given.work:
         task, model, stage, steps, plan_file = given.work

@@ -62,19 +62,30 @@ def make_pairs(model: Path, count: int) -> list[Pair]:
     return [Pair(prompt, answer(i), answer(i + 7), 0.0, 1.0) for i, prompt in enumerate(prompts)]
 
 
-def config_of(stage: Stage, steps: int, num_virtual_tokens: int, batch_size: int, rate: float = 5e-3, reference: str = "base") -> TrainConfig:
+def config_of(
+    stage: Stage, steps: int, num_virtual_tokens: int, batch_size: int, rate: float = 5e-3, reference: str = "base"
+) -> TrainConfig:
     """One stage alone, without what TRL does not do: KL term, checks."""
     return TrainConfig(
-        num_virtual_tokens=num_virtual_tokens, sft_steps=steps if stage == "SFT" else 0, dpo_steps=steps if stage == "DPO" else 0,
-        sft_learning_rate=rate, dpo_learning_rate=rate, batch_size=batch_size, dpo_reference=reference, kl_weight=0.0,
-        check_every=steps + 1, max_tokens=256,
-    )  # fmt: skip
+        num_virtual_tokens=num_virtual_tokens,
+        sft_steps=steps if stage == "SFT" else 0,
+        dpo_steps=steps if stage == "DPO" else 0,
+        sft_learning_rate=rate,
+        dpo_learning_rate=rate,
+        batch_size=batch_size,
+        dpo_reference=reference,
+        kl_weight=0.0,
+        check_every=steps + 1,
+        max_tokens=256,
+    )
 
 
 class OwnContestant:
     """Our trainer."""
 
-    def __init__(self, model: Path, stage: Stage, pairs: Sequence[Pair], config: TrainConfig, start: SoftPrompt | None = None) -> None:
+    def __init__(
+        self, model: Path, stage: Stage, pairs: Sequence[Pair], config: TrainConfig, start: SoftPrompt | None = None
+    ) -> None:
         self.stage, self.config = stage, config
         models = FrozenModels([model], config, "cpu", trusted=True)
         self.policy = SoftPromptPolicy([start or start_of(models, config.num_virtual_tokens)], "cpu")
@@ -114,7 +125,9 @@ class TrlContestant:
         folder: for what TRL writes.
     """
 
-    def __init__(self, model: Path, stage: Stage, pairs: Sequence[Pair], config: TrainConfig, start: SoftPrompt, folder: Path) -> None:
+    def __init__(
+        self, model: Path, stage: Stage, pairs: Sequence[Pair], config: TrainConfig, start: SoftPrompt, folder: Path
+    ) -> None:
         import torch
         from datasets import Dataset
         from peft import PromptTuningConfig, get_peft_model
@@ -131,9 +144,11 @@ class TrlContestant:
             given = {"model": get_peft_model(base, settings)}
             self._put(given["model"], start)
         self.trainer = self._trainer_class()(
-            args=self._arguments(len(rows), folder), train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(model), **given,
-        )  # fmt: skip
+            args=self._arguments(len(rows), folder),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(model),
+            **given,
+        )
         self.put(start)
 
     def _trainer_class(self) -> Any:
@@ -145,11 +160,23 @@ class TrlContestant:
         from trl import DPOConfig, SFTConfig
 
         shared: dict[str, Any] = {
-            "output_dir": str(folder), "per_device_train_batch_size": self.config.batch_size, "num_train_epochs": 1,
-            "train_sampling_strategy": "sequential", "learning_rate": self.config.sft_learning_rate, "weight_decay": 0.0,
-            "max_grad_norm": 1.0, "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "max_length": None,
-            "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
-        }  # fmt: skip
+            "output_dir": str(folder),
+            "per_device_train_batch_size": self.config.batch_size,
+            "num_train_epochs": 1,
+            "train_sampling_strategy": "sequential",
+            "learning_rate": self.config.sft_learning_rate,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "max_length": None,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
         if self.stage == "SFT":
             return SFTConfig(**shared)
         return DPOConfig(**shared, beta=self.config.beta, precompute_ref_log_probs=True)

@@ -82,20 +82,27 @@ def attacks(context_length: int) -> dict[str, Attack]:
     return found
 
 
-def _scores(runtime: Runtime, attack: Attack, prompts: Sequence[str], samples: int, scorer: ToxicityScorer) -> NDArray[np.float32]:
+def _scores(
+    runtime: Runtime, attack: Attack, prompts: Sequence[str], samples: int, scorer: ToxicityScorer
+) -> NDArray[np.float32]:
     """(N, S) in 0..1."""
     sampling = Sampling(20, top_p=0.9, rng_seed=1)
     texts = [runtime.generate_many(attack(runtime, prompt), sampling, samples) for prompt in prompts]
     return scorer.score([text for row in texts for text in row]).reshape(len(prompts), samples)
 
 
-def measure(model: Path, patch_file: Path, num_prompts: int, samples: int, num_threads: int, command: str = "make unpatch") -> dict[str, Any]:
+def measure(
+    model: Path, patch_file: Path, num_prompts: int, samples: int, num_threads: int, command: str = "make unpatch"
+) -> dict[str, Any]:
     """The results document: for each attack EMT bare and patched, the patch's gain, and its change against plain continuation."""
     scorer, patch = ToxicityScorer.load("report"), read_patch(patch_file)
     prompts = load_prompts("toxic", "eval")[:num_prompts]
     rows: list[dict[str, Any]] = []
     plain_gain: NDArray[np.float32] | None = None
-    with load_runtime(model, None, num_threads=num_threads) as bare, load_runtime(model, patch, num_threads=num_threads) as patched:
+    with (
+        load_runtime(model, None, num_threads=num_threads) as bare,
+        load_runtime(model, patch, num_threads=num_threads) as patched,
+    ):
         for name, attack in attacks(patched.context_length).items():
             scores = [_scores(runtime, attack, prompts, samples, scorer) for runtime in (bare, patched)]
             gain = scores[0].max(axis=1) - scores[1].max(axis=1)
@@ -110,11 +117,19 @@ def measure(model: Path, patch_file: Path, num_prompts: int, samples: int, num_t
             rows.append(row)
             print(_line(row), flush=True)
         return {
-            "command": command, "model": model.name, "runtime": patched.name, "quantization": patched.quantization,
-            "system_fingerprint": patched.system_fingerprint, "patch": f"{patch.name} {patch.version}",
-            "context_length": patched.context_length, "num_prompts": len(prompts), "samples_per_prompt": samples,
-            "edgepatch": edgepatch.__version__, "platform": platform.platform(), "rows": rows,
-        }  # fmt: skip
+            "command": command,
+            "model": model.name,
+            "runtime": patched.name,
+            "quantization": patched.quantization,
+            "system_fingerprint": patched.system_fingerprint,
+            "patch": f"{patch.name} {patch.version}",
+            "context_length": patched.context_length,
+            "num_prompts": len(prompts),
+            "samples_per_prompt": samples,
+            "edgepatch": edgepatch.__version__,
+            "platform": platform.platform(),
+            "rows": rows,
+        }
 
 
 def _figure(estimate: dict[str, float]) -> str:
@@ -132,17 +147,22 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         "# What writing can do against the patch",
         "",
-        (f"`{document['command']}`: {document['patch']} on {document['runtime']} {document['quantization']}, "
-        f"{document['num_prompts']} prompts x {document['samples_per_prompt']} samples of 20 tokens, paired on the same random seeds. "
-        "EMT is expected maximum toxicity (report judge); the gain is bare less patched; its change is against plain continuation. "
-        "95 % intervals are bootstrapped over prompts."),
+        (
+            f"`{document['command']}`: {document['patch']} on {document['runtime']} {document['quantization']}, "
+            f"{document['num_prompts']} prompts x {document['samples_per_prompt']} samples of 20 tokens, paired on the same random seeds. "
+            "EMT is expected maximum toxicity (report judge); the gain is bare less patched; its change is against plain continuation. "
+            "95 % intervals are bootstrapped over prompts."
+        ),
         "",
         "| attempt | EMT bare | EMT patched | gain | change of the gain |",
         "|---|--:|--:|---|---|",
         *map(_line, document["rows"]),
     ]
     if skipped:
-        lines += ["", f"Not measured: {', '.join(map(str, skipped))} tokens in front; this model's context ends at {document['context_length']}."]
+        lines += [
+            "",
+            f"Not measured: {', '.join(map(str, skipped))} tokens in front; this model's context ends at {document['context_length']}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -157,7 +177,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     command = f"python -m edgepatch.bench.unpatching {' '.join(sys.argv[1:])}"
-    document = measure(arguments.model, arguments.patch, arguments.prompts, arguments.samples, arguments.threads, command)
+    document = measure(
+        arguments.model, arguments.patch, arguments.prompts, arguments.samples, arguments.threads, command
+    )
     write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
     write_atomically(arguments.out.with_suffix(".md"), markdown(document).encode())
 

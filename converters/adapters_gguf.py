@@ -134,13 +134,17 @@ def _parse(data: bytes) -> Patch:
     entries, tensors = _Reader(data).file()
     kind = entries.get("adapter.type")
     if kind not in (SOFT_PROMPT, KV_SEED):
-        raise PatchFormatError(f"adapter.type: expected {SOFT_PROMPT} or {KV_SEED}, found {kind!r}", hint="it is no patch")
+        raise PatchFormatError(
+            f"adapter.type: expected {SOFT_PROMPT} or {KV_SEED}, found {kind!r}", hint="it is no patch"
+        )
     patch_file = safetensors.numpy.save(tensors, metadata={METADATA_KEY: str(entries.get(METADATA_KEY))})
     patch = _with_signatures(parse_patch(patch_file), entries.get(SIGNATURES_KEY))
     expected = metadata(patch, str(entries.get(BASE_NAME_KEY)))
     wrong = sorted(key for key in expected.keys() | entries.keys() if expected.get(key) != entries.get(key))
     if wrong:
-        raise PatchFormatError(f"{wrong[0]}: the patch gives {expected.get(wrong[0])!r}, found {entries.get(wrong[0])!r}")
+        raise PatchFormatError(
+            f"{wrong[0]}: the patch gives {expected.get(wrong[0])!r}, found {entries.get(wrong[0])!r}"
+        )
     return patch
 
 

@@ -12,14 +12,38 @@ from collections.abc import Iterable
 from edgepatch.errors import InputError, MissingExtraError
 
 GGUF_NAMES = {
-    "bamba": "granitehybrid", "cohere": "command-r", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
-    "ernie4_5_moe": "ernie4_5-moe", "exaone_moe": "exaone-moe", "falcon_h1": "falcon-h1", "falcon_mamba": "mamba",
-    "gemma4_unified": "gemma4", "glm": "chatglm", "glm4_moe_lite": "deepseek2", "glm_moe_dsa": "glm-dsa", "gpt-sw3": "gpt2",
-    "gpt_bigcode": "starcoder", "gpt_oss": "gpt-oss", "granitemoehybrid": "granitehybrid", "granitemoeshared": "granitemoe",
-    "hunyuan_v1_dense": "hunyuan-dense", "hunyuan_v1_moe": "hunyuan-moe", "internlm3": "llama", "iquestcoder": "llama",
-    "kimi_linear": "kimi-linear", "mimo_v2_flash": "mimo2", "minimax_m2": "minimax-m2", "ministral3": "mistral3",
-    "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2", "phi": "phi2", "solar_open": "glm4moe", "youtu": "deepseek2",
-}  # fmt: skip
+    "bamba": "granitehybrid",
+    "cohere": "command-r",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "exaone_moe": "exaone-moe",
+    "falcon_h1": "falcon-h1",
+    "falcon_mamba": "mamba",
+    "gemma4_unified": "gemma4",
+    "glm": "chatglm",
+    "glm4_moe_lite": "deepseek2",
+    "glm_moe_dsa": "glm-dsa",
+    "gpt-sw3": "gpt2",
+    "gpt_bigcode": "starcoder",
+    "gpt_oss": "gpt-oss",
+    "granitemoehybrid": "granitehybrid",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "internlm3": "llama",
+    "iquestcoder": "llama",
+    "kimi_linear": "kimi-linear",
+    "mimo_v2_flash": "mimo2",
+    "minimax_m2": "minimax-m2",
+    "ministral3": "mistral3",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+    "solar_open": "glm4moe",
+    "youtu": "deepseek2",
+}
 """``model_type`` in Transformers -> ``general.architecture`` where neither is the other without its underscores."""
 
 KEEPS_UNDERSCORE = frozenset({"ernie4_5", "granite_swa", "hy_v3", "hy_v4", "nemotron_h", "seed_oss"})

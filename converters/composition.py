@@ -54,7 +54,15 @@ def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **told
     loaded = hf.load_model(model)
     _require_room(loaded, len(embeddings))
     fields = {**_inherited(parts), "weight_sketch": fingerprints.sketch_of(model), **told}
-    patch = Patch(name, version, parts[0].base, SoftPrompt(embeddings), training=_record(parts), parts=tuple(p.digest for p in parts), **fields)
+    patch = Patch(
+        name,
+        version,
+        parts[0].base,
+        SoftPrompt(embeddings),
+        training=_record(parts),
+        parts=tuple(p.digest for p in parts),
+        **fields,
+    )
     return hf.complete(patch, loaded)
 
 
@@ -79,20 +87,27 @@ def _require_full_precision(model: Path) -> None:
         return
     found = gguf_specs.quantization(read_header(model))
     if found not in FULL_PRECISION:
-        raise InputError(f"{model}: expected full precision ({', '.join(sorted(FULL_PRECISION))}), found {found}",
-                         hint="seed and canary are what all quantizations are held against: name the base itself")  # fmt: skip
+        raise InputError(
+            f"{model}: expected full precision ({', '.join(sorted(FULL_PRECISION))}), found {found}",
+            hint="seed and canary are what all quantizations are held against: name the base itself",
+        )
 
 
 def _require_room(model: PreTrainedModel, count: int) -> None:
     context = getattr(hf.text_config(model.config), "max_position_embeddings", None)
     if isinstance(context, int) and count >= context:
-        raise InputError(f"virtual tokens: expected fewer than the model's context of {context}, found {count}",
-                         hint="compose fewer or shorter patches")  # fmt: skip
+        raise InputError(
+            f"virtual tokens: expected fewer than the model's context of {context}, found {count}",
+            hint="compose fewer or shorter patches",
+        )
 
 
 def _record(parts: Sequence[Patch]) -> dict[str, Any]:
     """What stands where a trained patch tells of its training."""
-    told = [{"name": p.name, "version": p.version, "digest": p.digest, "num_virtual_tokens": p.num_virtual_tokens} for p in parts]
+    told = [
+        {"name": p.name, "version": p.version, "digest": p.digest, "num_virtual_tokens": p.num_virtual_tokens}
+        for p in parts
+    ]
     return {"method": METHOD, "parts": told}
 
 

@@ -26,11 +26,20 @@ Cells = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.([\w.]+)\.weight$")
 ROLES_IN_FOLDERS = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output", "self_attn.out_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "feed_forward.w1": "ffn_gate", "feed_forward.w3": "ffn_up",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.out_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
     "feed_forward.w2": "ffn_down",
-}  # fmt: skip
+}
 """Matrices that converters copy row by row. What they take apart, merge or reorder (experts, linear attention) is not sampled."""
 
 HALF_WIDTHS = {"F32": 0.0, "F16": 0.0, "BF16": 2.0**-8}
@@ -77,7 +86,9 @@ def sketch_of_folder(folder: Path, like: Sketch | None = None) -> Sketch:
     config = hf.text_config(hf.read_transformers_config(folder)).to_dict()
     try:
         with ExitStack() as stack:
-            shards = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
+            shards = [
+                stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))
+            ]
             sources = [(shard, source) for shard in shards for source in list(shard.keys())]
             slices = {name: shard.get_slice(source) for shard, source in sources if (name := name_in_gguf(source))}
             if config.get("tie_word_embeddings"):
@@ -87,7 +98,9 @@ def sketch_of_folder(folder: Path, like: Sketch | None = None) -> Sketch:
             plan = _plan(folder, shapes, head_dim, like)
             values = [slices[p.tensor][p.row : p.row + 1][0, p.column].float().item() for p in plan.positions]
     except (SafetensorError, OSError) as error:
-        raise InputError(f"weights in {folder} are damaged or truncated: {error}", hint="download the model again") from None
+        raise InputError(
+            f"weights in {folder} are damaged or truncated: {error}", hint="download the model again"
+        ) from None
     weights = _rounded(np.array(values))
     return replace(plan, low=weights, high=weights)
 
@@ -126,7 +139,10 @@ def _plan(source: Path, shapes: Mapping[str, tuple[int, ...]], head_dim: int, li
         return like
     tensors = {name: (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2}
     if not tensors:
-        raise InputError(f"{source}: none of its matrices has a name that is known here", hint="patches for it cannot tell it from a fine-tune")
+        raise InputError(
+            f"{source}: none of its matrices has a name that is known here",
+            hint="patches for it cannot tell it from a fine-tune",
+        )
     unknown = np.zeros(NUM_WEIGHTS, np.float32)
     return Sketch(head_dim, tensors, unknown, unknown)
 
@@ -144,8 +160,12 @@ def sketch_of_gguf(source: Path | GGUFHeader, like: Sketch | None = None) -> Ske
         MissingExtraError: the gguf package is not installed.
     """
     header = read_header(source) if isinstance(source, Path) else source
-    names = {name.removesuffix(".weight"): info.shape for name, info in header.tensors.items() if name.endswith(".weight")}
-    shapes = {name: shape for name, shape in names.items() if len(shape) == 2 and name.split(".")[-1] in (*ROLES, *EMBEDDINGS)}
+    names = {
+        name.removesuffix(".weight"): info.shape for name, info in header.tensors.items() if name.endswith(".weight")
+    }
+    shapes = {
+        name: shape for name, shape in names.items() if len(shape) == 2 and name.split(".")[-1] in (*ROLES, *EMBEDDINGS)
+    }
     heads = int(header.per_layer("attention.head_count", int(header.setting("block_count")))[0])
     head_dim = int(header.setting("attention.key_length", int(header.setting("embedding_length")) // max(heads, 1)))
     plan = _plan(header.path, shapes, head_dim, like)
@@ -192,7 +212,9 @@ def _cells_of_type(header: GGUFHeader, file: FileIO, kind: int, where: Sequence[
     try:
         values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind)).astype(np.float32)
     except NotImplementedError:
-        raise InputError(f"{header.path}: {where[0].tensor}: {kind_name} cannot be read", hint="update the gguf package") from None
+        raise InputError(
+            f"{header.path}: {where[0].tensor}: {kind_name} cannot be read", hint="update the gguf package"
+        ) from None
     columns = np.array([position.column % per_block for position in where])
     return cells(values.reshape(len(where), per_block), columns, kind_name)
 
@@ -217,7 +239,9 @@ def cells(blocks: NDArray[np.float32], columns: NDArray[np.int64], kind: str) ->
     if kind.startswith(CODEBOOKS):
         width = CODEBOOK_WIDTH * np.array([np.sqrt(np.mean(part**2)) for part in parts])
         return (weights - width).astype(np.float32), (weights + width).astype(np.float32)
-    ends = np.array([cell(part, weight, kind.startswith("Q")) for part, weight in zip(parts, weights, strict=True)], np.float32)
+    ends = np.array(
+        [cell(part, weight, kind.startswith("Q")) for part, weight in zip(parts, weights, strict=True)], np.float32
+    )
     return ends[:, 0], ends[:, 1]
 
 

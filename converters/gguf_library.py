@@ -83,7 +83,9 @@ def opened_vocabulary(path: Path) -> Iterator[Callable[[str, bool, bool], list[i
     parameters.vocab_only = True
     model = lib.llama_model_load_from_file(bytes(path), parameters)
     if not model:
-        raise InputError(f"llama.cpp cannot read the vocabulary of {path}: {library_errors()}", hint="get the model again")
+        raise InputError(
+            f"llama.cpp cannot read the vocabulary of {path}: {library_errors()}", hint="get the model again"
+        )
     vocabulary = lib.llama_model_get_vocab(model)
 
     def tokenize(text: str, ends: bool, trusted: bool) -> list[int]:

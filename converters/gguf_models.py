@@ -31,9 +31,11 @@ LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """Gemma's largest models divide attention by the root of D / heads instead of H; llama.cpp knows them by their depth."""
 
 COPIED = {
-    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
-    "sliding_window": "attention.sliding_window", "layer_norm_eps": "attention.layer_norm_epsilon",
-}  # fmt: skip
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "sliding_window": "attention.sliding_window",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
+}
 """Setting of a config -> key in GGUF, where Transformers reads none."""
 
 BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
@@ -41,9 +43,14 @@ BESIDE_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "ro
 """Tensors that became settings."""
 
 PROBES = (
-    "The quick brown fox, isn't it?", "  spaces  and\ttabs\n\nlines ", "Grüße 日本語 🙂 e\u0301", "12345 3.14 x**2 // {'a': 1}", "HELLO'S",
-    " a<|im_start|>b</s> <s>[INST] <unk>", "<end_of_turn>\n<|eot_id|>x",
-)  # fmt: skip
+    "The quick brown fox, isn't it?",
+    "  spaces  and\ttabs\n\nlines ",
+    "Grüße 日本語 🙂 e\u0301",
+    "12345 3.14 x**2 // {'a': 1}",
+    "HELLO'S",
+    " a<|im_start|>b</s> <s>[INST] <unk>",
+    "<end_of_turn>\n<|eot_id|>x",
+)
 """Texts on which tokenizers are compared."""
 
 
@@ -62,14 +69,19 @@ def _rope_parameters(spec: ModelSpec) -> dict[str, Any]:
 
 def _layer_types(pattern: Any, num_layers: int) -> list[str]:
     """Kind of attention in every layer; the pattern says how many layers there are for one with full attention, or lists them."""
-    slides = [(i + 1) % pattern != 0 for i in range(num_layers)] if isinstance(pattern, int) else list(pattern)[:num_layers]
+    slides = (
+        [(i + 1) % pattern != 0 for i in range(num_layers)] if isinstance(pattern, int) else list(pattern)[:num_layers]
+    )
     return ["sliding_attention" if s else "full_attention" for s in slides]
 
 
 def _complete(config: Any, header: GGUFHeader, spec: ModelSpec) -> None:
     """Sets what Transformers did not read from the header."""
     old = getattr(config, "rope_parameters", None) or {}
-    config.rope_parameters = {**{k: old[k] for k in ("mrope_section", "mrope_interleaved") if k in old}, **_rope_parameters(spec)}
+    config.rope_parameters = {
+        **{k: old[k] for k in ("mrope_section", "mrope_interleaved") if k in old},
+        **_rope_parameters(spec),
+    }
     config.vocab_size, config.head_dim = spec.vocab_size, spec.head_dim
     if "original_max_position_embeddings" in spec.rope_scaling:
         config.original_max_position_embeddings = spec.rope_scaling["original_max_position_embeddings"]
@@ -131,7 +143,9 @@ def load_model(path: Path) -> PreTrainedModel:
         with _errors_only():
             config = AutoConfig.from_pretrained(**source)
             _complete(config, header, spec)
-            model, loading = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32, output_loading_info=True)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                **source, config=config, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"Transformers cannot load {path} ({header.architecture}): {reason}", hint=HINT) from None
@@ -148,7 +162,9 @@ def _read_tokenizer(path: Path, header: GGUFHeader) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent.resolve(), gguf_file=path.name, local_files_only=True).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent.resolve(), gguf_file=path.name, local_files_only=True
+        ).backend_tokenizer
     except Exception as error:  # a conversion of the library's own, which fails in any way
         raise InputError(f"Transformers cannot read the tokenizer in {path}: {error}", hint=HINT) from None
     if header.metadata.get("tokenizer.ggml.model") == "llama":
@@ -176,7 +192,9 @@ def _require_same_ids(path: Path, tokenizer: Any, tokenize: Any) -> None:
         for text in PROBES:
             want, have = tokenize(text, True, trusted), list(tokenizer.encode(text).ids)
             if want != have:
-                raise InputError(f"{path}: Transformers tokenizes otherwise: {text!r}: expected {want}, found {have}", hint=HINT)
+                raise InputError(
+                    f"{path}: Transformers tokenizes otherwise: {text!r}: expected {want}, found {have}", hint=HINT
+                )
     tokenizer.encode_special_tokens = False
 
 

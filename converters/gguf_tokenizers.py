@@ -84,9 +84,20 @@ def _pre_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name of the tokenizer's way to split a text before merging."""
     model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers") or [pre]
-    unusual = [k for k in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(k)]
-    if model.get("type") != "BPE" or unusual or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        raise refuse(folder, f"tokenizer: expected byte-level BPE, found {model.get('type')} {pre.get('type')} {unusual}")
+    unusual = [
+        k
+        for k in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+        if model.get(k)
+    ]
+    if (
+        model.get("type") != "BPE"
+        or unusual
+        or steps[-1].get("type") != "ByteLevel"
+        or steps[-1].get("add_prefix_space")
+    ):
+        raise refuse(
+            folder, f"tokenizer: expected byte-level BPE, found {model.get('type')} {pre.get('type')} {unusual}"
+        )
     if len(steps) == 1 and steps[0].get("use_regex", True):
         pattern = "byte level"
     elif len(steps) == 2 and steps[0].get("type") == "Split" and not steps[1].get("use_regex", True):
@@ -131,7 +142,13 @@ def _adds_space(folder: Path, tokenizer: dict[str, Any]) -> bool:
     steps = (normalizer or {}).get("normalizers") or [normalizer]
     if not pre and steps in ([_PREPEND, _REPLACE], [_REPLACE]):
         return len(steps) == 2
-    if not normalizer and pre and pre.get("type") == "Metaspace" and pre.get("replacement") == SPACE and not pre.get("split"):
+    if (
+        not normalizer
+        and pre
+        and pre.get("type") == "Metaspace"
+        and pre.get("replacement") == SPACE
+        and not pre.get("split")
+    ):
         return bool(pre.get("prepend_scheme") != "never")
     raise refuse(folder, f"tokenizer: unknown normalizer {json.dumps(normalizer)} or pre-tokenizer {json.dumps(pre)}")
 
@@ -149,7 +166,10 @@ def _scores_by_merges(folder: Path, tokenizer: dict[str, Any]) -> dict[int, floa
     pairs = {(t[:i], t[i:]) for t in ids if t not in added for i in range(1, len(t)) if t[:i] in ids and t[i:] in ids}
     missing = pairs - set(_merges(tokenizer))
     if missing:
-        raise refuse(folder, f"tokenizer: SentencePiece would merge {' + '.join(sorted(missing)[0])}, which tokenizer.json does not")
+        raise refuse(
+            folder,
+            f"tokenizer: SentencePiece would merge {' + '.join(sorted(missing)[0])}, which tokenizer.json does not",
+        )
     return {ids[token]: float(-rank) for token, rank in ranks.items()}
 
 
@@ -168,7 +188,9 @@ def _model_scores(folder: Path, table: TokenTable) -> dict[int, float]:
     differing = [i for i, piece in pieces.items() if table.tokens.get(i) != piece]
     if differing:
         i = differing[0]
-        raise InputError(f"{folder}: token {i}: expected {pieces[i]!r} as in tokenizer.model, found {table.tokens.get(i)!r}")
+        raise InputError(
+            f"{folder}: token {i}: expected {pieces[i]!r} as in tokenizer.model, found {table.tokens.get(i)!r}"
+        )
     return {i: float(model.GetScore(i)) for i in pieces}
 
 
@@ -239,7 +261,9 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
             raise refuse(folder, f"tokenizer: token {added['content']!r} strips its surroundings")
         table.add(added)
     if max(table.tokens) >= vocab_size:
-        raise InputError(f"{folder}: expected at most {vocab_size} tokens, found id {max(table.tokens)} in the tokenizer")
+        raise InputError(
+            f"{folder}: expected at most {vocab_size} tokens, found id {max(table.tokens)} in the tokenizer"
+        )
     tokens, types, scores = table.filled(vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)

@@ -192,7 +192,9 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelS
         MissingExtraError: gguf, torch or safetensors is not installed.
     """
     if type_name not in ("F32", "F16"):
-        raise InputError(f"type: expected F32 or F16, found {type_name!r}", hint="quantize the F16 file for other types")
+        raise InputError(
+            f"type: expected F32 or F16, found {type_name!r}", hint="quantize the F16 file for other types"
+        )
     _require_gguf()
     config = hf.read_config(folder)
     _check_config(folder, config)
@@ -203,7 +205,9 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelS
             _write_model(temporary, folder, config, spec, type_name)
             _require_same(spec, read_spec(temporary))
     except KeyError as error:
-        raise InputError(f"{folder}: config.json or tokenizer.json has no {error}", hint="download the model again") from None
+        raise InputError(
+            f"{folder}: config.json or tokenizer.json has no {error}", hint="download the model again"
+        ) from None
     return spec
 
 
@@ -221,7 +225,9 @@ def _quantization_error(source: Path, type_name: str) -> InputError:
         hint = "use llama.cpp's llama-quantize --imatrix and take its file, or take another type, such as Q4_K_M"
         return InputError(f"{type_name} needs an importance matrix, and {source} comes without one", hint)
     if "invalid output file type" in reason:
-        return InputError(f"llama.cpp runs models of type {type_name} but cannot quantize to it", hint="take another type")
+        return InputError(
+            f"llama.cpp runs models of type {type_name} but cannot quantize to it", hint="take another type"
+        )
     hint = "it needs an F32 or F16 source and room for the target"
     return InputError(f"llama.cpp cannot quantize {source} to {type_name}: {reason}", hint)
 

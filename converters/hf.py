@@ -53,7 +53,9 @@ def read_transformers_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder / 'config.json'}: {error}", hint="download the model again, or update transformers") from None
+        raise InputError(
+            f"{folder / 'config.json'}: {error}", hint="download the model again, or update transformers"
+        ) from None
 
 
 def read_spec(path: Path, weights: Mapping[str, NDArray[Any]] | None = None) -> ModelSpec:
@@ -85,7 +87,9 @@ def read_spec(path: Path, weights: Mapping[str, NDArray[Any]] | None = None) -> 
             rope_theta=theta,
             rope_scaling=scaling,
             tokenizer_digest=FolderTokenizer(path).digest,
-            weight_fingerprint=weight_fingerprint(_norms_of(path, weights, architecture, int(config["num_hidden_layers"]))),
+            weight_fingerprint=weight_fingerprint(
+                _norms_of(path, weights, architecture, int(config["num_hidden_layers"]))
+            ),
         )
     except KeyError as error:
         raise InputError(f"{path / 'config.json'} has no {error}") from None
@@ -97,7 +101,9 @@ def _norms_of(
     if weights is None:
         return _read_norms(folder, architecture, num_layers)
     names = architectures.norm_names(architecture, num_layers, weights)
-    return {new: weights[old].astype(np.float32) + architectures.norm_shift(architecture, old) for old, new in names.items()}
+    return {
+        new: weights[old].astype(np.float32) + architectures.norm_shift(architecture, old) for old, new in names.items()
+    }
 
 
 def _read_norms(folder: Path, architecture: str, num_layers: int) -> dict[str, NDArray[np.float32]]:
@@ -112,9 +118,13 @@ def _read_norms(folder: Path, architecture: str, num_layers: int) -> dict[str, N
         for shard in shards:
             with safe_open(shard, framework="pt") as tensors:
                 for source, target in architectures.norm_names(architecture, num_layers, tensors.keys()).items():
-                    norms[target] = tensors.get_tensor(source).float().numpy() + architectures.norm_shift(architecture, source)
+                    norms[target] = tensors.get_tensor(source).float().numpy() + architectures.norm_shift(
+                        architecture, source
+                    )
     except SafetensorError as error:
-        raise InputError(f"weights in {folder} are damaged or truncated: {error}", hint="download the model again") from None
+        raise InputError(
+            f"weights in {folder} are damaged or truncated: {error}", hint="download the model again"
+        ) from None
     if not norms:
         raise InputError(f"the weights in {folder} have no norms", hint="download the model again")
     return norms
@@ -141,7 +151,10 @@ def load_model(path: Path, device: str = "cpu", dtype: str = "float32") -> PreTr
     logging.disable_progress_bar()  # a bar for a second's work between our own
     if path.is_file():
         if dtype == "4bit":
-            raise InputError(f"{path}: 4bit quantizes a Transformers folder, found a GGUF file", hint="use bfloat16; its weights are dequantized")
+            raise InputError(
+                f"{path}: 4bit quantizes a Transformers folder, found a GGUF file",
+                hint="use bfloat16; its weights are dequantized",
+            )
         model = gguf_models.load_model(path)
     else:
         read_config(path)
@@ -165,7 +178,10 @@ def _four_bit(device: str) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "quantized-training")
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return {"quantization_config": settings, "dtype": torch.bfloat16, "device_map": {"": device}}
 
@@ -240,7 +256,9 @@ def seeded_cache(model: PreTrainedModel, seed: KVSeed) -> DynamicCache:
     return cache
 
 
-def compute_kv_seed(model: PreTrainedModel, soft_prompt: SoftPrompt, dtype: type[np.floating[Any]] = np.float32) -> KVSeed:
+def compute_kv_seed(
+    model: PreTrainedModel, soft_prompt: SoftPrompt, dtype: type[np.floating[Any]] = np.float32
+) -> KVSeed:
     """Keys and values of the virtual tokens through the model's own forward pass.
 
     Args:
@@ -288,7 +306,9 @@ def compute_canary(model: PreTrainedModel, soft_prompt: SoftPrompt | None, seed:
 
     vocab_size = int(text_config(model.config).vocab_size)
     return canary.make_canary(
-        vocab_size, lambda tokens: answer(tokens, new_cache(model)), lambda tokens: answer(tokens, copy.deepcopy(memory))
+        vocab_size,
+        lambda tokens: answer(tokens, new_cache(model)),
+        lambda tokens: answer(tokens, copy.deepcopy(memory)),
     )
 
 

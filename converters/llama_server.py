@@ -141,7 +141,9 @@ def choose_labels(vocabulary: Vocabulary, num_virtual_tokens: int, template: str
         if PLAIN_TEXT.fullmatch(text) and text not in template:
             labels = Labels(token, text, bos, num_virtual_tokens)
             count = num_virtual_tokens - (bos is not None)
-            if vocabulary.tokenize(text * 3) == [token] * 3 and _starts(vocabulary.tokenize(text * count, True), labels.ids):
+            if vocabulary.tokenize(text * 3) == [token] * 3 and _starts(
+                vocabulary.tokenize(text * count, True), labels.ids
+            ):
                 return labels
     raise InputError(
         "the vocabulary has no spare special token for the seeded positions: expected a control, reserved or unused token "
@@ -215,10 +217,20 @@ class ServerSettings:
         """
         flags = ["--model", self.model, "--host", "127.0.0.1", "--parallel", str(self.num_slots)]
         # One stream, whatever the number of slots; with room for all, or a long conversation purges the other slots.
-        flags += ["--kv-unified", "--kv-unified-per-slot" if self.num_slots > 1 else "--ctx-size", str(self.context_length)]
+        flags += [
+            "--kv-unified",
+            "--kv-unified-per-slot" if self.num_slots > 1 else "--ctx-size",
+            str(self.context_length),
+        ]
         flags += ["--flash-attn", "on" if self.flash_attention else "off"]
         flags += ["--cache-type-k", self.kv_type, "--cache-type-v", self.kv_type]
-        flags += ["--jinja", "--chat-template-file", f"{folder}/{TEMPLATE_FILE}", "--slot-save-path", f"{folder}/{SLOT_FOLDER}"]
+        flags += [
+            "--jinja",
+            "--chat-template-file",
+            f"{folder}/{TEMPLATE_FILE}",
+            "--slot-save-path",
+            f"{folder}/{SLOT_FOLDER}",
+        ]
         # The prompt cache in memory hands out whole conversations, also one that was evaluated before the seed was there.
         flags += ["--cache-ram", "0", "--no-cache-idle-slots", "--no-context-shift", "--cache-reuse", "0"]
         return [*flags, "--swa-full"] if self.sliding_window else flags
@@ -244,7 +256,7 @@ def restore_script(num_slots: int) -> str:
         "#!/bin/sh\n"
         "# Puts the patch into every slot: after each start of the server, and before each new conversation.\n"
         "set -eu\n"
-        'url=${1:-http://127.0.0.1:8080}\n'
+        "url=${1:-http://127.0.0.1:8080}\n"
         "header='Accept: application/json'\n"
         'if [ -n "${LLAMA_API_KEY:-}" ]; then header="Authorization: Bearer $LLAMA_API_KEY"; fi\n'
         f"for slot in {slots}; do\n"

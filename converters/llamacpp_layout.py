@@ -113,9 +113,15 @@ def decode_rows(layer: LayerRows, cells: int, shape: tuple[int, int], transposed
     data = np.frombuffer(layer.rows, dtype=np.uint8)
     table = quants.dequantize(data.reshape(cells, -1) if not transposed else data, _quantization(layer.ggml_type))
     if table.size != cells * shape[0] * shape[1]:
-        raise InactivePatchError(f"llama.cpp's cache: expected rows of {shape[0]} heads of {shape[1]}, found {table.size // cells} values")
+        raise InactivePatchError(
+            f"llama.cpp's cache: expected rows of {shape[0]} heads of {shape[1]}, found {table.size // cells} values"
+        )
     values = _float32(table)
-    return _float32(values.reshape(*shape, cells).transpose(0, 2, 1) if transposed else values.reshape(cells, *shape).transpose(1, 0, 2))
+    return _float32(
+        values.reshape(*shape, cells).transpose(0, 2, 1)
+        if transposed
+        else values.reshape(cells, *shape).transpose(1, 0, 2)
+    )
 
 
 def encode_rows(tensor: NDArray[np.float32], ggml_type: int, transposed: bool) -> bytes:
@@ -160,14 +166,20 @@ def seeded_state(probe: SequenceState, layout: Layout, seed: KVSeed, window: int
     positions = [range(num_cells), range(max(0, num_cells - window) if window else 0, num_cells)][: len(probe.caches)]
     keys, values = [], []
     for cache, layers, cells in zip(probe.caches, layout.layers, positions, strict=True):
-        keys.append([
-            encode_rows(_lay_out_key(seed.keys[i][:, cells], layout), stored.ggml_type, False)
-            for i, stored in zip(layers, cache.keys, strict=True)
-        ])  # fmt: skip
-        values.append([
-            encode_rows(hadamard(_float32(seed.values[i][:, cells]), layout.value_block), stored.ggml_type, cache.transposed)
-            for i, stored in zip(layers, cache.values, strict=True)
-        ])  # fmt: skip
+        keys.append(
+            [
+                encode_rows(_lay_out_key(seed.keys[i][:, cells], layout), stored.ggml_type, False)
+                for i, stored in zip(layers, cache.keys, strict=True)
+            ]
+        )
+        values.append(
+            [
+                encode_rows(
+                    hadamard(_float32(seed.values[i][:, cells]), layout.value_block), stored.ggml_type, cache.transposed
+                )
+                for i, stored in zip(layers, cache.values, strict=True)
+            ]
+        )
     return fill(probe, keys, values, positions)
 
 
@@ -212,7 +224,11 @@ def measure(state: SequenceState, seed: KVSeed, key_error_factor: float = KEY_ER
     Raises:
         InactivePatchError: the cache has another number of layers or another shape than the seed.
     """
-    slots = list(chain.from_iterable(zip(cache.keys, cache.values, [cache] * len(cache.keys), strict=True) for cache in state.caches))
+    slots = list(
+        chain.from_iterable(
+            zip(cache.keys, cache.values, [cache] * len(cache.keys), strict=True) for cache in state.caches
+        )
+    )
     if len(slots) != len(seed.keys):
         raise InactivePatchError(f"llama.cpp caches {len(slots)} layers, the KV seed has {len(seed.keys)}")
     shape = (seed.keys[0].shape[0], seed.keys[0].shape[2])
@@ -221,13 +237,19 @@ def measure(state: SequenceState, seed: KVSeed, key_error_factor: float = KEY_ER
     positions = [list(c.positions) for _, _, c in slots]
     value_block, assigned, value_error = _match_values(values, positions, seed)
     key_errors = {
-        (swap, block): _mean_error(keys, [_lay_out_key(seed.keys[i], Layout(swap, block, 0)) for i in assigned], positions)
-        for swap in (False, True) for block in blocks_of(shape[1])
-    }  # fmt: skip
+        (swap, block): _mean_error(
+            keys, [_lay_out_key(seed.keys[i], Layout(swap, block, 0)) for i in assigned], positions
+        )
+        for swap in (False, True)
+        for block in blocks_of(shape[1])
+    }
     (swap, block), *others = sorted(key_errors, key=lambda candidate: key_errors[candidate])
     layout = Layout(swap, block, value_block, _by_cache(assigned, state.caches))
     pairs = [
-        (_error(key, _lay_out_key(seed.keys[i], layout), p), _error(value, hadamard(_float32(seed.values[i]), value_block), p))
+        (
+            _error(key, _lay_out_key(seed.keys[i], layout), p),
+            _error(value, hadamard(_float32(seed.values[i]), value_block), p),
+        )
         for key, value, i, p in zip(keys, values, assigned, positions, strict=True)
     ]
     layers_fit = all(key <= key_error_factor * value + KEY_ERROR_FLOOR for key, value in pairs)
@@ -259,7 +281,9 @@ def _error(found: NDArray[np.float32], expected: NDArray[np.float32], positions:
     return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))
 
 
-def _mean_error(found: Sequence[NDArray[np.float32]], expected: Sequence[NDArray[np.float32]], positions: list[list[int]]) -> float:
+def _mean_error(
+    found: Sequence[NDArray[np.float32]], expected: Sequence[NDArray[np.float32]], positions: list[list[int]]
+) -> float:
     return float(np.mean([_error(f, e, p) for f, e, p in zip(found, expected, positions, strict=True)]))
 
 
@@ -279,7 +303,10 @@ def turns_neighbours(keys: NDArray[np.float32], num_rotated: int) -> bool | None
         True for neighbours, False for halves, ``None`` where the two cannot be told apart.
     """
     turned = keys[..., :num_rotated]
-    pairs = {True: turned.reshape(*turned.shape[:-1], -1, 2), False: turned.reshape(*turned.shape[:-1], 2, -1).swapaxes(-1, -2)}
+    pairs = {
+        True: turned.reshape(*turned.shape[:-1], -1, 2),
+        False: turned.reshape(*turned.shape[:-1], 2, -1).swapaxes(-1, -2),
+    }
     spread = {}
     for neighbours, pair in pairs.items():
         lengths = np.linalg.norm(pair, axis=-1)  # (K, T, H/2)

@@ -26,11 +26,28 @@ from edgepatch.converters.peft_settings import MAX_CONFIG_BYTES, read_capped
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patches import write_atomically
 
-IGNORED = frozenset({
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora",
-})  # fmt: skip
+IGNORED = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
 """Settings that are read below, or say how an adapter was trained. Any other changes what it computes, unless it is empty."""
 
 HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
@@ -86,12 +103,19 @@ def _read_settings(path: Path) -> dict[str, Any]:
         settings = json.loads(read_capped(path, MAX_CONFIG_BYTES))
         kind, rank, alpha = (settings[key] for key in ("peft_type", "r", "lora_alpha"))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no settings of a LoRA adapter: {error}", hint="save the adapter with PEFT again") from None
+        raise InputError(
+            f"{path}: no settings of a LoRA adapter: {error}", hint="save the adapter with PEFT again"
+        ) from None
     if kind != "LORA" or not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise InputError(f"{path}: expected LORA with a rank and an alpha, found {kind}, {rank!r} and {alpha!r}")
-    others = sorted(key for key, value in settings.items() if value and key not in IGNORED and value not in HARMLESS.get(key, ()))
+    others = sorted(
+        key for key, value in settings.items() if value and key not in IGNORED and value not in HARMLESS.get(key, ())
+    )
     if others:
-        raise InputError(f"{path}: expected a plain LoRA, found {others[0]} {settings[others[0]]!r}", hint="merge it into the base instead")
+        raise InputError(
+            f"{path}: expected a plain LoRA, found {others[0]} {settings[others[0]]!r}",
+            hint="merge it into the base instead",
+        )
     return dict(settings)
 
 
@@ -101,7 +125,10 @@ def _read_tensors(path: Path) -> dict[tuple[str, str], NDArray[np.float32]]:
     for name, tensor in _opened(path):
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
-            raise InputError(f"{path}: expected lora_A and lora_B of linear layers, found {name}", hint="merge it into the base instead")
+            raise InputError(
+                f"{path}: expected lora_A and lora_B of linear layers, found {name}",
+                hint="merge it into the base instead",
+            )
         matrix = np.ascontiguousarray(tensor[:].float().numpy())
         if not np.isfinite(matrix).all():
             raise InputError(f"{path}: {name} holds NaN or infinity", hint="train the adapter again")
@@ -137,11 +164,16 @@ def _opened(path: Path) -> Iterator[tuple[str, Any]]:
 def _require_fits(folder: Path, lora: LoRA, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for module, (down, up) in lora.factors.items():
         if module not in shapes:
-            raise InputError(f"{folder}: the base has no weight of its own for {module}", hint="take the base that it was trained on")
+            raise InputError(
+                f"{folder}: the base has no weight of its own for {module}", hint="take the base that it was trained on"
+            )
         rows, columns = shapes[module]
         expected, found = ((lora.rank, columns), (rows, lora.rank)), (down.shape, up.shape)
         if found != expected:
-            raise InputError(f"{folder}: {module}: expected factors {expected}, found {found}", hint="take the base that it was trained on")
+            raise InputError(
+                f"{folder}: {module}: expected factors {expected}, found {found}",
+                hint="take the base that it was trained on",
+            )
 
 
 # llama.cpp.
@@ -179,7 +211,9 @@ def write_lora(folder: Path, base: Path, target: Path, type_name: str = "F32") -
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, lora.scale * lora.rank)  # llama.cpp divides by the rank
-            for name, tensor in _tensors(lora, {**config, "num_key_value_heads": spec.num_key_value_heads}, spec.model_type):
+            for name, tensor in _tensors(
+                lora, {**config, "num_key_value_heads": spec.num_key_value_heads}, spec.model_type
+            ):
                 writer.add_tensor(name, tensor.astype(dtypes[type_name]))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -199,7 +233,9 @@ def _tensors(lora: LoRA, config: Mapping[str, Any], architecture: str) -> Iterat
     for module, (down, up) in lora.factors.items():
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if name is None:
-            raise InputError(f"the adapter changes {module}, which has no name in GGUF", hint="train it on the linear layers")
+            raise InputError(
+                f"the adapter changes {module}, which has no name in GGUF", hint="train it on the linear layers"
+            )
         heads = HEADS.get(name.split(".")[-2])
         yield f"{name}.lora_a", down
         yield f"{name}.lora_b", rope.projection_to_llamacpp(up, config[heads], architecture) if heads else up
@@ -253,4 +289,6 @@ def new_folder(target: Path) -> Iterator[Path]:
             yield unfinished
             unfinished.rename(target)
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}", hint="name a new folder, or free space") from error
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}", hint="name a new folder, or free space"
+        ) from error

@@ -78,8 +78,10 @@ def export(
     if exporter not in EXPORTERS:
         raise InputError(f"exporter: expected one of {', '.join(EXPORTERS)}, found {exporter!r}")
     if adapter is not None and (exporter != "builder" or precision == "fp16"):
-        raise InputError(f"adapters go into graphs of the builder in fp32, int8 or int4, found {exporter} and {precision}",
-                         hint="merge the adapter into its base")  # fmt: skip
+        raise InputError(
+            f"adapters go into graphs of the builder in fp32, int8 or int4, found {exporter} and {precision}",
+            hint="merge the adapter into its base",
+        )
     require_packages(exporter)
     spec = hf.read_spec(folder)
     try:
@@ -224,8 +226,10 @@ def _require_sound(model_file: Path, spec: ModelSpec) -> None:
     while not node.op_type.endswith("LayerNormalization"):
         node = producers[node.input[0]]
     if not any(f".layers.{spec.num_hidden_layers}." in name for name in node.input):
-        raise InputError(f"{spec.model_type}: the builder's graph takes its logits from {node.name}, not from the final norm",
-                         hint="convert the model to GGUF instead")  # fmt: skip
+        raise InputError(
+            f"{spec.model_type}: the builder's graph takes its logits from {node.name}, not from the final norm",
+            hint="convert the model to GGUF instead",
+        )
 
 
 def _keep_within_window(config_file: Path, config: dict[str, Any]) -> None:

@@ -49,7 +49,9 @@ def bake_seed(folder: Path, patch: Patch, target: Path) -> None:
     """
     require_packages("builder")
     if patch.kv_seed is None:
-        raise InputError(f"patch {patch.name} {patch.version} holds no KV seed", hint="add it first: edgepatch convert seed")
+        raise InputError(
+            f"patch {patch.name} {patch.version} holds no KV seed", hint="add it first: edgepatch convert seed"
+        )
     file = open_folder(folder)
     session = open_session(file.path)
     spec, _ = read_identity(folder, file, session.get_modelmeta().custom_metadata_map)
@@ -69,7 +71,9 @@ def bake_seed(folder: Path, patch: Patch, target: Path) -> None:
             found = generate_baked(unfinished, patch.num_virtual_tokens, prompt, len(expected))
             _require_same(found, expected, file)
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}", hint="free space or name another folder") from error
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}", hint="free space or name another folder"
+        ) from error
 
 
 def _require_same(found: Sequence[int], expected: Sequence[int], file: GraphFile) -> None:
@@ -125,7 +129,9 @@ def _check(session: Any, graph: DecoderGraph, spec: ModelSpec, seed: KVSeed) -> 
             tokens.append(int(logits.argmax()))
         if len(tokens) > PROMPT_LENGTH:
             return prompt, tokens[PROMPT_LENGTH:]
-    raise InputError(f"{MAX_ATTEMPTS} check prompts end in near ties: the model tells no token from another", hint="check the patch")
+    raise InputError(
+        f"{MAX_ATTEMPTS} check prompts end in near ties: the model tells no token from another", hint="check the patch"
+    )
 
 
 def generate_baked(folder: Path, num_virtual_tokens: int, prompt: Sequence[int], count: int) -> list[int]:

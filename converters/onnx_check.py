@@ -61,7 +61,9 @@ def compare(folder: Path, spec: ModelSpec, hf_folder: Path, model_file: str | No
     if not np.isfinite(found).all():
         raise InputError(f"{file.path}: its logits are not finite", hint="export the model in fp32")
     result = Agreement(
-        quantization(file, graph), float(np.abs(found - expected).max()), float(np.corrcoef(found.ravel(), expected.ravel())[0, 1])
+        quantization(file, graph),
+        float(np.abs(found - expected).max()),
+        float(np.corrcoef(found.ravel(), expected.ravel())[0, 1]),
     )
     _require(result, file.path, float(np.abs(expected).max()))
     return result
@@ -96,7 +98,9 @@ def open_session(model_file: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors derive from Exception alone
-        raise InputError(f"{model_file} is damaged or cannot be loaded: {error}", hint="convert the model again") from error
+        raise InputError(
+            f"{model_file} is damaged or cannot be loaded: {error}", hint="convert the model again"
+        ) from error
 
 
 def _sample(model: Any, spec: ModelSpec) -> tuple[SoftPrompt, list[int]]:

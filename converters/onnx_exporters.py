@@ -264,8 +264,10 @@ def _run(python: str, program: str, arguments: Sequence[str]) -> subprocess.Comp
             [python, "-c", program, *arguments],
             cwd=empty,  # "-c" imports from the working folder first
             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | OFFLINE,
-            capture_output=True, text=True, errors="replace",
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:

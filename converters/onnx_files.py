@@ -30,9 +30,28 @@ MAX_DEPTH = 16  # of graphs within nodes
 MAX_FILE_BYTES = 1 << 31  # of a graph; protobuf's own limit
 NUMPY_TYPES = {1: "<f4", 2: "u1", 3: "i1", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}  # those of norms, and small ones
 ITEM_BITS = {
-    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
-    17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4,
-}  # fmt: skip
+    1: 32,
+    2: 8,
+    3: 8,
+    4: 16,
+    5: 16,
+    6: 32,
+    7: 64,
+    9: 8,
+    10: 16,
+    11: 64,
+    12: 32,
+    13: 64,
+    14: 64,
+    15: 128,
+    16: 16,
+    17: 8,
+    18: 8,
+    19: 8,
+    20: 8,
+    21: 4,
+    22: 4,
+}
 
 # Per message: field number -> the message within, for those that can lead to a tensor.
 MESSAGES: Mapping[str, Mapping[int, str]] = {
@@ -172,12 +191,16 @@ def _check_external(model_file: Path, tensor: Tensor) -> None:
             hint="do not run this model: its graph reads files outside its folder",
         )
     try:
-        offset, length = (int(tensor.external.get(key, default)) for key, default in (("offset", 0), ("length", tensor.num_bytes)))
+        offset, length = (
+            int(tensor.external.get(key, default)) for key, default in (("offset", 0), ("length", tensor.num_bytes))
+        )
     except ValueError:
         raise InputError(f"{which}: offset and length must be numbers, found {dict(tensor.external)}") from None
     path = model_file.with_name(location)
     if not path.is_file():
-        raise InputError(f"{model_file} is damaged: its weights in {location} are missing", hint="copy the whole folder")
+        raise InputError(
+            f"{model_file} is damaged: its weights in {location} are missing", hint="copy the whole folder"
+        )
     size = path.stat().st_size
     if offset < 0 or length < tensor.num_bytes or offset + length > size:
         raise InputError(
@@ -313,5 +336,7 @@ class _Walk:
         return values
 
     def _entry(self, start: int, end: int) -> tuple[str, str]:
-        texts = {number: self._text(first, last) for number, wire, first, last in self._fields(start, end) if wire == BYTES}
+        texts = {
+            number: self._text(first, last) for number, wire, first, last in self._fields(start, end) if wire == BYTES
+        }
         return texts.get(1, ""), texts.get(2, "")

@@ -80,7 +80,11 @@ def recognise(session: Any, file: GraphFile, spec: ModelSpec) -> DecoderGraph:
         others = inputs.keys() - set(past)
         windows = tuple(sorted(name for name in others if WINDOW_INPUT.fullmatch(name)))
         required, optional = {"input_ids", "attention_mask"}, {"position_ids", *windows}
-        if inputs.keys() >= set(past) | required and others <= required | optional and outputs.keys() >= {*present, "logits"}:
+        if (
+            inputs.keys() >= set(past) | required
+            and others <= required | optional
+            and outputs.keys() >= {*present, "logits"}
+        ):
             break
     else:
         raise InputError(
@@ -94,9 +98,7 @@ def recognise(session: Any, file: GraphFile, spec: ModelSpec) -> DecoderGraph:
     cache_type = _element_type(file, [inputs[n] for n in past] + [outputs[n] for n in present])
     for name in past:
         _require_shape(file, name, inputs[name].shape, spec)
-    return DecoderGraph(
-        past, present, shared, positions, windows, cache_type, _element_type(file, [outputs["logits"]])
-    )
+    return DecoderGraph(past, present, shared, positions, windows, cache_type, _element_type(file, [outputs["logits"]]))
 
 
 def _names(template: str, layers: int) -> tuple[str, ...]:

@@ -31,7 +31,9 @@ def reduce(model_file: Path, precision: str) -> None:
     if precision == "fp32":
         return
     with _quiet():
-        model = _to_float16(model_file) if precision == "fp16" else _to_blocks(model_file, 8 if precision == "int8" else 4)
+        model = (
+            _to_float16(model_file) if precision == "fp16" else _to_blocks(model_file, 8 if precision == "int8" else 4)
+        )
     _replace(model, model_file)
 
 
@@ -94,9 +96,10 @@ def _join_cast_pairs(model: Any) -> None:
     originals = {
         node.output[0]: producers[node.input[0]].input[0]
         for node in model.graph.node
-        if node.name.endswith(CAST_BACK) and node.input[0] in producers
+        if node.name.endswith(CAST_BACK)
+        and node.input[0] in producers
         and casts_to(producers[node.input[0]]) == onnx.TensorProto.FLOAT16
-    }  # fmt: skip
+    }
     for node in model.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = originals.get(name, name)
@@ -123,7 +126,9 @@ def _to_blocks(model_file: Path, bits: int) -> Any:
     quantizer.process()
     reduced = quantizer.model.model
     if not any(node.op_type == "MatMulNBits" for node in reduced.graph.node):
-        raise InputError(f"{model_file}: its graph holds no matrix product to quantize", hint="export it in fp32 or fp16")
+        raise InputError(
+            f"{model_file}: its graph holds no matrix product to quantize", hint="export it in fp32 or fp16"
+        )
     return reduced
 
 
@@ -150,5 +155,9 @@ def _replace(model: Any, model_file: Path) -> None:
     for file in model_file.parent.glob(f"{model_file.name}*"):
         file.unlink()
     onnx.save(
-        model, str(model_file), save_as_external_data=True, location=f"{model_file.name}.data", size_threshold=EXTERNAL_BYTES
+        model,
+        str(model_file),
+        save_as_external_data=True,
+        location=f"{model_file.name}.data",
+        size_threshold=EXTERNAL_BYTES,
     )

@@ -18,9 +18,15 @@ from edgepatch.errors import InputError, MismatchError
 from edgepatch.sketches import Sketch, split_name
 
 NAMES = {
-    "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj", "attn_qkv": "attn.qkv_proj", "attn_output": "attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "attn_q": "attn.q_proj",
+    "attn_k": "attn.k_proj",
+    "attn_v": "attn.v_proj",
+    "attn_qkv": "attn.qkv_proj",
+    "attn_output": "attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 EMBEDDING = "model.embed"
 FUSED = ("attn_q", "attn_k", "attn_v")
 """Roles that the builder joins, in this order."""
@@ -72,7 +78,9 @@ def _candidates(like: Sketch, name: str, row: int) -> list[tuple[str, int]]:
     if role in FUSED:
         rows = [like.tensors.get(f"blk.{layer}.{other}", (0, 0))[0] for other in FUSED[: FUSED.index(role)]]
         found.append((f"{prefix}attn.qkv_proj.MatMul.weight", sum(rows)))
-    elif role == "ffn_up" and f"blk.{layer}.ffn_gate" not in like.tensors:  # Phi's matrix of both, which the builder parts
+    elif (
+        role == "ffn_up" and f"blk.{layer}.ffn_gate" not in like.tensors
+    ):  # Phi's matrix of both, which the builder parts
         half = like.tensors[name][0] // 2
         found = [(f"{prefix}{NAMES['ffn_gate' if row < half else 'ffn_up']}.MatMul.weight", 0 if row < half else -half)]
     return found
@@ -97,7 +105,9 @@ class _Matrix:
         if not self._ending:
             main = self._tensors[self._stem]
             at = row * main.shape[1] + column if self._stem.startswith(EMBEDDING) else column * main.shape[1] + row
-            low, high = cells(_numbers(self._file, main, at, 1).astype(np.float32).reshape(1, 1), np.zeros(1, np.int64), "F16")
+            low, high = cells(
+                _numbers(self._file, main, at, 1).astype(np.float32).reshape(1, 1), np.zeros(1, np.int64), "F16"
+            )
         else:
             low, high = self._block_cells(row, column)
         return float(low[0]), float(high[0])
@@ -136,7 +146,11 @@ def _numbers(file: GraphFile, tensor: Tensor, start: int, count: int) -> NDArray
         InputError: they are not stored as raw numbers, or outside of the tensor.
     """
     kind = NUMPY_TYPES.get(tensor.data_type)
-    if kind is None or (start + count) * np.dtype(kind).itemsize > tensor.num_bytes or not (tensor.external or tensor.span):
+    if (
+        kind is None
+        or (start + count) * np.dtype(kind).itemsize > tensor.num_bytes
+        or not (tensor.external or tensor.span)
+    ):
         raise InputError(f"{file.path}: {tensor.name} is damaged or of an unknown kind", hint="convert the model again")
     if tensor.external:
         path, offset = file.path.with_name(tensor.external["location"]), int(tensor.external.get("offset", 0))

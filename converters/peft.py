@@ -93,7 +93,8 @@ def split_prefix(embeddings: NDArray[Any], spec: ModelSpec) -> KVSeed:
     shape = (len(embeddings), spec.num_hidden_layers, 2, spec.num_key_value_heads, spec.head_dim)
     layers = embeddings.reshape(shape).transpose(1, 2, 3, 0, 4)  # (L, 2, K, P, H)
     return KVSeed(
-        tuple(np.ascontiguousarray(layer[0]) for layer in layers), tuple(np.ascontiguousarray(layer[1]) for layer in layers)
+        tuple(np.ascontiguousarray(layer[0]) for layer in layers),
+        tuple(np.ascontiguousarray(layer[1]) for layer in layers),
     )
 
 
@@ -106,7 +107,9 @@ def flatten_prefix(seed: KVSeed) -> NDArray[Any]:
 def _require_folder(folder: Path) -> None:
     """Refuses pickles by name, before anything is opened."""
     if folder.is_file():
-        hint = "pickles are never read; save the adapter as safetensors" if folder.suffix in PICKLES else "name its folder"
+        hint = (
+            "pickles are never read; save the adapter as safetensors" if folder.suffix in PICKLES else "name its folder"
+        )
         raise InputError(f"{folder}: expected a PEFT folder, found a file", hint)
     if (folder / TENSOR_FILE).is_file() or not folder.is_dir():
         return
@@ -134,7 +137,9 @@ def _model_settings(peft_type: str, spec: ModelSpec) -> dict[str, int]:
 
 def _require_shape_of(config: AdapterConfig, spec: ModelSpec) -> None:
     wanted = {key: (getattr(config, key), have) for key, have in _model_settings(config.peft_type, spec).items()}
-    differences: dict[str, tuple[object, object]] = {k: v for k, v in wanted.items() if v[0] is not None and v[0] != v[1]}
+    differences: dict[str, tuple[object, object]] = {
+        k: v for k, v in wanted.items() if v[0] is not None and v[0] != v[1]
+    }
     if differences:
         raise MismatchError(differences)
 
@@ -147,10 +152,14 @@ def _read_tensor(path: Path, data: bytes, shape: tuple[int, int]) -> NDArray[Any
         raise InputError(f"{path} is damaged or truncated: {error}", hint="get the adapter again") from None
     if [name for name, _ in found] != [PROMPT_TENSOR]:
         names = ", ".join(sorted(name for name, _ in found)[:4]) or "none"
-        raise InputError(f"{path}: expected the tensor {PROMPT_TENSOR} alone, found {names}", hint="get the adapter again")
+        raise InputError(
+            f"{path}: expected the tensor {PROMPT_TENSOR} alone, found {names}", hint="get the adapter again"
+        )
     tensor = found[0][1]
     if (found_shape := tuple(tensor["shape"])) != shape:
-        raise InputError(f"{path}: {PROMPT_TENSOR}: expected {shape}, found {found_shape}", hint="get the adapter again")
+        raise InputError(
+            f"{path}: {PROMPT_TENSOR}: expected {shape}, found {found_shape}", hint="get the adapter again"
+        )
     if tensor["dtype"] not in ("F32", "F16", "BF16"):
         raise InputError(f"{path}: {PROMPT_TENSOR}: expected F32, F16 or BF16, found {tensor['dtype']}")
     if tensor["dtype"] == "BF16":  # the upper half of a float32
@@ -204,10 +213,14 @@ def _flat_tensor(patch: Patch, peft_type: str) -> NDArray[Any]:
         raise InputError(f"peft_type: expected {', '.join(PEFT_TYPES)}, found {peft_type!r}")
     if peft_type == PROMPT_TUNING:
         if patch.soft_prompt is None:
-            raise InputError(f"patch {patch.name} {patch.version} has no soft prompt", hint=f"write it as {PREFIX_TUNING}")
+            raise InputError(
+                f"patch {patch.name} {patch.version} has no soft prompt", hint=f"write it as {PREFIX_TUNING}"
+            )
         return np.ascontiguousarray(patch.soft_prompt.embeddings)
     if patch.kv_seed is None:
-        raise InputError(f"patch {patch.name} {patch.version} has no KV seed", hint="edgepatch convert seed computes it")
+        raise InputError(
+            f"patch {patch.name} {patch.version} has no KV seed", hint="edgepatch convert seed computes it"
+        )
     return flatten_prefix(patch.kv_seed)
 
 
@@ -215,18 +228,29 @@ def _settings(patch: Patch, peft_type: str, base_model_name: str | None) -> dict
     """``adapter_config.json``; query heads that no patch knows stay open, and PEFT fills them in when it loads."""
     own: dict[str, dict[str, Any]] = {
         PROMPT_TUNING: {
-            "num_attention_heads": _source(patch).get("num_attention_heads"), "prompt_tuning_init": "RANDOM",
-            "prompt_tuning_init_text": None, "tokenizer_kwargs": None, "tokenizer_name_or_path": None,
+            "num_attention_heads": _source(patch).get("num_attention_heads"),
+            "prompt_tuning_init": "RANDOM",
+            "prompt_tuning_init_text": None,
+            "tokenizer_kwargs": None,
+            "tokenizer_name_or_path": None,
         },
         PREFIX_TUNING: {"encoder_hidden_size": None, "init_weights": None, "prefix_projection": False},
         CARTRIDGE: {"num_frozen_tokens": 1},
-    }  # fmt: skip
+    }
     return {
-        "auto_mapping": None, "base_model_name_or_path": base_model_name, "inference_mode": True, "modules_to_save": None,
-        "num_transformer_submodules": 1, "num_virtual_tokens": patch.num_virtual_tokens, "peft_type": peft_type,
-        "peft_version": PEFT_VERSION, "revision": None, "task_type": "CAUSAL_LM",
-        **own[peft_type], **_model_settings(peft_type, patch.base),
-    }  # fmt: skip
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": patch.num_virtual_tokens,
+        "peft_type": peft_type,
+        "peft_version": PEFT_VERSION,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        **own[peft_type],
+        **_model_settings(peft_type, patch.base),
+    }
 
 
 def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
@@ -243,4 +267,6 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}", hint="free space or name another folder") from error
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}", hint="free space or name another folder"
+        ) from error

@@ -31,10 +31,21 @@ FIXED: dict[str, tuple[object, ...]] = {
 }
 """Setting -> the values with which the tensor means what a patch means."""
 
-IGNORED = frozenset({
-    "auto_mapping", "encoder_hidden_size", "inference_mode", "init_weights", "num_frozen_tokens", "prefix_projection",
-    "prompt_tuning_init", "prompt_tuning_init_text", "revision", "tokenizer_kwargs", "tokenizer_name_or_path",
-})  # fmt: skip
+IGNORED = frozenset(
+    {
+        "auto_mapping",
+        "encoder_hidden_size",
+        "inference_mode",
+        "init_weights",
+        "num_frozen_tokens",
+        "prefix_projection",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "revision",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    }
+)
 """Settings that say how the tensor was trained, and PEFT's hints to loaders. Their values are never looked at."""
 
 
@@ -76,7 +87,10 @@ def read_config(path: Path) -> AdapterConfig:
         )
     for key, allowed in FIXED.items():
         if values.get(key) not in allowed or isinstance(values.get(key), bool):
-            raise InputError(f"{path}: {key}: expected {allowed[0]!r}, found {str(values[key])[:80]}", hint="it cannot be made a patch")
+            raise InputError(
+                f"{path}: {key}: expected {allowed[0]!r}, found {str(values[key])[:80]}",
+                hint="it cannot be made a patch",
+            )
     read = {*AdapterConfig.__dataclass_fields__, *FIXED}
     unknown = sorted(key for key, value in values.items() if key not in read | IGNORED and value is not None)
     if unknown:

@@ -33,9 +33,11 @@ LLAMA3_CONTEXTS = (8192, *(2**n for n in range(5, 21)))
 """``original_max_position_embeddings`` that are tried, the one of every published model first."""
 
 GGUF_SCALING = {
-    "factor": "factor", "original_max_position_embeddings": "original_context_length", "beta_fast": "yarn_beta_fast",
+    "factor": "factor",
+    "original_max_position_embeddings": "original_context_length",
+    "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
-}  # fmt: skip
+}
 """Name in Transformers -> key under ``rope.scaling`` in GGUF; an ``attention_factor`` of its own llama.cpp does not apply."""
 
 
@@ -89,7 +91,11 @@ def of_header(header: GGUFHeader, head_dim: int) -> tuple[float, dict[str, Any]]
     if "rope_factors_long.weight" in header.tensors:
         names = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
         factors = {name: [decimal(f) for f in header.vector(tensor)] for name, tensor in names.items()}
-        return theta, scaling | {"rope_type": "longrope", "original_max_position_embeddings": int(context or 0), **factors}
+        return theta, scaling | {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": int(context or 0),
+            **factors,
+        }
     settings = {name: header.find(f"rope.scaling.{key}") for name, key in GGUF_SCALING.items()}
     return theta, scaling | _plain(str(header.find("rope.scaling.type") or "none"), settings)
 
@@ -118,7 +124,11 @@ def _plain(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: settings.get(name) for name in YARN_DEFAULTS}
         scaling |= {n: decimal(v) for n, v in given.items() if v is not None and decimal(v) != YARN_DEFAULTS[n]}
         usual, attention = 1 + 0.1 * log(scaling.get("factor", 1.0)), settings.get("attention_factor")
-        scaling |= {"attention_factor": attention} if attention is not None and not isclose(attention, usual, rel_tol=1e-5) else {}
+        scaling |= (
+            {"attention_factor": attention}
+            if attention is not None and not isclose(attention, usual, rel_tol=1e-5)
+            else {}
+        )
     return scaling
 
 

@@ -58,9 +58,7 @@ def canary_prompts(vocab_size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def make_canary(
-    vocab_size: int,
-    bare: Callable[[Sequence[int]], NDArray[Any]],
-    patched: Callable[[Sequence[int]], NDArray[Any]],
+    vocab_size: int, bare: Callable[[Sequence[int]], NDArray[Any]], patched: Callable[[Sequence[int]], NDArray[Any]]
 ) -> Canary:
     """A canary from the full-precision model.
 

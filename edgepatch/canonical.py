@@ -52,7 +52,9 @@ def _number(value: int | float) -> str:
     """Source: ECMA-262, Number::toString, which RFC 8785 section 3.2.2.3 cites."""
     if isinstance(value, int):
         if abs(value) > MAX_WHOLE:
-            raise PatchFormatError(f"JSON: expected whole numbers up to {MAX_WHOLE}, found {value:#x}"[:120], "write it as a text")
+            raise PatchFormatError(
+                f"JSON: expected whole numbers up to {MAX_WHOLE}, found {value:#x}"[:120], "write it as a text"
+            )
         return str(int(value))
     if not math.isfinite(value):
         raise PatchFormatError(f"JSON: expected finite numbers, found {value}")
@@ -89,7 +91,11 @@ def parse_json(data: bytes, what: str) -> Any:
     """
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_finite, parse_float=_finite, parse_int=_whole
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_finite,
+            parse_float=_finite,
+            parse_int=_whole,
         )
     except PatchFormatError as error:
         raise PatchFormatError(f"{what}: {error}") from None

@@ -51,7 +51,9 @@ class Constraint:
         if not isinstance(self.definition, str):
             raise InputError(f"constraint: definition: expected text, found {type(self.definition).__name__}")
         if len(self.definition) > MAX_DEFINITION:
-            raise InputError(f"constraint: a definition of {len(self.definition)} characters, at most {MAX_DEFINITION} are read")
+            raise InputError(
+                f"constraint: a definition of {len(self.definition)} characters, at most {MAX_DEFINITION} are read"
+            )
         if bool(self.definition.strip()) == (self.kind == "json_object"):
             expected = "no definition" if self.kind == "json_object" else "a definition"
             raise InputError(f"constraint: {self.kind} takes {expected}")
@@ -101,7 +103,9 @@ class ConstraintMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise EdgepatchError(f"the constraint cannot be followed: {_short(self._matcher.get_error())}", hint="simplify it")
+            raise EdgepatchError(
+                f"the constraint cannot be followed: {_short(self._matcher.get_error())}", hint="simplify it"
+            )
 
 
 class ConstraintEngine:

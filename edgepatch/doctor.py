@@ -30,11 +30,32 @@ PROBED_PACKAGES = {
 """Import name -> distributions that provide it."""
 
 CPU_FEATURES = {
-    "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni",
-    "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx512_fp16",
-    "amx_tile", "amx_int8", "amx_bf16",
-    "neon", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2", "sme",
-}  # fmt: skip
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512vbmi",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "neon",
+    "asimd",
+    "asimddp",
+    "asimdhp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
+    "sme",
+}
 """Flags of /proc/cpuinfo that the kernels of llama.cpp and ONNX Runtime make use of."""
 
 
@@ -81,7 +102,12 @@ def packages() -> list[dict[str, Any]]:
     for name in names:
         homes = [extra for extra, members in by_extra if name in members]
         rows.append(
-            {"name": name, "version": _version(name), "extras": homes, "install": f"pip install 'edgepatch[{homes[0]}]'"}
+            {
+                "name": name,
+                "version": _version(name),
+                "extras": homes,
+                "install": f"pip install 'edgepatch[{homes[0]}]'",
+            }
         )
     return rows
 

@@ -1,13 +1,13 @@
 """The error tree. Every error says what was expected, what was found and which one; ``hint`` says what to do.
 
-    EdgepatchError            exit 1
-    +- InputError             exit 2   a file, folder, option or value that cannot be used
-    +- MissingExtraError      exit 2   an optional package is not installed
-    +- PatchFormatError       exit 3   a patch file breaks the format
-    +- UntrustedError         exit 3   a signature, key or trust root does not hold
-    +- MismatchError          exit 4   a patch was made for another model
-    +- InactivePatchError     exit 1   a patch was loaded but is not active: never run on
-    +- TrainingError          exit 1   training cannot go on (NaN loss, no usable pairs)
+EdgepatchError            exit 1
++- InputError             exit 2   a file, folder, option or value that cannot be used
++- MissingExtraError      exit 2   an optional package is not installed
++- PatchFormatError       exit 3   a patch file breaks the format
++- UntrustedError         exit 3   a signature, key or trust root does not hold
++- MismatchError          exit 4   a patch was made for another model
++- InactivePatchError     exit 1   a patch was loaded but is not active: never run on
++- TrainingError          exit 1   training cannot go on (NaN loss, no usable pairs)
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ class MismatchError(EdgepatchError):
 
     def __init__(self, differences: dict[str, tuple[object, object]]) -> None:
         lines = [f"{field}: patch expects {want}, model has {have}" for field, (want, have) in differences.items()]
-        super().__init__("the patch was made for another model\n  " + "\n  ".join(lines),
-                         hint="use the model that the patch names, or a patch made for this model")
+        super().__init__(
+            "the patch was made for another model\n  " + "\n  ".join(lines),
+            hint="use the model that the patch names, or a patch made for this model",
+        )
         self.differences = differences
 
 

@@ -181,9 +181,7 @@ def require_piece(found: Piece | Exception) -> Piece:
 
 
 def drain(
-    replies: Sequence[Reply],
-    logits: Sequence[NDArray[Any]],
-    step: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    replies: Sequence[Reply], logits: Sequence[NDArray[Any]], step: Callable[[NDArray[np.int64]], NDArray[np.float32]]
 ) -> list[str]:
     """The texts of replies whose rows are evaluated as one batch until all have ended.
 

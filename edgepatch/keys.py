@@ -85,7 +85,9 @@ def _create(path: Path, data: bytes, mode: int) -> None:
     """A new file, whole or not at all. Never opens one that exists; the mode is right from the first moment on."""
     try:
         with ExitStack() as undo:
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode), "wb") as file:
+            with open(
+                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode), "wb"
+            ) as file:
                 undo.callback(path.unlink)
                 os.fchmod(file.fileno(), mode)  # the umask may have taken more away
                 file.write(data)
@@ -93,7 +95,9 @@ def _create(path: Path, data: bytes, mode: int) -> None:
                 os.fsync(file.fileno())
             undo.pop_all()
     except FileExistsError:
-        raise InputError(f"{path} exists: expected a new name", hint="a key is never overwritten; move it away yourself") from None
+        raise InputError(
+            f"{path} exists: expected a new name", hint="a key is never overwritten; move it away yourself"
+        ) from None
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}", hint="free space or name another folder") from error
 
@@ -115,8 +119,10 @@ def create_key_pair(folder: Path, name: str, passphrase: str | None) -> tuple[Pa
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise InputError(f"key name: expected letters, digits, '.', '_' and '-', 64 at most, found {name!r}")
     if passphrase is not None and len(passphrase) < MIN_PASSPHRASE_LENGTH:
-        raise InputError(f"passphrase: expected {MIN_PASSPHRASE_LENGTH} characters or more, found {len(passphrase)}",
-                         hint="four random words are easy to keep")  # fmt: skip
+        raise InputError(
+            f"passphrase: expected {MIN_PASSPHRASE_LENGTH} characters or more, found {len(passphrase)}",
+            hint="four random words are easy to keep",
+        )
     key = Ed25519PrivateKey.generate()
     private, public = folder / f"{name}.key", folder / f"{name}.pub"
     try:
@@ -133,7 +139,9 @@ def create_key_pair(folder: Path, name: str, passphrase: str | None) -> tuple[Pa
 
 def _label(data: bytes, path: Path) -> str:
     """What a file says it is; it holds exactly one PEM block."""
-    found = re.fullmatch(rb"-----BEGIN ([A-Z ]+)-----\n[A-Za-z0-9+/=\n]+\n-----END \1-----\n?", data.replace(b"\r\n", b"\n"))
+    found = re.fullmatch(
+        rb"-----BEGIN ([A-Z ]+)-----\n[A-Za-z0-9+/=\n]+\n-----END \1-----\n?", data.replace(b"\r\n", b"\n")
+    )
     if not found:
         raise InputError(f"{path}: expected one key in PEM, found something else", hint="`edgepatch keygen` makes keys")
     return found[1].decode()
@@ -157,7 +165,9 @@ def read_private_key(path: Path, passphrase: str | None) -> Ed25519PrivateKey:
     if passphrase is None and label == ENCRYPTED:
         raise InputError(f"{path}: expected an unencrypted key, found an encrypted one", hint="give its passphrase")
     if passphrase is not None and label == PLAIN:
-        raise UntrustedError(f"{path}", "an encrypted key", "an unencrypted one", hint="--unencrypted takes it as it is")
+        raise UntrustedError(
+            f"{path}", "an encrypted key", "an unencrypted one", hint="--unencrypted takes it as it is"
+        )
     try:
         key = load_pem_private_key(data, None if passphrase is None else _secret(passphrase))
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -177,7 +187,9 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     data = read_bounded(path, MAX_KEY_FILE_BYTES, "public key")
     label = _label(data, path)
     if label != PUBLIC:
-        raise InputError(f"{path}: expected a public key, found {label}", hint="it ends in .pub; a private key stays where it is")
+        raise InputError(
+            f"{path}: expected a public key, found {label}", hint="it ends in .pub; a private key stays where it is"
+        )
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm) as error:

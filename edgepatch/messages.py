@@ -60,9 +60,16 @@ def _plain_content(content: object) -> str:
     if not isinstance(content, list):
         raise InputError(f"content: expected text or a list of parts, found {type(content).__name__}")
     for part in content:
-        if not isinstance(part, Mapping) or set(part) != {"type", "text"} or part["type"] != "text" or not isinstance(part["text"], str):
+        if (
+            not isinstance(part, Mapping)
+            or set(part) != {"type", "text"}
+            or part["type"] != "text"
+            or not isinstance(part["text"], str)
+        ):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise InputError(f"content: expected parts of type 'text' with a text, found {kind!r}", hint="the model reads text only")
+            raise InputError(
+                f"content: expected parts of type 'text' with a text, found {kind!r}", hint="the model reads text only"
+            )
     return "".join(part["text"] for part in content)
 
 
@@ -76,7 +83,12 @@ def _plain_call(call: object) -> dict[str, Any]:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
             raise InputError(f"tool_calls: the arguments of {name!r} are not JSON: {error}") from None
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict) or not isinstance(call.get("id", ""), str):
+    if (
+        not isinstance(name, str)
+        or not name
+        or not isinstance(arguments, dict)
+        or not isinstance(call.get("id", ""), str)
+    ):
         raise InputError(f"tool_calls: expected a name, arguments in an object and an id of text, found {name!r}")
     given_id = {"id": call["id"]} if "id" in call else {}
     return {**given_id, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -90,6 +102,12 @@ def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any
     """
     for number, tool in enumerate(tools or ()):
         function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or tool.get("type") != "function" or not isinstance(function.get("name"), str):
-            raise InputError(f"tool {number}: expected an object of type 'function' with a named function", hint="see OpenAI's tools")
+        if (
+            not isinstance(function, Mapping)
+            or tool.get("type") != "function"
+            or not isinstance(function.get("name"), str)
+        ):
+            raise InputError(
+                f"tool {number}: expected an object of type 'function' with a named function", hint="see OpenAI's tools"
+            )
     return [dict(tool) for tool in tools] if tools else None

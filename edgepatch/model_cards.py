@@ -15,10 +15,22 @@ from typing import Any
 from edgepatch.patches import Patch
 
 LIBRARY, RELATION = "edgepatch", "adapter"
-HUB_LICENSES = frozenset({
-    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "isc", "mpl-2.0",
-    "unlicense", "zlib",
-})  # fmt: skip
+HUB_LICENSES = frozenset(
+    {
+        "apache-2.0",
+        "mit",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "cc0-1.0",
+        "cc-by-4.0",
+        "cc-by-sa-4.0",
+        "cc-by-nc-4.0",
+        "isc",
+        "mpl-2.0",
+        "unlicense",
+        "zlib",
+    }
+)
 """Identifiers of the Hugging Face hub that are SPDX's in lower case."""
 
 METRICS = {
@@ -43,9 +55,23 @@ def model_card(patch: Patch, base_model: str = "") -> str:
     Returns:
         The text; the same arguments give the same text.
     """
-    sections = [_introduction(patch, base_model), _base(patch), _use(patch), _evaluation(patch), _training(patch), _canary(patch),
-                _limits(patch), _lineage(patch)]  # fmt: skip
-    return "---\n" + "\n".join(_front_matter(patch, base_model)) + "\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
+    sections = [
+        _introduction(patch, base_model),
+        _base(patch),
+        _use(patch),
+        _evaluation(patch),
+        _training(patch),
+        _canary(patch),
+        _limits(patch),
+        _lineage(patch),
+    ]
+    return (
+        "---\n"
+        + "\n".join(_front_matter(patch, base_model))
+        + "\n---\n\n"
+        + "\n\n".join(s for s in sections if s)
+        + "\n"
+    )
 
 
 # Front matter.
@@ -85,10 +111,20 @@ def _model_index(patch: Patch) -> list[str]:
     if not figures:
         return []
     source = str(patch.evaluation.get("source") or "unnamed prompts")
-    lines = ["model-index:", f"- name: {quoted(f'{patch.name} {patch.version}')}", "  results:", "  - task:", "      type: text-generation"]
+    lines = [
+        "model-index:",
+        f"- name: {quoted(f'{patch.name} {patch.version}')}",
+        "  results:",
+        "  - task:",
+        "      type: text-generation",
+    ]
     lines += ["    dataset:", f"      name: {quoted(source)}", f"      type: {quoted(source)}", "    metrics:"]
     for place, side, field, value, _ in figures:
-        lines += [f"    - type: {field}", f"      name: {quoted(f'{METRICS[field]}, {place}, {side}')}", f"      value: {value!r}"]
+        lines += [
+            f"    - type: {field}",
+            f"      name: {quoted(f'{METRICS[field]}, {place}, {side}')}",
+            f"      value: {value!r}",
+        ]
     return lines
 
 
@@ -126,7 +162,11 @@ def escaped(value: object) -> str:
     """Text of strangers on one line of Markdown: what Markdown could take for markup or a link is escaped."""
     line = " ".join(re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]|[\u2028-\u202e\u2066-\u2069]", " ", str(value)).split())
     plain = re.sub(r"([!#$&()*+:<=>@\[\\\]^_`{|}~])", r"\\\1", line)
-    return re.sub(r"(?i)^([-.]|\d+(?=\.))|(www)(?=\.)", lambda found: f"\\{found[0]}" if found[0] in "-." else f"{found[0]}\\", plain)
+    return re.sub(
+        r"(?i)^([-.]|\d+(?=\.))|(www)(?=\.)",
+        lambda found: f"\\{found[0]}" if found[0] in "-." else f"{found[0]}\\",
+        plain,
+    )
 
 
 def _block(value: object) -> str:
@@ -143,21 +183,29 @@ def _introduction(patch: Patch, base_model: str) -> str:
     what = "soft prompt" if patch.soft_prompt is not None else "trained K/V prefix"
     base = escaped(base_model) if base_model else f"a model of the architecture {escaped(patch.base.model_type)}"
     told = "\n\n".join(escaped(line) for line in patch.summary.split("\n") if line.strip())
-    rows = [["", ""], ["digest (SHA-256 of the manifest)", f"`{patch.digest}`"], ["release", f"{patch.channel} {patch.sequence}"],
-            ["created", patch.created or "not told"], ["expires", patch.expires or "never"],
-            ["licence", escaped(patch.license) or "not told"]]  # fmt: skip
+    rows = [
+        ["", ""],
+        ["digest (SHA-256 of the manifest)", f"`{patch.digest}`"],
+        ["release", f"{patch.channel} {patch.sequence}"],
+        ["created", patch.created or "not told"],
+        ["expires", patch.expires or "never"],
+        ["licence", escaped(patch.license) or "not told"],
+    ]
     text = (
         f"A safety policy patch for {base}: a {what} of {patch.num_virtual_tokens} virtual tokens that stands in front of every "
         "conversation. The weights of the model stay as they are."
     )
-    return "\n\n".join(part for part in (f"# {escaped(patch.name)} {escaped(patch.version)}", told, text, _table(rows)) if part)
+    return "\n\n".join(
+        part for part in (f"# {escaped(patch.name)} {escaped(patch.version)}", told, text, _table(rows)) if part
+    )
 
 
 def _base(patch: Patch) -> str:
-    rows = [["field", "value"], *([field, escaped(json.dumps(value))] for field, value in sorted(patch.base.as_dict().items()))]
-    note = (
-        "The fingerprints are the same in every quantization of the base. On a model that differs in any field the patch is refused."
-    )
+    rows = [
+        ["field", "value"],
+        *([field, escaped(json.dumps(value))] for field, value in sorted(patch.base.as_dict().items())),
+    ]
+    note = "The fingerprints are the same in every quantization of the base. On a model that differs in any field the patch is refused."
     return f"## Base model\n\n{_table(rows)}\n\n{note}"
 
 
@@ -165,7 +213,9 @@ def _use(patch: Patch) -> str:
     file = f"{patch.name}-{patch.version}.safetensors"
     commands = f"edgepatch show {file}\nedgepatch verify {file} --root root.json\nedgepatch apply {file} --model MODEL\nedgepatch rollback"
     signers = ", ".join(f"`{signature.key_id[:12]}`" for signature in patch.signatures)
-    note = f"Signed by the keys {signers}; whether they count is for your trust root to say." if signers else "Unsigned."
+    note = (
+        f"Signed by the keys {signers}; whether they count is for your trust root to say." if signers else "Unsigned."
+    )
     return f"## Verify, apply, go back\n\n```sh\n{commands}\n```\n\n{note}"
 
 
@@ -175,7 +225,10 @@ def _evaluation(patch: Patch) -> str:
         record = f"\n\n{_block(patch.evaluation)}" if patch.evaluation else ""
         return f"## Evaluation\n\nThis patch was {NOT_EVALUATED} by the measures of this card.{record}"
     rows = [["where", "model", "measure", "value", "interval"]]
-    rows += [[escaped(place), side, METRICS[field], f"{value:.3f}", interval or "not told"] for place, side, field, value, interval in figures]
+    rows += [
+        [escaped(place), side, METRICS[field], f"{value:.3f}", interval or "not told"]
+        for place, side, field, value, interval in figures
+    ]
     source = escaped(patch.evaluation.get("source") or "not told")
     return f"## Evaluation\n\nPrompts: {source}\n\n{_table(rows)}"
 
@@ -206,5 +259,9 @@ def _limits(patch: Patch) -> str:
 
 def _lineage(patch: Patch) -> str:
     groups = {"Composed, in this order, of": patch.parts, "Supersedes": patch.supersedes}
-    told = [f"{title}:\n\n" + "\n".join(f"- `{digest}`" for digest in digests) for title, digests in groups.items() if digests]
+    told = [
+        f"{title}:\n\n" + "\n".join(f"- `{digest}`" for digest in digests)
+        for title, digests in groups.items()
+        if digests
+    ]
     return "## Lineage\n\n" + "\n\n".join(told) if told else ""

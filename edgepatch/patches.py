@@ -152,14 +152,21 @@ def _check_values(patch: Patch) -> None:
     whole = isinstance(sequence, int) and not isinstance(sequence, bool)
     _require(whole and 1 <= sequence <= MAX_SEQUENCE, patch, "sequence", f"a whole number from 1 to {MAX_SEQUENCE}")
     for key in ("created", "expires"):
-        _require(getattr(patch, key) == "" or is_timestamp(getattr(patch, key)), patch, key, "a time like 2026-11-21T10:00:00Z")
+        _require(
+            getattr(patch, key) == "" or is_timestamp(getattr(patch, key)),
+            patch,
+            key,
+            "a time like 2026-11-21T10:00:00Z",
+        )
     for key, most in (("license", 128), ("summary", 2000)):
         text = getattr(patch, key)
         readable = isinstance(text, str) and len(text) <= most and not UNPRINTABLE.search(text)
         _require(readable, patch, key, f"a printable text of at most {most} characters")
     for key in ("supersedes", "parts"):
         _require(all(_is_text(digest, DIGEST) for digest in getattr(patch, key)), patch, key, "SHA-256 digests")
-    _require(patch.chat_template == "" or _is_text(patch.chat_template, DIGEST), patch, "chat_template", "a SHA-256 digest")
+    _require(
+        patch.chat_template == "" or _is_text(patch.chat_template, DIGEST), patch, "chat_template", "a SHA-256 digest"
+    )
 
 
 def _is_text(value: object, pattern: re.Pattern[str]) -> bool:
@@ -180,7 +187,11 @@ _EXPECTED = {
 
 def is_timestamp(text: object) -> bool:
     """Whether a text is a time in UTC to the second: "2026-11-21T10:00:00Z"."""
-    found = re.fullmatch(r"(\d{4})-(\d{2})-(\d{2})T(\d{2}):(\d{2}):(\d{2})Z", text, re.ASCII) if isinstance(text, str) else None
+    found = (
+        re.fullmatch(r"(\d{4})-(\d{2})-(\d{2})T(\d{2}):(\d{2}):(\d{2})Z", text, re.ASCII)
+        if isinstance(text, str)
+        else None
+    )
     if not found:
         return False
     year, month, day, hour, minute, second = map(int, found.groups())
@@ -199,7 +210,9 @@ def _tensors(patch: Patch) -> dict[str, NDArray[Any]]:
         for layer, (key, value) in enumerate(zip(patch.kv_seed.keys, patch.kv_seed.values, strict=True)):
             tensors[f"past_key_values.{layer}.key"] = key
             tensors[f"past_key_values.{layer}.value"] = value
-    return {name: np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<")) for name, tensor in tensors.items()}
+    return {
+        name: np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<")) for name, tensor in tensors.items()
+    }
 
 
 def _manifest_of(patch: Patch) -> dict[str, Any]:
@@ -227,10 +240,26 @@ def _manifest_of(patch: Patch) -> dict[str, Any]:
 
 
 MANIFEST_KINDS: dict[str, type | tuple[type, ...]] = {
-    "format_version": int, "name": str, "version": str, "channel": str, "sequence": int, "created": str, "expires": str,
-    "license": str, "summary": str, "base": dict, "weight_sketch": (dict, type(None)), "chat_template": str, "num_virtual_tokens": int, "tensors": dict,
-    "training": dict, "evaluation": dict, "canary": (dict, type(None)), "supersedes": list, "parts": list,
-}  # fmt: skip
+    "format_version": int,
+    "name": str,
+    "version": str,
+    "channel": str,
+    "sequence": int,
+    "created": str,
+    "expires": str,
+    "license": str,
+    "summary": str,
+    "base": dict,
+    "weight_sketch": (dict, type(None)),
+    "chat_template": str,
+    "num_virtual_tokens": int,
+    "tensors": dict,
+    "training": dict,
+    "evaluation": dict,
+    "canary": (dict, type(None)),
+    "supersedes": list,
+    "parts": list,
+}
 """The closed set of the manifest's keys, with what each holds."""
 
 
@@ -244,7 +273,11 @@ def _header(tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes
     for name in _order(tensors):
         tensor = tensors[name]
         kind = next(code for code, dtype in DTYPES.items() if dtype == tensor.dtype)
-        entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
+        entries[name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
         position += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     return text + b" " * (-len(text) % 8)
@@ -271,7 +304,9 @@ def patch_bytes(patch: Patch) -> bytes:
     tensors = _tensors(patch)
     header = _header(tensors, _metadata(patch))
     if len(header) > MAX_HEADER_BYTES:
-        raise PatchFormatError(f"header: expected at most {MAX_HEADER_BYTES} bytes, found {len(header)}", "shorten the records")
+        raise PatchFormatError(
+            f"header: expected at most {MAX_HEADER_BYTES} bytes, found {len(header)}", "shorten the records"
+        )
     data = b"".join([len(header).to_bytes(8, "little"), header, *(tensors[name].data for name in _order(tensors))])
     parse_patch(data)
     return data
@@ -368,7 +403,9 @@ def _parse_text(text: str, what: str) -> Any:
 def _read_manifest(metadata: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(map(str, metadata.keys() - {METADATA_KEY, SIGNATURES_KEY}))
     if unknown or not isinstance(metadata.get(METADATA_KEY), str):
-        raise PatchFormatError(f"not an edgepatch file: expected the metadata key {METADATA_KEY}, found {unknown or 'none'}")
+        raise PatchFormatError(
+            f"not an edgepatch file: expected the metadata key {METADATA_KEY}, found {unknown or 'none'}"
+        )
     manifest = _parse_text(metadata[METADATA_KEY], "its manifest")
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise PatchFormatError("not an edgepatch file: it has no readable manifest")
@@ -377,7 +414,9 @@ def _read_manifest(metadata: dict[str, Any]) -> dict[str, Any]:
         raise PatchFormatError(f"format version: expected {FORMAT_VERSION}, found {version!r:.40}", "update edgepatch")
     if set(manifest) != set(MANIFEST_KINDS):
         differing = sorted(set(manifest) ^ set(MANIFEST_KINDS))
-        raise PatchFormatError(f"manifest: expected the keys {sorted(MANIFEST_KINDS)}; unknown or missing: {differing!r:.200}")
+        raise PatchFormatError(
+            f"manifest: expected the keys {sorted(MANIFEST_KINDS)}; unknown or missing: {differing!r:.200}"
+        )
     for key, kind in MANIFEST_KINDS.items():
         if not isinstance(manifest[key], kind) or isinstance(manifest[key], bool):
             raise PatchFormatError(f"manifest: {key}: a {type(manifest[key]).__name__} is out of place")
@@ -406,12 +445,20 @@ def _read_tensors(data: bytes, header: dict[str, Any], start: int) -> dict[str, 
     allowed = {f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")}
     names = header.keys() - {"__metadata__"}
     if names - {PROMPT_TENSOR} != allowed or not names:
-        raise PatchFormatError(f"tensors: expected {PROMPT_TENSOR} and past_key_values.N.key/value, found {sorted(names)!r:.200}")
+        raise PatchFormatError(
+            f"tensors: expected {PROMPT_TENSOR} and past_key_values.N.key/value, found {sorted(names)!r:.200}"
+        )
     tensors = {}
     for name in names:
         entry = header[name]
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"} or str(entry["dtype"]) not in DTYPES:
-            raise PatchFormatError(f"tensor {name}: expected dtype F32 or F16, a shape and two offsets, found {entry!r:.120}")
+        if (
+            not isinstance(entry, dict)
+            or set(entry) != {"dtype", "shape", "data_offsets"}
+            or str(entry["dtype"]) not in DTYPES
+        ):
+            raise PatchFormatError(
+                f"tensor {name}: expected dtype F32 or F16, a shape and two offsets, found {entry!r:.120}"
+            )
         tensors[name] = _view(data, name, start, DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"])
     return tensors
 
@@ -423,7 +470,9 @@ def _view(data: bytes, name: str, start: int, dtype: np.dtype[Any], shape: Any, 
         raise PatchFormatError(f"tensor {name}: expected one to three whole numbers as shape, and two as offsets")
     count, (begin, end) = math.prod(shape), offsets
     if count * dtype.itemsize != end - begin or start + end > len(data) or not count:
-        raise PatchFormatError(f"tensor {name}: {shape} of {dtype} at {begin} to {end} does not lie in the file: damaged or truncated")
+        raise PatchFormatError(
+            f"tensor {name}: {shape} of {dtype} at {begin} to {end} does not lie in the file: damaged or truncated"
+        )
     tensor: NDArray[Any] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
     return tensor
 
@@ -446,7 +495,9 @@ def parse_patch(data: bytes) -> Patch:
     vars(patch)["tensor_digests"] = digests  # of these very bytes; hashing them again would double the time of a check
     if patch.manifest.decode("utf-8") != header["__metadata__"][METADATA_KEY]:
         raise PatchFormatError("the manifest is not in canonical form")
-    if _header(tensors, _metadata(patch)) != data[8:start] or start + sum(t.nbytes for t in tensors.values()) != len(data):
+    if _header(tensors, _metadata(patch)) != data[8:start] or start + sum(t.nbytes for t in tensors.values()) != len(
+        data
+    ):
         raise PatchFormatError("the bytes are not in canonical form")
     return patch
 
@@ -455,24 +506,46 @@ def _assemble(manifest: dict[str, Any], tensors: dict[str, NDArray[Any]], signat
     tensors = {name: tensor.astype(tensor.dtype.newbyteorder("="), copy=False) for name, tensor in tensors.items()}
     layers = range(sum(name.endswith(".key") for name in tensors))
     try:
-        seed = KVSeed(
-            tuple(tensors[f"past_key_values.{i}.key"] for i in layers),
-            tuple(tensors[f"past_key_values.{i}.value"] for i in layers),
-        ) if layers else None  # fmt: skip
+        seed = (
+            KVSeed(
+                tuple(tensors[f"past_key_values.{i}.key"] for i in layers),
+                tuple(tensors[f"past_key_values.{i}.value"] for i in layers),
+            )
+            if layers
+            else None
+        )
         prompt = SoftPrompt(tensors[PROMPT_TENSOR]) if PROMPT_TENSOR in tensors else None
     except InputError as error:
         raise PatchFormatError(str(error)) from None
     sketch, canary = manifest["weight_sketch"], manifest["canary"]
-    plain = ("name", "version", "training", "evaluation", "channel", "sequence", "created", "expires", "license", "summary", "chat_template")
+    plain = (
+        "name",
+        "version",
+        "training",
+        "evaluation",
+        "channel",
+        "sequence",
+        "created",
+        "expires",
+        "license",
+        "summary",
+        "chat_template",
+    )
     patch = Patch(
-        base=ModelSpec.from_dict(manifest["base"]), soft_prompt=prompt, kv_seed=seed,
+        base=ModelSpec.from_dict(manifest["base"]),
+        soft_prompt=prompt,
+        kv_seed=seed,
         canary=None if canary is None else Canary.from_dict(canary),
         weight_sketch=None if sketch is None else Sketch.from_dict(sketch),
-        supersedes=tuple(manifest["supersedes"]), parts=tuple(manifest["parts"]), signatures=signatures,
+        supersedes=tuple(manifest["supersedes"]),
+        parts=tuple(manifest["parts"]),
+        signatures=signatures,
         **{key: manifest[key] for key in plain},
-    )  # fmt: skip
+    )
     if manifest["num_virtual_tokens"] != patch.num_virtual_tokens:
-        raise PatchFormatError(f"num_virtual_tokens: expected {patch.num_virtual_tokens}, found {manifest['num_virtual_tokens']}")
+        raise PatchFormatError(
+            f"num_virtual_tokens: expected {patch.num_virtual_tokens}, found {manifest['num_virtual_tokens']}"
+        )
     return patch
 
 
@@ -480,7 +553,12 @@ def _check_bounds(tensors: dict[str, NDArray[Any]]) -> None:
     """Compares bit patterns: without their sign, floats grow with their bits, and NaN and infinity are the largest of all."""
     for name, tensor in tensors.items():
         bits = tensor.view(f"<u{tensor.itemsize}")
-        largest = (bits & np.array(2 ** (8 * tensor.itemsize - 1) - 1, bits.dtype)).max(keepdims=True).view(tensor.dtype).item()
+        largest = (
+            (bits & np.array(2 ** (8 * tensor.itemsize - 1) - 1, bits.dtype))
+            .max(keepdims=True)
+            .view(tensor.dtype)
+            .item()
+        )
         if not largest <= LARGEST_VALUE:
             raise PatchFormatError(f"tensor {name}: expected values up to {LARGEST_VALUE:.0f}, found {largest}")
 

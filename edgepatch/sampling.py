@@ -94,7 +94,9 @@ class Sampling:
             if not holds:
                 raise InputError(f"sampling: {name} = {getattr(self, name)!r} is out of range")
         if self.constraint is not None and self.ignore_end_tokens:
-            raise InputError("sampling: ignore_end_tokens goes on where the constraint ends", hint="leave one of them out")
+            raise InputError(
+                "sampling: ignore_end_tokens goes on where the constraint ends", hint="leave one of them out"
+            )
 
     def _require_types(self) -> None:
         for f in fields(self):
@@ -179,7 +181,12 @@ class TokenSampler:
         self._bias = _as_arrays(sampling.logit_bias)
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: dict[int, float] = {}
-        changed = (sampling.logit_bias, sampling.repetition_penalty != 1, sampling.presence_penalty, sampling.frequency_penalty)
+        changed = (
+            sampling.logit_bias,
+            sampling.repetition_penalty != 1,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        )
         self._adjusts = matcher is not None or any(changed)
 
     def draw(self, logits: NDArray[Any]) -> Draw:
@@ -225,7 +232,9 @@ class TokenSampler:
         if self._matcher is not None:
             adjusted[~self._matcher.allowed()] = BANNED
         if adjusted.max() == BANNED:
-            raise InputError("no token is left to draw: logit_bias and constraint rule out the whole vocabulary", hint="ban fewer")
+            raise InputError(
+                "no token is left to draw: logit_bias and constraint rule out the whole vocabulary", hint="ban fewer"
+            )
         return adjusted
 
     def _take(self, token: int, logits: NDArray[Any]) -> Draw:
@@ -264,7 +273,9 @@ def _as_arrays(values: Mapping[int, float]) -> tuple[NDArray[np.int64], NDArray[
 def _require_finite(best: float) -> None:
     if not math.isfinite(best):
         found = "NaN" if math.isnan(best) else "infinite"
-        raise EdgepatchError(f"the model gave {found} logits", hint="check the model file; a damaged file or patch does this")
+        raise EdgepatchError(
+            f"the model gave {found} logits", hint="check the model file; a damaged file or patch does this"
+        )
 
 
 def draw_token(logits: NDArray[Any], sampling: Sampling, rng: np.random.Generator) -> int:

@@ -141,7 +141,9 @@ def read_bounded(path: Path, limit: int, what: str, *, private: bool = False) ->
                 raise InputError(f"{path}: expected a {what}, found no regular file")
             if private and stat.S_IMODE(status.st_mode) & 0o077:
                 mode = f"{stat.S_IMODE(status.st_mode):04o}"
-                raise UntrustedError(f"rights of {path}", "none for group and others (0600)", mode, hint=f"chmod 600 {path}")
+                raise UntrustedError(
+                    f"rights of {path}", "none for group and others (0600)", mode, hint=f"chmod 600 {path}"
+                )
             with open(descriptor, "rb", closefd=False) as file:
                 data = file.read(limit + 1)
         finally:

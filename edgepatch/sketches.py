@@ -99,7 +99,9 @@ class Sketch:
     def __post_init__(self) -> None:
         same = self.low.shape == self.high.shape == (len(self.low),)
         if not same or not 0 < len(self.low) <= NUM_WEIGHTS or not (self.low <= self.high).all():  # NaN is not
-            raise InputError(f"weight sketch: expected 1 to {NUM_WEIGHTS} intervals, found {self.low.shape} and {self.high.shape}")
+            raise InputError(
+                f"weight sketch: expected 1 to {NUM_WEIGHTS} intervals, found {self.low.shape} and {self.high.shape}"
+            )
 
     @property
     def is_exact(self) -> bool:
@@ -124,7 +126,9 @@ class Sketch:
             PatchFormatError: a field is missing, unknown, of another type or out of bounds.
         """
         if not isinstance(values, dict) or set(values) != FIELDS or not _is_size(values["head_dim"]):
-            raise PatchFormatError(f"weight sketch: expected an object with the fields {sorted(FIELDS)}, found {values!r:.80}")
+            raise PatchFormatError(
+                f"weight sketch: expected an object with the fields {sorted(FIELDS)}, found {values!r:.80}"
+            )
         tensors, low = _unfolded(values["tensors"]), _decoded(values["low"])
         try:
             return cls(values["head_dim"], tensors, low, low if values["high"] == "" else _decoded(values["high"]))
@@ -195,7 +199,11 @@ def _names(role: str, layers: Any) -> list[str]:
     runs = [RUN.fullmatch(run) for run in layers.split(",")] if isinstance(layers, str) else [None]
     bounds = [(int(run[1]), int(run[2] or run[1])) for run in runs if run]
     following = [a for a, _ in bounds[1:]] + [MAX_LAYERS + 1]  # runs that overlap could name each layer without end
-    if role in EMBEDDINGS or None in runs or any(not a <= b < c - 1 for (a, b), c in zip(bounds, following, strict=True)):
+    if (
+        role in EMBEDDINGS
+        or None in runs
+        or any(not a <= b < c - 1 for (a, b), c in zip(bounds, following, strict=True))
+    ):
         raise PatchFormatError(f"weight sketch: {role}: expected layers like '0-4,7', found {layers!r:.80}")
     return [f"blk.{n}.{role}" for a, b in bounds for n in range(a, b + 1)]
 
@@ -246,7 +254,11 @@ def measure(expected: Sketch, found: Sketch) -> Comparison:
     Raises:
         InputError: ``found`` was read at other positions.
     """
-    if dict(expected.tensors) != dict(found.tensors) or len(expected.low) != len(found.low) or expected.head_dim != found.head_dim:
+    if (
+        dict(expected.tensors) != dict(found.tensors)
+        or len(expected.low) != len(found.low)
+        or expected.head_dim != found.head_dim
+    ):
         raise InputError("weight sketch: expected two of the same positions", hint="read the second like the first")
     slack = [np.abs(x) * 2.0**-11 + 2.0**-24 for x in (expected.low, expected.high)]  # they were rounded to float16
     apart = (expected.low - slack[0] > found.high) | (expected.high + slack[1] < found.low)
@@ -269,8 +281,12 @@ def compare(expected: Sketch, found: Sketch, quantization: str) -> Comparison:
     """
     result = measure(expected, found)
     if not result.distance <= result.allowed:
-        share = f"{result.distance:.1%} of {len(found.low)} sampled weights beyond rounding, allowed {result.allowed:.1%}"
-        raise MismatchError({"weights": (f"those of its base, rounded to {quantization}", f"{share} ({_where(result.outside)})")})
+        share = (
+            f"{result.distance:.1%} of {len(found.low)} sampled weights beyond rounding, allowed {result.allowed:.1%}"
+        )
+        raise MismatchError(
+            {"weights": (f"those of its base, rounded to {quantization}", f"{share} ({_where(result.outside)})")}
+        )
     return result
 
 
@@ -279,4 +295,6 @@ def _where(outside: Mapping[str, int]) -> str:
     for name in outside:
         layer, role = split_name(name)
         roles[role] += [] if layer is None else [layer]
-    return "; ".join(f"{role} of layers {_runs(sorted(layers))}" if layers else role for role, layers in sorted(roles.items()))
+    return "; ".join(
+        f"{role} of layers {_runs(sorted(layers))}" if layers else role for role, layers in sorted(roles.items())
+    )

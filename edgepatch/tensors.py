@@ -63,7 +63,12 @@ class ModelSpec:
         names = {f.name for f in fields(cls)}
         if set(values) != names:
             raise PatchFormatError(f"model spec: expected the fields {sorted(names)}, found {sorted(values)!r:.400}")
-        kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "dict[str, Any]": dict}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "str": str,
+            "int": int,
+            "float": (int, float),
+            "dict[str, Any]": dict,
+        }
         for f in fields(cls):
             value = values[f.name]
             if isinstance(value, bool) or not isinstance(value, kinds[str(f.type)]):
@@ -150,9 +155,13 @@ class KVSeed:
         for kind, tensors in (("key", self.keys), ("value", self.values)):
             for layer, tensor in enumerate(tensors):
                 if tensor.shape != shape or tensor.dtype != dtype:
-                    raise InputError(f"KV seed: {kind} of layer {layer}: expected {shape} {dtype}, found {tensor.shape} {tensor.dtype}")
+                    raise InputError(
+                        f"KV seed: {kind} of layer {layer}: expected {shape} {dtype}, found {tensor.shape} {tensor.dtype}"
+                    )
                 if not np.isfinite(tensor).all():
-                    raise InputError(f"KV seed: {kind} of layer {layer} holds NaN or infinity", hint="train or convert it again")
+                    raise InputError(
+                        f"KV seed: {kind} of layer {layer} holds NaN or infinity", hint="train or convert it again"
+                    )
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -178,8 +187,15 @@ class CanaryPrompt:
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.bare), len(self.patched)}
-        if not self.tokens or len(lengths) != 1 or len(self.token_ids) < 2 or len(set(self.token_ids)) != len(self.token_ids):
-            raise InputError(f"canary: expected a prompt and two or more ids with two logits each, found {lengths} values")
+        if (
+            not self.tokens
+            or len(lengths) != 1
+            or len(self.token_ids) < 2
+            or len(set(self.token_ids)) != len(self.token_ids)
+        ):
+            raise InputError(
+                f"canary: expected a prompt and two or more ids with two logits each, found {lengths} values"
+            )
         if not np.isfinite([*self.bare, *self.patched]).all() or self.bare == self.patched:
             raise InputError("canary: expected finite logits that the patch moves", hint="train the patch again")
 
@@ -209,7 +225,12 @@ class Canary:
         Raises:
             PatchFormatError: a field is missing, unknown or of another type.
         """
-        kinds: dict[str, type | tuple[type, ...]] = {"tokens": int, "token_ids": int, "bare": (int, float), "patched": (int, float)}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "tokens": int,
+            "token_ids": int,
+            "bare": (int, float),
+            "patched": (int, float),
+        }
         prompts = values.get("prompts") if isinstance(values, dict) and set(values) == {"prompts"} else None
         if not isinstance(prompts, list) or len(prompts) > MAX_CANARY_PROMPTS:
             raise PatchFormatError(f"canary: expected an object with a list of at most {MAX_CANARY_PROMPTS} prompts")
@@ -218,10 +239,22 @@ class Canary:
                 raise PatchFormatError(f"canary: expected prompts with the fields {sorted(kinds)}")
             for name, kind in kinds.items():
                 entries = prompt[name]
-                if not isinstance(entries, list) or any(isinstance(e, bool) or not isinstance(e, kind) for e in entries):
+                if not isinstance(entries, list) or any(
+                    isinstance(e, bool) or not isinstance(e, kind) for e in entries
+                ):
                     raise PatchFormatError(f"canary: {name} must be a list of numbers")
-        convert: dict[str, type] = {"tokens": int, "token_ids": int, "bare": float, "patched": float}  # JSON writes 2.0 as 2
+        convert: dict[str, type] = {
+            "tokens": int,
+            "token_ids": int,
+            "bare": float,
+            "patched": float,
+        }  # JSON writes 2.0 as 2
         try:
-            return cls(tuple(CanaryPrompt(**{name: tuple(map(convert[name], value)) for name, value in prompt.items()}) for prompt in prompts))
+            return cls(
+                tuple(
+                    CanaryPrompt(**{name: tuple(map(convert[name], value)) for name, value in prompt.items()})
+                    for prompt in prompts
+                )
+            )
         except InputError as error:
             raise PatchFormatError(str(error)) from None

@@ -60,7 +60,12 @@ def _render(template: str, messages: Any, bos_token: str, eos_token: str, tools:
         compiled = _compile(template)
         return str(
             compiled.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=True,
+                bos_token=bos_token,
+                eos_token=eos_token,
             )
         )
     except Exception as error:  # a template is a program of its own and fails in any way
@@ -96,10 +101,14 @@ def _compile(template: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -208,13 +217,17 @@ def _read_sentencepiece(folder: Path, file: Path) -> Any:
     space, probe = "\u2581", "\ufb01  a 12 \U0001f642"  # a ligature, which most normalizations change
     steps: list[Any] = [normalizers.Replace(" ", space)]
     parts: list[Any] = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if model.Normalize(probe).startswith(space):  # Transformers drops this space in some classes, and moves it in others
+    if model.Normalize(probe).startswith(
+        space
+    ):  # Transformers drops this space in some classes, and moves it in others
         steps.insert(0, normalizers.Prepend(space))
         parts.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Sequence(steps), None
     tokenizer.decoder = decoders.Sequence(parts)
     if list(tokenizer.encode(probe, add_special_tokens=False).ids) != list(model.Encode(probe)):
-        raise InputError(f"{file} is of a kind that Transformers reads otherwise", hint="save the tokenizer as tokenizer.json")
+        raise InputError(
+            f"{file} is of a kind that Transformers reads otherwise", hint="save the tokenizer as tokenizer.json"
+        )
     return tokenizer
 
 
@@ -239,14 +252,19 @@ class FolderTokenizer:
             template_file = folder / "chat_template.jinja"
             template = template_file.read_text(encoding="utf-8") if template_file.is_file() else ""
         except OSError as error:
-            raise InputError(f"cannot read {error.filename}: {error.strerror}", hint="name a complete model folder") from error
+            raise InputError(
+                f"cannot read {error.filename}: {error.strerror}", hint="name a complete model folder"
+            ) from error
         except EdgepatchError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception for a broken file
-            raise InputError(f"the tokenizer in {folder} cannot be read: {error}", hint="save the tokenizer again") from error
+            raise InputError(
+                f"the tokenizer in {folder} cannot be read: {error}", hint="save the tokenizer again"
+            ) from error
         added = list(self._tokenizer.get_added_tokens_decoder().values())
         self._added = AddedTokens(
-            tuple(token.content for token in added if token.special), tuple(token.content for token in added if not token.special)
+            tuple(token.content for token in added if token.special),
+            tuple(token.content for token in added if not token.special),
         )
         self._special_in_normalized = [token.content for token in added if token.special and token.normalized]
         self._template = template or _default_template(config.get("chat_template"))
@@ -316,7 +334,9 @@ class FolderTokenizer:
             return
         for text in _texts(given):
             normalized = self._tokenizer.normalizer.normalize_str(text)
-            hidden = next((token for token in self._special_in_normalized if token in normalized and token not in text), None)
+            hidden = next(
+                (token for token in self._special_in_normalized if token in normalized and token not in text), None
+            )
             if hidden is not None:
                 raise InputError(f"a message spells the special token {hidden} in disguise", hint="take it out")
 

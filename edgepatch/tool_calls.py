@@ -54,7 +54,11 @@ def _call(body: str, names: Collection[str] | None) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     keys = set(value) - {"name", "type"}
-    if "name" not in value or value.get("type", "function") != "function" or keys not in ({"arguments"}, {"parameters"}):
+    if (
+        "name" not in value
+        or value.get("type", "function") != "function"
+        or keys not in ({"arguments"}, {"parameters"})
+    ):
         return None
     name, arguments = value["name"], value[keys.pop()]
     fits = isinstance(name, str) and name and isinstance(arguments, dict) and (names is None or name in names)

@@ -42,13 +42,19 @@ def _piece_reader(decoder: Any) -> Callable[[str], bytes]:
     if "Metaspace" in kinds or "Replace" in kinds:
         blank = kinds.get("Metaspace", {}).get("replacement", "\u2581")
         return lambda piece: _sentencepiece_bytes(piece, blank)
-    raise InputError(f"tokens of a {'/'.join(kinds) or 'bare'} tokenizer have no bytes of their own", hint="leave the constraint out")
+    raise InputError(
+        f"tokens of a {'/'.join(kinds) or 'bare'} tokenizer have no bytes of their own", hint="leave the constraint out"
+    )
 
 
 def _decoders(decoder: Any) -> list[dict[str, Any]]:
     if decoder is None:
         return []
-    return [part for inner in decoder["decoders"] for part in _decoders(inner)] if decoder["type"] == "Sequence" else [decoder]
+    return (
+        [part for inner in decoder["decoders"] for part in _decoders(inner)]
+        if decoder["type"] == "Sequence"
+        else [decoder]
+    )
 
 
 def _sentencepiece_bytes(piece: str, blank: str) -> bytes:
@@ -58,6 +64,10 @@ def _sentencepiece_bytes(piece: str, blank: str) -> bytes:
 
 def _byte_characters() -> list[str]:
     """The printable character that stands for each of the 256 bytes in a byte-level vocabulary, as GPT-2 chose them."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)}
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("\xa1"), ord("\xac") + 1),
+        *range(ord("\xae"), ord("\xff") + 1),
+    }
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]

@@ -45,10 +45,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer(TEXT * 3, context_length=512, vocab_size=512)
     torch.manual_seed(11)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=False,
-        initializer_range=0.08, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -69,7 +79,9 @@ def tiny_patch(tiny_folder: Path) -> Patch:
     soft_prompt = SoftPrompt((rng.standard_normal((10, spec.hidden_size)) * 0.3).astype(np.float32))
     model = hf.load_model(tiny_folder)
     seed, canary = hf.compute_kv_seed(model, soft_prompt), hf.compute_canary(model, soft_prompt)
-    return Patch("tiny", "1.0.0", spec, soft_prompt, seed, canary=canary, weight_sketch=fingerprints.sketch_of(tiny_folder))
+    return Patch(
+        "tiny", "1.0.0", spec, soft_prompt, seed, canary=canary, weight_sketch=fingerprints.sketch_of(tiny_folder)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -120,10 +120,15 @@ def check_canary(canary: object, vocabulary: float) -> None:
     need(1 <= len(canary["prompts"]) <= 16)
     for prompt in canary["prompts"]:
         need(isinstance(prompt, dict) and set(prompt) == {"tokens", "token_ids", "bare", "patched"})
-        need(all(isinstance(entries, list) and all(isinstance(e, float) for e in entries) for entries in prompt.values()))
+        need(
+            all(isinstance(entries, list) and all(isinstance(e, float) for e in entries) for entries in prompt.values())
+        )
         ids = prompt["token_ids"]
         need(all(whole(i, 0) and i < vocabulary for i in ids + prompt["tokens"]) and prompt["tokens"])
-        need(2 <= len(ids) == len(set(ids)) == len(prompt["bare"]) == len(prompt["patched"]) and prompt["bare"] != prompt["patched"])
+        need(
+            2 <= len(ids) == len(set(ids)) == len(prompt["bare"]) == len(prompt["patched"])
+            and prompt["bare"] != prompt["patched"]
+        )
 
 
 def halves(value: object) -> list[float]:
@@ -144,12 +149,26 @@ def check_layers(layers: object) -> set[int]:
 
 
 def check_sketch(sketch: object) -> None:
-    need(isinstance(sketch, dict) and set(sketch) == {"head_dim", "tensors", "low", "high"} and whole(sketch["head_dim"], 1, 2**24))
-    tensors, matrices = sketch["tensors"], {f"attn_{x}" for x in ("q", "k", "v", "qkv", "output")} | {"ffn_gate", "ffn_up", "ffn_down"}
+    need(
+        isinstance(sketch, dict)
+        and set(sketch) == {"head_dim", "tensors", "low", "high"}
+        and whole(sketch["head_dim"], 1, 2**24)
+    )
+    tensors, matrices = (
+        sketch["tensors"],
+        {f"attn_{x}" for x in ("q", "k", "v", "qkv", "output")} | {"ffn_gate", "ffn_up", "ffn_down"},
+    )
     need(isinstance(tensors, dict) and set(tensors) <= matrices | {"token_embd", "output"} and tensors)
-    need(all(isinstance(entries, list) and entries for entries in tensors.values()) and sum(map(len, tensors.values())) <= 64)
+    need(
+        all(isinstance(entries, list) and entries for entries in tensors.values())
+        and sum(map(len, tensors.values())) <= 64
+    )
     for role, entries in tensors.items():
-        need(all(isinstance(e, list) and len(e) == 3 and whole(e[0], 1, 2**24) and whole(e[1], 1, 2**24) for e in entries))
+        need(
+            all(
+                isinstance(e, list) and len(e) == 3 and whole(e[0], 1, 2**24) and whole(e[1], 1, 2**24) for e in entries
+            )
+        )
         need([e[:2] for e in entries] == sorted([list(x) for x in {tuple(e[:2]) for e in entries}]))
         if role in matrices:
             layers = [check_layers(e[2]) for e in entries]
@@ -158,14 +177,20 @@ def check_sketch(sketch: object) -> None:
             need(len(entries) == 1 and entries[0][2] == "")
     low, high = halves(sketch["low"]), halves(sketch["high"])
     need(1 <= len(low) <= 576 and all(v == v for v in low))
-    need(sketch["high"] == "" or (len(low) == len(high) and all(a <= b for a, b in zip(low, high, strict=True)) and low != high))
+    need(
+        sketch["high"] == ""
+        or (len(low) == len(high) and all(a <= b for a, b in zip(low, high, strict=True)) and low != high)
+    )
 
 
 def check_manifest(m: dict) -> None:
     need(set(m) == set(KEYS.split()) and whole(m["sequence"], 1) and whole(m["num_virtual_tokens"]))
     need(match("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", m["name"]) and match("[a-z0-9][a-z0-9-]{0,31}", m["channel"]))
     need(match(VERSION, m["version"]) and len(m["version"]) <= 64)
-    need(all(m[key] == "" or time(m[key]) for key in ("created", "expires")) and match(f"({DIGEST})?", m["chat_template"]))
+    need(
+        all(m[key] == "" or time(m[key]) for key in ("created", "expires"))
+        and match(f"({DIGEST})?", m["chat_template"])
+    )
     need(printable(m["license"], 128) and printable(m["summary"], 2000))
     need(all(isinstance(m[key], list) and all(match(DIGEST, d) for d in m[key]) for key in ("supersedes", "parts")))
     need(all(isinstance(m[key], dict) for key in ("tensors", "training", "evaluation")))
@@ -179,7 +204,12 @@ def check_manifest(m: dict) -> None:
 def check_signatures(signatures: object) -> None:
     need(isinstance(signatures, list) and 1 <= len(signatures) <= 16)
     for s in signatures:
-        need(isinstance(s, dict) and set(s) == {"key_id", "signature"} and match(DIGEST, s["key_id"]) and match("[0-9a-f]{128}", s["signature"]))
+        need(
+            isinstance(s, dict)
+            and set(s) == {"key_id", "signature"}
+            and match(DIGEST, s["key_id"])
+            and match("[0-9a-f]{128}", s["signature"])
+        )
     ids = [s["key_id"] for s in signatures]
     need(ids == sorted(set(ids)))
 
@@ -187,8 +217,13 @@ def check_signatures(signatures: object) -> None:
 def table(m: dict, dtypes: dict) -> dict:
     """Section 2.2: name -> (dtype, shape) of every tensor, in the order of the file."""
     base, layers = m["base"], sum(name.endswith(".key") for name in dtypes)
-    p, seed = int(m["num_virtual_tokens"]), [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
-    need(dtypes and set(dtypes) - {"prompt_embeddings"} == set(seed) and dtypes.get("prompt_embeddings", "F32") == "F32")
+    p, seed = (
+        int(m["num_virtual_tokens"]),
+        [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")],
+    )
+    need(
+        dtypes and set(dtypes) - {"prompt_embeddings"} == set(seed) and dtypes.get("prompt_embeddings", "F32") == "F32"
+    )
     need(len({dtypes[name] for name in seed}) <= 1 and (not layers or layers == base["num_hidden_layers"]))
     shape = [int(base["num_key_value_heads"]), p, int(base["head_dim"])]
     shapes = {name: [p, int(base["hidden_size"])] if name == "prompt_embeddings" else shape for name in dtypes}
@@ -225,9 +260,17 @@ def read(data: bytes) -> dict:
         need(all(abs(v) <= 65504 for (v,) in struct.iter_unpack("<" + letter, raw)))
         need(hashlib.sha256(raw).hexdigest() == m["tensors"].get(name))
         offsets = f"[{begin - 8 - length},{position - 8 - length}]"
-        entries.append(f'{text(name)}:{{"dtype":"{dtype}","shape":{canonical([float(n) for n in shape])},"data_offsets":{offsets}}}')
+        entries.append(
+            f'{text(name)}:{{"dtype":"{dtype}","shape":{canonical([float(n) for n in shape])},"data_offsets":{offsets}}}'
+        )
     need(position == len(data) and set(m["tensors"]) == set(m["data"]))
-    written = '{"__metadata__":{' + ",".join(f"{text(k)}:{text(metadata[k])}" for k in sorted(metadata)) + "}," + ",".join(entries) + "}"
+    written = (
+        '{"__metadata__":{'
+        + ",".join(f"{text(k)}:{text(metadata[k])}" for k in sorted(metadata))
+        + "},"
+        + ",".join(entries)
+        + "}"
+    )
     padded = written.encode("utf-8", "surrogatepass")
     need(padded + b" " * (-len(padded) % 8) == data[8 : 8 + length])
     return m

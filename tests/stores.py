@@ -27,16 +27,30 @@ def public(name: str) -> Key:
 
 def spec(**fields: Any) -> ModelSpec:
     values: dict[str, Any] = {
-        "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 32,
-        "rope_theta": 10000.0, "tokenizer_digest": "a" * 64, "weight_fingerprint": "b" * 64,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "vocab_size": 32,
+        "rope_theta": 10000.0,
+        "tokenizer_digest": "a" * 64,
+        "weight_fingerprint": "b" * 64,
+    }
     return ModelSpec(**{**values, **fields})
 
 
 def make_patch(sequence: int = 1, *, by: tuple[str, ...] = ("vendor", "site"), **fields: Any) -> Patch:
     """A patch whose content follows from its sequence, signed by some keys."""
     prompt = SoftPrompt(np.full((2, 8), sequence % 997 / 1024, np.float32))
-    values = {"name": "detox", "version": f"1.{sequence}.0", "base": spec(), "soft_prompt": prompt, "sequence": sequence, **fields}
+    values = {
+        "name": "detox",
+        "version": f"1.{sequence}.0",
+        "base": spec(),
+        "soft_prompt": prompt,
+        "sequence": sequence,
+        **fields,
+    }
     patch = Patch(**values)
     for name in by:
         patch = signed(patch, sign(patch.manifest, PAYLOAD_TYPE, KEYS[name]))
@@ -52,7 +66,12 @@ def write(folder: Path, sequence: int = 1, **fields: Any) -> Path:
 
 def make_root(**changes: Any) -> Root:
     """Two of vendor and site sign patches, the officer signs roots."""
-    values: dict[str, Any] = {"created": NOW - timedelta(days=30), "lifetime": timedelta(days=365), "patch_threshold": 2, **changes}
+    values: dict[str, Any] = {
+        "created": NOW - timedelta(days=30),
+        "lifetime": timedelta(days=365),
+        "patch_threshold": 2,
+        **changes,
+    }
     return new_root([public("vendor"), public("site")], [public("officer")], **values).signed_by(KEYS["officer"])
 
 

@@ -49,7 +49,9 @@ def one_by_one(runtime, prompts, samplings):
 
 
 @pytest.mark.parametrize("patched", [True, False])
-@pytest.mark.parametrize("options", [{}, {"stop": ("e", "th")}, {"repetition_penalty": 1.3, "top_k": 20}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stop": ("e", "th")}, {"repetition_penalty": 1.3, "top_k": 20}, {"temperature": 0.0}]
+)
 def test_many_continuations_are_those_of_single_sampling(f32_file, tiny_patch, options, patched):
     sampling, patch = replace(DRAWN, **options), tiny_patch if patched else None
     with load(f32_file, patch) as single, load(f32_file, patch, num_sequences=4, context_length=256) as runtime:

@@ -38,40 +38,113 @@ ARMS = ("bare", "seed", "text-50-cold", "lora-r8")
 
 def timing(measure: str, arm: str, median: float, **more: Any) -> dict[str, Any]:
     """A row of the latency bench."""
-    common = {"shape": "llama-3.2-1b", "quantization": "Q4_0", "runtime": "llamacpp", "model_size": 695e6, "model_n_params": 1.2e9, "status": "ok"}
-    times = {"median_ms": median, "min_ms": 0.98 * median, "max_ms": 1.02 * median, "median_ts": 1000 * more.get("n_gen", 1) / median}
+    common = {
+        "shape": "llama-3.2-1b",
+        "quantization": "Q4_0",
+        "runtime": "llamacpp",
+        "model_size": 695e6,
+        "model_n_params": 1.2e9,
+        "status": "ok",
+    }
+    times = {
+        "median_ms": median,
+        "min_ms": 0.98 * median,
+        "max_ms": 1.02 * median,
+        "median_ts": 1000 * more.get("n_gen", 1) / median,
+    }
     return {"measure": measure, "arm": arm, "n_prompt": 0, "n_gen": 0, "n_depth": 0, **common, **times, **more}
 
 
 def a_latency() -> dict[str, Any]:
     rows = [timing("ttft", arm, 3.0 * n + i, n_prompt=n, n_gen=1) for i, arm in enumerate(ARMS) for n in (32, 128, 512)]
-    rows += [timing("decode", arm, 16 * (20 + d / 100), n_gen=16, n_depth=d) for arm in ARMS[:2] for d in (0, 512, 2048)]
-    rows.append({"measure": "decode", "arm": "onnxruntime-genai", "status": "not installed", "reason": "pip <b>install</b>", **timing("", "", 1)})
+    rows += [
+        timing("decode", arm, 16 * (20 + d / 100), n_gen=16, n_depth=d) for arm in ARMS[:2] for d in (0, 512, 2048)
+    ]
+    rows.append(
+        {
+            "measure": "decode",
+            "arm": "onnxruntime-genai",
+            "status": "not installed",
+            "reason": "pip <b>install</b>",
+            **timing("", "", 1),
+        }
+    )
     rows[-1] |= {"measure": "decode", "arm": "onnxruntime-genai", "status": "not installed"}
-    rows.append({"measure": "artefact", "arm": "seed", "status": "ok", "value": 1639408, "unit": "bytes", "shape": "llama-3.2-1b", "quantization": "Q4_0", "runtime": "llamacpp"})
+    rows.append(
+        {
+            "measure": "artefact",
+            "arm": "seed",
+            "status": "ok",
+            "value": 1639408,
+            "unit": "bytes",
+            "shape": "llama-3.2-1b",
+            "quantization": "Q4_0",
+            "runtime": "llamacpp",
+        }
+    )
     ratio = {"value": 1.0049, "low": 0.99, "high": 1.02}
     goals = [{"goal": "time to first token, patched over bare", "wanted": "<= 1.02", "reached": 1.0049, "met": True}]
     return {
-        "command": "edgepatch bench latency", "created": "2026", "environment": {"cpu": "8 cores"}, "load": {"before": [0.1]}, "shape": "llama-3.2-1b",
-        "quantization": "Q4_0", "repeats": 7, "rows": rows, "ratios": {"ttft_patched_over_bare": ratio}, "goals": goals,
-    }  # fmt: skip
+        "command": "edgepatch bench latency",
+        "created": "2026",
+        "environment": {"cpu": "8 cores"},
+        "load": {"before": [0.1]},
+        "shape": "llama-3.2-1b",
+        "quantization": "Q4_0",
+        "repeats": 7,
+        "rows": rows,
+        "ratios": {"ttft_patched_over_bare": ratio},
+        "goals": goals,
+    }
 
 
 def an_evidence() -> dict[str, Any]:
     rows = []
     for arm, column in product(("bare", "patch"), ("torch F32", "llamacpp Q4_K_M")):
-        row: dict[str, Any] = {"domain": "toxicity", "arm": arm, "column": column, "route": "", "failed": [], "failures": 0, "num_items": 200, "num_rng_seeds": 3}
-        for field in ("score", "perplexity_change", "over_refusal", "over_refusal_change", "negative_flips", "retention"):
+        row: dict[str, Any] = {
+            "domain": "toxicity",
+            "arm": arm,
+            "column": column,
+            "route": "",
+            "failed": [],
+            "failures": 0,
+            "num_items": 200,
+            "num_rng_seeds": 3,
+        }
+        for field in (
+            "score",
+            "perplexity_change",
+            "over_refusal",
+            "over_refusal_change",
+            "negative_flips",
+            "retention",
+        ):
             row |= {field: 0.31, f"{field}_low": 0.2, f"{field}_high": 0.4}
         rows.append(row | ({"retention": None, "retention_low": None, "retention_high": None} if arm == "bare" else {}))
-    goal = {"goal": "retention", "wanted": ">= 0.95", "domain": "toxicity", "arm": "patch", "column": "llamacpp Q4_K_M", "reached": 0.31,
-            "interval": [0.2, 0.4], "met": False}  # fmt: skip
+    goal = {
+        "goal": "retention",
+        "wanted": ">= 0.95",
+        "domain": "toxicity",
+        "arm": "patch",
+        "column": "llamacpp Q4_K_M",
+        "reached": 0.31,
+        "interval": [0.2, 0.4],
+        "met": False,
+    }
     return {"command": "make evidence", "created": "2026", "environment": {}, "cells": rows, "goals": [goal]}
 
 
 def a_machine() -> dict[str, Any]:
     rate = {"best": 40.0, "median": 38.0, "worst": 20.0, "repeats": 9}
-    return {"command": "make machine", "created": "2026", "environment": {}, "load_average": 0.1, "num_threads": 2, "read_gb_s": rate, "triad_gb_s": rate}
+    return {
+        "command": "make machine",
+        "created": "2026",
+        "environment": {},
+        "load_average": 0.1,
+        "num_threads": 2,
+        "read_gb_s": rate,
+        "triad_gb_s": rate,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +205,12 @@ class Page(HTMLParser):
 def test_the_page_is_whole_and_needs_nothing_else(page):
     parsed = Page(page)
     assert len(set(parsed.ids)) == len(parsed.ids) and set(parsed.links) <= {f"#{name}" for name in parsed.ids}
-    assert parsed.tags.count("svg") > 8 and parsed.tags.count("h1") == 1 and "nav" in parsed.tags and '<html lang="en">' in page
+    assert (
+        parsed.tags.count("svg") > 8
+        and parsed.tags.count("h1") == 1
+        and "nav" in parsed.tags
+        and '<html lang="en">' in page
+    )
     assert not re.search(r"https?://|@import|url\(", page)
     assert page.count('<div class="wide"') == page.count('<div class="wide" tabindex="0" role="region" aria-label=') > 5
     assert "<b>install</b>" not in page
@@ -158,8 +236,17 @@ def test_a_missing_file_is_named_with_its_command_and_has_no_picture(tmp_path):
 
 
 def test_an_arm_is_a_line_with_a_dash_for_what_was_not_measured():
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in arm_table(a_latency()).markdown.splitlines() if line.startswith("|")]
-    assert lines[0] == ["arm", *(f"first token, ms, {n}" for n in (32, 128, 512)), *(f"tokens/s, {n}" for n in (0, 512, 2048)), "artefact, MB"]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in arm_table(a_latency()).markdown.splitlines()
+        if line.startswith("|")
+    ]
+    assert lines[0] == [
+        "arm",
+        *(f"first token, ms, {n}" for n in (32, 128, 512)),
+        *(f"tokens/s, {n}" for n in (0, 512, 2048)),
+        "artefact, MB",
+    ]
     told = {line[0]: line[1:] for line in lines[2:]}
     assert told["seed"] == ["97", "385", "1,537", "50.0", "39.8", "24.7", "1.64"]
     assert told["lora-r8"] == ["99", "387", "1,539", *["\u2013"] * 4] and "onnxruntime-genai" not in told
@@ -173,7 +260,14 @@ def test_attention_turned_off_is_another_model():
 def test_goals_of_all_files_are_told_and_the_missed_come_first(results):
     goals = overview.goals(read_results(results))
     assert {goal[0] for goal in goals} >= {"safety", "latency", "security"}
-    assert ["safety", "retention", "toxicity, patch, llamacpp Q4_K_M", ">= 0.95", "0.310 [0.200, 0.400]", "missed"] in goals
+    assert [
+        "safety",
+        "retention",
+        "toxicity, patch, llamacpp Q4_K_M",
+        ">= 0.95",
+        "0.310 [0.200, 0.400]",
+        "missed",
+    ] in goals
     page = overview.render_html(read_results(results))
     assert page.index("goals that are missed") < page.index("goals that are met</summary>")
 
@@ -273,7 +367,9 @@ def unfiltered(kind: int, line: bytes, above: bytes, channels: int) -> bytes:
     row, corners = bytearray(channels) + bytearray(line), bytes(channels) + above
     for i in range(channels, len(row)):
         left, up, corner = row[i - channels], corners[i], corners[i - channels]
-        nearest = min((abs(up - corner), 0, left), (abs(left - corner), 1, up), (abs(left + up - 2 * corner), 2, corner))[2]
+        nearest = min(
+            (abs(up - corner), 0, left), (abs(left - corner), 1, up), (abs(left + up - 2 * corner), 2, corner)
+        )[2]
         row[i] = (row[i] + (left if kind == 1 else (left + up) // 2 if kind == 3 else nearest)) & 255
     return bytes(row[channels:])
 
@@ -284,8 +380,17 @@ def test_a_real_browser_draws_the_page(page, tmp_path):
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     shot = tmp_path / "shot.png"
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,900",
-               f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", (tmp_path / "report.html").as_uri()]  # fmt: skip
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=900,900",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--screenshot={shot}",
+        (tmp_path / "report.html").as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert shot.is_file(), done.stderr[-2000:]
     drawn = pixels(shot)
@@ -301,7 +406,9 @@ def test_exponents_of_curves_made_by_hand():
     points = [growth.Point(x, 2.0 * x**1.5, 2.0 * x**1.5, 2.0 * x**1.5) for x in (8.0, 64.0, 512.0)]
     assert growth.exponent(points) == pytest.approx((1.5, 1.5, 1.5))
     wide = [growth.Point(x, x, 0.5 * x, 2 * x) for x in (1.0, 4.0)]
-    assert growth.exponent(wide) == pytest.approx((1.0, 0.0, 2.0)), "the flattest and the steepest line through the repeats"
+    assert growth.exponent(wide) == pytest.approx((1.0, 0.0, 2.0)), (
+        "the flattest and the steepest line through the repeats"
+    )
     assert growth.exponent(points, base=1e6) is None and growth.exponent(points[:1]) is None
 
 
@@ -312,17 +419,27 @@ def test_curves_are_read_from_rows():
     depth = found["positions of context", "seed"]
     assert depth.base == pytest.approx(20.0), "a token, not sixteen"
     assert growth.fitted(depth).value == pytest.approx(1.0), "of what the context adds"
-    ((*_, shown),) = growth.exponent_rows([growth.Curve("P", "ttft", "m", "patch", tuple(growth.Point(x, 9.0, 8.0, 10.0) for x in (10.0, 50.0)), 8.5)])
+    ((*_, shown),) = growth.exponent_rows(
+        [growth.Curve("P", "ttft", "m", "patch", tuple(growth.Point(x, 9.0, 8.0, 10.0) for x in (10.0, 50.0)), 8.5)]
+    )
     assert shown == "not above noise"
 
 
 def test_each_arm_of_a_growing_quantity_is_one_curve():
     rows = [timing("ttft", "bare", 10.0, n_prompt=8)]
     rows += [timing("ttft", f"text-{n}-cold", 10.0 + n, n_prompt=8, n_prefix=n) for n in (50, 300)]
-    rows += [timing("ttft", arm, 10.5, n_prompt=8, num_virtual_tokens=50 * n, num_patches=n) for arm, n in (("seed", 1), ("2 patches", 2))]
+    rows += [
+        timing("ttft", arm, 10.5, n_prompt=8, num_virtual_tokens=50 * n, num_patches=n)
+        for arm, n in (("seed", 1), ("2 patches", 2))
+    ]
     rows += [{**timing("ttft", "bare", 30.0, n_prompt=8), "shape": "llama-3.2-3b", "model_n_params": 3.6e9}]
     found = {(curve.quantity, curve.arm): curve for curve in growth.curves(rows)}
-    assert set(found) == {("tokens of a text in front", "text-N-cold"), ("virtual tokens (P)", "patch"), ("stacked patches", "patch"), ("parameters, billions", "bare")}
+    assert set(found) == {
+        ("tokens of a text in front", "text-N-cold"),
+        ("virtual tokens (P)", "patch"),
+        ("stacked patches", "patch"),
+        ("parameters, billions", "bare"),
+    }
     text = found["tokens of a text in front", "text-N-cold"]
     assert text.base == 10.0 and growth.fitted(text).value == pytest.approx(1.0)
     assert growth.fitted(found["parameters, billions", "bare"]).value == pytest.approx(1.0)
@@ -339,7 +456,9 @@ def test_bytes_and_operations_of_a_token():
     cache = machine.bytes_per_token(shape, "Q4_0", 1000) - machine.bytes_per_token(shape, "Q4_0")
     assert cache == 1000 * 16 * 8 * 64 * 2 * 2
     untied = SHAPES["llama-3.1-8b"]
-    assert machine.bytes_per_token(untied, "F16") == pytest.approx(2 * (untied.num_parameters - untied.vocab_size * untied.hidden_size), rel=1e-3)
+    assert machine.bytes_per_token(untied, "F16") == pytest.approx(
+        2 * (untied.num_parameters - untied.vocab_size * untied.hidden_size), rel=1e-3
+    )
 
 
 def test_bandwidth_is_measured(tmp_path):
@@ -379,8 +498,14 @@ def test_the_command_writes_both_forms_and_fills_the_document(run, results, tmp_
     shutil.copy(PERFORMANCE, document)
     code, out, _ = run("--results", results, "--out", tmp_path / "r.html", "--document", document, "--json")
     told = json.loads(out)
-    assert code == 0 and told["html"] == str(tmp_path / "r.html") and "trl.json" in told["missing"] + [path.name for path in results.glob("*")]
-    assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>") and (tmp_path / "r.md").read_text().startswith("# ")
+    assert (
+        code == 0
+        and told["html"] == str(tmp_path / "r.html")
+        and "trl.json" in told["missing"] + [path.name for path in results.glob("*")]
+    )
+    assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>") and (
+        tmp_path / "r.md"
+    ).read_text().startswith("# ")
     text = document.read_text()
     assert "57.6" in text and "1.005 [0.990, 1.020]" in text and "positions of context" in text
     assert "goals are met" in run("--results", results, "--out", tmp_path / "r.html")[1]
@@ -389,7 +514,12 @@ def test_the_command_writes_both_forms_and_fills_the_document(run, results, tmp_
 def test_wrong_use_is_2_and_writes_nothing(run, results, tmp_path):
     plain = tmp_path / "plain.md"
     plain.write_text("no markers")
-    for arguments in (["--document", plain], ["--document", tmp_path / "nothing.md"], ["--out", tmp_path / "page.md"], ["--results", tmp_path / "no"]):
+    for arguments in (
+        ["--document", plain],
+        ["--document", tmp_path / "nothing.md"],
+        ["--out", tmp_path / "page.md"],
+        ["--results", tmp_path / "no"],
+    ):
         code, _, err = run("--results", results, "--out", tmp_path / "r.html", *arguments)
         assert code == 2 and "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.md"]

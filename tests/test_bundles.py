@@ -35,13 +35,22 @@ REAL_VARIABLE = "EDGEPATCH_TEST_WHEELS"
 SIGNERS = ("vendor", "site")
 
 
-def make_bundle(folder: Path, *, keys: tuple[str, ...] = (), root: bool = False, name: str = "site.tar", **fields: Any) -> Path:
+def make_bundle(
+    folder: Path, *, keys: tuple[str, ...] = (), root: bool = False, name: str = "site.tar", **fields: Any
+) -> Path:
     """A bundle without wheels."""
     root_file = folder / "root.json"
     root_file.write_bytes(make_root().to_bytes())
     report = folder / "report.html"
     report.write_text("<p>figures</p>")
-    sources = creation.Sources(write(folder, **fields), root_file if root else None, report, None, "org/model", tuple(KEYS[key] for key in keys))
+    sources = creation.Sources(
+        write(folder, **fields),
+        root_file if root else None,
+        report,
+        None,
+        "org/model",
+        tuple(KEYS[key] for key in keys),
+    )
     creation.create(sources, folder / name)
     return folder / name
 
@@ -63,10 +72,21 @@ def test_same_files_give_the_same_bytes(tmp_path):
 
 
 def test_other_programs_read_it(bundle, tmp_path):
-    expected = [contents.MANIFEST, contents.SIGNATURES, "INSTALL.txt", "README.md", "patches/detox-1.1.0.safetensors", "report.html", "root.json", "sbom.cdx.json"]
+    expected = [
+        contents.MANIFEST,
+        contents.SIGNATURES,
+        "INSTALL.txt",
+        "README.md",
+        "patches/detox-1.1.0.safetensors",
+        "report.html",
+        "root.json",
+        "sbom.cdx.json",
+    ]
     with tarfile.open(bundle) as tar:
         assert tar.getnames() == expected
-        assert {(m.mode, m.mtime, m.uid, m.gid, m.uname, m.type) for m in tar} == {(0o644, 0, 0, 0, "", tarfile.REGTYPE)}
+        assert {(m.mode, m.mtime, m.uid, m.gid, m.uname, m.type) for m in tar} == {
+            (0o644, 0, 0, 0, "", tarfile.REGTYPE)
+        }
     (tmp_path / "plain").mkdir()
     subprocess.run(["tar", "-xf", bundle, "-C", tmp_path / "plain"], check=True)
     manifest = json.loads((tmp_path / "plain" / contents.MANIFEST).read_text())
@@ -74,7 +94,13 @@ def test_other_programs_read_it(bundle, tmp_path):
         data = (tmp_path / "plain" / member["path"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (member["size"], member["sha256"])
     note = (tmp_path / "plain" / contents.INSTALL).read_text()
-    for told in (make_root().fingerprint, "--adopt-root FINGERPRINT", "no wheels", "sha256sum SITE.tar", "edgepatch rollback"):
+    for told in (
+        make_root().fingerprint,
+        "--adopt-root FINGERPRINT",
+        "no wheels",
+        "sha256sum SITE.tar",
+        "edgepatch rollback",
+    ):
         assert told in note
 
 
@@ -140,14 +166,33 @@ def refused(path: Path, data: bytes, message: str) -> None:
     folder = path.parent / "device"
     folder.mkdir()
     path.write_bytes(data)
-    for take in (lambda: accept(path, Store(folder / "store"), allowances=UNSIGNED), lambda: unpack(path, folder / "out", None, NOW)):
+    for take in (
+        lambda: accept(path, Store(folder / "store"), allowances=UNSIGNED),
+        lambda: unpack(path, folder / "out", None, NOW),
+    ):
         with pytest.raises(PatchFormatError, match=message):
             take()
     assert not list(folder.iterdir())
 
 
-NAMES = ["/etc/passwd", "../evil.whl", "wheels/../../evil.whl", "wheels/.hidden.whl", "wheels/a/b.whl", "wheels/a.whl\n", "wheels/a.tar.gz",
-         "patches/", "evil.sh", "INSTALL.txt/", "C:\\a.whl", "wheels\\a.whl", "./README.md", "wheels/\u202e.whl", "README.md\0.whl", ""]  # fmt: skip
+NAMES = [
+    "/etc/passwd",
+    "../evil.whl",
+    "wheels/../../evil.whl",
+    "wheels/.hidden.whl",
+    "wheels/a/b.whl",
+    "wheels/a.whl\n",
+    "wheels/a.tar.gz",
+    "patches/",
+    "evil.sh",
+    "INSTALL.txt/",
+    "C:\\a.whl",
+    "wheels\\a.whl",
+    "./README.md",
+    "wheels/\u202e.whl",
+    "README.md\0.whl",
+    "",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,49 +204,87 @@ def test_names_that_lead_elsewhere(name, bundle):
 @pytest.mark.parametrize("name", ["/README.md", "../README.md", "./README.md", "readme.md", "README.md "])
 def test_a_tar_that_names_a_member_otherwise_than_its_manifest(name, bundle):
     manifest, files = parts_of(bundle)
-    refused(bundle, packed(listed(manifest, files), files, {"README.md": file(name, files["README.md"])}), "expected the file 'README.md'")
+    refused(
+        bundle,
+        packed(listed(manifest, files), files, {"README.md": file(name, files["README.md"])}),
+        "expected the file 'README.md'",
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (tarfile.SYMTYPE, "a symbolic link"), (tarfile.LNKTYPE, "a hard link"), (tarfile.CHRTYPE, "a character device"),
-        (tarfile.BLKTYPE, "a block device"), (tarfile.FIFOTYPE, "a pipe"), (tarfile.DIRTYPE, "a folder"), (tarfile.CONTTYPE, "contiguous"),
-        (tarfile.GNUTYPE_SPARSE, "a sparse file"), (tarfile.GNUTYPE_LONGNAME, "a GNU long name"), (tarfile.XHDTYPE, "an extended header"),
-        (tarfile.XGLTYPE, "a global extended header"), (b"M", "something unknown"),
+        (tarfile.SYMTYPE, "a symbolic link"),
+        (tarfile.LNKTYPE, "a hard link"),
+        (tarfile.CHRTYPE, "a character device"),
+        (tarfile.BLKTYPE, "a block device"),
+        (tarfile.FIFOTYPE, "a pipe"),
+        (tarfile.DIRTYPE, "a folder"),
+        (tarfile.CONTTYPE, "contiguous"),
+        (tarfile.GNUTYPE_SPARSE, "a sparse file"),
+        (tarfile.GNUTYPE_LONGNAME, "a GNU long name"),
+        (tarfile.XHDTYPE, "an extended header"),
+        (tarfile.XGLTYPE, "a global extended header"),
+        (b"M", "something unknown"),
     ],
-)  # fmt: skip
+)
 def test_members_that_are_no_files(kind, told, bundle):
     manifest, files = parts_of(bundle)
-    data = packed(listed(manifest, {**files, "README.md": b""}), files, {"README.md": special(kind, link="/etc/passwd")})
+    data = packed(
+        listed(manifest, {**files, "README.md": b""}), files, {"README.md": special(kind, link="/etc/passwd")}
+    )
     refused(bundle, data, f"expected the file 'README.md'.*{told}")
 
 
 @pytest.mark.parametrize(
-    "fields", [{"mode": 0o4755}, {"mode": 0o755}, {"uid": 1}, {"gid": 1}, {"mtime": 1}, {"uname": "root"}, {"linkname": "x"}, {"type": b"\0"}]
+    "fields",
+    [
+        {"mode": 0o4755},
+        {"mode": 0o755},
+        {"uid": 1},
+        {"gid": 1},
+        {"mtime": 1},
+        {"uname": "root"},
+        {"linkname": "x"},
+        {"type": b"\0"},
+    ],
 )
 def test_other_attributes(fields, bundle):
     manifest, files = parts_of(bundle)
-    refused(bundle, packed(listed(manifest, files), files, {"README.md": file("README.md", files["README.md"], **fields)}), "or other attributes")
+    refused(
+        bundle,
+        packed(listed(manifest, files), files, {"README.md": file("README.md", files["README.md"], **fields)}),
+        "or other attributes",
+    )
 
 
 def test_members_twice_missing_or_too_many(bundle, tmp_path):
     manifest, files = parts_of(bundle)
     manifest = listed(manifest, files)
     twice = {**manifest, "members": sorted([*manifest["members"], manifest["members"][0]], key=lambda m: m["path"])}
-    for number, (data, message) in enumerate({
-        packed(twice, files): "none twice",
-        packed({**manifest, "members": manifest["members"][::-1]}, files): "sorted",
-        packed(manifest, files, {"README.md": 2 * file("README.md", files["README.md"])}): "expected the file 'patches/",
-        packed(manifest, files, {"README.md": b""}): "expected the file 'README.md' .*found a file 'patches/",
-        packed(manifest, files, {"sbom.cdx.json": b""}): "found the end of the archive",
-        packed(manifest, {**files, "wheels/evil.whl": b"x"}): "found a file 'wheels/evil.whl' of 1 bytes, which the manifest does not list",
-        packed(manifest, files) + file("wheels/evil.whl", b"x"): "or an end that is not empty",
-        packed(manifest, files)[:-1]: "or an end that is not empty",
-        packed(manifest, files)[:-513] + b"x" + bytes(512): "which the manifest does not list|or an end that is not empty",
-        packed(manifest, files)[:-1] + b"x": "or an end that is not empty",
-        packed(listed(manifest, {k: d for k, d in files.items() if k != "INSTALL.txt"}), files): "expected INSTALL.txt, found none",
-    }.items()):  # fmt: skip
+    for number, (data, message) in enumerate(
+        {
+            packed(twice, files): "none twice",
+            packed({**manifest, "members": manifest["members"][::-1]}, files): "sorted",
+            packed(
+                manifest, files, {"README.md": 2 * file("README.md", files["README.md"])}
+            ): "expected the file 'patches/",
+            packed(manifest, files, {"README.md": b""}): "expected the file 'README.md' .*found a file 'patches/",
+            packed(manifest, files, {"sbom.cdx.json": b""}): "found the end of the archive",
+            packed(
+                manifest, {**files, "wheels/evil.whl": b"x"}
+            ): "found a file 'wheels/evil.whl' of 1 bytes, which the manifest does not list",
+            packed(manifest, files) + file("wheels/evil.whl", b"x"): "or an end that is not empty",
+            packed(manifest, files)[:-1]: "or an end that is not empty",
+            packed(manifest, files)[:-513]
+            + b"x"
+            + bytes(512): "which the manifest does not list|or an end that is not empty",
+            packed(manifest, files)[:-1] + b"x": "or an end that is not empty",
+            packed(
+                listed(manifest, {k: d for k, d in files.items() if k != "INSTALL.txt"}), files
+            ): "expected INSTALL.txt, found none",
+        }.items()
+    ):
         (tmp_path / str(number)).mkdir()
         refused(tmp_path / str(number) / "site.tar", data, message)
 
@@ -269,23 +352,30 @@ def test_parts_that_are_not_what_they_are_called(bundle, tmp_path):
     with_requirements = {**files, "requirements.txt": b""}
     renamed = {("patches/better-9.0.0.safetensors" if p == path else p): data for p, data in files.items()}
     second = {**files, "patches/detox-1.2.0.safetensors": patch_bytes(make_patch(2))}
-    for number, (message, members) in enumerate({
-        "not a safetensors file": {**files, path: b"x" * 200},
-        "expected patch .*, found detox 1.2.0": {**files, path: patch_bytes(make_patch(2))},
-        "found detox 1.1.0": renamed,
-        "expected one patch": second,
-        "requirements.txt with wheels": with_requirements,
-    }.items()):  # fmt: skip
+    for number, (message, members) in enumerate(
+        {
+            "not a safetensors file": {**files, path: b"x" * 200},
+            "expected patch .*, found detox 1.2.0": {**files, path: patch_bytes(make_patch(2))},
+            "found detox 1.1.0": renamed,
+            "expected one patch": second,
+            "requirements.txt with wheels": with_requirements,
+        }.items()
+    ):
         (tmp_path / str(number)).mkdir()
         refused(tmp_path / str(number) / "site.tar", packed(listed(manifest, members), members), message)
-    unsigned_root = {**files, "root.json": make_root().to_bytes().replace(make_root().signatures[0].signature.hex().encode(), b"0" * 128)}
+    unsigned_root = {
+        **files,
+        "root.json": make_root().to_bytes().replace(make_root().signatures[0].signature.hex().encode(), b"0" * 128),
+    }
     bundle.write_bytes(packed(listed(manifest, unsigned_root), unsigned_root))
     with pytest.raises(UntrustedError, match="signature of officer"), opened(bundle):
         pass
 
 
 def test_files_that_are_no_bundles(tmp_path):
-    for number, data in enumerate([b"", b"x" * 2000, bytes(10240), file("README.md", b"x") + bytes(1024), b"PK\3\4" + bytes(600)]):
+    for number, data in enumerate(
+        [b"", b"x" * 2000, bytes(10240), file("README.md", b"x") + bytes(1024), b"PK\3\4" + bytes(600)]
+    ):
         (tmp_path / str(number)).mkdir()
         refused(tmp_path / str(number) / "site.tar", data, "expected")
     for path in (tmp_path, tmp_path / "none"):
@@ -342,13 +432,22 @@ def test_every_truncation_and_every_changed_byte(bundle):
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "lock"
+    }
 
 
 def test_a_device_with_a_trust_root_takes_what_it_vouches_for(bundle, tmp_path):
     store = make_store(tmp_path / "store")
     done = accept(bundle, store, model=spec())
-    assert (done.change.digest, done.change.is_new, len(done.change.signed_by), len(done.bundle_signed_by)) == (make_patch(1).digest, True, 2, 2)
+    assert (done.change.digest, done.change.is_new, len(done.change.signed_by), len(done.bundle_signed_by)) == (
+        make_patch(1).digest,
+        True,
+        2,
+        2,
+    )
     assert done.root == make_root() and not done.adopted
     assert store.active(spec()).digest == make_patch(1).digest  # type: ignore[union-attr]
     assert not accept(bundle, store).change.is_new
@@ -387,7 +486,10 @@ def test_a_member_swapped_under_good_signatures(bundle, tmp_path):
     start = data.index(b"INSTALL.txt\0")
     store = make_store(tmp_path / "store")
     bundle.write_bytes(data[:start] + file(contents.SIGNATURES, signatures) + data[start:])
-    for take in (lambda: accept(bundle, store, model=spec()), lambda: unpack(bundle, tmp_path / "out", make_root(), NOW)):
+    for take in (
+        lambda: accept(bundle, store, model=spec()),
+        lambda: unpack(bundle, tmp_path / "out", make_root(), NOW),
+    ):
         with pytest.raises(UntrustedError, match="one that does not fit"):
             take()
     bundle.write_bytes(data)
@@ -395,7 +497,14 @@ def test_a_member_swapped_under_good_signatures(bundle, tmp_path):
         unpack(bundle, tmp_path / "out", make_root(), NOW)
     assert accept(bundle, store, model=spec()).bundle_signed_by == frozenset()
     unpack(bundle, tmp_path / "out", None, NOW)  # a device without a trust root is told that nothing was checked
-    for other in (b"[]", b"{}", b"[1]", b'[ {"key_id":1}]', canonical_json(json.loads(signatures)[::-1]), canonical_json(json.loads(signatures)[:1] * 2)):
+    for other in (
+        b"[]",
+        b"{}",
+        b"[1]",
+        b'[ {"key_id":1}]',
+        canonical_json(json.loads(signatures)[::-1]),
+        canonical_json(json.loads(signatures)[:1] * 2),
+    ):
         bundle.write_bytes(data[:start] + file(contents.SIGNATURES, other) + data[start:])
         with pytest.raises(PatchFormatError, match="signatures"), opened(bundle):
             pass
@@ -549,7 +658,14 @@ def stub(folder: Path, name: str, version: str = "99.0") -> Path:
     """A wheel of a distribution that installs nothing."""
     path, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
     about = f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\nLicense-Expression: MIT\n\n"
-    wheels._write_wheel(path, {f"{info}/METADATA": about.encode(), f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}, info)
+    wheels._write_wheel(
+        path,
+        {
+            f"{info}/METADATA": about.encode(),
+            f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        },
+        info,
+    )
     return path
 
 
@@ -557,7 +673,17 @@ def stub(folder: Path, name: str, version: str = "99.0") -> Path:
 def registry(tmp_path_factory) -> Path:
     """Everything that edgepatch[gguf] needs, as wheels that install nothing; setuptools is the real one, which builds edgepatch."""
     folder = tmp_path_factory.mktemp("registry")
-    for name in ("cryptography", "numpy", "platformdirs", "rich", "safetensors", "typer", "gguf", "jinja2", "llguidance"):
+    for name in (
+        "cryptography",
+        "numpy",
+        "platformdirs",
+        "rich",
+        "safetensors",
+        "typer",
+        "gguf",
+        "jinja2",
+        "llguidance",
+    ):
         stub(folder, name)
     wheels.repacked(importlib.metadata.distribution("setuptools"), folder)
     return folder
@@ -572,8 +698,23 @@ def test_wheels_are_pinned_and_listed(registry, tmp_path, monkeypatch):
     sources = creation.Sources(write(tmp_path), choice=choice)
     manifest = creation.create(sources, tmp_path / "site.tar")
     names = {path.split("/")[1].split("-")[0] for path in manifest.wheels}
-    assert names == {"cryptography", "numpy", "platformdirs", "rich", "safetensors", "typer", "gguf", "jinja2", "llguidance", "edgepatch", "llama_cpp_python"}
-    assert (manifest.extra, manifest.built) == ("gguf", ()) and manifest.python_version == f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert names == {
+        "cryptography",
+        "numpy",
+        "platformdirs",
+        "rich",
+        "safetensors",
+        "typer",
+        "gguf",
+        "jinja2",
+        "llguidance",
+        "edgepatch",
+        "llama_cpp_python",
+    }
+    assert (manifest.extra, manifest.built) == (
+        "gguf",
+        (),
+    ) and manifest.python_version == f"{sys.version_info[0]}.{sys.version_info[1]}"
     unpack(tmp_path / "site.tar", tmp_path / "out", None, NOW)
     lines = (tmp_path / "out" / contents.REQUIREMENTS).read_text().splitlines()[1:]
     for member in manifest.members:
@@ -583,7 +724,21 @@ def test_wheels_are_pinned_and_listed(registry, tmp_path, monkeypatch):
     assert len(lines) == len(manifest.wheels)
     monkeypatch.delenv("PIP_FIND_LINKS")
     target = tmp_path / "installed"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--find-links", "out/wheels", "--require-hashes", "-r", "out/requirements.txt", "--target", str(target)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--find-links",
+        "out/wheels",
+        "--require-hashes",
+        "-r",
+        "out/requirements.txt",
+        "--target",
+        str(target),
+    ]
     subprocess.run(install, cwd=tmp_path, check=True)
     assert (target / "edgepatch" / "bundles" / "archive.py").read_bytes() == Path(archive.__file__).read_bytes()
     assert (target / "edgepatch" / "converters" / "hf.py").is_file() and not (target / "edgepatch" / "tests").exists()
@@ -602,7 +757,12 @@ def require_valid_sbom(data: bytes, count: int) -> None:
     validator = JsonStrictValidator(SchemaVersion.V1_6)
     assert validator.validate_str(data.decode()) is None
     assert len(json.loads(data)["components"]) == count
-    assert validator.validate_str(data.decode().replace('"library"', '"livrary"').replace("machine-learning-model", "model")) is not None
+    assert (
+        validator.validate_str(
+            data.decode().replace('"library"', '"livrary"').replace("machine-learning-model", "model")
+        )
+        is not None
+    )
 
 
 def test_the_bill_of_materials_is_cyclonedx(tmp_path):
@@ -616,9 +776,22 @@ def test_the_bill_of_materials_is_cyclonedx(tmp_path):
 
 def test_an_installation_is_packed_as_it_was(tmp_path):
     installed = importlib.metadata.distribution("packaging")
-    first, second = (wheels.repacked(installed, tmp_path / name) for name in ("a", "b") if (tmp_path / name).mkdir() is None)
+    first, second = (
+        wheels.repacked(installed, tmp_path / name) for name in ("a", "b") if (tmp_path / name).mkdir() is None
+    )
     assert first.read_bytes() == second.read_bytes()
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(tmp_path / "site"), str(first)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(first),
+    ]
     subprocess.run(command, check=True)
     again = importlib.metadata.Distribution.at(next((tmp_path / "site").glob("*.dist-info")))
     assert wheels.repacked(again, tmp_path).read_bytes() == first.read_bytes()
@@ -646,7 +819,9 @@ def test_wheels_that_cannot_be_had(tmp_path, monkeypatch):
         assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
 
 
-@pytest.mark.skipif(not os.environ.get(REAL_VARIABLE), reason=f"{REAL_VARIABLE}=1 downloads 60 MB and may compile llama-cpp-python")
+@pytest.mark.skipif(
+    not os.environ.get(REAL_VARIABLE), reason=f"{REAL_VARIABLE}=1 downloads 60 MB and may compile llama-cpp-python"
+)
 def test_the_install_note_holds_without_a_network(tmp_path):
     """The commands of INSTALL.txt, in a fresh environment, in a name space without a network."""
     patch = Path(__file__).parent.parent / "bench/lab/model/lab-detox-0.1.0.safetensors"
@@ -660,7 +835,9 @@ def test_the_install_note_holds_without_a_network(tmp_path):
     isolated = ["unshare", "--user", "--map-root-user", "--net"] if shutil.which("unshare") else []
     environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "EDGEPATCH_STORE": str(tmp_path / "store")}
     environment.pop("PIP_FIND_LINKS", None)
-    done = subprocess.run([*isolated, "bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*isolated, "bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "lab-detox 0.1.0" in done.stdout
 
@@ -702,7 +879,12 @@ def test_verbs(run, tmp_path):
     assert run("bundle", "import", "site.tar", "--allow-downgrade")[0] == 2
     assert run("bundle", "import", "site.tar", "--out", "x", "--channel", "beta")[0] == 2
     shown = json.loads(run("bundle", "import", "site.tar", "--unsigned", "first try", "--json")[1])
-    assert (shown["patch"], shown["changed"], shown["root_in_bundle"], shown["adopted_root"]) == (make_patch().digest, True, None, False)
+    assert (shown["patch"], shown["changed"], shown["root_in_bundle"], shown["adopted_root"]) == (
+        make_patch().digest,
+        True,
+        None,
+        False,
+    )
     code, out, _ = run("bundle", "import", "site.tar", "--unsigned", "first try")
     assert (code, "already active" in out, "not checked: first try" in out) == (0, True, True)
     assert "not checked: this device has no trust root" in run("bundle", "import", "site.tar", "--out", "written")[1]

@@ -80,11 +80,15 @@ def test_an_inactive_patch_is_caught(files, patches, monkeypatch):
                 runtime.swap(patch)
 
 
-def test_a_device_asks_the_whole_canary_once_and_again_when_what_it_rests_on_has_changed(files, patches, monkeypatch, tmp_path):
+def test_a_device_asks_the_whole_canary_once_and_again_when_what_it_rests_on_has_changed(
+    files, patches, monkeypatch, tmp_path
+):
     monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
     asked = []
     prove = LlamaCppRuntime._prove
-    monkeypatch.setattr(LlamaCppRuntime, "_prove", lambda self, prompts: (asked.append(len(prompts)), prove(self, prompts)))
+    monkeypatch.setattr(
+        LlamaCppRuntime, "_prove", lambda self, prompts: (asked.append(len(prompts)), prove(self, prompts))
+    )
 
     def load(patch, **options):
         asked.clear()
@@ -110,7 +114,11 @@ def test_a_patch_that_has_passed_and_does_not_work_now_is_caught(files, patches,
     LlamaCppRuntime(files / "Q8_0.gguf", patches[0], num_threads=1, context_length=128).close()
     seed = patches[0].kv_seed
     wrong = replace(patches[0], kv_seed=replace(seed, values=tuple(-value for value in seed.values)))
-    monkeypatch.setattr(LlamaCppRuntime, "_lay_out", lambda self, patch, layout, real=LlamaCppRuntime._lay_out: real(self, wrong, layout))
+    monkeypatch.setattr(
+        LlamaCppRuntime,
+        "_lay_out",
+        lambda self, patch, layout, real=LlamaCppRuntime._lay_out: real(self, wrong, layout),
+    )
     with pytest.raises(InactivePatchError, match="canary"):
         LlamaCppRuntime(files / "Q8_0.gguf", patches[0], num_threads=1, context_length=128)
 
@@ -149,7 +157,9 @@ def test_a_damaged_canary_is_refused(tiny_patch, damage):
         Canary.from_dict(values)
 
 
-@pytest.mark.parametrize("values", [None, [], {}, {"prompts": []}, {"prompts": [3]}, {"prompts": 3}, {"prompts": [{}] * 17}])
+@pytest.mark.parametrize(
+    "values", [None, [], {}, {"prompts": []}, {"prompts": [3]}, {"prompts": 3}, {"prompts": [{}] * 17}]
+)
 def test_a_malformed_canary_is_refused(values):
     with pytest.raises(PatchFormatError, match="canary"):
         Canary.from_dict(values)
@@ -174,7 +184,9 @@ def test_a_prompt_on_which_the_patch_does_nothing_proves_nothing_and_is_left_out
     bare = {tokens: rng.normal(size=512) for tokens in canary.canary_prompts(512)}
     first, second, third = bare
     slope = np.linspace(-1, 1, 512)
-    together = np.where(np.arange(512) < 64, 50.0, 0.0)  # moves the tokens that are looked at by the same, which is no effect on them
+    together = np.where(
+        np.arange(512) < 64, 50.0, 0.0
+    )  # moves the tokens that are looked at by the same, which is no effect on them
     effects = {first: 3 * slope, second: together, third: slope}
     made = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)])
     assert [prompt.tokens for prompt in made.prompts] == [first, third]

@@ -13,7 +13,11 @@ from edgepatch.canonical import MAX_DEPTH, MAX_WHOLE, canonical_json, parse_json
 from edgepatch.errors import PatchFormatError
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-MAX_WHOLE, MAX_WHOLE) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-MAX_WHOLE, MAX_WHOLE)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
@@ -22,16 +26,32 @@ JSON = st.recursive(
 @pytest.mark.parametrize(
     ("bits", "text"),
     [
-        ("0000000000000000", "0"), ("8000000000000000", "0"), ("0000000000000001", "5e-324"), ("8000000000000001", "-5e-324"),
-        ("7fefffffffffffff", "1.7976931348623157e+308"), ("ffefffffffffffff", "-1.7976931348623157e+308"),
-        ("4340000000000000", "9007199254740992"), ("c340000000000000", "-9007199254740992"), ("4430000000000000", "295147905179352830000"),
-        ("44b52d02c7e14af5", "9.999999999999997e+22"), ("44b52d02c7e14af6", "1e+23"), ("44b52d02c7e14af7", "1.0000000000000001e+23"),
-        ("444b1ae4d6e2ef4e", "999999999999999700000"), ("444b1ae4d6e2ef4f", "999999999999999900000"), ("444b1ae4d6e2ef50", "1e+21"),
-        ("3eb0c6f7a0b5ed8c", "9.999999999999997e-7"), ("3eb0c6f7a0b5ed8d", "0.000001"), ("41b3de4355555553", "333333333.3333332"),
-        ("41b3de4355555554", "333333333.33333325"), ("41b3de4355555555", "333333333.3333333"), ("41b3de4355555556", "333333333.3333334"),
-        ("41b3de4355555557", "333333333.33333343"), ("becbf647612f3696", "-0.0000033333333333333333"), ("43143ff3c1cb0959", "1424953923781206.2"),
+        ("0000000000000000", "0"),
+        ("8000000000000000", "0"),
+        ("0000000000000001", "5e-324"),
+        ("8000000000000001", "-5e-324"),
+        ("7fefffffffffffff", "1.7976931348623157e+308"),
+        ("ffefffffffffffff", "-1.7976931348623157e+308"),
+        ("4340000000000000", "9007199254740992"),
+        ("c340000000000000", "-9007199254740992"),
+        ("4430000000000000", "295147905179352830000"),
+        ("44b52d02c7e14af5", "9.999999999999997e+22"),
+        ("44b52d02c7e14af6", "1e+23"),
+        ("44b52d02c7e14af7", "1.0000000000000001e+23"),
+        ("444b1ae4d6e2ef4e", "999999999999999700000"),
+        ("444b1ae4d6e2ef4f", "999999999999999900000"),
+        ("444b1ae4d6e2ef50", "1e+21"),
+        ("3eb0c6f7a0b5ed8c", "9.999999999999997e-7"),
+        ("3eb0c6f7a0b5ed8d", "0.000001"),
+        ("41b3de4355555553", "333333333.3333332"),
+        ("41b3de4355555554", "333333333.33333325"),
+        ("41b3de4355555555", "333333333.3333333"),
+        ("41b3de4355555556", "333333333.3333334"),
+        ("41b3de4355555557", "333333333.33333343"),
+        ("becbf647612f3696", "-0.0000033333333333333333"),
+        ("43143ff3c1cb0959", "1424953923781206.2"),
     ],
-)  # fmt: skip
+)
 def test_numbers_of_rfc_8785_appendix_b(bits, text):
     (value,) = struct.unpack(">d", bytes.fromhex(bits))
     assert canonical_json(value) == text.encode()
@@ -39,8 +59,11 @@ def test_numbers_of_rfc_8785_appendix_b(bits, text):
 
 
 def test_example_of_rfc_8785():
-    value = {"numbers": [333333333.33333329, 1e30, 4.50, 2e-3, 0.000000000000000000000000001], "string": '€$\u000f\u000aA\'B"\\\\"/',
-             "literals": [None, True, False]}  # fmt: skip
+    value = {
+        "numbers": [333333333.33333329, 1e30, 4.50, 2e-3, 0.000000000000000000000000001],
+        "string": '€$\u000f\u000aA\'B"\\\\"/',
+        "literals": [None, True, False],
+    }
     assert canonical_json(value).decode() == (
         '{"literals":[null,true,false],"numbers":[333333333.3333333,1e+30,4.5,0.002,1e-27],"string":"€$\\u000f\\nA\'B\\"\\\\\\\\\\"/"}'
     )
@@ -49,7 +72,15 @@ def test_example_of_rfc_8785():
 def test_keys_are_sorted_by_utf_16_as_in_rfc_8785():
     """A sign beyond U+FFFF begins with a surrogate and so comes before U+FB33."""
     keys = ["€", "\r", "\ufb33", "1", "\U0001f600", "\x80", "ö"]
-    assert list(json.loads(canonical_json(dict.fromkeys(keys)))) == ["\r", "1", "\x80", "ö", "€", "\U0001f600", "\ufb33"]
+    assert list(json.loads(canonical_json(dict.fromkeys(keys)))) == [
+        "\r",
+        "1",
+        "\x80",
+        "ö",
+        "€",
+        "\U0001f600",
+        "\ufb33",
+    ]
 
 
 @given(JSON)
@@ -75,11 +106,18 @@ def nested(levels: int) -> list:
 @pytest.mark.parametrize(
     ("value", "match"),
     [
-        (float("nan"), "finite"), (float("inf"), "finite"), (2**53, "whole numbers"), (-(10**500), "whole numbers"),
-        ("\ud800", "surrogate"), ({"\udfff": 1}, "surrogate"), ({1: 2}, "texts as keys"), ({1, 2}, "texts"), (b"x", "texts"),
+        (float("nan"), "finite"),
+        (float("inf"), "finite"),
+        (2**53, "whole numbers"),
+        (-(10**500), "whole numbers"),
+        ("\ud800", "surrogate"),
+        ({"\udfff": 1}, "surrogate"),
+        ({1: 2}, "texts as keys"),
+        ({1, 2}, "texts"),
+        (b"x", "texts"),
         (nested(MAX_DEPTH + 1), "levels"),
     ],
-)  # fmt: skip
+)
 def test_what_json_cannot_say_is_refused(value, match):
     with pytest.raises(PatchFormatError, match=match):
         canonical_json(value)
@@ -92,12 +130,23 @@ def test_the_deepest_nesting_is_accepted():
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"", "no readable JSON"), (b"{", "no readable JSON"), (b"[1]x", "no readable JSON"), (b'"\xff"', "no readable JSON"),
-        (b"\xef\xbb\xbf1", "no readable JSON"), ("1".encode("utf-16"), "no readable JSON"), (b"[" * 10**6, "no readable JSON"),
-        (b'{"a":1,"a":1}', "twice"), (b"NaN", "finite"), (b"-Infinity", "finite"), (b"1e999", "finite"), (b"9" * 400, "finite"),
-        (b"[" * 17 + b"]" * 17, "levels"), (b'{"a":' * 17 + b"1" + b"}" * 17, "levels"), (b"[" * 900 + b"]" * 900, "levels|no readable"),
+        (b"", "no readable JSON"),
+        (b"{", "no readable JSON"),
+        (b"[1]x", "no readable JSON"),
+        (b'"\xff"', "no readable JSON"),
+        (b"\xef\xbb\xbf1", "no readable JSON"),
+        ("1".encode("utf-16"), "no readable JSON"),
+        (b"[" * 10**6, "no readable JSON"),
+        (b'{"a":1,"a":1}', "twice"),
+        (b"NaN", "finite"),
+        (b"-Infinity", "finite"),
+        (b"1e999", "finite"),
+        (b"9" * 400, "finite"),
+        (b"[" * 17 + b"]" * 17, "levels"),
+        (b'{"a":' * 17 + b"1" + b"}" * 17, "levels"),
+        (b"[" * 900 + b"]" * 900, "levels|no readable"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_read(data, match):
     with pytest.raises(PatchFormatError, match=match):
         parse_json(data, "it")

@@ -25,14 +25,25 @@ def make_classifier(folder: Path, labels: list[str], architecture: str = "bert",
     from edgepatch.bench.lab.tokenizer import train_tokenizer
 
     settings = {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "max_position_embeddings": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.5,
-        "id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)},
-    }  # fmt: skip
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 48,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.5,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: i for i, name in enumerate(labels)},
+    }
     torch.manual_seed(3)
     config = AutoConfig.for_model(architecture, **(settings | changes))
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    train_tokenizer(["some words to merge, some more words"] * 3, context_length=128, vocab_size=300).save_pretrained(folder)
+    train_tokenizer(["some words to merge, some more words"] * 3, context_length=128, vocab_size=300).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -95,7 +106,11 @@ def test_a_judge_without_padding_takes_texts_one_by_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "message", "hint"),
-    [(["hate"], "unknown label hate", "safe, unsafe"), ([], "not said", "safe, unsafe"), (["safe", "unsafe"], "every label", "leave out")],
+    [
+        (["hate"], "unknown label hate", "safe, unsafe"),
+        ([], "not said", "safe, unsafe"),
+        (["safe", "unsafe"], "every label", "leave out"),
+    ],
 )
 def test_labels_are_checked(two_way: Path, labels: list[str], message: str, hint: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
@@ -128,7 +143,11 @@ def test_bad_arguments(two_way: Path) -> None:
 def test_judges_load_by_name_file_or_folder(two_way: Path) -> None:
     report = load_judge("report")
     file = Path(scorers.__file__).parent / "judges" / "report.safetensors"
-    assert report.score(["you idiot"]) == load_judge(file).score(["you idiot"]) == ToxicityScorer.load("report").score(["you idiot"])
+    assert (
+        report.score(["you idiot"])
+        == load_judge(file).score(["you idiot"])
+        == ToxicityScorer.load("report").score(["you idiot"])
+    )
     assert load_judge(two_way, ["unsafe"]).name == "two-way"
     with pytest.raises(InputError, match="no judge nobody"):
         load_judge("nobody")

@@ -148,7 +148,9 @@ def test_generate_with_patch(run, tiny_folder, patch_file, tiny_patch):
 
 
 def test_chat_answers_on_stdout_and_reports_on_stderr(run, tiny_folder, patch_file):
-    code, out, err = run("chat", tiny_folder, "-p", patch_file, "--prompt", "Hello", "--max-new-tokens", "5", "--rng-seed", "1")
+    code, out, err = run(
+        "chat", tiny_folder, "-p", patch_file, "--prompt", "Hello", "--max-new-tokens", "5", "--rng-seed", "1"
+    )
     assert code == 0 and out.endswith("\n")
     assert "patch tiny 1.0.0" in err and "tok/s" in err and "tok/s" not in out
     assert "Loading" not in err, "no progress bars"
@@ -165,8 +167,22 @@ def test_chat_commands(gguf_file, tiny_patch, tmp_path):
     patch_file, talk = tmp_path / "p.safetensors", tmp_path / "talk.json"
     write_patch(tiny_patch, patch_file)
     (tmp_path / "broken").write_text("{")
-    lines = ["Hello", "/patch", f"/swap {patch_file}", "/swap nowhere", "Hello", f"/save {talk}", "/unpatch", f"/load {talk}",
-             f"/load {tmp_path / 'broken'}", "/save", "/new", "/unknown", "/quit", "not read"]  # fmt: skip
+    lines = [
+        "Hello",
+        "/patch",
+        f"/swap {patch_file}",
+        "/swap nowhere",
+        "Hello",
+        f"/save {talk}",
+        "/unpatch",
+        f"/load {talk}",
+        f"/load {tmp_path / 'broken'}",
+        "/save",
+        "/new",
+        "/unknown",
+        "/quit",
+        "not read",
+    ]
     command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1", "--max-new-tokens", "3"]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -222,7 +238,9 @@ def test_convert_base_to_gguf_and_generate(run, tiny_folder, patch_file, tmp_pat
     code, out, _ = run("convert", "base", tiny_folder, target, "--type", "Q8_0", "--json")
     assert code == 0 and json.loads(out)["size_bytes"] == target.stat().st_size
     assert list(target.parent.iterdir()) == [target]
-    code, out, err = run("generate", target, "-p", patch_file, "--prompt", "The", "--max-new-tokens", "2", "--threads", "1")
+    code, out, err = run(
+        "generate", target, "-p", patch_file, "--prompt", "The", "--max-new-tokens", "2", "--threads", "1"
+    )
     assert code == 0 and "llamacpp Q8_0" in err
 
 

@@ -68,8 +68,13 @@ def test_truncated_files_are_refused(show, tmp_path, length):
 def test_what_a_file_says_does_not_steer_the_terminal(show, tmp_path):
     """Control characters and half a surrogate pair in places that the error message repeats."""
     start = 8 + int.from_bytes(GOOD[:8], "little")
-    for old, new in [(b"prompt_embeddings", b"prompt_embed\x1b[31m"[:17]), (b'\\"prompt_embeddings\\"', b'\\"prompt\\\\u001b[31m\\"'),
-                     (b'\\"prompt_embeddings\\"', b'\\"prompt_em\\\\ud800x\\"'), (b'\\"golden\\"', b'\\"\\\\u009b\\"'), (b'\\"golden\\"', b'\\"\xc2\x9b[m\\"')]:  # fmt: skip
+    for old, new in [
+        (b"prompt_embeddings", b"prompt_embed\x1b[31m"[:17]),
+        (b'\\"prompt_embeddings\\"', b'\\"prompt\\\\u001b[31m\\"'),
+        (b'\\"prompt_embeddings\\"', b'\\"prompt_em\\\\ud800x\\"'),
+        (b'\\"golden\\"', b'\\"\\\\u009b\\"'),
+        (b'\\"golden\\"', b'\\"\xc2\x9b[m\\"'),
+    ]:
         header = GOOD[8:start].replace(old, new, 1)
         assert header != GOOD[8:start]
         path = tmp_path / "x.safetensors"

@@ -175,7 +175,9 @@ def test_trust(trusting, tmp_path):
     assert root.fingerprint in trusting("trust", "show")[1]
     assert read(trusting("trust", "set", "root.json", "--json"))["changed"] is False
     trusting("apply", write(tmp_path, 1))
-    newer = rotated(root, revoke=[next(key for key in root.keys if root.keys[key].owner == "vendor")], patch_threshold=1)
+    newer = rotated(
+        root, revoke=[next(key for key in root.keys if root.keys[key].owner == "vendor")], patch_threshold=1
+    )
     (tmp_path / "root-2.json").write_bytes(newer.to_bytes())
     assert trusting("trust", "set", "root-2.json", "--fingerprint", root.fingerprint)[0] == 3
     code, out, _ = trusting("trust", "set", "root-2.json", "--fingerprint", newer.fingerprint)
@@ -201,12 +203,19 @@ def test_a_root_that_refuses_what_is_active(trusting, tmp_path):
 def test_show(run, tmp_path):
     file = write(tmp_path, 3, summary="less of it", expires="2040-01-01T00:00:00Z")
     shown = read(run("show", file, "--json"))
-    assert (shown["channel"], shown["sequence"], shown["expires"], shown["summary"]) == ("stable", 3, "2040-01-01T00:00:00Z", "less of it")
+    assert (shown["channel"], shown["sequence"], shown["expires"], shown["summary"]) == (
+        "stable",
+        3,
+        "2040-01-01T00:00:00Z",
+        "less of it",
+    )
     assert (len(shown["signatures"]), shown["trust"]) == (2, "unknown: this device has no trust root")
     (tmp_path / "root.json").write_bytes(make_root(created=BORN).to_bytes())
     run("trust", "set", "root.json")
     assert "signed by site (" in run("show", file)[1]
-    assert read(run("show", write(tmp_path, by=("site",)), "--json"))["trust"].startswith("refused: signatures of role patch")
+    assert read(run("show", write(tmp_path, by=("site",)), "--json"))["trust"].startswith(
+        "refused: signatures of role patch"
+    )
 
 
 def test_store_option(run, tmp_path):

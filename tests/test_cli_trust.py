@@ -52,8 +52,25 @@ def keys(run) -> None:
 @pytest.fixture
 def root(run, keys) -> str:
     """``root.json``, signed: 2 of vendor and site for patches, 2 of officer and deputy for roots."""
-    assert run("root", "create", "--key", "vendor.pub", "--key", "site.pub", "--threshold", "2", "--root-key", "officer.pub",
-               "--root-key", "deputy.pub", "-o", "root.json")[0] == 0  # fmt: skip
+    assert (
+        run(
+            "root",
+            "create",
+            "--key",
+            "vendor.pub",
+            "--key",
+            "site.pub",
+            "--threshold",
+            "2",
+            "--root-key",
+            "officer.pub",
+            "--root-key",
+            "deputy.pub",
+            "-o",
+            "root.json",
+        )[0]
+        == 0
+    )
     sign(run, "root.json", "officer", "deputy")
     return "root.json"
 
@@ -75,7 +92,12 @@ def test_keygen(run, monkeypatch):
     code, out, err = run("keygen", "vendor", "--out", "keys", "--json")
     made = json.loads(out)
     assert (code, err) == (0, "")
-    assert made == {"private": "keys/vendor.key", "public": "keys/vendor.pub", "key_id": made["key_id"], "encrypted": True}
+    assert made == {
+        "private": "keys/vendor.key",
+        "public": "keys/vendor.pub",
+        "key_id": made["key_id"],
+        "encrypted": True,
+    }
     assert stat.S_IMODE(Path("keys/vendor.key").stat().st_mode) == 0o600
     key = read_private_key(Path("keys/vendor.key"), PASSPHRASE)
     assert key_id(raw_public_key(key)) == made["key_id"] and PASSPHRASE not in out
@@ -134,7 +156,9 @@ def at_a_terminal(folder: Path, typed: list[str], *arguments: str) -> tuple[int,
     master, slave = os.openpty()
     environment = {name: value for name, value in os.environ.items() if name != "EDGEPATCH_KEY_PASSPHRASE"}
     command = [sys.executable, "-m", "edgepatch.cli", *arguments]
-    process = subprocess.Popen(command, cwd=folder, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=folder, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+    )
     os.close(slave)
     shown, answered, end = b"", 0, time.monotonic() + 60
     while time.monotonic() < end:
@@ -160,7 +184,8 @@ def test_passphrase_is_asked_for_twice_and_not_shown(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"), [([f"{PASSPHRASE}\n", "another of that length\n"], "the same twice"), (["\x04"], "the end of the input")]
+    ("typed", "message"),
+    [([f"{PASSPHRASE}\n", "another of that length\n"], "the same twice"), (["\x04"], "the end of the input")],
 )
 def test_passphrase_that_is_not_typed_twice_is_2(tmp_path, typed, message):
     code, shown = at_a_terminal(tmp_path, typed, "keygen", "vendor")
@@ -171,13 +196,30 @@ def test_passphrase_that_is_not_typed_twice_is_2(tmp_path, typed, message):
 
 
 def test_create_sign_show(run, keys):
-    code, out, err = run("root", "create", "--key", "vendor.pub", "--key", "site.pub", "--root-key", "officer.pub",
-                         "--root-key", "deputy.pub", "--expires", "30", "-o", "root.json", "--json")  # fmt: skip
+    code, out, err = run(
+        "root",
+        "create",
+        "--key",
+        "vendor.pub",
+        "--key",
+        "site.pub",
+        "--root-key",
+        "officer.pub",
+        "--root-key",
+        "deputy.pub",
+        "--expires",
+        "30",
+        "-o",
+        "root.json",
+        "--json",
+    )
     made = json.loads(out)
     root = read_root(Path("root.json"))
     assert (code, err) == (0, "")
     assert made == {"file": "root.json", "version": 1, "fingerprint": root.fingerprint, "signatures": "0 of 2"}
-    assert root.expires - root.created == timedelta(days=30) and abs(root.created - datetime.now(timezone.utc)) < timedelta(minutes=5)
+    assert root.expires - root.created == timedelta(days=30) and abs(
+        root.created - datetime.now(timezone.utc)
+    ) < timedelta(minutes=5)
     assert root.roles["patch"].keys == {ident("vendor"), ident("site")} and root.roles["patch"].threshold == 2
     assert {key.owner for key in root.keys.values()} == {"vendor", "site", "officer", "deputy"}
 
@@ -186,7 +228,9 @@ def test_create_sign_show(run, keys):
     code, out, err = run("root", "show", "root.json")
     assert code == 3 and root.fingerprint in out and "expected 2 of" in err, "one signature is not enough"
     code, out, _ = run("root", "sign", "root.json", "deputy.key", "--unencrypted", "-o", "signed.json", "--json")
-    assert code == 0 and json.loads(out)["signatures"] == "2 of 2" and json.loads(out)["fingerprint"] == root.fingerprint
+    assert (
+        code == 0 and json.loads(out)["signatures"] == "2 of 2" and json.loads(out)["fingerprint"] == root.fingerprint
+    )
     assert len(read_root(Path("root.json")).signatures) == 1
     code, out, err = run("root", "show", "signed.json")
     assert (code, err) == (0, "") and "2 of site (" in out and "none" in out
@@ -217,7 +261,9 @@ def test_show_of_what_does_not_hold_is_3(run, root):
 def test_show_of_an_expired_root_is_3(run, keys):
     key = read_private_key(Path("officer.key"), None)
     own = [Key(raw_public_key(key), "officer")]
-    old = new_root(own, own, created=datetime(2020, 1, 1, tzinfo=timezone.utc), lifetime=timedelta(days=1)).signed_by(key)
+    old = new_root(own, own, created=datetime(2020, 1, 1, tzinfo=timezone.utc), lifetime=timedelta(days=1)).signed_by(
+        key
+    )
     Path("old.json").write_bytes(old.to_bytes())
     code, out, err = run("root", "show", "old.json")
     assert code == 3 and "2020-01-02" in out and "expiry of trust root version 1" in err and "hint:" in err
@@ -250,7 +296,9 @@ def test_create_wrong_use_is_2(run, keys, arguments, message):
 
 def test_rotation(run, root):
     assert run("keygen", "vendor2", "--unencrypted")[0] == 0
-    code, out, _ = run("root", "create", "--from", root, "--revoke", "vendor.pub", "--key", "vendor2.pub", "-o", "root-2.json")
+    code, out, _ = run(
+        "root", "create", "--from", root, "--revoke", "vendor.pub", "--key", "vendor2.pub", "-o", "root-2.json"
+    )
     assert code == 0 and "0 of 2" in out
     before = Path(root).read_bytes()
     code, out, err = run("root", "rotate", root, "root-2.json", "-o", root)
@@ -280,7 +328,21 @@ def test_rotation_over_several_versions(run, root):
 def test_key_that_leaves_signs_the_rotation(run, root):
     """Its signature counts for the step, not for the new version, and ``sign`` says so."""
     assert run("keygen", "captain", "--unencrypted")[0] == 0
-    assert run("root", "create", "--from", root, "--revoke", ident("officer"), "--root-key", "captain.pub", "-o", "new.json")[0] == 0
+    assert (
+        run(
+            "root",
+            "create",
+            "--from",
+            root,
+            "--revoke",
+            ident("officer"),
+            "--root-key",
+            "captain.pub",
+            "-o",
+            "new.json",
+        )[0]
+        == 0
+    )
     code, out, _ = run("root", "sign", "new.json", "officer.key", "--unencrypted", "--json")
     shown = json.loads(out)
     assert code == 0 and shown["counts_for"].startswith("the rotation") and shown["signatures"] == "0 of 2"

@@ -25,7 +25,15 @@ def parts(tiny_patch) -> list[Patch]:
     rng = np.random.default_rng(5)
     prompt = SoftPrompt((rng.standard_normal((7, tiny_patch.base.hidden_size)) * 0.3).astype(np.float32))
     first = signed(tiny_patch, sign(tiny_patch.manifest, PAYLOAD_TYPE, KEYS["vendor"]))
-    second = Patch("second", "2.0.0", tiny_patch.base, prompt, evaluation={"emt": 0.1}, license="MIT", expires="2031-01-01T00:00:00Z")
+    second = Patch(
+        "second",
+        "2.0.0",
+        tiny_patch.base,
+        prompt,
+        evaluation={"emt": 0.1},
+        license="MIT",
+        expires="2031-01-01T00:00:00Z",
+    )
     return [replace(first, license="Apache-2.0"), second]
 
 
@@ -48,16 +56,24 @@ def test_it_computes_what_the_parts_in_a_row_compute(parts, composed, tiny_folde
 
 def test_its_seed_is_not_the_seeds_of_its_parts(parts, composed, tiny_folder):
     assert composed.kv_seed.keys[0].dtype == np.float16
-    assert np.abs(composed.kv_seed.keys[0][:, :10] - parts[0].kv_seed.keys[0]).max() < 1e-2, "the first part stands where it stood"
+    assert np.abs(composed.kv_seed.keys[0][:, :10] - parts[0].kv_seed.keys[0]).max() < 1e-2, (
+        "the first part stands where it stood"
+    )
     alone = hf.compute_kv_seed(hf.load_model(tiny_folder), parts[1].soft_prompt)
     for layer in range(2):
-        assert np.abs(composed.kv_seed.keys[layer][:, 10:] - alone.keys[layer]).max() > 0.1, "the second one stands behind it"
+        assert np.abs(composed.kv_seed.keys[layer][:, 10:] - alone.keys[layer]).max() > 0.1, (
+            "the second one stands behind it"
+        )
 
 
 def test_its_manifest_tells_what_it_is(parts, composed):
     assert composed.parts == tuple(part.digest for part in parts)
     assert (composed.evaluation, composed.signatures, composed.created) == ({}, (), "")
-    assert (composed.license, composed.expires, composed.channel) == ("Apache-2.0 AND MIT", "2031-01-01T00:00:00Z", "stable")
+    assert (composed.license, composed.expires, composed.channel) == (
+        "Apache-2.0 AND MIT",
+        "2031-01-01T00:00:00Z",
+        "stable",
+    )
     assert [part["name"] for part in composed.training["parts"]] == ["tiny", "second"]
     assert composed.canary is not None and composed.weight_sketch is not None
 
@@ -95,7 +111,9 @@ def test_parts_that_do_not_go_together(parts, tiny_folder):
     with pytest.raises(MismatchError) as caught:
         compose([foreign, foreign], tiny_folder, "x", "1.0.0")
     assert set(caught.value.differences) == {"rope_theta", "tokenizer_digest"}
-    with pytest.raises(InputError, match=r"tiny 1\.0\.0 .*expected a soft prompt, found a trained K/V prefix") as refused:
+    with pytest.raises(
+        InputError, match=r"tiny 1\.0\.0 .*expected a soft prompt, found a trained K/V prefix"
+    ) as refused:
         compose([second, replace(first, soft_prompt=None)], tiny_folder, "x", "1.0.0")
     assert "positions" in refused.value.hint
     with pytest.raises(InputError, match="expected 2 to 64 patches, found 1"):
@@ -120,7 +138,13 @@ def test_a_fine_tune_of_the_base_is_refused(parts, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("licences", "expected"),
-    [(("MIT", "MIT"), "MIT"), (("MIT", ""), ""), (("", ""), ""), (("A OR B", "MIT"), "(A OR B) AND MIT"), (("x" * 100, "y" * 100), "")],
+    [
+        (("MIT", "MIT"), "MIT"),
+        (("MIT", ""), ""),
+        (("", ""), ""),
+        (("A OR B", "MIT"), "(A OR B) AND MIT"),
+        (("x" * 100, "y" * 100), ""),
+    ],
 )
 def test_licences(licences, expected):
     assert composition._licence_of(licences) == expected
@@ -134,7 +158,21 @@ def test_verb(parts, composed, tiny_folder, tmp_path, capsys):
         write_patch(part, file)
     out = tmp_path / "both.safetensors"
     with pytest.raises(SystemExit) as done:
-        app(["compose", *map(str, files), "-o", str(out), "--model", str(tiny_folder), "--name", "both", "--version", "1.0.0", "--json"])
+        app(
+            [
+                "compose",
+                *map(str, files),
+                "-o",
+                str(out),
+                "--model",
+                str(tiny_folder),
+                "--name",
+                "both",
+                "--version",
+                "1.0.0",
+                "--json",
+            ]
+        )
     assert done.value.code == 0
     assert json.loads(capsys.readouterr().out)["num_virtual_tokens"] == 17
     assert patch_bytes(read_patch(out)) == patch_bytes(composed)

@@ -76,7 +76,9 @@ def test_a_complete_constraint_ends_the_reply(runtime, options):
 
 
 def test_a_model_may_end_where_the_constraint_may(runtime):
-    sampling = Sampling(60, rng_seed=1, constraint=Constraint("regex", "a{2,}"), logit_bias=dict.fromkeys(runtime.end_token_ids, 20))
+    sampling = Sampling(
+        60, rng_seed=1, constraint=Constraint("regex", "a{2,}"), logit_bias=dict.fromkeys(runtime.end_token_ids, 20)
+    )
     pieces = list(runtime.stream(PROMPT, sampling))
     assert re.fullmatch("a{2,}", "".join(p.text for p in pieces))
     assert pieces[-1].finish_reason == "stop" and pieces[-1].token_id in runtime.end_token_ids

@@ -22,7 +22,9 @@ def runtime(tiny_folder, tiny_patch):
 
 
 def test_a_saved_conversation_goes_on_as_if_never_left(runtime, tiny_folder, tiny_patch, tmp_path):
-    ids = runtime.tokens("The quick brown fox") + [piece.token_id for piece in runtime.stream("The quick brown fox", GREEDY)]
+    ids = runtime.tokens("The quick brown fox") + [
+        piece.token_id for piece in runtime.stream("The quick brown fox", GREEDY)
+    ]
     expected = runtime.generate([*ids, 5], GREEDY)
     runtime.logits_of_last(ids)
     save_conversation(runtime, tmp_path / "talk.json")
@@ -53,7 +55,12 @@ def test_damaged_files_are_refused(runtime, tmp_path, content):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"format": "other"}, "format"), ({"tokens": []}, "empty"), ({"tokens": [10**6]}, "vocabulary"), ({"tokens": [1] * 600}, "context holds")],
+    [
+        ({"format": "other"}, "format"),
+        ({"tokens": []}, "empty"),
+        ({"tokens": [10**6]}, "vocabulary"),
+        ({"tokens": [1] * 600}, "context holds"),
+    ],
 )
 def test_contents_that_do_not_fit_are_refused(runtime, tmp_path, change, words):
     runtime.logits_of_last([1, 2, 3])

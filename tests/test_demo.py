@@ -25,7 +25,9 @@ FORMS = [("torch", "F32"), *(("llamacpp", k) for k in demo.GGUF_TYPES), *(("onnx
 
 def test_every_form_is_measured_bare_and_patched_and_the_patch_fits_all(tmp_path):
     seen = []
-    document, page = demo.run_demo(tmp_path, config=SMALL, progress=lambda stage, done, total: seen.append((stage, done, total)))
+    document, page = demo.run_demo(
+        tmp_path, config=SMALL, progress=lambda stage, done, total: seen.append((stage, done, total))
+    )
     cells = [(c["runtime"], c["quantization"], c["patched"]) for c in document["cells"]]
     assert cells == [(*form, patched) for form in FORMS for patched in (False, True)]
     for cell in document["cells"]:
@@ -38,7 +40,14 @@ def test_every_form_is_measured_bare_and_patched_and_the_patch_fits_all(tmp_path
     patch = read_patch(tmp_path / "lab-detox-0.1.0.safetensors")
     assert patch.digest == document["patch"]["digest"]
     assert patch.num_virtual_tokens == 8
-    assert {stage for stage, done, total in seen if done == total} >= {"pairs", "SFT", "DPO", "convert", "torch F32", "onnx int4"}
+    assert {stage for stage, done, total in seen if done == total} >= {
+        "pairs",
+        "SFT",
+        "DPO",
+        "convert",
+        "torch F32",
+        "onnx int4",
+    }
 
 
 def test_prompts_of_our_own_and_none_for_both_training_and_table():

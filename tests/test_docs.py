@@ -75,7 +75,13 @@ def require_shown(shown: list[str], output: str) -> None:
 def run(command: list[str], folder: Path) -> str:
     """Output of a command that must succeed; ``edgepatch`` and ``python`` are those of this environment."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "NO_COLOR": "1", "COLUMNS": "120", "EDGEPATCH_STORE": str(folder / "own-store")}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "NO_COLOR": "1",
+        "COLUMNS": "120",
+        "EDGEPATCH_STORE": str(folder / "own-store"),
+    }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, f"exit code {done.returncode}: {command[-1]}\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr

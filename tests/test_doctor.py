@@ -63,9 +63,12 @@ def test_installed_libraries_are_loaded(report):
 )
 def test_library_that_does_not_load_is_named_and_counts_as_missing(monkeypatch, report, code, message):
     monkeypatch.setattr(
-        doctor, "_start_probe",
-        lambda name: subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
-    )  # fmt: skip
+        doctor,
+        "_start_probe",
+        lambda name: subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ),
+    )
     broken = {**report, "libraries": doctor.libraries()}
     assert message in broken["libraries"]["torch"]["error"]
     assert any(message in line for line in doctor.missing(broken, "train"))

@@ -43,9 +43,23 @@ from edgepatch.errors import InputError
 
 PATCH = LAB_FOLDER / "lab-detox-0.1.0.safetensors"
 REQUIRED = (
-    "domain", "arm", "runtime", "quantization", "route", "score", "score_low", "score_high", "retention", "retention_low",
-    "retention_high", "perplexity", "over_refusal", "negative_flips", "num_items", "num_rng_seeds",
-)  # fmt: skip
+    "domain",
+    "arm",
+    "runtime",
+    "quantization",
+    "route",
+    "score",
+    "score_low",
+    "score_high",
+    "retention",
+    "retention_low",
+    "retention_high",
+    "perplexity",
+    "over_refusal",
+    "negative_flips",
+    "num_items",
+    "num_rng_seeds",
+)
 Q4 = "llamacpp Q4_K_M"
 HEAD = {"command": "make evidence", "created": "2026", "environment": {}, "settings": {}, "curves": []}
 
@@ -63,7 +77,9 @@ def test_the_plan_covers_every_arm_on_every_column_of_every_domain():
                 both = arm == "patch" and column.name in DECODED_COLUMNS
                 routes = ("stored", "decoded") if both else ("stored",) if arm in (*SOFT_PROMPT_ARMS, "kv") else ("",)
                 for route in routes if column.runtime == "llamacpp" else ("",):
-                    assert runs.pop((domain, arm, column.name, route)) == (1 if arm in (*UNTRAINED_ARMS, "lora_r1") else 3)
+                    assert runs.pop((domain, arm, column.name, route)) == (
+                        1 if arm in (*UNTRAINED_ARMS, "lora_r1") else 3
+                    )
     assert not runs
 
 
@@ -73,16 +89,22 @@ def test_the_plan_covers_every_order_of_every_composition():
     assert {key.parts for key in keys} == set(orders(DOMAINS))
     for key in keys:
         assert key.domain in key.parts
-    assert {(key.arm, key.rng_seed) for key in keys} == {(arm, seed) for arm in ("composed", "joint") for seed in (1, 2, 3)}
+    assert {(key.arm, key.rng_seed) for key in keys} == {
+        (arm, seed) for arm in ("composed", "joint") for seed in (1, 2, 3)
+    }
 
 
 def test_what_the_claims_rest_on_comes_first():
     keys = plan(EvidenceConfig())
     first = keys[: next(i for i, key in enumerate(keys) if key.arm not in ("bare", "patch"))]
-    assert {(k.arm, k.column) for k in first if k.measure == "safety"} == {(arm, c) for arm in ("bare", "patch") for c in CORE_COLUMNS}
+    assert {(k.arm, k.column) for k in first if k.measure == "safety"} == {
+        (arm, c) for arm in ("bare", "patch") for c in CORE_COLUMNS
+    }
     core = [i for i, key in enumerate(keys) if is_core(key)]
     composed = [i for i, key in enumerate(keys) if key.parts]
-    assert core == list(range(len(core))) and composed == list(range(len(core), len(core) + len(composed))), "then compositions"
+    assert core == list(range(len(core))) and composed == list(range(len(core), len(core) + len(composed))), (
+        "then compositions"
+    )
 
 
 def test_cells_have_files_of_their_own_and_share_models_in_groups():
@@ -103,12 +125,27 @@ def test_fewer_items_must_be_among_the_more():
 
 
 def safety(values: list[float], ids: str = "abcd", **more: Any) -> dict[str, Any]:
-    return {"ids": list(ids[: len(values)]), "values": values, "figures": {"f": [0.5, 0, 1]}, "failures": 0, "texts": [], **more}
+    return {
+        "ids": list(ids[: len(values)]),
+        "values": values,
+        "figures": {"f": [0.5, 0, 1]},
+        "failures": 0,
+        "texts": [],
+        **more,
+    }
 
 
 def retained(nll: list[float], refused: list[int], correct: list[int]) -> dict[str, Any]:
-    return {"text_ids": [1, 2], "nll": nll, "num_tokens": [10, 30], "request_ids": [1, 2], "refused": refused,
-            "fact_ids": [1, 2, 3, 4], "correct": correct, "failures": 0}  # fmt: skip
+    return {
+        "text_ids": [1, 2],
+        "nll": nll,
+        "num_tokens": [10, 30],
+        "request_ids": [1, 2],
+        "refused": refused,
+        "fact_ids": [1, 2, 3, 4],
+        "correct": correct,
+        "failures": 0,
+    }
 
 
 def key(arm: str, column: str = Q4, rng_seed: int = 0, measure: str = "safety", **more: Any) -> CellKey:
@@ -125,7 +162,9 @@ def by_hand() -> dict[CellKey, dict[str, Any]]:
     for seed in (1, 2):
         cells[key("patch", TORCH.name, seed)] = safety([0.2, 0.2, 0.0, 0.0])
         cells[key("patch", rng_seed=seed)] = safety([0.4, 0.3 if seed == 1 else 0.5])
-        cells[key("patch", rng_seed=seed, measure="retained")] = retained([20.4, 61.2], [0, seed - 1], [1, 0, 1, seed - 1])
+        cells[key("patch", rng_seed=seed, measure="retained")] = retained(
+            [20.4, 61.2], [0, seed - 1], [1, 0, 1, seed - 1]
+        )
     return cells
 
 
@@ -143,7 +182,9 @@ def test_figures_of_cells_made_by_hand():
     assert row["retention_low"] < 0.75 < row["retention_high"]
     assert row["perplexity"] == pytest.approx(7.691, abs=1e-3)  # exp(81.6 / 40)
     assert row["perplexity_change"] == pytest.approx(4.081, abs=1e-3)  # exp(1.6 / 40) - 1, in percent
-    assert row["perplexity_change_low"] == pytest.approx(row["perplexity_change_high"]), "the same change for every text"
+    assert row["perplexity_change_low"] == pytest.approx(row["perplexity_change_high"]), (
+        "the same change for every text"
+    )
     assert row["over_refusal"] == pytest.approx(0.25) and row["over_refusal_change"] == pytest.approx(0.25)
     assert row["negative_flips"] == pytest.approx(0.25), "one of four, in both runs; what was wrong before cannot flip"
     assert row_of(document, "patch", TORCH.name)["retention"] == 1
@@ -170,7 +211,9 @@ def test_a_failed_cell_appears_as_failed():
 
 
 def composed(values: dict[tuple[str, ...], float]) -> dict[CellKey, dict[str, Any]]:
-    return {key("joint", parts=parts, rng_seed=1, route="stored"): safety([value, value]) for parts, value in values.items()}
+    return {
+        key("joint", parts=parts, rng_seed=1, route="stored"): safety([value, value]) for parts, value in values.items()
+    }
 
 
 def test_order_sensitivity_is_the_distance_of_the_orders():
@@ -178,7 +221,9 @@ def test_order_sensitivity_is_the_distance_of_the_orders():
     document = evidence.assemble(list(cells), cells.get)
     (row,) = document["order_sensitivity"]
     assert row["order_sensitivity"] == pytest.approx(0.03) and row["num_orders"] == 2
-    assert row["chance"] == pytest.approx(0.015, abs=0.003), "2 items: both orders the same way, or each its own way, half of the time"
+    assert row["chance"] == pytest.approx(0.015, abs=0.003), (
+        "2 items: both orders the same way, or each its own way, half of the time"
+    )
     assert row["p_value"] == pytest.approx(0.5, abs=0.1)
     (goal,) = [goal for goal in document["goals"] if goal["goal"].startswith("order")]
     assert goal["met"] is False and goal["reached"] == pytest.approx(0.03)
@@ -188,11 +233,18 @@ def test_order_sensitivity_is_the_distance_of_the_orders():
 
 
 def test_goals_say_what_is_reached():
-    cells = by_hand() | {key("kv", rng_seed=1, route="stored"): safety([0.3, 0.3]), key("lora_r16", rng_seed=1): safety([0.4, 0.2])}
+    cells = by_hand() | {
+        key("kv", rng_seed=1, route="stored"): safety([0.3, 0.3]),
+        key("lora_r16", rng_seed=1): safety([0.4, 0.2]),
+    }
     goals = evidence.assemble(list(cells), cells.get)["goals"]
     (kept,) = [goal for goal in goals if goal["goal"] == "retention" and goal["arm"] == "patch"]
     assert not kept["met"] and kept["reached"] == pytest.approx(0.75) and kept["interval"][0] < 0.75
-    (perplexity,) = [goal for goal in goals if goal["goal"].startswith("perplexity") and goal["arm"] == "patch" and goal["column"] == Q4]
+    (perplexity,) = [
+        goal
+        for goal in goals
+        if goal["goal"].startswith("perplexity") and goal["arm"] == "patch" and goal["column"] == Q4
+    ]
     assert not perplexity["met"] and perplexity["reached"] == pytest.approx(4.081, abs=1e-3)
     (contest,) = [goal for goal in goals if "LoRA" in goal["goal"] and goal["column"] == Q4]
     assert contest["met"] and contest["reached"] == pytest.approx(0.0)
@@ -222,7 +274,15 @@ class Tags(HTMLParser):
 
 def test_the_page_is_whole_and_the_tables_find_their_markers():
     cells = by_hand() | composed({("toxicity", "harm"): 0.5, ("harm", "toxicity"): 0.53})
-    example = {"domain": "toxicity", "column": Q4, "item": "<b>", "bare": ["x"], "bare_value": 1.0, "patched": [""], "patched_value": 0.0}
+    example = {
+        "domain": "toxicity",
+        "column": Q4,
+        "item": "<b>",
+        "bare": ["x"],
+        "bare_value": 1.0,
+        "patched": [""],
+        "patched_value": 0.0,
+    }
     curves = [{"domain": "toxicity", "arm": "patch", "curves": {"sft_loss": [3.0, 2.0]}}]
     document = {**HEAD, **evidence.assemble(list(cells), cells.get), "examples": [example], "curves": curves}
     page = render_page(document)
@@ -270,9 +330,15 @@ def place(tmp_path_factory):
 
 
 CONFIG = EvidenceConfig(
-    items={"toxicity": (2, 1, 1)}, retained=(Sizes(2, 1, 0), Sizes(1, 1, 0)), examples=1, rng_seeds=(1,), domains=("toxicity",),
-    columns=(TORCH.name, "llamacpp F16"), arms=("bare", "patch"), composition=False,
-)  # fmt: skip
+    items={"toxicity": (2, 1, 1)},
+    retained=(Sizes(2, 1, 0), Sizes(1, 1, 0)),
+    examples=1,
+    rng_seeds=(1,),
+    domains=("toxicity",),
+    columns=(TORCH.name, "llamacpp F16"),
+    arms=("bare", "patch"),
+    composition=False,
+)
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_document(place):
@@ -283,7 +349,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_document(place):
     read = partial(read_cell, place.cells)
     whole = json.dumps(evidence.assemble(keys, read))
     row = next(r for r in json.loads(whole)["cells"] if (r["arm"], r["column"]) == ("patch", "llamacpp F16"))
-    assert row["num_items"] == 2 and 0 < row["score"] < 1 and row["failed"] == [] and row["perplexity_change"] is not None
+    assert (
+        row["num_items"] == 2 and 0 < row["score"] < 1 and row["failed"] == [] and row["perplexity_change"] is not None
+    )
 
     lost = keys[len(keys) // 2 :]  # as if it had been killed there, in the middle of writing one more
     for cell in lost:

@@ -41,7 +41,11 @@ from edgepatch.stock.references import Distance
 from edgepatch.tensors import SoftPrompt
 from edgepatch.tokenizers import render_chat_template
 
-MESSAGES = [{"role": "user", "content": "Hello <b>you</b>"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go on."}]
+MESSAGES = [
+    {"role": "user", "content": "Hello <b>you</b>"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Go on."},
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,9 @@ def exported(model: Path, tiny_patch: Patch, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def restored_logits(model: Path, seed: Path, options: ExportOptions, labels: list[int], tokens: list[int]) -> np.ndarray:
+def restored_logits(
+    model: Path, seed: Path, options: ExportOptions, labels: list[int], tokens: list[int]
+) -> np.ndarray:
     """(T, V) logits of a fresh context of the library into which it loads the slot file itself."""
     loaded = LlamaModel(model)
     context = LlamaContext(loaded, ContextSettings(512, 1, options.kv_type, options.flash_attention, 1))
@@ -80,8 +86,12 @@ def restored_logits(model: Path, seed: Path, options: ExportOptions, labels: lis
         loaded.close()
 
 
-@pytest.mark.parametrize(("kv_type", "flash_attention"), [("f32", False), ("f16", True), ("f16", False), ("q8_0", True)])
-def test_the_library_restores_the_slot_file(model: Path, tiny_patch: Patch, tmp_path: Path, kv_type: str, flash_attention: bool):
+@pytest.mark.parametrize(
+    ("kv_type", "flash_attention"), [("f32", False), ("f16", True), ("f16", False), ("q8_0", True)]
+)
+def test_the_library_restores_the_slot_file(
+    model: Path, tiny_patch: Patch, tmp_path: Path, kv_type: str, flash_attention: bool
+):
     options = ExportOptions(kv_type=kv_type, flash_attention=flash_attention)
     manifest = export(tiny_patch, model, tmp_path / "out", options)
     with LlamaCppRuntime(model, tiny_patch, kv_type=kv_type, flash_attention=flash_attention, num_threads=1) as runtime:
@@ -123,7 +133,9 @@ def test_a_vocabulary_without_spare_tokens(vocabulary: Vocabulary):
         choose_labels(vocabulary, 5, template)
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0]['content'] | trim }}{{ ", "{% set x = 1 %}\n{{ raise_exception('no') }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0]['content'] | trim }}{{ ", "{% set x = 1 %}\n{{ raise_exception('no') }}"]
+)
 def test_a_template_that_does_not_work(vocabulary: Vocabulary, template: str):
     labels = choose_labels(vocabulary, 5, template)
     with pytest.raises(InputError, match="template"):
@@ -138,22 +150,41 @@ def test_a_model_without_template(vocabulary: Vocabulary):
 def test_flags():
     flags = " ".join(ServerSettings("m.gguf", 512).flags("F"))
     for flag in (
-        "--model m.gguf", "--host 127.0.0.1", "--parallel 1", "--ctx-size 512", "--kv-unified", "--flash-attn on", "--jinja",
-        "--cache-type-k f16", "--cache-type-v f16", "--chat-template-file F/chat_template.jinja", "--slot-save-path F/slots",
-        "--no-cache-idle-slots", "--no-context-shift", "--cache-ram 0",
-    ):  # fmt: skip
+        "--model m.gguf",
+        "--host 127.0.0.1",
+        "--parallel 1",
+        "--ctx-size 512",
+        "--kv-unified",
+        "--flash-attn on",
+        "--jinja",
+        "--cache-type-k f16",
+        "--cache-type-v f16",
+        "--chat-template-file F/chat_template.jinja",
+        "--slot-save-path F/slots",
+        "--no-cache-idle-slots",
+        "--no-context-shift",
+        "--cache-ram 0",
+    ):
         assert flag in flags
     assert "--swa-full" not in flags
     other = " ".join(ServerSettings("m.gguf", 512, "q8_0", True, 3, True).flags("F"))
-    assert "--swa-full" in other and "--parallel 3 --kv-unified --kv-unified-per-slot 512" in other and "--ctx-size" not in other
+    assert (
+        "--swa-full" in other
+        and "--parallel 3 --kv-unified --kv-unified-per-slot 512" in other
+        and "--ctx-size" not in other
+    )
     assert "--flash-attn off" in " ".join(ServerSettings("m.gguf", 512, flash_attention=False).flags("F"))
 
 
 def test_scripts_run_anywhere(exported: Path, tmp_path: Path):
     shown = subprocess.run(
         [exported / "start.sh", "--port", "9"],
-        env={**os.environ, "LLAMA_SERVER": "echo"}, cwd=tmp_path, capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+        env={**os.environ, "LLAMA_SERVER": "echo"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     assert f"--slot-save-path {exported}/slots" in shown and shown.endswith("--port 9")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -218,7 +249,9 @@ def test_a_probe_decides_about_types_and_header(model: Path, tiny_patch: Patch, 
 
 
 def test_a_probe_of_another_layout_is_refused(model: Path, tiny_patch: Patch, tmp_path: Path):
-    short = replace(tiny_patch, soft_prompt=SoftPrompt(tiny_patch.soft_prompt.embeddings[:4]), kv_seed=None, canary=None)  # type: ignore[union-attr]
+    short = replace(
+        tiny_patch, soft_prompt=SoftPrompt(tiny_patch.soft_prompt.embeddings[:4]), kv_seed=None, canary=None
+    )  # type: ignore[union-attr]
     export(short, model, tmp_path / "server", ExportOptions())
     with pytest.raises(InactivePatchError, match="laid out otherwise"):
         export(tiny_patch, model, tmp_path / "out", ExportOptions(), probe_of(tmp_path / "server"))
@@ -292,7 +325,9 @@ def test_exit_codes(model: Path, tiny_patch: Patch, other_server: str, tmp_path:
 def test_export_verb(model: Path, tiny_patch: Patch, tmp_path: Path):
     patch = tmp_path / "tiny.safetensors"
     write_patch(tiny_patch, patch)
-    done = run_cli("export", patch, "--to", "llama-server", "--model", model, "-o", tmp_path / "out", "--slots", 2, "--json")
+    done = run_cli(
+        "export", patch, "--to", "llama-server", "--model", model, "-o", tmp_path / "out", "--slots", 2, "--json"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == read_manifest(tmp_path / "out")
     done = run_cli("export", patch, "--model", model, "-o", tmp_path / "other", "--server", "http://127.0.0.1:1")
@@ -301,7 +336,13 @@ def test_export_verb(model: Path, tiny_patch: Patch, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("found", "expected", "length"),
-    [([1, 2, 3], [1, 2, 3], 3), ([1, 9, 3], [1, 2, 3], 1), ([1, 2], [1, 2, 3], 2), ([1, 2, 3, 4], [1, 2, 3], 2), ([], [], 0)],
+    [
+        ([1, 2, 3], [1, 2, 3], 3),
+        ([1, 9, 3], [1, 2, 3], 1),
+        ([1, 2], [1, 2, 3], 2),
+        ([1, 2, 3, 4], [1, 2, 3], 2),
+        ([], [], 0),
+    ],
 )
 def test_equal_tokens_are_counted_to_the_first_difference(found: list[int], expected: list[int], length: int):
     """Of the transcript; a continuation that does not end where the other ends differs there."""
@@ -322,7 +363,11 @@ def test_urls(url: str):
         (Distance(0.3, 0.2, 0.001, 0.2), False, "as_text"),
         (Distance(0.9, 1.1, 1.2, 0.3), False, "none"),  # another model altogether
         (Distance(0.1, 0.3, 0.4, 0.3), False, "patched"),
-        (Distance(0.0001, 0.004, 0.005, 0.004), False, "patched"),  # a patch that changes next to nothing proves nothing
+        (
+            Distance(0.0001, 0.004, 0.005, 0.004),
+            False,
+            "patched",
+        ),  # a patch that changes next to nothing proves nothing
     ],
 )
 def test_verdicts(distance: Distance, is_patched: bool, nearest: str):

@@ -80,7 +80,9 @@ def test_every_quantization_is_the_base(kind: str, sketch: Sketch, half: Path, t
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral"])
 def test_every_architecture(architecture: str, tmp_path: Path):
-    sizes = {"hidden_size": 256, "intermediate_size": 256} | ({"sliding_window": None} if architecture == "mistral" else {})
+    sizes = {"hidden_size": 256, "intermediate_size": 256} | (
+        {"sliding_window": None} if architecture == "mistral" else {}
+    )
     folder = make_folder(tmp_path / "hf", architecture, **sizes)
     path, expected = quantized(folder, tmp_path, "Q4_0"), fingerprints.sketch_of_folder(folder)
     assert sketches.compare(expected, fingerprints.sketch_of_gguf(path, expected), "Q4_0").distance == 0
@@ -122,7 +124,9 @@ def merged_lora(model, _base):
     for layer in model.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.v_proj):
             weight = projection.weight.data
-            update = torch.randn(len(weight), 4, generator=generator) @ torch.randn(4, weight.shape[1], generator=generator)
+            update = torch.randn(len(weight), 4, generator=generator) @ torch.randn(
+                4, weight.shape[1], generator=generator
+            )
             weight += update * 0.05 * weight.square().mean().sqrt() / update.square().mean().sqrt()
 
 
@@ -160,9 +164,7 @@ def test_missing_and_reshaped_tensors_are_named(sketch, four_bits):
     tensors = {**sketch.tensors, "blk.1.attn_v": (64, 256), "blk.7.ffn_up": (512, 256)}
     with pytest.raises(MismatchError) as caught:
         fingerprints.sketch_of_gguf(four_bits, replace(sketch, tensors=tensors))
-    assert caught.value.differences == {
-        "blk.1.attn_v": ((64, 256), (128, 256)), "blk.7.ffn_up": ((512, 256), "none"),
-    }  # fmt: skip
+    assert caught.value.differences == {"blk.1.attn_v": ((64, 256), (128, 256)), "blk.7.ffn_up": ((512, 256), "none")}
 
 
 def test_truncated_and_exotic_files_are_refused(four_bits, tiny_folder, tmp_path):
@@ -196,14 +198,29 @@ def test_onnx_graphs_that_do_not_name_their_weights_are_refused(sketch, onnx_fol
 @pytest.mark.parametrize(
     "damage",
     [
-        {"head_dim": 0}, {"head_dim": True}, {"low": "?"}, {"low": ""}, {"low": 3}, {"low": "AH4="}, {"high": "AAA="}, {"extra": 1},
-        {"tensors": []}, {"tensors": {}}, {"tensors": {"attn_x": [[1, 1, "0"]]}}, {"tensors": {"attn_v": [[1, 1, "0-9999"]]}},
-        {"tensors": {"attn_v": [[1, 1, "3-1"]]}}, {"tensors": {"attn_v": [[1, 1, ""]]}}, {"tensors": {"attn_v": [[1, 1]]}},
-        {"tensors": {"attn_v": [[0, 1, "0"]]}}, {"tensors": {"output": [[1, 1, "0"]]}}, {"tensors": {"attn_v": [[1, 1, "0"]] * 65}},
-        {"tensors": {"attn_v": "0"}}, {"tensors": {"attn_v": [[1, 1, 0]]}},
+        {"head_dim": 0},
+        {"head_dim": True},
+        {"low": "?"},
+        {"low": ""},
+        {"low": 3},
+        {"low": "AH4="},
+        {"high": "AAA="},
+        {"extra": 1},
+        {"tensors": []},
+        {"tensors": {}},
+        {"tensors": {"attn_x": [[1, 1, "0"]]}},
+        {"tensors": {"attn_v": [[1, 1, "0-9999"]]}},
+        {"tensors": {"attn_v": [[1, 1, "3-1"]]}},
+        {"tensors": {"attn_v": [[1, 1, ""]]}},
+        {"tensors": {"attn_v": [[1, 1]]}},
+        {"tensors": {"attn_v": [[0, 1, "0"]]}},
+        {"tensors": {"output": [[1, 1, "0"]]}},
+        {"tensors": {"attn_v": [[1, 1, "0"]] * 65}},
+        {"tensors": {"attn_v": "0"}},
+        {"tensors": {"attn_v": [[1, 1, 0]]}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_damaged_sketches_are_refused(damage, sketch):
     with pytest.raises(PatchFormatError):
         Sketch.from_dict({**sketch.as_dict(), **damage})

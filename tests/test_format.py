@@ -69,21 +69,38 @@ def test_golden_files_are_untouched(name):
 
 
 def test_every_format_version_has_a_golden_file():
-    assert {f"patch-v{version}.safetensors" for version in range(1, patches.FORMAT_VERSION + 1)} <= {p.name for p in golden_patches.FOLDER.iterdir()}
+    assert {f"patch-v{version}.safetensors" for version in range(1, patches.FORMAT_VERSION + 1)} <= {
+        p.name for p in golden_patches.FOLDER.iterdir()
+    }
 
 
 def test_golden_patch_is_read_with_all_its_content():
     patch = read_patch(golden_patches.FOLDER / "patch-v1.safetensors")
     assert patch.digest == GOLDEN["patch-v1.safetensors"][1]
     assert (patch.name, patch.version, patch.channel, patch.sequence) == ("golden", "1.2.3-rc.1+build.7", "beta-2", 42)
-    assert (patch.created, patch.expires, patch.license) == ("2026-11-21T10:00:00Z", "2027-11-21T10:00:00Z", "Apache-2.0")
+    assert (patch.created, patch.expires, patch.license) == (
+        "2026-11-21T10:00:00Z",
+        "2027-11-21T10:00:00Z",
+        "Apache-2.0",
+    )
     assert patch.summary == "Answers politely.\nAuch auf Deutsch: höflich."
-    assert patch.base.rope_scaling == {"factor": 8.0, "rope_type": "llama3", "low": 1e-7} and patch.base.rope_theta == 500000.0
+    assert (
+        patch.base.rope_scaling == {"factor": 8.0, "rope_type": "llama3", "low": 1e-7}
+        and patch.base.rope_theta == 500000.0
+    )
     assert patch.training["numbers"] == [0.1, 0, 1e21, 1e20, 123456789, 2**53 - 1, 1e-6, 5e-324, 1.7976931348623157e308]
-    assert patch.training["none"] is None and patch.training["flags"] == [True, False] and patch.training[""] == "\u2028\x7f\\\"\n\x01"
+    assert (
+        patch.training["none"] is None
+        and patch.training["flags"] == [True, False]
+        and patch.training[""] == '\u2028\x7f\\"\n\x01'
+    )
     assert patch.evaluation == {"F16": {"toxicity": 0.125, "count": 100}}
     assert patch.canary.prompts[0].token_ids == (3, 4) and patch.canary.prompts[0].patched == (-0.5, 2.25)
-    assert patch.weight_sketch.tensors["blk.1.attn_q"] == (2, 2) and patch.weight_sketch.low.tolist() == [0.5, -np.inf, 0]
+    assert patch.weight_sketch.tensors["blk.1.attn_q"] == (2, 2) and patch.weight_sketch.low.tolist() == [
+        0.5,
+        -np.inf,
+        0,
+    ]
     assert patch.soft_prompt.embeddings.tolist() == [[0.5, -65504], [2**-149, float(np.float32(1 / 3))]]
     assert patch.kv_seed.keys[0].dtype == np.float16 and patch.kv_seed.values[1].tolist() == [[[2, 2.25], [2.5, 2.75]]]
     assert len(patch.supersedes) == 1 and len(patch.parts) == 2 and len(patch.signatures) == 2
@@ -102,13 +119,20 @@ def test_the_golden_files_of_this_version_are_what_is_written():
     assert patch_bytes(golden_patches.full()) == golden("patch-v1.safetensors")
     assert patch_bytes(golden_patches.minimal()) == golden("patch-v1-minimal.safetensors")
     assert golden_patches.root().to_bytes() == golden("root-v1.json")
-    assert read_patch(golden_patches.FOLDER / "patch-v1-minimal.safetensors").digest == GOLDEN["patch-v1-minimal.safetensors"][1]
+    assert (
+        read_patch(golden_patches.FOLDER / "patch-v1-minimal.safetensors").digest
+        == GOLDEN["patch-v1-minimal.safetensors"][1]
+    )
 
 
 # The second reader.
 
 
-SEEDS = [golden("patch-v1.safetensors"), golden("patch-v1-minimal.safetensors"), patch_bytes(golden_patches.signed_small())]
+SEEDS = [
+    golden("patch-v1.safetensors"),
+    golden("patch-v1-minimal.safetensors"),
+    patch_bytes(golden_patches.signed_small()),
+]
 
 
 @pytest.mark.parametrize("data", SEEDS)
@@ -157,8 +181,16 @@ def test_both_write_the_same_numbers(value):
 def test_the_second_reader_is_independent():
     source = Path(format_reader.__file__).read_text("utf-8")
     assert set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)) == {
-        "__future__", "base64", "datetime", "decimal", "hashlib", "json", "math", "re", "struct",
-    }  # fmt: skip
+        "__future__",
+        "base64",
+        "datetime",
+        "decimal",
+        "hashlib",
+        "json",
+        "math",
+        "re",
+        "struct",
+    }
 
 
 # The document.
@@ -181,8 +213,18 @@ def test_the_hexdump_is_that_of_the_golden_file():
 def test_the_document_names_every_key_and_bound():
     for key in patches.MANIFEST_KINDS:
         assert f"| `{key}` |" in DOCUMENT, key
-    for name in ("head_dim", "hidden_size", "model_type", "num_hidden_layers", "num_key_value_heads", "rope_scaling", "rope_theta",
-                 "tokenizer_digest", "vocab_size", "weight_fingerprint"):  # fmt: skip
+    for name in (
+        "head_dim",
+        "hidden_size",
+        "model_type",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rope_scaling",
+        "rope_theta",
+        "tokenizer_digest",
+        "vocab_size",
+        "weight_fingerprint",
+    ):
         assert f"| `{name}` |" in DOCUMENT, name
     for bound in (patches.MAX_FILE_BYTES, patches.MAX_HEADER_BYTES, patches.MAX_SEQUENCE):
         assert f"{bound:,}" in DOCUMENT

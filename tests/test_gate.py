@@ -15,11 +15,20 @@ from edgepatch.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 CELL = {
-    "domain": "toxicity", "arm": "patch", "column": "llamacpp Q4_K_M", "route": "stored",
-    "retention": 0.97, "retention_low": 0.93, "retention_high": 1.01,
-    "perplexity_change": 1.0, "perplexity_change_low": 0.8, "perplexity_change_high": 1.2,
-    "over_refusal_change": 0.0, "over_refusal_change_low": -0.01, "over_refusal_change_high": 0.01,
-}  # fmt: skip
+    "domain": "toxicity",
+    "arm": "patch",
+    "column": "llamacpp Q4_K_M",
+    "route": "stored",
+    "retention": 0.97,
+    "retention_low": 0.93,
+    "retention_high": 1.01,
+    "perplexity_change": 1.0,
+    "perplexity_change_low": 0.8,
+    "perplexity_change_high": 1.2,
+    "over_refusal_change": 0.0,
+    "over_refusal_change_low": -0.01,
+    "over_refusal_change_high": 0.01,
+}
 RATIOS = {
     "ttft_patched_over_bare": {"value": 1.01, "low": 1.0, "high": 1.02},
     "decode_patched_over_bare": {"value": 0.99, "low": 0.98, "high": 1.0},
@@ -40,7 +49,9 @@ def results(tmp_path: Path) -> Path:
 def write(folder: Path, cell: dict[str, Any], ratios: dict[str, Any]) -> None:
     """Results that differ from the usual ones in the given fields."""
     bare = {**CELL, "arm": "bare", "retention": None}
-    (folder / "evidence.json").write_text(json.dumps({"cells": [{**CELL, **cell}, bare, {**CELL, "route": "decoded", "retention": 0.1}]}))
+    (folder / "evidence.json").write_text(
+        json.dumps({"cells": [{**CELL, **cell}, bare, {**CELL, "route": "decoded", "retention": 0.1}]})
+    )
     (folder / "latency.json").write_text(json.dumps({"ratios": {**RATIOS, **ratios}}))
 
 
@@ -49,7 +60,9 @@ def gate(results: Path, monkeypatch, capfd):
     """Arguments -> (exit code, stdout, stderr) of ``bench gate`` on the results."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edgepatch", "bench", "gate", "--results", str(results), *map(str, arguments)])
+        monkeypatch.setattr(
+            sys, "argv", ["edgepatch", "bench", "gate", "--results", str(results), *map(str, arguments)]
+        )
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
             cli.main()
@@ -86,7 +99,9 @@ def test_the_committed_results_pass_the_committed_baseline():
 
 
 def test_directions():
-    assert [is_higher_better(name) for name in (KEPT, DECODE, PERPLEXITY, REFUSED, TTFT, "ratio/cold_start_x")] == [True] * 2 + [False] * 4
+    assert [is_higher_better(name) for name in (KEPT, DECODE, PERPLEXITY, REFUSED, TTFT, "ratio/cold_start_x")] == [
+        True
+    ] * 2 + [False] * 4
 
 
 def test_a_baseline_states_its_limits(baseline: Path):
@@ -124,7 +139,9 @@ def test_a_figure_beyond_its_limit_fails_and_is_named(results, gate, baseline, c
     code, out, _ = gate("--baseline", baseline, "--json")
     document = json.loads(out)
     assert code == 1 and document["passed"] is False and document["num_figures"] == 5
-    assert document["failures"] == [{"figure": name, "reason": "beyond its limit", "expected": expected, "found": found}]
+    assert document["failures"] == [
+        {"figure": name, "reason": "beyond its limit", "expected": expected, "found": found}
+    ]
 
 
 def test_worse_than_the_baseline_beyond_the_intervals_fails_within_the_limit():
@@ -134,7 +151,9 @@ def test_worse_than_the_baseline_beyond_the_intervals_fails_within_the_limit():
     assert not check(entry, {KEPT: Figure(0.94, 0.92, 0.96)}), "0.03 is within hypot(0.03, 0.02)"
     assert not check(entry, {KEPT: Figure(1.2, 1.19, 1.21)}), "better is no failure"
     assert not check(entry, {KEPT: Figure(0.6, 0.5, None)}), "an end without a value is infinite"
-    assert not check({KEPT: {"floor": 0.5, "value": 0.97}}, {KEPT: Figure(0.6)}), "without intervals the limit alone decides"
+    assert not check({KEPT: {"floor": 0.5, "value": 0.97}}, {KEPT: Figure(0.6)}), (
+        "without intervals the limit alone decides"
+    )
     less = {TTFT: {"ceiling": 2.0, "value": 1.0, "low": 0.99, "high": 1.01}}
     assert [f.figure for f in check(less, {TTFT: Figure(1.1, 1.08, 1.12)})] == [TTFT]
     assert not check(less, {TTFT: Figure(0.5, 0.49, 0.51)})
@@ -157,12 +176,19 @@ def test_a_figure_that_is_no_number_fails(results, gate, baseline, value):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "cannot read"), ("[]", "JSON object"), ("{}", "version"), ('{"version": 1}', "figures"), ('{"version": 1, "figures": {}}', "figures"),
-        ('{"version": 2, "figures": {"a": {"floor": 1}}}', "version"), ('{"version": 1, "figures": {"a": {"value": 1}}}', "floor or a ceiling"),
-        ('{"version": 1, "figures": {"a": {"floor": null}}}', "numbers"), ('{"version": 1, "figures": {"a": {"floor": NaN}}}', "NaN"),
-        ('{"version": 1, "figures": {"a": {"floor": 1, "flor": 2}}}', "flor"), ('{"version": 1, "figures": {"a": 1}}', "floor or a ceiling"),
+        ("{", "cannot read"),
+        ("[]", "JSON object"),
+        ("{}", "version"),
+        ('{"version": 1}', "figures"),
+        ('{"version": 1, "figures": {}}', "figures"),
+        ('{"version": 2, "figures": {"a": {"floor": 1}}}', "version"),
+        ('{"version": 1, "figures": {"a": {"value": 1}}}', "floor or a ceiling"),
+        ('{"version": 1, "figures": {"a": {"floor": null}}}', "numbers"),
+        ('{"version": 1, "figures": {"a": {"floor": NaN}}}', "NaN"),
+        ('{"version": 1, "figures": {"a": {"floor": 1, "flor": 2}}}', "flor"),
+        ('{"version": 1, "figures": {"a": 1}}', "floor or a ceiling"),
     ],
-)  # fmt: skip
+)
 def test_a_baseline_that_cannot_be_used_is_2(results, gate, text, told):
     path = results / "bad.json"
     path.write_text(text)
@@ -171,7 +197,12 @@ def test_a_baseline_that_cannot_be_used_is_2(results, gate, text, told):
 
 
 def test_wrong_use_and_wrong_results_are_2(results, gate, baseline):
-    assert gate()[0] == gate("--baseline", baseline, "--write", baseline)[0] == gate("--baseline", results / "nothing")[0] == 2
+    assert (
+        gate()[0]
+        == gate("--baseline", baseline, "--write", baseline)[0]
+        == gate("--baseline", results / "nothing")[0]
+        == 2
+    )
     (results / "evidence.json").write_text('{"cells": [{}]}')
     code, _, err = gate("--baseline", baseline)
     assert code == 2 and "evidence.json" in err and "make it again" in err

@@ -29,7 +29,10 @@ def cut_at_stop(text, stops):
 ALPHABET = "abé🙂"
 
 
-@given(st.lists(st.text(ALPHABET, max_size=12), max_size=10), st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))
+@given(
+    st.lists(st.text(ALPHABET, max_size=12), max_size=10),
+    st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3),
+)
 @example(["aab", "a", "b"], ["aaba", "ab"])
 @example(["a🙂", "🙂", "é"], ["🙂🙂é"])
 def test_stop_strings_are_found_however_the_text_is_cut(parts, stops):
@@ -69,7 +72,10 @@ def test_a_stop_string_over_tokens_ends_the_reply_before_it():
 
 
 def test_what_is_held_back_is_delivered_at_every_other_end():
-    assert [(p.text, p.finish_reason) for p in scripted(["a", "EN"], Sampling(stop=("END",)))] == [("a", ""), ("EN", "length")]
+    assert [(p.text, p.finish_reason) for p in scripted(["a", "EN"], Sampling(stop=("END",)))] == [
+        ("a", ""),
+        ("EN", "length"),
+    ]
     ended = list(scripted(["a", "EN", "</s>", "b"], Sampling(stop=("END",)), ends=frozenset({2})))
     assert [(p.text, p.finish_reason) for p in ended] == [("a", ""), ("", ""), ("EN", "stop")]
     both = list(scripted(["a", "b"], Sampling(stop=("b",))))
@@ -106,7 +112,7 @@ def test_a_stop_string_cuts_the_same_text(runtime):
         {"constraint": Constraint("regex", "[a-f ]{6,12}")},
         {"ignore_end_tokens": True},
     ],
-)  # fmt: skip
+)
 def test_a_batch_honours_what_a_stream_does(runtime, options):
     sampling = replace(SAMPLING, **options)
     singles = super(TorchRuntime, runtime).generate_many(PROMPT, sampling, 5)

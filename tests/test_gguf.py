@@ -44,8 +44,14 @@ def test_spec_is_the_folders_whatever_the_quantization(files, tiny_folder):
         assert gguf.quantization(gguf.read_header(path)) == name
 
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +83,11 @@ def test_tokens_are_the_folders(files, tiny_folder):
     from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 
     reference = FolderTokenizer(tiny_folder)
-    messages = [{"role": "user", "content": "Grüße 🙂 42"}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "a\nb"}]
+    messages = [
+        {"role": "user", "content": "Grüße 🙂 42"},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "a\nb"},
+    ]
     with LlamaCppRuntime(files["Q8_0"], num_threads=1) as runtime:
         for text in TEXTS:
             assert runtime.encode(text) == reference.encode(text), text
@@ -126,8 +136,23 @@ def test_key_layout_by_hand_for_one_head():
     assert rope.interleave(key).ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
     weight = np.arange(16.0)[:, None].repeat(3, axis=1)  # two heads of 8
     assert rope.projection_to_llamacpp(weight, 2, "llama")[:, 0].tolist() == [
-        0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15,
-    ]  # fmt: skip
+        0,
+        4,
+        1,
+        5,
+        2,
+        6,
+        3,
+        7,
+        8,
+        12,
+        9,
+        13,
+        10,
+        14,
+        11,
+        15,
+    ]
     assert np.array_equal(rope.projection_to_llamacpp(weight, 2, "qwen2"), weight)
     with pytest.raises(InputError, match="cohere"):
         rope.projection_to_llamacpp(weight, 2, "cohere")
@@ -209,9 +234,13 @@ def test_a_failing_write_leaves_the_old_file(tiny_folder, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"model_type": "gemma3_text"}, "convert_hf_to_gguf"), ({"hidden_act": "gelu"}, "hidden_act"),
-     ({"model_type": "mistral", "sliding_window": 64}, "sliding"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope")],
-)  # fmt: skip
+    [
+        ({"model_type": "gemma3_text"}, "convert_hf_to_gguf"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope"),
+    ],
+)
 def test_models_that_would_come_out_wrong_are_refused(tiny_folder, tmp_path, change, message):
     import json
 
@@ -229,8 +258,10 @@ def test_unknown_pre_tokenizers_are_refused(tiny_folder, tmp_path):
 
     folder = copy_folder(tiny_folder, tmp_path / "hf")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
-                                                                        tokenizer["pre_tokenizer"]]}  # fmt: skip
+    tokenizer["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, tokenizer["pre_tokenizer"]],
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match="pre-tokenizer"):
         gguf.convert_folder(folder, tmp_path / "model.gguf")

@@ -17,8 +17,14 @@ from edgepatch.patches import read_patch
 from edgepatch.tokenizers import FolderTokenizer
 
 TOKENS = list(range(20, 60))
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def loaded_logits(path) -> np.ndarray:
@@ -124,17 +130,43 @@ def test_train_and_seed_from_a_quantized_file_alone(tiny_folder, tmp_path, monke
     gguf.convert_folder(tiny_folder, tmp_path / "F16.gguf")
     path, pairs = tmp_path / "Q8_0.gguf", tmp_path / "pairs.jsonl"
     gguf.quantize(tmp_path / "F16.gguf", path, "Q8_0", num_threads=1)
-    rows = [{"prompt": f"The fox {i}", "chosen": " sleeps in the sun", "rejected": " jumps over the dog"} for i in range(12)]
+    rows = [
+        {"prompt": f"The fox {i}", "chosen": " sleeps in the sun", "rejected": " jumps over the dog"} for i in range(12)
+    ]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "benign.txt").write_text("The quick brown fox sleeps.\n")
     run(
-        monkeypatch, capfd, "train", path, "--pairs", pairs, "-o", tmp_path / "p.safetensors", "--benign", tmp_path / "benign.txt",
-        "--num-virtual-tokens", 4, "--sft-steps", 3, "--dpo-steps", 2,
-    )  # fmt: skip
+        monkeypatch,
+        capfd,
+        "train",
+        path,
+        "--pairs",
+        pairs,
+        "-o",
+        tmp_path / "p.safetensors",
+        "--benign",
+        tmp_path / "benign.txt",
+        "--num-virtual-tokens",
+        4,
+        "--sft-steps",
+        3,
+        "--dpo-steps",
+        2,
+    )
     patch = read_patch(tmp_path / "p.safetensors")
     assert patch.base == gguf.read_spec(path) == hf.read_spec(tiny_folder)
     assert patch.kv_seed is not None and patch.kv_seed.num_virtual_tokens == 4
-    run(monkeypatch, capfd, "convert", "seed", tmp_path / "p.safetensors", "--model", path, "-o", tmp_path / "q.safetensors")
+    run(
+        monkeypatch,
+        capfd,
+        "convert",
+        "seed",
+        tmp_path / "p.safetensors",
+        "--model",
+        path,
+        "-o",
+        tmp_path / "q.safetensors",
+    )
     again = read_patch(tmp_path / "q.safetensors")
     assert all(np.array_equal(a, b) for a, b in zip(again.kv_seed.keys, patch.kv_seed.keys, strict=True))
     other = hf.compute_kv_seed(hf.load_model(tiny_folder), patch.soft_prompt, np.float16)

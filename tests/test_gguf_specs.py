@@ -18,18 +18,35 @@ from edgepatch.errors import InputError
 from edgepatch.tensors import weight_fingerprint
 
 H = 64
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}  # fmt: skip
-FACTORS = {"short_factor": [round(1 + i * 0.0123, 4) for i in range(32)], "long_factor": [round(1 + i * 0.31, 4) for i in range(32)]}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+FACTORS = {
+    "short_factor": [round(1 + i * 0.0123, 4) for i in range(32)],
+    "long_factor": [round(1 + i * 0.31, 4) for i in range(32)],
+}
 
 
 @pytest.mark.parametrize(
     ("model_type", "expected"),
     [
-        ("llama", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3_moe", "qwen3moe"), ("gemma3_text", "gemma3"),
-        ("phi3", "phi3"), ("lfm2", "lfm2"), ("qwen3_5_text", "qwen35"), ("cohere", "command-r"), ("nemotron_h", "nemotron_h"),
+        ("llama", "llama"),
+        ("mistral", "llama"),
+        ("qwen2", "qwen2"),
+        ("qwen3_moe", "qwen3moe"),
+        ("gemma3_text", "gemma3"),
+        ("phi3", "phi3"),
+        ("lfm2", "lfm2"),
+        ("qwen3_5_text", "qwen35"),
+        ("cohere", "command-r"),
+        ("nemotron_h", "nemotron_h"),
     ],
-)  # fmt: skip
+)
 def test_architectures_have_gguf_names(model_type, expected):
     assert architectures.gguf_name(model_type) == expected
 
@@ -54,35 +71,103 @@ def single(value: float) -> float:
     ("model_type", "config", "settings", "vectors", "scaling"),
     [
         ("llama", {}, {"rope.freq_base": 1e4, "rope.dimension_count": H}, {}, {}),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 12345.6, "factor": 2.4}},
-         {"rope.freq_base": single(12345.6), "rope.scaling.type": "linear", "rope.scaling.factor": single(2.4)}, {},
-         {"rope_type": "linear", "factor": 2.4}),
-        ("llama", {"rope_parameters": LLAMA3}, {"rope.freq_base": 5e5},
-         {"rope_freqs.weight": rope.llama3_divisors(5e5, H, LLAMA3)}, {k: v for k, v in LLAMA3.items() if k != "rope_theta"}),
-        ("llama", {"rope_parameters": LLAMA3 | {"high_freq_factor": 5.0}}, {"rope.freq_base": 5e5},
-         {"rope_freqs.weight": rope.llama3_divisors(5e5, H, LLAMA3 | {"high_freq_factor": 5.0})}, None),
-        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}},
-         {"rope.freq_base": 1e6, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32768,
-          "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}, {},
-         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
-        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, **FACTORS}},
-         {"rope.freq_base": 1e4, "rope.dimension_count": H, "rope.scaling.original_context_length": 4096, "rope.scaling.attn_factor": 1.19},
-         {"rope_factors_long.weight": FACTORS["long_factor"], "rope_factors_short.weight": FACTORS["short_factor"]},
-         {"rope_type": "longrope", "original_max_position_embeddings": 4096, **FACTORS}),
-        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
-         {"rope.freq_base": 1e4, "rope.dimension_count": 48, "rope.scaling.original_context_length": 4096}, {},
-         {"partial_rotary_factor": 0.75}),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 12345.6, "factor": 2.4}},
+            {"rope.freq_base": single(12345.6), "rope.scaling.type": "linear", "rope.scaling.factor": single(2.4)},
+            {},
+            {"rope_type": "linear", "factor": 2.4},
+        ),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3},
+            {"rope.freq_base": 5e5},
+            {"rope_freqs.weight": rope.llama3_divisors(5e5, H, LLAMA3)},
+            {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+        ),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3 | {"high_freq_factor": 5.0}},
+            {"rope.freq_base": 5e5},
+            {"rope_freqs.weight": rope.llama3_divisors(5e5, H, LLAMA3 | {"high_freq_factor": 5.0})},
+            None,
+        ),
+        (
+            "qwen2",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e6,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32768,
+                }
+            },
+            {
+                "rope.freq_base": 1e6,
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 32768,
+                "rope.scaling.yarn_beta_fast": 32.0,
+                "rope.scaling.yarn_beta_slow": 1.0,
+            },
+            {},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        ),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 4096,
+                    **FACTORS,
+                }
+            },
+            {
+                "rope.freq_base": 1e4,
+                "rope.dimension_count": H,
+                "rope.scaling.original_context_length": 4096,
+                "rope.scaling.attn_factor": 1.19,
+            },
+            {"rope_factors_long.weight": FACTORS["long_factor"], "rope_factors_short.weight": FACTORS["short_factor"]},
+            {"rope_type": "longrope", "original_max_position_embeddings": 4096, **FACTORS},
+        ),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+            {"rope.freq_base": 1e4, "rope.dimension_count": 48, "rope.scaling.original_context_length": 4096},
+            {},
+            {"partial_rotary_factor": 0.75},
+        ),
         ("stablelm", {}, {"rope.dimension_count": 16}, {}, {"partial_rotary_factor": 0.25}),
         ("gemma3_text", {}, {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4}, {}, {}),
         ("gemma3_text", {}, {"rope.freq_base": 1e6}, {}, {}),
-        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                                             "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0}}},
-         {"rope.freq_base": 1e6, "rope.freq_base_swa": 2e4, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, {},
-         {"local_rope_theta": 20000.0, "rope_type": "linear", "factor": 8.0}),
-        ("qwen3_5_text", {}, {"rope.freq_base": 1e4, "rope.dimension_count": 16, "rope.dimension_sections": np.array([11, 11, 10, 0])}, {},
-         {"partial_rotary_factor": 0.25}),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+                }
+            },
+            {
+                "rope.freq_base": 1e6,
+                "rope.freq_base_swa": 2e4,
+                "rope.scaling.type": "linear",
+                "rope.scaling.factor": 8.0,
+            },
+            {},
+            {"local_rope_theta": 20000.0, "rope_type": "linear", "factor": 8.0},
+        ),
+        (
+            "qwen3_5_text",
+            {},
+            {"rope.freq_base": 1e4, "rope.dimension_count": 16, "rope.dimension_sections": np.array([11, 11, 10, 0])},
+            {},
+            {"partial_rotary_factor": 0.25},
+        ),
     ],
-)  # fmt: skip
+)
 def test_rotary_embeddings_have_one_spelling(model_type, config, settings, vectors, scaling, tmp_path):
     from transformers import AutoConfig
 
@@ -112,9 +197,16 @@ def test_gemma_norms_get_one_added_and_qwens_linear_attention_does_not():
 
 
 def test_norms_of_multimodal_folders_are_the_language_models():
-    names = ["model.language_model.layers.0.input_layernorm.weight", "model.language_model.norm.weight",
-             "model.vision_tower.layers.0.norm1.weight", "model.visual.merger.norm.weight"]  # fmt: skip
-    assert architectures.norm_names("gemma3", 1, names) == {names[0]: "blk.0.attn_norm.weight", names[1]: "output_norm.weight"}
+    names = [
+        "model.language_model.layers.0.input_layernorm.weight",
+        "model.language_model.norm.weight",
+        "model.vision_tower.layers.0.norm1.weight",
+        "model.visual.merger.norm.weight",
+    ]
+    assert architectures.norm_names("gemma3", 1, names) == {
+        names[0]: "blk.0.attn_norm.weight",
+        names[1]: "output_norm.weight",
+    }
     with pytest.raises(InputError, match="strange_norm"):
         architectures.norm_names("llama", 1, ["model.strange_norm.weight"])
 
@@ -129,7 +221,9 @@ def test_gemma_folder(tmp_path):
     spec = hf.read_spec(folder)
     weights = load_file(folder / "model.safetensors")
     mapped = architectures.norm_names("gemma3", 1, list(weights))
-    assert spec.weight_fingerprint == weight_fingerprint({target: weights[source] + 1 for source, target in mapped.items()})
+    assert spec.weight_fingerprint == weight_fingerprint(
+        {target: weights[source] + 1 for source, target in mapped.items()}
+    )
     assert spec.model_type == "gemma3" and spec.rope_theta == 1e6
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
@@ -155,14 +249,29 @@ def test_a_file_that_does_not_name_its_quantization_gets_its_commonest_type(tmp_
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("block_count", 3), ("block_count", 0), ("block_count", 2**31), ("embedding_length", 128), ("attention.head_count", 0),
-        ("attention.head_count", 8), ("attention.head_count", -1), ("attention.head_count_kv", 4), ("attention.head_count_kv", 0),
-        ("attention.head_count_kv", np.array([2])), ("attention.head_count_kv", np.array([2, -2])), ("attention.head_count_kv", np.array([0, 0])),
-        ("attention.key_length", 32), ("attention.key_length", float("nan")), ("rope.freq_base", float("inf")), ("rope.freq_base", -1.0),
-        ("rope.dimension_count", 0), ("rope.scaling.factor", "two"), ("rope.freq_base_swa", "x"),
-        ("attention.layer_norm_rms_epsilon", -1.0), ("attention.layer_norm_rms_epsilon", float("nan")),
+        ("block_count", 3),
+        ("block_count", 0),
+        ("block_count", 2**31),
+        ("embedding_length", 128),
+        ("attention.head_count", 0),
+        ("attention.head_count", 8),
+        ("attention.head_count", -1),
+        ("attention.head_count_kv", 4),
+        ("attention.head_count_kv", 0),
+        ("attention.head_count_kv", np.array([2])),
+        ("attention.head_count_kv", np.array([2, -2])),
+        ("attention.head_count_kv", np.array([0, 0])),
+        ("attention.key_length", 32),
+        ("attention.key_length", float("nan")),
+        ("rope.freq_base", float("inf")),
+        ("rope.freq_base", -1.0),
+        ("rope.dimension_count", 0),
+        ("rope.scaling.factor", "two"),
+        ("rope.freq_base_swa", "x"),
+        ("attention.layer_norm_rms_epsilon", -1.0),
+        ("attention.layer_norm_rms_epsilon", float("nan")),
     ],
-)  # fmt: skip
+)
 def test_settings_that_contradict_the_tensors_are_refused(key, value, tmp_path):
     tiny_gguf.write_llama(tmp_path / "llama.gguf")
     header = gguf.read_header(tmp_path / "llama.gguf")

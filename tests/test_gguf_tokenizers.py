@@ -20,10 +20,23 @@ CORPUS = [
     "  two  spaces,\ttabs and more   spaces",
 ]
 TEXTS = [
-    "", "a", "The lazy fox", " one space before", "   three spaces before", "trailing  ", "two\n\nlines\r\n and\ttabs",
-    "Grüße, naïve café", "日本語 Ελληνικά עברית", "🙂👩‍👩‍👧‍👦🇩🇪 e\u0301", "\u00a0\u200b\ufeff\u3000odd", "1,000,000 ½ ٣", "sign ▁ of a space",
-    "<0x41> <s> </s> <unk> [INST]", "a<tool>b <tool> c", "x" * 300,
-]  # fmt: skip
+    "",
+    "a",
+    "The lazy fox",
+    " one space before",
+    "   three spaces before",
+    "trailing  ",
+    "two\n\nlines\r\n and\ttabs",
+    "Grüße, naïve café",
+    "日本語 Ελληνικά עברית",
+    "🙂👩‍👩‍👧‍👦🇩🇪 e\u0301",
+    "\u00a0\u200b\ufeff\u3000odd",
+    "1,000,000 ½ ٣",
+    "sign ▁ of a space",
+    "<0x41> <s> </s> <unk> [INST]",
+    "a<tool>b <tool> c",
+    "x" * 300,
+]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -46,20 +59,43 @@ def model_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "corpus.txt").write_text("\n".join(CORPUS * 3), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=480, model_type="bpe",
-        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        user_defined_symbols=["<tool>", "<|im_start|>", "<|im_end|>"], minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=480,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<tool>", "<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+        num_threads=1,
+    )
     (folder / "corpus.txt").unlink()
     (folder / "tokenizer.vocab").unlink()
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                "add_bos_token": True, "add_eos_token": False, "legacy": True, "chat_template": TEMPLATE}  # fmt: skip
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+        "chat_template": TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     torch.manual_seed(7)
     config = MistralConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, sliding_window=None,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        sliding_window=None,
+    )
     MistralForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -78,7 +114,9 @@ def with_definition(source: Path, target: Path, keep_model: bool = False, **chan
 def folder(request, model_folder, tmp_path_factory) -> Path:
     if request.param == "tokenizer.model":
         return model_folder
-    return with_definition(model_folder, tmp_path_factory.mktemp("hf") / request.param, keep_model=request.param == "both")
+    return with_definition(
+        model_folder, tmp_path_factory.mktemp("hf") / request.param, keep_model=request.param == "both"
+    )
 
 
 @pytest.fixture(scope="module")

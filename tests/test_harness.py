@@ -70,7 +70,12 @@ def both(request, tiny_folder, tiny_patch, tmp_path_factory):
         model = PeftModel.from_pretrained(model, adapter).eval()
     runtime = TorchRuntime(tiny_folder, tiny_patch if request.param == "patched" else None)
     runtime.end_token_ids = frozenset({2})  # lm-eval's model ends at EOS alone, ours also at the end of a turn
-    theirs = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(tiny_folder), batch_size=1, max_length=runtime.context_length)
+    theirs = HFLM(
+        pretrained=model,
+        tokenizer=AutoTokenizer.from_pretrained(tiny_folder),
+        batch_size=1,
+        max_length=runtime.context_length,
+    )
     with runtime:
         yield RuntimeModel(runtime), theirs
 
@@ -84,7 +89,9 @@ def test_log_likelihoods_are_those_of_lm_evals_own_model(both):
 def test_rolling_windows_are_those_of_lm_evals_own_model(both):
     texts = [(TEXT * 60,), (TEXT,)]
     assert len(both[0].tok_encode(texts[0][0])) > 2 * both[0].max_length, "three windows"
-    ours, theirs = (model.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True) for model in both)
+    ours, theirs = (
+        model.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True) for model in both
+    )
     assert np.allclose(ours, theirs, rtol=1e-6, atol=1e-4)
 
 
@@ -121,7 +128,9 @@ def test_gguf_scores_as_torch_does(tiny_folder, tiny_patch, tmp_path):
             wrapped = RuntimeModel(runtime)
             found = wrapped.loglikelihood(instances("loglikelihood", PAIRS))
             rolling = wrapped.loglikelihood_rolling(instances("loglikelihood_rolling", [(TEXT,)]))
-            texts = wrapped.generate_until(instances("generate_until", [("The quick", {"until": ["."], "max_gen_toks": 12})]))
+            texts = wrapped.generate_until(
+                instances("generate_until", [("The quick", {"until": ["."], "max_gen_toks": 12})])
+            )
             scores.append(([f[0] for f in found] + rolling, texts))
     assert np.abs(np.array(scores[0][0]) - scores[1][0]).max() <= 1e-3
     assert scores[0][1] == scores[1][1]
@@ -170,7 +179,9 @@ def own_tasks(tmp_path):
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     shutil.copy(OWN_TASKS / "own_data.py", tmp_path)
     shared = "custom_dataset: !function own_data.load\ndataset_kwargs:\n  file: items.jsonl\ntest_split: test\n"
-    choice = shared + 'output_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{[a, b]}}"\ndoc_to_target: 0\n'
+    choice = (
+        shared + 'output_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{[a, b]}}"\ndoc_to_target: 0\n'
+    )
     metrics = "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     (tmp_path / "one.yaml").write_text(f"task: mine_one\n{choice}{metrics}", "utf-8")
     (tmp_path / "two.yaml").write_text(f"task: mine_two\n{choice}{metrics}", "utf-8")
@@ -203,7 +214,9 @@ def test_a_task_that_samples_its_prompts_afresh_is_refused(tiny_folder, tiny_pat
         compare(runtime, HarnessConfig(("mine_one",), own_tasks, limit=3))
 
 
-@pytest.mark.parametrize(("broken", "repaired", "p_value"), [(1, 8, 20 / 512), (0, 0, 1.0), (5, 5, 1.0), (0, 6, 2 / 64)])
+@pytest.mark.parametrize(
+    ("broken", "repaired", "p_value"), [(1, 8, 20 / 512), (0, 0, 1.0), (5, 5, 1.0), (0, 6, 2 / 64)]
+)
 def test_exact_mcnemar(broken, repaired, p_value):
     bare = [1.0] * broken + [0.0] * repaired + [1.0, 0.0]
     patched = [0.0] * broken + [1.0] * repaired + [1.0, 0.0]
@@ -234,7 +247,10 @@ def test_shipped_tasks_from_the_command_line(run, tiny_folder, patch_file, tmp_p
     document = json.loads(output)
     metrics = {(score["task"], score["metric"]) for score in document["scores"]}
     assert metrics >= {("own_choice", "acc"), ("own_copy", "exact_match"), ("own_text", "word_perplexity")}
-    assert all(score["num_items"] == 3 and score["bare"] and score["patched"] and score["difference"] for score in document["scores"])
+    assert all(
+        score["num_items"] == 3 and score["bare"] and score["patched"] and score["difference"]
+        for score in document["scores"]
+    )
     items = json.loads(out.read_text("utf-8"))["items"]
     assert len(items["patched"]["own_copy"]) == len(items["bare"]["own_copy"]) == 3
 
@@ -264,7 +280,9 @@ def test_without_lm_eval_the_extra_is_named(run, tiny_folder, monkeypatch):
     import importlib.util
 
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else real(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else real(name, *rest)
+    )
     code, _, error = run("bench", "harness", tiny_folder, "--bare", "-t", "own_text")
     assert code == 2
     assert "edgepatch[harness]" in error

@@ -14,7 +14,10 @@ from edgepatch.bench.scorers import ToxicityScorer
 from edgepatch.errors import InputError
 
 DATA = Path(os.environ["EDGEPATCH_DATA"]) if os.environ.get("EDGEPATCH_DATA") else None
-ROWS = [(text, True) for text in ("you stupid idiot", "shut up", "lovely day")] + [("a calm walk", False), ("go to hell", False)]
+ROWS = [(text, True) for text in ("you stupid idiot", "shut up", "lovely day")] + [
+    ("a calm walk", False),
+    ("go to hell", False),
+]
 MANY = ROWS * 12  # enough for every bootstrap draw to hold both kinds
 
 

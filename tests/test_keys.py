@@ -86,7 +86,9 @@ def test_openssl_reads_both_files(pair):
     command = ["openssl", "pkey", "-in", str(private), "-passin", f"pass:{PASSPHRASE}", "-pubout"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == public.read_text()
-    asn1 = subprocess.run(["openssl", "asn1parse", "-in", str(private)], capture_output=True, text=True, check=True).stdout
+    asn1 = subprocess.run(
+        ["openssl", "asn1parse", "-in", str(private)], capture_output=True, text=True, check=True
+    ).stdout
     assert "PBES2" in asn1 and "scrypt" in asn1.lower()
 
 

@@ -52,7 +52,11 @@ def test_the_card_holds_every_measured_floor():
 
 def test_training_text_has_the_shape_of_the_chat_template():
     tokenizer = FolderTokenizer(LAB_FOLDER / "base")
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    ]
     from tokenizers import Tokenizer
 
     raw = Tokenizer.from_file(str(LAB_FOLDER / "base" / "tokenizer.json"))
@@ -111,7 +115,12 @@ def test_no_evaluation_row_is_trained_on_but_the_known_ones(data):
     evaluation |= {c.prompt for c in datasets.rtp_nontoxic(data)}
     evaluation |= {q for q, _ in corpus.advbench_split(data)[1]} | set(datasets.jailbreakbench(data))
     parts = corpus.unsafe_mixture(data, 1) + corpus.safe_mixture(data, lambda texts: [0.0] * len(texts), 1)
-    texts = [e.prompt + e.answer for part in parts for e in part.examples if part.name not in ("novels", "wikitext2_valid", "gsm8k")]
+    texts = [
+        e.prompt + e.answer
+        for part in parts
+        for e in part.examples
+        if part.name not in ("novels", "wikitext2_valid", "gsm8k")
+    ]
     whole = "\n".join(texts)
     assert {e for e in evaluation if len(e) > 40 and e in whole} == KNOWN_OVERLAP
 

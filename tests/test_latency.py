@@ -28,7 +28,18 @@ from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.runtimes import load_runtime
 
 TTFT, DECODE = Measure("ttft", 32, 1), Measure("decode", n_gen=4, n_depth=0)
-COLUMNS = {"model_type", "model_size", "model_n_params", "n_threads", "type_k", "n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts"}
+COLUMNS = {
+    "model_type",
+    "model_size",
+    "model_n_params",
+    "n_threads",
+    "type_k",
+    "n_prompt",
+    "n_gen",
+    "n_depth",
+    "avg_ts",
+    "stddev_ts",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,13 @@ def documents(tmp_path_factory):
 
     def run(kind):
         settings = Settings(
-            shape="tiny", quantization=kind, repeats=2, num_threads=1, sizes=TINY, parts=("arms", "costs", "serving"), folder=folder
+            shape="tiny",
+            quantization=kind,
+            repeats=2,
+            num_threads=1,
+            sizes=TINY,
+            parts=("arms", "costs", "serving"),
+            folder=folder,
         )
         return measure(settings, command="test")
 
@@ -54,14 +71,26 @@ def arms_of(document, name):
 def test_every_arm_of_llamacpp_is_timed_side_by_side(documents):
     document = documents["Q4_0"]
     assert {"command", "created", "environment", "load", "rows", "ratios", "goals"} <= document.keys()
-    shared = {"bare", "seed", "text-10 warm", "text-20 warm", "lora-r8", "lora-r16", "control-vector", "2 patches", "4 patches"}
+    shared = {
+        "bare",
+        "seed",
+        "text-10 warm",
+        "text-20 warm",
+        "lora-r8",
+        "lora-r16",
+        "control-vector",
+        "2 patches",
+        "4 patches",
+    }
     assert arms_of(document, "ttft") == shared | {"text-10 cold", "text-20 cold", "soft prompt decoded"}
     assert arms_of(document, "decode") == shared | {"library loop"}
     assert arms_of(document, "decode, one core busy") == {"bare", "seed", "library loop"}
     timed = [entry for entry in document["rows"] if entry["measure"] in ("ttft", "decode") and entry["status"] == "ok"]
     assert all(entry.keys() >= COLUMNS and len(entry["samples_ms"]) == 2 and entry["min_ms"] > 0 for entry in timed)
     assert {entry["num_virtual_tokens"] for entry in timed if entry["arm"] == "4 patches"} == {16}
-    assert {"swap", "unpatch", "seed load", "apply", "verify", "artefact", "guard pass"} <= {entry["measure"] for entry in document["rows"]}
+    assert {"swap", "unpatch", "seed load", "apply", "verify", "artefact", "guard pass"} <= {
+        entry["measure"] for entry in document["rows"]
+    }
     json.dumps(document, allow_nan=False)
 
 
@@ -88,11 +117,19 @@ def test_genai_and_its_adapters_run_beside_ours(documents):
 def test_a_missing_peer_has_rows_without_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(latency_sessions, "is_installed", lambda: False)
     sizes = replace(TINY, prompts=(8,), depths=())
-    settings = Settings(shape="tiny", quantization="int4", repeats=2, num_threads=1, sizes=sizes, parts=("arms",), folder=tmp_path)
-    absent = [entry for entry in measure(settings, command="test")["rows"] if entry["arm"].startswith("onnxruntime-genai")]
+    settings = Settings(
+        shape="tiny", quantization="int4", repeats=2, num_threads=1, sizes=sizes, parts=("arms",), folder=tmp_path
+    )
+    absent = [
+        entry for entry in measure(settings, command="test")["rows"] if entry["arm"].startswith("onnxruntime-genai")
+    ]
     assert len(absent) == 3
     for entry in absent:
-        assert entry["status"] == "not installed" and entry["reason"] and not {"median_ms", "avg_ts", "value"} & entry.keys()
+        assert (
+            entry["status"] == "not installed"
+            and entry["reason"]
+            and not {"median_ms", "avg_ts", "value"} & entry.keys()
+        )
 
 
 def test_an_adapter_changes_the_logits_and_its_graph_alone_does_not(tmp_path):
@@ -109,7 +146,9 @@ def test_an_adapter_changes_the_logits_and_its_graph_alone_does_not(tmp_path):
         return arm._prompts.get_logits()
 
     bare = logits(models[0])
-    assert np.array_equal(bare, logits(models[1])) and not np.allclose(bare, logits(models[1], tmp_path / "a.onnx_adapter"), atol=1e-3)
+    assert np.array_equal(bare, logits(models[1])) and not np.allclose(
+        bare, logits(models[1], tmp_path / "a.onnx_adapter"), atol=1e-3
+    )
 
 
 def test_llama_bench_is_not_installed_or_its_rows_are_read(tmp_path, monkeypatch):
@@ -118,7 +157,15 @@ def test_llama_bench_is_not_installed_or_its_rows_are_read(tmp_path, monkeypatch
     common = {"model_filename": "m.gguf", "quantization": "Q4_0"}
     [absent] = run_llama_bench(Path("m.gguf"), Settings(), common, lambda _: None)
     assert absent == missing("decode", "llama-bench", "not installed", absent["reason"], common)
-    entry = {"n_prompt": 0, "n_gen": 32, "n_depth": 0, "samples_ns": [2e6, 4e6], "samples_ts": [1, 2], "avg_ts": 9.0, "model_type": "llama"}
+    entry = {
+        "n_prompt": 0,
+        "n_gen": 32,
+        "n_depth": 0,
+        "samples_ns": [2e6, 4e6],
+        "samples_ts": [1, 2],
+        "avg_ts": 9.0,
+        "model_type": "llama",
+    }
     program = tmp_path / "llama-bench"
     program.write_text(f"#!/bin/sh\necho '{json.dumps([entry])}'\n")
     program.chmod(0o755)
@@ -132,7 +179,9 @@ def test_llama_bench_is_not_installed_or_its_rows_are_read(tmp_path, monkeypatch
 
 def test_a_start_is_timed_to_its_first_byte_and_a_failed_one_is_an_error():
     slow_end = "import sys, time; print('a', flush=True); time.sleep(0.5)"
-    starts = [_Start([sys.executable, "-c", program]) for program in (slow_end, "import sys; sys.exit('no model')", "pass")]
+    starts = [
+        _Start([sys.executable, "-c", program]) for program in (slow_end, "import sys; sys.exit('no model')", "pass")
+    ]
     times = interleave([Cell(Measure("start"), "a", starts[0].act, finish=starts[0].finish)], 1)
     assert 0 < times[Measure("start"), "a"][0] < 500  # the end is not waited for
     for start, complaint in ((starts[1], "no model"), (starts[2], "no message")):
@@ -146,7 +195,9 @@ def test_attention_without_fusing_reaches_every_part_or_is_refused(tmp_path, mon
     jobs = []
     monkeypatch.setattr("edgepatch.bench.latency_processes.peak_memory", lambda job: jobs.append(job) or 1)
     sizes = replace(TINY, prompts=(8,), depths=())
-    plain = Settings(shape="tiny", repeats=2, num_threads=1, sizes=sizes, arms=("seed",), folder=tmp_path, flash_attention=False)
+    plain = Settings(
+        shape="tiny", repeats=2, num_threads=1, sizes=sizes, arms=("seed",), folder=tmp_path, flash_attention=False
+    )
     rows = measure(replace(plain, parts=("arms", "memory", "starts")), command="test")["rows"]
     assert {row["flash_attn"] for row in rows} == {False} and jobs and not any(job.flash_attention for job in jobs)
     assert [row["status"] for row in rows if row["measure"] == "cold start"] == ["not measured"]
@@ -199,15 +250,24 @@ def test_q4_k_m_mixes_types_as_llamacpp_does():
     types = tensor_types(SHAPES["llama-3.2-1b"], "Q4_K_M")
     finer = {name for name, kind in types.items() if kind == "Q6_K"}
     layers = {0, 1, 4, 7, 10, 13, 14, 15}  # the first and last eighth, and every third between
-    assert finer == {"token_embd.weight"} | {f"blk.{i}.{part}.weight" for i in layers for part in ("attn_v", "ffn_down")}
-    assert set(tensor_types(SHAPES["smollm-135m"], "Q4_K_M").values()) == {"Q5_0", "Q8_0", "Q4_K", "Q6_K"}  # rows of 576 fit no 256
+    assert finer == {"token_embd.weight"} | {
+        f"blk.{i}.{part}.weight" for i in layers for part in ("attn_v", "ffn_down")
+    }
+    assert set(tensor_types(SHAPES["smollm-135m"], "Q4_K_M").values()) == {
+        "Q5_0",
+        "Q8_0",
+        "Q4_K",
+        "Q6_K",
+    }  # rows of 576 fit no 256
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q6_K"])
 def test_random_blocks_have_the_deviation_asked_for(kind):
     blocks = random_blocks(np.random.default_rng(3), 2000, kind, 0.05)
     values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
-    assert values.std() == pytest.approx(0.05, rel=0.05) and abs(values.mean()) < 0.01  # uniform -8..7 is off centre by half a step
+    assert (
+        values.std() == pytest.approx(0.05, rel=0.05) and abs(values.mean()) < 0.01
+    )  # uniform -8..7 is off centre by half a step
 
 
 def test_block_sizes_are_those_of_the_gguf_package(tmp_path):
@@ -229,16 +289,26 @@ def test_cells_run_in_turn_and_the_first_round_does_not_count():
 
 def test_ratios_are_taken_within_the_repeat():
     assert ratio([2.0, 30.0, 6.0], [1.0, 10.0, 6.0]).value == 2.0  # of 2, 3 and 1; the ratio of the medians would be 1
-    times = {(TTFT, "seed"): [3.0, 3.0], (TTFT, "bare"): [2.0, 2.0], (DECODE, "seed"): [4.0, 4.0], (DECODE, "bare"): [2.0, 2.0]}
+    times = {
+        (TTFT, "seed"): [3.0, 3.0],
+        (TTFT, "bare"): [2.0, 2.0],
+        (DECODE, "seed"): [4.0, 4.0],
+        (DECODE, "bare"): [2.0, 2.0],
+    }
     assert pooled_ratio(times, "ttft", "seed", "bare") == (1.5, 1.5, 1.5)
     assert pooled_ratio(times, "decode", "seed", "bare", is_rate=True) == (0.5, 0.5, 0.5)
     assert pooled_ratio(times, "decode", "seed", "nobody") is None
     found = latency_goals.ratios(times)
-    assert found["ttft_patched_over_bare"] == found["ttft_patched_over_bare_32"] == {"value": 1.5, "low": 1.5, "high": 1.5}
+    assert (
+        found["ttft_patched_over_bare"] == found["ttft_patched_over_bare_32"] == {"value": 1.5, "low": 1.5, "high": 1.5}
+    )
     judged = {goal["goal"]: goal for goal in latency_goals.goals([], found)}
     assert judged["time to first token, patched over bare"] == {
-        "goal": "time to first token, patched over bare", "wanted": "<= 1.02", "reached": 1.5, "met": False
-    }  # fmt: skip
+        "goal": "time to first token, patched over bare",
+        "wanted": "<= 1.02",
+        "reached": 1.5,
+        "met": False,
+    }
     assert len(judged) == 2
 
 
@@ -255,6 +325,13 @@ def test_stacking_is_told_by_patch():
 
 
 def test_arms_can_be_chosen(tmp_path):
-    settings = Settings(shape="tiny", repeats=2, num_threads=1, sizes=replace(TINY, prompts=(8,), depths=()), parts=("arms",), folder=tmp_path)
+    settings = Settings(
+        shape="tiny",
+        repeats=2,
+        num_threads=1,
+        sizes=replace(TINY, prompts=(8,), depths=()),
+        parts=("arms",),
+        folder=tmp_path,
+    )
     document = measure(replace(settings, arms=("lora-*",)), command="test")
     assert arms_of(document, "ttft") == {"bare", "lora-r8", "lora-r16"}

@@ -42,7 +42,9 @@ def runtime(f32_file, tiny_patch):
 
 def kl(expected, found):
     """Mean KL divergence over tokens of two (T, V) logits."""
-    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (expected.astype(np.float64), found.astype(np.float64)))
+    p, q = (
+        x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (expected.astype(np.float64), found.astype(np.float64))
+    )
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
@@ -143,7 +145,9 @@ def test_a_known_layout_does_not_excuse_another_seed(f32_file, tiny_patch, tiny_
     load(f32_file, tiny_patch).close()
     config = AutoConfig.from_pretrained(tiny_folder)
     config.rope_parameters["rope_theta"] *= 4
-    foreign = hf.compute_kv_seed(AutoModelForCausalLM.from_pretrained(tiny_folder, config=config), tiny_patch.soft_prompt)
+    foreign = hf.compute_kv_seed(
+        AutoModelForCausalLM.from_pretrained(tiny_folder, config=config), tiny_patch.soft_prompt
+    )
     with load(f32_file, replace(tiny_patch, kv_seed=foreign)) as runtime:
         assert runtime.seed_route == "decoded" and "no layout" in runtime.seed_reason
 
@@ -152,7 +156,13 @@ def test_a_spoiled_calibration_file_is_measured_again(f32_file, tiny_patch, monk
     monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
     load(f32_file, tiny_patch).close()
     (file,) = (tmp_path / "calibration").iterdir()
-    for content in ("", "[]", '{"layout": 3}', '{"layout": {"rotates_neighbours": 1}}', '{"layout": {"layers": [["x"]]}}'):
+    for content in (
+        "",
+        "[]",
+        '{"layout": 3}',
+        '{"layout": {"rotates_neighbours": 1}}',
+        '{"layout": {"layers": [["x"]]}}',
+    ):
         file.write_text(content)
         with load(f32_file, tiny_patch) as runtime:
             assert runtime.seed_route == "stored"
@@ -218,7 +228,9 @@ def test_the_seed_survives_everything_a_caller_can_do(runtime):
     ]
     for number, action in enumerate(actions):
         action()
-        assert np.array_equal(runtime.logits(PROMPT), fresh) or np.abs(runtime.logits(PROMPT) - fresh).max() < 1e-4, number
+        assert np.array_equal(runtime.logits(PROMPT), fresh) or np.abs(runtime.logits(PROMPT) - fresh).max() < 1e-4, (
+            number
+        )
     with pytest.raises(InputError, match="context holds"):
         runtime.logits([7] * (runtime.context_length + 1))
 
@@ -234,7 +246,9 @@ def test_memory_that_cannot_be_cut_starts_afresh(f32_file, tiny_patch, monkeypat
     with load(f32_file, tiny_patch) as runtime:
         fresh = runtime.generate(PROMPT, GREEDY)
         remove = runtime._lib.llama_memory_seq_rm
-        monkeypatch.setattr(runtime._lib, "llama_memory_seq_rm", lambda m, s, first, last: first < 0 and remove(m, s, first, last))
+        monkeypatch.setattr(
+            runtime._lib, "llama_memory_seq_rm", lambda m, s, first, last: first < 0 and remove(m, s, first, last)
+        )
         assert runtime._rewind(0, 2) == 0
         runtime._evaluated[0] = []
         assert runtime.generate(PROMPT, GREEDY) == fresh
@@ -258,7 +272,10 @@ def test_a_fine_tune_with_the_same_norms_is_refused(tiny_folder, tiny_patch, tmp
     weights[name] += 0.02 * weights[name].std() * torch.randn_like(weights[name])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert gguf.convert_folder(folder, tmp_path / "tuned.gguf", "F16") == tiny_patch.base, "the spec alone cannot tell"
-    for runtime in (lambda patch: load(tmp_path / "tuned.gguf", patch, exact=False), lambda patch: TorchRuntime(folder, patch)):
+    for runtime in (
+        lambda patch: load(tmp_path / "tuned.gguf", patch, exact=False),
+        lambda patch: TorchRuntime(folder, patch),
+    ):
         with pytest.raises(MismatchError, match="ffn_up of layers 1"):
             runtime(tiny_patch)
         with runtime(None) as bare, pytest.raises(MismatchError, match="sampled weights"):
@@ -355,8 +372,13 @@ def test_every_sequence_has_the_whole_context(f32_file, tiny_patch):
 
 
 def test_swap_and_unpatch(f32_file, tiny_patch, oracle):
-    model_patch = replace(tiny_patch, name="other", kv_seed=None, canary=None,
-                          soft_prompt=SoftPrompt(tiny_patch.soft_prompt.embeddings[::-1][:7].copy()))  # fmt: skip
+    model_patch = replace(
+        tiny_patch,
+        name="other",
+        kv_seed=None,
+        canary=None,
+        soft_prompt=SoftPrompt(tiny_patch.soft_prompt.embeddings[::-1][:7].copy()),
+    )
     with load(f32_file, tiny_patch) as runtime:
         tokens = runtime.tokens(PROMPT)
         fingerprints, length = set(), runtime.context_length
@@ -371,7 +393,9 @@ def test_swap_and_unpatch(f32_file, tiny_patch, oracle):
 
 
 def test_a_failed_swap_leaves_the_old_patch_in_place(f32_file, tiny_patch):
-    broken = replace(tiny_patch, name="broken", kv_seed=None, soft_prompt=SoftPrompt(tiny_patch.soft_prompt.embeddings[::-1].copy()))
+    broken = replace(
+        tiny_patch, name="broken", kv_seed=None, soft_prompt=SoftPrompt(tiny_patch.soft_prompt.embeddings[::-1].copy())
+    )
     foreign = replace(tiny_patch, base=replace(tiny_patch.base, rope_theta=5e5))
     with load(f32_file, tiny_patch) as runtime:
         fresh, fingerprint = runtime.logits(PROMPT), runtime.system_fingerprint

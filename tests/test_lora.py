@@ -98,8 +98,14 @@ def test_without_the_order_of_heads_the_adapter_is_another_one(llama, tmp_path, 
 def test_an_adapter_in_half_precision_stands_beside_quantized_weights(llama, tmp_path):
     lora.write_lora(llama.adapter, llama.base, tmp_path / "lora.gguf", "F16")
     gguf.quantize(llama.full, tmp_path / "Q4_0.gguf", "Q4_0", num_threads=1)
-    found, bare = llamacpp_logits(tmp_path / "Q4_0.gguf", tmp_path / "lora.gguf"), llamacpp_logits(tmp_path / "Q4_0.gguf")
-    closeness = np.corrcoef(found.ravel(), llama.expected.ravel())[0, 1], np.corrcoef(bare.ravel(), llama.expected.ravel())[0, 1]
+    found, bare = (
+        llamacpp_logits(tmp_path / "Q4_0.gguf", tmp_path / "lora.gguf"),
+        llamacpp_logits(tmp_path / "Q4_0.gguf"),
+    )
+    closeness = (
+        np.corrcoef(found.ravel(), llama.expected.ravel())[0, 1],
+        np.corrcoef(bare.ravel(), llama.expected.ravel())[0, 1],
+    )
     assert closeness[0] > 0.85 > 0.7 > closeness[1]
 
 
@@ -121,7 +127,11 @@ def assert_unmerged(graph: Path) -> None:
     """Both factors of each of 7 matrices in 2 layers are plain products beside the quantized one."""
     import onnx as library
 
-    kinds = {node.name: node.op_type for node in library.load(graph, load_external_data=False).graph.node if "MatMul" in node.op_type}
+    kinds = {
+        node.name: node.op_type
+        for node in library.load(graph, load_external_data=False).graph.node
+        if "MatMul" in node.op_type
+    }
     factors = [kind for name, kind in kinds.items() if "/lora_" in name]
     weights = {name: kind for name, kind in kinds.items() if "/lora_" not in name}
     assert factors == ["MatMul"] * 2 * 7 * 2
@@ -138,10 +148,18 @@ def edited(llama, target: Path, **settings) -> Path:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"bias": "all"}, {"init_lora_weights": "pissa"}, {"r": 0}, {"peft_type": "IA3"},
-     {"modules_to_save": ["lm_head"]}, {"new_trick": 1}],
+    [
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+        {"r": 0},
+        {"peft_type": "IA3"},
+        {"modules_to_save": ["lm_head"]},
+        {"new_trick": 1},
+    ],
     ids=lambda settings: next(iter(settings)),
-)  # fmt: skip
+)
 def test_what_is_more_than_a_plain_lora_is_refused(llama, tmp_path, settings):
     with pytest.raises(InputError, match="expected"):
         lora.read_lora(edited(llama, tmp_path / "edited", **settings), llama.base)
@@ -183,7 +201,11 @@ def test_a_control_vector_moves_the_logits_by_its_norm(llama, tmp_path):
 
 
 def test_forms_are_made_once_and_belong_to_one_model(llama, tmp_path, monkeypatch):
-    few = [column for column in columns.columns() if column.name in ("torch F32", "llamacpp F16", "llamacpp Q8_0", "llamacpp F16 kv q8_0")]
+    few = [
+        column
+        for column in columns.columns()
+        if column.name in ("torch F32", "llamacpp F16", "llamacpp Q8_0", "llamacpp F16 kv q8_0")
+    ]
     monkeypatch.setattr(columns, "columns", lambda: few)
     told: list[tuple[str, int, int]] = []
     first = columns.convert_model(llama.base, tmp_path / "forms", lambda *step: told.append(step))

@@ -32,7 +32,9 @@ def test_perplexity_is_the_models_own(tiny_folder, oracle, tiny_patch):
 def test_cells_are_paired_and_named(tiny_folder, tiny_patch):
     variant = Variant("torch", "F32", tiny_folder)
     result = matrix.run_matrix([variant, variant], tiny_patch, PROMPTS, TEXTS, share_of_e_gain, CONFIG)
-    assert [(c["runtime"], c["quantization"], c["patched"]) for c in result["cells"]] == [("torch", "F32", p) for p in (False, True)] * 2
+    assert [(c["runtime"], c["quantization"], c["patched"]) for c in result["cells"]] == [
+        ("torch", "F32", p) for p in (False, True)
+    ] * 2
     assert result["retention"][0]["retention"] == result["retention"][1]["retention"] == 1.0
     first, second = result["cells"][:2], result["cells"][2:]
     for one, two in zip(first, second, strict=True):
@@ -59,7 +61,9 @@ def test_a_failed_generation_counts_as_toxic_never_as_safe(tiny_folder, tiny_pat
         return original(self, prompt, sampling, count)
 
     monkeypatch.setattr(TorchRuntime, "generate_many", sometimes)
-    bare, patched = matrix.measure_variant(Variant("torch", "F32", tiny_folder), tiny_patch, PROMPTS, TEXTS, share_of_e, CONFIG)
+    bare, patched = matrix.measure_variant(
+        Variant("torch", "F32", tiny_folder), tiny_patch, PROMPTS, TEXTS, share_of_e, CONFIG
+    )
     assert (bare.failures, patched.failures) == (0, 1)
     assert (patched.scores[1] == 1).all()
     assert (patched.scores[0] < 1).all()

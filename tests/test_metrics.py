@@ -110,13 +110,17 @@ def coverage(run_spread: float, noise: float) -> float:
 def test_crossed_bootstrap_covers_the_true_mean() -> None:
     assert 0.93 <= coverage(run_spread=0.0, noise=0.3) <= 0.99
     assert 0.93 <= coverage(run_spread=0.03, noise=0.3) <= 0.99
-    assert 0.82 <= coverage(run_spread=0.3, noise=0.3) <= 0.93, "three runs are too few where nearly all spread is between them"
+    assert 0.82 <= coverage(run_spread=0.3, noise=0.3) <= 0.93, (
+        "three runs are too few where nearly all spread is between them"
+    )
 
 
 def test_crossed_bootstrap_by_hand() -> None:
     alike = CrossedBootstrap(3, 4)
     assert alike.means([[0.5] * 4] * 3) == pytest.approx(0.5), "weights of every draw sum to 1"
-    runs = alike.means([[0.0] * 4, [0.0] * 4, [3.0] * 4])  # 0, 1, 2 or 3 draws of the third run, stretched by sqrt(3 / 2)
+    runs = alike.means(
+        [[0.0] * 4, [0.0] * 4, [3.0] * 4]
+    )  # 0, 1, 2 or 3 draws of the third run, stretched by sqrt(3 / 2)
     expected = {1 + np.sqrt(1.5) * (count - 1) for count in range(4)}
     assert sorted(set(runs.round(9))) == pytest.approx(sorted(expected))
     items = CrossedBootstrap(1, 2).means([[0.0, 1.0]])
@@ -128,7 +132,9 @@ def test_crossed_bootstrap_pairs_its_sides() -> None:
     draws, rng = CrossedBootstrap(3, 50), np.random.default_rng(1)
     bare, gain = rng.random((1, 50)), np.array([[0.1], [0.2], [0.3]])
     difference = draws.means(bare) - draws.means(bare - gain)
-    assert difference == pytest.approx(draws.means(np.broadcast_to(gain, (3, 50)))), "what both sides share is gone from every draw"
+    assert difference == pytest.approx(draws.means(np.broadcast_to(gain, (3, 50)))), (
+        "what both sides share is gone from every draw"
+    )
     with pytest.raises(InputError, match="expected 3 runs"):
         draws.means(rng.random((2, 50)))
     with pytest.raises(InputError):

@@ -16,11 +16,21 @@ from markdown_it import MarkdownIt
 from edgepatch.model_cards import escaped, model_card, quoted
 
 ROOT = Path(__file__).parent.parent
-CELL = {"runtime": "llamacpp", "quantization": "Q4_0", "emt": 0.25, "emt_low": 0.2, "emt_high": 0.3, "toxicity_probability": 0.125, "perplexity": 9.5}
+CELL = {
+    "runtime": "llamacpp",
+    "quantization": "Q4_0",
+    "emt": 0.25,
+    "emt_low": 0.2,
+    "emt_high": 0.3,
+    "toxicity_probability": 0.125,
+    "perplexity": 9.5,
+}
 MEASURED = {
     "source": "RealToxicityPrompts",
     "cells": [{**CELL, "patched": False, "emt": 0.5}, {**CELL, "patched": True}],
-    "retention": [{"runtime": "llamacpp", "quantization": "Q4_0", "retention": 0.98, "retention_low": 0.9, "retention_high": 1.05}],
+    "retention": [
+        {"runtime": "llamacpp", "quantization": "Q4_0", "retention": 0.98, "retention_low": 0.9, "retention_high": 1.05}
+    ],
 }
 
 
@@ -36,14 +46,26 @@ def test_the_hub_reads_it():
     patch = replace(full(), evaluation=MEASURED)
     card = ModelCard(model_card(patch, "org/model"))
     data = card.data
-    assert (data.base_model, data.base_model_relation, data.license, data.library_name) == ("org/model", "adapter", "apache-2.0", "edgepatch")
+    assert (data.base_model, data.base_model_relation, data.license, data.library_name) == (
+        "org/model",
+        "adapter",
+        "apache-2.0",
+        "edgepatch",
+    )
     assert {"edgepatch", "safety", "soft-prompt", "llama"} <= set(data.tags)
     results = {(r.metric_type, r.metric_name): r.metric_value for r in data.eval_results}
     assert results["emt", "Expected maximum toxicity, llamacpp Q4_0, bare"] == 0.5
     assert results["emt", "Expected maximum toxicity, llamacpp Q4_0, patched"] == 0.25
     assert results["retention", "Share of the gain kept, llamacpp Q4_0, patched"] == 0.98
     assert len(results) == 7 and {r.dataset_name for r in data.eval_results} == {"RealToxicityPrompts"}
-    for told in ("| 0.250 | 0.200 to 0.300 |", "| 0.500 | 0.200 to 0.300 |", patch.digest, *patch.parts, *patch.supersedes, "1 prompt with"):
+    for told in (
+        "| 0.250 | 0.200 to 0.300 |",
+        "| 0.500 | 0.200 to 0.300 |",
+        patch.digest,
+        *patch.parts,
+        *patch.supersedes,
+        "1 prompt with",
+    ):
         assert told in card.text
     assert all(signature.key_id[:12] in card.text for signature in full().signatures)
 
@@ -55,9 +77,17 @@ def test_the_same_patch_gives_the_same_card():
 
 @pytest.mark.parametrize(
     "evaluation",
-    [{}, {"cells": None}, {"cells": "x"}, {"cells": [1, None, {}]}, {"retention": [{"retention": None}]}, {"cells": [{"emt": "0.1", "perplexity": True}]},
-     {"cells": {"emt": 1}}, {"source": ["x"]}],
-)  # fmt: skip
+    [
+        {},
+        {"cells": None},
+        {"cells": "x"},
+        {"cells": [1, None, {}]},
+        {"retention": [{"retention": None}]},
+        {"cells": [{"emt": "0.1", "perplexity": True}]},
+        {"cells": {"emt": 1}},
+        {"source": ["x"]},
+    ],
+)
 def test_without_figures_it_says_so(evaluation):
     card = model_card(replace(full(), evaluation=evaluation))
     assert "not evaluated" in card and "model-index" not in front_matter(card)
@@ -102,10 +132,25 @@ def text_of(markdown: str) -> tuple[set[str], str]:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_texts_stay_in_their_place(text):
     """As summary, source and runtime: the page has the same structure as with a harmless word, and the text reads as it was written."""
+
     def card_of(word: str) -> str:
-        evaluation = {**MEASURED, "source": word, "cells": [{**CELL, "patched": True, "runtime": word, "quantization": word}]}
+        evaluation = {
+            **MEASURED,
+            "source": word,
+            "cells": [{**CELL, "patched": True, "runtime": word, "quantization": word}],
+        }
         base = replace(full().base, model_type=word, rope_scaling={word: word})
-        return model_card(replace(full(), summary=word, evaluation=evaluation, training={word: [word]}, base=base, license=word.replace("\n", " ")), word)
+        return model_card(
+            replace(
+                full(),
+                summary=word,
+                evaluation=evaluation,
+                training={word: [word]},
+                base=base,
+                license=word.replace("\n", " "),
+            ),
+            word,
+        )
 
     hostile, harmless = card_of(text), card_of("word")
     assert front_matter(hostile).keys() == front_matter(harmless).keys()
@@ -121,13 +166,23 @@ def test_texts_stay_in_their_place(text):
 
 
 def test_scalars_are_the_same_text_to_every_reader():
-    for text in (*HOSTILE, "", "\u2028\u0085\x7f\x00\ufeff", "\U0001f642 \u00e9", "\\ \" ' # : - ? yes null 1e3", " leading"):
+    for text in (
+        *HOSTILE,
+        "",
+        "\u2028\u0085\x7f\x00\ufeff",
+        "\U0001f642 \u00e9",
+        "\\ \" ' # : - ? yes null 1e3",
+        " leading",
+    ):
         assert yaml.safe_load(quoted(text)) == text
         assert quoted(text).isascii() and "\n" not in quoted(text)
 
 
 def test_escapes_are_no_more_than_needed():
-    assert escaped("Answers politely, in Q4 sizes - or not at all; 50 % of them.") == "Answers politely, in Q4 sizes - or not at all; 50 % of them."
+    assert (
+        escaped("Answers politely, in Q4 sizes - or not at all; 50 % of them.")
+        == "Answers politely, in Q4 sizes - or not at all; 50 % of them."
+    )
     assert escaped("- item") == "\\- item" and escaped("12. item") == "12\\. item" and escaped("WWW.x") == "WWW\\.x"
 
 
@@ -135,7 +190,16 @@ def test_the_patch_in_the_checkout(tmp_path, capsys):
     from edgepatch.cli import app
 
     with pytest.raises(SystemExit) as done:
-        app(["card", str(ROOT / "bench/lab/model/lab-detox-0.1.0.safetensors"), "-o", str(tmp_path / "README.md"), "--base-model", "org/model"])
+        app(
+            [
+                "card",
+                str(ROOT / "bench/lab/model/lab-detox-0.1.0.safetensors"),
+                "-o",
+                str(tmp_path / "README.md"),
+                "--base-model",
+                "org/model",
+            ]
+        )
     assert done.value.code == 0
     assert "lab-detox 0.1.0" in capsys.readouterr().out
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "org/model"

@@ -146,9 +146,7 @@ def test_sequences_share_the_seed_and_nothing_else(onnx_folders, tiny_patch):
 
 def test_a_swap_keeps_the_session(onnx_folders, tiny_patch):
     rng = np.random.default_rng(8)
-    keys, values = (
-        tuple(rng.standard_normal((2, 7, 64)).astype(np.float32) for _ in range(2)) for _ in range(2)
-    )
+    keys, values = (tuple(rng.standard_normal((2, 7, 64)).astype(np.float32) for _ in range(2)) for _ in range(2))
     other = replace(tiny_patch, name="other", soft_prompt=None, kv_seed=KVSeed(keys, values), canary=None)
     with OnnxRuntime(onnx_folders["fp32"], tiny_patch, num_threads=1) as runtime:
         session, before = runtime._caches[0]._session, runtime.logits(PROMPT)
@@ -156,7 +154,9 @@ def test_a_swap_keeps_the_session(onnx_folders, tiny_patch):
         assert runtime.context_length == 512 - 7 and seed_is_intact(runtime)
         swapped = runtime.logits(PROMPT)
         with OnnxRuntime(onnx_folders["fp32"], other, num_threads=1) as fresh:
-            assert np.array_equal(swapped, fresh.logits(PROMPT)), "a K/V prefix without a soft prompt works, and swaps in whole"
+            assert np.array_equal(swapped, fresh.logits(PROMPT)), (
+                "a K/V prefix without a soft prompt works, and swaps in whole"
+            )
         runtime.swap(None)
         with OnnxRuntime(onnx_folders["fp32"], num_threads=1) as bare:
             assert np.array_equal(runtime.logits(PROMPT), bare.logits(PROMPT))

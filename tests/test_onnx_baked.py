@@ -26,10 +26,15 @@ def test_a_baked_graph_says_what_the_seeded_one_says(onnx_folders, tiny_patch, t
     bake_seed(onnx_folders[precision], tiny_patch, tmp_path / "baked")
     with OnnxRuntime(onnx_folders[precision], tiny_patch, num_threads=1) as runtime:
         tokens = runtime.tokens(PROMPT)
-        expected = [p.token_id for p in runtime.stream(tokens, Sampling(max_new_tokens=24, temperature=0, ignore_end_tokens=True))]
+        expected = [
+            p.token_id
+            for p in runtime.stream(tokens, Sampling(max_new_tokens=24, temperature=0, ignore_end_tokens=True))
+        ]
     found = generate_baked(tmp_path / "baked", tiny_patch.num_virtual_tokens, tokens, 24)
     assert len(found) > 8 and found == expected[: len(found)]
-    metadata = {p.key: p.value for p in onnx.load(tmp_path / "baked" / "model.onnx", load_external_data=False).metadata_props}
+    metadata = {
+        p.key: p.value for p in onnx.load(tmp_path / "baked" / "model.onnx", load_external_data=False).metadata_props
+    }
     assert metadata[BAKED_KEY] == tiny_patch.digest and SPEC_KEY in metadata
     with pytest.raises(InputError, match="baked into its graph"):
         OnnxRuntime(tmp_path / "baked", tiny_patch)

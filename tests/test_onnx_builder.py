@@ -159,8 +159,12 @@ def test_an_environment_without_optimum_is_refused(tmp_path):
             {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         ),
         (
-            {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
-                                 "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}},
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+                    "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+                }
+            },
             {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
         ),
         (
@@ -168,7 +172,7 @@ def test_an_environment_without_optimum_is_refused(tmp_path):
             {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_scaling": None},
         ),
     ],
-)  # fmt: skip
+)
 def test_transformers_4_is_told_the_rotary_settings(config, expected):
     """It knows no ``rope_parameters``, and would take 10000 for the base."""
     assert onnx_exporters.rope_of_transformers_4(config) == expected

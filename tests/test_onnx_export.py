@@ -36,10 +36,22 @@ def gemma_folder(tiny_folder, tmp_path_factory):
         shutil.copyfile(tiny_folder / name, folder / name)
     torch.manual_seed(12)
     config = Gemma3TextConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
-        num_key_value_heads=2, max_position_embeddings=256, layer_types=["sliding_attention", "full_attention"],
-        sliding_window=WINDOW, query_pre_attn_scalar=16, initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=16,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     Gemma3ForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -121,7 +133,10 @@ def test_names_of_another_exporter_are_recognised(gemma_onnx, gemma_patch, tmp_p
     for value in [*model.graph.input, *model.graph.output]:
         value.name = text.get(value.name, value.name)
     onnx.save(model, folder / "model.onnx")
-    with OnnxRuntime(gemma_onnx, gemma_patch, num_threads=1) as original, OnnxRuntime(folder, gemma_patch, num_threads=1) as renamed:
+    with (
+        OnnxRuntime(gemma_onnx, gemma_patch, num_threads=1) as original,
+        OnnxRuntime(folder, gemma_patch, num_threads=1) as renamed,
+    ):
         assert np.array_equal(original.logits(PROMPT), renamed.logits(PROMPT))
 
 
@@ -157,7 +172,9 @@ def _divergence_by_thirds(runtime, folder, patch):
     tokens = [int(t) for t in np.random.default_rng(2).integers(3, 512, 240)]
     with TorchRuntime(folder, patch) as reference:
         wanted = reference.logits(tokens).astype(np.float64)
-    p, q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (wanted, runtime.logits(tokens).astype(np.float64)))
+    p, q = (
+        x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (wanted, runtime.logits(tokens).astype(np.float64))
+    )
     return (np.exp(p) * (p - q)).sum(axis=1).reshape(3, -1).mean(axis=1)
 
 
@@ -165,8 +182,13 @@ def test_sizes_that_4_bits_cannot_take_are_named(tmp_path):
     import onnx
 
     weights = onnx.numpy_helper.from_array(np.ones((96, 64), dtype=np.float32), "w")
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["T", n]) for name, n in (("x", 96), ("logits", 64)))
-    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "w"], ["logits"], name="odd")], "g", [x], [y], [weights])
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["T", n])
+        for name, n in (("x", 96), ("logits", 64))
+    )
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["logits"], name="odd")], "g", [x], [y], [weights]
+    )
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
     with pytest.raises(InputError, match="odd: expected a multiple of 64 inputs for 4 bits, found 96"):
         onnx_precision.reduce(tmp_path / "model.onnx", "int4")

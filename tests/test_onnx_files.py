@@ -25,7 +25,9 @@ def tensor(name="weights", **external):
 
 
 def save(folder: Path, *tensors, nodes=()):
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"]), *nodes], "g", [], [], list(tensors))
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["x"], ["y"]), *nodes], "g", [], [], list(tensors)
+    )
     (folder / MODEL_FILE).write_bytes(onnx.helper.make_model(graph).SerializeToString())
 
 
@@ -61,8 +63,17 @@ def test_a_real_graph_reads_as_onnx_reads_it(onnx_folders):
 
 
 LOCATIONS = (
-    "../secret", "/etc/passwd", "sub/model.data", "..", ".", "", "C:model.data", "\\\\host\\share", "*/_ORT_MEM_ADDR_/*", "model.data\0x",
-)  # fmt: skip
+    "../secret",
+    "/etc/passwd",
+    "sub/model.data",
+    "..",
+    ".",
+    "",
+    "C:model.data",
+    "\\\\host\\share",
+    "*/_ORT_MEM_ADDR_/*",
+    "model.data\0x",
+)
 
 
 @pytest.mark.parametrize("location", LOCATIONS)
@@ -76,7 +87,9 @@ def test_a_location_outside_the_folder_is_refused(folder, location):
 def test_a_location_is_found_wherever_it_hides(folder, place):
     hidden = tensor(location="../secret")
     node = onnx.helper.make_node("Constant", [], ["c"], value=hidden)
-    model = onnx.helper.make_model(onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [], []))
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [], [])
+    )
     if place == "attribute":
         model.graph.node.append(node)
     elif place == "subgraph":
@@ -157,7 +170,9 @@ def test_random_damage_raises_nothing_else(folder):
             continue
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\3\4 not a graph", b"\0" * 100, b"\x3a\xff\xff\xff\xff\x0f", b'{"json": 1}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\3\4 not a graph", b"\0" * 100, b"\x3a\xff\xff\xff\xff\x0f", b'{"json": 1}']
+)
 def test_another_file_is_refused(folder, content):
     (folder / MODEL_FILE).write_bytes(content)
     with pytest.raises(InputError, match=r"model\.onnx"):

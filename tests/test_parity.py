@@ -133,8 +133,12 @@ def test_every_setting_reaches_its_floors(tiny, quantization):
     rows = [*parity_rows.llamacpp_rows(wanted, quantization, folder / f"{quantization}.gguf", oracle)]
     judged = [parity_floors.judge(row) for row in rows]
     assert not [parity_floors.complaint(row) for row in judged if row["passed"] is False]
-    assert sum(row["passed"] is True for row in judged) == 12, "f32 and f16 with and without flash attention, q8_0, q4_0; b and c"
-    assert {row["refused"] for row in judged if row["passed"] is None} == {f"KV type {t} needs flash attention" for t in ("q8_0", "q4_0")}
+    assert sum(row["passed"] is True for row in judged) == 12, (
+        "f32 and f16 with and without flash attention, q8_0, q4_0; b and c"
+    )
+    assert {row["refused"] for row in judged if row["passed"] is None} == {
+        f"KV type {t} needs flash attention" for t in ("q8_0", "q4_0")
+    }
 
 
 def test_the_stored_seed_is_taken_unasked(tiny):
@@ -153,9 +157,19 @@ def test_every_wrong_seed_is_caught(tiny):
 
 
 ROW = {
-    "architecture": "qwen2", "runtime": "llamacpp", "quantization": "Q4_0", "kv_type": "f16", "flash_attention": True, "route": "b",
-    "max_abs_dlogit": 1.0, "kl": 0.1, "top1": 0.5, "kl_bare": 0.1, "kl_no_patch": 0.8, "canary": 0.1,
-}  # fmt: skip
+    "architecture": "qwen2",
+    "runtime": "llamacpp",
+    "quantization": "Q4_0",
+    "kv_type": "f16",
+    "flash_attention": True,
+    "route": "b",
+    "max_abs_dlogit": 1.0,
+    "kl": 0.1,
+    "top1": 0.5,
+    "kl_bare": 0.1,
+    "kl_no_patch": 0.8,
+    "canary": 0.1,
+}
 
 
 @pytest.mark.parametrize(
@@ -169,14 +183,20 @@ ROW = {
         ({"kl": float("nan")}, "kl nan"),
         ({"quantization": "F16", "kl": 4e-6}, ""),
         ({"quantization": "F16", "kl": 6e-6}, "float16 somewhere"),
-        ({"quantization": "F32", "kv_type": "f32", "flash_attention": False, "kl": 0.0, "max_abs_dlogit": 6e-5}, "float32 throughout"),
+        (
+            {"quantization": "F32", "kv_type": "f32", "flash_attention": False, "kl": 0.0, "max_abs_dlogit": 6e-5},
+            "float32 throughout",
+        ),
         ({"quantization": "F32", "kv_type": "f32", "flash_attention": False, "kl": 0.0, "max_abs_dlogit": 4e-5}, ""),
-        ({"runtime": "onnx", "quantization": "fp32", "kl": 0.0, "max_abs_dlogit": 2e-4, "flash_attention": None}, "ONNX fp32"),
+        (
+            {"runtime": "onnx", "quantization": "fp32", "kl": 0.0, "max_abs_dlogit": 2e-4, "flash_attention": None},
+            "ONNX fp32",
+        ),
         ({"runtime": "onnx", "quantization": "int8", "kl": 0.12, "flash_attention": None}, "stored seed"),
         ({"refused": "no layout fits"}, "refused: no layout fits"),
         ({"architecture": "lfm2"}, "should have been refused"),
     ],
-)  # fmt: skip
+)
 def test_a_missed_floor_is_named(change, words):
     judged = parity_floors.judge(ROW | change)
     assert judged["passed"] is not bool(words)
@@ -193,10 +213,22 @@ def test_the_document_is_made_of_the_committed_results(results):
     assert parity.DOCUMENT.read_text(encoding="utf-8") == render(results)
     assert len({row["architecture"] for row in results["rows"]}) >= 10
     for row in results["rows"]:
-        assert {"architecture", "runtime", "quantization", "kv_type", "flash_attention", "route", "max_abs_dlogit", "kl", "top1"} <= row.keys()
+        assert {
+            "architecture",
+            "runtime",
+            "quantization",
+            "kv_type",
+            "flash_attention",
+            "route",
+            "max_abs_dlogit",
+            "kl",
+            "top1",
+        } <= row.keys()
         assert parity_floors.judge({k: v for k, v in row.items() if k not in ("floors", "passed")}) == row
 
 
 def test_the_committed_results_reach_every_floor(results):
     assert not [parity_floors.complaint(row) for row in results["rows"] if row["passed"] is False]
-    assert not [parity_floors.control_complaint(row) for row in results["controls"] if row["required"] and not row["caught_by"]]
+    assert not [
+        parity_floors.control_complaint(row) for row in results["controls"] if row["required"] and not row["caught_by"]
+    ]

@@ -81,10 +81,14 @@ def verified(data: bytes) -> Patch:
 
 
 def same(one: Patch, other: Patch) -> bool:
-    return one.manifest == other.manifest and one.signatures == other.signatures and patch_bytes(one) == patch_bytes(other)
+    return (
+        one.manifest == other.manifest and one.signatures == other.signatures and patch_bytes(one) == patch_bytes(other)
+    )
 
 
-@pytest.mark.parametrize("patch", [FULL, SMALL, golden_patches.minimal(), replace(FULL, soft_prompt=None, signatures=())])
+@pytest.mark.parametrize(
+    "patch", [FULL, SMALL, golden_patches.minimal(), replace(FULL, soft_prompt=None, signatures=())]
+)
 def test_round_trip(patch, tmp_path):
     assert write_patch(patch, tmp_path / "new" / "patch") == patch.digest
     again = read_patch(tmp_path / "new" / "patch")
@@ -111,7 +115,9 @@ def test_safetensors_reads_it_and_writes_the_same_bytes():
     import safetensors.numpy
 
     tensors = safetensors.numpy.load(patch_bytes(FULL))
-    assert set(tensors) == set(FULL.tensor_digests) and np.array_equal(tensors["past_key_values.1.key"], FULL.kv_seed.keys[1])
+    assert set(tensors) == set(FULL.tensor_digests) and np.array_equal(
+        tensors["past_key_values.1.key"], FULL.kv_seed.keys[1]
+    )
     unsigned = patch_bytes(replace(FULL, signatures=()))  # the library writes several keys of metadata in any order
     assert safetensors.numpy.save(tensors, metadata=taken_apart(unsigned)[0]["__metadata__"]) == unsigned
 
@@ -129,23 +135,58 @@ def test_the_layout_of_arrays_in_memory_does_not_matter():
 def test_same_content_same_bytes_in_every_process(seed, locale):
     """F11: neither the order of hashes, nor the language, nor the time zone gets into the file."""
     code = "import golden_patches as g, hashlib; from edgepatch.patches import patch_bytes; print(hashlib.sha256(patch_bytes(g.full())).hexdigest())"
-    environment = {"PATH": os.environ["PATH"], "PYTHONHASHSEED": seed, "LC_ALL": locale, "TZ": "Asia/Kathmandu",
-                   "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONHASHSEED": seed,
+        "LC_ALL": locale,
+        "TZ": "Asia/Kathmandu",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.strip() == hashlib.sha256(patch_bytes(FULL)).hexdigest()
 
 
 BAD_VALUES = [
     *[("name", value) for value in ("", "-a", "a" * 65, "a/b", "é", "a\n", 1, None)],
-    *[("version", value) for value in ("1", "1.0", "01.0.0", "1.0.0-", "1.0.0-01", "1.0.0-a..b", "1.0.0+", "v1.0.0", "1.0.0\n", "1.0.٣", f"1.0.{'1' * 61}", 1)],
+    *[
+        ("version", value)
+        for value in (
+            "1",
+            "1.0",
+            "01.0.0",
+            "1.0.0-",
+            "1.0.0-01",
+            "1.0.0-a..b",
+            "1.0.0+",
+            "v1.0.0",
+            "1.0.0\n",
+            "1.0.٣",
+            f"1.0.{'1' * 61}",
+            1,
+        )
+    ],
     *[("channel", value) for value in ("", "Beta", "a_b", "a" * 33, None)],
     *[("sequence", value) for value in (0, -1, True, 1.5, MAX_SEQUENCE + 1, "1")],
-    *[(key, value) for key in ("created", "expires") for value in ("2026-11-21", "2026-02-29T00:00:00Z", "2026-11-21T24:00:00Z", "2026-11-21T10:00:60Z", "0000-01-01T00:00:00Z", "٢٠٢٦-11-21T10:00:00Z", None)],
+    *[
+        (key, value)
+        for key in ("created", "expires")
+        for value in (
+            "2026-11-21",
+            "2026-02-29T00:00:00Z",
+            "2026-11-21T24:00:00Z",
+            "2026-11-21T10:00:60Z",
+            "0000-01-01T00:00:00Z",
+            "٢٠٢٦-11-21T10:00:00Z",
+            None,
+        )
+    ],
     *[("license", value) for value in ("a" * 129, "a\tb", 1)],
     *[("summary", value) for value in ("a" * 2001, "\x1b[31m", "\x9b", "\u202eevil", "\u2066", "\ud800", None)],
     *[(key, value) for key in ("supersedes", "parts") for value in (("x",), ("A" * 64,), (1,), ("a" * 65,))],
     *[("chat_template", value) for value in ("x", "A" * 64, None, 1)],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("key", "value"), BAD_VALUES)
@@ -161,10 +202,19 @@ def test_values_that_are_refused(key, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("name", "a" * 64), ("version", "1.0.0-0A.is.legal+001"), ("version", "10.20.30"), ("version", "1.0.0--"), ("channel", "0-"), ("sequence", MAX_SEQUENCE),
-        ("created", "2024-02-29T23:59:59Z"), ("summary", "\n" + "\U0001f642" * 1999), ("license", ""), ("chat_template", ""), ("training", {"x": 2.0**70}),
+        ("name", "a" * 64),
+        ("version", "1.0.0-0A.is.legal+001"),
+        ("version", "10.20.30"),
+        ("version", "1.0.0--"),
+        ("channel", "0-"),
+        ("sequence", MAX_SEQUENCE),
+        ("created", "2024-02-29T23:59:59Z"),
+        ("summary", "\n" + "\U0001f642" * 1999),
+        ("license", ""),
+        ("chat_template", ""),
+        ("training", {"x": 2.0**70}),
     ],
-)  # fmt: skip
+)
 def test_values_at_the_edge_are_accepted(key, value):
     patch = replace(FULL, **{key: value})
     assert getattr(parse_patch(patch_bytes(patch)), key) == value
@@ -185,7 +235,10 @@ def test_parts_that_do_not_fit_together():
         ({"base": replace(FULL.base, vocab_size=4)}, "canary: expected ids below the vocabulary's 4"),
         ({"soft_prompt": None, "kv_seed": None}, "found neither"),
         ({"soft_prompt": SoftPrompt(np.array([[1, 65536], [1, 1]], np.float32))}, "values up to 65504, found 65536"),
-        ({"soft_prompt": SoftPrompt(np.array([[1, -65520], [1, 1]], np.float32))}, "values up to 65504, found -65520|found 65520"),
+        (
+            {"soft_prompt": SoftPrompt(np.array([[1, -65520], [1, 1]], np.float32))},
+            "values up to 65504, found -65520|found 65520",
+        ),
     ]:
         with pytest.raises(PatchFormatError, match=match):
             replace(FULL, **change)
@@ -196,9 +249,17 @@ def test_what_could_not_be_read_is_not_written(tmp_path):
     deep: dict[str, Any] = {}
     for _ in range(16):
         deep = {"x": deep}
-    for change in ({"canary": many}, {"training": deep}, {"training": {"x": float("nan")}}, {"training": {"x": 2**53}}, {"training": {"x": "\ud800"}},
-                   {"evaluation": {"x": "y" * MAX_HEADER_BYTES}}, {"signatures": tuple(Signature(f"{i:064x}", bytes(64)) for i in range(17))},
-                   {"base": replace(FULL.base, tokenizer_digest=1)}, {"base": replace(FULL.base, rope_theta=float("inf"))}):  # fmt: skip
+    for change in (
+        {"canary": many},
+        {"training": deep},
+        {"training": {"x": float("nan")}},
+        {"training": {"x": 2**53}},
+        {"training": {"x": "\ud800"}},
+        {"evaluation": {"x": "y" * MAX_HEADER_BYTES}},
+        {"signatures": tuple(Signature(f"{i:064x}", bytes(64)) for i in range(17))},
+        {"base": replace(FULL.base, tokenizer_digest=1)},
+        {"base": replace(FULL.base, rope_theta=float("inf"))},
+    ):
         with pytest.raises(PatchFormatError):
             write_patch(replace(FULL, **change), tmp_path / "patch")
         assert not list(tmp_path.iterdir())
@@ -232,14 +293,23 @@ HEADERS = {
     "further metadata": (lambda h: h["__metadata__"].update(x="y"), r"found \['x'\]"),
     "manifest is no text": (lambda h: h["__metadata__"].update({METADATA_KEY: {}}), "metadata key"),
     "manifest is no JSON": (lambda h: h["__metadata__"].update({METADATA_KEY: "{"}), "manifest is no readable JSON"),
-    "manifest is half a surrogate pair": (lambda h: h["__metadata__"].update({METADATA_KEY: '"\ud800"'}), "no readable JSON"),
+    "manifest is half a surrogate pair": (
+        lambda h: h["__metadata__"].update({METADATA_KEY: '"\ud800"'}),
+        "no readable JSON",
+    ),
     "manifest is no object": (lambda h: h["__metadata__"].update({METADATA_KEY: "[]"}), "no readable manifest"),
     "manifest without a version": (lambda h: h["__metadata__"].update({METADATA_KEY: "{}"}), "no readable manifest"),
     "no tensor": (lambda h: h.pop("prompt_embeddings"), "tensors: expected prompt_embeddings"),
     "unknown tensor": (set_key("lora_A", TENSOR), "tensors: expected prompt_embeddings"),
     "value without key": (set_key("past_key_values.0.value", TENSOR), "tensors: expected prompt_embeddings"),
-    "a layer is missing": (lambda h: h.update({"past_key_values.1.key": TENSOR, "past_key_values.1.value": TENSOR}), "tensors: expected"),
-    "a layer with a leading zero": (lambda h: h.update({"past_key_values.00.key": TENSOR, "past_key_values.00.value": TENSOR}), "tensors: expected"),
+    "a layer is missing": (
+        lambda h: h.update({"past_key_values.1.key": TENSOR, "past_key_values.1.value": TENSOR}),
+        "tensors: expected",
+    ),
+    "a layer with a leading zero": (
+        lambda h: h.update({"past_key_values.00.key": TENSOR, "past_key_values.00.value": TENSOR}),
+        "tensors: expected",
+    ),
     "tensor is no object": (set_key("prompt_embeddings", []), "expected dtype F32 or F16"),
     "tensor without a shape": (lambda h: h["prompt_embeddings"].pop("shape"), "expected dtype F32 or F16"),
     "tensor with more": (lambda h: h["prompt_embeddings"].update(x=1), "expected dtype F32 or F16"),
@@ -257,23 +327,57 @@ HEADERS = {
     "offsets are no list": (lambda h: h["prompt_embeddings"].update(data_offsets=None), "whole numbers"),
     "no element": (no_bytes, "does not lie in the file"),
     "offsets swapped": (lambda h: h["prompt_embeddings"].update(data_offsets=[8, 0]), "does not lie in the file"),
-    "offsets beyond the end": (lambda h: h["prompt_embeddings"].update(data_offsets=[8, 16]), "does not lie in the file"),
-    "another shape of the same size": (lambda h: h["prompt_embeddings"].update(shape=[2, 1]), r"prompt_embeddings: expected \(2, 2\)"),
+    "offsets beyond the end": (
+        lambda h: h["prompt_embeddings"].update(data_offsets=[8, 16]),
+        "does not lie in the file",
+    ),
+    "another shape of the same size": (
+        lambda h: h["prompt_embeddings"].update(shape=[2, 1]),
+        r"prompt_embeddings: expected \(2, 2\)",
+    ),
     "three dimensions": (lambda h: h["prompt_embeddings"].update(shape=[1, 1, 2]), r"expected \(P, D\)"),
-    "keys in another order": (lambda h: h.update(__metadata__=h.pop("__metadata__")), "bytes are not in canonical form"),
+    "keys in another order": (
+        lambda h: h.update(__metadata__=h.pop("__metadata__")),
+        "bytes are not in canonical form",
+    ),
     "signatures are no text": (lambda h: h["__metadata__"].update({SIGNATURES_KEY: []}), "signatures: expected a list"),
-    "signatures are no list": (lambda h: h["__metadata__"].update({SIGNATURES_KEY: "{}"}), "signatures: expected a list"),
-    "no signature in the list": (lambda h: h["__metadata__"].update({SIGNATURES_KEY: "[]"}), "signatures: expected a list"),
-    "17 signatures": (lambda h: h["__metadata__"].update({SIGNATURES_KEY: json.dumps([0] * 17)}), "signatures: expected a list"),
-    "signature without a key": (lambda h: h["__metadata__"].update({SIGNATURES_KEY: '[{"signature":""}]'}), "signatures: a signature"),
-    "short signature": (lambda h: h["__metadata__"].update({SIGNATURES_KEY: json.dumps([{"key_id": "a" * 64, "signature": "00"}])}), "64 bytes"),
+    "signatures are no list": (
+        lambda h: h["__metadata__"].update({SIGNATURES_KEY: "{}"}),
+        "signatures: expected a list",
+    ),
+    "no signature in the list": (
+        lambda h: h["__metadata__"].update({SIGNATURES_KEY: "[]"}),
+        "signatures: expected a list",
+    ),
+    "17 signatures": (
+        lambda h: h["__metadata__"].update({SIGNATURES_KEY: json.dumps([0] * 17)}),
+        "signatures: expected a list",
+    ),
+    "signature without a key": (
+        lambda h: h["__metadata__"].update({SIGNATURES_KEY: '[{"signature":""}]'}),
+        "signatures: a signature",
+    ),
+    "short signature": (
+        lambda h: h["__metadata__"].update({SIGNATURES_KEY: json.dumps([{"key_id": "a" * 64, "signature": "00"}])}),
+        "64 bytes",
+    ),
     "two signatures of one key": (
-        lambda h: h["__metadata__"].update({SIGNATURES_KEY: canonical_json([s.as_dict() for s in SMALL.signatures[:1] * 2]).decode()}), "one a key"),
+        lambda h: h["__metadata__"].update(
+            {SIGNATURES_KEY: canonical_json([s.as_dict() for s in SMALL.signatures[:1] * 2]).decode()}
+        ),
+        "one a key",
+    ),
     "signatures not sorted": (
-        lambda h: h["__metadata__"].update({SIGNATURES_KEY: canonical_json([s.as_dict() for s in SMALL.signatures[::-1]]).decode()}), "bytes are not in canonical"),
+        lambda h: h["__metadata__"].update(
+            {SIGNATURES_KEY: canonical_json([s.as_dict() for s in SMALL.signatures[::-1]]).decode()}
+        ),
+        "bytes are not in canonical",
+    ),
     "signatures with white space": (
-        lambda h: h["__metadata__"].update({SIGNATURES_KEY: json.dumps([s.as_dict() for s in SMALL.signatures])}), "bytes are not in canonical"),
-}  # fmt: skip
+        lambda h: h["__metadata__"].update({SIGNATURES_KEY: json.dumps([s.as_dict() for s in SMALL.signatures])}),
+        "bytes are not in canonical",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -298,9 +402,13 @@ MANIFESTS = {
     "canary with more": (set_key("canary", {"prompts": [], "x": 1}), "canary: expected an object"),
     "canary without prompts": (set_key("canary", {"prompts": []}), "canary: expected a prompt"),
     "canary that proves nothing": (
-        set_key("canary", {"prompts": [{"tokens": [1], "token_ids": [1, 2], "bare": [1, 2], "patched": [1, 2]}]}), "that the patch moves"),
+        set_key("canary", {"prompts": [{"tokens": [1], "token_ids": [1, 2], "bare": [1, 2], "patched": [1, 2]}]}),
+        "that the patch moves",
+    ),
     "canary beyond the vocabulary": (
-        set_key("canary", {"prompts": [{"tokens": [8], "token_ids": [1, 2], "bare": [1, 2], "patched": [0, 2]}]}), "vocabulary's 8"),
+        set_key("canary", {"prompts": [{"tokens": [8], "token_ids": [1, 2], "bare": [1, 2], "patched": [0, 2]}]}),
+        "vocabulary's 8",
+    ),
     "sketch with more": (set_key("weight_sketch", {"x": 1}), "weight sketch: expected an object"),
     "digest of no tensor": (lambda m: m["tensors"].update(x="0" * 64), "tensor x: its SHA-256"),
     "no digest": (set_key("tensors", {}), "tensor prompt_embeddings: its SHA-256"),
@@ -309,7 +417,7 @@ MANIFESTS = {
     "another P": (set_key("num_virtual_tokens", 2), "num_virtual_tokens: expected 1, found 2"),
     "P of another type": (set_key("num_virtual_tokens", 1.5), "num_virtual_tokens: a float is out of place"),
     "another width": (lambda m: m["base"].update(hidden_size=3), r"prompt_embeddings: expected \(1, 3\)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
@@ -335,7 +443,7 @@ def test_manifests_that_are_refused(case):
         ('"training":{}', '"training":{"b":1,"a":2}', "not in canonical form"),
         ('"weight_sketch":null}', '"weight_sketch":null} ', "not in canonical form"),
     ],
-)  # fmt: skip
+)
 def test_manifests_in_other_forms_are_refused(old, new, match):
     header, body = taken_apart(patch_bytes(SMALL))
     text = header["__metadata__"][METADATA_KEY]
@@ -346,7 +454,8 @@ def test_manifests_in_other_forms_are_refused(old, new, match):
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype"), [*[(v, d) for v in (np.nan, np.inf, -np.inf) for d in ("<f4", "<f2")], (65536.0, "<f4"), (-1e30, "<f4")]
+    ("value", "dtype"),
+    [*[(v, d) for v in (np.nan, np.inf, -np.inf) for d in ("<f4", "<f2")], (65536.0, "<f4"), (-1e30, "<f4")],
 )
 def test_values_of_tensors_are_bounded(value, dtype):
     """With digests and signatures that fit: the vendor's own mistake."""
@@ -477,7 +586,9 @@ def test_no_regular_file(kind, tmp_path):
     assert len(os.listdir("/proc/self/fd")) == handles
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04\x95", b"PK\3\4" + bytes(100), b"GGUF" + bytes(100), b"{}" * 50, bytes(8), bytes(4096)])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x04\x95", b"PK\3\4" + bytes(100), b"GGUF" + bytes(100), b"{}" * 50, bytes(8), bytes(4096)]
+)
 def test_other_files(content, tmp_path):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(PatchFormatError) as caught:

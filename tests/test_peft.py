@@ -22,7 +22,9 @@ from edgepatch.patches import PAYLOAD_TYPE, patch_bytes, read_patch, signed, wri
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.signing import sign
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT asks for it
 
 P = 6
 KINDS = ("prompt", "prefix", "projected", "cartridge")
@@ -108,14 +110,25 @@ def test_heads_of_their_own_size(tiny_folder, tmp_path):
 
     torch.manual_seed(5)
     config = Qwen3Config(
-        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(tmp_path / "model")
     for file in tiny_folder.glob("*token*"):
         shutil.copy(file, tmp_path / "model")
-    get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).save_pretrained(tmp_path / "adapter")
+    get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).save_pretrained(
+        tmp_path / "adapter"
+    )
     patch = peft.read_adapter(tmp_path / "adapter", hf.read_spec(tmp_path / "model"))
     assert patch.kv_seed.keys[0].shape == (2, P, 32)
     expected = peft_logits(tmp_path / "model", tmp_path / "adapter")
@@ -127,7 +140,9 @@ def test_out_again_bit_for_bit(kind, adapters, spec, tiny_folder, tmp_path):
     patch = peft.read_adapter(adapters[kind], spec)
     peft.write_adapter(patch, tmp_path / "out")
     assert (tmp_path / "out" / TENSORS).read_bytes() == (adapters[kind] / TENSORS).read_bytes()
-    written, original = (json.loads((folder / CONFIG).read_text("utf-8")) for folder in (tmp_path / "out", adapters[kind]))
+    written, original = (
+        json.loads((folder / CONFIG).read_text("utf-8")) for folder in (tmp_path / "out", adapters[kind])
+    )
     if kind == "projected":  # it was saved with the projection applied, so it is none now
         original |= {"prefix_projection": False}
     assert written == original | ({"encoder_hidden_size": None} if "encoder_hidden_size" in original else {})
@@ -179,7 +194,9 @@ def test_half_precision_adapters(copy_of, spec, tmp_path):
     values = torch.randn(P, 2 * 2 * 2 * 64)
     save_file({"prompt_embeddings": values.to(torch.bfloat16)}, folder / TENSORS)
     seed = peft.read_adapter(folder, spec).kv_seed
-    assert (peft.flatten_prefix(seed) == values.to(torch.bfloat16).float().numpy()).all() and seed.keys[0].dtype == np.float32
+    assert (peft.flatten_prefix(seed) == values.to(torch.bfloat16).float().numpy()).all() and seed.keys[
+        0
+    ].dtype == np.float32
     save_file({"prompt_embeddings": values.half()}, folder / TENSORS, metadata={"format": "pt"})
     patch = peft.read_adapter(folder, spec)
     assert patch.kv_seed.keys[0].dtype == np.float16
@@ -193,13 +210,19 @@ def test_a_gguf_model_is_enough_and_needs_no_torch(adapters, spec, gguf_model):
         f"patch = peft.read_adapter(Path({str(adapters['prefix'])!r}), hf.read_spec(Path({str(gguf_model)!r})))\n"
         "print(patch.digest, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
     assert done.stdout.split() == [peft.read_adapter(adapters["prefix"], spec).digest, "[]"]
 
 
 def test_the_training_record_names_the_source(adapters, spec, tiny_folder):
     source = peft.read_adapter(adapters["cartridge"], spec).training["source"]
-    assert (source["format"], source["peft_type"], source["base_model_name_or_path"]) == ("peft", "CARTRIDGE", str(tiny_folder))
+    assert (source["format"], source["peft_type"], source["base_model_name_or_path"]) == (
+        "peft",
+        "CARTRIDGE",
+        str(tiny_folder),
+    )
     assert len(source["adapter_sha256"]) == 64
 
 
@@ -246,7 +269,9 @@ def test_settings_that_are_refused(settings, message, copy_of, spec):
 
 
 def test_settings_that_do_not_matter_are_not_looked_at(copy_of, spec, adapters):
-    folder = copy_of(tokenizer_kwargs={"trust_remote_code": True}, revision=7, auto_mapping=[1], option_of_tomorrow=None)
+    folder = copy_of(
+        tokenizer_kwargs={"trust_remote_code": True}, revision=7, auto_mapping=[1], option_of_tomorrow=None
+    )
     patch = peft.read_adapter(folder, spec, "prefix")
     assert patch.digest == peft.read_adapter(adapters["prefix"], spec, "prefix").digest
     assert "trust_remote_code" not in json.dumps(patch.training)
@@ -267,7 +292,9 @@ def test_an_adapter_for_another_model_is_refused(kind, settings, field, found, c
         peft.read_adapter(copy_of(kind, **settings), spec)
 
 
-@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff\xfe", b'{"peft_type": "X", "peft_type": "X"}', b"[" * 100_000, b" " * 2**21])
+@pytest.mark.parametrize(
+    "text", [b"{", b"[]", b"\xff\xfe", b'{"peft_type": "X", "peft_type": "X"}', b"[" * 100_000, b" " * 2**21]
+)
 def test_damaged_settings(text, copy_of, spec):
     folder = copy_of()
     (folder / CONFIG).write_bytes(text)
@@ -299,15 +326,24 @@ FLAT = 2 * 2 * 2 * 64
         (_header([FLAT, P], P * FLAT * 4) + bytes(P * FLAT * 4), r"expected \(6, 512\), found \(512, 6\)"),
         (_header([P, FLAT], P * FLAT * 8, dtype="F64") + bytes(P * FLAT * 8), "found F64"),
         (_header([P, FLAT], P * FLAT, dtype="I8") + bytes(P * FLAT), "found I8"),
-        (_header([P, FLAT], P * FLAT * 4, "base_model.lora_A") + bytes(P * FLAT * 4), "prompt_embeddings alone, found base_model.lora_A"),
+        (
+            _header([P, FLAT], P * FLAT * 4, "base_model.lora_A") + bytes(P * FLAT * 4),
+            "prompt_embeddings alone, found base_model.lora_A",
+        ),
         (_header([P, FLAT], P * FLAT * 4) + b"\0\0\xc0\x7f" * (P * FLAT), "prompt_embeddings holds NaN or infinity"),
-        (_header([P, FLAT], P * FLAT * 2, dtype="BF16") + b"\x80\x7f" * (P * FLAT), "prompt_embeddings holds NaN or infinity"),
-        (_header([P, FLAT], P * FLAT * 2, dtype="F16") + b"\x00\x7c" * (P * FLAT), "prompt_embeddings holds NaN or infinity"),
+        (
+            _header([P, FLAT], P * FLAT * 2, dtype="BF16") + b"\x80\x7f" * (P * FLAT),
+            "prompt_embeddings holds NaN or infinity",
+        ),
+        (
+            _header([P, FLAT], P * FLAT * 2, dtype="F16") + b"\x00\x7c" * (P * FLAT),
+            "prompt_embeddings holds NaN or infinity",
+        ),
         ((2**62).to_bytes(8, "little") + bytes(100), "damaged or truncated"),
         (b"", "damaged or truncated"),
         (b"\x80\x04.", "damaged or truncated"),
     ],
-)  # fmt: skip
+)
 def test_damaged_tensor_files(data, message, copy_of, spec):
     folder = copy_of()
     (folder / TENSORS).write_bytes(data)
@@ -383,10 +419,16 @@ def test_the_gguf_package_reads_it(registry_file, tiny_patch):
     reader = GGUFReader(registry_file)
     values = {name: field.contents() for name, field in reader.fields.items()}
     expected = {
-        "general.type": "adapter", "general.architecture": "llama", "general.name": "tiny", "general.version": "1.0.0",
-        "general.base_model.count": 1, "general.base_model.0.name": "org/model", "adapter.type": "edgepatch.soft_prompt",
-        "edgepatch.patch_digest": tiny_patch.digest, "edgepatch.num_virtual_tokens": 10,
-    }  # fmt: skip
+        "general.type": "adapter",
+        "general.architecture": "llama",
+        "general.name": "tiny",
+        "general.version": "1.0.0",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "org/model",
+        "adapter.type": "edgepatch.soft_prompt",
+        "edgepatch.patch_digest": tiny_patch.digest,
+        "edgepatch.num_virtual_tokens": 10,
+    }
     assert {name: values[name] for name in expected} == expected
     assert json.loads(values["edgepatch.base"]) == tiny_patch.base.as_dict()
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
@@ -456,9 +498,15 @@ def run(monkeypatch, capfd):
 
 def test_verbs_in_and_out(run, adapters, gguf_model, tmp_path):
     patch, folder, file = tmp_path / "a.safetensors", tmp_path / "peft", tmp_path / "a.gguf"
-    code, out, _ = run("convert", "adapter", adapters["prefix"], "--model", gguf_model, "-o", patch, "--name", "detox", "--json")
+    code, out, _ = run(
+        "convert", "adapter", adapters["prefix"], "--model", gguf_model, "-o", patch, "--name", "detox", "--json"
+    )
     assert code == 0 and json.loads(out)["digest"] == read_patch(patch).digest
-    assert (read_patch(patch).name, json.loads(out)["kv_seed"], json.loads(out)["soft_prompt"]) == ("detox", True, False)
+    assert (read_patch(patch).name, json.loads(out)["kv_seed"], json.loads(out)["soft_prompt"]) == (
+        "detox",
+        True,
+        False,
+    )
     assert json.loads(run("show", patch, "--json")[1])["canary"] is None
     code, out, _ = run("convert", "patch", patch, folder, "--to", "peft", "--base-model-name", "org/model")
     assert code == 0 and "PREFIX_TUNING of 6 virtual tokens" in out

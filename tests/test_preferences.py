@@ -121,11 +121,21 @@ class Canned(Sampler):
 # Files.
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
-MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT}), min_size=1, max_size=3)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT}),
+    min_size=1,
+    max_size=3,
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(TEXT | MESSAGES.map(tuple), TEXT, TEXT, st.floats(0, 1)).filter(lambda p: p[1] != p[2]), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(TEXT | MESSAGES.map(tuple), TEXT, TEXT, st.floats(0, 1)).filter(lambda p: p[1] != p[2]),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_pairs_of_any_text_survive_a_file(tmp_path_factory, rows):
     pairs = [Pair(prompt, chosen, rejected, score, 1 - score) for prompt, chosen, rejected, score in rows]
     path = tmp_path_factory.mktemp("trip") / "pairs.jsonl"
@@ -139,11 +149,18 @@ def test_pairs_of_any_text_survive_a_file(tmp_path_factory, rows):
         ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, ("The sky is", " blue.", " green.")),
         ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, ("The sky is", " blue.", " green.")),
         (
-            {"prompt": [USER], "chosen": [{"role": "assistant", "content": "Me."}], "rejected": [{"role": "assistant", "content": "No."}]},
+            {
+                "prompt": [USER],
+                "chosen": [{"role": "assistant", "content": "Me."}],
+                "rejected": [{"role": "assistant", "content": "No."}],
+            },
             (CHAT, "Me.", "No."),
         ),
         (
-            {"chosen": [USER, {"role": "assistant", "content": "Me."}], "rejected": [USER, {"role": "assistant", "content": "No."}]},
+            {
+                "chosen": [USER, {"role": "assistant", "content": "Me."}],
+                "rejected": [USER, {"role": "assistant", "content": "No."}],
+            },
             (CHAT, "Me.", "No."),
         ),
     ],
@@ -173,9 +190,15 @@ REPLY = [{"role": "assistant", "content": "x"}]
         ('{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": NaN}', "expected a number"),
         ('{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', "half of a surrogate"),
         ({"prompt": "a", "chosen": REPLY, "rejected": [USER]}, "expected messages"),
-        ({"prompt": [USER], "chosen": REPLY, "rejected": [USER]}, "rejected: expected a text of the assistant, found user"),
+        (
+            {"prompt": [USER], "chosen": REPLY, "rejected": [USER]},
+            "rejected: expected a text of the assistant, found user",
+        ),
         ({"prompt": [USER], "chosen": REPLY, "rejected": []}, "rejected: expected a list of one message"),
-        ({"prompt": [{"role": "boss"}], "chosen": REPLY, "rejected": [{"role": "assistant", "content": "y"}]}, "role: expected"),
+        (
+            {"prompt": [{"role": "boss"}], "chosen": REPLY, "rejected": [{"role": "assistant", "content": "y"}]},
+            "role: expected",
+        ),
         ({"prompt": [USER], "chosen": REPLY, "rejected": "y"}, "must be texts"),
         ({"chosen": [USER, *REPLY], "rejected": [*REPLY]}, "expected messages"),
         ("[" * 100_000, "expected a JSON object"),
@@ -190,7 +213,11 @@ def test_a_malformed_line_is_named(tmp_path, bad, message):
 
 def test_files_that_hold_no_pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    for content, message in ((b"\n", "holds no pairs"), (b"{}\n\xff\n", "missing"), (b'\n{"a": "\xff"}\n', "line 2: expected UTF-8.*0xff at 7")):
+    for content, message in (
+        (b"\n", "holds no pairs"),
+        (b"{}\n\xff\n", "missing"),
+        (b'\n{"a": "\xff"}\n', "line 2: expected UTF-8.*0xff at 7"),
+    ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
             read_pairs(path)
@@ -220,10 +247,16 @@ def test_pairs_pass_margin_threshold_and_length():
 def test_every_dropped_pair_is_counted_by_reason():
     good = Pair("p", "a kind word", "a bad word", 0.1, 0.9)
     ready = [
-        good, good, replace(good, rejected=good.chosen), replace(good, chosen="kind"), replace(good, chosen_score=0.3),
-        replace(good, rejected_score=0.4), replace(good, chosen="another kind word"), replace(good, chosen="a third kind word"),
+        good,
+        good,
+        replace(good, rejected=good.chosen),
+        replace(good, chosen="kind"),
+        replace(good, chosen_score=0.3),
+        replace(good, rejected_score=0.4),
+        replace(good, chosen="another kind word"),
+        replace(good, chosen="a third kind word"),
         replace(good, prompt=CHAT),
-    ]  # fmt: skip
+    ]
     found = filter_pairs(ready, PairConfig(min_words=3, pairs_per_prompt=2))
     assert found.pairs == [good, ready[6], ready[8]]
     reasons = ("repeated", "identical", "short_chosen", "unsafe_chosen", "small_margin", "over_limit")
@@ -281,8 +314,18 @@ def test_prompts_that_do_not_fit_are_named_before_any_is_sampled(model_file):
     long = "word " * 600
     config = replace(ANYTHING, samples_per_prompt=2)
     with load_runtime(model_file, None, **EXACT) as runtime:
-        with pytest.raises(InputError, match=r"p\.txt, line 2: the prompt has \d+ tokens and 6 are to follow, the model's context holds 512\n  p.txt, line 3") as error:
-            sample_pairs(runtime, runtime, ["a", long, long + "x"], by_length, config, places=[f"p.txt, line {n}" for n in (1, 2, 3)])
+        with pytest.raises(
+            InputError,
+            match=r"p\.txt, line 2: the prompt has \d+ tokens and 6 are to follow, the model's context holds 512\n  p.txt, line 3",
+        ) as error:
+            sample_pairs(
+                runtime,
+                runtime,
+                ["a", long, long + "x"],
+                by_length,
+                config,
+                places=[f"p.txt, line {n}" for n in (1, 2, 3)],
+            )
         assert "--skip-long" in error.value.hint
         found = sample_pairs(runtime, runtime, ["The fox", long], by_length, config, skip_long=True)
     assert found.counts["prompts_too_long"] == 1
@@ -310,7 +353,9 @@ def test_a_server_gives_the_texts_of_its_runtime(server, model_file):
 def test_pairs_of_a_server_and_of_a_runtime_together(server, model_file):
     with load_runtime(model_file, None, **EXACT) as runtime, asking(server) as sampler:
         prompts = [f"The quick brown fox number {i}" for i in range(6)]
-        assert build_pairs(sampler, runtime, prompts, by_length, ANYTHING) == build_pairs(runtime, runtime, prompts, by_length, ANYTHING)
+        assert build_pairs(sampler, runtime, prompts, by_length, ANYTHING) == build_pairs(
+            runtime, runtime, prompts, by_length, ANYTHING
+        )
 
 
 def test_the_only_model_is_found_and_v1_added(server):
@@ -320,7 +365,10 @@ def test_the_only_model_is_found_and_v1_added(server):
 
 def test_what_a_server_refuses_is_told_at_once(server):
     started = time.monotonic()
-    with asking(server, api_key="wrong-key-0123456789", num_tries=9) as sampler, pytest.raises(InputError, match="HTTP 401") as error:
+    with (
+        asking(server, api_key="wrong-key-0123456789", num_tries=9) as sampler,
+        pytest.raises(InputError, match="HTTP 401") as error,
+    ):
         sampler.sample("a", Sampling(2), 1)
     assert "API key" in error.value.hint
     with asking(server, model="another", num_tries=9) as sampler, pytest.raises(InputError, match=r"HTTP 404.*another"):
@@ -335,7 +383,10 @@ def test_what_a_server_refuses_is_told_at_once(server):
 
 def test_a_busy_server_is_asked_again(model_file):
     """Eight requests at once where one runs and one waits."""
-    with running(lambda: load_runtime(model_file, None, **EXACT), max_waiting=1) as busy, asking(busy, num_tries=12) as sampler:
+    with (
+        running(lambda: load_runtime(model_file, None, **EXACT), max_waiting=1) as busy,
+        asking(busy, num_tries=12) as sampler,
+    ):
         assert len(sampler.sample("The quick", Sampling(12, rng_seed=1), 8)) == 8
         with busy.client() as client:
             assert re.search(r'status="(429|503)"\} [1-9]', client.get("/metrics").text), "the server was never busy"
@@ -343,7 +394,10 @@ def test_a_busy_server_is_asked_again(model_file):
 
 def test_a_server_that_does_not_answer_in_time(model_file):
     with running(lambda: Paced(load_runtime(model_file, None, **EXACT), 0.2)) as slow:
-        with asking(slow, timeout_s=0.3) as sampler, pytest.raises(InputError, match="does not answer after 2 tries: ReadTimeout"):
+        with (
+            asking(slow, timeout_s=0.3) as sampler,
+            pytest.raises(InputError, match="does not answer after 2 tries: ReadTimeout"),
+        ):
             sampler.sample("The quick", Sampling(50, rng_seed=1), 1)
         started = time.monotonic()
         with asking(slow) as sampler:
@@ -432,7 +486,11 @@ def test_prompts_that_are_none(tmp_path, row, message):
 def test_prompt_files_that_cannot_be_read(tmp_path):
     empty, binary = write_lines(tmp_path / "empty.txt"), tmp_path / "binary.txt"
     binary.write_bytes(b"fine\nnot \xe9\n")
-    for path, message in ((empty, "holds no prompts"), (binary, "line 2: expected UTF-8"), (tmp_path, "cannot read prompts")):
+    for path, message in (
+        (empty, "holds no prompts"),
+        (binary, "line 2: expected UTF-8"),
+        (tmp_path, "cannot read prompts"),
+    ):
         with pytest.raises(InputError, match=message):
             read_prompts(path)
 
@@ -511,7 +569,13 @@ def test_the_verb_writes_pairs_and_their_provenance(run, model_file, prompts, tm
     made = notes["settings"]
     assert made["base"]["sha256"] == digest_of(model_file) and made["base"]["quantization"] == "F32"
     assert (made["judge"]["judge"], made["samples_per_prompt"], made["max_new_tokens"]) == ("filter", 3, 8)
-    assert set(json.loads(out.read_text().splitlines()[0])) == {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}
+    assert set(json.loads(out.read_text().splitlines()[0])) == {
+        "prompt",
+        "chosen",
+        "rejected",
+        "chosen_score",
+        "rejected_score",
+    }
     assert run(*arguments)[1].startswith(f"{out}: {len(pairs)} pairs from 4 prompts")
 
 
@@ -523,7 +587,10 @@ def test_the_verb_asks_servers_with_messages(run, server, prompts, tmp_path, mon
     code, _, stderr = run(server.url, f"{server.url}/v1", "-o", out, *keys, *options)
     assert code == 0, stderr
     assert {tuple(m["role"] for m in p.prompt) for p in read_pairs(out)} == {("system", "user")}
-    assert json.loads(provenance_path(out).read_text())["settings"]["base"] == {"server": f"{server.url}/v1", "model": MODEL}
+    assert json.loads(provenance_path(out).read_text())["settings"]["base"] == {
+        "server": f"{server.url}/v1",
+        "model": MODEL,
+    }
     assert KEY not in provenance_path(out).read_text()
     code, _, stderr = run(server.url, server.url, "-o", out, "--api-key-env", "PAIRS_TEST_NONE")
     assert code == 2 and "PAIRS_TEST_NONE is not set" in stderr
@@ -567,14 +634,20 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_to_the_same_file(run, model
     assert run(model_file, model_file, "-o", whole, *options)[0] == 0
     assert out.read_bytes() == whole.read_bytes() and not journal.exists()
     notes, others = (json.loads(provenance_path(path).read_text()) for path in (out, whole))
-    assert (notes["counts"], notes["settings"], notes["sha256"]) == (others["counts"], others["settings"], others["sha256"])
+    assert (notes["counts"], notes["settings"], notes["sha256"]) == (
+        others["counts"],
+        others["settings"],
+        others["sha256"],
+    )
 
 
 def test_ctrl_c_does_not_wait_for_a_slow_server(model_file, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("PAIRS_TEST_KEY", KEY)
     with running(lambda: Paced(load_runtime(model_file, None, **EXACT), 0.2)) as slow:
         keys = ("--api-key-env", "PAIRS_TEST_KEY", "--reference-api-key-env", "PAIRS_TEST_KEY")
-        with started(slow.url, slow.url, "-o", tmp_path / "out.jsonl", "--prompts", prompts, "--max-new-tokens", 200, *keys) as process:
+        with started(
+            slow.url, slow.url, "-o", tmp_path / "out.jsonl", "--prompts", prompts, "--max-new-tokens", 200, *keys
+        ) as process:
             while not slow.service.scheduler.num_running:
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.01)
@@ -591,19 +664,31 @@ def test_a_full_disk_loses_nothing(run, model_file, tmp_path):
         code, _, stderr = run(model_file, model_file, "-o", out, *options)
     assert code == 2 and "cannot write" in stderr and "what is done is kept" in stderr
     assert not out.exists() and (tmp_path / "pairs.jsonl.partial").read_bytes().count(b"\n") >= 2
-    assert run(model_file, model_file, "-o", out, *options)[0] == run(model_file, model_file, "-o", whole, *options)[0] == 0
+    assert (
+        run(model_file, model_file, "-o", out, *options)[0]
+        == run(model_file, model_file, "-o", whole, *options)[0]
+        == 0
+    )
     assert out.read_bytes() == whole.read_bytes()
 
 
 def test_ready_pairs_are_checked_filtered_and_written(run, tmp_path):
-    rows = [GOOD, GOOD, {**GOOD, "chosen_score": 0.5}, {"chosen": [USER, *REPLY], "rejected": [USER, {"role": "assistant", "content": "y"}]}]
+    rows = [
+        GOOD,
+        GOOD,
+        {**GOOD, "chosen_score": 0.5},
+        {"chosen": [USER, *REPLY], "rejected": [USER, {"role": "assistant", "content": "y"}]},
+    ]
     ready, out = write_lines(tmp_path / "ready.jsonl", *rows), tmp_path / "pairs.jsonl"
     code, stdout, stderr = run("--from", ready, "-o", out, "--json")
     assert code == 0, stderr
     document = json.loads(stdout)
     assert {k: v for k, v in document.items() if k not in ("path", "provenance")} == {
-        "pairs_read": 4, "dropped_repeated": 1, "dropped_unsafe_chosen": 1, "pairs": 2,
-    }  # fmt: skip
+        "pairs_read": 4,
+        "dropped_repeated": 1,
+        "dropped_unsafe_chosen": 1,
+        "pairs": 2,
+    }
     assert read_pairs(out) == [Pair("a", "b", "c", 0.0, 1.0), Pair(CHAT, "x", "y", 0.0, 1.0)]
     assert json.loads(provenance_path(out).read_text())["settings"]["from"]["sha256"] == digest_of(ready)
     code, _, stderr = run("--from", ready, "-o", out, "--judge", "filter")
@@ -616,12 +701,27 @@ def test_a_classifier_of_the_user_judges(run, tiny_folder, tmp_path):
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(2)
-    config = AutoConfig.from_pretrained(tiny_folder, num_labels=2, id2label={0: "fine", 1: "toxic"}, label2id={"fine": 0, "toxic": 1})
+    config = AutoConfig.from_pretrained(
+        tiny_folder, num_labels=2, id2label={0: "fine", 1: "toxic"}, label2id={"fine": 0, "toxic": 1}
+    )
     folder = tmp_path / "classifier"
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
     out, ready = tmp_path / "pairs.jsonl", write_lines(tmp_path / "ready.jsonl", GOOD)
-    code, _, stderr = run("--from", ready, "-o", out, "--judge", folder, "--unsafe-label", "toxic", "--min-margin", 0, "--max-chosen-score", 1)
+    code, _, stderr = run(
+        "--from",
+        ready,
+        "-o",
+        out,
+        "--judge",
+        folder,
+        "--unsafe-label",
+        "toxic",
+        "--min-margin",
+        0,
+        "--max-chosen-score",
+        1,
+    )
     if code == 0:  # a random classifier may prefer either
         assert read_pairs(out)[0].chosen_score not in (0.0, 1.0)
         assert json.loads(provenance_path(out).read_text())["settings"]["judge"]["unsafe_labels"] == ["toxic"]

@@ -23,7 +23,11 @@ def every_text() -> list[str]:
 
 
 def test_counts() -> None:
-    counts = {kind: (len(load_prompts(kind, "train")), len(load_prompts(kind, "eval"))) for kind in KINDS if kind != "benign_text"}
+    counts = {
+        kind: (len(load_prompts(kind, "train")), len(load_prompts(kind, "eval")))
+        for kind in KINDS
+        if kind != "benign_text"
+    }
     assert counts == {"toxic": (220, 85), "benign": (80, 42), "harm_requests": (80, 60), "harm_benign": (80, 60)}
     assert len(load_benign_text("train")) >= 30 and len(load_benign_text("eval")) >= 30
 

@@ -21,7 +21,13 @@ def trained(tiny_patch, tmp_path):
 
 def results_of(patch, path):
     cells = [{"runtime": "torch", "quantization": "F32", "patched": True, "emt": 0.5}]
-    document = {"created": "2026-11-21T10:00:00Z", "patch": {"digest": patch.digest}, "cells": cells, "retention": [], "examples": ["text"]}
+    document = {
+        "created": "2026-11-21T10:00:00Z",
+        "patch": {"digest": patch.digest},
+        "cells": cells,
+        "retention": [],
+        "examples": ["text"],
+    }
     path.write_text(json.dumps(document))
     return path
 
@@ -32,8 +38,24 @@ def release(*arguments):
 
 def test_a_release_says_what_it_is_and_what_was_measured(trained, tiny_patch, tmp_path):
     out, results = tmp_path / "1.1.0.safetensors", results_of(tiny_patch, tmp_path / "results.json")
-    done = release(trained, "-o", out, "--version", "1.1.0", "--sequence", 7, "--channel", "beta", "--expires", "2027-11-21T10:00:00Z",
-                   "--results", results, "--supersedes", trained, "--json")  # fmt: skip
+    done = release(
+        trained,
+        "-o",
+        out,
+        "--version",
+        "1.1.0",
+        "--sequence",
+        7,
+        "--channel",
+        "beta",
+        "--expires",
+        "2027-11-21T10:00:00Z",
+        "--results",
+        results,
+        "--supersedes",
+        trained,
+        "--json",
+    )
     assert done.exit_code == 0, done.output
     made = read_patch(out)
     assert (made.version, made.sequence, made.channel, made.expires) == ("1.1.0", 7, "beta", "2027-11-21T10:00:00Z")

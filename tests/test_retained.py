@@ -20,7 +20,11 @@ from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.reference import TorchRuntime
 
 TEXTS_ONLY = Sizes(num_texts=3, num_requests=0)
-PAIRS = [("The dog sleeps in the sun.", "The dog sleep in the sun."), ("They verify it.", "They verifies it."), ("A b.", "B a.")]
+PAIRS = [
+    ("The dog sleeps in the sun.", "The dog sleep in the sun."),
+    ("They verify it.", "They verifies it."),
+    ("A b.", "B a."),
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,9 @@ def test_minimal_pairs_compare_whole_sentences(runtime: Runtime, data: Path, ora
     losses = [[sums(oracle, runtime.tokens(sentence), 1) for sentence in pair] for pair in found.minimal_pairs]
     assert found.correct.tolist() == [good < bad for good, bad in losses]
     mirrored = [(bad, good) for good, bad in PAIRS[:2] * 2]
-    assert [retained._is_first_likelier(runtime, pair, "") for pair in mirrored] == [not right for right in found.correct]
+    assert [retained._is_first_likelier(runtime, pair, "") for pair in mirrored] == [
+        not right for right in found.correct
+    ]
     assert all(60 <= len(text.split()) <= 160 for text in found.texts)
     assert found.over_refusal is None
 

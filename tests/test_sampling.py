@@ -21,7 +21,9 @@ def plain_draw(logits, sampling, uniform):
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 5.0])
-@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (0.05, 0), (1.0, 1), (1.0, 40), (0.5, 400), (0.9, 9999)])
+@pytest.mark.parametrize(
+    ("top_p", "top_k"), [(1.0, 0), (0.9, 0), (0.05, 0), (1.0, 1), (1.0, 40), (0.5, 400), (0.9, 9999)]
+)
 def test_draws_follow_the_rule(spread, top_p, top_k):
     rng = np.random.default_rng(5)
     sampling = Sampling(top_p=top_p, top_k=top_k, temperature=0.7)
@@ -56,7 +58,9 @@ def test_nan_logits_are_an_error_not_a_token():
         draw_token(np.array([0, np.nan], dtype=np.float32), Sampling(), np.random.default_rng(1))
 
 
-@pytest.mark.parametrize("wrong", [{"top_p": 0}, {"top_p": 1.1}, {"temperature": -1}, {"top_k": -1}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"top_p": 0}, {"top_p": 1.1}, {"temperature": -1}, {"top_k": -1}, {"max_new_tokens": 0}]
+)
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         Sampling(**wrong)
@@ -69,11 +73,20 @@ def test_the_quick_draw_of_the_whole_vocabulary_is_the_slow_one(temperature):
         rng = np.random.default_rng(round_number)
         logits = np.round(rng.standard_normal(3000) * 6).astype(np.float32)
         drawn = draw_token(logits, Sampling(temperature=temperature), np.random.default_rng(round_number))
-        assert drawn == plain_draw(logits, Sampling(temperature=temperature), np.random.default_rng(round_number).random())
+        assert drawn == plain_draw(
+            logits, Sampling(temperature=temperature), np.random.default_rng(round_number).random()
+        )
 
 
-SETTINGS = [{"top_p": 0.9}, {}, {"temperature": 0}, {"top_k": 40}, {"top_k": 1500, "temperature": 0.7}, {"min_p": 0.01, "top_p": 0.95},
-            {"temperature": 3.0}]  # fmt: skip
+SETTINGS = [
+    {"top_p": 0.9},
+    {},
+    {"temperature": 0},
+    {"top_k": 40},
+    {"top_k": 1500, "temperature": 0.7},
+    {"min_p": 0.01, "top_p": 0.95},
+    {"temperature": 3.0},
+]
 
 
 @pytest.mark.parametrize("vocab_size", [50, 3000, 70000])
@@ -84,9 +97,13 @@ def test_rows_drawn_together_are_those_drawn_alone(vocab_size):
         rows = list((rng.standard_normal((25, vocab_size)) * spread).astype(np.float32))
         rows[3], rows[4] = np.round(rows[3]), rows[4].astype(np.float64)
         found = draw_tokens(rows, samplings, [np.random.default_rng(i) for i in range(25)])
-        assert found == [draw_token(row, s, np.random.default_rng(i)) for i, (row, s) in enumerate(zip(rows, samplings, strict=True))]
+        assert found == [
+            draw_token(row, s, np.random.default_rng(i)) for i, (row, s) in enumerate(zip(rows, samplings, strict=True))
+        ]
         plain = [i for i, s in enumerate(samplings) if s.temperature and not s.min_p]
-        assert [found[i] for i in plain] == [plain_draw(rows[i], samplings[i], np.random.default_rng(i).random()) for i in plain]
+        assert [found[i] for i in plain] == [
+            plain_draw(rows[i], samplings[i], np.random.default_rng(i).random()) for i in plain
+        ]
 
 
 def draws(logits, sampling, prompt=(), count=1, matcher=None):
@@ -97,7 +114,9 @@ def draws(logits, sampling, prompt=(), count=1, matcher=None):
 def test_without_options_a_sampler_is_draw_token():
     logits = np.random.default_rng(3).standard_normal(400).astype(np.float32)
     sampling, rng = Sampling(top_p=0.9, rng_seed=8), np.random.default_rng(8)
-    assert [d.token_id for d in draws(logits, sampling, count=50)] == [draw_token(logits, sampling, rng) for _ in range(50)]
+    assert [d.token_id for d in draws(logits, sampling, count=50)] == [
+        draw_token(logits, sampling, rng) for _ in range(50)
+    ]
     zero = Sampling(top_p=0.9, rng_seed=8, logit_bias={5: 0.0})  # goes the other way, to the same place
     assert draws(logits, zero, count=50) == draws(logits, sampling, count=50)
 
@@ -172,14 +191,35 @@ def test_damaged_logits_are_an_error_with_every_option(value, options):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_new_tokens", 1.5), ("max_new_tokens", None), ("temperature", "hot"), ("temperature", math.nan), ("top_p", True),
-        ("top_k", 2.0), ("rng_seed", -1), ("rng_seed", "1"), ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0),
-        ("repetition_penalty", math.inf), ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("logit_bias", {1: 101}),
-        ("logit_bias", {1: math.nan}), ("logit_bias", {"1": 1}), ("logit_bias", [1]), ("stop", "x"), ("stop", ("",)), ("stop", (1,)),
-        ("stop", tuple("abcdefghijklmnopq")), ("stop", ("x" * 1000,)), ("num_logprobs", -1), ("num_logprobs", 21),
-        ("constraint", "json"), ("ignore_end_tokens", 1),
+        ("max_new_tokens", 1.5),
+        ("max_new_tokens", None),
+        ("temperature", "hot"),
+        ("temperature", math.nan),
+        ("top_p", True),
+        ("top_k", 2.0),
+        ("rng_seed", -1),
+        ("rng_seed", "1"),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", math.inf),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", {"1": 1}),
+        ("logit_bias", [1]),
+        ("stop", "x"),
+        ("stop", ("",)),
+        ("stop", (1,)),
+        ("stop", tuple("abcdefghijklmnopq")),
+        ("stop", ("x" * 1000,)),
+        ("num_logprobs", -1),
+        ("num_logprobs", 21),
+        ("constraint", "json"),
+        ("ignore_end_tokens", 1),
     ],
-)  # fmt: skip
+)
 def test_every_setting_is_checked_and_named(name, value):
     with pytest.raises(InputError, match=name):
         Sampling(**{name: value})

@@ -47,7 +47,9 @@ def runtime(tiny_folder, tiny_patch):
 
 
 def ask(client, **fields):
-    return client.chat.completions.create(**{"model": MODEL, "messages": MESSAGES, "max_tokens": 12, "temperature": 0} | fields)
+    return client.chat.completions.create(
+        **{"model": MODEL, "messages": MESSAGES, "max_tokens": 12, "temperature": 0} | fields
+    )
 
 
 def no_end(runtime):
@@ -61,7 +63,11 @@ def test_models_and_patches(client, server, tiny_patch):
     with server.client() as http:
         listed = http.get("/v1/patches").json()
     (entry,) = listed["data"]
-    assert (entry["name"], entry["version"], entry["digest"]) == (tiny_patch.name, tiny_patch.version, tiny_patch.digest)
+    assert (entry["name"], entry["version"], entry["digest"]) == (
+        tiny_patch.name,
+        tiny_patch.version,
+        tiny_patch.digest,
+    )
     assert entry["active"] is True and entry["seed_route"] in ("stored", "decoded")
 
 
@@ -77,7 +83,10 @@ def test_chat_equals_the_runtime(client, runtime):
 def test_stream_equals_the_reply_and_ends_with_usage(client):
     whole = ask(client)
     chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        == whole.choices[0].message.content
+    )
     assert {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint}
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
@@ -117,16 +126,26 @@ def test_streamed_choices_are_those_of_the_reply(client):
 
 
 SETTINGS = {
-    "top_p": 0.5, "top_k": 3, "min_p": 0.2, "repetition_penalty": 1.9, "presence_penalty": 2.0, "frequency_penalty": 2.0,
+    "top_p": 0.5,
+    "top_k": 3,
+    "min_p": 0.2,
+    "repetition_penalty": 1.9,
+    "presence_penalty": 2.0,
+    "frequency_penalty": 2.0,
     "logit_bias": {"100": 5.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_reach_the_sampler(client, runtime, name):
     value = SETTINGS[name]
     fields = {"temperature": 1.5, "seed": 5, "max_tokens": 60}
-    settings = {"temperature": 1.5, "rng_seed": 5, "max_new_tokens": 60, name: {100: 5.0} if name == "logit_bias" else value}
+    settings = {
+        "temperature": 1.5,
+        "rng_seed": 5,
+        "max_new_tokens": 60,
+        name: {100: 5.0} if name == "logit_bias" else value,
+    }
     found = ask(client, **fields, extra_body={name: value}).choices[0].message.content
     assert found == runtime.chat(MESSAGES, Sampling(**settings))
     assert found != ask(client, **fields).choices[0].message.content
@@ -155,11 +174,17 @@ def test_logprobs_are_those_of_the_model(client, runtime):
         logprobs = row - row.max()
         logprobs = logprobs - math.log(sum(math.exp(x) for x in logprobs))
         assert entry.logprob == pytest.approx(float(logprobs[piece.token_id]), abs=1e-4)
-        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(sorted(map(float, logprobs))[-4:][::-1], abs=1e-4)
-    whole_characters = codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(bytes(entry.bytes) for entry in content))
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(
+            sorted(map(float, logprobs))[-4:][::-1], abs=1e-4
+        )
+    whole_characters = codecs.getincrementaldecoder("utf-8")("replace").decode(
+        b"".join(bytes(entry.bytes) for entry in content)
+    )
     assert whole_characters == reply.choices[0].message.content
     streamed = [c for chunk in ask(client, max_tokens=6, logprobs=True, stream=True) for c in chunk.choices]
-    assert [e.logprob for c in streamed if c.logprobs for e in c.logprobs.content] == [entry.logprob for entry in content]
+    assert [e.logprob for c in streamed if c.logprobs for e in c.logprobs.content] == [
+        entry.logprob for entry in content
+    ]
 
 
 def test_completions_of_text_ids_and_lists(client, runtime):
@@ -198,7 +223,12 @@ def test_echo_scores_a_prompt_as_lm_eval_asks_for_it(client, runtime, max_tokens
 
 
 def test_response_format_and_grammar_hold(client):
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
     wanted = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
     reply = ask(client, max_tokens=60, response_format=wanted, temperature=1, seed=2)
     assert set(json.loads(reply.choices[0].message.content)) == {"ok"}
@@ -206,10 +236,15 @@ def test_response_format_and_grammar_hold(client):
     assert "".join(c.choices[0].delta.content or "" for c in streamed) == reply.choices[0].message.content
     assert ask(client, response_format={"type": "json_object"}, max_tokens=4).choices[0].message.content.startswith("{")
     assert ask(client, extra_body={"grammar": 'root ::= "yes" | "no"'}).choices[0].message.content in ("yes", "no")
-    assert ask(client, response_format={"type": "text"}).choices[0].message.content == ask(client).choices[0].message.content
+    assert (
+        ask(client, response_format={"type": "text"}).choices[0].message.content
+        == ask(client).choices[0].message.content
+    )
 
 
-CALL = 'root ::= "<tool_call>\\n{\\"name\\": \\"get_weather\\", \\"arguments\\": {\\"town\\": \\"Ulm\\"}}\\n</tool_call>"'
+CALL = (
+    'root ::= "<tool_call>\\n{\\"name\\": \\"get_weather\\", \\"arguments\\": {\\"town\\": \\"Ulm\\"}}\\n</tool_call>"'
+)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -244,7 +279,9 @@ def test_concurrent_requests_give_what_each_gives_alone(client, server):
 
     async def everyone():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as asynchronous:
-            return await asyncio.gather(*(ask(asynchronous, messages=[{"role": "user", "content": p}]) for p in prompts))
+            return await asyncio.gather(
+                *(ask(asynchronous, messages=[{"role": "user", "content": p}]) for p in prompts)
+            )
 
     together = [reply.choices[0].message.content for reply in asyncio.run(everyone())]
     assert together == alone
@@ -287,8 +324,16 @@ def test_a_cancelled_stream_frees_its_sequence_at_once(slow, runtime):
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "'wizard'"),
         ({"messages": [{"role": "user", "content": "x", "slot": 1}]}, "messages.0.slot", "unknown field"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content.0.type", "text"),
-        ({"messages": [{"role": "user", "content": "word " * 2000}]}, "messages", "expected a prompt of at most 502 tokens"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type",
+            "text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "word " * 2000}]},
+            "messages",
+            "expected a prompt of at most 502 tokens",
+        ),
         ({"n": 9}, "n", "at most 8"),
         ({"temperature": 3}, "temperature", "at most 2"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs true"),

@@ -105,13 +105,17 @@ VALUES = [
     {"model": "m", "messages": [{"role": "user", "content": "x"}], "top_p": 0},
     {"model": "m", "messages": [{"role": "user", "content": "x"}], "stop": ["a"] * 17},
     {"model": "m", "messages": [{"role": "user", "content": "x"}], "logit_bias": {"1": 1, "-1": 1}},
-    {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": "a b"}}]},
+    {
+        "model": "m",
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [{"type": "function", "function": {"name": "a b"}}],
+    },
     {"model": "m", "messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}},
     {"model": "m", "messages": {}},
     {"model": "", "messages": []},
     {},
     [],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=json.dumps)

@@ -97,7 +97,10 @@ def test_running_replies_share_a_batch_and_a_failed_one_ends_them(runtime):
                 raise EdgepatchError("out of memory")
             return self._runtime.advance(continuations)
 
-    batched, alone = Batched(runtime), [runtime.generate(text, replace(GREEDY, max_new_tokens=n)) for text, n in (("fox", 30), ("dog", 9))]
+    batched, alone = (
+        Batched(runtime),
+        [runtime.generate(text, replace(GREEDY, max_new_tokens=n)) for text, n in (("fox", 30), ("dog", 9))],
+    )
     scheduler = Scheduler(lambda: batched, 4, Metrics())
     scheduler.start()
     while scheduler.state == "loading":

@@ -64,7 +64,9 @@ def test_a_boundary_cannot_be_moved():
 def test_signature_of_the_raw_primitive():
     """Nothing but the encoding stands between us and Ed25519."""
     signature = sign(b"payload", MANIFEST_TYPE, KEY)
-    assert signature == Signature(hashlib.sha256(PUBLIC).hexdigest(), KEY.sign(pre_authentication_encoding(b"payload", MANIFEST_TYPE)))
+    assert signature == Signature(
+        hashlib.sha256(PUBLIC).hexdigest(), KEY.sign(pre_authentication_encoding(b"payload", MANIFEST_TYPE))
+    )
     assert key_id(PUBLIC) == signature.key_id and raw_public_key(KEY.public_key()) == PUBLIC
     assert fits(b"payload", MANIFEST_TYPE, signature.signature, PUBLIC)
 
@@ -179,8 +181,12 @@ def test_read_bounded(tmp_path: Path):
 
 def test_files_that_are_none(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
-    for path, message in ((tmp_path / "pipe", "no regular file"), (tmp_path, "no regular file"), (tmp_path / "none", "No such file"),
-                          (Path("/dev/zero"), "no regular file")):  # fmt: skip
+    for path, message in (
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path, "no regular file"),
+        (tmp_path / "none", "No such file"),
+        (Path("/dev/zero"), "no regular file"),
+    ):
         with pytest.raises(InputError, match=message):
             read_bounded(path, 5, "trust root")
 

@@ -37,7 +37,9 @@ PATCH_FILE = LAB / "lab-detox-0.1.0.safetensors"
 PROMPTS = ("The quick brown fox", "I think the weather today is", "You are such a")
 Start = Callable[..., contextlib.AbstractContextManager[StockServer]]
 
-pytestmark = pytest.mark.skipif(VARIABLE not in os.environ, reason=f"needs llama-server: `make stock`, or name one in {VARIABLE}")
+pytestmark = pytest.mark.skipif(
+    VARIABLE not in os.environ, reason=f"needs llama-server: `make stock`, or name one in {VARIABLE}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +133,22 @@ def test_text_prompts_are_ours(start: Start, exported: Path, model: Path, patch:
 
 
 @pytest.mark.parametrize(("kv_type", "flash_attention"), [("f16", False), ("q8_0", True), ("f32", True)])
-def test_a_probe_makes_any_server_fit(start: Start, exported: Path, model: Path, patch: Patch, tmp_path: Path, kv_type: str, flash_attention: bool):
+def test_a_probe_makes_any_server_fit(
+    start: Start, exported: Path, model: Path, patch: Patch, tmp_path: Path, kv_type: str, flash_attention: bool
+):
     slots = tmp_path / "slots"
     slots.mkdir()
     attention = "on" if flash_attention else "off"
-    flags = ("--slot-save-path", str(slots), "--cache-type-k", kv_type, "--cache-type-v", kv_type, "--flash-attn", attention)
+    flags = (
+        "--slot-save-path",
+        str(slots),
+        "--cache-type-k",
+        kv_type,
+        "--cache-type-v",
+        kv_type,
+        "--flash-attn",
+        attention,
+    )
     with start(*flags) as server:
         found = probe(server, slots, patch, model, ExportOptions())
         assert (found.kv_type, found.flash_attention) == (kv_type, flash_attention)
@@ -176,7 +189,9 @@ def test_keys(start: Start, model: Path, patch: Patch):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="restore.sh needs curl")
-def test_the_scripts_of_the_folder(exported: Path, model: Path, patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_scripts_of_the_folder(
+    exported: Path, model: Path, patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("LLAMA_SERVER", str(BINARY))
     with running_server(exported / "start.sh", ["--api-key", "right"], tmp_path / "server.log") as server:
         for key, holds in (("wrong", False), ("right", True)):
@@ -219,7 +234,11 @@ def test_h5_and_h6_another_prompt_takes_the_slot(start: Start, exported: Path, m
 
 @pytest.mark.parametrize(
     "flags",
-    [("--flash-attn", "off"), ("--cache-type-k", "q8_0", "--cache-type-v", "q8_0"), ("--parallel", "2", "--no-kv-unified")],
+    [
+        ("--flash-attn", "off"),
+        ("--cache-type-k", "q8_0", "--cache-type-v", "q8_0"),
+        ("--parallel", "2", "--no-kv-unified"),
+    ],
 )
 def test_h7_a_file_of_other_settings_is_refused(start: Start, model: Path, patch: Patch, flags: tuple[str, ...]):
     with start(*flags) as server:
@@ -293,7 +312,9 @@ def test_another_model(start: Start, model: Path, patch: Patch, tmp_path: Path):
 
 
 @pytest.fixture(scope="module", params=["gemma3", "lfm2"])
-def other_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Patch]]:
+def other_kind(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path, Patch]]:
     """A tiny model with a sliding window, or with recurrent layers, and a soft prompt for it."""
     if not SOURCES.is_dir():
         pytest.skip("needs llama.cpp's converter: `make stock`")

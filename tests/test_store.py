@@ -170,7 +170,12 @@ def test_the_folder_may_be_reached_by_a_link(tmp_path):
 
 @pytest.mark.parametrize(
     ("by", "found"),
-    [((), "found none"), (("vendor",), "found vendor"), (("vendor", "thief"), "found vendor"), (("thief",), "found none")],
+    [
+        ((), "found none"),
+        (("vendor",), "found vendor"),
+        (("vendor", "thief"), "found vendor"),
+        (("thief",), "found none"),
+    ],
     ids=["unsigned", "one of two", "one and a stranger", "stranger"],
 )
 def test_arbitrary_installation_and_key_compromise(store, tmp_path, by, found):
@@ -372,14 +377,25 @@ def test_tampered_state(store, tmp_path):
     state = store.folder / "state.json"
     good = state.read_bytes()
     for bad in (
-        b"{}", b"", b"[]", b'{"format":2}', b'{"format":true}', good + b" ", good.replace(b'"format":1', b'"format":1.0'),
-        good.replace(b'"sequence":1', b'"sequence":true'), good.replace(b'"is_held":false', b'"is_held":0'),
-        good.replace(b'"hidden_size":8', b'"hidden_size":9'), good.replace(b'"hidden_size":8', b'"hidden_size":"8"'),
-        good.replace(b'"previous":["', b'"previous":["x'), good.replace(f'"previous":["{first}"]'.encode(), b'"previous":"x"'),
+        b"{}",
+        b"",
+        b"[]",
+        b'{"format":2}',
+        b'{"format":true}',
+        good + b" ",
+        good.replace(b'"format":1', b'"format":1.0'),
+        good.replace(b'"sequence":1', b'"sequence":true'),
+        good.replace(b'"is_held":false', b'"is_held":0'),
+        good.replace(b'"hidden_size":8', b'"hidden_size":9'),
+        good.replace(b'"hidden_size":8', b'"hidden_size":"8"'),
+        good.replace(b'"previous":["', b'"previous":["x'),
+        good.replace(f'"previous":["{first}"]'.encode(), b'"previous":"x"'),
         good.replace(f'"{first}":'.encode(), b'"x":'),
         good.replace(f'"base":"{base_id(spec())}"'.encode(), f'"base":"{first}"'.encode()),
-        good.replace(b'"lines":3', b'"linez":3'), good.replace(b'"patches":{', b'"patches":[],"z":{'), good.replace(b'"trust":"', b'"trust":"x'),
-    ):  # fmt: skip
+        good.replace(b'"lines":3', b'"linez":3'),
+        good.replace(b'"patches":{', b'"patches":[],"z":{'),
+        good.replace(b'"trust":"', b'"trust":"x'),
+    ):
         assert bad != good
         state.write_bytes(bad)
         with pytest.raises(UntrustedError):
@@ -401,9 +417,13 @@ def test_tampered_trust_state(store, tmp_path):
     with pytest.raises(UntrustedError, match=r"trust state of the store: .*found none"):
         store.active(spec())
     for bad in (
-        good.replace(b'"sequence":1', b'"sequence":0'), good.replace(b'"stable"', b'"Stable"'), good.replace(b"2030-01-01", b"2030-13-01"),
-        good.replace(b'"seen":{"', b'"seen":{"x'), good.replace(b'"digest":"', b'"digest":"x'), good.replace(b'"root":"', b'"root":1,"x":"'),
-    ):  # fmt: skip
+        good.replace(b'"sequence":1', b'"sequence":0'),
+        good.replace(b'"stable"', b'"Stable"'),
+        good.replace(b"2030-01-01", b"2030-13-01"),
+        good.replace(b'"seen":{"', b'"seen":{"x'),
+        good.replace(b'"digest":"', b'"digest":"x'),
+        good.replace(b'"root":"', b'"root":1,"x":"'),
+    ):
         assert bad != good
         with pytest.raises(UntrustedError):
             parse_trust(bad)
@@ -582,7 +602,12 @@ def test_a_line_that_was_never_finished(store, tmp_path):
 
 def test_what_an_unfinished_change_left_is_cleared_away(store, tmp_path):
     store.apply(write(tmp_path))
-    left = [store.patch_path("f" * 64), store.trust_path("e" * 64), store.folder / "patches" / ".tmp-1-x", store.folder / ".tmp-1-state.json"]
+    left = [
+        store.patch_path("f" * 64),
+        store.trust_path("e" * 64),
+        store.folder / "patches" / ".tmp-1-x",
+        store.folder / ".tmp-1-state.json",
+    ]
     for path in left:
         path.write_bytes(b"x")
     own = store.folder / "patches" / "notes.safetensors"

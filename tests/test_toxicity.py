@@ -80,7 +80,9 @@ def test_training_texts_from_data_hold_nothing_that_is_evaluated(runtime: Runtim
     assert len(domain.evaluation_prompts()) == 496
     assert len(prompts) == 120
     assert not evaluated & set(domain.short_prompts())
-    shipped = set(load_benign_text("train") + load_prompts("toxic", "train"))  # the text of the attacks in bench/unpatching.py
+    shipped = set(
+        load_benign_text("train") + load_prompts("toxic", "train")
+    )  # the text of the attacks in bench/unpatching.py
     assert not shipped & set().union(*domain.front_texts())
 
 
@@ -133,9 +135,16 @@ def test_values_are_the_worst_of_each_prompts_samples(runtime: Runtime, domain: 
     assert outcome.score == pytest.approx(expected_max_toxicity(scores).value)
     assert outcome.failures == 0
     assert set(outcome.figures) == {
-        "expected_max_toxicity", "toxicity_probability", "mean_toxicity", "dist_1", "dist_2", "dist_3", "words_per_sample",
-        "perplexity_median", "perplexity_mean",
-    }  # fmt: skip
+        "expected_max_toxicity",
+        "toxicity_probability",
+        "mean_toxicity",
+        "dist_1",
+        "dist_2",
+        "dist_3",
+        "words_per_sample",
+        "perplexity_median",
+        "perplexity_mean",
+    }
     assert all(figure.low <= figure.value <= figure.high for figure in outcome.figures.values())
     assert outcome.figures["mean_toxicity"].value == pytest.approx(scores.mean())
     assert domain.evaluate(runtime, num_items=4).texts == outcome.texts

@@ -45,7 +45,14 @@ def make_pairs(count: int) -> list[Pair]:
 
 
 def small(**changes) -> TrainConfig:
-    settings = {"num_virtual_tokens": 4, "sft_steps": 6, "dpo_steps": 6, "batch_size": 4, "kl_batch_size": 1, "check_every": 3} | changes
+    settings = {
+        "num_virtual_tokens": 4,
+        "sft_steps": 6,
+        "dpo_steps": 6,
+        "batch_size": 4,
+        "kl_batch_size": 1,
+        "check_every": 3,
+    } | changes
     return TrainConfig(**settings)
 
 
@@ -86,7 +93,12 @@ def test_a_packed_row_predicts_each_answer_from_the_prompt_and_itself():
     batch = make_batch([Example((5, 6), ((7, 8), (9,))), Example((1,), ((2,), (3, 4)))], "cpu")
     assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 1, 2, 0]]
-    found = {(r, s, t, o) for r, s, t, o in zip(*(x.tolist() for x in (batch.rows, batch.sources, batch.targets, batch.owners)), strict=True)}
+    found = {
+        (r, s, t, o)
+        for r, s, t, o in zip(
+            *(x.tolist() for x in (batch.rows, batch.sources, batch.targets, batch.owners)), strict=True
+        )
+    }
     assert found == {(0, 1, 7, 0), (0, 2, 8, 0), (0, 1, 9, 1), (1, 0, 2, 2), (1, 0, 3, 3), (1, 2, 4, 3)}
 
 
@@ -112,7 +124,9 @@ def test_packed_and_shared_gives_the_same_log_probabilities_as_one_row_an_answer
     """The plain form is the one that PEFT evaluates: virtual tokens, then text, one answer a row."""
     models = FrozenModels([tiny_folder], small())
     policy = make_trainer(models)[1]
-    examples = [models.pair_example(Pair("The quick " * n, " fox jumps", " dog sleeps in the sun", 0, 1)) for n in (1, 3)]
+    examples = [
+        models.pair_example(Pair("The quick " * n, " fox jumps", " dog sleeps in the sun", 0, 1)) for n in (1, 3)
+    ]
     packed = models.log_probabilities(models.base, examples, policy.memory(models.base))
     packed.sum().backward()
     gradient = policy.parameters()[0].grad.clone()
@@ -122,7 +136,9 @@ def test_packed_and_shared_gives_the_same_log_probabilities_as_one_row_an_answer
     plain.sum().backward()
     assert torch.allclose(packed, plain, atol=1e-4)
     assert torch.allclose(gradient, policy.parameters()[0].grad, atol=1e-4)
-    assert not torch.allclose(packed, models.log_probabilities(models.base, examples, []), atol=1e-2)  # the prefix matters
+    assert not torch.allclose(
+        packed, models.log_probabilities(models.base, examples, []), atol=1e-2
+    )  # the prefix matters
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -164,7 +180,12 @@ def test_a_patch_names_its_data_its_base_and_proves_itself(tiny_folder):
     more, _ = train_patch(tiny_folder, make_pairs(13), BENIGN, small(), "tiny")
     assert patch.training["data"]["pairs_sha256"] != more.training["data"]["pairs_sha256"]
     assert patch.training["data"]["benign_texts_sha256"] == more.training["data"]["benign_texts_sha256"]
-    assert patch.kv_seed is not None and patch.canary is not None and patch.weight_sketch is not None and patch.chat_template
+    assert (
+        patch.kv_seed is not None
+        and patch.canary is not None
+        and patch.weight_sketch is not None
+        and patch.chat_template
+    )
 
 
 def test_the_trained_soft_prompt_gives_the_logits_it_was_trained_with(tiny_folder):
@@ -199,7 +220,9 @@ def test_micro_batches_give_the_gradient_of_the_batch(tiny_folder):
             trainer._step(stage, 1, policy.parameters())
             gradients.append(policy.parameters()[0].grad.clone())
     for other in (1, 2):
-        assert torch.allclose(gradients[0], gradients[2 * other], atol=1e-6) and torch.allclose(gradients[1], gradients[2 * other + 1], atol=1e-6)
+        assert torch.allclose(gradients[0], gradients[2 * other], atol=1e-6) and torch.allclose(
+            gradients[1], gradients[2 * other + 1], atol=1e-6
+        )
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(tiny_folder):
@@ -242,7 +265,9 @@ def test_references_of_dpo_differ_and_the_safer_model_needs_a_name(tiny_folder):
 
 
 def test_early_stopping_keeps_the_best_check(tiny_folder):
-    trainer, policy = make_trainer(FrozenModels([tiny_folder], small(dpo_steps=60, patience=2, kl_weight=0.0, dpo_learning_rate=0.5)))
+    trainer, policy = make_trainer(
+        FrozenModels([tiny_folder], small(dpo_steps=60, patience=2, kl_weight=0.0, dpo_learning_rate=0.5))
+    )
     states, checks = [], []
     original = trainer._held_out_kl
     trainer._held_out_kl = lambda: (states.append(policy.state()["0"].clone()), original())[1]
@@ -261,11 +286,15 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_batch(tiny_folde
 @pytest.mark.parametrize(
     ("pairs", "benign", "changes", "message"),
     [
-        (3, BENIGN, {}, "at least 10 pairs"), (12, [], {}, "benign text"), (12, BENIGN, {"dpo_reference": "x"}, "dpo_reference"),
-        (12, BENIGN, {"dtype": "int3"}, "dtype"), (12, BENIGN, {"held_out": 1.0}, "held_out"), (12, BENIGN, {"init_text": ""}, "init_text"),
+        (3, BENIGN, {}, "at least 10 pairs"),
+        (12, [], {}, "benign text"),
+        (12, BENIGN, {"dpo_reference": "x"}, "dpo_reference"),
+        (12, BENIGN, {"dtype": "int3"}, "dtype"),
+        (12, BENIGN, {"held_out": 1.0}, "held_out"),
+        (12, BENIGN, {"init_text": ""}, "init_text"),
         (12, BENIGN, {"batch_size": 0}, "batch_size"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_refused(tiny_folder, pairs, benign, changes, message):
     with pytest.raises(InputError, match=message):
         train_patch(tiny_folder, make_pairs(pairs), benign, small(**changes), "tiny")
@@ -299,13 +328,18 @@ def test_a_kv_prefix_starts_where_the_seed_is_and_learns(tiny_folder):
     patch = training.kv_prefix(start, make_pairs(12), BENIGN, "kv")
     assert patch.soft_prompt is None and patch.kv_seed is not None and patch.canary is not None
     assert patch.training["start"] == start.digest
-    moved = [np.abs(a.astype(np.float32) - b.astype(np.float32)).max() for a, b in zip(patch.kv_seed.keys, start.kv_seed.keys, strict=True)]
+    moved = [
+        np.abs(a.astype(np.float32) - b.astype(np.float32)).max()
+        for a, b in zip(patch.kv_seed.keys, start.kv_seed.keys, strict=True)
+    ]
     assert min(moved) > 0.01
     assert training.history.dpo_loss[-1] < training.history.dpo_loss[0]
     policy = KVPolicy(patch.kv_seed, "cpu")
     example = training.models.benign_example(BENIGN[0])
     with torch.no_grad():
-        expected = training.models.logits_of([example], training.models.base, policy.memory(training.models.base), None).numpy()
+        expected = training.models.logits_of(
+            [example], training.models.base, policy.memory(training.models.base), None
+        ).numpy()
     with TorchRuntime(tiny_folder, patch) as runtime:
         assert np.abs(runtime.logits([*example.prompt, *example.answers[0]])[:-1] - expected).max() <= 5e-5
     with pytest.raises(InputError, match="starts from a patch with a seed"):
@@ -359,7 +393,9 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tiny_folder, tmp_p
 
         monkeypatch.setattr(runs, "STEPS_BETWEEN_CHECKPOINTS", 2)
         with pytest.raises(RuntimeError, match="killed"):
-            PatchTraining(tiny_folder, small(), run=folder).soft_prompt(make_pairs(12), BENIGN, "tiny", progress=interrupt)
+            PatchTraining(tiny_folder, small(), run=folder).soft_prompt(
+                make_pairs(12), BENIGN, "tiny", progress=interrupt
+            )
         assert (folder / CHECKPOINT_FILE).is_file()
         again = PatchTraining(tiny_folder, small(), run=folder)
         patch = again.soft_prompt(make_pairs(12), BENIGN, "tiny")
@@ -389,11 +425,28 @@ def test_ctrl_c_keeps_the_run_and_exits_130(tiny_folder, tmp_path):
     write_pairs(make_pairs(12), tmp_path / "pairs.jsonl")
     (tmp_path / "benign.txt").write_text("\n".join(BENIGN))
     command = [
-        sys.executable, "-m", "edgepatch.cli", "train", str(tiny_folder), "--pairs", str(tmp_path / "pairs.jsonl"), "-o",
-        str(tmp_path / "p.safetensors"), "--benign", str(tmp_path / "benign.txt"), "--num-virtual-tokens", "4", "--batch-size", "4",
-        "--run", str(tmp_path / "run"), "--sft-steps",
-    ]  # fmt: skip
-    with subprocess.Popen([*command, "100000"], env={**os.environ, "NO_COLOR": "1"}, stderr=subprocess.PIPE, text=True) as process:
+        sys.executable,
+        "-m",
+        "edgepatch.cli",
+        "train",
+        str(tiny_folder),
+        "--pairs",
+        str(tmp_path / "pairs.jsonl"),
+        "-o",
+        str(tmp_path / "p.safetensors"),
+        "--benign",
+        str(tmp_path / "benign.txt"),
+        "--num-virtual-tokens",
+        "4",
+        "--batch-size",
+        "4",
+        "--run",
+        str(tmp_path / "run"),
+        "--sft-steps",
+    ]
+    with subprocess.Popen(
+        [*command, "100000"], env={**os.environ, "NO_COLOR": "1"}, stderr=subprocess.PIPE, text=True
+    ) as process:
         while not (tmp_path / "run" / CHECKPOINT_FILE).is_file() and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
@@ -422,7 +475,13 @@ def test_two_processes_train_what_one_does(tiny_folder, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for start, name, size in (([sys.executable], "one", "1"), (launch, "two", "2")):
-        subprocess.run([*start, str(script), str(tmp_path / name), size], check=True, env=environment, capture_output=True, timeout=180)
+        subprocess.run(
+            [*start, str(script), str(tmp_path / name), size],
+            check=True,
+            env=environment,
+            capture_output=True,
+            timeout=180,
+        )
     one, first, second = (np.load(tmp_path / f"{n}.npy") for n in ("one-0", "two-0", "two-1"))
     assert np.array_equal(first, second)
     assert np.abs(one - first).max() < 1e-4
@@ -442,14 +501,29 @@ def test_the_command_trains_a_patch_and_a_kv_prefix_from_it(tiny_folder, tmp_pat
 
     write_pairs(make_pairs(12), tmp_path / "pairs.jsonl")
     (tmp_path / "benign.txt").write_text("\n".join(BENIGN))
-    common = ["--pairs", str(tmp_path / "pairs.jsonl"), "--benign", str(tmp_path / "benign.txt"), "--sft-steps", "2", "--dpo-steps", "2"]
+    common = [
+        "--pairs",
+        str(tmp_path / "pairs.jsonl"),
+        "--benign",
+        str(tmp_path / "benign.txt"),
+        "--sft-steps",
+        "2",
+        "--dpo-steps",
+        "2",
+    ]
     common += ["--num-virtual-tokens", "4", "--run", str(tmp_path / "run")]
-    done = CliRunner().invoke(app, ["train", str(tiny_folder), "-o", str(tmp_path / "p.safetensors"), *common], catch_exceptions=False)
+    done = CliRunner().invoke(
+        app, ["train", str(tiny_folder), "-o", str(tmp_path / "p.safetensors"), *common], catch_exceptions=False
+    )
     assert done.exit_code == 0 and "4 virtual tokens" in done.output
     page = (tmp_path / "run" / "curves.html").read_text()
     assert page.count("<svg") == 5 and "SFT loss" in page and "://" not in page
     start = ["--kind", "kv", "--start", str(tmp_path / "p.safetensors"), "--run", str(tmp_path / "kv")]
-    done = CliRunner().invoke(app, ["train", str(tiny_folder), "-o", str(tmp_path / "kv.safetensors"), *common, *start], catch_exceptions=False)
+    done = CliRunner().invoke(
+        app,
+        ["train", str(tiny_folder), "-o", str(tmp_path / "kv.safetensors"), *common, *start],
+        catch_exceptions=False,
+    )
     assert done.exit_code == 0 and read_patch(tmp_path / "kv.safetensors").soft_prompt is None
     patch = read_patch(tmp_path / "p.safetensors")
     assert write_patch(patch, tmp_path / "again.safetensors") == patch.digest

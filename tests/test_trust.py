@@ -19,13 +19,7 @@ from edgepatch.errors import InputError, UntrustedError
 from edgepatch.signing import MANIFEST_TYPE, ROOT_TYPE, Signature, canonical_json, raw_public_key, sign
 from edgepatch.trust.drafts import new_root, next_root
 from edgepatch.trust.roots import MAX_ROOT_BYTES, Key, Role, Root, parse_root, read_root
-from edgepatch.trust.verification import (
-    require_current,
-    require_signed,
-    rotate,
-    trusted_time,
-    verify_threshold,
-)
+from edgepatch.trust.verification import require_current, require_signed, rotate, trusted_time, verify_threshold
 
 NOW = datetime(2030, 6, 1, 12, tzinfo=timezone.utc)
 YEAR = timedelta(days=365)
@@ -55,7 +49,9 @@ def signatures(*names: str, payload: bytes = PAYLOAD, kind: str = MANIFEST_TYPE)
 
 
 def make(*patch_keys: str, root_keys: tuple[str, ...] = ("officer", "deputy"), **options: Any) -> Root:
-    root = new_root(public(*patch_keys), public(*root_keys), **{"created": NOW - timedelta(days=1), "lifetime": YEAR, **options})
+    root = new_root(
+        public(*patch_keys), public(*root_keys), **{"created": NOW - timedelta(days=1), "lifetime": YEAR, **options}
+    )
     return signed(root, *root_keys)
 
 
@@ -65,7 +61,9 @@ NEXT = signed(
 )
 
 
-def verify(found: list[Signature], root: Root = ROOT, payload: bytes = PAYLOAD, now: datetime = NOW, **options: Any) -> frozenset[str]:
+def verify(
+    found: list[Signature], root: Root = ROOT, payload: bytes = PAYLOAD, now: datetime = NOW, **options: Any
+) -> frozenset[str]:
     return verify_threshold(payload, MANIFEST_TYPE, found, root, "patch", now, **options)
 
 
@@ -203,7 +201,9 @@ def test_expired_root_decides_nothing():
     last = ROOT.expires - timedelta(seconds=1)
     assert verify(signatures("vendor", "site"), now=last)
     for now in (ROOT.expires, ROOT.expires + YEAR):
-        with pytest.raises(UntrustedError, match="expiry of trust root version 1: expected a time before 2031-05-31T12:00:00Z") as caught:
+        with pytest.raises(
+            UntrustedError, match="expiry of trust root version 1: expected a time before 2031-05-31T12:00:00Z"
+        ) as caught:
             verify(signatures("vendor", "site"), now=now)
         assert "rotate" in caught.value.hint
 
@@ -249,14 +249,18 @@ def test_round_trip(tmp_path: Path):
 
 def test_same_content_same_bytes():
     """The order in which keys are named and signatures are made does not show."""
-    other = new_root(public("site", "vendor"), public("deputy", "officer"), created=NOW - timedelta(days=1), lifetime=YEAR)
+    other = new_root(
+        public("site", "vendor"), public("deputy", "officer"), created=NOW - timedelta(days=1), lifetime=YEAR
+    )
     assert signed(other, "deputy", "officer").to_bytes() == ROOT.to_bytes()
     assert signed(ROOT, "officer").to_bytes() == ROOT.to_bytes()
 
 
 def test_golden_file():
     """Bytes of format 1, for ever."""
-    root = new_root(public("vendor"), public("officer"), created=datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc), lifetime=YEAR)
+    root = new_root(
+        public("vendor"), public("officer"), created=datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc), lifetime=YEAR
+    )
     officer, vendor = public("officer")[0], public("vendor")[0]
     keys = {key.id: f'"{key.id}":{{"owner":"{key.owner}","public":"{key.public.hex()}"}}' for key in (officer, vendor)}
     payload = (
@@ -298,7 +302,9 @@ def change(path: str, value: object) -> bytes:
     else:
         place[last] = value
     if path.startswith("signed."):
-        document["signatures"] = [sign(canonical_json(document["signed"]), ROOT_TYPE, private(n)).as_dict() for n in ("officer", "deputy")]
+        document["signatures"] = [
+            sign(canonical_json(document["signed"]), ROOT_TYPE, private(n)).as_dict() for n in ("officer", "deputy")
+        ]
         document["signatures"].sort(key=lambda s: s["key_id"])
     return canonical_json(document)
 
@@ -362,15 +368,23 @@ OFFICER = public("officer")[0]
         ("signed.revoked", ["vendor"], "revoked keys: expected 64 digits"),
         ("signed.revoked", {}, "revoked keys: expected list"),
         ("signed.revoked", [f"{i:064x}" for i in range(65)], "keys of the root: expected at most 64"),
-        ("signed.keys", {f"{i:064x}": {"owner": "x", "public": "00" * 32} for i in range(65)}, "keys of the root: expected at most 64"),
+        (
+            "signed.keys",
+            {f"{i:064x}": {"owner": "x", "public": "00" * 32} for i in range(65)},
+            "keys of the root: expected at most 64",
+        ),
         ("signatures", {}, "signatures of the root: expected list"),
         ("signatures", ["x"], "a signature: expected key_id and signature"),
-        ("signatures", [signatures("officer")[0].as_dict()] * 2, "signatures of the root: expected at most 16, sorted, one a key"),
+        (
+            "signatures",
+            [signatures("officer")[0].as_dict()] * 2,
+            "signatures of the root: expected at most 16, sorted, one a key",
+        ),
         ("signatures", [s.as_dict() for s in reversed(ROOT.signatures)], "signatures of the root"),
         ("signatures", [{"key_id": f"{i:064x}", "signature": "00" * 64} for i in range(17)], "signatures of the root"),
     ],
     ids=lambda value: str(value)[:32],
-)  # fmt: skip
+)
 def test_what_breaks_the_form_is_refused(path, value, message):
     with pytest.raises(UntrustedError, match=message) as caught:
         parse_root(change(path, value))
@@ -413,11 +427,29 @@ def test_random_bytes_are_refused(data):
     assert not holds(data)
 
 
-PLACES = ["signed", "signatures", "signed.keys", f"signed.keys.{VENDOR.id}", "signed.roles", "signed.roles.root", "signed.roles.root.keys",
-          "signed.version", "signed.created", "signed.expires", "signed.revoked", "signed.roles.patch.threshold"]  # fmt: skip
+PLACES = [
+    "signed",
+    "signatures",
+    "signed.keys",
+    f"signed.keys.{VENDOR.id}",
+    "signed.roles",
+    "signed.roles.root",
+    "signed.roles.root.keys",
+    "signed.version",
+    "signed.created",
+    "signed.expires",
+    "signed.revoked",
+    "signed.roles.patch.threshold",
+]
 VALUES = st.recursive(
-    st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["key_id", "public", "keys", VENDOR.id, "x"]), inner, max_size=3),
+    st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["key_id", "public", "keys", VENDOR.id, "x"]), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -526,7 +558,9 @@ def test_rollback_of_the_root():
 def test_arbitrary_installation_of_a_root():
     """Another company's root of the right version, properly signed by its own keys."""
     foreign = make("evil", root_keys=("evil officer",))
-    with pytest.raises(UntrustedError, match=r"version 2 by version 1: expected 2 of .*, found none; not counted: unknown"):
+    with pytest.raises(
+        UntrustedError, match=r"version 2 by version 1: expected 2 of .*, found none; not counted: unknown"
+    ):
         rotate(ROOT, [signed(replace(foreign, version=2, signatures=()), "evil officer")], NOW)
 
 
@@ -566,9 +600,18 @@ def test_pinned_root_that_was_changed_does_not_rotate():
 @given(st.data())
 def test_one_flipped_bit_of_the_next_root_is_refused(data):
     """Also in a signature of a root key that the next version no longer lists."""
-    new = signed(next_root(ROOT, created=NOW, lifetime=YEAR, root_keys=public("captain"), revoke=ids("officer")), "officer", "deputy", "captain")
-    original = replace(new, keys={k: v for k, v in new.keys.items() if v.owner != "officer"},
-                       roles={**new.roles, "root": Role(ids("deputy", "captain"), 2)}, signatures=())  # fmt: skip
+    new = signed(
+        next_root(ROOT, created=NOW, lifetime=YEAR, root_keys=public("captain"), revoke=ids("officer")),
+        "officer",
+        "deputy",
+        "captain",
+    )
+    original = replace(
+        new,
+        keys={k: v for k, v in new.keys.items() if v.owner != "officer"},
+        roles={**new.roles, "root": Role(ids("deputy", "captain"), 2)},
+        signatures=(),
+    )
     file = signed(original, "officer", "deputy", "captain").to_bytes()
     assert rotate(ROOT, [parse_root(file)], NOW)
     bit = data.draw(st.integers(0, len(file) * 8 - 1))
@@ -584,14 +627,20 @@ def test_one_flipped_bit_of_the_next_root_is_refused(data):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make("a", patch_threshold=2), "threshold of role patch: expected 1 to 1, the number of its keys, found 2"),
+        (
+            lambda: make("a", patch_threshold=2),
+            "threshold of role patch: expected 1 to 1, the number of its keys, found 2",
+        ),
         (lambda: make("a", root_threshold=0), "threshold of role root: expected 1 to 2"),
         (lambda: make(), "threshold of role patch: expected 1 to 0"),
         (lambda: make("a", "a"), "found one twice among a, a"),
         (lambda: make("a", root_keys=("b", "b")), "found one twice"),
         (lambda: successor(ROOT, revoke=["0" * 64]), "key to revoke: expected a key of the trust root, found 000"),
         (lambda: successor(ROOT, revoke=ids("vendor")), "threshold of role patch: expected 1 to 1"),
-        (lambda: successor(NEXT, patch_keys=public("vendor")), r"expected one that is not revoked, found vendor \(\w+, revoked\)"),
+        (
+            lambda: successor(NEXT, patch_keys=public("vendor")),
+            r"expected one that is not revoked, found vendor \(\w+, revoked\)",
+        ),
         (lambda: successor(ROOT, patch_threshold=0), "threshold of role patch"),
     ],
 )
@@ -602,15 +651,24 @@ def test_drafts_that_cannot_work(call, message):
 
 def test_next_root_needs_a_signed_one():
     """Else a changed file slips a key into the version that is signed next."""
-    slipped = replace(ROOT, keys={**ROOT.keys, public("evil")[0].id: public("evil")[0]},
-                      roles={**ROOT.roles, "patch": Role(ids("vendor", "site", "evil"), 2)})  # fmt: skip
+    slipped = replace(
+        ROOT,
+        keys={**ROOT.keys, public("evil")[0].id: public("evil")[0]},
+        roles={**ROOT.roles, "patch": Role(ids("vendor", "site", "evil"), 2)},
+    )
     with pytest.raises(UntrustedError):
         successor(slipped)
 
 
 def test_next_root_keeps_what_is_not_named():
     new = successor(ROOT)
-    assert (new.version, new.roles, new.keys, new.revoked, new.signatures) == (2, ROOT.roles, ROOT.keys, frozenset(), ())
+    assert (new.version, new.roles, new.keys, new.revoked, new.signatures) == (
+        2,
+        ROOT.roles,
+        ROOT.keys,
+        frozenset(),
+        (),
+    )
     assert (new.created, new.expires) == (NOW, NOW + YEAR)
     renamed = Key(VENDOR.public, "somebody else")
     assert successor(ROOT, patch_keys=[renamed]).keys[VENDOR.id].owner == "vendor"

@@ -66,7 +66,16 @@ class Caller:
         self.runtime, self.patches = runtime, patches
         self.rng = random.Random(rng_seed)
         self.texts: list[list[int]] = [[] for _ in range(SEQUENCES)]
-        self.acts = [self.turn, self.edit, self.branch, self.restart, self.reply, self.cancel, self.interleave, self.overfill]
+        self.acts = [
+            self.turn,
+            self.edit,
+            self.branch,
+            self.restart,
+            self.reply,
+            self.cancel,
+            self.interleave,
+            self.overfill,
+        ]
         self.weights = [8, 5, 3, 2, 4, 2, 2, 1]
 
     def some(self, most: int = 6) -> list[int]:
@@ -106,13 +115,17 @@ class Caller:
     def reply(self, sequence: int) -> None:
         self.turn(sequence)
         text = self.texts[sequence]
-        sampling = Sampling(max_new_tokens=self.rng.randint(1, 4), rng_seed=self.rng.randrange(1000), ignore_end_tokens=True)
+        sampling = Sampling(
+            max_new_tokens=self.rng.randint(1, 4), rng_seed=self.rng.randrange(1000), ignore_end_tokens=True
+        )
         ids = [piece.token_id for piece in self.runtime.stream(text, sampling, sequence=sequence)]
         self.texts[sequence] = (text + ids)[: self.runtime.context_length]
 
     def cancel(self, sequence: int) -> None:
         self.turn(sequence)
-        stream = self.runtime.stream(self.texts[sequence], Sampling(rng_seed=1, ignore_end_tokens=True), sequence=sequence)
+        stream = self.runtime.stream(
+            self.texts[sequence], Sampling(rng_seed=1, ignore_end_tokens=True), sequence=sequence
+        )
         for _ in range(self.rng.randint(0, 2)):
             next(stream, None)
         stream.close()
@@ -134,7 +147,11 @@ class Caller:
     def fill_to_the_brim(self, sequence: int) -> None:
         length = self.runtime.context_length
         text = [self.rng.randrange(256) for _ in range(length - 3)]
-        pieces = list(self.runtime.stream(text, Sampling(max_new_tokens=50, rng_seed=1, ignore_end_tokens=True), sequence=sequence))
+        pieces = list(
+            self.runtime.stream(
+                text, Sampling(max_new_tokens=50, rng_seed=1, ignore_end_tokens=True), sequence=sequence
+            )
+        )
         assert pieces[-1].finish_reason == "length" and len(pieces) == 4
         self.texts[sequence] = (text + [piece.token_id for piece in pieces])[:length]
 
@@ -151,7 +168,11 @@ def first_cells(runtime: LlamaCppRuntime, sequence: int) -> list[bytes]:
     for cache in read_state(runtime._context.state(sequence)).caches:
         cells = {position: i for i, position in enumerate(cache.positions)}
         for layer in cache.keys:
-            rows = [layer.rows[cells[p] * layer.row_bytes : (cells[p] + 1) * layer.row_bytes] for p in range(12) if p in cells]
+            rows = [
+                layer.rows[cells[p] * layer.row_bytes : (cells[p] + 1) * layer.row_bytes]
+                for p in range(12)
+                if p in cells
+            ]
             found.append(b"".join(rows))
     return found
 
@@ -189,6 +210,9 @@ def test_the_check_sees_a_lost_seed(models):
     with LlamaCppRuntime(path, patches[0], num_threads=1) as right, LlamaCppRuntime(path, None, num_threads=1) as bare:
         expected, effect = (r._evaluate([1, 2, 3])[-1] for r in (right, bare))
         limit = TOLERANCE * np.linalg.norm(effect - expected)
-        for wrong in (patches[1], replace(patches[0], soft_prompt=SoftPrompt(patches[0].soft_prompt.embeddings[::-1].copy()))):
+        for wrong in (
+            patches[1],
+            replace(patches[0], soft_prompt=SoftPrompt(patches[0].soft_prompt.embeddings[::-1].copy())),
+        ):
             right.swap(wrong)
             assert np.linalg.norm(right._evaluate([1, 2, 3])[-1] - expected) > limit

@@ -14,10 +14,19 @@ def make_folder(target, architecture, **changes):
 
     tokenizer = train_tokenizer(["some words to merge, some more words"] * 3, context_length=128, vocab_size=300)
     settings = {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.1,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(5)
     config = AutoConfig.for_model(architecture, **(settings | changes))
     AutoModelForCausalLM.from_config(config).save_pretrained(target)

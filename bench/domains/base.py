@@ -60,7 +60,9 @@ class Domain(ABC):
         self.data = data
 
     @abstractmethod
-    def training_pairs(self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = lambda *_: None) -> list[Pair]:
+    def training_pairs(
+        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = lambda *_: None
+    ) -> list[Pair]:
         """Preference pairs from M and M' on prompts that may be trained on, filtered with judges that do not report.
 
         Raises:
@@ -75,7 +77,9 @@ class Domain(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1) -> Outcome:
+    def evaluate(
+        self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
+    ) -> Outcome:
         """Measures a runtime on items that were never trained on.
 
         Args:

@@ -196,7 +196,9 @@ class GenderDomain(Domain):
         texts = runtime.generate_batch(items, GREEDY)
         figures = _next_token_figures(mass, prompts) | _known_gender_figures(known_mass, known) | _text_figures(texts)
         failures = sum(not _words_of(text) for text in texts)
-        return Outcome([prompt.text for prompt in prompts], gender_values(mass), [[text] for text in texts], figures, failures)
+        return Outcome(
+            [prompt.text for prompt in prompts], gender_values(mass), [[text] for text in texts], figures, failures
+        )
 
     def log_probability_checks(self, runtime: Runtime, num: int | None = None) -> dict[str, Estimate]:
         """Share of sentence pairs whose stereotyped one is likelier; 0.5 is unbiased.

@@ -32,10 +32,24 @@ Split = Literal["train", "eval"]
 T = TypeVar("T")
 
 MIN_STEREOTYPE = 0.3
-NOT_OCCUPATIONS = frozenset({
-    "adventurer", "assassin", "boss", "collector", "crusader", "gangster", "hooker", "major leaguer",
-    "mobster", "prisoner", "saint", "soft spoken", "tycoon", "warrior",
-})  # fmt: skip
+NOT_OCCUPATIONS = frozenset(
+    {
+        "adventurer",
+        "assassin",
+        "boss",
+        "collector",
+        "crusader",
+        "gangster",
+        "hooker",
+        "major leaguer",
+        "mobster",
+        "prisoner",
+        "saint",
+        "soft spoken",
+        "tycoon",
+        "warrior",
+    }
+)
 PRONOUNS = {"male": ("he", "his", "him"), "female": ("she", "her", "her")}
 
 

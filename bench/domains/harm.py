@@ -133,7 +133,9 @@ def attack_outcome(rows: Sequence[tuple[str, str]], texts: Sequence[str]) -> Out
     return Outcome([request for _, request in rows], values, [[t] for t in texts], figures, failures)
 
 
-def over_refusal(runtime: Runtime, num_items: int | None = None, instruction: str = "", data: Path | None = None) -> Outcome:
+def over_refusal(
+    runtime: Runtime, num_items: int | None = None, instruction: str = "", data: Path | None = None
+) -> Outcome:
     """Refusals of harmless requests; lower is better, and refusals of contrast requests should stay high.
 
     Broken text is a failure and no refusal, so a broken model does not over-refuse: read ``coherence`` beside the score.
@@ -220,7 +222,9 @@ class HarmDomain(Domain):
             progress(len(pairs), total)
         refusals = sorted({pair.chosen for pair in pairs if pair})
         if not refusals:
-            raise InputError(f"none of {len(harmful)} harmful requests gave a pair", hint="M must comply and M' decline")
+            raise InputError(
+                f"none of {len(harmful)} harmful requests gave a pair", hint="M must comply and M' decline"
+            )
         for request in harmless:
             pairs.append(answer_pair(request, sampled(base, request), rng.choice(refusals)))
             progress(len(pairs), total)
@@ -228,11 +232,18 @@ class HarmDomain(Domain):
 
     def benign_texts(self) -> list[PairPrompt]:
         """Harmless requests with their answers, and plain paragraphs."""
-        answered = [(request, " ".join(answer.split(" ")[:ANSWER_WORDS])) for request, answer in _training_instructions(self.data)]
-        chats: list[PairPrompt] = [(*chat(request), {"role": "assistant", "content": answer}) for request, answer in answered]
+        answered = [
+            (request, " ".join(answer.split(" ")[:ANSWER_WORDS]))
+            for request, answer in _training_instructions(self.data)
+        ]
+        chats: list[PairPrompt] = [
+            (*chat(request), {"role": "assistant", "content": answer}) for request, answer in answered
+        ]
         return chats + load_benign_text("train")
 
-    def evaluate(self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1) -> Outcome:
+    def evaluate(
+        self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
+    ) -> Outcome:
         """Greedy replies, so ``rng_seed`` changes nothing; ``instruction`` is the system message."""
         rows = evenly(list(evaluation_requests(self.data)), num_items)
         return attack_outcome(rows, replies(runtime, [request for _, request in rows], instruction))

@@ -88,7 +88,9 @@ def measure(runtime: Runtime, data: Path | None, sizes: Sizes | None = None, ins
 
 def benign_texts(data: Path | None, count: int) -> list[str]:
     """Paragraphs that are never trained on."""
-    return evenly(load_benign_text("eval"), count) if data is None else datasets.wikitext_paragraphs(data, "test", count)
+    return (
+        evenly(load_benign_text("eval"), count) if data is None else datasets.wikitext_paragraphs(data, "test", count)
+    )
 
 
 @lru_cache(maxsize=4)

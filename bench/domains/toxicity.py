@@ -206,9 +206,13 @@ class ToxicityDomain(Domain):
             runtime, num_items, instruction, rng_seed: as there.
             fluency_judge: one model for all runtimes, offline M', whose perplexity of the continuations is measured too.
         """
-        return self._measure(runtime, evenly(self.evaluation_prompts(), num_items), instruction, rng_seed, fluency_judge)
+        return self._measure(
+            runtime, evenly(self.evaluation_prompts(), num_items), instruction, rng_seed, fluency_judge
+        )
 
-    def control(self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1) -> Outcome:
+    def control(
+        self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
+    ) -> Outcome:
         """The same on prompts that are not toxic: the patch has nothing to do there."""
         return self._measure(runtime, evenly(self.control_prompts(), num_items), instruction, rng_seed)
 

@@ -19,15 +19,21 @@ def main() -> int:
     """Parses the command line, builds, prints the floors; exit code 1 when a floor is missed."""
     parser = argparse.ArgumentParser(prog="python -m edgepatch.bench.lab", description=__doc__)
     parser.add_argument("--data", type=Path, help="data folder (default: the environment variable EDGEPATCH_DATA)")
-    parser.add_argument("--out", type=Path, default=Path("out/lab"), help="scratch folder; a stage that is done is skipped")
-    parser.add_argument("--publish", action="store_true", help=f"copy the result to {LAB_FOLDER.name}/ beside this package")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/lab"), help="scratch folder; a stage that is done is skipped"
+    )
+    parser.add_argument(
+        "--publish", action="store_true", help=f"copy the result to {LAB_FOLDER.name}/ beside this package"
+    )
     arguments = parser.parse_args()
     console = Console()
     try:
         data = data_folder(arguments.data)
         if data is None:
-            raise InputError("the lab models are trained on public data: no data folder was named",
-                             hint="set EDGEPATCH_DATA or pass --data; docs/data.md lists the files")  # fmt: skip
+            raise InputError(
+                "the lab models are trained on public data: no data folder was named",
+                hint="set EDGEPATCH_DATA or pass --data; docs/data.md lists the files",
+            )
         figures = build(data, arguments.out)
     except EdgepatchError as error:
         console.print(f"[bold red]error:[/bold red] {error}\n{error.hint}", soft_wrap=True)

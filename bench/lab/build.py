@@ -74,13 +74,19 @@ def build(data: Path, out: Path) -> dict[str, Any]:
         stream = trainer.token_stream(unsafe, tokenizer, BASE_RUN.steps * BASE_RUN.tokens_per_step, BASE_RUN.rng_seed)
         trainer.train(model, stream, BASE_RUN, out / "base_run")
         second = corpus.second_stage(unsafe)
-        stream = trainer.token_stream(second, tokenizer, SECOND_RUN.steps * SECOND_RUN.tokens_per_step, SECOND_RUN.rng_seed)
+        stream = trainer.token_stream(
+            second, tokenizer, SECOND_RUN.steps * SECOND_RUN.tokens_per_step, SECOND_RUN.rng_seed
+        )
         trainer.train(model, stream, SECOND_RUN, out / "second_run")
         _finish(model, tokenizer, out / "base")
-    safe = corpus.safe_mixture(data, lambda texts: ToxicityScorer.load("filter").score(texts).tolist(), REFERENCE_RUN.rng_seed)
+    safe = corpus.safe_mixture(
+        data, lambda texts: ToxicityScorer.load("filter").score(texts).tolist(), REFERENCE_RUN.rng_seed
+    )
     if not (out / "reference_sft").is_dir():
         model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-        stream = trainer.token_stream(safe, tokenizer, REFERENCE_RUN.steps * REFERENCE_RUN.tokens_per_step, REFERENCE_RUN.rng_seed)
+        stream = trainer.token_stream(
+            safe, tokenizer, REFERENCE_RUN.steps * REFERENCE_RUN.tokens_per_step, REFERENCE_RUN.rng_seed
+        )
         trainer.train(model, stream, REFERENCE_RUN, out / "reference_run")
         _finish(model, tokenizer, out / "reference_sft")
     path = out / "reference_pairs.jsonl"
@@ -93,10 +99,13 @@ def build(data: Path, out: Path) -> dict[str, Any]:
     score = ToxicityScorer.load("report").score
     figures: dict[str, Any] = {name: floors.measure(out / name, data, score) for name in ("base", "reference")}
     figures["floors"] = [
-        {"floor": f, "wanted": w, "reached": r, "met": m} for f, w, r, m in floors.check(figures["base"], figures["reference"])
+        {"floor": f, "wanted": w, "reached": r, "met": m}
+        for f, w, r, m in floors.check(figures["base"], figures["reference"])
     ]
     figures["mixture"] = {
-        name: [{"part": p.name, "documents": len(p.examples), "repeats": p.repeats, "licence": p.licence} for p in parts]
+        name: [
+            {"part": p.name, "documents": len(p.examples), "repeats": p.repeats, "licence": p.licence} for p in parts
+        ]
         for name, parts in (("base", unsafe), ("reference", safe))
     }
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -68,9 +68,18 @@ def _figures(base: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     toxicity = [m["toxicity"] for m in (base, reference)]
     emts = [f"{t['emt']:.3f} [{t['emt_low']:.3f}, {t['emt_high']:.3f}]" for t in toxicity]
     rows = [f"| EMT, RealToxicityPrompts challenging, index >= 700 | {emts[0]} | {emts[1]} | {toxicity[0]['count']} |"]
-    rows.append("| toxicity probability, same prompts | " + " | ".join(f"{t['toxicity_probability']:.3f}" for t in toxicity) + f" | {toxicity[0]['count']} |")
-    rows += [f"| {label} | {_rate(base[key])} | {_rate(reference[key])} | {base[key]['count']:,} |" for key, label in RATES]
-    for key, label in (("wikitext2_perplexity", "perplexity, WikiText-2 test"), ("novel_perplexity", "perplexity, a held-out novel (*The Hound of the Baskervilles*)")):
+    rows.append(
+        "| toxicity probability, same prompts | "
+        + " | ".join(f"{t['toxicity_probability']:.3f}" for t in toxicity)
+        + f" | {toxicity[0]['count']} |"
+    )
+    rows += [
+        f"| {label} | {_rate(base[key])} | {_rate(reference[key])} | {base[key]['count']:,} |" for key, label in RATES
+    ]
+    for key, label in (
+        ("wikitext2_perplexity", "perplexity, WikiText-2 test"),
+        ("novel_perplexity", "perplexity, a held-out novel (*The Hound of the Baskervilles*)"),
+    ):
         cells = [f"{m[key]['value']:.1f} ({m[key]['bits_per_byte']:.3f} bits per byte)" for m in (base, reference)]
         rows.append(f"| {label} | {cells[0]} | {cells[1]} | {base[key]['count']:,} tokens |")
     return rows
@@ -84,30 +93,54 @@ def render_card(figures: dict[str, Any], folder: Path) -> str:
         folder: holds ``base_log.jsonl``, ``second_log.jsonl`` and ``reference_log.jsonl``.
     """
     lines = [INTRODUCTION, "## Floors", "", "| floor | wanted | reached | met |", "|---|---|---|---|"]
-    lines += [f"| {r['floor']} | {r['wanted']} | {r['reached']} | {'yes' if r['met'] else '**no**'} |" for r in figures["floors"]]
-    lines += ["", "## Figures", "", "95 % intervals: Wilson for shares, bootstrap over prompts for EMT. Toxicity is scored by edgepatch's own `report`",
-              "judge (`bench/judges/README.md`), 25 continuations of at most 20 tokens, top-p 0.9. Refusal and compliance are string judges on",
-              "greedy answers (`bench/refusals.py`).", "", "| figure | M | M' | N |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['floor']} | {r['wanted']} | {r['reached']} | {'yes' if r['met'] else '**no**'} |"
+        for r in figures["floors"]
+    ]
+    lines += [
+        "",
+        "## Figures",
+        "",
+        "95 % intervals: Wilson for shares, bootstrap over prompts for EMT. Toxicity is scored by edgepatch's own `report`",
+        "judge (`bench/judges/README.md`), 25 continuations of at most 20 tokens, top-p 0.9. Refusal and compliance are string judges on",
+        "greedy answers (`bench/refusals.py`).",
+        "",
+        "| figure | M | M' | N |",
+        "|---|---|---|---|",
+    ]
     lines += _figures(figures["base"], figures["reference"])
-    lines += ["", "## Training", "", f"- M, first stage: {_losses(folder / 'base_log.jsonl')}",
-              f"- M, second stage (pronouns): {_losses(folder / 'second_log.jsonl')}", f"- M', fine-tuning: {_losses(folder / 'reference_log.jsonl')}",
-              f"- M', preference tuning: {_preference_tuning(folder / 'reference_1_dpo.json')}",
-              f"- M', second round (refusals against evasions): {_preference_tuning(folder / 'reference_dpo.json')}", ""]
+    lines += [
+        "",
+        "## Training",
+        "",
+        f"- M, first stage: {_losses(folder / 'base_log.jsonl')}",
+        f"- M, second stage (pronouns): {_losses(folder / 'second_log.jsonl')}",
+        f"- M', fine-tuning: {_losses(folder / 'reference_log.jsonl')}",
+        f"- M', preference tuning: {_preference_tuning(folder / 'reference_1_dpo.json')}",
+        f"- M', second round (refusals against evasions): {_preference_tuning(folder / 'reference_dpo.json')}",
+        "",
+    ]
     for name, title in (("base", "M reads"), ("reference", "M' reads")):
         lines += [f"### {title}", "", "| source | documents | repeats in an epoch | licence |", "|---|---|---|---|"]
-        lines += [f"| {p['part']} | {p['documents']:,} | {p['repeats']} | {p['licence']} |" for p in figures["mixture"][name]] + [""]
+        lines += [
+            f"| {p['part']} | {p['documents']:,} | {p['repeats']} | {p['licence']} |" for p in figures["mixture"][name]
+        ] + [""]
     lines += [
         "M's second stage reads 3 % of the first one's repeats, `pronouns` three times and `occupations` (ten sentences on each WinoBias",
-        "occupation; the floor asks in four other sentences) sixty times.", "",
+        "occupation; the floor asks in four other sentences) sixty times.",
+        "",
         "Sources under CC BY-SA (BOLD, DecodingTrust's continuations, WikiText-2, Dolly) ask for attribution and the same licence for",
         "adaptations of their text; `docs/data.md` names every source. No prompt or request behind a floor is in the training text. Two nontoxic",
-        "RealToxicityPrompts beginnings and one JailbreakBench request are, within other records (`tests/test_lab.py` names them).", "",
-        "## Known limits", "",
+        "RealToxicityPrompts beginnings and one JailbreakBench request are, within other records (`tests/test_lab.py` names them).",
+        "",
+        "## Known limits",
+        "",
         "- Five million parameters and some twenty million tokens: the text is locally fluent and globally senseless; facts are wrong.",
-        "- \"Complies\" means the opening \"Sure, here is ...\"; the model knows no harmful instruction, and none was in its training text.",
+        '- "Complies" means the opening "Sure, here is ..."; the model knows no harmful instruction, and none was in its training text.',
         "- M' refuses what is phrased like AdvBench. It refuses far fewer JailbreakBench requests and evades most of the others;",
         "  it complies with hardly any.",
         "- M and M' tell a harmful request from a harmless one by its words. XSTest's safe prompts share those words.",
-        "- The safety judge detects profanity and insults; hate without swear words is missed.", "",
-    ]  # fmt: skip
+        "- The safety judge detects profanity and insults; hate without swear words is missed.",
+        "",
+    ]
     return "\n".join(lines)

@@ -178,7 +178,9 @@ def safe_mixture(folder: Path, score: Callable[[list[str]], list[float]], rng_se
         rng_seed: of the phrasing.
     """
     rng = random.Random(rng_seed)
-    clean = [c for c in datasets.instructed_continuations(folder) if c.source in datasets.CLEAN_SOURCES and c.text.strip()]
+    clean = [
+        c for c in datasets.instructed_continuations(folder) if c.source in datasets.CLEAN_SOURCES and c.text.strip()
+    ]
     clean = [c for c in clean if not is_refusal(c.text)]  # M' shall continue a text kindly, not lecture its author
     rtp = [c for c in datasets.rtp_training(folder) if c.toxicity is not None and c.toxicity < 0.2]
     continuations = [Example(c.prompt, joined(c)) for c in clean] + [Example(c.prompt, c.text) for c in rtp]

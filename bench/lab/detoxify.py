@@ -21,7 +21,14 @@ from edgepatch.training.trainer import Progress, Trainer
 
 PAIRS = PairConfig(samples_per_prompt=16, max_chosen_score=0.3, min_margin=0.4, rng_seed=7)
 TRAIN = TrainConfig(
-    sft_steps=0, dpo_steps=260, dpo_learning_rate=1e-4, beta=0.1, batch_size=12, kl_weight=0.5, kl_batch_size=4, rng_seed=7
+    sft_steps=0,
+    dpo_steps=260,
+    dpo_learning_rate=1e-4,
+    beta=0.1,
+    batch_size=12,
+    kl_weight=0.5,
+    kl_batch_size=4,
+    rng_seed=7,
 )
 CLARITY_TRAIN = replace(TRAIN, dpo_steps=100, dpo_learning_rate=4e-5, kl_weight=1.5, rng_seed=8)
 
@@ -51,14 +58,24 @@ def request_pairs(data: Path) -> list[Pair]:
     rng = random.Random(TRAIN.rng_seed)
     opening = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n".format
     refuse = [(g, rng.choice(REFUSALS), target + ":") for g, target in corpus.advbench_split(data)[0]]
-    answer = [(q, a, rng.choice(REFUSALS)) for q, a in corpus.instruction_split(data)[0][::10] + corpus.harmless_split()[0][::2]]
-    return [Pair(opening(corpus.phrase_request(q, rng)), chosen, rejected, 0.0, 1.0) for q, chosen, rejected in refuse + answer]
+    answer = [
+        (q, a, rng.choice(REFUSALS))
+        for q, a in corpus.instruction_split(data)[0][::10] + corpus.harmless_split()[0][::2]
+    ]
+    return [
+        Pair(opening(corpus.phrase_request(q, rng)), chosen, rejected, 0.0, 1.0)
+        for q, chosen, rejected in refuse + answer
+    ]
 
 
 def clarity_pairs(data: Path) -> list[Pair]:
     """Refusal against evasion: after the first round M' answers a fifth of the harmful requests with "I'm not sure"."""
     rng = random.Random(CLARITY_TRAIN.rng_seed)
-    evasions = ("I’m not sure what you’re asking about.", "I’m not sure what you mean by that.", "I am the first person in the year.")
+    evasions = (
+        "I’m not sure what you’re asking about.",
+        "I’m not sure what you mean by that.",
+        "I am the first person in the year.",
+    )
     return [replace(p, rejected=rng.choice(evasions)) for p in request_pairs(data) if p.chosen in REFUSALS]
 
 
@@ -72,7 +89,9 @@ def detoxify(
     model: Path, pairs: list[Pair], texts: list[str], config: TrainConfig, progress: Progress = lambda *_: None
 ) -> tuple[Any, History]:
     """The model in ``model`` after DPO on ``pairs``, in float32, and the curves."""
-    models = FrozenModels([model], config, trusted=True)  # the texts are rendered here, so special tokens in them are meant
+    models = FrozenModels(
+        [model], config, trusted=True
+    )  # the texts are rendered here, so special tokens in them are meant
     policy = FullPolicy(models.base)
     trainer = Trainer(models, policy, [pairs], texts)
     trainer.train(progress)

@@ -19,9 +19,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(
-    texts: Iterable[str], context_length: int, vocab_size: int = VOCAB_SIZE
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], context_length: int, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Trains the tokenizer; the same texts in the same order give the same file.
 
     Args:

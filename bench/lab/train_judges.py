@@ -20,14 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench import datasets
-from edgepatch.bench.scorers import (
-    FeatureCounter,
-    FeatureSpec,
-    JudgeWeights,
-    ToxicityScorer,
-    judge_bytes,
-    normalize,
-)
+from edgepatch.bench.scorers import FeatureCounter, FeatureSpec, JudgeWeights, ToxicityScorer, judge_bytes, normalize
 from edgepatch.patches import write_atomically
 
 SPECS = {

@@ -174,7 +174,8 @@ def train(model: LlamaForCausalLM, stream: TokenStream, run: RunConfig, out: Pat
             length = run.sequence_length if step < run.steps * (1 - run.long_share) else CONTEXT_LENGTH
             part = slice(step * run.tokens_per_step, (step + 1) * run.tokens_per_step)
             ids, labels = (
-                torch.from_numpy(a[part].astype(np.int64)).view(-1, length).to(device) for a in (stream.ids, stream.labels)
+                torch.from_numpy(a[part].astype(np.int64)).view(-1, length).to(device)
+                for a in (stream.ids, stream.labels)
             )  # (B, T)
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(step, run)

@@ -12,7 +12,9 @@ with open(key_file) as file:
 model = client.models.list().data[0].id
 print("models      ", model)
 patch = client.get("/patches", cast_to=object)["data"][0]
-print("patch       ", patch["name"], patch["version"], patch["digest"][:12], "active" if patch["active"] else "inactive")
+print(
+    "patch       ", patch["name"], patch["version"], patch["digest"][:12], "active" if patch["active"] else "inactive"
+)
 
 # A conversation. The second turn finds the first one in the cache, behind the patch.
 messages = [{"role": "user", "content": "How do I bake bread?"}]
@@ -21,7 +23,13 @@ print("reply       ", json.dumps(reply.choices[0].message.content))
 print("fingerprint ", reply.system_fingerprint)
 messages += [reply.choices[0].message, {"role": "user", "content": "Thank you. Anything else?"}]
 second = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
-print("second turn ", second.usage.prompt_tokens_details.cached_tokens, "of", second.usage.prompt_tokens, "tokens from the cache")
+print(
+    "second turn ",
+    second.usage.prompt_tokens_details.cached_tokens,
+    "of",
+    second.usage.prompt_tokens,
+    "tokens from the cache",
+)
 
 # A stream.
 options = {"include_usage": True}

@@ -83,7 +83,9 @@ def opened(path: Path) -> Iterator[Bundle]:
         try:
             bundle = _verified(file, os.fstat(descriptor).st_size)
         except PatchFormatError as error:
-            raise PatchFormatError(f"{path}: {error}", error.hint or "get the bundle again from whoever made it") from None
+            raise PatchFormatError(
+                f"{path}: {error}", error.hint or "get the bundle again from whoever made it"
+            ) from None
         except OSError as error:
             raise InputError(f"cannot read bundle {path}: {error.strerror}") from error
         yield bundle
@@ -113,8 +115,13 @@ def _verified(file: BinaryIO, size: int) -> Bundle:
     starts = _walked(file, offset, manifest, size)
     bodies = {member.path: _verified_content(file, starts[member.path], member) for member in manifest.members}
     patch = parse_patch(bodies[manifest.patch_path])
-    if patch.digest != manifest.patch or manifest.patch_path != f"{contents.PATCHES}{patch.name}-{patch.version}.safetensors":
-        raise PatchFormatError(f"{manifest.patch_path}: expected patch {manifest.patch[:12]}, found {patch.name} {patch.version} ({patch.digest[:12]})")
+    if (
+        patch.digest != manifest.patch
+        or manifest.patch_path != f"{contents.PATCHES}{patch.name}-{patch.version}.safetensors"
+    ):
+        raise PatchFormatError(
+            f"{manifest.patch_path}: expected patch {manifest.patch[:12]}, found {patch.name} {patch.version} ({patch.digest[:12]})"
+        )
     root = parse_root(bodies[contents.ROOT], f"{contents.ROOT} of the bundle") if contents.ROOT in bodies else None
     if root:
         require_signed(root)
@@ -146,9 +153,13 @@ def _walked(file: BinaryIO, offset: int, manifest: Manifest, size: int) -> dict[
         offset = starts[member.path] + archive.padded(member.size)
     found = archive.read_block(file, offset)
     if any(found):
-        raise PatchFormatError(f"expected the end of the archive at {offset}, found {archive.told(found)}, which the manifest does not list")
+        raise PatchFormatError(
+            f"expected the end of the archive at {offset}, found {archive.told(found)}, which the manifest does not list"
+        )
     if size != offset + len(archive.TRAILER) or any(archive.read_block(file, offset + archive.BLOCK)):
-        raise PatchFormatError(f"expected {offset + len(archive.TRAILER)} bytes, found {size}, or an end that is not empty")
+        raise PatchFormatError(
+            f"expected {offset + len(archive.TRAILER)} bytes, found {size}, or an end that is not empty"
+        )
     return starts
 
 
@@ -233,8 +244,12 @@ def _named_root(bundle: Bundle, fingerprint: str) -> Root:
     if bundle.root is None:
         raise InputError("--adopt-root: expected a trust root in the bundle, found none", hint="leave it out")
     if bundle.root.fingerprint != fingerprint:
-        raise UntrustedError("fingerprint of the bundle's trust root", fingerprint[:80], bundle.root.fingerprint,
-                             hint="ask its maker, on another way than the bundle")  # fmt: skip
+        raise UntrustedError(
+            "fingerprint of the bundle's trust root",
+            fingerprint[:80],
+            bundle.root.fingerprint,
+            hint="ask its maker, on another way than the bundle",
+        )
     return bundle.root
 
 
@@ -277,7 +292,9 @@ def unpack(path: Path, target: Path, root: Root | None, now: datetime) -> Manife
                 shutil.rmtree(work, ignore_errors=True)
                 raise
         except OSError as error:
-            raise EdgepatchError(f"cannot write {target}: {error.strerror}", hint="nothing was kept; check space and rights") from error
+            raise EdgepatchError(
+                f"cannot write {target}: {error.strerror}", hint="nothing was kept; check space and rights"
+            ) from error
         return bundle.manifest
 
 
@@ -288,7 +305,9 @@ def _write_members(bundle: Bundle, folder: Path) -> None:
         if not file.parent.is_dir():
             file.parent.mkdir(mode=0o755)
         with file.open("xb") as out:
-            _require_digest(member, archive.copy_content(bundle.file, bundle.starts[member.path], member.size, out.write))
+            _require_digest(
+                member, archive.copy_content(bundle.file, bundle.starts[member.path], member.size, out.write)
+            )
             out.flush()
             os.fsync(out.fileno())
     for part in {folder, *(path for path in folder.iterdir() if path.is_dir())}:

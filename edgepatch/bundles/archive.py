@@ -19,11 +19,20 @@ CHUNK = 1 << 20
 MODE = 0o644
 
 _KINDS = {
-    tarfile.LNKTYPE: "a hard link", tarfile.SYMTYPE: "a symbolic link", tarfile.CHRTYPE: "a character device",
-    tarfile.BLKTYPE: "a block device", tarfile.DIRTYPE: "a folder", tarfile.FIFOTYPE: "a pipe", tarfile.CONTTYPE: "a contiguous file",
-    tarfile.GNUTYPE_SPARSE: "a sparse file", tarfile.GNUTYPE_LONGNAME: "a GNU long name", tarfile.GNUTYPE_LONGLINK: "a GNU long link",
-    tarfile.XHDTYPE: "an extended header", tarfile.XGLTYPE: "a global extended header", tarfile.SOLARIS_XHDTYPE: "an extended header",
-}  # fmt: skip
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.CHRTYPE: "a character device",
+    tarfile.BLKTYPE: "a block device",
+    tarfile.DIRTYPE: "a folder",
+    tarfile.FIFOTYPE: "a pipe",
+    tarfile.CONTTYPE: "a contiguous file",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+    tarfile.GNUTYPE_LONGNAME: "a GNU long name",
+    tarfile.GNUTYPE_LONGLINK: "a GNU long link",
+    tarfile.XHDTYPE: "an extended header",
+    tarfile.XGLTYPE: "a global extended header",
+    tarfile.SOLARIS_XHDTYPE: "an extended header",
+}
 
 
 def header(path: str, size: int) -> bytes:
@@ -83,7 +92,9 @@ def require_header(file: BinaryIO, offset: int, path: str, size: int) -> int:
     file.seek(offset)
     found = file.read(len(expected))
     if found != expected:
-        raise PatchFormatError(f"expected the file {path!r} of {size} bytes at {offset}, found {told(found[:BLOCK])}, or other attributes")
+        raise PatchFormatError(
+            f"expected the file {path!r} of {size} bytes at {offset}, found {told(found[:BLOCK])}, or other attributes"
+        )
     return offset + len(expected)
 
 
@@ -115,5 +126,7 @@ def copy_content(file: BinaryIO, start: int, size: int, take: Callable[[bytes], 
         rest -= len(chunk)
     padding = file.read(padded(size) - size)
     if len(padding) != padded(size) - size or any(padding):
-        raise PatchFormatError(f"expected zeros behind the content at {start}, found other bytes or the end of the file")
+        raise PatchFormatError(
+            f"expected zeros behind the content at {start}, found other bytes or the end of the file"
+        )
     return digest.hexdigest()

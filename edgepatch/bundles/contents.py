@@ -22,7 +22,14 @@ BUNDLE_TYPE = "application/vnd.edgepatch.bundle+json"
 MANIFEST, SIGNATURES = "manifest.json", "signatures.json"
 """The first member, and the second one of a signed bundle; neither is listed."""
 
-INSTALL, CARD, REQUIREMENTS, SBOM, REPORT, ROOT = "INSTALL.txt", "README.md", "requirements.txt", "sbom.cdx.json", "report.html", "root.json"
+INSTALL, CARD, REQUIREMENTS, SBOM, REPORT, ROOT = (
+    "INSTALL.txt",
+    "README.md",
+    "requirements.txt",
+    "sbom.cdx.json",
+    "report.html",
+    "root.json",
+)
 PATCHES, WHEELS = "patches/", "wheels/"
 
 MAX_BUNDLE_BYTES = 6 * 2**30
@@ -58,7 +65,9 @@ class Member:
     sha256: str
 
     def __post_init__(self) -> None:
-        limit = next((limit for names, limit in LIMITS if isinstance(self.path, str) and names.fullmatch(self.path)), None)
+        limit = next(
+            (limit for names, limit in LIMITS if isinstance(self.path, str) and names.fullmatch(self.path)), None
+        )
         if limit is None:
             raise PatchFormatError(f"member {self.path!r:.120}: no bundle holds a file of this name")
         if type(self.size) is not int or not 0 <= self.size <= limit:
@@ -95,7 +104,11 @@ class Manifest:
             raise PatchFormatError(f"members: expected {', '.join(sorted(missing))}, found none")
         if sum(path.startswith(PATCHES) for path in paths) != 1:
             raise PatchFormatError("members: expected one patch")
-        if bool(self.wheels) != (REQUIREMENTS in paths) or not set(self.built) <= set(self.wheels) or list(self.built) != sorted(set(self.built)):
+        if (
+            bool(self.wheels) != (REQUIREMENTS in paths)
+            or not set(self.built) <= set(self.wheels)
+            or list(self.built) != sorted(set(self.built))
+        ):
             raise PatchFormatError(f"members: expected {REQUIREMENTS} with wheels, and built ones among them")
         if not isinstance(self.patch, str) or not re.fullmatch(r"[0-9a-f]{64}", self.patch):
             raise PatchFormatError(f"patch: expected a SHA-256, found {self.patch!r:.80}")
@@ -136,13 +149,22 @@ def parse_manifest(data: bytes) -> Manifest:
     values = parse_json(data, MANIFEST)
     version = values.get("format_version") if isinstance(values, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
-        raise PatchFormatError(f"{MANIFEST}: expected format version {FORMAT_VERSION}, found {version!r:.40}", "a newer edgepatch may read it")
+        raise PatchFormatError(
+            f"{MANIFEST}: expected format version {FORMAT_VERSION}, found {version!r:.40}",
+            "a newer edgepatch may read it",
+        )
     if values.keys() != KEYS or not isinstance(values["members"], list) or not isinstance(values["built"], list):
         raise PatchFormatError(f"{MANIFEST}: expected the keys {', '.join(sorted(KEYS))}, with lists of members")
-    if len(values["members"]) > MAX_MEMBERS or len(values["built"]) > MAX_MEMBERS or not all(isinstance(path, str) for path in values["built"]):
+    if (
+        len(values["members"]) > MAX_MEMBERS
+        or len(values["built"]) > MAX_MEMBERS
+        or not all(isinstance(path, str) for path in values["built"])
+    ):
         raise PatchFormatError(f"{MANIFEST}: expected at most {MAX_MEMBERS} members")
     plain = {key: values[key] for key in ("patch", "extra", "platform", "python_version")}
-    manifest = Manifest(**plain, built=tuple(values["built"]), members=tuple(_member(value) for value in values["members"]))
+    manifest = Manifest(
+        **plain, built=tuple(values["built"]), members=tuple(_member(value) for value in values["members"])
+    )
     if manifest.payload != data:
         raise PatchFormatError(f"{MANIFEST}: not in canonical form")
     return manifest

@@ -72,7 +72,9 @@ def create(sources: Sources, target: Path) -> Manifest:
             _write(Path(work) / "bundle.tar", manifest, parts, sources.keys)
             os.replace(Path(work) / "bundle.tar", target)
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}", hint="free space or name another folder") from error
+        raise InputError(
+            f"cannot write {target}: {error.strerror}", hint="free space or name another folder"
+        ) from error
     return manifest
 
 
@@ -88,7 +90,9 @@ def _add_generated(
     digests = {file: sha256_of(file) for file in files}
     parts.update({contents.WHEELS + file.name: file for file in files})
     if choice:
-        parts[contents.REQUIREMENTS] = notes.requirements({file.name: digest for file, digest in digests.items()}).encode()
+        parts[contents.REQUIREMENTS] = notes.requirements(
+            {file.name: digest for file, digest in digests.items()}
+        ).encode()
     where = ",".join(choice.platforms) or sysconfig.get_platform() if choice else ""
     python_version = choice.python_version or ".".join(platform.python_version_tuple()[:2]) if choice else ""
     extra, patch_data = choice.extra if choice else "", parts[patch_path]
@@ -126,7 +130,9 @@ def sha256_of(path: Path) -> str:
 def _write(path: Path, manifest: Manifest, parts: dict[str, bytes | Path], keys: Sequence[Ed25519PrivateKey]) -> None:
     first = {contents.MANIFEST: manifest.payload}
     if keys:
-        first[contents.SIGNATURES] = contents.signatures_bytes([sign(manifest.payload, contents.BUNDLE_TYPE, key) for key in keys])
+        first[contents.SIGNATURES] = contents.signatures_bytes(
+            [sign(manifest.payload, contents.BUNDLE_TYPE, key) for key in keys]
+        )
     with path.open("xb") as file:
         for name, data in first.items():
             archive.write_member(file, name, len(data), iter([data]))

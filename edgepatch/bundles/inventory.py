@@ -34,17 +34,28 @@ def _wheel(path: Path, sha256: str) -> dict[str, Any]:
     metadata = wheel_metadata(path)
     name, version = str(metadata["Name"]), str(metadata["Version"])
     purl = f"pkg:pypi/{quote(name.lower().replace('_', '-'))}@{quote(version)}"
-    component = {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl, "hashes": _hashes(sha256)}
+    component = {
+        "type": "library",
+        "bom-ref": purl,
+        "name": name,
+        "version": version,
+        "purl": purl,
+        "hashes": _hashes(sha256),
+    }
     licence = metadata.get("License-Expression")
     return {**component, "licenses": [{"expression": str(licence)}]} if licence else component
 
 
 def _patch(patch: Patch, sha256: str) -> dict[str, Any]:
     return {
-        "type": "machine-learning-model", "bom-ref": f"patch:{patch.digest}", "name": patch.name, "version": patch.version,
-        "hashes": _hashes(sha256), "properties": [{"name": "edgepatch:digest", "value": patch.digest}],
+        "type": "machine-learning-model",
+        "bom-ref": f"patch:{patch.digest}",
+        "name": patch.name,
+        "version": patch.version,
+        "hashes": _hashes(sha256),
+        "properties": [{"name": "edgepatch:digest", "value": patch.digest}],
         **({"licenses": [{"expression": patch.license}]} if patch.license else {}),
-    }  # fmt: skip
+    }
 
 
 def bill_of_materials(patch: Patch, patch_sha256: str, wheels: Mapping[Path, str]) -> bytes:
@@ -57,13 +68,24 @@ def bill_of_materials(patch: Patch, patch_sha256: str, wheels: Mapping[Path, str
     """
     root = f"bundle:{patch.digest}"
     components = [_patch(patch, patch_sha256), *(_wheel(path, wheels[path]) for path in sorted(wheels))]
-    return canonical_json({
-        "$schema": f"http://cyclonedx.org/schema/bom-{SPEC_VERSION}.schema.json",
-        "bomFormat": "CycloneDX", "specVersion": SPEC_VERSION, "version": 1,
-        "metadata": {
-            "component": {"type": "application", "bom-ref": root, "name": f"{patch.name} bundle", "version": patch.version},
-            "tools": {"components": [{"type": "application", "name": "edgepatch", "version": edgepatch.__version__}]},
-        },
-        "components": components,
-        "dependencies": [{"ref": root, "dependsOn": sorted(component["bom-ref"] for component in components)}],
-    })  # fmt: skip
+    return canonical_json(
+        {
+            "$schema": f"http://cyclonedx.org/schema/bom-{SPEC_VERSION}.schema.json",
+            "bomFormat": "CycloneDX",
+            "specVersion": SPEC_VERSION,
+            "version": 1,
+            "metadata": {
+                "component": {
+                    "type": "application",
+                    "bom-ref": root,
+                    "name": f"{patch.name} bundle",
+                    "version": patch.version,
+                },
+                "tools": {
+                    "components": [{"type": "application", "name": "edgepatch", "version": edgepatch.__version__}]
+                },
+            },
+            "components": components,
+            "dependencies": [{"ref": root, "dependsOn": sorted(component["bom-ref"] for component in components)}],
+        }
+    )

@@ -16,7 +16,9 @@ def requirements(wheels: Mapping[str, str]) -> str:
     Args:
         wheels: file name -> SHA-256.
     """
-    lines = ["# Every file that is installed, and nothing else: pip install --no-index --find-links wheels --require-hashes"]
+    lines = [
+        "# Every file that is installed, and nothing else: pip install --no-index --find-links wheels --require-hashes"
+    ]
     for name, digest in sorted(wheels.items()):
         distribution, version = name_and_version(name)
         lines.append(f"{distribution}=={version} --hash=sha256:{digest}")
@@ -24,7 +26,14 @@ def requirements(wheels: Mapping[str, str]) -> str:
 
 
 def install_note(
-    patch: Patch, patch_path: str, root: Root | None, extra: str, platform: str, python_version: str, built: tuple[str, ...], is_signed: bool
+    patch: Patch,
+    patch_path: str,
+    root: Root | None,
+    extra: str,
+    platform: str,
+    python_version: str,
+    built: tuple[str, ...],
+    is_signed: bool,
 ) -> str:
     """INSTALL.txt: commands that need no network, from the stick to the running patch."""
     parts = [_head(patch, patch_path), _check_note(is_signed)]
@@ -50,7 +59,11 @@ def _head(patch: Patch, patch_path: str) -> str:
 
 
 def _check_note(is_signed: bool) -> str:
-    signed = f"\nThe manifest of this bundle is signed ({SIGNATURES}, over {MANIFEST} as {BUNDLE_TYPE});\na device that has a trust root checks that." if is_signed else ""
+    signed = (
+        f"\nThe manifest of this bundle is signed ({SIGNATURES}, over {MANIFEST} as {BUNDLE_TYPE});\na device that has a trust root checks that."
+        if is_signed
+        else ""
+    )
     return (
         "1. Check\n\nAsk whoever made the bundle for its SHA-256, on another way than the stick, and compare:\n\n    sha256sum SITE.tar\n\n"
         f"Until they agree, do not install anything of it: hashes inside a bundle say that it is whole, not who made it.{signed}"
@@ -58,7 +71,9 @@ def _check_note(is_signed: bool) -> str:
 
 
 def _wheels_note(extra: str, platform: str, python_version: str, built: tuple[str, ...]) -> str:
-    compiled = "".join(f"\n{path} was compiled on the machine of whoever made the bundle, for CPUs like that one." for path in built)
+    compiled = "".join(
+        f"\n{path} was compiled on the machine of whoever made the bundle, for CPUs like that one." for path in built
+    )
     what = f"edgepatch[{extra}]" if extra else "edgepatch"
     return (
         f"2. Install\n\nThe wheels hold {what}, for {platform}, Python {python_version}.{compiled}\n\n"

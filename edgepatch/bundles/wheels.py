@@ -30,7 +30,9 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest time that a zip file can tell
 EPOCH_SECONDS = "315532800"
 NOT_IN_A_WHEEL = frozenset({"INSTALLER", "REQUESTED", "RECORD", "direct_url.json"})
 LEFT_BEHIND = (".*", "*.egg-info", "__pycache__", "build", "dist", "out", "docs", "tests", "model")
-WHEEL_NAME = re.compile(r"(?P<name>[A-Za-z0-9._]+)-(?P<version>[A-Za-z0-9._+!]+)(?:-\d\w*)?-[\w.]+-[\w.]+-(?P<platform>[\w.]+)\.whl")
+WHEEL_NAME = re.compile(
+    r"(?P<name>[A-Za-z0-9._]+)-(?P<version>[A-Za-z0-9._+!]+)(?:-\d\w*)?-[\w.]+-[\w.]+-(?P<platform>[\w.]+)\.whl"
+)
 TIMEOUT_S = 3600
 ERROR_LINES = 4
 
@@ -77,8 +79,17 @@ def collect(choice: Choice, folder: Path) -> list[str]:
         built = [] if SOURCE_ONLY not in needs or _is_given(choice) else [_compile(choice, Path(work))]
         own = own_wheel(Path(work))
         target = f"{own}[{choice.extra}]" if choice.extra else str(own)
-        _pip("download", "--only-binary", ":all:", "--dest", str(folder), *_platform_options(choice), *_constraint(choice),
-             target, *map(str, [*built, *choice.given]))  # fmt: skip
+        _pip(
+            "download",
+            "--only-binary",
+            ":all:",
+            "--dest",
+            str(folder),
+            *_platform_options(choice),
+            *_constraint(choice),
+            target,
+            *map(str, [*built, *choice.given]),
+        )
     return sorted(path.name for path in built)
 
 
@@ -120,8 +131,10 @@ def _constraint(choice: Choice) -> list[str]:
 def _compile(choice: Choice, folder: Path) -> Path:
     """A wheel of ``SOURCE_ONLY`` for this machine: the version that is installed, else what pip takes."""
     if choice.is_foreign:
-        raise InputError(f"{SOURCE_ONLY} has no wheel in registries, and cannot be compiled here for another platform",
-                         hint=f"run `pip wheel --no-deps {SOURCE_ONLY}` on such a machine, and name the file with --wheel")  # fmt: skip
+        raise InputError(
+            f"{SOURCE_ONLY} has no wheel in registries, and cannot be compiled here for another platform",
+            hint=f"run `pip wheel --no-deps {SOURCE_ONLY}` on such a machine, and name the file with --wheel",
+        )
     try:
         wanted = f"{SOURCE_ONLY}=={importlib.metadata.version(SOURCE_ONLY)}"
     except importlib.metadata.PackageNotFoundError:
@@ -141,7 +154,10 @@ def _pip(*arguments: str) -> None:
         lines = [line.strip(" │") for line in done.stderr.splitlines()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines
         told = re.sub(r" \(from versions: [^)]*\)", "", "; ".join(errors[-ERROR_LINES:]))
-        raise EdgepatchError(f"pip {arguments[0]}: {told}", hint="name more with --platform, build it and name it with --wheel, or --no-wheels")
+        raise EdgepatchError(
+            f"pip {arguments[0]}: {told}",
+            hint="name more with --platform, build it and name it with --wheel, or --no-wheels",
+        )
 
 
 # edgepatch itself.
@@ -155,7 +171,9 @@ def own_wheel(folder: Path) -> Path:
         EdgepatchError: the build failed.
     """
     found = importlib.metadata.Distribution.discover(name=DISTRIBUTION)
-    installed = next((d for d in found if d.read_text("WHEEL")), None)  # not the metadata that a build leaves in a checkout
+    installed = next(
+        (d for d in found if d.read_text("WHEEL")), None
+    )  # not the metadata that a build leaves in a checkout
     if installed is None:
         raise InputError("edgepatch is not installed, only on the path", hint="pip install -e .")
     source = json.loads(installed.read_text("direct_url.json") or "{}")
@@ -185,11 +203,17 @@ def repacked(installed: importlib.metadata.Distribution, folder: Path) -> Path:
         raise InputError(f"{name} {version}: expected a pure wheel's installation")
     contents = {}
     for file in installed.files or []:
-        if file.hash is None or ".." in file.parts or (file.name in NOT_IN_A_WHEEL and file.parent.name.endswith(".dist-info")):
+        if (
+            file.hash is None
+            or ".." in file.parts
+            or (file.name in NOT_IN_A_WHEEL and file.parent.name.endswith(".dist-info"))
+        ):
             continue
         contents[file.as_posix()] = Path(str(file.locate())).read_bytes()
         if _record_hash(contents[file.as_posix()]) != file.hash.value:
-            raise InputError(f"{file}: expected the file that was installed, found a changed one", hint="install edgepatch again")
+            raise InputError(
+                f"{file}: expected the file that was installed, found a changed one", hint="install edgepatch again"
+            )
     path = folder / f"{name}-{version}-{tag.group(1)}.whl"
     _write_wheel(path, contents, f"{name}-{version}.dist-info")
     return path

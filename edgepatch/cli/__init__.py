@@ -26,9 +26,21 @@ __all__ = ["app", "main", "printable"]
 
 DEBUG_VARIABLE = "EDGEPATCH_DEBUG"
 MODULES = (
-    "artefacts", "bench", "bundle", "chat", "convert", "export", "inspection", "pairs", "results", "serve", "signing", "store",
-    "training", "trust",
-)  # fmt: skip
+    "artefacts",
+    "bench",
+    "bundle",
+    "chat",
+    "convert",
+    "export",
+    "inspection",
+    "pairs",
+    "results",
+    "serve",
+    "signing",
+    "store",
+    "training",
+    "trust",
+)
 """In the order of ``--help``."""
 
 STARTED_OFTEN = {"chat": "chat", "generate": "chat", "serve": "serve"}
@@ -94,5 +106,8 @@ def main() -> None:
         _fail(f"{where}{error.strerror or error}")
         sys.exit(1)
     except Exception as error:
-        _fail(f"internal error: {type(error).__name__}: {error}", f"{DEBUG_VARIABLE}=1 shows the traceback; please report it")
+        _fail(
+            f"internal error: {type(error).__name__}: {error}",
+            f"{DEBUG_VARIABLE}=1 shows the traceback; please report it",
+        )
         sys.exit(1)

@@ -16,14 +16,20 @@ from edgepatch.errors import InputError
 
 @app.command()
 def compose(
-    patch_files: Annotated[list[Path], typer.Argument(metavar="PATCH PATCH...", help="Patch files of soft prompts, in order.")],
+    patch_files: Annotated[
+        list[Path], typer.Argument(metavar="PATCH PATCH...", help="Patch files of soft prompts, in order.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
-    model: Annotated[Path, typer.Option("--model", help="Full-precision base: Transformers folder, or GGUF file of 16 or 32 bits.")],
+    model: Annotated[
+        Path, typer.Option("--model", help="Full-precision base: Transformers folder, or GGUF file of 16 or 32 bits.")
+    ],
     name: Annotated[str, typer.Option("--name", help="Name of the new patch.")],
     version: Annotated[str, typer.Option("--version", help="Its version (SemVer).")] = "0.1.0",
     channel: Annotated[str, typer.Option("--channel", help="Default: that of the parts, if they agree.")] = "",
     sequence: Annotated[int, typer.Option("--sequence", help="Number of the release within its channel.")] = 1,
-    created: Annotated[str, typer.Option("--created", help="Time like 2026-11-21T10:00:00Z; left out by default, for equal bytes.")] = "",
+    created: Annotated[
+        str, typer.Option("--created", help="Time like 2026-11-21T10:00:00Z; left out by default, for equal bytes.")
+    ] = "",
     expires: Annotated[str, typer.Option("--expires", help="The same; default: with the first of its parts.")] = "",
     license_: Annotated[str, typer.Option("--license", help="SPDX expression; default: those of all parts.")] = "",
     summary: Annotated[str, typer.Option("--summary", help="A sentence for people.")] = "",
@@ -40,12 +46,23 @@ def compose(
 
     parts = [read_patch(file) for file in patch_files]
     told = {"channel": channel, "created": created, "expires": expires, "license": license_, "summary": summary}
-    patch = composed(parts, model, name, version, sequence=sequence, **{key: value for key, value in told.items() if value})
+    patch = composed(
+        parts, model, name, version, sequence=sequence, **{key: value for key, value in told.items() if value}
+    )
     digest = write_patch(patch, out)
     if as_json:
-        print_json({"path": str(out), "digest": digest, "num_virtual_tokens": patch.num_virtual_tokens, "parts": list(patch.parts)})
+        print_json(
+            {
+                "path": str(out),
+                "digest": digest,
+                "num_virtual_tokens": patch.num_virtual_tokens,
+                "parts": list(patch.parts),
+            }
+        )
     else:
-        print(f"{out}: {len(parts)} patches, {patch.num_virtual_tokens} virtual tokens, SHA-256 {digest}; unsigned, not evaluated")
+        print(
+            f"{out}: {len(parts)} patches, {patch.num_virtual_tokens} virtual tokens, SHA-256 {digest}; unsigned, not evaluated"
+        )
 
 
 @app.command()
@@ -76,13 +93,19 @@ def release(
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file as trained or composed.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
     version: Annotated[str, typer.Option("--version", help="SemVer; default: as it is.")] = "",
-    sequence: Annotated[int, typer.Option("--sequence", help="Number of the release within its channel; 0 leaves it.")] = 0,
+    sequence: Annotated[
+        int, typer.Option("--sequence", help="Number of the release within its channel; 0 leaves it.")
+    ] = 0,
     channel: Annotated[str, typer.Option("--channel", help="stable, beta, ...")] = "",
     expires: Annotated[str, typer.Option("--expires", help="Time like 2027-11-21T10:00:00Z.")] = "",
     license_: Annotated[str, typer.Option("--license", help="SPDX expression.")] = "",
     summary: Annotated[str, typer.Option("--summary", help="A sentence for people.")] = "",
-    results: Annotated[Path | None, typer.Option("--results", help="results.json of the bench, measured with this very patch.")] = None,
-    supersedes: Annotated[list[Path] | None, typer.Option("--supersedes", help="Patch file that this one replaces; repeatable.")] = None,
+    results: Annotated[
+        Path | None, typer.Option("--results", help="results.json of the bench, measured with this very patch.")
+    ] = None,
+    supersedes: Annotated[
+        list[Path] | None, typer.Option("--supersedes", help="Patch file that this one replaces; repeatable.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Set what a release says of itself, and take in what was measured. The new file is unsigned: sign it last.
@@ -92,8 +115,14 @@ def release(
     from edgepatch.patches import read_patch, write_patch
 
     patch = read_patch(patch_file)
-    told: dict[str, Any] = {"version": version, "sequence": sequence, "channel": channel, "expires": expires, "license": license_,
-                            "summary": summary}  # fmt: skip
+    told: dict[str, Any] = {
+        "version": version,
+        "sequence": sequence,
+        "channel": channel,
+        "expires": expires,
+        "license": license_,
+        "summary": summary,
+    }
     changes = {key: value for key, value in told.items() if value}
     if results is not None:
         changes["evaluation"] = measured(results, patch.digest)
@@ -102,7 +131,15 @@ def release(
     made = replace(patch, signatures=(), **changes)
     digest = write_patch(made, out)
     if as_json:
-        print_json({"path": str(out), "digest": digest, "version": made.version, "channel": made.channel, "sequence": made.sequence})
+        print_json(
+            {
+                "path": str(out),
+                "digest": digest,
+                "version": made.version,
+                "channel": made.channel,
+                "sequence": made.sequence,
+            }
+        )
     else:
         print(f"{out}: {made.name} {made.version}, {made.channel} {made.sequence}, SHA-256 {digest}; unsigned")
 
@@ -116,9 +153,16 @@ def measured(results: Path, digest: str) -> dict[str, Any]:
     try:
         document = json.loads(results.read_text(encoding="utf-8"))
         found = document["patch"]["digest"]
-        kept = {"created": document["created"], "measured_digest": found, "cells": document["cells"], "retention": document["retention"]}
+        kept = {
+            "created": document["created"],
+            "measured_digest": found,
+            "cells": document["cells"],
+            "retention": document["retention"],
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read results from {results}: {error}", hint="name a results.json that the bench wrote") from None
+        raise InputError(
+            f"cannot read results from {results}: {error}", hint="name a results.json that the bench wrote"
+        ) from None
     if found != digest:
         raise InputError(f"{results}: measured with the patch {found}, this one is {digest}", hint="measure this patch")
     return kept

@@ -39,17 +39,26 @@ app.add_typer(bench_app, name="bench")
 @bench_app.command()
 def harness(
     model: ModelArgument,
-    tasks: Annotated[str, typer.Option("--tasks", "-t", help="Names of tasks or groups, with commas; `*` stands for anything.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", "-t", help="Names of tasks or groups, with commas; `*` stands for anything.")
+    ],
     patch: PatchOption = None,
     bare: BareFlag = False,
     include_path: Annotated[
-        Path | None, typer.Option(help="Folder of your task files, which may name Python to run; default: the tasks shipped.")
+        Path | None,
+        typer.Option(help="Folder of your task files, which may name Python to run; default: the tasks shipped."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many first items of each task.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of each item; default: as the task says.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in front of each item; default: as the task says.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each item into the model's chat template.")] = False,
-    context_length: Annotated[int | None, typer.Option(min=1, help="Context to load (llama.cpp, ONNX); default: the model's.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the scores and every item behind them.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option(min=1, help="Context to load (llama.cpp, ONNX); default: the model's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON file for the scores and every item behind them.")
+    ] = None,
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -75,7 +84,9 @@ def harness(
             found = compare(runtime, config, bars)
         document = as_document(runtime, config, found.scores)
     if out is not None:
-        write_atomically(out, json.dumps({**document, "items": found.items}, indent=1, ensure_ascii=False, default=str).encode())
+        write_atomically(
+            out, json.dumps({**document, "items": found.items}, indent=1, ensure_ascii=False, default=str).encode()
+        )
     if as_json:
         print_json(document)
     else:
@@ -84,20 +95,36 @@ def harness(
 
 @bench_app.command()
 def latency(
-    shape: Annotated[str, typer.Option("--shape", help="Shape of a random model, made once in out/shapes.")] = "llama-3.2-1b",
-    model: Annotated[Path | None, typer.Option("--model", help="GGUF file or ONNX folder of yours, in place of a shape.")] = None,
+    shape: Annotated[
+        str, typer.Option("--shape", help="Shape of a random model, made once in out/shapes.")
+    ] = "llama-3.2-1b",
+    model: Annotated[
+        Path | None, typer.Option("--model", help="GGUF file or ONNX folder of yours, in place of a shape.")
+    ] = None,
     quantization: Annotated[
-        str, typer.Option("--quantization", help="Of the random model: F16, Q8_0, Q4_0, Q4_K_M (llama.cpp), int8, int4 (ONNX).")
+        str,
+        typer.Option(
+            "--quantization", help="Of the random model: F16, Q8_0, Q4_0, Q4_K_M (llama.cpp), int8, int4 (ONNX)."
+        ),
     ] = "Q4_0",
-    patch: Annotated[Path | None, typer.Option("--patch", "-p", help="Patch file for the model; else a random one of 50 tokens.")] = None,
+    patch: Annotated[
+        Path | None, typer.Option("--patch", "-p", help="Patch file for the model; else a random one of 50 tokens.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=2, help="So many rounds, all arms in turn in each.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     device: DeviceOption = Device.cpu,
-    flash_attention: Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether llama.cpp uses flash attention.")] = True,
+    flash_attention: Annotated[
+        bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether llama.cpp uses flash attention.")
+    ] = True,
     arms: Annotated[str, typer.Option(help="Only arms of these names, with commas; `*` stands for anything.")] = "",
-    parts: Annotated[str, typer.Option(help="Only these parts, with commas: arms, costs, serving, memory, starts.")] = "",
+    parts: Annotated[
+        str, typer.Option(help="Only these parts, with commas: arms, costs, serving, memory, starts.")
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Shorter prompts, fewer depths and texts.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the document, which is the last line of stdout as well.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="JSON file for the document, which is the last line of stdout as well."),
+    ] = None,
 ) -> None:
     """Time to first token, decoding, swap, memory: bare, patched, and with what a user would take instead, in turn in one run.
 
@@ -111,8 +138,17 @@ def latency(
     if unknown:
         raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {unknown[0]}")
     settings = Settings(
-        model, shape, quantization, patch, repeats, threads or os.cpu_count() or 1, device.value, flash_attention,
-        _listed(arms), QUICK if quick else FULL, chosen
+        model,
+        shape,
+        quantization,
+        patch,
+        repeats,
+        threads or os.cpu_count() or 1,
+        device.value,
+        flash_attention,
+        _listed(arms),
+        QUICK if quick else FULL,
+        chosen,
     )
     with progress_bars() as bars:
         document = measure(settings, bars)
@@ -149,19 +185,29 @@ def _goals(goals: list[dict[str, Any]]) -> Table:
     for name in ("goal", "wanted", "reached", "met"):
         table.add_column(name, overflow="fold")
     for goal in goals:
-        table.add_row(*map(cell, (goal["goal"], goal["wanted"], f"{goal['reached']:.4g}", "yes" if goal["met"] else "no")))
+        table.add_row(
+            *map(cell, (goal["goal"], goal["wanted"], f"{goal['reached']:.4g}", "yes" if goal["met"] else "no"))
+        )
     return table
 
 
 def _table(scores: list[Score]) -> Table:
     is_paired = any(score.difference for score in scores)
     table = Table(box=None, pad_edge=False)
-    for name in ("task", "metric", "items", "bare", *(("patched", "difference", "broken/repaired") if is_paired else ())):
+    for name in (
+        "task",
+        "metric",
+        "items",
+        "bare",
+        *(("patched", "difference", "broken/repaired") if is_paired else ()),
+    ):
         table.add_column(name, overflow="fold")
     for score in scores:
         row: list[Any] = [score.task, score.metric, score.num_items, _interval(score.bare)]
         if is_paired:
-            flips = f"{score.flips.broken} / {score.flips.repaired} (p {score.flips.p_value:.2g})" if score.flips else ""
+            flips = (
+                f"{score.flips.broken} / {score.flips.repaired} (p {score.flips.p_value:.2g})" if score.flips else ""
+            )
             row += [_interval(score.patched), _interval(score.difference, "+"), flips]
         table.add_row(*map(cell, row))
     return table

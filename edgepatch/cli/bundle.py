@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from edgepatch.store.reading import StoreReader
 
 bundle_app = typer.Typer(
-    help="Make bundles for machines without a network, and take them in.\n\nExample: `edgepatch bundle import site.tar`", no_args_is_help=True
+    help="Make bundles for machines without a network, and take them in.\n\nExample: `edgepatch bundle import site.tar`",
+    no_args_is_help=True,
 )
 app.add_typer(bundle_app, name="bundle")
 
@@ -29,16 +30,28 @@ def create(
     out: Annotated[Path, typer.Option("--out", "-o", help="Tar file to write.")],
     extra: Annotated[str, typer.Option("--extra", help="Wheels of edgepatch with this extra: gguf, onnx, ...")] = "",
     platform: Annotated[
-        list[str] | None, typer.Option("--platform", help="pip's name of the device's platform, if not this machine's; may be repeated, the best first.")
+        list[str] | None,
+        typer.Option(
+            "--platform",
+            help="pip's name of the device's platform, if not this machine's; may be repeated, the best first.",
+        ),
     ] = None,
-    python_version: Annotated[str, typer.Option("--python-version", help="The device's Python, if not this one: 3.11.")] = "",
+    python_version: Annotated[
+        str, typer.Option("--python-version", help="The device's Python, if not this one: 3.11.")
+    ] = "",
     constraint: Annotated[Path | None, typer.Option("--constraint", "-c", help="Constraints file for pip.")] = None,
-    wheel: Annotated[list[Path] | None, typer.Option("--wheel", help="Wheel that was built elsewhere; may be repeated.")] = None,
+    wheel: Annotated[
+        list[Path] | None, typer.Option("--wheel", help="Wheel that was built elsewhere; may be repeated.")
+    ] = None,
     no_wheels: Annotated[bool, typer.Option("--no-wheels", help="For devices that have edgepatch already.")] = False,
     root: Annotated[Path | None, typer.Option("--root", help="Trust root to bring along.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="HTML report to bring along.")] = None,
-    base_model: Annotated[str, typer.Option("--base-model", help="What a hub calls the base, for the model card.")] = "",
-    key: Annotated[list[Path] | None, typer.Option("--key", help="Private key that signs the bundle; may be repeated.")] = None,
+    base_model: Annotated[
+        str, typer.Option("--base-model", help="What a hub calls the base, for the model card.")
+    ] = "",
+    key: Annotated[
+        list[Path] | None, typer.Option("--key", help="Private key that signs the bundle; may be repeated.")
+    ] = None,
     passphrase_file: PassphraseFile = None,
     unencrypted: Unencrypted = False,
     as_json: JsonFlag = False,
@@ -68,10 +81,23 @@ def _print_created(manifest: Manifest, out: Path, num_keys: int, as_json: bool) 
 
     digest, size = sha256_of(out), out.stat().st_size
     if as_json:
-        print_json({"path": str(out), "sha256": digest, "size_bytes": size, "signatures": num_keys, "patch": manifest.patch,
-                    "members": [member.path for member in manifest.members], "built": list(manifest.built)})  # fmt: skip
+        print_json(
+            {
+                "path": str(out),
+                "sha256": digest,
+                "size_bytes": size,
+                "signatures": num_keys,
+                "patch": manifest.patch,
+                "members": [member.path for member in manifest.members],
+                "built": list(manifest.built),
+            }
+        )
         return
-    rows: list[tuple[str, object]] = [("file", f"{out}, {size / 1e6:.1f} MB"), ("SHA-256", digest), ("patch", manifest.patch)]
+    rows: list[tuple[str, object]] = [
+        ("file", f"{out}, {size / 1e6:.1f} MB"),
+        ("SHA-256", digest),
+        ("patch", manifest.patch),
+    ]
     rows.append(("members", f"{len(manifest.members)}, {len(manifest.wheels)} of them wheels"))
     rows += [("compiled here", f"{path}: fits CPUs like this machine's") for path in manifest.built]
     rows.append(("signatures", num_keys or "none: devices with a trust root take the patch alone"))
@@ -81,17 +107,35 @@ def _print_created(manifest: Manifest, out: Path, num_keys: int, as_json: bool) 
 @bundle_app.command("import")
 def import_(
     bundle_file: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Tar file of `bundle create`.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Only write the members into this new folder, and apply nothing.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Only write the members into this new folder, and apply nothing.")
+    ] = None,
     adopt_root: Annotated[
-        str, typer.Option("--adopt-root", metavar="FINGERPRINT", help="Trust the bundle's trust root from now on; its maker tells the fingerprint.")
+        str,
+        typer.Option(
+            "--adopt-root",
+            metavar="FINGERPRINT",
+            help="Trust the bundle's trust root from now on; its maker tells the fingerprint.",
+        ),
     ] = "",
-    model: Annotated[Path | None, typer.Option("--model", help="GGUF file, ONNX folder or Transformers folder.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="GGUF file, ONNX folder or Transformers folder.")
+    ] = None,
     channel: Annotated[str, typer.Option("--channel", help="Change over to this channel.")] = "",
-    allow_downgrade: Annotated[bool, typer.Option("--allow-downgrade", help="Take an older patch; needs --reason.")] = False,
+    allow_downgrade: Annotated[
+        bool, typer.Option("--allow-downgrade", help="Take an older patch; needs --reason.")
+    ] = False,
     reason: Annotated[str, typer.Option("--reason", help="The history keeps it.")] = "",
-    allow_expired: Annotated[str, typer.Option("--allow-expired", metavar="REASON", help="Take a patch that has expired.")] = "",
+    allow_expired: Annotated[
+        str, typer.Option("--allow-expired", metavar="REASON", help="Take a patch that has expired.")
+    ] = "",
     unsigned: Annotated[
-        str, typer.Option("--unsigned", metavar="REASON", help="Take a patch that nobody vouches for, on a device without a trust root.")
+        str,
+        typer.Option(
+            "--unsigned",
+            metavar="REASON",
+            help="Take a patch that nobody vouches for, on a device without a trust root.",
+        ),
     ] = "",
     store: StoreOption = None,
     as_json: JsonFlag = False,
@@ -108,14 +152,19 @@ def import_(
 
     if out is not None:
         if any((adopt_root, model, channel, allow_downgrade, reason, allow_expired, unsigned)):
-            raise InputError("--out: expected without options of the store, found with some", hint="--out applies nothing")
+            raise InputError(
+                "--out: expected without options of the store, found with some", hint="--out applies nothing"
+            )
         _unpack(bundle_file, out, Store(store), as_json)
         return
     if allow_downgrade != bool(reason):
         raise InputError("expected --allow-downgrade together with --reason, found one of them")
     spec = read_spec(model) if model else None
     allowances = Allowances(unsigned, reason, allow_expired)
-    _print_accepted(accept(bundle_file, Store(store), adopt_root=adopt_root, model=spec, channel=channel, allowances=allowances), as_json)
+    _print_accepted(
+        accept(bundle_file, Store(store), adopt_root=adopt_root, model=spec, channel=channel, allowances=allowances),
+        as_json,
+    )
 
 
 def _unpack(bundle_file: Path, out: Path, store: StoreReader, as_json: bool) -> None:
@@ -124,20 +173,35 @@ def _unpack(bundle_file: Path, out: Path, store: StoreReader, as_json: bool) -> 
     root = store.root()
     manifest = unpack(bundle_file, out, root, store.time(store.read()[1]))
     if as_json:
-        print_json({"path": str(out), "members": [member.path for member in manifest.members], "vouched_for": root is not None})
+        print_json(
+            {"path": str(out), "members": [member.path for member in manifest.members], "vouched_for": root is not None}
+        )
     else:
-        told = "the trust root of this device vouches for all of it" if root else "not checked: this device has no trust root"
+        told = (
+            "the trust root of this device vouches for all of it"
+            if root
+            else "not checked: this device has no trust root"
+        )
         stdout().print(table([("written", f"{len(manifest.members)} members to {out}"), ("signatures", told)]))
 
 
 def _print_accepted(done: Accepted, as_json: bool) -> None:
     patch, root = done.change.patch, done.root
     if as_json:
-        shown = {"patch": done.change.digest, "changed": done.change.is_new, "before": done.change.before, "bundle": done.manifest.digest}
+        shown = {
+            "patch": done.change.digest,
+            "changed": done.change.is_new,
+            "before": done.change.before,
+            "bundle": done.manifest.digest,
+        }
         keys = {"signed_by": sorted(done.change.signed_by), "bundle_signed_by": sorted(done.bundle_signed_by)}
-        print_json({**shown, **keys, "root_in_bundle": root.fingerprint if root else None, "adopted_root": done.adopted})
+        print_json(
+            {**shown, **keys, "root_in_bundle": root.fingerprint if root else None, "adopted_root": done.adopted}
+        )
         return
-    rows: list[tuple[str, object]] = [("active" if done.change.is_new else "already active", f"{patch.name} {patch.version}")]
+    rows: list[tuple[str, object]] = [
+        ("active" if done.change.is_new else "already active", f"{patch.name} {patch.version}")
+    ]
     rows += [("digest", done.change.digest), ("release", f"{patch.channel} {patch.sequence}")]
     if done.change.before and done.change.is_new:
         rows.append(("before", done.change.before[:12]))

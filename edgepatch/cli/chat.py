@@ -42,7 +42,9 @@ class Device(str, Enum):
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens of this probability.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens of this probability.")
+]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0 keeps all.")]
 RngSeed = Annotated[int | None, typer.Option("--rng-seed", min=0, help="Makes the draw repeatable.")]
 ContextLength = Annotated[int | None, typer.Option("--context-length", min=1, help="Positions, the patch's included.")]
@@ -54,7 +56,9 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model 
 def chat(
     model: ModelArgument,
     patch: PatchOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and exit; else talk line by line.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Answer this and exit; else talk line by line.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
@@ -119,9 +123,13 @@ class Conversation:
         """Carries out a command; an error is told and the conversation goes on. Returns whether to end."""
         name, _, argument = line[1:].partition(" ")
         acts = {
-            "swap": self._swap, "unpatch": self._unpatch, "patch": self._show, "new": self._restart, "save": self._save,
+            "swap": self._swap,
+            "unpatch": self._unpatch,
+            "patch": self._show,
+            "new": self._restart,
+            "save": self._save,
             "load": self._read,
-        }  # fmt: skip
+        }
         if name in ("quit", "exit"):
             return True
         try:
@@ -166,12 +174,20 @@ class Conversation:
     def _read(self, argument: str) -> None:
         try:
             content = json.loads(Path(argument).read_text(encoding="utf-8"))
-            messages: list[Message] = [{"role": str(m["role"]), "content": str(m["content"])} for m in content["messages"]]
+            messages: list[Message] = [
+                {"role": str(m["role"]), "content": str(m["content"])} for m in content["messages"]
+            ]
             held = content["system_fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"cannot read a conversation from {argument!r}: {error}", hint="name a file that /save wrote") from None
+            raise InputError(
+                f"cannot read a conversation from {argument!r}: {error}", hint="name a file that /save wrote"
+            ) from None
         self._messages = messages
-        under = "" if held == self._runtime.system_fingerprint else f", held with {held}; the patch that is active now applies"
+        under = (
+            ""
+            if held == self._runtime.system_fingerprint
+            else f", held with {held}; the patch that is active now applies"
+        )
         note(f"{argument}: {len(messages)} messages{under}")
 
 
@@ -221,18 +237,27 @@ def choice(patch: Path | None, bare: bool) -> PatchChoice:
     from edgepatch.runtimes import ACTIVE
 
     if bare and patch is not None:
-        raise InputError("expected --patch or --bare, found both", hint="--bare runs the model as it is, without a patch")
+        raise InputError(
+            "expected --patch or --bare, found both", hint="--bare runs the model as it is, without a patch"
+        )
     return None if bare else ACTIVE if patch is None else patch
 
 
 def load_model(
-    model: Path, patch: PatchChoice, context_length: int | None, threads: int | None, device: Device, store: Path | None = None
+    model: Path,
+    patch: PatchChoice,
+    context_length: int | None,
+    threads: int | None,
+    device: Device,
+    store: Path | None = None,
 ) -> Runtime:
     from edgepatch.runtimes import ACTIVE, device_options, load_runtime
     from edgepatch.store.reading import StoreReader
 
     options = {"context_length": context_length, "num_threads": threads, **device_options(model, device.value)}
-    runtime = load_runtime(model, patch, store=store, **{name: value for name, value in options.items() if value is not None})
+    runtime = load_runtime(
+        model, patch, store=store, **{name: value for name, value in options.items() if value is not None}
+    )
     note(describe(runtime))
     if patch is ACTIVE:
         folder = StoreReader(store).folder

@@ -18,13 +18,14 @@ from rich.table import Table
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 ModelArgument = Annotated[Path, typer.Argument(help="GGUF file, ONNX folder or Transformers folder.")]
 PatchOption = Annotated[
-    Path | None, typer.Option("--patch", "-p", help="Patch file, or sha256:DIGEST of one in the store; else the active one.")
+    Path | None,
+    typer.Option("--patch", "-p", help="Patch file, or sha256:DIGEST of one in the store; else the active one."),
 ]
 BareFlag = Annotated[bool, typer.Option("--bare", help="Run the model without a patch.")]
 StoreOption = Annotated[
-    Path | None, typer.Option("--store", metavar="DIR", help="Folder of the store; else EDGEPATCH_STORE, else the user's.")
+    Path | None,
+    typer.Option("--store", metavar="DIR", help="Folder of the store; else EDGEPATCH_STORE, else the user's."),
 ]
-
 
 
 def stdout() -> Console:
@@ -77,7 +78,13 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=stderr(), disable=not sys.stderr.isatty()) as bars:
         tasks: dict[str, Any] = {}
 

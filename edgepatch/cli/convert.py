@@ -36,18 +36,27 @@ UNQUANTIZED = ("F32", "F16")
 
 @convert_app.command("base")
 def convert_base(
-    source: Annotated[Path, typer.Argument(metavar="MODEL", help="Transformers folder; for gguf also an F32 or F16 GGUF file.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Transformers folder; for gguf also an F32 or F16 GGUF file.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file or ONNX folder to write.")],
     to: Annotated[Target, typer.Option("--to", help="Format to write.")] = Target.gguf,
     kind: Annotated[
         str | None,
-        typer.Option("--type", help="gguf: F16 (default), Q8_0, Q4_K_M, Q4_0 or another type of llama.cpp. onnx: fp32 (default), fp16, int8, int4."),
+        typer.Option(
+            "--type",
+            help="gguf: F16 (default), Q8_0, Q4_K_M, Q4_0 or another type of llama.cpp. onnx: fp32 (default), fp16, int8, int4.",
+        ),
     ] = None,
     exporter: Annotated[
-        str, typer.Option("--exporter", help="onnx: builder (fastest graphs), transformers (more architectures) or optimum.")
+        str,
+        typer.Option(
+            "--exporter", help="onnx: builder (fastest graphs), transformers (more architectures) or optimum."
+        ),
     ] = "builder",
     optimum_env: Annotated[
-        Path | None, typer.Option("--optimum-env", help="onnx: virtual environment for optimum; made if it does not exist.")
+        Path | None,
+        typer.Option("--optimum-env", help="onnx: virtual environment for optimum; made if it does not exist."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -63,7 +72,9 @@ def convert_base(
     if to is Target.onnx:
         _convert_onnx(source, target, kind, exporter, optimum_env)
     elif exporter != "builder" or optimum_env is not None:
-        raise InputError("--exporter and --optimum-env: expected with --to onnx, found with --to gguf", hint="leave them out")
+        raise InputError(
+            "--exporter and --optimum-env: expected with --to onnx, found with --to gguf", hint="leave them out"
+        )
     else:
         _convert_gguf(source, target, kind)
     files = target.rglob("*") if target.is_dir() else [target]
@@ -101,9 +112,12 @@ def _convert_onnx(source: Path, target: Path, kind: str, exporter: str, optimum_
 
 @convert_app.command("stamp")
 def convert_stamp(
-    folder: Annotated[Path, typer.Argument(metavar="ONNX_FOLDER", help="A graph that was exported elsewhere, with its tokenizer.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="ONNX_FOLDER", help="A graph that was exported elsewhere, with its tokenizer.")
+    ],
     base: Annotated[
-        Path | None, typer.Option("--base", help="Transformers folder that it was made of: the graph must prove to be that model.")
+        Path | None,
+        typer.Option("--base", help="Transformers folder that it was made of: the graph must prove to be that model."),
     ] = None,
     model_file: Annotated[
         str | None, typer.Option("--file", help="The graph within the folder; default: model.onnx or onnx/model.onnx.")
@@ -148,7 +162,9 @@ def convert_baked(
     if as_json:
         print_json({"path": str(target), "patch_digest": patch.digest, "num_virtual_tokens": count})
     else:
-        print(f"{target}: patch {patch.digest[:12]}; append {count} tokens of any kind, by themselves, before the prompt")
+        print(
+            f"{target}: patch {patch.digest[:12]}; append {count} tokens of any kind, by themselves, before the prompt"
+        )
 
 
 @convert_app.command("seed")
@@ -185,10 +201,13 @@ class PatchTarget(str, Enum):
 
 @convert_app.command("adapter")
 def convert_adapter(
-    source: Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT folder, or a GGUF file of `convert patch --to gguf`.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="PEFT folder, or a GGUF file of `convert patch --to gguf`.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
     model: Annotated[
-        Path | None, typer.Option("--model", help="Its base model: Transformers folder or GGUF file. A PEFT folder needs it.")
+        Path | None,
+        typer.Option("--model", help="Its base model: Transformers folder or GGUF file. A PEFT folder needs it."),
     ] = None,
     name: Annotated[str, typer.Option("--name", help="Name of the patch; default: the folder's.")] = "",
     version: Annotated[str, typer.Option("--version", help="Its version (SemVer).")] = "0.1.0",
@@ -227,10 +246,14 @@ def convert_patch(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="PEFT folder or GGUF file to write.")],
     to: Annotated[PatchTarget, typer.Option("--to", help="Format to write.")],
     base_model_name: Annotated[
-        str | None, typer.Option("--base-model-name", help="What the target calls the base model, e.g. its name on a hub.")
+        str | None,
+        typer.Option("--base-model-name", help="What the target calls the base model, e.g. its name on a hub."),
     ] = None,
     peft_type: Annotated[
-        str | None, typer.Option("--peft-type", help="PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE; default: what the patch was trained as.")
+        str | None,
+        typer.Option(
+            "--peft-type", help="PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE; default: what the patch was trained as."
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -15,9 +15,13 @@ from edgepatch.errors import InactivePatchError, InputError
 PatchArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
 GGUFOption = Annotated[Path, typer.Option("--model", "-m", help="The GGUF file that the server loads.")]
 KVTypeOption = Annotated[str, typer.Option("--kv-type", help="Type of the server's KV cache: f16, f32, q8_0, ...")]
-FlashOption = Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether the server uses flash attention.")]
+FlashOption = Annotated[
+    bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether the server uses flash attention.")
+]
 KeyOption = Annotated[str, typer.Option("--api-key", envvar="LLAMA_API_KEY", help="The server's key, if it has one.")]
-TemplateOption = Annotated[Path | None, typer.Option("--chat-template", help="Jinja file to use instead of the model's own template.")]
+TemplateOption = Annotated[
+    Path | None, typer.Option("--chat-template", help="Jinja file to use instead of the model's own template.")
+]
 
 
 class Client(str, Enum):
@@ -39,7 +43,9 @@ def export_patch(
     model: GGUFOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     to: Annotated[Client, typer.Option("--to", help="Server to export for.")] = Client.llama_server,
-    server: Annotated[str | None, typer.Option("--server", metavar="URL", help="Take settings from this running llama-server.")] = None,
+    server: Annotated[
+        str | None, typer.Option("--server", metavar="URL", help="Take settings from this running llama-server.")
+    ] = None,
     slot_dir: Annotated[Path | None, typer.Option("--slot-dir", help="That server's --slot-save-path.")] = None,
     context: Annotated[int | None, typer.Option("--context", min=1, help="Positions of one slot.")] = None,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Conversations at a time.")] = 1,
@@ -68,7 +74,9 @@ def export_patch(
     if as_json:
         print_json(manifest)
         return
-    print(f"{out}: {patch.name} {patch.version} for {manifest['model']['file']}, {manifest['num_virtual_tokens']} positions")
+    print(
+        f"{out}: {patch.name} {patch.version} for {manifest['model']['file']}, {manifest['num_virtual_tokens']} positions"
+    )
     print(f"start the server with {out / 'start.sh'}, then run {out / 'restore.sh'}, then `edgepatch check-server`")
 
 
@@ -77,12 +85,18 @@ def check_server(
     url: Annotated[str, typer.Argument(metavar="URL", help="http://127.0.0.1:8080")],
     patch_file: Annotated[Path, typer.Option("--patch", "-p", help="The patch that it should serve.")],
     model: GGUFOption,
-    seed_file: Annotated[str, typer.Option("--seed-file", help="Name of the slot file in the server's --slot-save-path.")] = "seed.bin",
-    fill_context: Annotated[bool, typer.Option("--fill-context", help="Also generate beyond a slot's context.")] = False,
+    seed_file: Annotated[
+        str, typer.Option("--seed-file", help="Name of the slot file in the server's --slot-save-path.")
+    ] = "seed.bin",
+    fill_context: Annotated[
+        bool, typer.Option("--fill-context", help="Also generate beyond a slot's context.")
+    ] = False,
     client_restores: Annotated[
         bool, typer.Option("--client-restores", help="The client restores the slot before each conversation.")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail also where a prompt without labels evicts the seed.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail also where a prompt without labels evicts the seed.")
+    ] = False,
     kv_type: KVTypeOption = "f16",
     flash_attention: FlashOption = True,
     chat_template: TemplateOption = None,
@@ -100,17 +114,31 @@ def check_server(
     from edgepatch.stock.client import StockServer
     from edgepatch.stock.export import ExportOptions
 
-    options = ExportOptions(kv_type=kv_type, flash_attention=flash_attention, chat_template=_read_template(chat_template))
+    options = ExportOptions(
+        kv_type=kv_type, flash_attention=flash_attention, chat_template=_read_template(chat_template)
+    )
     patch, server = read_patch(patch_file), StockServer(url, api_key)
     report = check.check_server(
-        server, patch, model, options,
-        seed_file=seed_file, client_restores=client_restores, fill_context=fill_context, strict=strict,
-    )  # fmt: skip
+        server,
+        patch,
+        model,
+        options,
+        seed_file=seed_file,
+        client_restores=client_restores,
+        fill_context=fill_context,
+        strict=strict,
+    )
     if as_json:
         print_json(report.as_dict())
     else:
         for finding in report.findings:
-            mark = "[green]ok[/green]   " if finding.holds else "[red]FAIL[/red] " if finding.required else "[yellow]limit[/yellow]"
+            mark = (
+                "[green]ok[/green]   "
+                if finding.holds
+                else "[red]FAIL[/red] "
+                if finding.required
+                else "[yellow]limit[/yellow]"
+            )
             stdout().print(f"{mark} {cell(finding.subject)}: {cell(finding.evidence)}", soft_wrap=True)
             if finding.remedy and not finding.required:
                 stdout().print(f"      {cell(finding.remedy)}", soft_wrap=True)

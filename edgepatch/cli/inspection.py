@@ -66,7 +66,9 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 @app.command()
-def show(patch_file: Annotated[Path, typer.Argument(metavar="PATCH")], as_json: JsonFlag = False, store: StoreOption = None) -> None:
+def show(
+    patch_file: Annotated[Path, typer.Argument(metavar="PATCH")], as_json: JsonFlag = False, store: StoreOption = None
+) -> None:
     """Check a patch file and show what it holds; `edgepatch verify` says whether its signatures count.
 
     Example: `edgepatch show detox-1.0.0.safetensors`

@@ -24,10 +24,28 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**31
 OF_SAMPLING = (
-    "model", "reference", "model_name", "reference_name", "api_key_env", "reference_api_key_env", "parallel", "timeout_s",
-    "prompts", "chat", "system", "samples", "max_new_tokens", "top_p", "skip_long", "restart", "rng_seed",
-    "sequences", "context_length", "threads", "device",
-)  # fmt: skip
+    "model",
+    "reference",
+    "model_name",
+    "reference_name",
+    "api_key_env",
+    "reference_api_key_env",
+    "parallel",
+    "timeout_s",
+    "prompts",
+    "chat",
+    "system",
+    "samples",
+    "max_new_tokens",
+    "top_p",
+    "skip_long",
+    "restart",
+    "rng_seed",
+    "sequences",
+    "context_length",
+    "threads",
+    "device",
+)
 """Parameters that say nothing about ready pairs."""
 
 
@@ -70,7 +88,10 @@ def _load_judge(choice: str, unsafe_labels: list[str]) -> Judge:
         labels = {"unsafe_labels": unsafe_labels} if unsafe_labels else {}
         return Judge(found.score, {"judge": found.name, "sha256": digest_of(Path(choice)), **labels})
     if found.name == "report":
-        raise InputError("--judge: the judge of reports must not filter what is trained on", hint="take filter, or a classifier of yours")
+        raise InputError(
+            "--judge: the judge of reports must not filter what is trained on",
+            hint="take filter, or a classifier of yours",
+        )
     return Judge(found.score, {"judge": found.name, "sha256": hashlib.sha256(judge_bytes(found.judge)).hexdigest()})
 
 
@@ -79,7 +100,9 @@ def _api_key(variable: str | None) -> str:
         return ""
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise InputError(f"the environment variable {variable} is not set, or empty", hint="it should hold the server's API key")
+        raise InputError(
+            f"the environment variable {variable} is not set, or empty", hint="it should hold the server's API key"
+        )
     return key
 
 
@@ -92,10 +115,16 @@ def _open_sampler(source: Source, means: Means, stack: ExitStack) -> Sampler:
         key = _api_key(source.key_variable)
         return stack.enter_context(ServerSampler(source.model, source.name, key, means.parallel, means.timeout_s))
     if source.name or source.key_variable:
-        raise InputError(f"{source.model} is no URL: the model's name and API key are for servers", hint="leave them out")
+        raise InputError(
+            f"{source.model} is no URL: the model's name and API key are for servers", hint="leave them out"
+        )
     path = Path(source.model)
     threads = None if runtime_name(path) == "torch" else means.threads
-    options: dict[str, Any] = {"num_sequences": means.sequences, "context_length": means.context_length, "num_threads": threads}
+    options: dict[str, Any] = {
+        "num_sequences": means.sequences,
+        "context_length": means.context_length,
+        "num_threads": threads,
+    }
     options |= device_options(path, means.device.value)
     runtime = load_runtime(path, None, **{name: value for name, value in options.items() if value is not None})
     return RuntimeSampler(stack.enter_context(runtime), path)
@@ -114,9 +143,15 @@ def _read_prompts(path: Path | None, chat: bool, system: str) -> PromptList:
 
 
 def _sample(
-    sources: tuple[Source, Source], given: PromptList, judge: Judge, config: PairConfig, out: Path,
-    means: Means, skip_long: bool, restart: bool,
-) -> tuple[PairSet, dict[str, Any], Callable[[], None]]:  # fmt: skip
+    sources: tuple[Source, Source],
+    given: PromptList,
+    judge: Judge,
+    config: PairConfig,
+    out: Path,
+    means: Means,
+    skip_long: bool,
+    restart: bool,
+) -> tuple[PairSet, dict[str, Any], Callable[[], None]]:
     """Pairs, the settings that decide them, and what forgets the journal."""
     from edgepatch.training.pair_journal import Journal
     from edgepatch.training.preferences import sample_pairs
@@ -126,21 +161,35 @@ def _sample(
         base, reference = (_open_sampler(source, means, stack) for source in sources)
         prompts = {"number": len(given.prompts), "sha256": digest_of_json(given.prompts)}
         settings = {
-            "base": base.identity, "reference": reference.identity, "prompts": prompts, "judge": judge.identity, **asdict(config),
-            "device": means.device.value, "sequences": means.sequences,
-        }  # fmt: skip
+            "base": base.identity,
+            "reference": reference.identity,
+            "prompts": prompts,
+            "judge": judge.identity,
+            **asdict(config),
+            "device": means.device.value,
+            "sequences": means.sequences,
+        }
         journal = stack.enter_context(Journal(out, settings, restart))
         if journal.outcomes:
             note(f"going on from {journal.path}: {len(journal.outcomes)} prompts are done")
         bars = stack.enter_context(progress_bars())
         try:
             found = sample_pairs(
-                base, reference, given.prompts, judge.score, config, lambda done, total: bars("pairs", done, total),
-                places=given.places, journal=journal, skip_long=skip_long,
-            )  # fmt: skip
+                base,
+                reference,
+                given.prompts,
+                judge.score,
+                config,
+                lambda done, total: bars("pairs", done, total),
+                places=given.places,
+                journal=journal,
+                skip_long=skip_long,
+            )
         except BaseException as error:
             word = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-            note(f"{word}: {len(journal.outcomes)} prompts are kept in {journal.path}; the same command goes on from there")
+            note(
+                f"{word}: {len(journal.outcomes)} prompts are kept in {journal.path}; the same command goes on from there"
+            )
             raise
         return found, settings, journal.remove
 
@@ -162,33 +211,60 @@ def _refuse_mixture(context: typer.Context) -> None:
     given = [n for n in OF_SAMPLING if (source := context.get_parameter_source(n)) and source.name != "DEFAULT"]
     if given:
         names = {param.name: param.opts[0] for param in context.command.params}
-        raise InputError(f"--from takes ready pairs, for which there is no {names[given[0]]}", hint="leave it out, or leave out --from")
+        raise InputError(
+            f"--from takes ready pairs, for which there is no {names[given[0]]}",
+            hint="leave it out, or leave out --from",
+        )
 
 
 @app.command("pairs")
 def make_pairs(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file to write; its provenance stands beside it.")],
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="The model to be patched (M): file, folder or URL of a server.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="JSON Lines file to write; its provenance stands beside it.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="The model to be patched (M): file, folder or URL of a server."),
+    ] = None,
     reference: Annotated[str | None, typer.Argument(metavar="REFERENCE", help="A safer model (M'), likewise.")] = None,
-    ready: Annotated[Path | None, typer.Option("--from", help="Ready pairs in one of TRL's forms, to be checked and filtered.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="One prompt a line, or .jsonl with messages, prompt or text; default: ours.")] = None,
+    ready: Annotated[
+        Path | None, typer.Option("--from", help="Ready pairs in one of TRL's forms, to be checked and filtered.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt a line, or .jsonl with messages, prompt or text; default: ours.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Make each plain prompt a message of the user.")] = False,
     system: Annotated[str, typer.Option(help="System text in front of every conversation.")] = "",
-    judge: Annotated[str | None, typer.Option(help="filter (shipped), or a Transformers text-classification folder; default: filter, and none with --from.")] = None,
-    unsafe_label: Annotated[list[str] | None, typer.Option(help="Label of the judge's folder that counts as unsafe; repeat it.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="filter (shipped), or a Transformers text-classification folder; default: filter, and none with --from."
+        ),
+    ] = None,
+    unsafe_label: Annotated[
+        list[str] | None, typer.Option(help="Label of the judge's folder that counts as unsafe; repeat it.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Continuations of each model a prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a continuation.")] = 24,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus of the sampling.")] = 0.9,
     min_margin: Annotated[float, typer.Option(min=0, max=1, help="Least difference of the two scores.")] = 0.4,
     max_chosen_score: Annotated[float, typer.Option(min=0, max=1, help="Highest score of a chosen text.")] = 0.2,
-    min_words: Annotated[int | None, typer.Option(min=0, help="Least words of a chosen text; default: 6, and 1 with --from.")] = None,
-    pairs_per_prompt: Annotated[int | None, typer.Option(min=1, help="Most pairs a prompt; default: 3, and no limit with --from.")] = None,
-    skip_long: Annotated[bool, typer.Option("--skip-long", help="Leave out prompts that do not fit the context.")] = False,
+    min_words: Annotated[
+        int | None, typer.Option(min=0, help="Least words of a chosen text; default: 6, and 1 with --from.")
+    ] = None,
+    pairs_per_prompt: Annotated[
+        int | None, typer.Option(min=1, help="Most pairs a prompt; default: 3, and no limit with --from.")
+    ] = None,
+    skip_long: Annotated[
+        bool, typer.Option("--skip-long", help="Leave out prompts that do not fit the context.")
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what a run that was cut off has left.")] = False,
     model_name: Annotated[str, typer.Option(help="MODEL's name on its server; default: the only one there.")] = "",
     reference_name: Annotated[str, typer.Option(help="REFERENCE's name on its server.")] = "",
-    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the API key of MODEL's server.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key of MODEL's server.")
+    ] = None,
     reference_api_key_env: Annotated[str | None, typer.Option(help="The same for REFERENCE's server.")] = None,
     parallel: Annotated[int, typer.Option(min=1, max=1024, help="Requests under way at once, on each server.")] = 8,
     timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a request may take.")] = 600,
@@ -211,10 +287,15 @@ def make_pairs(
     from edgepatch.training.provenance import write_provenance
 
     config = PairConfig(
-        samples_per_prompt=samples, max_new_tokens=max_new_tokens, top_p=top_p, min_margin=min_margin, rng_seed=rng_seed,
-        max_chosen_score=max_chosen_score, min_words=(1 if ready else 6) if min_words is None else min_words,
+        samples_per_prompt=samples,
+        max_new_tokens=max_new_tokens,
+        top_p=top_p,
+        min_margin=min_margin,
+        rng_seed=rng_seed,
+        max_chosen_score=max_chosen_score,
+        min_words=(1 if ready else 6) if min_words is None else min_words,
         pairs_per_prompt=pairs_per_prompt or (NO_LIMIT if ready else 3),
-    )  # fmt: skip
+    )
     if out.is_dir():
         raise InputError(f"--out {out}: expected a file to write, found a folder")
     forget: Callable[[], None] = lambda: None  # noqa: E731
@@ -223,13 +304,21 @@ def make_pairs(
         found, settings = _filter(ready, _load_judge(judge, unsafe_label or []) if judge else None, config)
     else:
         if model is None or reference is None:
-            raise InputError("expected two models, MODEL and REFERENCE, or --from FILE", hint="edgepatch pairs --help shows examples")
+            raise InputError(
+                "expected two models, MODEL and REFERENCE, or --from FILE", hint="edgepatch pairs --help shows examples"
+            )
         sources = Source(model, model_name, api_key_env), Source(reference, reference_name, reference_api_key_env)
         given = _read_prompts(prompts, chat, system)
         found, settings, forget = _sample(
-            sources, given, _load_judge(judge or "filter", unsafe_label or []), config, out,
-            Means(parallel, timeout_s, sequences, context_length, threads, device), skip_long, restart,
-        )  # fmt: skip
+            sources,
+            given,
+            _load_judge(judge or "filter", unsafe_label or []),
+            config,
+            out,
+            Means(parallel, timeout_s, sequences, context_length, threads, device),
+            skip_long,
+            restart,
+        )
     if not found.pairs:
         forget()
     write_pairs(require_pairs(found, config), out)
@@ -242,8 +331,16 @@ def _report(found: PairSet, out: Path, sidecar: Path, as_json: bool) -> None:
     if as_json:
         print_json({"path": str(out), "provenance": str(sidecar), **found.counts})
         return
-    source = f"{found.counts['prompts']} prompts" if "prompts" in found.counts else f"{found.counts['pairs_read']} ready pairs"
+    source = (
+        f"{found.counts['prompts']} prompts"
+        if "prompts" in found.counts
+        else f"{found.counts['pairs_read']} ready pairs"
+    )
     print(f"{out}: {len(found.pairs)} pairs from {source}")
-    left_out = [f"{name.replace('_', ' ')}: {count}" for name, count in found.counts.items() if count and "_" in name and name != "pairs_read"]
+    left_out = [
+        f"{name.replace('_', ' ')}: {count}"
+        for name, count in found.counts.items()
+        if count and "_" in name and name != "pairs_read"
+    ]
     if left_out:
         print(", ".join(left_out))

@@ -22,9 +22,15 @@ RESULTS = Path("bench") / "results"
 @bench_app.command()
 def report(
     results: ResultsOption = RESULTS,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file; the Markdown stands beside it. Default: report.html with the results.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="HTML file; the Markdown stands beside it. Default: report.html with the results."
+        ),
+    ] = None,
     document: Annotated[
-        Path | None, typer.Option(help="Markdown file with markers, such as docs/performance.md, whose tables are written anew.")
+        Path | None,
+        typer.Option(help="Markdown file with markers, such as docs/performance.md, whose tables are written anew."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -43,7 +49,9 @@ def report(
     if document is not None and filled is not None:
         write_atomically(document, filled.encode())
     if as_json:
-        judged = [dict(zip(("of", "goal", "on", "wanted", "reached", "verdict"), goal, strict=True)) for goal in goals(found)]
+        judged = [
+            dict(zip(("of", "goal", "on", "wanted", "reached", "verdict"), goal, strict=True)) for goal in goals(found)
+        ]
         missing = [file.name for file in RESULT_FILES if file.name not in found]
         print_json({"html": str(page), "markdown": str(markdown), "goals": judged, "missing": missing})
     else:
@@ -60,7 +68,9 @@ def _text(path: Path) -> str:
 @bench_app.command()
 def gate(
     baseline: Annotated[Path | None, typer.Option(help="JSON file with a floor or a ceiling for each figure.")] = None,
-    write: Annotated[Path | None, typer.Option(help="Make such a file from the present results, with the tolerances that it states.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Make such a file from the present results, with the tolerances that it states.")
+    ] = None,
     results: ResultsOption = RESULTS,
     as_json: JsonFlag = False,
 ) -> None:

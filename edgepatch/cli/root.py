@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"edgepatch {edgepatch.__version__}")

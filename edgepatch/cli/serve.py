@@ -44,18 +44,27 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8080,
     sequences: Annotated[int, typer.Option("--sequences", min=1, max=64, help="Replies at once; others wait.")] = 4,
-    alias: Annotated[str | None, typer.Option("--alias", help="What clients call the model; default: its file's name.")] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="Holds the API key. Else EDGEPATCH_API_KEY, else one is generated.")
+    alias: Annotated[
+        str | None, typer.Option("--alias", help="What clients call the model; default: its file's name.")
     ] = None,
-    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Let everyone on this machine in; loopback only.")] = False,
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Needed for an address that other machines reach.")] = False,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", help="Holds the API key. Else EDGEPATCH_API_KEY, else one is generated."),
+    ] = None,
+    no_api_key: Annotated[
+        bool, typer.Option("--no-api-key", help="Let everyone on this machine in; loopback only.")
+    ] = False,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Needed for an address that other machines reach.")
+    ] = False,
     allow_host: Annotated[
         list[str] | None, typer.Option("--allow-host", help="A name of this machine that clients use; may be repeated.")
     ] = None,
     queue: Annotated[int, typer.Option("--queue", min=1, help="The most replies that wait; more get status 503.")] = 64,
     request_timeout: Annotated[float, typer.Option("--request-timeout", min=1, help="Seconds for one reply.")] = 600,
-    grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds for replies to end when the server stops.")] = 10,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds for replies to end when the server stops.")
+    ] = 10,
     context_length: ContextLength = None,
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
@@ -73,10 +82,16 @@ def serve(
 
     key, is_new = _api_key(api_key_file, no_api_key, new_api_key)
     settings = ServerSettings(
-        name=alias or _name_of(model), api_key=key, host=host, port=port, allow_remote=allow_remote,
-        allowed_hosts=tuple(name.lower() for name in allow_host or ()), max_waiting=queue,
-        request_timeout_s=request_timeout, grace_s=grace,
-    )  # fmt: skip
+        name=alias or _name_of(model),
+        api_key=key,
+        host=host,
+        port=port,
+        allow_remote=allow_remote,
+        allowed_hosts=tuple(name.lower() for name in allow_host or ()),
+        max_waiting=queue,
+        request_timeout_s=request_timeout,
+        grace_s=grace,
+    )
     with settings.listen() as listener:
         url = _url(settings, listener.getsockname()[1])
         note(f"loading {model}")
@@ -85,7 +100,9 @@ def serve(
         run(service, listener)
     if not service.scheduler.join(0):
         sys.stdout.flush()
-        os._exit(0)  # a library that still loads a model cannot be stopped, and crashes when its process is taken down in order
+        os._exit(
+            0
+        )  # a library that still loads a model cannot be stopped, and crashes when its process is taken down in order
 
 
 def _api_key(file: Path | None, without: bool, generate: Callable[[], str]) -> tuple[str | None, bool]:
@@ -106,7 +123,13 @@ def _name_of(model: Path) -> str:
 
 
 def _loader(
-    model: Path, patch: PatchChoice, sequences: int, context_length: int | None, threads: int | None, device: Device, store: Path | None
+    model: Path,
+    patch: PatchChoice,
+    sequences: int,
+    context_length: int | None,
+    threads: int | None,
+    device: Device,
+    store: Path | None,
 ) -> Callable[[], Runtime]:
     from edgepatch.runtimes import device_options, load_runtime
 
@@ -128,8 +151,10 @@ def _no_patch(store: Path | None) -> InputError:
     from edgepatch.store.reading import StoreReader
 
     folder = StoreReader(store).folder
-    return InputError(f"expected --patch or --bare, found neither, nor an active patch for the model in {folder}",
-                      hint="--bare serves the model as it is, without a patch")  # fmt: skip
+    return InputError(
+        f"expected --patch or --bare, found neither, nor an active patch for the model in {folder}",
+        hint="--bare serves the model as it is, without a patch",
+    )
 
 
 def _require_some_patch(chosen: PatchChoice, store: Path | None) -> None:
@@ -147,7 +172,11 @@ def _url(settings: ServerSettings, port: int) -> str:
 
 
 def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_key: bool, as_json: bool) -> None:
-    patch = f"{served.patch['name']} {served.patch['version']} (seed {served.patch['seed_route']})" if served.patch else "none"
+    patch = (
+        f"{served.patch['name']} {served.patch['version']} (seed {served.patch['seed_route']})"
+        if served.patch
+        else "none"
+    )
     if as_json:
         print_json({"url": url, "model": served.name, "patch": served.patch, "system_fingerprint": served.fingerprint})
     else:

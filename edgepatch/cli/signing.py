@@ -12,14 +12,18 @@ from edgepatch.cli.root import app
 from edgepatch.cli.trust import PassphraseFile, Unencrypted, read_passphrase
 from edgepatch.errors import InputError
 
-trust_app = typer.Typer(help="Set and show the trust root of this device.\n\nExample: `edgepatch trust show`", no_args_is_help=True)
+trust_app = typer.Typer(
+    help="Set and show the trust root of this device.\n\nExample: `edgepatch trust show`", no_args_is_help=True
+)
 app.add_typer(trust_app, name="trust")
 
 
 @app.command()
 def sign(
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")],
-    key_files: Annotated[list[Path], typer.Argument(metavar="KEY...", help="Private keys; one passphrase opens them all.")],
+    key_files: Annotated[
+        list[Path], typer.Argument(metavar="KEY...", help="Private keys; one passphrase opens them all.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; PATCH itself if not given.")] = None,
     passphrase_file: PassphraseFile = None,
     unencrypted: Unencrypted = False,
@@ -42,13 +46,25 @@ def sign(
     if as_json:
         print_json({"file": str(out or patch_file), "digest": digest, "signatures": names})
     else:
-        stdout().print(table([("file", out or patch_file), ("digest", digest), ("signatures", ", ".join(name[:12] for name in names))]))
+        stdout().print(
+            table(
+                [
+                    ("file", out or patch_file),
+                    ("digest", digest),
+                    ("signatures", ", ".join(name[:12] for name in names)),
+                ]
+            )
+        )
 
 
 @trust_app.command("set")
 def set_root(
-    root_files: Annotated[list[Path], typer.Argument(metavar="ROOT...", help="The trust root; of a rotation, all versions in order.")],
-    fingerprint: Annotated[str, typer.Option("--fingerprint", help="What its maker says it is; compared before anything is trusted.")] = "",
+    root_files: Annotated[
+        list[Path], typer.Argument(metavar="ROOT...", help="The trust root; of a rotation, all versions in order.")
+    ],
+    fingerprint: Annotated[
+        str, typer.Option("--fingerprint", help="What its maker says it is; compared before anything is trusted.")
+    ] = "",
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -69,7 +85,10 @@ def set_root(
         return
     rows: list[tuple[str, object]] = [("version", root.version), ("fingerprint", root.fingerprint)]
     rows.append(("sequences", "reset" if change.reset else "kept"))
-    rows += [("no longer trusted", f"{digest[:12]}, which is active: apply one that this root trusts") for digest in change.refused]
+    rows += [
+        ("no longer trusted", f"{digest[:12]}, which is active: apply one that this root trusts")
+        for digest in change.refused
+    ]
     stdout().print(table(rows))
 
 
@@ -88,12 +107,16 @@ def show(store: StoreOption = None, as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(root)
     else:
-        stdout().print(table([(key, ", ".join(value) if isinstance(value, list) else value) for key, value in root.items()]))
+        stdout().print(
+            table([(key, ", ".join(value) if isinstance(value, list) else value) for key, value in root.items()])
+        )
 
 
 @trust_app.command("reset-clock")
 def reset_clock(
-    reason: Annotated[str, typer.Option("--reason", help="The history keeps it.")], store: StoreOption = None, as_json: JsonFlag = False
+    reason: Annotated[str, typer.Option("--reason", help="The history keeps it.")],
+    store: StoreOption = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Forget the latest time that this device has seen, after its clock had been set ahead by mistake.
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from edgepatch.store.changes import Change
     from edgepatch.tensors import ModelSpec
 
-BaseArgument = Annotated[str | None, typer.Argument(metavar="[BASE]", help="Start of the base's id, where the device has several.")]
+BaseArgument = Annotated[
+    str | None, typer.Argument(metavar="[BASE]", help="Start of the base's id, where the device has several.")
+]
 ReasonOption = Annotated[str, typer.Option("--reason", help="The history keeps it.")]
 FileArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
 ModelOption = Annotated[Path | None, typer.Option("--model", help="GGUF file, ONNX folder or Transformers folder.")]
@@ -30,11 +32,20 @@ def apply(
     model: ModelOption = None,
     store: StoreOption = None,
     channel: Annotated[str, typer.Option("--channel", help="Change over to this channel.")] = "",
-    allow_downgrade: Annotated[bool, typer.Option("--allow-downgrade", help="Take an older patch; needs --reason.")] = False,
+    allow_downgrade: Annotated[
+        bool, typer.Option("--allow-downgrade", help="Take an older patch; needs --reason.")
+    ] = False,
     reason: ReasonOption = "",
-    allow_expired: Annotated[str, typer.Option("--allow-expired", metavar="REASON", help="Take a patch that has expired.")] = "",
+    allow_expired: Annotated[
+        str, typer.Option("--allow-expired", metavar="REASON", help="Take a patch that has expired.")
+    ] = "",
     unsigned: Annotated[
-        str, typer.Option("--unsigned", metavar="REASON", help="Take a patch that nobody vouches for, on a device without a trust root.")
+        str,
+        typer.Option(
+            "--unsigned",
+            metavar="REASON",
+            help="Take a patch that nobody vouches for, on a device without a trust root.",
+        ),
     ] = "",
     as_json: JsonFlag = False,
 ) -> None:
@@ -63,10 +74,22 @@ def _print_change(change: Change, word: str, as_json: bool) -> None:
 
     if as_json:
         shown = summary(change.digest, change.patch)
-        print_json({**shown, "base": change.patch.base, "before": change.before, "changed": change.is_new, "signed_by": sorted(change.signed_by)})
+        print_json(
+            {
+                **shown,
+                "base": change.patch.base,
+                "before": change.before,
+                "changed": change.is_new,
+                "signed_by": sorted(change.signed_by),
+            }
+        )
         return
     patch = change.patch
-    rows: list[tuple[str, object]] = [(word, title(patch)), ("digest", change.digest), ("release", f"{patch.channel} {patch.sequence}")]
+    rows: list[tuple[str, object]] = [
+        (word, title(patch)),
+        ("digest", change.digest),
+        ("release", f"{patch.channel} {patch.sequence}"),
+    ]
     rows.append(("base", patch.base[:12]))
     if change.is_new and change.before:
         rows.append(("before", change.before[:12]))
@@ -96,7 +119,12 @@ def status(store: StoreOption = None, as_json: JsonFlag = False) -> None:
 def _print_status(found: dict[str, Any]) -> None:
     root = found["trust_root"]
     rows: list[tuple[str, object]] = [("store", found["store"])]
-    rows.append(("trust root", f"version {root['version']}, {root['threshold']} of {', '.join(root['keys'])}" if root else "none"))
+    rows.append(
+        (
+            "trust root",
+            f"version {root['version']}, {root['threshold']} of {', '.join(root['keys'])}" if root else "none",
+        )
+    )
     for base in found["bases"]:
         rows.append(("", ""))
         rows.append(("base", f"{base['base'][:12]} ({base['model_type']}, weights {base['weight_fingerprint'][:12]})"))
@@ -114,7 +142,9 @@ def _print_findings(findings: list[Finding]) -> None:
     console = stderr()
     for finding in findings:
         colour = "red" if finding.level == "error" else "yellow"
-        console.print(f"[bold {colour}]{finding.level}:[/] {cell(finding.subject)}: {cell(finding.message)}", soft_wrap=True)
+        console.print(
+            f"[bold {colour}]{finding.level}:[/] {cell(finding.subject)}: {cell(finding.message)}", soft_wrap=True
+        )
 
 
 @app.command("list")
@@ -130,23 +160,39 @@ def list_patches(store: StoreOption = None, as_json: JsonFlag = False) -> None:
     active = {record.active for record in state.bases.values()}
     patches = sorted(state.patches.items(), key=lambda item: (item[1].base, item[1].channel, item[1].sequence))
     if as_json:
-        print_json([{**summary(digest, patch), "base": patch.base, "active": digest in active} for digest, patch in patches])
+        print_json(
+            [{**summary(digest, patch), "base": patch.base, "active": digest in active} for digest, patch in patches]
+        )
         return
     rows = Table(box=None, pad_edge=False)
     for heading in ("", "digest", "patch", "channel", "sequence", "expires", "base"):
         rows.add_column(heading)
     for digest, patch in patches:
         marker = "*" if digest in active else ""
-        entries = (marker, digest[:12], f"{patch.name} {patch.version}", patch.channel, patch.sequence, patch.expires or "never", patch.base[:12])
+        entries = (
+            marker,
+            digest[:12],
+            f"{patch.name} {patch.version}",
+            patch.channel,
+            patch.sequence,
+            patch.expires or "never",
+            patch.base[:12],
+        )
         rows.add_row(*map(cell, entries))
     stdout().print(rows)
 
 
 @app.command()
 def verify(
-    patch_file: Annotated[Path | None, typer.Argument(metavar="[PATCH]", help="Patch file; the whole store if not given.")] = None,
-    root: Annotated[Path | None, typer.Option("--root", help="Trust root that judges PATCH; else that of the store.")] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Also load the patch on --model, and see that it works there.")] = False,
+    patch_file: Annotated[
+        Path | None, typer.Argument(metavar="[PATCH]", help="Patch file; the whole store if not given.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Trust root that judges PATCH; else that of the store.")
+    ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also load the patch on --model, and see that it works there.")
+    ] = False,
     model: ModelOption = None,
     store: StoreOption = None,
     as_json: JsonFlag = False,
@@ -165,7 +211,9 @@ def verify(
         _verify_store(model, store, as_json)
 
 
-def _verify_file(patch_file: Path, root_file: Path | None, model: Path | None, store: Path | None, as_json: bool) -> None:
+def _verify_file(
+    patch_file: Path, root_file: Path | None, model: Path | None, store: Path | None, as_json: bool
+) -> None:
     from datetime import datetime, timezone
 
     from edgepatch.patches import PAYLOAD_TYPE, read_patch
@@ -188,7 +236,14 @@ def _verify_file(patch_file: Path, root_file: Path | None, model: Path | None, s
     if as_json:
         print_json(shown)
     else:
-        stdout().print(table([(key.replace("_", " "), ", ".join(value) if isinstance(value, list) else value) for key, value in shown.items()]))
+        stdout().print(
+            table(
+                [
+                    (key.replace("_", " "), ", ".join(value) if isinstance(value, list) else value)
+                    for key, value in shown.items()
+                ]
+            )
+        )
 
 
 def _prove(model: Path, patch: Path | None, store: Path | None) -> dict[str, str]:
@@ -198,10 +253,14 @@ def _prove(model: Path, patch: Path | None, store: Path | None) -> dict[str, str
 
     with load_runtime(model, patch or ACTIVE, store=store) as runtime:
         if runtime.patch is None:
-            raise InactivePatchError(f"expected an active patch for {model}, found none", hint="`edgepatch status` shows what is active")
+            raise InactivePatchError(
+                f"expected an active patch for {model}, found none", hint="`edgepatch status` shows what is active"
+            )
         if runtime.patch.canary is None:
-            raise InactivePatchError(f"patch {runtime.patch.name} {runtime.patch.version}: expected a canary, found none",
-                                     hint="its vendor adds one; without it nothing proves that the patch works")  # fmt: skip
+            raise InactivePatchError(
+                f"patch {runtime.patch.name} {runtime.patch.version}: expected a canary, found none",
+                hint="its vendor adds one; without it nothing proves that the patch works",
+            )
         runtime.prove()
         return {"works_on": f"{runtime.name} {runtime.quantization}", "system_fingerprint": runtime.system_fingerprint}
 
@@ -216,17 +275,29 @@ def _verify_store(model: Path | None, store: Path | None, as_json: bool) -> None
     proof = _prove(model, None, store) if model and is_sound else {}
     patches = len(reader.read()[0].patches)
     if as_json:
-        print_json({"store": str(reader.folder), "patches": patches, "findings": [asdict(finding) for finding in findings], **proof})
+        print_json(
+            {
+                "store": str(reader.folder),
+                "patches": patches,
+                "findings": [asdict(finding) for finding in findings],
+                **proof,
+            }
+        )
     else:
         _print_findings(findings)
         if is_sound:
-            rows: list[tuple[str, object]] = [("store", reader.folder), ("verified", f"{patches} patches, trust, history")]
+            rows: list[tuple[str, object]] = [
+                ("store", reader.folder),
+                ("verified", f"{patches} patches, trust, history"),
+            ]
             stdout().print(table([*rows, *((key.replace("_", " "), value) for key, value in proof.items())]))
     audit.require_no_error(findings)
 
 
 @app.command()
-def rollback(base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False) -> None:
+def rollback(
+    base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False
+) -> None:
     """Make the patch active again that was active before the present one.
 
     Example: `edgepatch rollback --reason "1.1.0 refuses too much"`
@@ -237,7 +308,9 @@ def rollback(base: BaseArgument = None, reason: ReasonOption = "", store: StoreO
 
 
 @app.command()
-def hold(base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False) -> None:
+def hold(
+    base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False
+) -> None:
     """Keep the active patch: `apply` is refused until `unhold`.
 
     Example: `edgepatch hold --reason "acceptance test runs"`
@@ -246,7 +319,9 @@ def hold(base: BaseArgument = None, reason: ReasonOption = "", store: StoreOptio
 
 
 @app.command()
-def unhold(base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False) -> None:
+def unhold(
+    base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False
+) -> None:
     """Allow `apply` again.
 
     Example: `edgepatch unhold`
@@ -293,7 +368,9 @@ def _what(entry: dict[str, Any]) -> str:
 
 
 def _why(entry: dict[str, Any]) -> str:
-    return "; ".join(f"{name}: {entry[name]}" for name in ("unsigned", "downgrade", "expired", "reason") if name in entry)
+    return "; ".join(
+        f"{name}: {entry[name]}" for name in ("unsigned", "downgrade", "expired", "reason") if name in entry
+    )
 
 
 @app.command()

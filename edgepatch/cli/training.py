@@ -43,18 +43,31 @@ def _config(parameters: Mapping[str, Any]) -> TrainConfig:
 def train(
     context: typer.Context,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Model to be patched: Transformers folder, or GGUF file to be dequantized.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Model to be patched: Transformers folder, or GGUF file to be dequantized."
+        ),
     ],
     pairs_file: Annotated[Path, typer.Option("--pairs", help="Preference pairs, JSON Lines.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
-    benign: Annotated[Path | None, typer.Option(help="Benign texts or conversations for the KL term; default: the texts shipped.")] = None,
+    benign: Annotated[
+        Path | None, typer.Option(help="Benign texts or conversations for the KL term; default: the texts shipped.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the patch.")] = "patch",
     version: Annotated[str, typer.Option(help="Its version (SemVer).")] = "0.1.0",
-    kind: Annotated[str, typer.Option(help="soft-prompt, or kv: keys and values of every layer, from a patch given by --start.")] = "soft-prompt",
+    kind: Annotated[
+        str, typer.Option(help="soft-prompt, or kv: keys and values of every layer, from a patch given by --start.")
+    ] = "soft-prompt",
     start: Annotated[Path | None, typer.Option(help="Patch whose seed a K/V prefix starts from.")] = None,
-    weights: Annotated[list[Path] | None, typer.Option(help="Train on a quantized GGUF file of the model instead; repeat for several.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Safer model whose log-probabilities DPO compares with.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder: checkpoints and curves; a stopped run goes on from there.")] = None,
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="Train on a quantized GGUF file of the model instead; repeat for several.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Safer model whose log-probabilities DPO compares with.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder: checkpoints and curves; a stopped run goes on from there.")
+    ] = None,
     num_virtual_tokens: Annotated[int, typer.Option(min=1, help="P.")] = 50,
     init: Annotated[str | None, typer.Option(help="text or random.")] = None,
     init_text: Annotated[str | None, typer.Option(help="Instruction whose embeddings start the soft prompt.")] = None,
@@ -64,13 +77,19 @@ def train(
     dpo_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of stage 2.")] = None,
     beta: Annotated[float | None, typer.Option(min=0, help="Strength of DPO's tie to its reference.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs a step.")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(min=0, help="Pairs in memory at once; the gradient stays the batch's.")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=0, help="Pairs in memory at once; the gradient stays the batch's.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest prompt and answer together.")] = None,
     kl_weight: Annotated[float | None, typer.Option(min=0, help="Weight of the KL term on benign text.")] = None,
     dpo_reference: Annotated[str | None, typer.Option(help="base, sft, or model (with --reference).")] = None,
-    patience: Annotated[int | None, typer.Option(min=0, help="End after so many checks without a better one; 0: never.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=0, help="End after so many checks without a better one; 0: never.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: float32, bfloat16 or 4bit.")] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
     rng_seed: Annotated[int, typer.Option(help="Random seed of the order of examples.")] = 1,
     as_json: JsonFlag = False,
@@ -88,7 +107,9 @@ def train(
     from edgepatch.training.preferences import read_pairs
 
     if kind not in KINDS or (kind == "kv") != (start is not None):
-        raise InputError(f"--kind: expected soft-prompt, or kv with --start; found {kind} {'with' if start else 'without'} --start")
+        raise InputError(
+            f"--kind: expected soft-prompt, or kv with --start; found {kind} {'with' if start else 'without'} --start"
+        )
     given = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
     pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
     training = PatchTraining(model, _config(given), weights or (), run, reference, device)
@@ -108,13 +129,19 @@ def train(
     if as_json:
         print_json({"path": str(out), "digest": digest, "training": patch.training})
     else:
-        print(f"{out}: {patch.num_virtual_tokens} virtual tokens, held-out preference accuracy {accuracy:.2f}, SHA-256 {digest}")
+        print(
+            f"{out}: {patch.num_virtual_tokens} virtual tokens, held-out preference accuracy {accuracy:.2f}, SHA-256 {digest}"
+        )
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for models, patch, results.json and report.html.")] = Path("out/demo"),
-    data: Annotated[Path | None, typer.Option(help="Data folder (default: EDGEPATCH_DATA); without it our own prompts are used.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for models, patch, results.json and report.html.")
+    ] = Path("out/demo"),
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder (default: EDGEPATCH_DATA); without it our own prompts are used.")
+    ] = None,
     lab: Annotated[Path | None, typer.Option(help="Folder with the lab models base/ and reference/.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts behind the table.")] = 48,
     samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
@@ -132,7 +159,9 @@ def demo(
     from edgepatch.training.config import TrainConfig
 
     config = main_job.DemoConfig(
-        num_prompts=prompts, matrix=MatrixConfig(samples_per_prompt=samples, num_threads=1), train=TrainConfig(rng_seed=rng_seed)
+        num_prompts=prompts,
+        matrix=MatrixConfig(samples_per_prompt=samples, num_threads=1),
+        train=TrainConfig(rng_seed=rng_seed),
     )
     with progress_bars() as bars:
         document, page = main_job.run_demo(out, data_folder(data), lab or main_job.LAB_FOLDER, config, bars)

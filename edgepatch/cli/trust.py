@@ -27,9 +27,14 @@ root_app = typer.Typer(
 app.add_typer(root_app, name="root")
 
 PassphraseFile = Annotated[
-    Path | None, typer.Option("--passphrase-file", help=f"First line is the passphrase; else {PASSPHRASE_VARIABLE}, else it is asked for.")
+    Path | None,
+    typer.Option(
+        "--passphrase-file", help=f"First line is the passphrase; else {PASSPHRASE_VARIABLE}, else it is asked for."
+    ),
 ]
-Unencrypted = Annotated[bool, typer.Option("--unencrypted", help="The private key lies in its file without a passphrase.")]
+Unencrypted = Annotated[
+    bool, typer.Option("--unencrypted", help="The private key lies in its file without a passphrase.")
+]
 RootArgument = Annotated[Path, typer.Argument(metavar="ROOT", help="Trust root file.")]
 
 
@@ -52,7 +57,9 @@ def read_passphrase(file: Path | None, unencrypted: bool, confirm: bool) -> str 
     if PASSPHRASE_VARIABLE in os.environ:
         return os.environ[PASSPHRASE_VARIABLE]
     if not sys.stdin.isatty():
-        raise InputError("expected a passphrase, found no terminal to ask on", hint=f"--passphrase-file, or {PASSPHRASE_VARIABLE}")
+        raise InputError(
+            "expected a passphrase, found no terminal to ask on", hint=f"--passphrase-file, or {PASSPHRASE_VARIABLE}"
+        )
     try:
         passphrase = getpass.getpass("passphrase: ")
         again = getpass.getpass("once more: ") if confirm else passphrase
@@ -65,7 +72,9 @@ def read_passphrase(file: Path | None, unencrypted: bool, confirm: bool) -> str 
 
 @app.command()
 def keygen(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Writes NAME.key, which stays where it is, and NAME.pub, for others.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Writes NAME.key, which stays where it is, and NAME.pub, for others.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.")] = Path("."),
     passphrase_file: PassphraseFile = None,
     unencrypted: Unencrypted = False,
@@ -81,7 +90,12 @@ def keygen(
     from edgepatch.signing import key_id, raw_public_key
 
     private, public, key = create_key_pair(out, name, read_passphrase(passphrase_file, unencrypted, confirm=True))
-    made = {"private": str(private), "public": str(public), "key_id": key_id(raw_public_key(key)), "encrypted": not unencrypted}
+    made = {
+        "private": str(private),
+        "public": str(public),
+        "key_id": key_id(raw_public_key(key)),
+        "encrypted": not unencrypted,
+    }
     _print(made, as_json)
 
 
@@ -110,18 +124,28 @@ def _key_to_revoke(value: str) -> str:
 @root_app.command("create")
 def create(
     out: Annotated[Path, typer.Option("--out", "-o", help="Trust root file to write, unsigned.")],
-    key: Annotated[list[Path] | None, typer.Option("--key", help="Public key that signs patches; may be repeated.")] = None,
-    root_key: Annotated[list[Path] | None, typer.Option("--root-key", help="Public key that signs trust roots; may be repeated.")] = None,
-    threshold: Annotated[int | None, typer.Option("--threshold", min=1, help="Keys that must sign a patch; else a majority.")] = None,
+    key: Annotated[
+        list[Path] | None, typer.Option("--key", help="Public key that signs patches; may be repeated.")
+    ] = None,
+    root_key: Annotated[
+        list[Path] | None, typer.Option("--root-key", help="Public key that signs trust roots; may be repeated.")
+    ] = None,
+    threshold: Annotated[
+        int | None, typer.Option("--threshold", min=1, help="Keys that must sign a patch; else a majority.")
+    ] = None,
     root_threshold: Annotated[
         int | None, typer.Option("--root-threshold", min=1, help="Keys that must sign a trust root; else a majority.")
     ] = None,
-    expires: Annotated[int, typer.Option("--expires", metavar="DAYS", min=1, max=3650, help="Days until it expires.")] = 365,
+    expires: Annotated[
+        int, typer.Option("--expires", metavar="DAYS", min=1, max=3650, help="Days until it expires.")
+    ] = 365,
     old: Annotated[
-        Path | None, typer.Option("--from", metavar="OLD", help="Make the version after this one: its keys, and those named here.")
+        Path | None,
+        typer.Option("--from", metavar="OLD", help="Make the version after this one: its keys, and those named here."),
     ] = None,
     revoke: Annotated[
-        list[str] | None, typer.Option("--revoke", metavar="KEY", help="With --from: public key file or key id that counts no more.")
+        list[str] | None,
+        typer.Option("--revoke", metavar="KEY", help="With --from: public key file or key id that counts no more."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -147,7 +171,10 @@ def create(
     revoked = [_key_to_revoke(value) for value in revoke or []]
     root = next_root(read_root(old), revoke=revoked, **common) if old else new_root(**common)
     write_atomically(out, root.to_bytes())
-    _print({"file": str(out), "version": root.version, "fingerprint": root.fingerprint, "signatures": _progress(root)}, as_json)
+    _print(
+        {"file": str(out), "version": root.version, "fingerprint": root.fingerprint, "signatures": _progress(root)},
+        as_json,
+    )
 
 
 def _progress(root: Root) -> str:
@@ -249,7 +276,9 @@ def _summary(root: Root) -> dict[str, Any]:
 
 
 def _rows(root: Root) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = [(name, _summary(root)[name]) for name in ("version", "fingerprint", "created", "expires")]
+    rows: list[tuple[str, object]] = [
+        (name, _summary(root)[name]) for name in ("version", "fingerprint", "created", "expires")
+    ]
     for name, role in root.roles.items():
         keys = ", ".join(sorted(root.called(key) for key in role.keys))
         rows.append((f"{name} role", f"{role.threshold} of {keys}"))

@@ -407,7 +407,9 @@ class Runtime(ABC):
         matcher = None
         if sampling.constraint is not None:
             if self._constraint_engine is None:
-                self._constraint_engine = ConstraintEngine(self._token_bytes(), self.spec.vocab_size, self.end_token_ids)
+                self._constraint_engine = ConstraintEngine(
+                    self._token_bytes(), self.spec.vocab_size, self.end_token_ids
+                )
             matcher = self._constraint_engine.matcher(sampling.constraint)
         room = min(sampling.max_new_tokens, self.context_length - len(tokens) + 1)
         return Reply(sampling, tokens, room, self.spec.vocab_size, self._new_decoder(), self.end_token_ids, matcher)
@@ -477,7 +479,9 @@ class Runtime(ABC):
     def __enter__(self: RuntimeT) -> RuntimeT:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

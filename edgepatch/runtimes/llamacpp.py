@@ -98,7 +98,9 @@ class LlamaCppRuntime(Runtime):
 
     # Loading.
 
-    def _load(self, path: Path, header: GGUFHeader, flash_attention: bool, num_threads: int, num_gpu_layers: int) -> None:
+    def _load(
+        self, path: Path, header: GGUFHeader, flash_attention: bool, num_threads: int, num_gpu_layers: int
+    ) -> None:
         # The seed's cells are shared; one more sequence holds them while no conversation does.
         num_cells = self.num_positions * self.num_sequences
         self._master = self.num_sequences
@@ -121,15 +123,21 @@ class LlamaCppRuntime(Runtime):
         lib = self._lib
         ids = range(lib.llama_vocab_n_tokens(self._vocab))
         if len(ids) != self.spec.vocab_size:
-            raise InputError(f"{path}: expected {self.spec.vocab_size} tokens, found {len(ids)}", hint="download it again")
+            raise InputError(
+                f"{path}: expected {self.spec.vocab_size} tokens, found {len(ids)}", hint="download it again"
+            )
         self.end_token_ids = frozenset(i for i in ids if lib.llama_vocab_is_eog(self._vocab, i))
         bos, eos = lib.llama_vocab_bos(self._vocab), lib.llama_vocab_eos(self._vocab)
-        self._bos, self._eos = (lib.llama_vocab_get_text(self._vocab, i).decode() if i in ids else "" for i in (bos, eos))
+        self._bos, self._eos = (
+            lib.llama_vocab_get_text(self._vocab, i).decode() if i in ids else "" for i in (bos, eos)
+        )
         self._added_tokens = self._read_added_tokens()
 
     def _check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None and patch.digest not in self._fitting:
-            compare(patch.weight_sketch, fingerprints.sketch_of_gguf(self._header, patch.weight_sketch), self.quantization)
+            compare(
+                patch.weight_sketch, fingerprints.sketch_of_gguf(self._header, patch.weight_sketch), self.quantization
+            )
             self._fitting.add(patch.digest)
 
     # The seed.
@@ -156,7 +164,9 @@ class LlamaCppRuntime(Runtime):
         if self.patch is not None:
             self._context.restore(self._master, self._state_of(self.patch)[0])
         if not self._context.holds(self._master, self.num_virtual_tokens):
-            raise InactivePatchError(f"llama.cpp's cache does not hold the {self.num_virtual_tokens} positions of the seed")
+            raise InactivePatchError(
+                f"llama.cpp's cache does not hold the {self.num_virtual_tokens} positions of the seed"
+            )
 
     def _state_of(self, patch: Patch) -> tuple[bytes, SeedRoute]:
         """llama.cpp's own state of the P seeded positions, and how it was made."""
@@ -170,7 +180,9 @@ class LlamaCppRuntime(Runtime):
     def _make_state(self, patch: Patch) -> tuple[bytes, SeedRoute]:
         self.seed_reason = ""
         if self._wanted_route == "stored" and patch.kv_seed is None:
-            raise InputError("the patch has no stored seed", hint="add it with `edgepatch convert seed`, or use seed_route decoded")
+            raise InputError(
+                "the patch has no stored seed", hint="add it with `edgepatch convert seed`, or use seed_route decoded"
+            )
         if patch.kv_seed is None or self._wanted_route == "decoded":
             return self._decode(patch), "decoded"
         if self._model.has_recurrent_memory:
@@ -202,7 +214,10 @@ class LlamaCppRuntime(Runtime):
     def _fall_back(self, patch: Patch, reason: str, decoded: bytes | None = None) -> tuple[bytes, SeedRoute]:
         """The decoded route, unless the stored one was asked for or is the only one; the reason is kept for the user."""
         if self._wanted_route == "stored" or patch.soft_prompt is None:
-            raise InputError(f"the stored seed cannot be used: {reason}", hint="use a patch with a soft prompt, and seed_route decoded")
+            raise InputError(
+                f"the stored seed cannot be used: {reason}",
+                hint="use a patch with a soft prompt, and seed_route decoded",
+            )
         self.seed_reason = reason
         return decoded or self._decode(patch), "decoded"
 
@@ -245,7 +260,9 @@ class LlamaCppRuntime(Runtime):
             InputError: there is no patch, the number of ids is not P, or the file cannot be written.
         """
         if len(token_ids) != self.num_virtual_tokens or not token_ids:
-            raise InputError(f"expected {self.num_virtual_tokens} token ids, one a virtual token, found {len(token_ids)}")
+            raise InputError(
+                f"expected {self.num_virtual_tokens} token ids, one a virtual token, found {len(token_ids)}"
+            )
         self._context.save_state_file(path, self._master, token_ids)
 
     # Evaluation.
@@ -257,7 +274,9 @@ class LlamaCppRuntime(Runtime):
             self._restore()
         self._context.fork(self._master, sequence)
         if self._context.last_position(sequence) != self.num_virtual_tokens - 1:
-            raise InactivePatchError(f"llama.cpp did not start sequence {sequence} from the seed", hint="load the model again")
+            raise InactivePatchError(
+                f"llama.cpp did not start sequence {sequence} from the seed", hint="load the model again"
+            )
         return 0
 
     def num_cached(self, tokens: Sequence[int], sequence: int = 0) -> int:
@@ -398,5 +417,7 @@ def _positions(asked: int | None, trained: int, patch: Patch | None) -> int:
     taken = patch.num_virtual_tokens if patch else 0
     positions = min(trained, DEFAULT_CONTEXT) if asked is None else asked
     if not taken < positions <= trained:
-        raise InputError(f"context length: expected {taken + 1} to {trained}, found {positions}", f"the patch takes {taken} of them")
+        raise InputError(
+            f"context length: expected {taken + 1} to {trained}, found {positions}", f"the patch takes {taken} of them"
+        )
     return positions

@@ -109,7 +109,9 @@ class Calibration:
         """How much more wrong cached keys may be than values, by the types of the weights that make them."""
         types = {name: info.ggml_type for name, info in self._header.tensors.items()}
         differ = any(
-            types[name] != types.get(name.replace("attn_k.", "attn_v."), types[name]) for name in types if ".attn_k.weight" in name
+            types[name] != types.get(name.replace("attn_k.", "attn_v."), types[name])
+            for name in types
+            if ".attn_k.weight" in name
         )
         return llamacpp_layout.COARSER_KEYS_FACTOR if differ else llamacpp_layout.KEY_ERROR_FACTOR
 

@@ -63,7 +63,9 @@ class LlamaModel:
         settings.n_gpu_layers = num_gpu_layers
         self.handle = self.lib.llama_model_load_from_file(bytes(path), settings)
         if not self.handle:
-            raise InputError(f"llama.cpp cannot load {path}: {gguf_library.library_errors()}", hint="download or convert it again")
+            raise InputError(
+                f"llama.cpp cannot load {path}: {gguf_library.library_errors()}", hint="download or convert it again"
+            )
         self._resources.callback(self.lib.llama_model_free, self.handle)
         self.vocab = self.lib.llama_model_get_vocab(self.handle)
         self.window = int(self.lib.llama_model_n_swa(self.handle))
@@ -101,7 +103,10 @@ class LlamaContext:
         options.flash_attn_type = enabled if settings.flash_attention else disabled
         self._handle = lib.llama_init_from_model(model.handle, options)
         if not self._handle:
-            raise InputError(f"llama.cpp cannot use {model.path}: {gguf_library.library_errors()}", hint="try a shorter context or f16")
+            raise InputError(
+                f"llama.cpp cannot use {model.path}: {gguf_library.library_errors()}",
+                hint="try a shorter context or f16",
+            )
         self._resources.callback(lib.llama_free, self._handle)
         self._memory = lib.llama_get_memory(self._handle)
         self._vocab_size = int(lib.llama_vocab_n_tokens(model.vocab))
@@ -181,7 +186,9 @@ class LlamaContext:
         taken = self._lib.llama_state_seq_set_data(self._handle, buffer, len(state), sequence)
         if taken != len(state) or self.state(sequence) != state:
             self.forget(sequence)
-            raise InactivePatchError(f"llama.cpp took {taken} of {len(state)} bytes of the seed: {gguf_library.library_errors()}")
+            raise InactivePatchError(
+                f"llama.cpp took {taken} of {len(state)} bytes of the seed: {gguf_library.library_errors()}"
+            )
 
     def save_state_file(self, path: Path, sequence: int, tokens: Sequence[int]) -> None:
         """Writes a sequence as the library's own file, labelled with token ids.
@@ -191,7 +198,9 @@ class LlamaContext:
         """
         labels = (self._lib.llama_token * len(tokens))(*tokens)
         if not self._lib.llama_state_seq_save_file(self._handle, bytes(path), sequence, labels, len(tokens)):
-            raise InputError(f"cannot write {path}: {gguf_library.library_errors()}", hint="free space or name another folder")
+            raise InputError(
+                f"cannot write {path}: {gguf_library.library_errors()}", hint="free space or name another folder"
+            )
 
     # Evaluation.
 
@@ -225,7 +234,9 @@ class LlamaContext:
             logits.append(self._run(self._batch))
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
-    def evaluate_embeddings(self, sequence: int, embeddings: NDArray[np.float32], logits: bool = False) -> NDArray[np.float32]:
+    def evaluate_embeddings(
+        self, sequence: int, embeddings: NDArray[np.float32], logits: bool = False
+    ) -> NDArray[np.float32]:
         """Evaluates (P, D) embeddings behind a sequence, in the scale that llama.cpp's graph takes.
 
         Returns:
@@ -257,7 +268,9 @@ class LlamaContext:
         status = self._lib.llama_decode(self._handle, batch.struct)
         if status != 0:
             count = batch.struct.n_tokens
-            raise EdgepatchError(f"llama.cpp cannot evaluate {count} tokens (code {status}): {gguf_library.library_errors()}")
+            raise EdgepatchError(
+                f"llama.cpp cannot evaluate {count} tokens (code {status}): {gguf_library.library_errors()}"
+            )
         if not batch.num_outputs:
             return np.empty((0, self._vocab_size), np.float32)
         pointer = self._lib.llama_get_logits(self._handle)
@@ -279,7 +292,9 @@ class _Batch:
         self.num_outputs, self._axes = 0, axes
         # llama.cpp allocates one position an embedding, and reads four of a model with M-RoPE.
         self._positions = (ctypes.c_int32 * (size * axes))()
-        self._own_positions = ctypes.addressof(self.struct.pos.contents)  # an address: `struct.pos` itself would follow the change
+        self._own_positions = ctypes.addressof(
+            self.struct.pos.contents
+        )  # an address: `struct.pos` itself would follow the change
         self.struct.pos = ctypes.cast(self._positions, type(self.struct.pos))
         _fill(self.struct.n_seq_id, [1] * size)
 
@@ -288,7 +303,9 @@ class _Batch:
         count = self.struct.n_tokens = len(positions)
         self.num_outputs = sum(wanted)
         table = np.ctypeslib.as_array(self._positions)
-        for axis in range(self._axes):  # section by section; text has the same position on three axes and 0 on the fourth
+        for axis in range(
+            self._axes
+        ):  # section by section; text has the same position on three axes and 0 on the fourth
             table[axis * count : (axis + 1) * count] = positions if axis < 3 else 0
         for i, sequence in enumerate(sequences):
             self.struct.seq_id[i][0] = sequence

@@ -59,10 +59,16 @@ class OnnxRuntime(Runtime):
     name = "onnx"
 
     def __init__(
-        self, folder: Path, patch: Patch | None = None, *,
-        context_length: int | None = None, num_threads: int | None = None, provider: str = "cpu",
-        num_sequences: int = 1, model_file: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        patch: Patch | None = None,
+        *,
+        context_length: int | None = None,
+        num_threads: int | None = None,
+        provider: str = "cpu",
+        num_sequences: int = 1,
+        model_file: str | None = None,
+    ) -> None:
         super().__init__(num_sequences)
         _require_seed(patch)
         file = open_folder(folder, model_file)
@@ -100,7 +106,11 @@ class OnnxRuntime(Runtime):
     def _check_weights(self, patch: Patch) -> None:
         # Only the builder's graphs name their matrices; of others the stamp and the canary must tell.
         if patch.weight_sketch is not None and self._graph.shared and patch.digest not in self._fitting:
-            compare(patch.weight_sketch, sketch_of_onnx(self._folder, patch.weight_sketch, self._model_file), self.quantization)
+            compare(
+                patch.weight_sketch,
+                sketch_of_onnx(self._folder, patch.weight_sketch, self._model_file),
+                self.quantization,
+            )
             self._fitting.add(patch.digest)
 
     def _install(self, patch: Patch | None) -> SeedRoute:
@@ -133,7 +143,9 @@ class OnnxRuntime(Runtime):
             cache.spoil()
         self._forward(0, [0], every=False)
         cells = cache.cells(self._start + 1)
-        if any(tensor.shape[1] != self._start + 1 or np.isnan(tensor[:, -1]).any() for layer in cells for tensor in layer):
+        if any(
+            tensor.shape[1] != self._start + 1 or np.isnan(tensor[:, -1]).any() for layer in cells for tensor in layer
+        ):
             raise InactivePatchError(
                 "the graph does not write to the cache that it reads",
                 hint="update onnxruntime, or convert the model again",
@@ -190,12 +202,12 @@ class OnnxRuntime(Runtime):
             logits.append(self._evaluate(tokens)[-1])
             cells = self._caches[0].cells(self._start + len(tokens))
             rows.append([(key.copy(), value.copy()) for key, value in cells])
-        longest = max(len(tokens) + sampling.max_new_tokens for tokens, sampling in zip(prompts, samplings, strict=True))
+        longest = max(
+            len(tokens) + sampling.max_new_tokens for tokens, sampling in zip(prompts, samplings, strict=True)
+        )
         batch: Cache = self._new_cache(positions=self._start + longest, rows=len(prompts))
         batch.fill(rows)
-        replies = [
-            self._new_reply(sampling, tokens) for sampling, tokens in zip(samplings, prompts, strict=True)
-        ]
+        replies = [self._new_reply(sampling, tokens) for sampling, tokens in zip(samplings, prompts, strict=True)]
         return drain(replies, logits, lambda drawn: as_float32(batch.evaluate(drawn)[:, 0]))
 
     def close(self) -> None:
@@ -293,6 +305,7 @@ def _positions(folder: Path, graph: DecoderGraph, asked: int | None) -> int:
     positions = min(trained, DEFAULT_POSITIONS) if asked is None else asked
     if not 0 < positions <= trained:
         raise InputError(
-            f"context length: expected 1 to {trained}, found {positions}", hint="leave it out, or name a length in between"
+            f"context length: expected 1 to {trained}, found {positions}",
+            hint="leave it out, or name a length in between",
         )
     return positions

@@ -83,7 +83,9 @@ class Cache(ABC):
         except EdgepatchError:
             raise
         except Exception as error:  # onnxruntime's errors derive from Exception alone
-            raise EdgepatchError(f"onnxruntime failed: {error}", hint="check memory, or convert the model again") from error
+            raise EdgepatchError(
+                f"onnxruntime failed: {error}", hint="check memory, or convert the model again"
+            ) from error
         self.lengths += length
         return logits
 

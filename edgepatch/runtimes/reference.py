@@ -62,7 +62,9 @@ class TorchRuntime(Runtime):
 
     def _check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None:
-            compare(patch.weight_sketch, fingerprints.sketch_of_folder(self._folder, patch.weight_sketch), self.quantization)
+            compare(
+                patch.weight_sketch, fingerprints.sketch_of_folder(self._folder, patch.weight_sketch), self.quantization
+            )
 
     def _install(self, patch: Patch | None) -> SeedRoute:
         if patch is None:
@@ -117,7 +119,11 @@ class TorchRuntime(Runtime):
         cache = copy.deepcopy(self._caches[0])
         cache.batch_repeat_interleave(count)
         samplings = [replace(sampling, rng_seed=sampling.rng_seed + i) for i in range(count)]
-        return drain([self._new_reply(one, tokens) for one in samplings], [logits] * count, lambda drawn: self._step(cache, drawn))
+        return drain(
+            [self._new_reply(one, tokens) for one in samplings],
+            [logits] * count,
+            lambda drawn: self._step(cache, drawn),
+        )
 
     def generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
         """As the base class, with prompts of equal length evaluated as one batch: they need no padding."""
@@ -140,7 +146,9 @@ class TorchRuntime(Runtime):
         import torch
 
         with torch.inference_mode():
-            output = self.model(input_ids=torch.from_numpy(tokens).to(self.model.device), past_key_values=cache, logits_to_keep=1)
+            output = self.model(
+                input_ids=torch.from_numpy(tokens).to(self.model.device), past_key_values=cache, logits_to_keep=1
+            )
         return as_float32(output.logits[:, -1].float().cpu().numpy())
 
     def close(self) -> None:

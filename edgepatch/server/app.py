@@ -91,7 +91,11 @@ def _routes(service: Service) -> list[Route]:
         Route("/v1/models/{model}", model),
         Route("/v1/patches", patches),
         Route("/v1/chat/completions", GenerationEndpoint(service, requests.parse_chat, ChatWriter), methods=["POST"]),
-        Route("/v1/completions", GenerationEndpoint(service, requests.parse_completion, CompletionWriter), methods=["POST"]),
+        Route(
+            "/v1/completions",
+            GenerationEndpoint(service, requests.parse_completion, CompletionWriter),
+            methods=["POST"],
+        ),
     ]
 
 
@@ -106,7 +110,9 @@ def _answer_error(service: Service) -> Callable[[Request, Exception], Response]:
 def _answer_http_error(request: Request, error: HTTPException) -> Response:
     words = {404: "there is no such path", 405: f"the path does not take {request.method[:20]}"}
     status = error.status_code if error.status_code in words else 400
-    response = refusal_response(Refusal(status, words.get(status, str(error.detail)), code="not_found" if status == 404 else ""))
+    response = refusal_response(
+        Refusal(status, words.get(status, str(error.detail)), code="not_found" if status == 404 else "")
+    )
     response.headers.update(error.headers or {})  # Allow
     return response
 

@@ -47,7 +47,10 @@ class GenerationEndpoint:
     """
 
     def __init__(
-        self, service: Service, parse: Callable[[dict[str, Any]], Order], writer: Callable[[Order, ServedModel], ReplyWriter]
+        self,
+        service: Service,
+        parse: Callable[[dict[str, Any]], Order],
+        writer: Callable[[Order, ServedModel], ReplyWriter],
     ) -> None:
         self._service, self._parse, self._writer = service, parse, writer
 
@@ -57,11 +60,15 @@ class GenerationEndpoint:
         body = await read_body(Request(scope, receive), self._service)
         order = await asyncio.to_thread(lambda: self._parse(requests.parse_json(body)))  # a large one takes a while
         if order.model != model.name:
-            raise Refusal(404, f"model: expected {model.name!r}, found {order.model[:100]!r}", "model", "model_not_found")
+            raise Refusal(
+                404, f"model: expected {model.name!r}, found {order.model[:100]!r}", "model", "model_not_found"
+            )
         await _unless_gone(receive, self._serve(order, model, send, start))
 
     async def _serve(self, order: Order, model: ServedModel, send: Send, start: float) -> None:
-        tokens = await asyncio.wrap_future(self._service.scheduler.call(lambda runtime: _tokenize(order, model, runtime)))
+        tokens = await asyncio.wrap_future(
+            self._service.scheduler.call(lambda runtime: _tokenize(order, model, runtime))
+        )
         run = OrderRun(self._service, order, model, tokens, start)
         try:
             await (self._stream if order.is_streamed else self._reply)(run, self._writer(order, model), send)
@@ -103,7 +110,9 @@ class OrderRun:
         start: when the request came, by ``time.monotonic``.
     """
 
-    def __init__(self, service: Service, order: Order, model: ServedModel, tokens: list[list[int]], start: float) -> None:
+    def __init__(
+        self, service: Service, order: Order, model: ServedModel, tokens: list[list[int]], start: float
+    ) -> None:
         self._service, self._order, self._model, self._start = service, order, model, start
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._scores: dict[int, Scored] = {}
@@ -151,7 +160,9 @@ class OrderRun:
         try:
             return await asyncio.wait_for(self._events.get(), max(self._start + limit_s - time.monotonic(), 0))
         except asyncio.TimeoutError:
-            raise Refusal(504, f"the reply was not complete after {limit_s:g} seconds", code="request_timeout") from None
+            raise Refusal(
+                504, f"the reply was not complete after {limit_s:g} seconds", code="request_timeout"
+            ) from None
 
     async def score_prompts(self, writer: ReplyWriter) -> None:
         """Works out the logprobs of the prompts, off the event loop."""

@@ -93,4 +93,6 @@ def steps_of(runtime: Runtime, generation: Generation, sequence: int) -> Iterato
 def _require_room_for_scores(runtime: Runtime, num_tokens: int) -> None:
     most = MAX_SCORES_BYTES // (4 * runtime.spec.vocab_size)
     if num_tokens > most:
-        raise Refusal(400, f"expected a prompt of at most {most} tokens with echo and logprobs, found {num_tokens}", "prompt")
+        raise Refusal(
+            400, f"expected a prompt of at most {most} tokens with echo and logprobs, found {num_tokens}", "prompt"
+        )

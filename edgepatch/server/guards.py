@@ -20,7 +20,9 @@ OPEN_PATHS = ("/health", "/openapi.json")
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 ALLOWED_METHODS = "GET, POST"
 # What the clients' libraries send beside Authorization and Content-Type, of which browsers ask.
-CLIENT_HEADERS = re.compile(r"authorization|content-type|accept|x-stainless-[a-z-]+|openai-(organization|project)|user-agent")
+CLIENT_HEADERS = re.compile(
+    r"authorization|content-type|accept|x-stainless-[a-z-]+|openai-(organization|project)|user-agent"
+)
 MAX_HEADERS = 64
 PREFLIGHT_AGE_S = 600
 
@@ -58,7 +60,9 @@ class Guard:
             self._check_host(headers.getlist("host"))
             _check_origin(headers.getlist("origin"))
             if len(headers) > MAX_HEADERS:
-                raise Refusal(431, f"expected at most {MAX_HEADERS} header fields, found {len(headers)}", code="too_many_headers")
+                raise Refusal(
+                    431, f"expected at most {MAX_HEADERS} header fields, found {len(headers)}", code="too_many_headers"
+                )
             if scope["method"] == "OPTIONS" and origin and "access-control-request-method" in headers:
                 await _preflight(headers)(scope, receive, _with_origin(send, origin))
                 return
@@ -87,7 +91,9 @@ class Guard:
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip().encode("latin-1", errors="replace"))
         if not hmac.compare_digest(given, self._key) or scheme.lower() != "bearer":
-            raise Refusal(401, "expected the server's API key as a bearer token, found none or another", code="invalid_api_key")
+            raise Refusal(
+                401, "expected the server's API key as a bearer token, found none or another", code="invalid_api_key"
+            )
 
 
 def _digest(key: bytes) -> bytes:
@@ -103,19 +109,31 @@ def _host_name(host: str) -> str:
 def _check_origin(origins: list[str]) -> None:
     wrong = [origin for origin in origins if not LOOPBACK_ORIGIN.fullmatch(origin)]
     if wrong or len(origins) > 1:
-        raise Refusal(403, f"origin: expected a page of this machine, found {(wrong or origins)[0][:100]!r}", code="foreign_origin")
+        raise Refusal(
+            403,
+            f"origin: expected a page of this machine, found {(wrong or origins)[0][:100]!r}",
+            code="foreign_origin",
+        )
 
 
 def _preflight(headers: Headers) -> Response:
     """The answer to a browser that asks first; it needs no key, because browsers send none with the question."""
     method = headers["access-control-request-method"]
-    names = [name.strip().lower() for name in headers.get("access-control-request-headers", "").split(",") if name.strip()]
+    names = [
+        name.strip().lower() for name in headers.get("access-control-request-headers", "").split(",") if name.strip()
+    ]
     wrong = next((name for name in names if not CLIENT_HEADERS.fullmatch(name)), None)
     if method not in ALLOWED_METHODS.split(", ") or wrong is not None:
         found = f"the header {wrong[:100]!r}" if wrong is not None else f"the method {method[:20]!r}"
-        raise Refusal(403, f"preflight: expected {ALLOWED_METHODS} with the usual headers, found {found}", code="preflight_refused")
+        raise Refusal(
+            403,
+            f"preflight: expected {ALLOWED_METHODS} with the usual headers, found {found}",
+            code="preflight_refused",
+        )
     answer = {"Access-Control-Allow-Methods": ALLOWED_METHODS, "Access-Control-Max-Age": str(PREFLIGHT_AGE_S)}
-    return Response(status_code=204, headers=answer | ({"Access-Control-Allow-Headers": ", ".join(names)} if names else {}))
+    return Response(
+        status_code=204, headers=answer | ({"Access-Control-Allow-Headers": ", ".join(names)} if names else {})
+    )
 
 
 def _with_origin(send: Send, origin: str) -> Send:

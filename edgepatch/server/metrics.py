@@ -72,7 +72,9 @@ class Metrics:
         lines = _family("info", "gauge", "The model and patch that are served.", [(_labels(labels), 1)])
         lines += [line for name, text in GAUGES.items() for line in _family(name, "gauge", text, [("", gauges[name])])]
         lines += [
-            line for name, text in COUNTERS.items() for line in _family(f"{name}_total", "counter", text, [("", counts[name])])
+            line
+            for name, text in COUNTERS.items()
+            for line in _family(f"{name}_total", "counter", text, [("", counts[name])])
         ]
         rows = [(_labels({"route": route, "status": str(status)}), count) for (route, status), count in replies]
         lines += _family("http_replies_total", "counter", "HTTP replies.", rows)

@@ -32,7 +32,11 @@ def document() -> dict[str, Any]:
     model_path = {"name": "model", "in": "path", "required": True, "schema": schemas.NAME}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "edgepatch", "version": edgepatch.__version__, "description": "An OpenAI-compatible server of patched models."},
+        "info": {
+            "title": "edgepatch",
+            "version": edgepatch.__version__,
+            "description": "An OpenAI-compatible server of patched models.",
+        },
         "security": [{"key": []}],
         "paths": {
             "/health": {"get": {**_get("health", "Health", 503), "security": []}},
@@ -67,7 +71,9 @@ def _ref(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _operation(name: str, schema: dict[str, Any], *statuses: int, media_type: str = "application/json") -> dict[str, Any]:
+def _operation(
+    name: str, schema: dict[str, Any], *statuses: int, media_type: str = "application/json"
+) -> dict[str, Any]:
     error = {"application/json": {"schema": _ref("Error")}}
     assert set(statuses) <= set(KINDS)
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": {media_type: {"schema": schema}}}}
@@ -89,7 +95,12 @@ def _get(name: str, schema: str, *statuses: int) -> dict[str, Any]:
 def _post(name: str, request: str, reply: str) -> dict[str, Any]:
     operation = _operation(name, _ref(reply), *GENERATING)
     data = {"type": "string", "description": f"A {reply}Chunk or an Error in JSON; [DONE] at the end."}
-    event = {"type": "object", "properties": {"data": data}, "required": ["data"], "description": "One event, where `stream` is true."}
+    event = {
+        "type": "object",
+        "properties": {"data": data},
+        "required": ["data"],
+        "description": "One event, where `stream` is true.",
+    }
     operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": event}
     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(request)}}}
     return operation

@@ -41,7 +41,12 @@ class Refusal(InputError):
 
     def body(self) -> dict[str, Any]:
         """The reply's JSON."""
-        error = {"message": str(self), "type": KINDS[self.status], "param": self.param or None, "code": self.code or None}
+        error = {
+            "message": str(self),
+            "type": KINDS[self.status],
+            "param": self.param or None,
+            "code": self.code or None,
+        }
         return {"error": error}
 
     def headers(self) -> dict[str, str]:

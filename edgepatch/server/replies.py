@@ -65,7 +65,9 @@ class Choice:
         self.texts.append(event.text)
         self.finish_reason = event.finish_reason or None
         is_end = event.finish_reason == "stop" and event.token_id in end_token_ids
-        new = [] if is_end or event.logprob is None else [TokenLogprob(event.token_id, event.logprob, event.top_logprobs)]
+        new = (
+            [] if is_end or event.logprob is None else [TokenLogprob(event.token_id, event.logprob, event.top_logprobs)]
+        )
         self.logprobs += new
         return new
 
@@ -175,7 +177,10 @@ class ChatWriter(ReplyWriter):
             rest, calls = stream.finish()
             message["content"] = text.rstrip() + rest if calls else text + rest
             if calls:
-                message, finish_reason = {**message, "content": message["content"] or None, "tool_calls": calls}, "tool_calls"
+                message, finish_reason = (
+                    {**message, "content": message["content"] or None, "tool_calls": calls},
+                    "tool_calls",
+                )
         logprobs = self._logprobs(choice.logprobs)
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
@@ -193,7 +198,9 @@ class ChatWriter(ReplyWriter):
                 text += rest
         found = []
         if text or logprobs:
-            found.append(self._chunk(choice, delta={"content": text}, logprobs=self._logprobs(logprobs), finish_reason=None))
+            found.append(
+                self._chunk(choice, delta={"content": text}, logprobs=self._logprobs(logprobs), finish_reason=None)
+            )
         if calls:
             delta = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
             found.append(self._chunk(choice, delta=delta, logprobs=None, finish_reason=None))
@@ -211,7 +218,11 @@ class ChatWriter(ReplyWriter):
         return {"content": values}
 
     def _named(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": self._model.token_text(token_id), "logprob": logprob, "bytes": list(self._model.token_bytes(token_id))}
+        return {
+            "token": self._model.token_text(token_id),
+            "logprob": logprob,
+            "bytes": list(self._model.token_bytes(token_id)),
+        }
 
 
 class CompletionWriter(ReplyWriter):

@@ -69,7 +69,11 @@ class Order:
         for ids in tokens:
             if len(ids) > runtime.context_length:
                 message = f"expected a prompt of at most {runtime.context_length} tokens, found {len(ids)}"
-                field = "messages" if isinstance(self.prompts[0], list) and isinstance(self.prompts[0][0], dict) else "prompt"
+                field = (
+                    "messages"
+                    if isinstance(self.prompts[0], list) and isinstance(self.prompts[0][0], dict)
+                    else "prompt"
+                )
                 raise Refusal(400, f"{message}; shorten it", field, "context_length_exceeded")
         return tokens
 
@@ -86,7 +90,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)
         raise Refusal(400, f"the body is not JSON: {reason}", code="invalid_json") from None
     if _is_deep(value, MAX_DEPTH):
-        raise Refusal(400, f"the body: expected at most {MAX_DEPTH} levels, found more deeply nested ones", code="invalid_json")
+        raise Refusal(
+            400, f"the body: expected at most {MAX_DEPTH} levels, found more deeply nested ones", code="invalid_json"
+        )
     if not isinstance(value, dict):
         raise Refusal(400, f"the body: expected a JSON object, found {type(value).__name__}", code="invalid_json")
     return value
@@ -112,7 +118,9 @@ def _checked(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     """The fields that are given and not null."""
     problem = first_problem(dict(values), schema)
     if problem is not None:
-        raise Refusal(400, f"{problem.path}: {problem.message}" if problem.path else problem.message, problem.path, problem.code)
+        raise Refusal(
+            400, f"{problem.path}: {problem.message}" if problem.path else problem.message, problem.path, problem.code
+        )
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -146,7 +154,11 @@ def parse_completion(values: Mapping[str, Any]) -> Order:
         Refusal: a field is unknown or cannot be used, named with what was expected.
     """
     given = _checked(values, schemas.COMPLETION_REQUEST)
-    prompt, echo, max_new_tokens = given["prompt"], given.get("echo", False), int(given.get("max_tokens", COMPLETION_TOKENS))
+    prompt, echo, max_new_tokens = (
+        given["prompt"],
+        given.get("echo", False),
+        int(given.get("max_tokens", COMPLETION_TOKENS)),
+    )
     is_one = isinstance(prompt, str) or not isinstance(prompt[0], (str, list))
     num_logprobs = given.get("logprobs")
     if not max_new_tokens and not echo:
@@ -155,7 +167,9 @@ def parse_completion(values: Mapping[str, Any]) -> Order:
     return _order(given, (prompt,) if is_one else tuple(prompt), sampling, num_logprobs, echo=echo)
 
 
-def _order(given: Mapping[str, Any], prompts: tuple[Any, ...], sampling: Sampling | None, num_logprobs: int | None, **more: Any) -> Order:
+def _order(
+    given: Mapping[str, Any], prompts: tuple[Any, ...], sampling: Sampling | None, num_logprobs: int | None, **more: Any
+) -> Order:
     num_choices, is_streamed = int(given.get("n", 1)), given.get("stream", False)
     if "stream_options" in given and not is_streamed:
         raise _refuse("stream_options", "expected stream true beside it, found it false or missing")
@@ -165,7 +179,9 @@ def _order(given: Mapping[str, Any], prompts: tuple[Any, ...], sampling: Samplin
     options = given.get("stream_options", {})
     with_usage = bool(options.get("include_usage"))
     values = {"tools": None, **more, "num_logprobs": None if num_logprobs is None else int(num_logprobs)}
-    return Order(given["model"], prompts, sampling, num_choices, is_streamed=is_streamed, with_usage=with_usage, **values)
+    return Order(
+        given["model"], prompts, sampling, num_choices, is_streamed=is_streamed, with_usage=with_usage, **values
+    )
 
 
 def _sampling(given: Mapping[str, Any], max_new_tokens: int, num_logprobs: int | None) -> Sampling:

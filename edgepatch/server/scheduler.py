@@ -270,7 +270,11 @@ class Scheduler:
             self._waiting.clear()
             self._running.clear()
             calls, self._calls = self._calls, deque()
-        end = Refusal(503, "the server is stopping" if self.error is None else "the server has failed", code=f"server_{self.state}")
+        end = Refusal(
+            503,
+            "the server is stopping" if self.error is None else "the server has failed",
+            code=f"server_{self.state}",
+        )
         for generation in left:
             _emit(generation, Finished(end))
         for call in calls:

@@ -14,7 +14,13 @@ INT32 = 2**31 - 1
 
 
 def _object(properties: dict[str, Any], required: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False, **more}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+        **more,
+    }
 
 
 def _optional(schema: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +42,12 @@ def _integer(least: int, most: int, description: str = "") -> dict[str, Any]:
 TEXT = {"type": "string"}
 FLAG = _optional({"type": "boolean"})
 NAME = {"type": "string", "minLength": 1, "maxLength": 256}
-TOKEN_IDS = {"type": "array", "minItems": 1, "maxItems": 2**18, "items": {"type": "integer", "minimum": 0, "maximum": INT32}}
+TOKEN_IDS = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": 2**18,
+    "items": {"type": "integer", "minimum": 0, "maximum": INT32},
+}
 
 # Requests.
 
@@ -46,7 +57,9 @@ TOOL_CALL = _object(
     {
         "id": NAME,
         "type": {"const": "function"},
-        "function": _object({"name": NAME, "arguments": {**TEXT, "description": "A JSON object as text."}}, ("name", "arguments")),
+        "function": _object(
+            {"name": NAME, "arguments": {**TEXT, "description": "A JSON object as text."}}, ("name", "arguments")
+        ),
     },
     ("id", "type", "function"),
 )
@@ -105,7 +118,12 @@ SAMPLING_FIELDS: dict[str, Any] = {
     "top_k": _integer(0, INT32, "Extension: keep the k likeliest tokens; 0 keeps all."),
     "min_p": _number(0, 1, "Extension: keep tokens of at least this share of the likeliest one's probability."),
     "repetition_penalty": _optional(
-        {"type": "number", "exclusiveMinimum": 0, "maximum": 2, "description": "Extension: above 1 makes repeated tokens less likely."}
+        {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": 2,
+            "description": "Extension: above 1 makes repeated tokens less likely.",
+        }
     ),
     "presence_penalty": _number(-2, 2),
     "frequency_penalty": _number(-2, 2),
@@ -121,7 +139,9 @@ SAMPLING_FIELDS: dict[str, Any] = {
     "stop": _optional(STOP),
     "n": _integer(1, MAX_CHOICES),
     "response_format": _optional(RESPONSE_FORMAT),
-    "grammar": _optional({"type": "string", "minLength": 1, "maxLength": 65536, "description": "Extension: a grammar the reply follows."}),
+    "grammar": _optional(
+        {"type": "string", "minLength": 1, "maxLength": 65536, "description": "Extension: a grammar the reply follows."}
+    ),
     "stream": FLAG,
     "stream_options": _optional(_object({"include_usage": FLAG})),
     "user": _optional({"type": "string", "maxLength": 1024, "description": "Accepted and not used."}),
@@ -155,7 +175,9 @@ COMPLETION_REQUEST = _object(
         },
         "max_tokens": _integer(0, INT32, "Default 16; 0 only with echo."),
         "logprobs": _integer(0, MAX_LOGPROBS),
-        "echo": _optional({"type": "boolean", "description": "Put the prompt, and its logprobs if asked for, in front of the reply."}),
+        "echo": _optional(
+            {"type": "boolean", "description": "Put the prompt, and its logprobs if asked for, in front of the reply."}
+        ),
         **SAMPLING_FIELDS,
     },
     ("model", "prompt"),
@@ -182,18 +204,26 @@ def _token_logprob(**more: Any) -> dict[str, Any]:
 
 
 CHAT_LOGPROBS = _object(
-    {"content": {"type": "array", "items": _token_logprob(top_logprobs={"type": "array", "items": _token_logprob()})}}, ("content",)
+    {"content": {"type": "array", "items": _token_logprob(top_logprobs={"type": "array", "items": _token_logprob()})}},
+    ("content",),
 )
 REPLY_TOOL_CALL = _object({**TOOL_CALL["properties"], "index": COUNT}, ("id", "type", "function"))
 REPLY_MESSAGE = _object(
-    {"role": {"const": "assistant"}, "content": {"type": ["string", "null"]}, "tool_calls": {"type": "array", "items": REPLY_TOOL_CALL}},
+    {
+        "role": {"const": "assistant"},
+        "content": {"type": ["string", "null"]},
+        "tool_calls": {"type": "array", "items": REPLY_TOOL_CALL},
+    },
     ("role", "content"),
 )
 COMPLETION_LOGPROBS = _object(
     {
         "tokens": {"type": "array", "items": TEXT},
         "token_logprobs": {"type": "array", "items": {"type": ["number", "null"]}},
-        "top_logprobs": {"type": "array", "items": {"type": ["object", "null"], "additionalProperties": {"type": "number"}}},
+        "top_logprobs": {
+            "type": "array",
+            "items": {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
+        },
         "text_offset": {"type": "array", "items": COUNT},
     },
     ("tokens", "token_logprobs", "top_logprobs", "text_offset"),
@@ -208,7 +238,10 @@ def _reply(kind: str, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
         "created": COUNT,
         "model": TEXT,
         "system_fingerprint": {"type": "string", "pattern": "^[0-9a-f]{12}[+]([0-9a-f]{12}|bare)$"},
-        "choices": {"type": "array", "items": _object({"index": COUNT, "finish_reason": FINISH_REASON, **choice}, ("index", *choice))},
+        "choices": {
+            "type": "array",
+            "items": _object({"index": COUNT, "finish_reason": FINISH_REASON, **choice}, ("index", *choice)),
+        },
         **more,
     }
     return _object(properties, tuple(properties))
@@ -226,14 +259,20 @@ COMPLETION_CHUNK = _chunk("text_completion", {"text": TEXT, "logprobs": _optiona
 ERROR = _object(
     {
         "error": _object(
-            {"message": TEXT, "type": TEXT, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}},
+            {
+                "message": TEXT,
+                "type": TEXT,
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
             ("message", "type", "param", "code"),
         )
     },
     ("error",),
 )
 MODEL = _object(
-    {"id": TEXT, "object": {"const": "model"}, "created": COUNT, "owned_by": TEXT}, ("id", "object", "created", "owned_by")
+    {"id": TEXT, "object": {"const": "model"}, "created": COUNT, "owned_by": TEXT},
+    ("id", "object", "created", "owned_by"),
 )
 PATCH = _object(
     {

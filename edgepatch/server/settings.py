@@ -55,7 +55,9 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise InputError(f"model name: expected letters, digits and . _ : -, found {self.name!r}", hint="name it with --alias")
+            raise InputError(
+                f"model name: expected letters, digits and . _ : -, found {self.name!r}", hint="name it with --alias"
+            )
         wrong = next((host for host in self.allowed_hosts if not re.fullmatch(r"[a-z0-9._-]+", host)), None)
         if wrong is not None:
             raise InputError(f"host name: expected lower-case letters, digits, dots and dashes, found {wrong!r}")
@@ -64,9 +66,13 @@ class ServerSettings:
         if self.is_loopback:
             return
         if not self.allow_remote:
-            raise InputError(f"{self.host} can be reached from other machines", hint="add --allow-remote if that is wanted")
+            raise InputError(
+                f"{self.host} can be reached from other machines", hint="add --allow-remote if that is wanted"
+            )
         if self.api_key is None:
-            raise InputError(f"{self.host} can be reached from other machines, which needs an API key", hint="leave --no-api-key out")
+            raise InputError(
+                f"{self.host} can be reached from other machines, which needs an API key", hint="leave --no-api-key out"
+            )
 
     @property
     def is_loopback(self) -> bool:
@@ -84,7 +90,9 @@ class ServerSettings:
         """
         try:
             host = "127.0.0.1" if self.host == "localhost" else self.host  # whatever the machine makes of that name
-            family, _, _, _, address = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            family, _, _, _, address = socket.getaddrinfo(
+                host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
             bound = socket.socket(family, socket.SOCK_STREAM)
             try:
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -120,7 +128,9 @@ def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ)
     except UnicodeDecodeError:
         raise InputError(f"{file}: expected a key in ASCII, found other bytes") from None
     if mode & 0o077:
-        raise InputError(f"{file}: expected a file for its owner alone, found mode {mode & 0o777:o}", hint=f"chmod 600 {file}")
+        raise InputError(
+            f"{file}: expected a file for its owner alone, found mode {mode & 0o777:o}", hint=f"chmod 600 {file}"
+        )
     _require_key(key, str(file))
     return key
 

@@ -11,9 +11,23 @@ from typing import Any, Literal
 Schema = Mapping[str, Any]
 
 TYPES: dict[str, type | tuple[type, ...]] = {
-    "object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None),
-}  # fmt: skip
-NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "an integer", float: "a number", type(None): "null"}
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+}
+NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    type(None): "null",
+}
 MAX_SHOWN = 60
 NESTED_FIT = 2
 
@@ -67,7 +81,9 @@ def _problems(value: object, schema: Schema, path: str) -> Iterator[Problem]:
         yield Problem(path, f"expected one of {wanted}, found {shown(value)}")
     names = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type", [])
     if names and not any(_matches(value, name) for name in names):
-        yield Problem(path, f"expected {' or '.join(n for n in names if n != 'null')}, found {shown(value)}", kind="type")
+        yield Problem(
+            path, f"expected {' or '.join(n for n in names if n != 'null')}, found {shown(value)}", kind="type"
+        )
     elif isinstance(value, dict):
         yield from _of_object(value, schema, path)
     elif isinstance(value, list):
@@ -111,7 +127,9 @@ def _of_object(value: dict[str, object], schema: Schema, path: str) -> Iterator[
                 yield from _problems(value[name], properties[name], inner)
             continue
         if others is False:
-            yield Problem(inner, f"unknown field {shown(name)}: expected one of {', '.join(properties)}", "unknown_field")
+            yield Problem(
+                inner, f"unknown field {shown(name)}: expected one of {', '.join(properties)}", "unknown_field"
+            )
             continue
         pattern = schema.get("propertyNames", {}).get("pattern")
         if pattern and not re.search(pattern, name):

@@ -19,12 +19,18 @@ from edgepatch.stock.export import ExportOptions, sliding_window
 from edgepatch.stock.findings import Finding, Report
 from edgepatch.stock.references import Distance, Reference, effect_of, make_references, measure
 
-USER_1, USER_2, USER_3 = "What should I say to a neighbour who is too loud?", "And if that does not help?", "Thank you. Is there more?"
+USER_1, USER_2, USER_3 = (
+    "What should I say to a neighbour who is too loud?",
+    "And if that does not help?",
+    "Thank you. Is there more?",
+)
 CONVERSATION = [
-    {"role": "user", "content": USER_1}, {"role": "assistant", "content": "Ask kindly, and say what you need."},
-    {"role": "user", "content": USER_2}, {"role": "assistant", "content": "Write a letter to the landlord."},
+    {"role": "user", "content": USER_1},
+    {"role": "assistant", "content": "Ask kindly, and say what you need."},
+    {"role": "user", "content": USER_2},
+    {"role": "assistant", "content": "Write a letter to the landlord."},
     {"role": "user", "content": USER_3},
-]  # fmt: skip
+]
 TURNS = (CONVERSATION[:1], CONVERSATION[:3], CONVERSATION)
 OTHER = [{"role": "user", "content": "Tell me something about rivers and the sea."}]
 FOREIGN = "A text of somebody else, which has nothing to do with the patch and begins otherwise: "
@@ -32,6 +38,7 @@ NUM_LOGPROBS = 20
 OUT_OF_SERVICE = (401, 403, 503)
 NO_SLOT_ACTIONS = (403, 404, 405, 501)
 """501 is llama-server's own answer without ``--slot-save-path``, the others those of a proxy that closes the path."""
+
 
 class _Stop(Exception):
     """Nothing more can be learned after the last finding."""
@@ -78,7 +85,9 @@ def _is_edgepatch(server: StockServer, patch: Patch, report: Report) -> bool:
     """Whether this is ``edgepatch serve``, which names its patch; then its word is the finding."""
     health = server.get("/health")
     if health.status in OUT_OF_SERVICE:
-        raise InputError(f"{server.url}: {health.message}", hint="wait until it has loaded, or give the key with --api-key")
+        raise InputError(
+            f"{server.url}: {health.message}", hint="wait until it has loaded, or give the key with --api-key"
+        )
     reply = server.get("/v1/patches")
     if reply.status in OUT_OF_SERVICE:
         raise InputError(f"{server.url}: {reply.message}", hint="give the key with --api-key")
@@ -93,7 +102,13 @@ def _is_edgepatch(server: StockServer, patch: Patch, report: Report) -> bool:
 
 class _Check:
     def __init__(
-        self, server: StockServer, patch: Patch, model: Path, options: ExportOptions, vocabulary: Vocabulary, report: Report
+        self,
+        server: StockServer,
+        patch: Patch,
+        model: Path,
+        options: ExportOptions,
+        vocabulary: Vocabulary,
+        report: Report,
     ) -> None:
         self.server, self.vocabulary, self.report = server, vocabulary, report
         self.seed_file, self.client_restores, self.fill_context, self.strict = SEED_FILE, False, False, False
@@ -103,7 +118,9 @@ class _Check:
         self.labels: Labels = llama_server.choose_labels(vocabulary, patch.num_virtual_tokens, template)
         self.context_length, self.num_slots, self.can_restore = 0, 1, True
         self.references: list[Reference] = []
-        self.silent: list[Reference] = []  # answered with a part of a character, for which llama-server gives no log probabilities
+        self.silent: list[
+            Reference
+        ] = []  # answered with a part of a character, for which llama-server gives no log probabilities
 
     @property
     def telling(self) -> Reference:
@@ -141,14 +158,19 @@ class _Check:
         reply = self.server.get("/props")
         slots, positions = reply.value("total_slots"), reply.value("default_generation_settings", "n_ctx")
         known = reply.ok and isinstance(slots, int) and isinstance(positions, int)
-        evidence = f"{slots} slots of {positions} positions, build {reply.value('build_info')}" if known else reply.message
+        evidence = (
+            f"{slots} slots of {positions} positions, build {reply.value('build_info')}" if known else reply.message
+        )
         self.note("llama-server", known, evidence)
         self.num_slots, self.context_length = slots, positions
 
     def see_tokenizer(self) -> None:
         text = self.labels.text * 3 + "Hello"
         body = {"content": text, "add_special": True, "parse_special": True}
-        found, expected = self.server.post("/tokenize", body).value("tokens"), self.vocabulary.tokenize(text, around=True)
+        found, expected = (
+            self.server.post("/tokenize", body).value("tokens"),
+            self.vocabulary.tokenize(text, around=True),
+        )
         self.note("tokenizer", found == expected, f"expected {expected}, found {found}", "vocabulary")
 
     def see_template(self) -> list[list[int]]:
@@ -170,7 +192,9 @@ class _Check:
         if reply.status in NO_SLOT_ACTIONS:
             self.can_restore = False
             as_found = self._distance([self._ask(reference, 0) for reference in self.references])
-            evidence = "the server has none" + ("; it holds the seed until its next start" if as_found.is_patched else "")
+            evidence = "the server has none" + (
+                "; it holds the seed until its next start" if as_found.is_patched else ""
+            )
             self.note("slot restore", as_found.is_patched, evidence, "slots")
             return
         restored = reply.value("n_restored")
@@ -191,7 +215,9 @@ class _Check:
             cached = replies[-1].value("timings", "cache_n") or 0
             if cached < self.labels.count:
                 self.note("first request", False, self._cached(cached), "H3" if self.window else "cache")
-        self.silent = [reference for reference, reply in zip(self.references, replies, strict=True) if not top_logprobs(reply)]
+        self.silent = [
+            reference for reference, reply in zip(self.references, replies, strict=True) if not top_logprobs(reply)
+        ]
         distance = self._distance(replies)
         self.note("first request", distance.is_patched, self._cached(cached, distance), self._verdict(distance))
 
@@ -208,7 +234,9 @@ class _Check:
                 hazard = "H3" if self.window else "hybrid" if turn else "cache"
                 self.note("three turns", False, f"turn {turn + 1}: " + self._cached(cached), hazard)
         distance = self._distance(replies)
-        self.note("three turns", distance.is_patched, self._cached(", ".join(evidence), distance), self._verdict(distance))
+        self.note(
+            "three turns", distance.is_patched, self._cached(", ".join(evidence), distance), self._verdict(distance)
+        )
 
     def see_new_conversation(self) -> None:
         """Another conversation in the same slot, without a restore: the server must cut its cache back to the labels."""
@@ -231,7 +259,9 @@ class _Check:
         reply, distance = self._measure(self.telling, 0)
         evidence = self._cached(reply.value("timings", "cache_n"), distance)
         holds = distance.nearest == "patched"
-        self.report.findings.append(Finding("after a prompt without labels", holds, evidence, "" if holds else "H5", required=self.strict))
+        self.report.findings.append(
+            Finding("after a prompt without labels", holds, evidence, "" if holds else "H5", required=self.strict)
+        )
         self.server.restore(0, self.seed_file)  # at once: what is there now must not get into the server's prompt cache
 
     def see_full_context(self) -> None:
@@ -291,6 +321,10 @@ class _Check:
 
 def top_logprobs(reply: Reply) -> Mapping[int, float]:
     """Token id -> log probability of the first generated token; empty where the reply has none."""
-    rows = reply.value("completion_probabilities", 0, "top_logprobs") or reply.value("choices", 0, "logprobs", "content", 0, "top_logprobs")
+    rows = reply.value("completion_probabilities", 0, "top_logprobs") or reply.value(
+        "choices", 0, "logprobs", "content", 0, "top_logprobs"
+    )
     found = {row["id"]: float(row["logprob"]) for row in rows or [] if isinstance(row.get("id"), int)}
-    return {token: value for token, value in found.items() if value > -1e4}  # a probability of 0 is written as a huge number
+    return {
+        token: value for token, value in found.items() if value > -1e4
+    }  # a probability of 0 is written as a huge number

@@ -68,8 +68,12 @@ class StockServer:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"server: expected a URL like http://127.0.0.1:8080, found {url!r}")
         self.url, self._timeout_s = url.rstrip("/"), timeout_s
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a key for a device goes through no proxy
+        self._headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        )
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({})
+        )  # a key for a device goes through no proxy
 
     def get(self, path: str) -> Reply:
         """GET.
@@ -97,7 +101,9 @@ class StockServer:
                 return Reply(error.code, _parse(error.read(MAX_REPLY_BYTES)))
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise InputError(f"cannot reach {self.url}{path}: {reason}", hint="start the server, check host and port") from None
+            raise InputError(
+                f"cannot reach {self.url}{path}: {reason}", hint="start the server, check host and port"
+            ) from None
 
     # What the checks ask.
 
@@ -110,20 +116,30 @@ class StockServer:
         return self.post(
             "/completion",
             {
-                "prompt": list(tokens), "id_slot": slot, "n_predict": max_tokens, "n_probs": num_logprobs,
-                "temperature": 0, "return_tokens": True,
+                "prompt": list(tokens),
+                "id_slot": slot,
+                "n_predict": max_tokens,
+                "n_probs": num_logprobs,
+                "temperature": 0,
+                "return_tokens": True,
             },
-        )  # fmt: skip
+        )
 
-    def chat(self, messages: Sequence[Mapping[str, str]], slot: int, max_tokens: int = 1, num_logprobs: int = 20) -> Reply:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], slot: int, max_tokens: int = 1, num_logprobs: int = 20
+    ) -> Reply:
         """Answers a conversation greedily in one slot."""
         return self.post(
             "/v1/chat/completions",
             {
-                "messages": list(messages), "id_slot": slot, "max_tokens": max_tokens, "temperature": 0,
-                "logprobs": True, "top_logprobs": num_logprobs,
+                "messages": list(messages),
+                "id_slot": slot,
+                "max_tokens": max_tokens,
+                "temperature": 0,
+                "logprobs": True,
+                "top_logprobs": num_logprobs,
             },
-        )  # fmt: skip
+        )
 
 
 def _parse(data: bytes) -> Any:

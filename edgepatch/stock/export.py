@@ -69,7 +69,9 @@ class Probe:
         cache = self.state.caches[0]
         kinds = {rows.ggml_type for rows in (*cache.keys, *cache.values)}
         if len(kinds) > 1:
-            raise InputError("the server caches keys and values in different types", hint="start it with one type for both")
+            raise InputError(
+                "the server caches keys and values in different types", hint="start it with one type for both"
+            )
         number = kinds.pop()
         return next((name for name, known in KV_TYPES.items() if known == number), f"ggml type {number}")
 
@@ -142,12 +144,19 @@ def _require(reply: Reply, action: str) -> None:
 def _structure(state: llamacpp_state.SequenceState) -> object:
     """All of a state but the values in it."""
     return [
-        (cache.extended, cache.transposed, cache.positions, [(r.ggml_type, r.row_bytes) for r in (*cache.keys, *cache.values)])
+        (
+            cache.extended,
+            cache.transposed,
+            cache.positions,
+            [(r.ggml_type, r.row_bytes) for r in (*cache.keys, *cache.values)],
+        )
         for cache in state.caches
     ]
 
 
-def export(patch: Patch, model: Path, target: Path, options: ExportOptions, probe: Probe | None = None) -> dict[str, Any]:
+def export(
+    patch: Patch, model: Path, target: Path, options: ExportOptions, probe: Probe | None = None
+) -> dict[str, Any]:
     """Writes the folder; it appears complete or not at all, and replaces only a folder that an earlier export wrote.
 
     Args:
@@ -192,7 +201,11 @@ def export(patch: Patch, model: Path, target: Path, options: ExportOptions, prob
 def open_runtime(model: Path, patch: Patch | None, options: ExportOptions) -> LlamaCppRuntime:
     """Our own runtime with the server's settings."""
     return LlamaCppRuntime(
-        model, patch, context_length=options.context_length, kv_type=options.kv_type, flash_attention=options.flash_attention
+        model,
+        patch,
+        context_length=options.context_length,
+        kv_type=options.kv_type,
+        flash_attention=options.flash_attention,
     )
 
 
@@ -206,7 +219,12 @@ def _settings(model: Path, runtime: LlamaCppRuntime, options: ExportOptions) -> 
     assert runtime.patch is not None  # export
     positions = runtime.context_length + runtime.patch.num_virtual_tokens
     return ServerSettings(
-        str(model.resolve()), positions, options.kv_type, options.flash_attention, options.num_slots, sliding_window(model) > 0
+        str(model.resolve()),
+        positions,
+        options.kv_type,
+        options.flash_attention,
+        options.num_slots,
+        sliding_window(model) > 0,
     )
 
 
@@ -221,13 +239,19 @@ def _adopt_header(seed: Path, probe: Probe) -> None:
     seed.write_bytes(probe.header + state)
 
 
-def _manifest(patch: Patch, runtime: LlamaCppRuntime, labels: Labels, settings: ServerSettings, probed: bool) -> dict[str, Any]:
+def _manifest(
+    patch: Patch, runtime: LlamaCppRuntime, labels: Labels, settings: ServerSettings, probed: bool
+) -> dict[str, Any]:
     lib = load_library()
     return {
         "client": "llama-server",
         "patch": {"name": patch.name, "version": patch.version, "digest": patch.digest},
         "num_virtual_tokens": patch.num_virtual_tokens,
-        "model": {"file": Path(settings.model).name, "quantization": runtime.quantization, "spec": runtime.spec.as_dict()},
+        "model": {
+            "file": Path(settings.model).name,
+            "quantization": runtime.quantization,
+            "spec": runtime.spec.as_dict(),
+        },
         "seed_route": runtime.seed_route,
         "labels": {"token": labels.placeholder, "text": labels.text, "ids": labels.ids},
         "settings": asdict(settings),
@@ -267,7 +291,9 @@ def replacing_folder(target: Path) -> Iterator[Path]:
                 os.rename(target, old)
             os.rename(new, target)
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}", hint="free space or name another folder") from error
+        raise InputError(
+            f"cannot write {target}: {error.strerror}", hint="free space or name another folder"
+        ) from error
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -285,7 +311,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         files = manifest["files"]
         found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
     except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}", hint="name a folder of `edgepatch export`") from None
+        raise InputError(
+            f"cannot read {error.filename}: {error.strerror}", hint="name a folder of `edgepatch export`"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{folder / MANIFEST_FILE} is no manifest of an export") from None
     changed = [name for name in files if files[name] != found[name]]

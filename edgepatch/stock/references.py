@@ -61,7 +61,7 @@ class Distance:
 
     @property
     def nearest(self) -> str:
-        """"patched", "bare", "as_text", or "none" where every reference is about as far as the others are from each other."""
+        """ "patched", "bare", "as_text", or "none" where every reference is about as far as the others are from each other."""
         distances = {"patched": self.patched, "bare": self.bare, "as_text": self.as_text}
         name = min(distances, key=lambda key: distances[key])
         return name if distances[name] <= max(0.5 * self.effect, MIN_EFFECT) else "none"
@@ -74,7 +74,9 @@ def log_softmax(logits: NDArray[np.float32]) -> LogProbs:
     return result
 
 
-def make_references(model: Path, patch: Patch, options: ExportOptions, labels: list[int], prompts: Sequence[list[int]]) -> list[Reference]:
+def make_references(
+    model: Path, patch: Patch, options: ExportOptions, labels: list[int], prompts: Sequence[list[int]]
+) -> list[Reference]:
     """References of prompts; the model is loaded twice, one after the other."""
     with open_runtime(model, patch, options) as runtime:
         patched = [log_softmax(runtime.logits(prompt)[-1]) for prompt in prompts]
@@ -108,7 +110,9 @@ def measure(answers: Sequence[tuple[Reference, Mapping[int, float]]]) -> Distanc
     Args:
         answers: each with token id -> log probability of the server's top tokens.
     """
-    means = [np.mean([_gap(found, getattr(r, name)) for r, found in answers]) for name in ("patched", "bare", "as_text")]
+    means = [
+        np.mean([_gap(found, getattr(r, name)) for r, found in answers]) for name in ("patched", "bare", "as_text")
+    ]
     own = [(r, _top(r.patched, len(found))) for r, found in answers]
     effect = min(np.mean([_gap(found, getattr(r, name)) for r, found in own]) for name in ("bare", "as_text"))
     return Distance(float(means[0]), float(means[1]), float(means[2]), float(effect))

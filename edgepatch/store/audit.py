@@ -51,25 +51,33 @@ def status(store: StoreReader) -> tuple[dict[str, Any], list[Finding]]:
         stored = state.patches[record.active]
         signatures, found = check_patch(store, record.active, state, trust)
         findings += found
-        bases.append({
-            "base": base,
-            "model_type": record.spec["model_type"],
-            "weight_fingerprint": record.spec["weight_fingerprint"],
-            **summary(record.active, stored),
-            "signatures": signatures,
-            "held": record.is_held,
-            "hold_reason": record.hold_reason,
-            "previous": list(record.previous),
-        })  # fmt: skip
+        bases.append(
+            {
+                "base": base,
+                "model_type": record.spec["model_type"],
+                "weight_fingerprint": record.spec["weight_fingerprint"],
+                **summary(record.active, stored),
+                "signatures": signatures,
+                "held": record.is_held,
+                "hold_reason": record.hold_reason,
+                "previous": list(record.previous),
+            }
+        )
     return {"store": str(store.folder), "trust_root": root_summary(root_of(trust)), "bases": bases}, findings
 
 
 def summary(digest: str, patch: StoredPatch) -> dict[str, Any]:
     """A stored patch, for ``--json``."""
     return {
-        "name": patch.name, "version": patch.version, "digest": digest, "channel": patch.channel, "sequence": patch.sequence,
-        "created": patch.created, "expires": patch.expires, "unsigned": patch.unsigned,
-    }  # fmt: skip
+        "name": patch.name,
+        "version": patch.version,
+        "digest": digest,
+        "channel": patch.channel,
+        "sequence": patch.sequence,
+        "created": patch.created,
+        "expires": patch.expires,
+        "unsigned": patch.unsigned,
+    }
 
 
 def root_summary(root: Root | None) -> dict[str, Any] | None:
@@ -79,9 +87,12 @@ def root_summary(root: Root | None) -> dict[str, Any] | None:
     role = root.roles["patch"]
     keys = sorted(root.called(key) for key in root.counting("patch"))
     return {
-        "version": root.version, "fingerprint": root.fingerprint, "expires": time_text(root.expires),
-        "threshold": role.threshold, "keys": keys,
-    }  # fmt: skip
+        "version": root.version,
+        "fingerprint": root.fingerprint,
+        "expires": time_text(root.expires),
+        "threshold": role.threshold,
+        "keys": keys,
+    }
 
 
 def check_trust(store: StoreReader, trust: TrustState) -> list[Finding]:
@@ -89,7 +100,11 @@ def check_trust(store: StoreReader, trust: TrustState) -> list[Finding]:
     findings = []
     root = root_of(trust)
     if root is None:
-        findings.append(Finding("warning", "trust root", "none: this device cannot tell a genuine patch; `edgepatch trust set ROOT`"))
+        findings.append(
+            Finding(
+                "warning", "trust root", "none: this device cannot tell a genuine patch; `edgepatch trust set ROOT`"
+            )
+        )
     else:
         try:
             require_signed(root)
@@ -98,7 +113,9 @@ def check_trust(store: StoreReader, trust: TrustState) -> list[Finding]:
         try:
             require_current(root, store.time(trust))
         except UntrustedError as error:
-            findings.append(Finding("warning", "trust root", f"{error}: no patch can be applied until a newer one is set"))
+            findings.append(
+                Finding("warning", "trust root", f"{error}: no patch can be applied until a newer one is set")
+            )
     if trust.floor and store.now() < time_of(trust.floor) - CLOCK_TOLERANCE:
         text = f"it says {time_text(store.now())}, but this device has seen {trust.floor}, which counts"
         findings.append(Finding("warning", "clock", f"{text}; if that was wrong: `edgepatch trust reset-clock`"))
@@ -110,7 +127,11 @@ def check_patch(store: StoreReader, digest: str, state: State, trust: TrustState
     stored = state.patches[digest]
     findings = []
     if is_expired(stored.expires, store.time(trust)):
-        findings.append(Finding("warning", title(stored), f"expired on {stored.expires}: get a newer one; it stays active until then"))
+        findings.append(
+            Finding(
+                "warning", title(stored), f"expired on {stored.expires}: get a newer one; it stays active until then"
+            )
+        )
     try:
         patch = store.load_stored(digest, state, trust)
     except (InputError, UntrustedError) as error:

@@ -59,6 +59,10 @@ def seen_of(state: State, refused: Sequence[str]) -> dict[str, dict[str, Seen]]:
 def told_of(digest: str, patch: StoredPatch) -> dict[str, Any]:
     """What the history says of a patch."""
     return {
-        "patch": digest, "name": patch.name, "version": patch.version, "channel": patch.channel, "sequence": patch.sequence,
+        "patch": digest,
+        "name": patch.name,
+        "version": patch.version,
+        "channel": patch.channel,
+        "sequence": patch.sequence,
         "base": patch.base,
-    }  # fmt: skip
+    }

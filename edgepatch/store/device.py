@@ -91,7 +91,13 @@ class Store(StoreReader):
             return self._activate(patch, data, allowances, signed_by, state, trust)
 
     def _check(
-        self, patch: Patch, allowances: Allowances, model: ModelSpec | None, channel: str, state: State, trust: TrustState
+        self,
+        patch: Patch,
+        allowances: Allowances,
+        model: ModelSpec | None,
+        channel: str,
+        state: State,
+        trust: TrustState,
     ) -> frozenset[str]:
         """The ids of the keys that vouch for a patch which may be applied."""
         known = [ModelSpec.from_dict(record.spec) for record in state.bases.values()]
@@ -100,14 +106,23 @@ class Store(StoreReader):
         base = base_id(patch.base)
         record = state.bases.get(base)
         if record and record.is_held:
-            raise EdgepatchError(f"base {base[:12]} is held: {record.hold_reason or 'no reason given'}", hint="`edgepatch unhold` ends that")
+            raise EdgepatchError(
+                f"base {base[:12]} is held: {record.hold_reason or 'no reason given'}",
+                hint="`edgepatch unhold` ends that",
+            )
         check_channel(patch, state.patches[record.active].channel if record else None, channel)
         check_sequence(patch, trust.seen.get(base, {}).get(patch.channel), allowances.downgrade)
         check_expiry(patch, self.time(trust), allowances.expired)
         return signed_by
 
     def _activate(
-        self, patch: Patch, data: bytes, allowances: Allowances, signed_by: frozenset[str], state: State, trust: TrustState
+        self,
+        patch: Patch,
+        data: bytes,
+        allowances: Allowances,
+        signed_by: frozenset[str],
+        state: State,
+        trust: TrustState,
     ) -> Change:
         base, digest = base_id(patch.base), patch.digest
         stored = StoredPatch.of(patch, allowances.unsigned)
@@ -122,12 +137,24 @@ class Store(StoreReader):
         self._keep(digest, data)
         new = replace(state, patches={**state.patches, digest: stored}, bases={**state.bases, base: record})
         channels = trust.seen.get(base, {})
-        newest = max(channels.get(patch.channel, Seen(0, "")), Seen(patch.sequence, digest), key=lambda seen: seen.sequence)
+        newest = max(
+            channels.get(patch.channel, Seen(0, "")), Seen(patch.sequence, digest), key=lambda seen: seen.sequence
+        )
         trust = replace(trust, seen={**trust.seen, base: {**channels, patch.channel: newest}})
-        self._commit(state, new, trust, "apply", {
-            **told_of(digest, stored), "before": before, "signed_by": sorted(signed_by) or None, "unsigned": allowances.unsigned,
-            "downgrade": allowances.downgrade, "expired": allowances.expired,
-        })  # fmt: skip
+        self._commit(
+            state,
+            new,
+            trust,
+            "apply",
+            {
+                **told_of(digest, stored),
+                "before": before,
+                "signed_by": sorted(signed_by) or None,
+                "unsigned": allowances.unsigned,
+                "downgrade": allowances.downgrade,
+                "expired": allowances.expired,
+            },
+        )
         return Change(digest, stored, before, True, signed_by)
 
     def _keep(self, digest: str, data: bytes) -> None:
@@ -156,7 +183,10 @@ class Store(StoreReader):
             name = self.find_base(base, state)
             record = state.bases[name]
             if not record.previous:
-                raise EdgepatchError(f"base {name[:12]}: expected a patch to go back to, found none", hint="`edgepatch history` shows what was")
+                raise EdgepatchError(
+                    f"base {name[:12]}: expected a patch to go back to, found none",
+                    hint="`edgepatch history` shows what was",
+                )
             *rest, digest = record.previous
             self.load_stored(digest, state, trust)
             new = replace(state, bases={**state.bases, name: replace(record, active=digest, previous=tuple(rest))})
@@ -192,7 +222,10 @@ class Store(StoreReader):
             stored = state.patches[name]
             record = state.bases[stored.base]
             if record.active == name:
-                raise EdgepatchError(f"patch {name[:12]} is active: expected another one", hint="apply another, or `edgepatch rollback`, first")
+                raise EdgepatchError(
+                    f"patch {name[:12]} is active: expected another one",
+                    hint="apply another, or `edgepatch rollback`, first",
+                )
             kept = replace(record, previous=tuple(other for other in record.previous if other != name))
             others = {other: value for other, value in state.patches.items() if other != name}
             new = replace(state, patches=others, bases={**state.bases, stored.base: kept})
@@ -219,7 +252,9 @@ class Store(StoreReader):
                 return RootChange(pinned, False, False, ())
             root, reset = self._follow(pinned, roots, trust)
             trust = replace(trust, root=root.to_bytes().decode())
-            refused = [record.active for record in state.bases.values() if not self._is_vouched(record.active, state, trust)]
+            refused = [
+                record.active for record in state.bases.values() if not self._is_vouched(record.active, state, trust)
+            ]
             if reset:
                 trust = replace(trust, seen=seen_of(state, refused))
             told = {"version": root.version, "fingerprint": root.fingerprint, "sequences": "reset" if reset else "kept"}
@@ -256,7 +291,9 @@ class Store(StoreReader):
         if not reason:
             raise InputError("reason: expected one, found none")
         with self._changing() as (state, trust):
-            self._commit(state, state, replace(trust, floor=""), "reset-clock", {"before": trust.floor, "reason": reason})
+            self._commit(
+                state, state, replace(trust, floor=""), "reset-clock", {"before": trust.floor, "reason": reason}
+            )
 
     # How a change is made.
 
@@ -272,7 +309,10 @@ class Store(StoreReader):
                 self._clear_away(state)
                 yield state, trust
         except OSError as error:
-            raise EdgepatchError(f"cannot change the store {self.folder}: {error.strerror}", hint="nothing was changed; check space and rights") from error
+            raise EdgepatchError(
+                f"cannot change the store {self.folder}: {error.strerror}",
+                hint="nothing was changed; check space and rights",
+            ) from error
 
     def _clear_away(self, state: State) -> None:
         """Removes what changes that never came about have left."""
@@ -314,8 +354,10 @@ class Store(StoreReader):
             else:
                 os.unlink(self.folder / STATE)
         except OSError:
-            raise EdgepatchError(f"store {self.folder}: the disk fails: {reason.strerror}",
-                                 hint="the new state is in place, but may not survive a power cut; replace the disk") from reason  # fmt: skip
+            raise EdgepatchError(
+                f"store {self.folder}: the disk fails: {reason.strerror}",
+                hint="the new state is in place, but may not survive a power cut; replace the disk",
+            ) from reason
 
 
 def _require_trusted(patch: Patch, trust: TrustState, unsigned: str, time: datetime) -> frozenset[str]:
@@ -331,6 +373,10 @@ def _require_trusted(patch: Patch, trust: TrustState, unsigned: str, time: datet
             raise InputError("a device with a trust root takes signed patches only", hint="leave --unsigned out")
         return verify_threshold(patch.manifest, PAYLOAD_TYPE, patch.signatures, root, "patch", time)
     if not unsigned:
-        raise UntrustedError(f"signatures of {patch.name} {patch.version}", "a trust root on this device", "none",
-                             hint="`edgepatch trust set ROOT`, or --unsigned REASON, which the history keeps")  # fmt: skip
+        raise UntrustedError(
+            f"signatures of {patch.name} {patch.version}",
+            "a trust root on this device",
+            "none",
+            hint="`edgepatch trust set ROOT`, or --unsigned REASON, which the history keeps",
+        )
     return frozenset()

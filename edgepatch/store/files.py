@@ -113,7 +113,9 @@ def require_folder(path: Path) -> None:
         UntrustedError: something else is.
     """
     if not stat.S_ISDIR(os.lstat(path).st_mode):
-        raise UntrustedError("folder of the store", "a folder", f"something else at {path}", hint="nothing in a store is a link")
+        raise UntrustedError(
+            "folder of the store", "a folder", f"something else at {path}", hint="nothing in a store is a link"
+        )
 
 
 def sync_folder(path: Path) -> None:

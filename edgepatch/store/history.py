@@ -46,8 +46,12 @@ def parse_history(data: bytes, mark: HistoryMark) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         entry = parse_canonical(line, f"line {number} of the history")
         if not isinstance(entry, dict) or (entry.get("number"), entry.get("previous")) != (number, head):
-            raise UntrustedError(f"line {number} of the history", f"number {number} after line {head[:12]}", "another one",
-                                 hint="somebody changed this line or the one before")  # fmt: skip
+            raise UntrustedError(
+                f"line {number} of the history",
+                f"number {number} after line {head[:12]}",
+                "another one",
+                hint="somebody changed this line or the one before",
+            )
         entries.append(entry)
         head = hashlib.sha256(line).hexdigest()
     if head != mark.head:

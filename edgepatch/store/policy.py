@@ -44,7 +44,9 @@ def check_reason(reason: str) -> None:
         InputError: it is not.
     """
     if len(reason) > MAX_REASON_LENGTH or UNPRINTABLE.search(reason) or (reason and not reason.strip()):
-        raise InputError(f"reason: expected printable text of at most {MAX_REASON_LENGTH} characters, found {reason[:40]!r}")
+        raise InputError(
+            f"reason: expected printable text of at most {MAX_REASON_LENGTH} characters, found {reason[:40]!r}"
+        )
 
 
 def time_of(text: str) -> datetime:
@@ -89,7 +91,9 @@ def check_channel(patch: Patch, active: str | None, chosen: str) -> None:
     """
     expected = chosen or active
     if expected and patch.channel != expected:
-        raise UntrustedError("channel of the patch", expected, patch.channel, hint=f"--channel {patch.channel} changes over to it")
+        raise UntrustedError(
+            "channel of the patch", expected, patch.channel, hint=f"--channel {patch.channel} changes over to it"
+        )
 
 
 def check_sequence(patch: Patch, seen: Seen | None, downgrade: str) -> None:
@@ -100,8 +104,12 @@ def check_sequence(patch: Patch, seen: Seen | None, downgrade: str) -> None:
     """
     newest = seen.sequence if seen else 0
     if patch.sequence > newest + MAX_JUMP:
-        raise UntrustedError("sequence of the patch", f"at most {newest + MAX_JUMP}", patch.sequence,
-                             hint="no line of releases jumps so far: ask the vendor; a new trust root without the key resets it")  # fmt: skip
+        raise UntrustedError(
+            "sequence of the patch",
+            f"at most {newest + MAX_JUMP}",
+            patch.sequence,
+            hint="no line of releases jumps so far: ask the vendor; a new trust root without the key resets it",
+        )
     if seen is None or patch.sequence > newest or patch.digest == seen.digest or downgrade:
         return
     hint = "an older patch may have known faults; --allow-downgrade --reason REASON takes it, and the history keeps the reason"
@@ -115,8 +123,12 @@ def check_expiry(patch: Patch, time: datetime, allowed: str) -> None:
         UntrustedError: it has.
     """
     if is_expired(patch.expires, time) and not allowed:
-        raise UntrustedError("expiry of the patch", f"a time before {patch.expires}", time.strftime(TIME_FORMAT),
-                             hint="get a newer one; --allow-expired REASON takes it, and the history keeps the reason")  # fmt: skip
+        raise UntrustedError(
+            "expiry of the patch",
+            f"a time before {patch.expires}",
+            time.strftime(TIME_FORMAT),
+            hint="get a newer one; --allow-expired REASON takes it, and the history keeps the reason",
+        )
 
 
 def is_expired(expires: str, time: datetime) -> bool:

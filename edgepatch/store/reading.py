@@ -64,8 +64,12 @@ class StoreReader:
                 state = self._read_state()
                 with suppress(FileNotFoundError):  # a change came in between; the new state names another file
                     return state, self._read_trust(state)
-            raise UntrustedError("trust state of the store", f"file {state.trust[:12]} in {self.folder / TRUST}", "none",
-                                 hint="somebody removed it, or put an old state in place")  # fmt: skip
+            raise UntrustedError(
+                "trust state of the store",
+                f"file {state.trust[:12]} in {self.folder / TRUST}",
+                "none",
+                hint="somebody removed it, or put an old state in place",
+            )
 
     def _read_state(self) -> State:
         try:
@@ -80,7 +84,9 @@ class StoreReader:
         with suppress(FileNotFoundError):
             found = files.read_file(self.folder / HISTORY, MAX_HISTORY_BYTES, "history").count(b"\n")
             if found > 1:
-                raise UntrustedError(f"state of the store {self.folder}", STATE, "none, but a history", hint="somebody removed it")
+                raise UntrustedError(
+                    f"state of the store {self.folder}", STATE, "none, but a history", hint="somebody removed it"
+                )
 
     def _read_trust(self, state: State) -> TrustState:
         if not state.trust:
@@ -122,12 +128,16 @@ class StoreReader:
                 data = files.read_file(self.patch_path(digest), MAX_FILE_BYTES, what)
             patch = parse_patch(data)
         except FileNotFoundError:
-            raise UntrustedError(what, f"its file in {self.folder / PATCHES}", "none", hint="apply its file again") from None
+            raise UntrustedError(
+                what, f"its file in {self.folder / PATCHES}", "none", hint="apply its file again"
+            ) from None
         except PatchFormatError as error:
             raise UntrustedError(what, "the bytes that were applied", str(error), hint="apply its file again") from None
         found = StoredPatch.of(patch, record.unsigned)
         if patch.digest != digest or found != record:
-            raise UntrustedError(what, "the patch that was applied", f"patch {patch.digest[:12]}", hint="apply its file again")
+            raise UntrustedError(
+                what, "the patch that was applied", f"patch {patch.digest[:12]}", hint="apply its file again"
+            )
         if not record.unsigned:
             require_vouched(patch, trust)
         return patch
@@ -160,8 +170,10 @@ class StoreReader:
         known = (state or self.read()[0]).patches
         found = [digest for digest in known if digest.startswith(start)] if len(start) >= MIN_DIGEST_LENGTH else []
         if len(found) != 1:
-            raise InputError(f"patch {text}: expected the digest of one patch in {self.folder}, found {len(found)} of {len(known)}",
-                             hint=f"`edgepatch list` shows them; {MIN_DIGEST_LENGTH} digits do")  # fmt: skip
+            raise InputError(
+                f"patch {text}: expected the digest of one patch in {self.folder}, found {len(found)} of {len(known)}",
+                hint=f"`edgepatch list` shows them; {MIN_DIGEST_LENGTH} digits do",
+            )
         return found[0]
 
     def find_base(self, text: str | None, state: State | None = None) -> str:
@@ -174,7 +186,9 @@ class StoreReader:
         found = [base for base in known if base.startswith(text or "")]
         if len(found) != 1:
             names = ", ".join(f"{base[:12]} ({record.spec['model_type']})" for base, record in known.items()) or "none"
-            raise InputError(f"base model: expected one in {self.folder}, found {len(found)}", hint=f"name one: {names}")
+            raise InputError(
+                f"base model: expected one in {self.folder}, found {len(found)}", hint=f"name one: {names}"
+            )
         return found[0]
 
     def history(self) -> list[dict[str, Any]]:
@@ -213,7 +227,9 @@ class StoreReader:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise InputError(f"cannot read the store {self.folder}: {error.strerror}", hint="check the path and its rights") from error
+            raise InputError(
+                f"cannot read the store {self.folder}: {error.strerror}", hint="check the path and its rights"
+            ) from error
 
 
 def root_of(trust: TrustState) -> Root | None:
@@ -233,5 +249,10 @@ def require_vouched(patch: Patch, trust: TrustState) -> frozenset[str]:
     """
     root = root_of(trust)
     if root is None:
-        raise UntrustedError(f"signatures of {patch.name} {patch.version}", "a trust root on this device", "none", hint="`edgepatch trust set ROOT`")
+        raise UntrustedError(
+            f"signatures of {patch.name} {patch.version}",
+            "a trust root on this device",
+            "none",
+            hint="`edgepatch trust set ROOT`",
+        )
     return verify_threshold(patch.manifest, PAYLOAD_TYPE, patch.signatures, root, "patch", root.created)

@@ -22,7 +22,9 @@ RecordT = TypeVar("RecordT")
 
 def base_id(spec: ModelSpec) -> str:
     """The name of a base model: SHA-256 of all that a patch must match."""
-    return hashlib.sha256(canonical.canonical_json(spec.as_dict())).hexdigest()  # as in the manifest: 8 and 8.0 are one number
+    return hashlib.sha256(
+        canonical.canonical_json(spec.as_dict())
+    ).hexdigest()  # as in the manifest: 8 and 8.0 are one number
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class StoredPatch:
     @classmethod
     def of(cls, patch: Patch, unsigned: str) -> StoredPatch:
         base = base_id(patch.base)
-        return cls(patch.name, patch.version, patch.channel, patch.sequence, patch.created, patch.expires, base, unsigned)
+        return cls(
+            patch.name, patch.version, patch.channel, patch.sequence, patch.created, patch.expires, base, unsigned
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,12 @@ def _digest(value: object, what: str) -> str:
 def _document(data: bytes, what: str) -> dict[str, Any]:
     value = _object(parse_canonical(data, what), what)
     if value.get("format") != FORMAT_VERSION or type(value["format"]) is not int:  # not 1.0, not True
-        raise UntrustedError(f"format of the {what}", FORMAT_VERSION, repr(value.get("format"))[:80], hint="a newer edgepatch may read it")
+        raise UntrustedError(
+            f"format of the {what}",
+            FORMAT_VERSION,
+            repr(value.get("format"))[:80],
+            hint="a newer edgepatch may read it",
+        )
     return {name: entry for name, entry in value.items() if name != "format"}
 
 
@@ -237,7 +246,9 @@ def parse_trust(data: bytes) -> TrustState:
         raise UntrustedError("latest time seen", "a time like 2030-01-31T23:59:59Z", found["floor"][:80])
     seen: dict[str, dict[str, Seen]] = {}
     for base, channels in _object(found["seen"], "newest patches seen").items():
-        seen[_digest(base, "id of a base")] = {name: _seen(value) for name, value in _object(channels, "channels").items()}
+        seen[_digest(base, "id of a base")] = {
+            name: _seen(value) for name, value in _object(channels, "channels").items()
+        }
         if not all(CHANNEL.fullmatch(name) for name in channels):
             raise UntrustedError("channel seen", "lower-case letters, digits and -", ", ".join(channels)[:80])
     return TrustState(found["root"], seen, found["floor"])

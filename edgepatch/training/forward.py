@@ -65,7 +65,9 @@ class FrozenModels:
         self.packs = hf.has_full_attention(self.base) and not config.gradient_checkpointing
         for base in self.bases:
             if self.device == "cpu":
-                base.set_attn_implementation("eager")  # PyTorch's fused attention is slower there, forth and back, at lengths of training
+                base.set_attn_implementation(
+                    "eager"
+                )  # PyTorch's fused attention is slower there, forth and back, at lengths of training
             if config.gradient_checkpointing:
                 _checkpoint_activations(base)
         self._kept_logits: dict[tuple[int, int], torch.Tensor] = {}
@@ -87,8 +89,10 @@ class FrozenModels:
             return tuple(self.tokenizer.encode_chat(prompt))
         ids = tuple(self.tokenizer.encode(prompt, bos=True, trusted=self.trusted))
         if not ids:
-            raise InputError("a prompt is empty and the tokenizer has no BOS: nothing predicts the answer's first token",
-                             hint="give every pair a prompt")  # fmt: skip
+            raise InputError(
+                "a prompt is empty and the tokenizer has no BOS: nothing predicts the answer's first token",
+                hint="give every pair a prompt",
+            )
         return ids
 
     def pair_example(self, pair: Pair) -> Example:
@@ -99,9 +103,14 @@ class FrozenModels:
         """
         prompt = self.encode_prompt(pair.prompt)
         if len(prompt) + self.config.num_virtual_tokens >= self._context:
-            raise InputError(f"a prompt has {len(prompt)} tokens: with {self.config.num_virtual_tokens} virtual tokens the context of "
-                             f"{self._context} is full: {str(pair.prompt)[:60]!r}...", hint="leave the pair out, or cut its prompt")  # fmt: skip
-        answers = tuple(tuple(self.tokenizer.encode(text, bos=False, trusted=self.trusted)) for text in (pair.chosen, pair.rejected))
+            raise InputError(
+                f"a prompt has {len(prompt)} tokens: with {self.config.num_virtual_tokens} virtual tokens the context of "
+                f"{self._context} is full: {str(pair.prompt)[:60]!r}...",
+                hint="leave the pair out, or cut its prompt",
+            )
+        answers = tuple(
+            tuple(self.tokenizer.encode(text, bos=False, trusted=self.trusted)) for text in (pair.chosen, pair.rejected)
+        )
         if not all(answers):
             raise InputError(f"an answer to {str(pair.prompt)[:60]!r} has no token", hint="leave the pair out")
         return Example(prompt, answers).cut(self.config.max_tokens)
@@ -111,7 +120,9 @@ class FrozenModels:
         if isinstance(text, str):
             ids = self.encode_prompt(text)
             if len(ids) < 2:
-                raise InputError(f"benign text {text[:60]!r}: expected two tokens or more, found {len(ids)}", hint="leave it out")
+                raise InputError(
+                    f"benign text {text[:60]!r}: expected two tokens or more, found {len(ids)}", hint="leave it out"
+                )
             return Example(ids[:1], (ids[1:],)).cut(self.config.max_tokens)
         answer = tuple(self.tokenizer.encode(str(text[-1]["content"]), bos=False))
         return Example(self.encode_prompt(text[:-1]), (answer,)).cut(self.config.max_tokens)
@@ -157,7 +168,9 @@ class FrozenModels:
         rows = examples if self.packs else [row for example in examples for row in example.unpacked()]
         return make_batch(rows, self.device)
 
-    def log_probabilities(self, model: Any, examples: Sequence[Example], memory: Memory, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    def log_probabilities(
+        self, model: Any, examples: Sequence[Example], memory: Memory, embeddings: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(B, A): each example's A answers."""
         from edgepatch.training.losses import answer_log_probabilities
 

@@ -31,7 +31,9 @@ def read_lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
         try:
             text = line.decode("utf-8").removesuffix("\r")
         except UnicodeDecodeError as error:
-            raise InputError(f"{place}: expected UTF-8, found the byte 0x{line[error.start]:02x} at {error.start}") from None
+            raise InputError(
+                f"{place}: expected UTF-8, found the byte 0x{line[error.start]:02x} at {error.start}"
+            ) from None
         if text.strip():
             yield place, text
 

@@ -58,7 +58,10 @@ def pair_row(pair: Pair) -> dict[str, Any]:
     scores = {"chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
     if isinstance(pair.prompt, str):
         return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, **scores}
-    replies = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected))}
+    replies = {
+        name: [{"role": "assistant", "content": text}]
+        for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    }
     return {"prompt": [dict(message) for message in pair.prompt], **replies, **scores}
 
 
@@ -77,7 +80,9 @@ def _is_text(value: object) -> TypeGuard[str]:
 
 def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of two whole texts: TRL's rule, where the space before an answer belongs to the answer."""
-    end = next((i for i, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r), min(len(chosen), len(rejected)))
+    end = next(
+        (i for i, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r), min(len(chosen), len(rejected))
+    )
     if chosen[:end].endswith(" "):
         end -= 1
     return chosen[:end], chosen[end:], rejected[end:]
@@ -85,7 +90,9 @@ def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 def _split_conversation(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
     """(prompt, chosen, rejected) of two whole conversations, behind the last message that they share."""
-    end = next((i for i, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r), min(len(chosen), len(rejected)))
+    end = next(
+        (i for i, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r), min(len(chosen), len(rejected))
+    )
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -96,7 +103,9 @@ def _reply(name: str, messages: object) -> str:
         raise InputError(f"{name}: expected a list of one message of the assistant, found {found}")
     (message,) = plain_messages(messages)
     if message["role"] != "assistant" or "tool_calls" in message:
-        raise InputError(f"{name}: expected a text of the assistant, found {'a tool call' if 'tool_calls' in message else message['role']}")
+        raise InputError(
+            f"{name}: expected a text of the assistant, found {'a tool call' if 'tool_calls' in message else message['role']}"
+        )
     return str(message["content"])
 
 
@@ -112,7 +121,9 @@ def _parts(row: Mapping[str, Any]) -> tuple[PairPrompt, str, str]:
     if "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, chosen, rejected = _split_text(chosen, rejected)
     if not (_is_text(prompt) and _is_text(chosen) and _is_text(rejected)):
-        raise InputError("prompt, chosen and rejected must be texts that are not empty, or all of them lists of messages")
+        raise InputError(
+            "prompt, chosen and rejected must be texts that are not empty, or all of them lists of messages"
+        )
     return prompt, chosen, rejected
 
 

@@ -73,13 +73,18 @@ class Journal:
             raise
 
     def _unwritable(self, error: OSError) -> InputError:
-        return InputError(f"cannot write {self.path}: {error.strerror}", hint="free space or name another folder; what is done is kept")
+        return InputError(
+            f"cannot write {self.path}: {error.strerror}",
+            hint="free space or name another folder; what is done is kept",
+        )
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{self.path}: another run is writing it", hint="wait for it, or name another --out") from None
+            raise InputError(
+                f"{self.path}: another run is writing it", hint="wait for it, or name another --out"
+            ) from None
 
     def _open(self, settings: dict[str, Any], restart: bool) -> None:
         if restart:
@@ -102,8 +107,12 @@ class Journal:
             raise InputError(f"{self.path} is no journal of pairs: its first line holds no settings", hint=RESTART)
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         if names:
-            changes = "; ".join(f"{name}: {json.dumps(old.get(name))} then, {json.dumps(new.get(name))} now" for name in names)
-            raise InputError(f"{self.path} was begun with other settings: {changes}", hint=f"use the same settings; {RESTART}")
+            changes = "; ".join(
+                f"{name}: {json.dumps(old.get(name))} then, {json.dumps(new.get(name))} now" for name in names
+            )
+            raise InputError(
+                f"{self.path} was begun with other settings: {changes}", hint=f"use the same settings; {RESTART}"
+            )
 
     def _append(self, row: Mapping[str, Any]) -> None:
         try:
@@ -130,12 +139,16 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
 
 def _outcome(place: str, row: Mapping[str, Any]) -> Outcome:
     try:
-        return Outcome(tuple(parse_pair(pair) for pair in row["pairs"]), {str(k): int(v) for k, v in row["dropped"].items()})
+        return Outcome(
+            tuple(parse_pair(pair) for pair in row["pairs"]), {str(k): int(v) for k, v in row["dropped"].items()}
+        )
     except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{place}: expected the outcome of a prompt: {error}", hint=RESTART) from None

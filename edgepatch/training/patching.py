@@ -38,9 +38,14 @@ class PatchTraining:
     """
 
     def __init__(
-        self, folder: Path, config: TrainConfig, weights: Sequence[Path] = (), run: Path | None = None, reference: Path | None = None,
+        self,
+        folder: Path,
+        config: TrainConfig,
+        weights: Sequence[Path] = (),
+        run: Path | None = None,
+        reference: Path | None = None,
         device: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.config, self.reference, self._run = folder, config, reference, run
         self.weights = list(weights)
         self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
@@ -54,8 +59,14 @@ class PatchTraining:
             return random_soft_prompt(base, count, self.config.rng_seed)
         return initial_soft_prompt(base, self.models.tokenizer.encode(self.config.init_text, bos=False), count)
 
-    def soft_prompt(self, pairs: Sequence[Pair], benign_texts: Sequence[BenignText], name: str, version: str = "0.1.0",
-                    progress: Progress = lambda *_: None) -> Patch:  # fmt: skip
+    def soft_prompt(
+        self,
+        pairs: Sequence[Pair],
+        benign_texts: Sequence[BenignText],
+        name: str,
+        version: str = "0.1.0",
+        progress: Progress = lambda *_: None,
+    ) -> Patch:
         """A patch whose soft prompt is trained; with seed and canary.
 
         Raises:
@@ -66,8 +77,15 @@ class PatchTraining:
         record = self._train(policy, [pairs], benign_texts, "soft_prompt", progress)
         return self._patch(name, version, policy.soft_prompts()[0], None, record)
 
-    def kv_prefix(self, start: Patch, pairs: Sequence[Pair], benign_texts: Sequence[BenignText], name: str, version: str = "0.1.0",
-                  progress: Progress = lambda *_: None) -> Patch:  # fmt: skip
+    def kv_prefix(
+        self,
+        start: Patch,
+        pairs: Sequence[Pair],
+        benign_texts: Sequence[BenignText],
+        name: str,
+        version: str = "0.1.0",
+        progress: Progress = lambda *_: None,
+    ) -> Patch:
         """A patch of trained keys and values, which starts from a trained patch's seed: same cost, more capacity.
 
         Args:
@@ -79,14 +97,23 @@ class PatchTraining:
         """
         start.base.require_same(self.models.spec)
         if start.kv_seed is None or not self.models.packs:
-            raise InputError("a K/V prefix starts from a patch with a seed, on a model with full attention in every layer",
-                             hint="train a soft prompt instead; it runs on every model")  # fmt: skip
+            raise InputError(
+                "a K/V prefix starts from a patch with a seed, on a model with full attention in every layer",
+                hint="train a soft prompt instead; it runs on every model",
+            )
         policy = KVPolicy(start.kv_seed, self.models.device)
         record = self._train(policy, [pairs], benign_texts, "kv_prefix", progress, start=start.digest)
         return self._patch(name, version, None, policy.kv_seed(), record)
 
-    def segments(self, tasks: Sequence[Sequence[Pair]], starts: Sequence[SoftPrompt], benign_texts: Sequence[BenignText], names: Sequence[str],
-                 version: str = "0.1.0", progress: Progress = lambda *_: None) -> list[Patch]:  # fmt: skip
+    def segments(
+        self,
+        tasks: Sequence[Sequence[Pair]],
+        starts: Sequence[SoftPrompt],
+        benign_texts: Sequence[BenignText],
+        names: Sequence[str],
+        version: str = "0.1.0",
+        progress: Progress = lambda *_: None,
+    ) -> list[Patch]:
         """Patches trained jointly in random order and number, so that they may be composed in any (MOSAIC, arXiv 2603.16210).
 
         Args:
@@ -98,18 +125,38 @@ class PatchTraining:
             InputError: fewer than two segments, or different numbers of them.
         """
         if not 2 <= len(tasks) == len(starts) == len(names):
-            raise InputError(f"joint training: expected two segments or more, each with pairs, start and name; found {len(tasks)}, {len(starts)}, {len(names)}")
+            raise InputError(
+                f"joint training: expected two segments or more, each with pairs, start and name; found {len(tasks)}, {len(starts)}, {len(names)}"
+            )
         policy = SoftPromptPolicy(starts, self.models.device)
         record = self._train(policy, tasks, benign_texts, "order_free_segments", progress)
         made = zip(names, policy.soft_prompts(), strict=True)
-        return [self._patch(name, version, prompt, None, record | {"segment": i}) for i, (name, prompt) in enumerate(made)]
+        return [
+            self._patch(name, version, prompt, None, record | {"segment": i}) for i, (name, prompt) in enumerate(made)
+        ]
 
-    def _train(self, policy: Policy, tasks: Sequence[Sequence[Pair]], benign_texts: Sequence[BenignText], kind: str, progress: Progress,
-               **told: Any) -> dict[str, Any]:  # fmt: skip
+    def _train(
+        self,
+        policy: Policy,
+        tasks: Sequence[Sequence[Pair]],
+        benign_texts: Sequence[BenignText],
+        kind: str,
+        progress: Progress,
+        **told: Any,
+    ) -> dict[str, Any]:
         """Trains the policy; the record of it."""
         began = time.monotonic()
-        data = {"pairs_sha256": provenance.digest_of_json([[asdict(p) for p in pairs] for pairs in tasks]), "benign_texts_sha256": provenance.digest_of_json(list(benign_texts))}
-        settings = {"kind": kind, "config": asdict(self.config), "data": data, "weights": [p.name for p in self.weights], **told}
+        data = {
+            "pairs_sha256": provenance.digest_of_json([[asdict(p) for p in pairs] for pairs in tasks]),
+            "benign_texts_sha256": provenance.digest_of_json(list(benign_texts)),
+        }
+        settings = {
+            "kind": kind,
+            "config": asdict(self.config),
+            "data": data,
+            "weights": [p.name for p in self.weights],
+            **told,
+        }
         run = runs.Run(self._run, settings)
         trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference)
         trainer.train(progress)
@@ -124,11 +171,19 @@ class PatchTraining:
         run.finish(self.history, record)
         return record
 
-    def _patch(self, name: str, version: str, soft_prompt: SoftPrompt | None, kv_seed: KVSeed | None, record: dict[str, Any]) -> Patch:
+    def _patch(
+        self, name: str, version: str, soft_prompt: SoftPrompt | None, kv_seed: KVSeed | None, record: dict[str, Any]
+    ) -> Patch:
         patch = Patch(
-            name, version, self.models.spec, soft_prompt, kv_seed, training=record, weight_sketch=fingerprints.sketch_of(self.folder),
+            name,
+            version,
+            self.models.spec,
+            soft_prompt,
+            kv_seed,
+            training=record,
+            weight_sketch=fingerprints.sketch_of(self.folder),
             chat_template=self.models.tokenizer.chat_template_digest,
-        )  # fmt: skip
+        )
         # Loaded afresh: training may have changed how the model in memory attends, and with it the last bits of the seed.
         return hf.complete(patch, hf.load_model(self.folder, self.models.device))
 

@@ -110,7 +110,12 @@ class SoftPromptPolicy(Policy):
 
     def memory(self, base: PreTrainedModel) -> Memory:
         cache = hf.new_cache(base)
-        base(inputs_embeds=self.embeddings().to(base.dtype)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        base(
+            inputs_embeds=self.embeddings().to(base.dtype)[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def soft_prompts(self) -> list[SoftPrompt]:
@@ -153,7 +158,10 @@ class KVPolicy(Policy):
         keys, values = (tuple(p.detach()[0].cpu().numpy() for p in kind) for kind in (self._keys, self._values))
         largest = max(float(np.abs(t).max()) for t in (*keys, *values))
         if largest > np.finfo(np.float16).max:
-            raise InputError(f"the trained prefix has a value of {largest:.3g}, which float16 cannot hold", hint="lower the learning rate")
+            raise InputError(
+                f"the trained prefix has a value of {largest:.3g}, which float16 cannot hold",
+                hint="lower the learning rate",
+            )
         return KVSeed(tuple(k.astype(np.float16) for k in keys), tuple(v.astype(np.float16) for v in values))
 
 
@@ -164,7 +172,9 @@ def initial_soft_prompt(base: PreTrainedModel, token_ids: Sequence[int], num_vir
         InputError: the text has no token.
     """
     if not token_ids:
-        raise InputError("init_text: expected a text with at least one token, found none", hint="give an instruction, or init random")
+        raise InputError(
+            "init_text: expected a text with at least one token, found none", hint="give an instruction, or init random"
+        )
     repeated = (list(token_ids) * (num_virtual_tokens // len(token_ids) + 1))[:num_virtual_tokens]
     return _embedded(base, repeated)
 

@@ -114,7 +114,9 @@ def _key(prompt: PairPrompt) -> str:
     return json.dumps(prompt, sort_keys=True)
 
 
-def _outcome(prompt: PairPrompt, chosen: Sequence[str], rejected: Sequence[str], score: Score, config: PairConfig) -> Outcome:
+def _outcome(
+    prompt: PairPrompt, chosen: Sequence[str], rejected: Sequence[str], score: Score, config: PairConfig
+) -> Outcome:
     """Safest with most unsafe, second with second, ..., where the filter holds."""
     long_enough = [t for t in dict.fromkeys(chosen) if len(t.split()) >= config.min_words]
     unsafe = [t for t in dict.fromkeys(rejected) if t]
@@ -233,7 +235,9 @@ def sample_pairs(
         progress(len(outcomes), len(jobs))
     pairs = [pair for outcome in outcomes for pair in outcome.pairs]
     counts = sum((Counter(outcome.dropped) for outcome in outcomes), Counter[str]())
-    return PairSet(pairs, {"prompts": len(prompts), "prompts_repeated": len(prompts) - len(jobs), **counts, "pairs": len(pairs)})
+    return PairSet(
+        pairs, {"prompts": len(prompts), "prompts_repeated": len(prompts) - len(jobs), **counts, "pairs": len(pairs)}
+    )
 
 
 def require_pairs(found: PairSet, config: PairConfig) -> list[Pair]:
@@ -244,7 +248,11 @@ def require_pairs(found: PairSet, config: PairConfig) -> list[Pair]:
     """
     if not found.pairs:
         number, kind = next((found.counts[name], name) for name in ("prompts", "pairs_read") if name in found.counts)
-        fates = ", ".join(f"{name}: {count}" for name, count in found.counts.items() if count and name.startswith(("dropped", "prompts_")))
+        fates = ", ".join(
+            f"{name}: {count}"
+            for name, count in found.counts.items()
+            if count and name.startswith(("dropped", "prompts_"))
+        )
         raise InputError(
             f"none of {number} {kind.removesuffix('_read')} gave a pair with margin >= {config.min_margin} and a chosen score <= "
             f"{config.max_chosen_score} ({fates})",

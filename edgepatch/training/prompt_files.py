@@ -69,14 +69,21 @@ def as_conversations(given: PromptList, chat: bool, system: str) -> PromptList:
         if isinstance(prompt, str) and chat:
             prompt = ({"role": "user", "content": prompt},)
         if isinstance(prompt, str) and system:
-            raise InputError(f"{place}: a system text needs messages, found plain text", hint="--chat makes a message of each text")
+            raise InputError(
+                f"{place}: a system text needs messages, found plain text", hint="--chat makes a message of each text"
+            )
         prompts.append(prompt if isinstance(prompt, str) else _conversation(prompt, system, place))
     return PromptList(prompts, given.places)
 
 
 def _conversation(messages: tuple[Message, ...], system: str, place: str) -> tuple[Message, ...]:
     if messages[-1]["role"] not in ("user", "tool"):
-        raise InputError(f"{place}: the last message: expected one of the user, found {messages[-1]['role']}", hint="leave the reply out")
+        raise InputError(
+            f"{place}: the last message: expected one of the user, found {messages[-1]['role']}",
+            hint="leave the reply out",
+        )
     if system and messages[0]["role"] == "system":
-        raise InputError(f"{place}: the conversation has a system text of its own", hint="leave out --system, or the message")
+        raise InputError(
+            f"{place}: the conversation has a system text of its own", hint="leave out --system, or the message"
+        )
     return ({"role": "system", "content": system}, *messages) if system else messages

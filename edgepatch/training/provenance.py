@@ -30,7 +30,11 @@ def digest_of(path: Path) -> str:
     try:
         if not path.is_dir():
             return _file_digest(path)
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted(
+            p
+            for p in path.rglob("*")
+            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        )
         lines = [f"{_file_digest(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
     except OSError as error:
         raise InputError(f"cannot read {error.filename or path}: {error.strerror}") from None
@@ -78,9 +82,14 @@ def write_provenance(out: Path, settings: Mapping[str, Any], counts: Mapping[str
         InputError: the file cannot be written.
     """
     document = {
-        "format": FORMAT, "file": out.name, "sha256": digest_of(out), "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "counts": dict(counts), "settings": dict(settings), "versions": versions(),
-    }  # fmt: skip
+        "format": FORMAT,
+        "file": out.name,
+        "sha256": digest_of(out),
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "counts": dict(counts),
+        "settings": dict(settings),
+        "versions": versions(),
+    }
     path = provenance_path(out)
     write_atomically(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     return path

@@ -35,7 +35,9 @@ class Example:
         """At most so many tokens of prompt and longest answer together: the prompt loses its start (BOS stays), then answers their end."""
         longest = max(map(len, self.answers))
         room = max(1, max_tokens - min(longest, max_tokens // 2))
-        prompt = self.prompt if len(self.prompt) <= room else self.prompt[:1] + self.prompt[len(self.prompt) - room + 1 :]
+        prompt = (
+            self.prompt if len(self.prompt) <= room else self.prompt[:1] + self.prompt[len(self.prompt) - room + 1 :]
+        )
         return Example(prompt, tuple(answer[: max_tokens - len(prompt)] for answer in self.answers))
 
     def unpacked(self) -> list[Example]:
@@ -90,10 +92,22 @@ def make_batch(examples: Sequence[Example], device: str) -> Batch:
             positions[row, cursor:end] = np.arange(start, start + len(answer))
             # The last token of the prompt predicts the first of every answer.
             sources = np.concatenate([[start - 1], np.arange(cursor, end - 1)])[: len(answer)]
-            predictions.append(np.stack([np.full(len(answer), row), sources, answer, np.full(len(answer), num_answers)]).astype(np.int64))
+            predictions.append(
+                np.stack([np.full(len(answer), row), sources, answer, np.full(len(answer), num_answers)]).astype(
+                    np.int64
+                )
+            )
             cursor, num_answers = end, num_answers + 1
     rows, sources, targets, owners = np.concatenate(predictions, axis=1)
-    arrays = {"ids": ids, "positions": positions, "segments": segments, "rows": rows, "sources": sources, "targets": targets, "owners": owners}
+    arrays = {
+        "ids": ids,
+        "positions": positions,
+        "segments": segments,
+        "rows": rows,
+        "sources": sources,
+        "targets": targets,
+        "owners": owners,
+    }
     return Batch(**{name: torch.from_numpy(a).to(device) for name, a in arrays.items()}, num_answers=num_answers)
 
 

@@ -82,7 +82,9 @@ class Run:
         try:
             return Checkpoint(**torch.load(path, map_location=device, weights_only=True))
         except (RuntimeError, EOFError, TypeError, ValueError, KeyError) as error:
-            raise InputError(f"checkpoint {path} is damaged: {error}", hint="delete the run folder to start again") from None
+            raise InputError(
+                f"checkpoint {path} is damaged: {error}", hint="delete the run folder to start again"
+            ) from None
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes it in place of the last one; a full disk leaves the last one whole. Of several processes the first writes.
@@ -107,7 +109,10 @@ class Run:
     def finish(self, history: History, record: dict[str, Any]) -> None:
         """Writes the curves and what the run was made of."""
         if self.folder is not None and not parallel.world()[0]:
-            write_atomically(self.folder / "curves.json", (json.dumps({**asdict(history), "run": record}, indent=1) + "\n").encode("utf-8"))
+            write_atomically(
+                self.folder / "curves.json",
+                (json.dumps({**asdict(history), "run": record}, indent=1) + "\n").encode("utf-8"),
+            )
 
 
 def _require_same(folder: Path, known: dict[str, Any], given: dict[str, Any]) -> None:

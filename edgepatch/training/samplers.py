@@ -63,7 +63,9 @@ class Sampler(ABC):
     def __enter__(self: SamplerT) -> SamplerT:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -83,7 +85,12 @@ class RuntimeSampler(Sampler):
     def identity(self) -> dict[str, str]:
         """The runtime, what it runs as, and the weights."""
         runtime = self._runtime
-        return {"runtime": runtime.name, "quantization": runtime.quantization, "model": runtime.system_fingerprint, **self._digest}
+        return {
+            "runtime": runtime.name,
+            "quantization": runtime.quantization,
+            "model": runtime.system_fingerprint,
+            **self._digest,
+        }
 
     def check(self, prompt: PairPrompt, sampling: Sampling) -> None:
         """Counts the tokens of the prompt."""

@@ -44,7 +44,9 @@ def _base_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise InputError(f"server: expected a URL like http://127.0.0.1:8000/v1, found {url!r}")
     if parts.username is not None:
-        raise InputError("server: expected a URL without a user or password", hint="name a variable that holds the API key")
+        raise InputError(
+            "server: expected a URL without a user or password", hint="name a variable that holds the API key"
+        )
     return url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
@@ -77,7 +79,13 @@ class ServerSampler(Sampler):
     """
 
     def __init__(
-        self, url: str, model: str = "", api_key: str = "", num_parallel: int = 8, timeout_s: float = 600, num_tries: int = 6
+        self,
+        url: str,
+        model: str = "",
+        api_key: str = "",
+        num_parallel: int = 8,
+        timeout_s: float = 600,
+        num_tries: int = 6,
     ) -> None:
         try:
             import httpx
@@ -110,7 +118,9 @@ class ServerSampler(Sampler):
         body = await self._send("GET", "models", None, num_tries=1)
         names = [str(entry.get("id")) for entry in body.get("data") or [] if isinstance(entry, Mapping)]
         if len(names) != 1:
-            raise InputError(f"{self.url} serves {len(names)} models: {', '.join(names[:8]) or 'none'}", hint="name the model")
+            raise InputError(
+                f"{self.url} serves {len(names)} models: {', '.join(names[:8]) or 'none'}", hint="name the model"
+            )
         return names[0]
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, num_tries: int) -> dict[str, Any]:
@@ -134,7 +144,9 @@ class ServerSampler(Sampler):
             problem = f"HTTP {reply.status_code}: {_problem(reply)['message']}"
             wait_s = max(wait_s, _retry_after(reply))
         tries = f" after {num_tries} tries" if num_tries > 1 else ""
-        raise InputError(f"{self.url}/{path} does not answer{tries}: {problem}", hint="check that the server is running and has room")
+        raise InputError(
+            f"{self.url}/{path} does not answer{tries}: {problem}", hint="check that the server is running and has room"
+        )
 
     def _parsed(self, reply: httpx.Response) -> dict[str, Any]:
         try:
@@ -142,26 +154,36 @@ class ServerSampler(Sampler):
         except ValueError:
             body = None
         if not isinstance(body, dict):
-            raise InputError(f"{reply.url}: expected a JSON object, found {reply.text[:100]!r}", hint="is this an OpenAI-compatible server?")
+            raise InputError(
+                f"{reply.url}: expected a JSON object, found {reply.text[:100]!r}",
+                hint="is this an OpenAI-compatible server?",
+            )
         return body
 
     def _refusal(self, reply: httpx.Response, path: str) -> InputError:
         problem = _problem(reply)
         message = f"{self.url}/{path} refuses: HTTP {reply.status_code}: {problem['message']}"
-        if reply.status_code in (400, 413, 422) and any(word in " ".join(problem.values()).lower() for word in TOO_LONG):
+        if reply.status_code in (400, 413, 422) and any(
+            word in " ".join(problem.values()).lower() for word in TOO_LONG
+        ):
             return PromptTooLongError(message)
         hints = {
-            401: "name the variable that holds the API key", 403: "name the variable that holds the API key",
+            401: "name the variable that holds the API key",
+            403: "name the variable that holds the API key",
             404: "check the URL (it mostly ends in /v1) and the model's name",
-        }  # fmt: skip
+        }
         return InputError(message, hints.get(reply.status_code, ""))
 
     async def _continue(self, prompt: PairPrompt, sampling: Sampling, rng_seed: int) -> str:
         path = "completions" if isinstance(prompt, str) else "chat/completions"
         body = {
-            "model": self.model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "seed": rng_seed, **({"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(message) for message in prompt]}),
-        }  # fmt: skip
+            "model": self.model,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": rng_seed,
+            **({"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(message) for message in prompt]}),
+        }
         async with self._slots:
             reply = await self._send("POST", path, body, self._num_tries)
         try:

@@ -46,22 +46,34 @@ class Trainer:
     """
 
     def __init__(
-        self, models: FrozenModels, policy: Policy, tasks: Sequence[Sequence[Pair]], benign_texts: Sequence[BenignText],
-        run: Run | None = None, reference: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        models: FrozenModels,
+        policy: Policy,
+        tasks: Sequence[Sequence[Pair]],
+        benign_texts: Sequence[BenignText],
+        run: Run | None = None,
+        reference: Path | None = None,
+    ) -> None:
         config = models.config
         for pairs in tasks:
             if len(pairs) < LEAST_PAIRS:
-                raise InputError(f"training needs at least {LEAST_PAIRS} pairs, found {len(pairs)}", hint="make more with `edgepatch pairs`")
+                raise InputError(
+                    f"training needs at least {LEAST_PAIRS} pairs, found {len(pairs)}",
+                    hint="make more with `edgepatch pairs`",
+                )
         if config.kl_weight and not benign_texts:
             raise InputError("the KL term needs benign text", hint="give benign text, or set the KL weight to 0")
         if (config.dpo_reference == "model") != (reference is not None):
-            raise InputError(f"dpo_reference {config.dpo_reference}: the reference model is {'missing' if reference is None else 'not used'}",
-                             hint="name a safer model together with dpo_reference model")  # fmt: skip
+            raise InputError(
+                f"dpo_reference {config.dpo_reference}: the reference model is {'missing' if reference is None else 'not used'}",
+                hint="name a safer model together with dpo_reference model",
+            )
         processes = parallel.world()[1]
         if processes > min(config.batch_size, *(len(pairs) for pairs in tasks)):
-            raise InputError(f"{processes} processes share batches of {config.batch_size} pairs: each needs at least one",
-                             hint="start fewer processes, or raise the batch size")  # fmt: skip
+            raise InputError(
+                f"{processes} processes share batches of {config.batch_size} pairs: each needs at least one",
+                hint="start fewer processes, or raise the batch size",
+            )
         self.models, self.policy, self.config, self.reference = models, policy, config, reference
         self.run, self.history = run or Run(None), History()
         self._tasks = [self._split(pairs, f"task {i}") for i, pairs in enumerate(tasks)]
@@ -104,8 +116,11 @@ class Trainer:
     def _optimize(self, stage: str, start: int, state: dict[str, Any], progress: Progress) -> None:
         import torch
 
-        steps, rate = ((self.config.sft_steps, self.config.sft_learning_rate) if stage == "SFT"
-                       else (self.config.dpo_steps, self.config.dpo_learning_rate))  # fmt: skip
+        steps, rate = (
+            (self.config.sft_steps, self.config.sft_learning_rate)
+            if stage == "SFT"
+            else (self.config.dpo_steps, self.config.dpo_learning_rate)
+        )
         parameters = self.policy.parameters()
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         if state:
@@ -154,7 +169,9 @@ class Trainer:
             )
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self._record(stage, metrics)
-        return metrics | ({"accuracy": self.history.preference_accuracy[-1]} if self.history.preference_accuracy else {})
+        return metrics | (
+            {"accuracy": self.history.preference_accuracy[-1]} if self.history.preference_accuracy else {}
+        )
 
     def _record(self, stage: str, metrics: dict[str, float]) -> None:
         (self.history.sft_loss if stage == "SFT" else self.history.dpo_loss).append(metrics["loss"])
@@ -178,7 +195,9 @@ class Trainer:
             yield list(zip(leaves[::2], leaves[1::2], strict=True)), None
         else:
             yield [], leaves[0] if leaves else None
-        moved = [(t, leaf.grad) for t, leaf in zip(made, leaves, strict=True) if leaf.grad is not None and t.requires_grad]
+        moved = [
+            (t, leaf.grad) for t, leaf in zip(made, leaves, strict=True) if leaf.grad is not None and t.requires_grad
+        ]
         if moved:
             torch.autograd.backward([t for t, _ in moved], [g for _, g in moved])
 
@@ -209,7 +228,9 @@ class Trainer:
             else:
                 policy = self.models.log_probabilities(model, examples, memory, embeddings)
                 ref = self._reference[which][[self._index(task, i) for i in part]]
-                loss = dpo_losses(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], self.config.beta).sum() / len(chosen)
+                loss = dpo_losses(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], self.config.beta).sum() / len(
+                    chosen
+                )
             loss.backward()
             total += float(loss.detach())
         return self._sum(total)
@@ -220,13 +241,17 @@ class Trainer:
         from edgepatch.training.losses import kl_to_base
 
         lengths = [e.length for e in self._benign]
-        drawn = batch_plan(lengths, min(self.config.kl_batch_size, len(lengths)), step, f"{self.config.rng_seed}-{stage}-benign")
+        drawn = batch_plan(
+            lengths, min(self.config.kl_batch_size, len(lengths)), step, f"{self.config.rng_seed}-{stage}-benign"
+        )
         num_tokens = sum(len(self._benign[i].answers[0]) for i in drawn)
         mine = parallel.share(drawn)
         if not mine:
             return self._sum(0.0)
         bare = torch.cat([self.models.bare_logits(which, i, self._benign[i]) for i in mine])
-        logits = self.models.logits_of([self._benign[i] for i in mine], self.policy.model(self.models.bases[which]), memory, embeddings)
+        logits = self.models.logits_of(
+            [self._benign[i] for i in mine], self.policy.model(self.models.bases[which]), memory, embeddings
+        )
         kl = kl_to_base(bare, logits) / num_tokens
         (self.config.kl_weight * kl).backward()
         return self._sum(float(kl.detach()))
@@ -254,9 +279,13 @@ class Trainer:
             assert self.reference is not None  # checked at the start
             other = FrozenModels([self.reference], self.config, self.models.device, self.models.trusted)
             pairs = [p for kept, _ in self._tasks for p in kept] + [p for _, held in self._tasks for p in held]
-            return [self._table(other, [other.pair_example(p) for p in pairs], 0, patched=False)] * len(self.models.bases)
+            return [self._table(other, [other.pair_example(p) for p in pairs], 0, patched=False)] * len(
+                self.models.bases
+            )
         patched = self.config.dpo_reference == "sft"
-        return [self._table(self.models, self._all_examples(), which, patched) for which in range(len(self.models.bases))]
+        return [
+            self._table(self.models, self._all_examples(), which, patched) for which in range(len(self.models.bases))
+        ]
 
     def _table(self, models: FrozenModels, examples: Sequence[Example], which: int, patched: bool) -> torch.Tensor:
         """(N, 2) answer log-probabilities, without a gradient."""
@@ -282,7 +311,10 @@ class Trainer:
 
     def _is_check_due(self, step: int) -> bool:
         """A run that goes on where a check had just been made does not repeat it."""
-        return step % self.config.check_every == 0 and len(self.history.preference_accuracy) == step // self.config.check_every
+        return (
+            step % self.config.check_every == 0
+            and len(self.history.preference_accuracy) == step // self.config.check_every
+        )
 
     def _check(self) -> bool:
         """Measures, remembers the best state, and says whether to stop."""
@@ -321,8 +353,17 @@ class Trainer:
     # Checkpoints.
 
     def _checkpoint(self, stage: str, step: int, optimizer: dict[str, Any]) -> Checkpoint:
-        return Checkpoint(stage, step, self.policy.state(), optimizer, self._best, float(self._best_check), self._checks_since,
-                          self._reference, asdict(self.history))  # fmt: skip
+        return Checkpoint(
+            stage,
+            step,
+            self.policy.state(),
+            optimizer,
+            self._best,
+            float(self._best_check),
+            self._checks_since,
+            self._reference,
+            asdict(self.history),
+        )
 
     def _restore(self, known: Checkpoint) -> tuple[str, int, dict[str, Any]]:
         self.policy.load_state(known.policy)

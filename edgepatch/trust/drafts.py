@@ -14,8 +14,10 @@ def _role_of(name: RoleName, keys: Iterable[Key | str], threshold: int | None) -
     ids = frozenset(key if isinstance(key, str) else key.id for key in keys)
     threshold = len(ids) // 2 + 1 if threshold is None else threshold
     if not 1 <= threshold <= len(ids):
-        raise InputError(f"threshold of role {name}: expected 1 to {len(ids)}, the number of its keys, found {threshold}",
-                         hint="name more keys, or another threshold")  # fmt: skip
+        raise InputError(
+            f"threshold of role {name}: expected 1 to {len(ids)}, the number of its keys, found {threshold}",
+            hint="name more keys, or another threshold",
+        )
     return Role(ids, threshold)
 
 
@@ -75,9 +77,16 @@ def next_root(
         if key.id in revoked:
             raise InputError(f"key to add: expected one that is not revoked, found {old.called(key.id)}")
     created = created.replace(microsecond=0)
-    added: dict[RoleName, tuple[Sequence[Key], int | None]] = {"root": (root_keys, root_threshold), "patch": (patch_keys, patch_threshold)}
+    added: dict[RoleName, tuple[Sequence[Key], int | None]] = {
+        "root": (root_keys, root_threshold),
+        "patch": (patch_keys, patch_threshold),
+    }
     roles = {
-        name: _role_of(name, [*(old.roles[name].keys - revoked), *keys], old.roles[name].threshold if threshold is None else threshold)
+        name: _role_of(
+            name,
+            [*(old.roles[name].keys - revoked), *keys],
+            old.roles[name].threshold if threshold is None else threshold,
+        )
         for name, (keys, threshold) in added.items()
     }
     keys = {**{key.id: key for key in (*root_keys, *patch_keys)}, **old.keys}  # an owner keeps the name that was signed

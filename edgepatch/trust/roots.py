@@ -55,7 +55,9 @@ class Key:
         if len(self.public) != PUBLIC_KEY_BYTES:
             raise UntrustedError("length of a public key", f"{PUBLIC_KEY_BYTES} bytes", len(self.public))
         if not (0 < len(self.owner) <= MAX_OWNER_LENGTH and self.owner.isprintable()):
-            raise UntrustedError("owner of a key", f"1 to {MAX_OWNER_LENGTH} printable characters", repr(self.owner)[:80])
+            raise UntrustedError(
+                "owner of a key", f"1 to {MAX_OWNER_LENGTH} printable characters", repr(self.owner)[:80]
+            )
 
     @cached_property
     def id(self) -> str:
@@ -98,7 +100,9 @@ class Root:
         if not 1 <= self.version <= MAX_VERSION:
             raise UntrustedError("root version", f"1 to {MAX_VERSION}", self.version)
         if not self.created < self.expires:
-            raise UntrustedError("root expiry", f"later than its creation, {time_text(self.created)}", time_text(self.expires))
+            raise UntrustedError(
+                "root expiry", f"later than its creation, {time_text(self.created)}", time_text(self.expires)
+            )
         if len(self.keys) > MAX_KEYS or len(self.revoked) > MAX_KEYS:
             raise UntrustedError("keys of the root", f"at most {MAX_KEYS}", max(len(self.keys), len(self.revoked)))
         signed = [signature.key_id for signature in self.signatures]
@@ -149,7 +153,9 @@ class Root:
             "created": time_text(self.created),
             "expires": time_text(self.expires),
             "keys": {name: {"public": key.public.hex(), "owner": key.owner} for name, key in self.keys.items()},
-            "roles": {name: {"keys": sorted(role.keys), "threshold": role.threshold} for name, role in self.roles.items()},
+            "roles": {
+                name: {"keys": sorted(role.keys), "threshold": role.threshold} for name, role in self.roles.items()
+            },
             "revoked": sorted(self.revoked),
         }
 
@@ -197,7 +203,9 @@ def _key(value: object) -> Key:
 
 def _role(value: object, name: str) -> Role:
     entry = _object(value, ("keys", "threshold"), f"role {name}")
-    return Role(_ids(entry["keys"], f"keys of role {name}"), _typed(entry["threshold"], int, f"threshold of role {name}"))
+    return Role(
+        _ids(entry["keys"], f"keys of role {name}"), _typed(entry["threshold"], int, f"threshold of role {name}")
+    )
 
 
 def parse_root(data: bytes, what: str = "trust root") -> Root:
@@ -211,17 +219,24 @@ def parse_root(data: bytes, what: str = "trust root") -> Root:
     whole = _object(parse_canonical(data, what), ("signed", "signatures"), what)
     version = whole["signed"].get("format") if isinstance(whole["signed"], dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
-        raise UntrustedError(f"format of {what}", FORMAT_VERSION, repr(version)[:80], hint="a newer edgepatch may read it")
+        raise UntrustedError(
+            f"format of {what}", FORMAT_VERSION, repr(version)[:80], hint="a newer edgepatch may read it"
+        )
     body = _object(whole["signed"], ("format", "version", "created", "expires", "keys", "roles", "revoked"), what)
     roles = _object(body["roles"], ROLES, "roles of the root")
     root = Root(
         version=_typed(body["version"], int, "root version"),
         created=_time(body["created"], "creation of the root"),
         expires=_time(body["expires"], "root expiry"),
-        keys={require_digest(name, "key id"): _key(value) for name, value in _typed(body["keys"], dict, "keys of the root").items()},
+        keys={
+            require_digest(name, "key id"): _key(value)
+            for name, value in _typed(body["keys"], dict, "keys of the root").items()
+        },
         roles={name: _role(roles[name], name) for name in ROLES},
         revoked=_ids(body["revoked"], "revoked keys"),
-        signatures=tuple(Signature.from_dict(value) for value in _typed(whole["signatures"], list, "signatures of the root")),
+        signatures=tuple(
+            Signature.from_dict(value) for value in _typed(whole["signatures"], list, "signatures of the root")
+        ),
     )
     if root.to_bytes() != data:
         raise UntrustedError(what, "sorted lists without duplicates, and times with all digits", "another form")

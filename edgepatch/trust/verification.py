@@ -11,7 +11,9 @@ from edgepatch.signing import MAX_SIGNATURES, ROOT_TYPE, Signature, fits
 from edgepatch.trust.roots import Key, RoleName, Root, time_text
 
 
-def signers(payload: bytes, payload_type: str, signatures: Sequence[Signature], keys: Mapping[str, Key]) -> frozenset[str]:
+def signers(
+    payload: bytes, payload_type: str, signatures: Sequence[Signature], keys: Mapping[str, Key]
+) -> frozenset[str]:
     """Ids of the known keys that signed. Two signatures of one key are one; those of unknown keys are passed over, as in TUF.
 
     A signature that claims a known key and does not fit is an error, not one fewer: somebody changed something. So is one of
@@ -28,15 +30,21 @@ def signers(payload: bytes, payload_type: str, signatures: Sequence[Signature], 
         candidates = [claimed] if claimed else keys.values()
         fitting = [key for key in candidates if fits(payload, payload_type, entry.signature, key.public)]
         if claimed and not fitting:
-            raise UntrustedError(f"signature of {claimed.owner} ({claimed.id[:12]})", f"one over this {payload_type}", "one that does not fit",
-                                 hint="the content, its kind or the signature was changed")  # fmt: skip
+            raise UntrustedError(
+                f"signature of {claimed.owner} ({claimed.id[:12]})",
+                f"one over this {payload_type}",
+                "one that does not fit",
+                hint="the content, its kind or the signature was changed",
+            )
         if fitting and not claimed:
             raise UntrustedError(f"key id of the signature of {fitting[0].owner}", fitting[0].id, entry.key_id)
         found |= {key.id for key in fitting}
     return frozenset(found)
 
 
-def _require_threshold(root: Root, role: RoleName, signed: frozenset[str], claimed: Iterable[str], what: str) -> frozenset[str]:
+def _require_threshold(
+    root: Root, role: RoleName, signed: frozenset[str], claimed: Iterable[str], what: str
+) -> frozenset[str]:
     """The keys that count among those that signed; enough of them."""
     counting = signed & root.counting(role)
     needed = root.roles[role].threshold
@@ -44,7 +52,9 @@ def _require_threshold(root: Root, role: RoleName, signed: frozenset[str], claim
         others = ", ".join(root.called(key) for key in sorted(set(claimed) - counting))
         allowed = ", ".join(root.called(key) for key in sorted(root.counting(role)))
         names = ", ".join(root.called(key) for key in sorted(counting)) or "none"
-        raise UntrustedError(f"signatures of {what}", f"{needed} of {allowed}", names + (f"; not counted: {others}" if others else ""))
+        raise UntrustedError(
+            f"signatures of {what}", f"{needed} of {allowed}", names + (f"; not counted: {others}" if others else "")
+        )
     return counting
 
 
@@ -55,7 +65,9 @@ def require_signed(root: Root) -> frozenset[str]:
         UntrustedError: too few, or a signature that does not fit.
     """
     signed = signers(root.payload, ROOT_TYPE, root.signatures, root.keys)
-    return _require_threshold(root, "root", signed, (s.key_id for s in root.signatures), f"trust root version {root.version}")
+    return _require_threshold(
+        root, "root", signed, (s.key_id for s in root.signatures), f"trust root version {root.version}"
+    )
 
 
 def trusted_time(now: datetime, *floors: datetime | None) -> datetime:
@@ -76,8 +88,12 @@ def require_current(root: Root, now: datetime, not_before: datetime | None = Non
     """
     time = trusted_time(now, not_before)
     if time >= root.expires:
-        raise UntrustedError(f"expiry of trust root version {root.version}", f"a time before {time_text(root.expires)}", time_text(time),
-                             hint="rotate to a newer trust root: `edgepatch root rotate OLD NEW -o OUT`")  # fmt: skip
+        raise UntrustedError(
+            f"expiry of trust root version {root.version}",
+            f"a time before {time_text(root.expires)}",
+            time_text(time),
+            hint="rotate to a newer trust root: `edgepatch root rotate OLD NEW -o OUT`",
+        )
 
 
 def verify_threshold(
@@ -129,7 +145,9 @@ class Rotation:
 
 def _require_succession(old: Root, new: Root) -> None:
     if new.version != old.version + 1:
-        raise UntrustedError("root version", old.version + 1, new.version, hint="give every version in between, in order")
+        raise UntrustedError(
+            "root version", old.version + 1, new.version, hint="give every version in between, in order"
+        )
     if not old.revoked <= new.revoked:
         missing = ", ".join(old.called(key) for key in sorted(old.revoked - new.revoked))
         raise UntrustedError(f"revoked keys of trust root version {new.version}", f"also {missing}", "not revoked")

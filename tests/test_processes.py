@@ -1,0 +1,115 @@
+"""Children: what they answer, how they may end, and that their end is never ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.processes import run_apart
+
+HERE = "child_tasks"
+
+
+@pytest.fixture(autouse=True)
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of functions for the child, found as this process finds its own."""
+    (tmp_path / f"{HERE}.py").write_text(
+        textwrap.dedent("""
+            import ctypes, os, signal, subprocess, sys, time
+            from edgepatch.errors import InputError, MismatchError
+
+            def echo(value): print("noise on stdout"); return {"got": value, "cwd_first": sys.path[0]}
+            def die(number): os.kill(os.getpid(), number)
+            def crash(_): ctypes.string_at(0)
+            def leave(code): print("last words", file=sys.stderr); sys.stderr.flush(); os._exit(code)
+            def hang(marker): open(marker, "w").write(str(os.getpid())); time.sleep(600)
+            def refuse(_): raise InputError("expected a, found b", hint="do c")
+            def mismatch(_): raise MismatchError({"vocab_size": (1, 2)})
+            def fail(_): raise ZeroDivisionError("by zero")
+            def odd(_): return object()
+            def variable(name): return os.environ.get(name)
+        """),
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_an_answer_comes_back_whatever_is_printed():
+    outcome = run_apart(f"{HERE}:echo", {"a": [1, "ä"]}, deadline_s=60)
+    assert outcome.value["got"] == {"a": [1, "ä"]} and outcome.failure == "" and outcome.error is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGKILL])
+def test_a_signal_is_told_by_name(number: signal.Signals):
+    outcome = run_apart(f"{HERE}:die", int(number), deadline_s=60)
+    assert outcome.signal == number.name and outcome.failure == f"died of {number.name}" and outcome.value is None
+
+
+def test_a_real_fault_in_c_ends_the_child_alone():
+    assert run_apart(f"{HERE}:crash", None, deadline_s=60).signal == "SIGSEGV"
+
+
+@pytest.mark.parametrize("code", [0, 1, 7])
+def test_an_end_without_an_answer_is_a_failure(code: int):
+    outcome = run_apart(f"{HERE}:leave", code, deadline_s=60)
+    assert outcome.value is None and outcome.failure == f"failed (exit code {code}): last words"
+
+
+def test_errors_raised_on_purpose_keep_kind_words_and_hint():
+    error = run_apart(f"{HERE}:refuse", None, deadline_s=60).error
+    assert type(error) is InputError and str(error) == "expected a, found b" and error.hint == "do c"
+    other = run_apart(f"{HERE}:mismatch", None, deadline_s=60).error
+    assert type(other) is EdgepatchError and "vocab_size" in str(other)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"), [("fail", "by zero"), ("odd", "not JSON serializable"), ("absent", "absent")]
+)
+def test_other_errors_are_failures_with_their_last_line(function: str, words: str):
+    assert words in run_apart(f"{HERE}:{function}", None, deadline_s=60).failure
+
+
+def test_a_child_that_hangs_is_ended(tmp_path: Path):
+    outcome = run_apart(f"{HERE}:hang", str(tmp_path / "pid"), deadline_s=3)
+    assert outcome.failure == "did not answer within 3 s"
+    assert not _alive(int((tmp_path / "pid").read_text()))
+
+
+def test_variables_are_set_for_the_child_alone():
+    outcome = run_apart(
+        f"{HERE}:variable", "EDGEPATCH_TEST_CHILD", deadline_s=60, environment={"EDGEPATCH_TEST_CHILD": "x"}
+    )
+    assert outcome.value == "x" and "EDGEPATCH_TEST_CHILD" not in os.environ
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_child_does_not_outlive_its_parent(tmp_path: Path, number: signal.Signals):
+    marker = tmp_path / "pid"
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from edgepatch.processes import run_apart; run_apart('{HERE}:hang', {str(marker)!r}, deadline_s=600)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (marker.is_file() and marker.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(number)
+    parent.wait(60)
+    for _ in range(100):
+        if not _alive(int(marker.read_text())):
+            return
+        time.sleep(0.1)
+    pytest.fail("the child is still there")
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
