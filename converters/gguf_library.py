@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.converters.first_contact import Report, require_library
+from edgepatch.converters.machine_identity import library_files
+from edgepatch.errors import EdgepatchError, MissingExtraError
 
+PACKAGE = "llama_cpp"
 _log: deque[str] = deque(maxlen=3)
 
 
-def load_library() -> Any:
-    """The ``llama_cpp`` module, its log kept in memory instead of printed.
+def require_installed() -> None:
+    """Looks for the library without loading it.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
+    """
+    if not library_files(PACKAGE):
+        raise MissingExtraError("llama-cpp-python", "gguf")
+
+
+def load_library() -> Any:
+    """The ``llama_cpp`` module, its log kept in memory instead of printed; a child has loaded it on this CPU before.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        UnfitModelError: loading it ends a process on this CPU.
         EdgepatchError: it is installed but its library cannot be loaded.
     """
     return _load_library()[0]
@@ -28,6 +39,8 @@ def load_library() -> Any:
 @cache
 def _load_library() -> tuple[Any, Any]:
     """(module, log callback): llama.cpp keeps a pointer to the callback, so it must never be freed."""
+    require_installed()
+    require_library(PACKAGE, f"{__name__}:try_library")
     try:
         import llama_cpp
     except ImportError:
@@ -67,33 +80,8 @@ def quantization_types() -> dict[str, int]:
     return {m[1]: int(getattr(llama_cpp, m[0])) for m in matches}
 
 
-@contextmanager
-def opened_vocabulary(path: Path) -> Iterator[Callable[[str, bool, bool], list[int]]]:
-    """llama.cpp's tokenizer of a GGUF file that ``gguf_header.read_header`` has found sound, without the weights.
-
-    Returns:
-        A function (text, whether BOS and EOS are added, whether names of special tokens are the tokens) -> token ids.
-
-    Raises:
-        InputError: llama.cpp cannot read the vocabulary.
-        MissingExtraError: llama-cpp-python is not installed.
-    """
-    lib = load_library()
-    parameters = lib.llama_model_default_params()
-    parameters.vocab_only = True
-    model = lib.llama_model_load_from_file(bytes(path), parameters)
-    if not model:
-        raise InputError(
-            f"llama.cpp cannot read the vocabulary of {path}: {library_errors()}", hint="get the model again"
-        )
-    vocabulary = lib.llama_model_get_vocab(model)
-
-    def tokenize(text: str, ends: bool, trusted: bool) -> list[int]:
-        data = text.encode("utf-8")
-        ids = (lib.llama_token * (len(data) + 8))()
-        return list(ids[: lib.llama_tokenize(vocabulary, data, len(data), ids, len(ids), ends, trusted)])
-
-    try:
-        yield tokenize
-    finally:
-        lib.llama_model_free(model)
+def try_library(_: object, __: object, report: Report) -> dict[str, Any]:
+    """In a child: loads the library and nothing else."""
+    report("being loaded")
+    load_library()
+    return {}

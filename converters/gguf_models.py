@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepatch.converters.gguf_header import GGUFHeader, read_header
-from edgepatch.converters.gguf_library import opened_vocabulary
 from edgepatch.converters.gguf_specs import spec_of, vocabulary
+from edgepatch.converters.gguf_vocabulary import Vocabulary
 from edgepatch.converters.rope_parameters import GEMMA3_LOCAL_THETA
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.tensors import ModelSpec
@@ -219,9 +219,10 @@ def tokenizer_folder(path: Path) -> Iterator[Path]:
     header = read_header(path)
     tokenizer = _read_tokenizer(path, header)
     tokens = header.metadata["tokenizer.ggml.tokens"]
-    with opened_vocabulary(path) as tokenize:
-        _add_ends(tokenizer, tokenize("a", True, False), tokenize("a", False, False), tokens)
-        _require_same_ids(path, tokenizer, tokenize)
+    with Vocabulary(path) as opened:
+        ends, none = opened.tokenize("a", True, False), opened.tokenize("a", False, False)
+        _add_ends(tokenizer, ends, none, tokens)
+        _require_same_ids(path, tokenizer, opened.tokenize)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = header.metadata.get(f"tokenizer.ggml.{key}_token_id")

@@ -8,90 +8,18 @@ from __future__ import annotations
 
 import re
 import shlex
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
-from edgepatch.converters.gguf_header import read_header
-from edgepatch.converters.gguf_library import library_errors, load_library
+from edgepatch.converters.gguf_vocabulary import Vocabulary
 from edgepatch.errors import InputError
 from edgepatch.tokenizers import render_chat_template
-
-SPARE_NAMES = re.compile(r"reserved|unused|extra_id|spare|dummy|placeholder|control_\d", re.IGNORECASE)
-"""Tokens that vocabularies set aside."""
 
 PLAIN_TEXT = re.compile(r"[^\s'\"\\{}%#]+")
 """What may stand in a string of every Jinja engine as it is."""
 
 SLOT_FOLDER, SEED_FILE, TEMPLATE_FILE = "slots", "seed.bin", "chat_template.jinja"
-UNKNOWN, UNUSED, CONTROL, USER_DEFINED = 1, 2, 8, 16  # llama.cpp's token attributes
 SAMPLE = [{"role": "user", "content": "Hello"}]
 ALTERNATING = [*SAMPLE, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "How are you?"}]
-
-
-class Vocabulary:
-    """The vocabulary of a GGUF file as llama.cpp reads it; the weights stay on disk.
-
-    Args:
-        path: the GGUF file.
-
-    Raises:
-        InputError: the file is missing, damaged or cannot be loaded.
-        MissingExtraError: llama-cpp-python is not installed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        read_header(path)  # llama.cpp ends the process on some damaged files
-        self._lib = load_library()
-        self._resources = ExitStack()
-        options = self._lib.llama_model_default_params()
-        options.vocab_only = True
-        model = self._lib.llama_model_load_from_file(bytes(path), options)
-        if not model:
-            raise InputError(f"llama.cpp cannot load {path}: {library_errors()}", hint="download or convert it again")
-        self._resources.callback(self._lib.llama_model_free, model)
-        self._vocab = self._lib.llama_model_get_vocab(model)
-        self.size = int(self._lib.llama_vocab_n_tokens(self._vocab))
-        self.adds_bos = bool(self._lib.llama_vocab_get_add_bos(self._vocab))
-        self.bos, self.eos = (int(f(self._vocab)) for f in (self._lib.llama_vocab_bos, self._lib.llama_vocab_eos))
-        template = self._lib.llama_model_chat_template(model, None)
-        self.chat_template = template.decode("utf-8", "replace") if template else ""
-
-    def text(self, token: int) -> str:
-        """A token's own name; empty for an id that there is not."""
-        if not 0 <= token < self.size:
-            return ""
-        return str(self._lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"))
-
-    def tokenize(self, text: str, around: bool = False) -> list[int]:
-        """Token ids as llama-server makes them of a prompt: special tokens by name, with ``around`` BOS and EOS if wanted."""
-        data = text.encode("utf-8")
-        tokens = (self._lib.llama_token * (len(data) + 2))()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), around, True)
-        return list(tokens[: max(count, 0)])
-
-    def spare_tokens(self) -> list[int]:
-        """Tokens beside the text proper that neither start nor end anything, those that are set aside first."""
-        lib, special = self._lib, {self.bos, self.eos}
-        groups: dict[int, list[int]] = {0: [], 1: [], 2: []}
-        for token in range(self.size):
-            attribute = lib.llama_vocab_get_attr(self._vocab, token)
-            if attribute & (UNKNOWN | UNUSED | CONTROL | USER_DEFINED) and token not in special:
-                if lib.llama_vocab_is_eog(self._vocab, token):
-                    continue
-                set_aside = SPARE_NAMES.search(self.text(token))
-                groups[0 if set_aside else 1 if attribute & CONTROL else 2].append(token)
-        return [*groups[0], *groups[1], *groups[2]]
-
-    def close(self) -> None:
-        """Frees the vocabulary; may be called more than once."""
-        self._resources.close()
-
-    def __enter__(self) -> Vocabulary:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)

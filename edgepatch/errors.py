@@ -2,6 +2,7 @@
 
 EdgepatchError            exit 1
 +- InputError             exit 2   a file, folder, option or value that cannot be used
+|  +- UnfitModelError     exit 5   a model on which llama.cpp or ONNX Runtime dies, hangs or computes no numbers on this machine
 +- MissingExtraError      exit 2   an optional package is not installed
 +- PatchFormatError       exit 3   a patch file breaks the format
 +- UntrustedError         exit 3   a signature, key or trust root does not hold
@@ -32,6 +33,12 @@ class InputError(EdgepatchError):
     """A file, folder, option or value that cannot be used."""
 
     exit_code = 2
+
+
+class UnfitModelError(InputError):
+    """A model that a C library cannot use on this machine: in a child process it died, hung, or computed no numbers."""
+
+    exit_code = 5
 
 
 class MissingExtraError(EdgepatchError):

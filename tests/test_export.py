@@ -21,10 +21,10 @@ import serving
 from edgepatch.bench.stock_transcript import common_prefix
 from edgepatch.converters import gguf_writer
 from edgepatch.converters.gguf_library import load_library
+from edgepatch.converters.gguf_vocabulary import Vocabulary
 from edgepatch.converters.llama_server import (
     Labels,
     ServerSettings,
-    Vocabulary,
     choose_labels,
     patched_template,
     prompt_ids,

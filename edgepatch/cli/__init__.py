@@ -1,7 +1,7 @@
 """The command line: parse, call one function, print. A module a group of verbs; each registers its own with ``root.app``.
 
 Exit codes: 0 done; 1 failed; 2 wrong use, or an input that cannot be used; 3 a file that cannot be trusted; 4 a patch for
-another model; 130 interrupted.
+another model; 5 a model on which a C library dies or hangs on this machine, which only a child process has felt; 130 interrupted.
 """
 
 from __future__ import annotations

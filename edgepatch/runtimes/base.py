@@ -55,6 +55,7 @@ class Runtime(ABC):
         num_sequences: conversations held at once, each behind the same seed.
         seed_route: how the seed got into the cache: "stored" in the patch, "decoded" from the soft prompt by this very
             model, or "" for the bare model.
+        notes: what is slower or turned off because a library died of it on this machine, why, and what mends it.
 
     One thread at a time drives a runtime; streams on different sequences may be interleaved token by token.
     """
@@ -67,6 +68,7 @@ class Runtime(ABC):
     end_token_ids: frozenset[int]
     kv_type: str = "f32"
     seed_route: SeedRoute = ""
+    notes: tuple[str, ...] = ()
 
     def __init__(self, num_sequences: int = 1) -> None:
         if not 1 <= num_sequences <= MAX_SEQUENCES:

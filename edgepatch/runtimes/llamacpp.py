@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,15 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import fingerprints, gguf_specs, llamacpp_layout
 from edgepatch.converters.gguf_header import GGUFHeader, read_header
-from edgepatch.converters.gguf_library import load_library
+from edgepatch.converters.gguf_library import require_installed
+from edgepatch.converters.gguf_vocabulary import read_token_facts
 from edgepatch.converters.llamacpp_state import SequenceState, read_state
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Runtime, SeedRoute, Tools, check_patch
 from edgepatch.runtimes.llamacpp_calibration import Calibration
 from edgepatch.runtimes.llamacpp_context import KV_TYPES, ContextSettings, LlamaContext, LlamaModel
+from edgepatch.runtimes.llamacpp_proof import open_model, prove_model
 from edgepatch.sketches import compare
 from edgepatch.tokenizers import AddedTokens, encode_chat, prepare_chat_template
 
@@ -75,13 +76,13 @@ class LlamaCppRuntime(Runtime):
         num_gpu_layers: int = 0,
     ) -> None:
         super().__init__(num_sequences)
-        self._lib = load_library()
+        self._lib: Any = _Closed()
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
+        require_installed()
         header = read_header(path)
         self.spec = gguf_specs.spec_of(header)
         check_patch(patch, self.spec)
-        self.quantization = gguf_specs.quantization(header)
         self.kv_type, self._wanted_route = _checked_type(kv_type, flash_attention), _checked_route(seed_route)
         self.num_positions = _positions(context_length, int(header.setting("context_length")), patch)
         self.seed_reason = ""
@@ -105,33 +106,33 @@ class LlamaCppRuntime(Runtime):
         num_cells = self.num_positions * self.num_sequences
         self._master = self.num_sequences
         settings = ContextSettings(num_cells, self.num_sequences + 1, self.kv_type, flash_attention, num_threads)
-        # llama.cpp reads the weights and then clears the cache in a thread; template and vocabulary are prepared meanwhile.
-        with ThreadPoolExecutor(1) as library:
-            loading = library.submit(LlamaModel, path, num_gpu_layers)
+        self._template = str(header.metadata.get("tokenizer.chat_template", ""))
+        # A child tries the file, or llama.cpp reads its weights and then clears the cache in a thread; template and vocabulary
+        # are prepared meanwhile. The child is waited for here: Ctrl-C, which reaches the main thread, must end it.
+        with ThreadPoolExecutor(2) as threads:
+            preparing = threads.submit(prepare_chat_template, self._template)
+            proof = prove_model(path, num_gpu_layers, settings)
+            loading = threads.submit(open_model, proof, num_gpu_layers, settings)
             self._resources.callback(_close_result, loading)
-            self._template = str(header.metadata.get("tokenizer.chat_template", ""))
-            prepare_chat_template(self._template)
+            preparing.result()
             self._model = loading.result()
-            creating = library.submit(LlamaContext, self._model, settings)
+            self._lib, self.notes = self._model.lib, self._model.notes
+            creating = threads.submit(LlamaContext, self._model, settings)
             self._resources.callback(_close_result, creating)
             self._vocab = self._model.vocab
             self._read_vocabulary(path)
             self._context = creating.result()
+        self.quantization = gguf_specs.quantization(header)
         self._calibration = Calibration(self._model, header, self.spec, settings)
 
     def _read_vocabulary(self, path: Path) -> None:
-        lib = self._lib
-        ids = range(lib.llama_vocab_n_tokens(self._vocab))
-        if len(ids) != self.spec.vocab_size:
+        facts = read_token_facts(self._lib, self._vocab)
+        if facts.size != self.spec.vocab_size:
             raise InputError(
-                f"{path}: expected {self.spec.vocab_size} tokens, found {len(ids)}", hint="download it again"
+                f"{path}: expected {self.spec.vocab_size} tokens, found {facts.size}", hint="download it again"
             )
-        self.end_token_ids = frozenset(i for i in ids if lib.llama_vocab_is_eog(self._vocab, i))
-        bos, eos = lib.llama_vocab_bos(self._vocab), lib.llama_vocab_eos(self._vocab)
-        self._bos, self._eos = (
-            lib.llama_vocab_get_text(self._vocab, i).decode() if i in ids else "" for i in (bos, eos)
-        )
-        self._added_tokens = self._read_added_tokens()
+        self.end_token_ids, self._bos, self._eos = facts.end_token_ids, facts.bos, facts.eos
+        self._added_tokens = AddedTokens(facts.special, facts.user_defined)
 
     def _check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None and patch.digest not in self._fitting:
@@ -325,18 +326,6 @@ class LlamaCppRuntime(Runtime):
             return self._tokenize(text, special_around=False, special_within=trusted)
 
         return encode_chat(self._template, messages, self._bos, self._eos, self._added_tokens, encode, tools)
-
-    def _read_added_tokens(self) -> AddedTokens:
-        """What ``_tokenize`` reads as single tokens."""
-        lib, read = self._lib, partial(self._lib.llama_vocab_get_attr, self._vocab)
-        kinds = list(map(read, range(self.spec.vocab_size)))
-
-        def texts(wanted: int) -> tuple[str, ...]:
-            ids = [i for i, kind in enumerate(kinds) if kind & wanted]
-            return tuple(lib.llama_vocab_get_text(self._vocab, i).decode("utf-8", "replace") for i in ids)
-
-        special = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
-        return AddedTokens(texts(special), texts(lib.LLAMA_TOKEN_ATTR_USER_DEFINED))
 
     def _token_bytes(self) -> list[bytes]:
         return [self._piece(i) for i in range(self.spec.vocab_size)]

@@ -7,12 +7,8 @@ does to one token repeated. The scale of embeddings comes from feeding a token's
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,26 +18,17 @@ from edgepatch.converters import llamacpp_layout, rope
 from edgepatch.converters.gguf_header import BLOCK_SIZES, GGUFHeader
 from edgepatch.converters.llamacpp_layout import Layout
 from edgepatch.converters.llamacpp_state import SequenceState, read_state
+from edgepatch.converters.machine_identity import cache_folder, digest_of, keep_memory, read_memory
 from edgepatch.errors import InactivePatchError, InputError
-from edgepatch.patches import write_atomically
 from edgepatch.runtimes.llamacpp_context import ContextSettings, LlamaContext, LlamaModel
 from edgepatch.tensors import ModelSpec
 
-CACHE_VARIABLE = "EDGEPATCH_CACHE_DIR"
 PROBE_TOKENS = 16
 EMBEDDING_TOLERANCE = 0.02
 """Relative difference of logits up to which a token and its embedding are the same input; another scale is at 0.1 and more."""
 
 SCALED_IN_TRANSFORMERS = ("gemma", "gemma2", "gemma3_text", "gemma3")
 """Models whose embedding layer in Transformers multiplies by sqrt(D), so that ``inputs_embeds`` are given after that."""
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept: ``EDGEPATCH_CACHE_DIR``, or the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    folder = os.environ.get(CACHE_VARIABLE)
-    return Path(folder) if folder else user_cache_path("edgepatch", appauthor=False)
 
 
 class Calibration:
@@ -57,7 +44,7 @@ class Calibration:
     def __init__(self, model: LlamaModel, header: GGUFHeader, spec: ModelSpec, settings: ContextSettings) -> None:
         self._model, self._header, self._spec, self._settings = model, header, spec, settings
         self._file = cache_folder() / "calibration" / f"{self._key()}.json"
-        self._known = _read(self._file)
+        self._known = read_memory(self._file)
 
     def _key(self) -> str:
         """Digest of all that a measurement depends on."""
@@ -74,7 +61,7 @@ class Calibration:
             "num_cells": self._settings.num_cells if "longrope" in str(self._spec.rope_scaling) else 0,
             "rotation_disabled": os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""),
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return digest_of(facts)
 
     @property
     def layout(self) -> Layout | None:
@@ -103,7 +90,7 @@ class Calibration:
 
     def _proof(self, patch_digest: str) -> str:
         facts = [patch_digest, self._known.get("layout"), self._known.get("embedding_factor")]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return digest_of(facts)
 
     def key_error_factor(self) -> float:
         """How much more wrong cached keys may be than values, by the types of the weights that make them."""
@@ -117,8 +104,7 @@ class Calibration:
 
     def _keep(self, name: str, value: Any) -> None:
         self._known = {**self._known, name: value}
-        with contextlib.suppress(InputError):  # a read-only device measures again
-            write_atomically(self._file, json.dumps(self._known).encode())
+        keep_memory(self._file, self._known)
 
     # The scale of embeddings.
 
@@ -217,14 +203,6 @@ class Calibration:
         if others and errors[best] > 0.5 * min(errors[other] for other in others):
             raise self._unconfirmed(f"the quantized {kind} fit no rotation")
         return best
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _distance(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

@@ -44,23 +44,32 @@ class ContextSettings:
 
 
 class LlamaModel:
-    """A GGUF file's weights in llama.cpp.
+    """A GGUF file's weights in llama.cpp, which ends the process on some files: ``llamacpp_proof`` opens one after a child has.
 
     Args:
-        path: the file, already checked by ``gguf_header.read_header``: llama.cpp ends the process on some damaged ones.
+        path: the file, already checked by ``gguf_header.read_header``.
         num_gpu_layers: layers to keep on a GPU.
+        use_extra_buffers: let ggml repack weights for this CPU's kernels.
+        takes_embeddings: whether contexts may evaluate embeddings.
+
+    Attributes:
+        notes: what the proof has to say.
 
     Raises:
         InputError: llama.cpp cannot load it.
     """
 
-    def __init__(self, path: Path, num_gpu_layers: int = 0) -> None:
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self, path: Path, num_gpu_layers: int = 0, use_extra_buffers: bool = True, takes_embeddings: bool = True
+    ) -> None:
         self.lib = gguf_library.load_library()
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
-        self.path, self.num_gpu_layers = path, num_gpu_layers
+        self.path, self.num_gpu_layers, self.takes_embeddings = path, num_gpu_layers, takes_embeddings
         settings = self.lib.llama_model_default_params()
-        settings.n_gpu_layers = num_gpu_layers
+        settings.n_gpu_layers, settings.use_extra_bufts = num_gpu_layers, use_extra_buffers
         self.handle = self.lib.llama_model_load_from_file(bytes(path), settings)
         if not self.handle:
             raise InputError(
@@ -241,7 +250,15 @@ class LlamaContext:
 
         Returns:
             (1, V) float32 logits of the last with ``logits``, else (0, V).
+
+        Raises:
+            InactivePatchError: llama.cpp dies of embeddings on this model.
         """
+        if not self.model.takes_embeddings:
+            raise InactivePatchError(
+                f"{self.model.path}: llama.cpp ends its process when it evaluates embeddings of this model",
+                hint="use another release of llama-cpp-python; the note at the start of the model has the reason",
+            )
         axes = 4 if self._has_position_axes() else 1
         found = np.empty((0, self._vocab_size), np.float32)
         with _batch(self._lib, self._chunk, embeddings.shape[1], axes) as batch:

@@ -21,7 +21,8 @@ from typing import Any
 from edgepatch.converters import llama_server, llamacpp_state
 from edgepatch.converters.gguf_header import read_header
 from edgepatch.converters.gguf_library import load_library
-from edgepatch.converters.llama_server import Labels, ServerSettings, Vocabulary
+from edgepatch.converters.gguf_vocabulary import Vocabulary
+from edgepatch.converters.llama_server import Labels, ServerSettings
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patches import Patch
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime

@@ -1,0 +1,181 @@
+"""The vocabulary of a GGUF file as llama.cpp reads it, alone or of a loaded model."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgepatch.converters import first_contact, gguf_library
+from edgepatch.converters.first_contact import Contact, Report
+from edgepatch.converters.gguf_header import read_header
+from edgepatch.converters.gguf_library import library_errors, load_library
+from edgepatch.errors import InputError
+
+SPARE_NAMES = re.compile(r"reserved|unused|extra_id|spare|dummy|placeholder|control_\d", re.IGNORECASE)
+"""Tokens that vocabularies set aside."""
+
+UNKNOWN, UNUSED, CONTROL, USER_DEFINED = 1, 2, 8, 16  # llama.cpp's token attributes
+WORD = b"word"
+MAX_PIECES_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What llama.cpp says of the tokens of a vocabulary.
+
+    Attributes:
+        size: number of tokens.
+        end_token_ids: those that end a reply.
+        bos, eos: names; empty where there is none.
+        special: names of tokens that are read only in trusted text.
+        user_defined: names of tokens that are read in any text.
+    """
+
+    size: int
+    end_token_ids: frozenset[int]
+    bos: str
+    eos: str
+    special: tuple[str, ...]
+    user_defined: tuple[str, ...]
+
+
+def read_token_facts(lib: Any, vocabulary: Any) -> TokenFacts:
+    """Asks llama.cpp for every token of a vocabulary.
+
+    Args:
+        lib: ``gguf_library.load_library()``.
+        vocabulary: llama.cpp's handle.
+    """
+    ids = range(lib.llama_vocab_n_tokens(vocabulary))
+    kinds = [lib.llama_vocab_get_attr(vocabulary, i) for i in ids]
+
+    def text(token: int) -> str:
+        return str(lib.llama_vocab_get_text(vocabulary, token).decode("utf-8", "replace")) if token in ids else ""
+
+    def texts(wanted: int) -> tuple[str, ...]:
+        return tuple(text(i) for i, kind in enumerate(kinds) if kind & wanted)
+
+    return TokenFacts(
+        len(ids),
+        frozenset(i for i in ids if lib.llama_vocab_is_eog(vocabulary, i)),
+        text(lib.llama_vocab_bos(vocabulary)),
+        text(lib.llama_vocab_eos(vocabulary)),
+        texts(lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN),
+        texts(lib.LLAMA_TOKEN_ATTR_USER_DEFINED),
+    )
+
+
+def try_vocabulary(lib: Any, vocabulary: Any, report: Report) -> None:
+    """In a child: all that is ever asked of a vocabulary: each token's facts and bytes, and the tokens of a word."""
+    report("reading its vocabulary")
+    size = read_token_facts(lib, vocabulary).size
+    ids = (lib.llama_token * size)(*range(size))
+    for special in (False, True):
+        length = -lib.llama_detokenize(vocabulary, ids, size, ctypes.create_string_buffer(0), 0, False, special)
+        if 0 < length <= MAX_PIECES_BYTES:
+            buffer = ctypes.create_string_buffer(length)
+            lib.llama_detokenize(vocabulary, ids, size, buffer, length, False, special)
+    report("tokenizing a word")
+    tokens = (lib.llama_token * (len(WORD) + 8))()
+    for around, special in ((True, False), (False, True)):
+        lib.llama_tokenize(vocabulary, WORD, len(WORD), tokens, len(tokens), around, special)
+
+
+class Vocabulary:
+    """The vocabulary of a GGUF file; the weights stay on disk. A child has read it on this machine before.
+
+    Args:
+        path: the GGUF file.
+
+    Raises:
+        InputError: the file is missing, damaged or cannot be loaded.
+        UnfitModelError: llama.cpp dies of it.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        read_header(path)  # what it refuses needs no child
+        self._resources = ExitStack()
+        if first_contact.in_trial():
+            self._open(path)
+        else:
+            gguf_library.require_installed()
+            first_contact.open_proved(lambda: first_contact.prove(contact(path)), lambda _: self._open(path))
+
+    def _open(self, path: Path) -> Vocabulary:
+        self._lib = load_library()
+        options = self._lib.llama_model_default_params()
+        options.vocab_only = True
+        model = self._lib.llama_model_load_from_file(bytes(path), options)
+        if not model:
+            raise InputError(f"llama.cpp cannot load {path}: {library_errors()}", hint="download or convert it again")
+        self._resources.callback(self._lib.llama_model_free, model)
+        self._vocab = self._lib.llama_model_get_vocab(model)
+        self.size = int(self._lib.llama_vocab_n_tokens(self._vocab))
+        self.adds_bos = bool(self._lib.llama_vocab_get_add_bos(self._vocab))
+        self.bos, self.eos = (int(f(self._vocab)) for f in (self._lib.llama_vocab_bos, self._lib.llama_vocab_eos))
+        template = self._lib.llama_model_chat_template(model, None)
+        self.chat_template = template.decode("utf-8", "replace") if template else ""
+        return self
+
+    def text(self, token: int) -> str:
+        """A token's own name; empty for an id that there is not."""
+        if not 0 <= token < self.size:
+            return ""
+        return str(self._lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"))
+
+    def tokenize(self, text: str, around: bool = False, special: bool = True) -> list[int]:
+        """Token ids as llama-server makes them of a prompt.
+
+        Args:
+            text: any text.
+            around: put BOS and EOS around it where the model wants them.
+            special: read names of special tokens as the tokens.
+        """
+        data = text.encode("utf-8")
+        tokens = (self._lib.llama_token * (len(data) + 8))()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), around, special)
+        return list(tokens[: max(count, 0)])
+
+    def spare_tokens(self) -> list[int]:
+        """Tokens beside the text proper that neither start nor end anything, those that are set aside first."""
+        lib, special = self._lib, {self.bos, self.eos}
+        groups: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        for token in range(self.size):
+            attribute = lib.llama_vocab_get_attr(self._vocab, token)
+            if attribute & (UNKNOWN | UNUSED | CONTROL | USER_DEFINED) and token not in special:
+                if lib.llama_vocab_is_eog(self._vocab, token):
+                    continue
+                set_aside = SPARE_NAMES.search(self.text(token))
+                groups[0 if set_aside else 1 if attribute & CONTROL else 2].append(token)
+        return [*groups[0], *groups[1], *groups[2]]
+
+    def close(self) -> None:
+        """Frees the vocabulary; may be called more than once."""
+        self._resources.close()
+
+    def __enter__(self) -> Vocabulary:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def contact(path: Path) -> Contact:
+    """llama.cpp and the vocabulary of a file."""
+    return Contact(gguf_library.PACKAGE, f"{__name__}:try_file", (path,))
+
+
+def try_file(paths: Sequence[Path], _: object, report: Report) -> dict[str, Any]:
+    """In a child: reads a file's vocabulary as ``Vocabulary`` does."""
+    report("loading its vocabulary")
+    with Vocabulary(paths[0]) as vocabulary:
+        try_vocabulary(vocabulary._lib, vocabulary._vocab, report)
+        report("reading its vocabulary")
+        vocabulary.spare_tokens()
+    return {}
