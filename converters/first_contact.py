@@ -216,7 +216,7 @@ def try_apart(
     Args:
         contact: what to try.
         settings: besides the contact's own.
-        deadline_s: by default a minute, and a second for each 20 MB.
+        deadline_s: by default a minute, and a second for each 20 MB; the variable overrules it.
 
     Returns:
         What it answered, or why it did not.
@@ -238,7 +238,7 @@ def try_apart(
             outcome = run_apart(
                 f"{__name__}:answer",
                 request,
-                deadline_s=_deadline(contact) if deadline_s is None else deadline_s,
+                deadline_s=_deadline(contact, deadline_s),
                 pass_fds=(writing,),
             )
         finally:
@@ -269,7 +269,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _deadline(contact: Contact) -> float:
+def _deadline(contact: Contact, by_default: float | None) -> float:
     given = os.environ.get(DEADLINE_VARIABLE)
     if given:
         try:
@@ -279,6 +279,8 @@ def _deadline(contact: Contact) -> float:
         if not 0 < seconds < float("inf"):
             raise InputError(f"{DEADLINE_VARIABLE}: expected a number of seconds, found {given!r}")
         return seconds
+    if by_default is not None:
+        return by_default
     return BASE_DEADLINE_S + sum(entry[1] for entry in contact.signature()) / DEADLINE_BYTES_PER_S
 
 

@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -20,14 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import hf, rope
-from edgepatch.converters.gguf_library import forget_errors, library_errors, load_library, quantization_types
+from edgepatch.converters.first_contact import Contact, Failure, Report, try_apart
+from edgepatch.converters.gguf_library import PACKAGE, library_errors, load_library, quantization_types
 from edgepatch.converters.gguf_specs import read_spec
 from edgepatch.converters.gguf_tokenizers import add_tokenizer, refuse
-from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.errors import InputError, MissingExtraError, UnfitModelError
 from edgepatch.tensors import ModelSpec
 
 CONVERTED = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` in Transformers that are converted here."""
+
+QUANTIZATION_DEADLINE_S, QUANTIZED_BYTES_PER_S = 600.0, 1e5
+"""Of the slowest types on the slowest devices."""
 
 
 @contextmanager
@@ -249,17 +253,35 @@ def quantize(source: Path, target: Path, type_name: str, num_threads: int | None
             cannot be written.
         MissingExtraError: llama-cpp-python or gguf is not installed.
     """
-    llama_cpp, types = load_library(), quantization_types()
+    types = quantization_types()
     if type_name not in types:
         raise InputError(f"quantization type: expected one of {', '.join(sorted(types))}, found {type_name!r}")
     spec = read_spec(source)
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = types[type_name]
-    parameters.nthread = num_threads or 0
     with _replacing(target) as temporary:
-        forget_errors()
-        status = llama_cpp.llama_model_quantize(bytes(source), bytes(temporary), ctypes.byref(parameters))
-        if status != 0:
-            raise _quantization_error(source, type_name)
+        settings = {"target": str(temporary), "type": type_name, "num_threads": num_threads or 0}
+        contact = Contact(PACKAGE, f"{__name__}:quantize_here", (source,), settings)
+        # The library reads a file that may never have been loaded: the child that would try it can do the work itself.
+        outcome = try_apart(contact, {}, QUANTIZATION_DEADLINE_S + source.stat().st_size / QUANTIZED_BYTES_PER_S)
+        if isinstance(outcome, Failure):
+            raise UnfitModelError(
+                f"{source} cannot be quantized: llama.cpp {outcome.words}", hint="get the model again"
+            )
         _require_same(spec, read_spec(temporary))
     return spec
+
+
+def quantize_here(paths: Sequence[Path], settings: dict[str, Any], report: Report) -> dict[str, Any]:
+    """In a child: quantizes a file.
+
+    Raises:
+        InputError: the type needs an importance matrix, or the library refuses the source or cannot write.
+    """
+    llama_cpp = load_library()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = quantization_types()[settings["type"]]
+    parameters.nthread = settings["num_threads"]
+    report(f"quantizing to {settings['type']}")
+    target = os.fsencode(settings["target"])
+    if llama_cpp.llama_model_quantize(bytes(paths[0]), target, ctypes.byref(parameters)) != 0:
+        raise _quantization_error(paths[0], settings["type"])
+    return {}

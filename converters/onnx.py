@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import hf
 from edgepatch.converters.lora import merge_lora
-from edgepatch.converters.onnx_check import Agreement, compare, open_session
+from edgepatch.converters.onnx_check import Agreement, compare
 from edgepatch.converters.onnx_exporters import (
     EXPORTERS,
     build,
@@ -32,6 +32,7 @@ from edgepatch.converters.onnx_files import MODEL_FILE, GraphFile, find_model_fi
 from edgepatch.converters.onnx_graphs import quantization, recognise
 from edgepatch.converters.onnx_identity import QUANTIZATIONS, identity, stamp
 from edgepatch.converters.onnx_precision import reduce
+from edgepatch.converters.onnx_sessions import open_session, prove_session
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec
 from edgepatch.tokenizers import FolderTokenizer
@@ -156,7 +157,7 @@ def stamp_folder(folder: Path, base: Path | None = None, model_file: str | None 
         return agreement
     file = open_folder(folder, model_file)
     spec = hf.read_spec(folder, _norms(file, folder))
-    graph = recognise(open_session(path), file, spec)
+    graph = recognise(open_session(prove_session(file, spec=spec)), file, spec)
     stamp(path, identity(spec, quantization(file, graph)))
     return None
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from edgepatch.converters.onnx import CONFIG_FILE, replacement
-from edgepatch.converters.onnx_check import open_session
 from edgepatch.converters.onnx_exporters import require_packages
 from edgepatch.converters.onnx_files import MODEL_FILE, GraphFile, open_folder
 from edgepatch.converters.onnx_graphs import DecoderGraph, evaluate, recognise
 from edgepatch.converters.onnx_identity import BAKED_KEY, read_identity, stamp
+from edgepatch.converters.onnx_sessions import open_session, prove_session
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
 from edgepatch.tensors import KVSeed, ModelSpec
@@ -53,7 +53,7 @@ def bake_seed(folder: Path, patch: Patch, target: Path) -> None:
             f"patch {patch.name} {patch.version} holds no KV seed", hint="add it first: edgepatch convert seed"
         )
     file = open_folder(folder)
-    session = open_session(file.path)
+    session = open_session(prove_session(file))
     spec, _ = read_identity(folder, file, session.get_modelmeta().custom_metadata_map)
     patch.base.require_same(spec)
     graph = recognise(session, file, spec)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgepatch.converters import hf
 from edgepatch.converters.onnx_files import open_folder
 from edgepatch.converters.onnx_graphs import evaluate, quantization, recognise
+from edgepatch.converters.onnx_sessions import open_session, prove_session
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec, SoftPrompt
 
@@ -51,7 +52,7 @@ def compare(folder: Path, spec: ModelSpec, hf_folder: Path, model_file: str | No
         InputError: the graph cannot be seeded, or its logits are not the model's.
     """
     file = open_folder(folder, model_file)
-    session = open_session(file.path)
+    session = open_session(prove_session(file, spec=spec))
     graph = recognise(session, file, spec)
     model = hf.load_model(hf_folder)
     soft_prompt, tokens = _sample(model, spec)
@@ -83,24 +84,6 @@ def _require(result: Agreement, path: Path, largest: float) -> None:
             f"{path} does not compute what the model in Transformers computes behind the same seed: {found}",
             hint="take another exporter (--exporter), or convert the model to GGUF",
         )
-
-
-def open_session(model_file: Path) -> Any:
-    """A quiet session on the CPU.
-
-    Raises:
-        InputError: the model is damaged.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what matters is raised
-    try:
-        return onnxruntime.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors derive from Exception alone
-        raise InputError(
-            f"{model_file} is damaged or cannot be loaded: {error}", hint="convert the model again"
-        ) from error
 
 
 def _sample(model: Any, spec: ModelSpec) -> tuple[SoftPrompt, list[int]]:

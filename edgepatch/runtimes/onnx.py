@@ -6,13 +6,11 @@ The seed is the first P positions of the graph's past. Which graph takes its pas
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +18,19 @@ from numpy.typing import NDArray
 from edgepatch.converters.onnx_files import open_folder
 from edgepatch.converters.onnx_graphs import DecoderGraph, recognise
 from edgepatch.converters.onnx_identity import read_identity
+from edgepatch.converters.onnx_sessions import open_session, prove_session
 from edgepatch.converters.onnx_weights import sketch_of_onnx
-from edgepatch.errors import InactivePatchError, InputError, MissingExtraError
+from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.generation import drain
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Prompt, Runtime, SeedRoute, Tools, as_float32, require_text_only
 from edgepatch.runtimes.onnx_caches import Cache, Cells, SharedCache, new_cache
+from edgepatch.runtimes.onnx_proof import TRIAL
 from edgepatch.sampling import Sampling
 from edgepatch.sketches import compare
 from edgepatch.tensors import KVSeed, ModelSpec
 from edgepatch.tokenizers import FolderTokenizer
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEFAULT_POSITIONS = 2048  # as far as a model can; shared buffers for them are allocated at once
 PREFILL_TOKENS = 256  # a chunk: the graph gives logits of all its positions, V * 4 bytes each
 BATCH_ROWS = 16
@@ -72,9 +71,11 @@ class OnnxRuntime(Runtime):
         super().__init__(num_sequences)
         _require_seed(patch)
         file = open_folder(folder, model_file)
-        with ThreadPoolExecutor(1) as library:  # onnxruntime packs the weights while the vocabulary is read
-            opening = library.submit(_open_session, file.path, num_threads, provider)
-            self._tokenizer = FolderTokenizer(folder)
+        with ThreadPoolExecutor(2) as threads:  # a child tries the graph, or onnxruntime packs its weights, meanwhile
+            reading = threads.submit(FolderTokenizer, folder)
+            proof = prove_session(file, num_threads=num_threads, provider=provider, trial=TRIAL)
+            opening = threads.submit(open_session, proof)
+            self._tokenizer = reading.result()
             session = opening.result()
         metadata = session.get_modelmeta().custom_metadata_map
         self.spec, self.quantization = read_identity(folder, file, metadata)
@@ -235,40 +236,6 @@ def _as_cells(seed: KVSeed | None, graph: DecoderGraph) -> list[Cells]:
     """The seed in the cache's element type; a patch holds no value beyond float16."""
     layers = list(zip(seed.keys, seed.values, strict=True)) if seed else []
     return [(key.astype(graph.cache_type), value.astype(graph.cache_type)) for key, value in layers]
-
-
-def _open_session(model_file: Path, num_threads: int | None, provider: str) -> Any:
-    """An inference session.
-
-    Raises:
-        InputError: the model is damaged or the provider unknown.
-        MissingExtraError: onnxruntime, or its build for the provider, is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "onnx") from None
-    if provider not in PROVIDERS:
-        raise InputError(f"provider: expected one of {', '.join(PROVIDERS)}, found {provider!r}")
-    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
-        raise MissingExtraError("onnxruntime-gpu", "onnx-gpu")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads or os.cpu_count() or 1
-    options.log_severity_level = 4  # what matters is raised
-    # Spinning threads burn the time that the other processes of a small device need: up to half of the speed.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        session = onnxruntime.InferenceSession(str(model_file), options, providers=[PROVIDERS[provider]])
-    except Exception as error:  # onnxruntime's errors derive from Exception alone
-        raise InputError(
-            f"{model_file} is damaged or cannot be loaded: {error}", hint="convert the model again"
-        ) from error
-    if session.get_providers()[0] != PROVIDERS[provider]:
-        raise InputError(
-            f"provider {provider}: onnxruntime fell back to {session.get_providers()[0]}",
-            hint="check the driver and its libraries, or use the CPU",
-        )
-    return session
 
 
 def _require_tokenizer(tokenizer: FolderTokenizer, folder: Path, spec: ModelSpec) -> None:
