@@ -59,13 +59,15 @@ class Contact:
         trial: "module:function", called in the child with the files' paths, the settings and a ``Report``. It returns a JSON object, and
             raises ``UnfitModelError`` where the library computes no numbers.
         files: all that the library reads, the one that names them first; none for the library alone.
-        settings: JSON values that the trial and the use share.
+        settings: JSON values that the trial and the use share; another value is another contact.
+        details: further values for the trial, of which any is as good as another.
     """
 
     package: str
     trial: str
     files: tuple[Path, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def library(self) -> str:
@@ -101,6 +103,11 @@ class Failure:
         """Whether it says more of the moment than of the file: the system ends what takes too much memory."""
         return self.signal == "SIGKILL"
 
+    @property
+    def is_late(self) -> bool:
+        """Whether it did not answer in time."""
+        return not self.signal and self.words.startswith("did not answer")
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -123,15 +130,27 @@ class Proof:
         return self.contact.signature() == self.signed
 
 
-Way = tuple[Mapping[str, Any], Callable[[Failure], str]]
-"""Settings that a trial gets besides the contact's, and the note for the failure that made them necessary."""
+@dataclass(frozen=True)
+class Way:
+    """One way to try a contact.
 
-Next = Callable[[list[Failure]], Way | None]
+    Attributes:
+        settings: of the trial, besides the contact's.
+        words: what is different from the first way: "without repacked weights".
+        note: what to tell the user, made of the failure of the first way.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    words: str = ""
+    note: Callable[[Failure], str] = lambda failure: ""
+
+
+Next = Callable[[Sequence[Failure]], Way | None]
 """The next way to try after some have failed; ``None`` where there is none left."""
 
 
-def _only_once(failures: list[Failure]) -> Way | None:
-    return None if failures else ({}, lambda _: "")
+def _only_once(failures: Sequence[Failure]) -> Way | None:
+    return None if failures else Way()
 
 
 def prove(contact: Contact, next_way: Next = _only_once, implies: Sequence[Contact] = ()) -> Proof:
@@ -167,23 +186,27 @@ def _try(
     with ThreadPoolExecutor(1) as hashing, _set_at_end(ended):
         wanted = digest is None
         hashed = hashing.submit(machine_identity.hash_content, contact.files, signed, ended) if wanted else None
-        failures: list[Failure] = []
-        while True:
-            way = next_way(failures)
-            if way is None:
-                raise _unfit(contact, failures)
-            settings, note = way
-            found = try_apart(contact, settings)
-            if not isinstance(found, Failure):
-                break
-            failures.append(found)
-        known = {"answer": found, "note": note(failures[0]) if failures else ""}
+        way, found, failures = _first_that_works(contact, next_way)
+        known = {"answer": found, "note": way.note(failures[0]) if failures else ""}
         content = hashed.result() if hashed is not None else digest
     assert content is not None
-    if not any(failure.is_passing for failure in failures):
+    if contact.signature() == signed and not any(failure.is_passing for failure in failures):
         for proved in (contact, *implies, Contact(contact.package, "")):
             _keep(proved, content, known if proved is contact else {"answer": {}, "note": ""})
     return known
+
+
+def _first_that_works(contact: Contact, next_way: Next) -> tuple[Way, dict[str, Any], list[Failure]]:
+    """The way, what its trial answered, and how those before it failed."""
+    failures: list[Failure] = []
+    tried: list[Way] = []
+    while (way := next_way(failures)) is not None:
+        found = try_apart(contact, way.settings)
+        if not isinstance(found, Failure):
+            return way, found, failures
+        failures.append(found)
+        tried.append(way)
+    raise _unfit(contact, tried, failures)
 
 
 @contextmanager
@@ -195,14 +218,18 @@ def _set_at_end(ended: threading.Event) -> Iterator[None]:
         ended.set()
 
 
-def _unfit(contact: Contact, failures: list[Failure]) -> UnfitModelError:
-    words = "; ".join(dict.fromkeys(failure.words for failure in failures))
+def _unfit(contact: Contact, tried: Sequence[Way], failures: Sequence[Failure]) -> UnfitModelError:
+    words = [failures[0].words]
+    for way, failure in zip(tried[1:], failures[1:], strict=True):
+        words.append(f"{way.words} too" if failure.words == failures[0].words else f"{way.words} it {failure.words}")
+    last = failures[-1]
     hint = "get it again; where that does not help, see docs/runtimes.md: the first time that a file meets this machine"
-    if failures[-1].is_passing:
+    if last.is_passing:
         hint = "the system may have ended it for want of memory: free some, or take a smaller model"
-    elif not failures[-1].signal and "did not answer" in failures[-1].words:
+    elif last.is_late:
         hint = f"give it longer: {DEADLINE_VARIABLE}=SECONDS, or take fewer threads where the machine is busy"
-    return UnfitModelError(f"{contact.title} cannot be used on this machine: {contact.library} {words}", hint)
+    message = f"{contact.title} cannot be used on this machine: {contact.library} {', '.join(words)}"
+    return UnfitModelError(message, hint)
 
 
 # The child.
@@ -228,7 +255,7 @@ def try_apart(
     request = {
         "trial": contact.trial,
         "files": [str(file) for file in contact.files],
-        "settings": {**contact.settings, **settings},
+        "settings": {**contact.settings, **contact.details, **settings},
         "stages": writing,
     }
     with ExitStack() as stack:
@@ -281,7 +308,7 @@ def _deadline(contact: Contact, by_default: float | None) -> float:
         return seconds
     if by_default is not None:
         return by_default
-    return BASE_DEADLINE_S + sum(entry[1] for entry in contact.signature()) / DEADLINE_BYTES_PER_S
+    return BASE_DEADLINE_S + float(sum(entry[1] for entry in contact.signature())) / DEADLINE_BYTES_PER_S
 
 
 @contextmanager
@@ -365,11 +392,13 @@ def open_proved(proving: Callable[[], Proof], opening: Callable[[Proof], Any]) -
 
 
 def remembered_notes() -> list[dict[str, Any]]:
-    """What is said of models that run with something turned off on this machine, as it is now: "files" and "note"."""
+    """What runs with something turned off on this machine as it is now: "file", "note", and the file that remembers it."""
     machines = {package: machine_identity.machine(package) for package in LIBRARIES}
-    found = []
-    for file in sorted((cache_folder() / MEMORY).glob("*.json")):
-        known = read_memory(file)
-        if known.get("note") and known.get("machine") == machines.get(str(known.get("package"))):
-            found.append({"files": known.get("files", []), "note": known["note"], "remembered_in": str(file)})
-    return found
+    notes: dict[tuple[str, str], dict[str, Any]] = {}
+    for memory in sorted((cache_folder() / MEMORY).glob("*.json")):
+        known = read_memory(memory)
+        names, note = known.get("files"), known.get("note")
+        if note and names and known.get("machine") == machines.get(str(known.get("package"))):
+            key = str(names[0]), str(note)
+            notes.setdefault(key, {"file": key[0], "note": key[1], "remembered_in": str(memory)})
+    return list(notes.values())

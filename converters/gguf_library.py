@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import deque
 from functools import cache
+from types import ModuleType
 from typing import Any
 
-from edgepatch.converters.first_contact import Report, require_library
+from edgepatch.converters.first_contact import Report, in_trial, require_library
 from edgepatch.converters.machine_identity import library_files
 from edgepatch.errors import EdgepatchError, MissingExtraError
 
@@ -41,6 +43,10 @@ def _load_library() -> tuple[Any, Any]:
     """(module, log callback): llama.cpp keeps a pointer to the callback, so it must never be freed."""
     require_installed()
     require_library(PACKAGE, f"{__name__}:try_library")
+    if (
+        in_trial()
+    ):  # the package's own classes take three times as long to import as the library, and a child needs none
+        sys.modules.setdefault(f"{PACKAGE}.llama", ModuleType(f"{PACKAGE}.llama"))
     try:
         import llama_cpp
     except ImportError:

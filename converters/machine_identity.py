@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import InputError
-from edgepatch.patches import write_atomically
 
 CACHE_VARIABLE = "EDGEPATCH_CACHE_DIR"
 SETTLED_S = 4.0
@@ -59,6 +58,8 @@ def read_memory(file: Path) -> dict[str, Any]:
 
 def keep_memory(file: Path, known: dict[str, Any]) -> None:
     """Remembers a JSON object, where the device can: on one that cannot be written to it is found out each time."""
+    from edgepatch.patches import write_atomically  # a child, whose start is paid for, keeps nothing
+
     with contextlib.suppress(InputError):
         write_atomically(file, json.dumps(known).encode())
 

@@ -73,12 +73,10 @@ def prove_session(
     """
     _require_provider(provider)
     weights = {file.path.with_name(tensor.external["location"]) for tensor in file.tensors if tensor.external}
-    settings = {
-        "num_threads": num_threads or os.cpu_count() or 1,
-        "provider": provider,
-        "spec": spec.as_dict() if spec else None,
-    }
-    return first_contact.prove(Contact(PACKAGE, trial, (file.path, *sorted(weights)), settings))
+    threads = num_threads or os.cpu_count() or 1
+    settings = {"provider": provider, "parallel": threads > 1, "spec": spec.as_dict() if spec else None}
+    files = (file.path, *sorted(weights))
+    return first_contact.prove(Contact(PACKAGE, trial, files, settings, {"num_threads": threads}))
 
 
 def open_session(proof: Proof) -> Any:
@@ -89,10 +87,10 @@ def open_session(proof: Proof) -> Any:
         UnfitModelError: the files were changed, and onnxruntime dies of what they are now.
     """
     contact, proofs = proof.contact, [proof]
-    settings = contact.settings
+    num_threads, provider = contact.details["num_threads"], contact.settings["provider"]
     return first_contact.open_proved(
         lambda: proofs.pop() if proofs else first_contact.prove(contact),
-        lambda _: new_session(contact.files[0], settings["num_threads"], settings["provider"]),
+        lambda _: new_session(contact.files[0], num_threads, provider),
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import edgepatch
+from edgepatch.converters.first_contact import remembered_notes
 from edgepatch.errors import InputError
 
 PROBE_TIMEOUT_S = 120
@@ -226,6 +227,7 @@ def examine() -> dict[str, Any]:
         "gpus": gpus(),
         "packages": packages(),
         "libraries": libraries(),
+        "limited_models": remembered_notes(),
     }
 
 

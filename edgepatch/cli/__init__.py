@@ -7,6 +7,7 @@ another model; 5 a model on which a C library dies or hangs on this machine, whi
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from edgepatch.cli import root
-from edgepatch.cli.console import cell, printable, stderr
+from edgepatch.cli.console import cell, note, printable, stderr
 from edgepatch.errors import EdgepatchError, InputError
 
 if TYPE_CHECKING:
@@ -56,6 +57,20 @@ def __getattr__(name: str) -> Any:
     return root.app
 
 
+class _Notes(logging.Handler):
+    """What is said of a model while it is loaded becomes a note on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def _show_notes() -> None:
+    logger = logging.getLogger("edgepatch.first_contact")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_Notes()]
+
+
 def _fail(message: str, hint: str = "") -> None:
     if os.environ.get(DEBUG_VARIABLE):
         traceback.print_exc()
@@ -91,6 +106,7 @@ def _narrowed(words: list[str]) -> Typer:
 def main() -> None:
     """The entry point: every error becomes a line on stderr and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # Transformers draws bars over the replies otherwise
+    _show_notes()
     try:
         _narrowed(sys.argv[1:2])(prog_name="edgepatch")
     except EdgepatchError as error:

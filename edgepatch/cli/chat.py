@@ -270,7 +270,8 @@ def describe(runtime: Runtime) -> str:
     active = f"patch {runtime.patch.name} {runtime.patch.version}" if runtime.patch else "no patch"
     proof = "" if runtime.patch is None else ", canary passed" if runtime.patch.canary else ", no canary"
     seed = f" (seed {runtime.seed_route}{proof})" if runtime.seed_route else ""
-    return f"{active}{seed}; {runtime.name} {runtime.quantization}; {runtime.system_fingerprint}"
+    limits = "".join("; limited, see the note" for _ in runtime.notes[:1])
+    return f"{active}{seed}; {runtime.name} {runtime.quantization}; {runtime.system_fingerprint}{limits}"
 
 
 def _questions() -> Iterator[str]:

@@ -53,6 +53,7 @@ def _print_report(report: dict[str, Any]) -> None:
     ]
     for name, facts in report["libraries"].items():
         rows.append((name, "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items())))
+    rows += [("limited", f"{entry['file']}: {entry['note']}") for entry in report["limited_models"]]
     packages = Table(box=None, pad_edge=False)
     for heading in ("package", "version", "extras"):
         packages.add_column(heading)

@@ -104,15 +104,18 @@ def status(store: StoreOption = None, as_json: JsonFlag = False) -> None:
 
     Example: `edgepatch status`
     """
+    from edgepatch.converters.first_contact import remembered_notes
     from edgepatch.store import audit
     from edgepatch.store.reading import StoreReader
 
     found, findings = audit.status(StoreReader(store))
+    found["limited_models"] = remembered_notes()
     if as_json:
         print_json({**found, "findings": [asdict(finding) for finding in findings]})
     else:
         _print_status(found)
-        _print_findings(findings)
+        limited = [audit.Finding("warning", entry["file"], entry["note"]) for entry in found["limited_models"]]
+        _print_findings([*findings, *limited])
     audit.require_no_error(findings)
 
 

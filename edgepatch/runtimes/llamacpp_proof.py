@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import first_contact, gguf_library, gguf_vocabulary
-from edgepatch.converters.first_contact import Contact, Failure, Proof, Report
+from edgepatch.converters.first_contact import Contact, Failure, Proof, Report, Way
 from edgepatch.converters.machine_identity import cpu_facts
 from edgepatch.errors import EdgepatchError, UnfitModelError
 from edgepatch.runtimes.llamacpp_context import ContextSettings, LlamaContext, LlamaModel
@@ -41,15 +41,17 @@ def contact(path: Path, num_gpu_layers: int, settings: ContextSettings) -> Conta
     Args:
         path: the GGUF file.
         num_gpu_layers: layers on a GPU.
-        settings: of the context; how many cells and sequences it has chooses no kernel, so the trial has few of them.
+        settings: of the context. How many cells and sequences it has chooses no kernel, so the trial has few of them; and of
+            several threads, whose number may follow the load of the machine, any number is tried for all.
     """
     shared = {
         "num_gpu_layers": num_gpu_layers,
         "kv_type": settings.kv_type,
         "flash_attention": settings.flash_attention,
-        "num_threads": settings.num_threads,
+        "parallel": settings.num_threads > 1,
     }
-    return Contact(gguf_library.PACKAGE, f"{__name__}:try_model", (path,), shared)
+    details = {"num_threads": settings.num_threads}
+    return Contact(gguf_library.PACKAGE, f"{__name__}:try_model", (path,), shared, details)
 
 
 def prove_model(path: Path, num_gpu_layers: int, settings: ContextSettings) -> Proof:
@@ -78,7 +80,8 @@ def open_model(proof: Proof, num_gpu_layers: int, settings: ContextSettings) -> 
         return proofs.pop() if proofs else prove_model(path, num_gpu_layers, settings)
 
     def opening(proved: Proof) -> LlamaModel:
-        model = LlamaModel(path, num_gpu_layers, **proved.answer)
+        used = {name: proved.answer.get(name) is not False for name in REPACKED}
+        model = LlamaModel(path, num_gpu_layers, **used)
         model.notes = (proved.note,) if proved.note else ()
         return model
 
@@ -86,14 +89,14 @@ def open_model(proof: Proof, num_gpu_layers: int, settings: ContextSettings) -> 
     return model
 
 
-def _next_way(failures: list[Failure]) -> first_contact.Way | None:
+def _next_way(failures: Sequence[Failure]) -> Way | None:
     """Repacked weights; then without; then without embeddings, where nothing but a soft prompt needs what died."""
     if not failures:
-        return REPACKED, lambda _: ""
+        return Way(REPACKED)
     if len(failures) == 1:
-        return NOT_REPACKED, _note_of_repacking
+        return Way(NOT_REPACKED, "without repacked weights", _note_of_repacking)
     if len(failures) == 2 and all(failure.stage == EMBEDDING_STAGE for failure in failures):
-        return TOKENS_ALONE, _note_of_embeddings
+        return Way(TOKENS_ALONE, "without embeddings", _note_of_embeddings)
     return None
 
 

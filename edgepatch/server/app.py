@@ -55,7 +55,8 @@ def _routes(service: Service) -> list[Route]:
 
     async def health(request: Request) -> Response:
         state = service.scheduler.state
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+        notes = {"notes": service.notes} if service.notes else {}
+        return JSONResponse({"status": state, **notes}, 200 if state == "ok" else 503)
 
     async def document(request: Request) -> Response:
         return JSONResponse(described)

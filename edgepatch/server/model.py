@@ -22,6 +22,7 @@ class ServedModel:
         self.fingerprint = runtime.system_fingerprint
         self.end_token_ids = runtime.end_token_ids
         self.num_sequences = runtime.num_sequences
+        self.notes = runtime.notes
         self.patch = _patch_entry(runtime)
         self._token_bytes: list[bytes] = []
 

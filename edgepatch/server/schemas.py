@@ -296,4 +296,10 @@ def _listing(item: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 MODELS = _listing(MODEL)
 PATCHES = _listing(PATCH, system_fingerprint=TEXT)
-HEALTH = _object({"status": {"type": "string", "enum": ["loading", "ok", "stopping", "failed"]}}, ("status",))
+HEALTH = _object(
+    {
+        "status": {"type": "string", "enum": ["loading", "ok", "stopping", "failed"]},
+        "notes": {"type": "array", "items": {"type": "string"}},
+    },
+    ("status",),
+)

@@ -50,6 +50,11 @@ class Service:
     def _note_failed(self, error: BaseException) -> None:
         self.on_failed(error)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is slower or turned off with the model, once it is loaded."""
+        return list(self._model.notes) if self._model is not None else []
+
     def require_model(self) -> ServedModel:
         """The model.
 
