@@ -249,7 +249,7 @@ def _compile(version: str | None, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as work:
-            pip("wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", work, requirement)
+            pip("wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", work, requirement, hint=_compiler_hint())
             made = next(Path(work).glob("*.whl"))
             target = folder / _key(made.name.split("-")[1])
             target.mkdir(exist_ok=True)
@@ -259,8 +259,12 @@ def _compile(version: str | None, folder: Path) -> Path:
         raise InputError(f"cannot write {folder}: {error.strerror or error}", hint) from error
 
 
-def pip(*arguments: str) -> None:
+def pip(*arguments: str, hint: str = "") -> None:
     """Runs the pip of this Python, with what ``build_environment`` says.
+
+    Args:
+        arguments: of pip.
+        hint: what to do where it fails.
 
     Raises:
         EdgepatchError: it failed; its last lines are told.
@@ -276,10 +280,10 @@ def pip(*arguments: str) -> None:
         lines = [line.strip(" │") for line in done.stderr.splitlines()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines
         told = re.sub(r" \(from versions: [^)]*\)", "", "; ".join(errors[-ERROR_LINES:]))
-        raise EdgepatchError(f"pip {arguments[0]}: {told}", hint=_pip_hint())
+        raise EdgepatchError(f"pip {arguments[0]}: {told}", hint=hint)
 
 
-def _pip_hint() -> str:
+def _compiler_hint() -> str:
     lacking = [tool for tool in ("cc", toolchain().command[0]) if not shutil.which(tool)]
     return f"{', '.join(lacking)} is missing (Debian, Ubuntu: apt install build-essential)" if lacking else ""
 

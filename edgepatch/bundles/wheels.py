@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from edgepatch import compilation
-from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.errors import InputError
 
 DISTRIBUTION = "edgepatch"
 SOURCE_ONLY = compilation.DISTRIBUTION
@@ -135,13 +135,7 @@ def _compile(choice: Choice) -> Path:
 
 
 def _pip(*arguments: str) -> None:
-    try:
-        compilation.pip(*arguments)
-    except MissingExtraError:
-        raise
-    except EdgepatchError as error:
-        hint = error.hint or "name more with --platform, build it and name it with --wheel, or --no-wheels"
-        raise EdgepatchError(str(error), hint) from None
+    compilation.pip(*arguments, hint="name more with --platform, build it and name it with --wheel, or --no-wheels")
 
 
 # edgepatch itself.

@@ -1,6 +1,6 @@
 """What llama.cpp computes here with weights of each type: a tiny model of random blocks, against numpy.
 
-The blocks are random bits behind a fixed scale, so no quantizer takes part: ``gguf`` says what they mean, numpy computes what the model
+The blocks are random bits with a fixed step, so no quantizer takes part: ``gguf`` says what they mean, numpy computes what the model
 must answer, and llama.cpp's kernels are held against that.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.converters.gguf_blocks import BLOCK_TYPES, PLAIN, random_blocks
 from edgepatch.converters.gguf_library import library_errors, load_library
 from edgepatch.errors import EdgepatchError
 
@@ -28,38 +29,13 @@ WIDTH, HEADS, VOCAB = (
     256,
 )  # multiples of 256: no type falls back to another one, and no kernel for tiles stands aside
 PROMPT = 64
+DEVIATION = 0.05  # of the weights
 ROPE_THETA, EPSILON = 10000.0, 1e-6
 MATRICES = (
     "token_embd",
     *(f"blk.0.{n}" for n in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")),
 )
 NORMS = ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")
-
-SCALES: dict[str, tuple[int, tuple[float, ...]]] = {
-    "Q4_0": (0, (0.011,)),
-    "Q4_1": (0, (0.011, -0.0825)),
-    "Q5_0": (0, (0.0055,)),
-    "Q5_1": (0, (0.0055, -0.085)),
-    "Q8_0": (0, (0.0007,)),
-    "Q2_K": (80, (0.005, 0.0075)),
-    "Q3_K": (108, (0.0011,)),
-    "Q4_K": (0, (0.0003, 0.0022)),
-    "Q5_K": (0, (0.00015, 0.0023)),
-    "Q6_K": (208, (0.000035,)),
-    "IQ1_S": (0, (0.009,)),
-    "IQ2_XXS": (0, (0.0008,)),
-    "IQ2_XS": (0, (0.0008,)),
-    "IQ2_S": (0, (0.0008,)),
-    "IQ3_XXS": (0, (0.0004,)),
-    "IQ3_S": (0, (0.0004,)),
-    "IQ4_NL": (0, (0.0007,)),
-    "IQ4_XS": (0, (0.00004,)),
-    "TQ1_0": (52, (0.06,)),
-    "TQ2_0": (64, (0.06,)),
-}
-"""Type -> byte of a block where its scales are, in float16, and values that give weights of about 0.05."""
-
-UNSCALED = ("F32", "F16", "BF16", "IQ1_M", "MXFP4", "NVFP4")
 
 
 def facts() -> dict[str, Any]:
@@ -77,7 +53,7 @@ def types() -> list[str]:
     """Weight types in the order of their numbers: those that the installed gguf package knows too."""
     import gguf
 
-    return [kind.name for kind in gguf.GGMLQuantizationType if kind.name in (*SCALES, *UNSCALED)]
+    return [kind.name for kind in gguf.GGMLQuantizationType if kind.name in (*PLAIN, *BLOCK_TYPES)]
 
 
 def deviation(type_name: str, extra_buffers: bool) -> float:
@@ -94,7 +70,7 @@ def deviation(type_name: str, extra_buffers: bool) -> float:
         EdgepatchError: llama.cpp does not load the model or does not evaluate it.
     """
     rng = np.random.default_rng(0)
-    blocks = {name: _blocks(type_name, rng) for name in MATRICES}
+    blocks = {name: _matrix(type_name, rng) for name in MATRICES}
     norms = {name: (1 + 0.1 * rng.standard_normal(WIDTH)).astype(np.float32) for name in NORMS}
     tokens = [int(token) for token in rng.integers(0, VOCAB, PROMPT + 1)]
     with tempfile.TemporaryDirectory() as folder:
@@ -110,32 +86,12 @@ def deviation(type_name: str, extra_buffers: bool) -> float:
 # The model.
 
 
-def _blocks(type_name: str, rng: np.random.Generator) -> NDArray[Any]:
-    """A random matrix (256, 256) of a type, as its bytes (256, bytes of a row) where it has blocks."""
-    if type_name in ("F32", "F16", "BF16"):
-        weights = (0.05 * rng.standard_normal((WIDTH, WIDTH))).astype(np.float16 if type_name == "F16" else np.float32)
-        return (weights.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8) if type_name == "BF16" else weights
+def _matrix(type_name: str, rng: np.random.Generator) -> NDArray[Any]:
+    """A random matrix (256, 256) of a type, as bytes (256, bytes of a row) where the type is none of numpy's."""
     import gguf
 
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
-    blocks = rng.integers(0, 256, (WIDTH * WIDTH // block_size, block_bytes), dtype=np.uint8)
-    _set_scales(type_name, blocks, rng)
-    return blocks.reshape(WIDTH, -1)
-
-
-def _set_scales(type_name: str, blocks: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    if type_name == "MXFP4":
-        blocks[:, 0] = 120  # an exponent
-    elif type_name == "NVFP4":
-        blocks[:, :4] = 8  # four numbers of 8 bits
-    elif type_name == "IQ1_M":
-        words = blocks[:, 48:].copy().view(np.uint16) & 0x0FFF  # the scale's 16 bits stand above four words of 12
-        digits = [int(np.float16(0.009).view(np.uint16)) >> shift & 0xF for shift in (0, 4, 8, 12)]
-        blocks[:, 48:] = (words | np.array([digit << 12 for digit in digits], np.uint16)).view(np.uint8)
-    else:
-        start, values = SCALES[type_name]
-        signs = rng.choice([-1.0, 1.0], (len(blocks), 1))
-        blocks[:, start : start + 2 * len(values)] = (signs * np.array(values)).astype(np.float16).view(np.uint8)
+    values = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]][0]
+    return random_blocks(rng, WIDTH * WIDTH // values, type_name, DEVIATION).reshape(WIDTH, -1)
 
 
 def _dequantized(type_name: str, blocks: NDArray[Any]) -> NDArray[np.float64]:
