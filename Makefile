@@ -82,14 +82,14 @@ clean: ## remove the demo's result, builds and caches; keep .venv, out/lab, out/
 	rm -rf out/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch goes first and alone: pip then takes a local CPU build where one is configured, and the usual wheel elsewhere.
-# llama-cpp-python is compiled, for minutes, once: pip keeps the wheel in its cache.
-$(STAMP): pyproject.toml constraints.txt
+# llama-cpp-python goes second: it is compiled, for minutes, once, with flags that the compiler can be trusted with; a build that
+# this compiler is known to get wrong is replaced.
+$(STAMP): pyproject.toml constraints.txt edgepatch/compilation.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "Python 3.10 or newer is needed; name one: make PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "cannot create $(VENV): install the venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
-	@for tool in cc c++; do command -v $$tool >/dev/null \
-		|| echo "note: $$tool is missing; compiling llama-cpp-python needs it (Debian, Ubuntu: apt install build-essential)" >&2; done
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m edgepatch.compilation --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	@touch $@

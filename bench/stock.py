@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from edgepatch import compilation
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.stock.client import StockServer
 
@@ -98,7 +99,7 @@ def fetch_sources(folder: Path) -> Path:
 def _run(command: Sequence[str | Path]) -> None:
     if shutil.which(str(command[0])) is None:
         raise InputError(f"{command[0]} is missing", hint="install cmake and ninja")
-    if subprocess.run([str(word) for word in command]).returncode:
+    if subprocess.run([str(word) for word in command], env=compilation.build_environment()).returncode:
         raise EdgepatchError(f"{Path(command[0]).name} failed", hint="its output is above")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgepatch.bench import latency_goals, latency_sessions, shape_memory
-from edgepatch.bench.blocks import random_blocks, tensor_types
+from edgepatch.bench.blocks import tensor_types
 from edgepatch.bench.latency import Settings, find_model, measure
 from edgepatch.bench.latency_bench import VARIABLE, run_llama_bench
 from edgepatch.bench.latency_genai import GenaiArm, load_genai
@@ -23,6 +23,7 @@ from edgepatch.bench.latency_timing import Cell, Measure, interleave, missing, p
 from edgepatch.bench.shapes import SHAPES, write_gguf
 from edgepatch.bench.shapes_onnx import write_onnx
 from edgepatch.converters import gguf_specs
+from edgepatch.converters.gguf_blocks import random_blocks
 from edgepatch.converters.gguf_header import BLOCK_SIZES, read_header
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.runtimes import load_runtime

@@ -18,6 +18,7 @@ LAYERS = {
     "edgepatch.errors": 0,
     "edgepatch.processes": 1,
     "edgepatch.canonical": 1,
+    "edgepatch.compilation": 1,
     "edgepatch.constraints": 1,
     "edgepatch.messages": 1,
     "edgepatch.signing": 1,

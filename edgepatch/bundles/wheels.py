@@ -11,30 +11,25 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch import compilation
+from edgepatch.errors import InputError
 
 DISTRIBUTION = "edgepatch"
-SOURCE_ONLY = "llama-cpp-python"
+SOURCE_ONLY = compilation.DISTRIBUTION
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest time that a zip file can tell
-EPOCH_SECONDS = "315532800"
 NOT_IN_A_WHEEL = frozenset({"INSTALLER", "REQUESTED", "RECORD", "direct_url.json"})
 LEFT_BEHIND = (".*", "*.egg-info", "__pycache__", "build", "dist", "out", "docs", "tests", "model")
 WHEEL_NAME = re.compile(
     r"(?P<name>[A-Za-z0-9._]+)-(?P<version>[A-Za-z0-9._+!]+)(?:-\d\w*)?-[\w.]+-[\w.]+-(?P<platform>[\w.]+)\.whl"
 )
-TIMEOUT_S = 3600
-ERROR_LINES = 4
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def collect(choice: Choice, folder: Path) -> list[str]:
         if not wheel.is_file() or not WHEEL_NAME.fullmatch(wheel.name):
             raise InputError(f"--wheel: expected a wheel, found {wheel}")
     with tempfile.TemporaryDirectory() as work:
-        built = [] if SOURCE_ONLY not in needs or _is_given(choice) else [_compile(choice, Path(work))]
+        built = [] if SOURCE_ONLY not in needs or _is_given(choice) else [_compile(choice)]
         own = own_wheel(Path(work))
         target = f"{own}[{choice.extra}]" if choice.extra else str(own)
         _pip(
@@ -128,36 +123,19 @@ def _constraint(choice: Choice) -> list[str]:
     return ["--constraint", str(choice.constraint)] if choice.constraint else []
 
 
-def _compile(choice: Choice, folder: Path) -> Path:
+def _compile(choice: Choice) -> Path:
     """A wheel of ``SOURCE_ONLY`` for this machine: the version that is installed, else what pip takes."""
     if choice.is_foreign:
         raise InputError(
             f"{SOURCE_ONLY} has no wheel in registries, and cannot be compiled here for another platform",
-            hint=f"run `pip wheel --no-deps {SOURCE_ONLY}` on such a machine, and name the file with --wheel",
+            hint=f"run `{compilation.COMMAND} --wheel` on such a machine, and name the file that it prints with --wheel",
         )
-    try:
-        wanted = f"{SOURCE_ONLY}=={importlib.metadata.version(SOURCE_ONLY)}"
-    except importlib.metadata.PackageNotFoundError:
-        wanted = SOURCE_ONLY
-    target = folder / "compiled"
-    _pip("wheel", "--no-deps", "--wheel-dir", str(target), *([] if "==" in wanted else _constraint(choice)), wanted)
-    return next(target.glob("*.whl"))
+    pinned = compilation.pinned_version(choice.constraint) if choice.constraint else None
+    return compilation.wheel(compilation.installed_version() or pinned)
 
 
 def _pip(*arguments: str) -> None:
-    if not importlib.util.find_spec("pip"):
-        raise MissingExtraError("pip", "all")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": EPOCH_SECONDS}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
-    if done.returncode:
-        lines = [line.strip(" │") for line in done.stderr.splitlines()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines
-        told = re.sub(r" \(from versions: [^)]*\)", "", "; ".join(errors[-ERROR_LINES:]))
-        raise EdgepatchError(
-            f"pip {arguments[0]}: {told}",
-            hint="name more with --platform, build it and name it with --wheel, or --no-wheels",
-        )
+    compilation.pip(*arguments, hint="name more with --platform, build it and name it with --wheel, or --no-wheels")
 
 
 # edgepatch itself.

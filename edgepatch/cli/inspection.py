@@ -10,6 +10,7 @@ from rich.table import Table
 
 from edgepatch.cli.console import JsonFlag, StoreOption, cell, gib, print_json, stdout, table
 from edgepatch.cli.root import app
+from edgepatch.compilation import COMMAND
 from edgepatch.errors import EdgepatchError
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ def doctor(
         list[str] | None, typer.Option("--require", help="Exit with 1 unless this extra works; may be repeated.")
     ] = None,
 ) -> None:
-    """Show what this machine brings: packages, CPU, memory, GPU, and whether the model libraries load.
+    """Show what this machine brings: packages, CPU, memory, GPU, and what the model libraries compute with weights of each type.
 
     Example: `edgepatch doctor --require gguf`
     """
-    from edgepatch.doctor import examine, missing
+    from edgepatch.doctor import examine, missing, remedy
 
     report = examine()
     lacking = {extra: missing(report, extra) for extra in require or []}
@@ -37,7 +38,7 @@ def doctor(
         _print_report(report)
     for extra, names in lacking.items():
         if names:
-            raise EdgepatchError(f"{extra} lacks {', '.join(names)}", hint=f"pip install 'edgepatch[{extra}]'")
+            raise EdgepatchError(f"{extra} lacks {', '.join(names)}", hint=remedy(report, extra))
 
 
 def _print_report(report: dict[str, Any]) -> None:
@@ -54,16 +55,37 @@ def _print_report(report: dict[str, Any]) -> None:
     for name, facts in report["libraries"].items():
         rows.append((name, "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items())))
     rows += [("limited", f"{entry['file']}: {entry['note']}") for entry in report["limited_models"]]
-    packages = Table(box=None, pad_edge=False)
-    for heading in ("package", "version", "extras"):
-        packages.add_column(heading)
-    for row in report["packages"]:
-        homes = f"in {', '.join(row['extras'])}" if row["version"] else row["install"]
-        packages.add_row(cell(row["name"]), cell(row["version"] or "missing"), cell(homes))
     console = stdout()
     console.print(table(rows))
-    console.print()
-    console.print(packages)
+    for part in (_weight_types(report), _packages(report)):
+        console.print()
+        console.print(part)
+    if any(row["library"] == "llama_cpp" and row["note"] for row in report["weight_types"]):
+        console.print(f"\nllama.cpp: `{COMMAND}` compiles it for this machine, so that all its kernels run")
+
+
+def _weight_types(report: dict[str, Any]) -> Table:
+    shown = _headed("computes with weights of", "result", "deviation")
+    for row in report["weight_types"]:
+        result = row["note"] or "ok" if row["works"] else f"fails: {row['note']}"
+        deviation = "" if row["deviation"] is None else f"{row['deviation']:.4f}"
+        shown.add_row(cell(f"{row['library']} {row['type']}"), cell(result), deviation)
+    return shown
+
+
+def _packages(report: dict[str, Any]) -> Table:
+    shown = _headed("package", "version", "extras")
+    for row in report["packages"]:
+        homes = f"in {', '.join(row['extras'])}" if row["version"] else row["install"]
+        shown.add_row(cell(row["name"]), cell(row["version"] or "missing"), cell(homes))
+    return shown
+
+
+def _headed(*headings: str) -> Table:
+    shown = Table(box=None, pad_edge=False)
+    for heading in headings:
+        shown.add_column(heading)
+    return shown
 
 
 @app.command()
