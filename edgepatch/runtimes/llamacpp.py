@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from edgepatch.converters import fingerprints, gguf_specs, llamacpp_layout
 from edgepatch.converters.gguf_header import GGUFHeader, read_header
 from edgepatch.converters.gguf_library import load_library
 from edgepatch.converters.llamacpp_state import SequenceState, read_state
+from edgepatch.cores import begin_choice
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Runtime, SeedRoute, Tools, check_patch
@@ -49,7 +49,7 @@ class LlamaCppRuntime(Runtime):
         flash_attention: llama.cpp's fused attention; it computes in float16 whatever the cache's type.
         seed_route: "stored" for the patch's own seed, "decoded" for one that this very model computes from the soft prompt;
             by default the stored one where its layout is confirmed by measurement, else the decoded one.
-        num_threads: all cores when ``None``.
+        num_threads: of a forward pass; by default one for each core that is free while the model loads.
         num_gpu_layers: layers to keep on a GPU, where llama.cpp was built for one.
 
     Raises:
@@ -75,6 +75,7 @@ class LlamaCppRuntime(Runtime):
         num_gpu_layers: int = 0,
     ) -> None:
         super().__init__(num_sequences)
+        threads = begin_choice(num_threads)
         self._lib = load_library()
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
@@ -90,7 +91,7 @@ class LlamaCppRuntime(Runtime):
         self._probe: SequenceState | None = None
         self._pieces: dict[int, bytes] = {}
         try:
-            self._load(path, header, flash_attention, num_threads or os.cpu_count() or 1, num_gpu_layers)
+            self._load(path, header, flash_attention, threads, num_gpu_layers)
             self._load_patch(patch)
         except BaseException:
             self.close()
@@ -99,12 +100,11 @@ class LlamaCppRuntime(Runtime):
     # Loading.
 
     def _load(
-        self, path: Path, header: GGUFHeader, flash_attention: bool, num_threads: int, num_gpu_layers: int
+        self, path: Path, header: GGUFHeader, flash_attention: bool, threads: Callable[[], int], num_gpu_layers: int
     ) -> None:
         # The seed's cells are shared; one more sequence holds them while no conversation does.
         num_cells = self.num_positions * self.num_sequences
         self._master = self.num_sequences
-        settings = ContextSettings(num_cells, self.num_sequences + 1, self.kv_type, flash_attention, num_threads)
         # llama.cpp reads the weights and then clears the cache in a thread; template and vocabulary are prepared meanwhile.
         with ThreadPoolExecutor(1) as library:
             loading = library.submit(LlamaModel, path, num_gpu_layers)
@@ -112,6 +112,10 @@ class LlamaCppRuntime(Runtime):
             self._template = str(header.metadata.get("tokenizer.chat_template", ""))
             prepare_chat_template(self._template)
             self._model = loading.result()
+            self.num_threads = threads()
+            settings = ContextSettings(
+                num_cells, self.num_sequences + 1, self.kv_type, flash_attention, self.num_threads
+            )
             creating = library.submit(LlamaContext, self._model, settings)
             self._resources.callback(_close_result, creating)
             self._vocab = self._model.vocab

@@ -6,7 +6,6 @@ The seed is the first P positions of the graph's past. Which graph takes its pas
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +20,7 @@ from edgepatch.converters.onnx_files import open_folder
 from edgepatch.converters.onnx_graphs import DecoderGraph, recognise
 from edgepatch.converters.onnx_identity import read_identity
 from edgepatch.converters.onnx_weights import sketch_of_onnx
+from edgepatch.cores import begin_choice
 from edgepatch.errors import InactivePatchError, InputError, MissingExtraError
 from edgepatch.generation import drain
 from edgepatch.patches import Patch
@@ -45,7 +45,7 @@ class OnnxRuntime(Runtime):
         folder: model, tokenizer and settings; see ``edgepatch convert base --to onnx`` and ``edgepatch convert stamp``.
         patch: ``None`` for the bare model.
         context_length: positions, the patch's included; by default the model's own length, at most 2048.
-        num_threads: threads of one forward pass; by default one for each core.
+        num_threads: of a forward pass; by default one for each core that is free at the start.
         provider: "cpu" or "cuda".
         num_sequences: conversations held at once.
         model_file: of several graphs in the folder the one to take ("onnx/model_q4.onnx").
@@ -71,11 +71,12 @@ class OnnxRuntime(Runtime):
     ) -> None:
         super().__init__(num_sequences)
         _require_seed(patch)
+        threads = begin_choice(num_threads)
         file = open_folder(folder, model_file)
         with ThreadPoolExecutor(1) as library:  # onnxruntime packs the weights while the vocabulary is read
-            opening = library.submit(_open_session, file.path, num_threads, provider)
+            opening = library.submit(_open_session, file.path, threads, provider)
             self._tokenizer = FolderTokenizer(folder)
-            session = opening.result()
+            session, self.num_threads = opening.result()
         metadata = session.get_modelmeta().custom_metadata_map
         self.spec, self.quantization = read_identity(folder, file, metadata)
         self._graph = recognise(session, file, self.spec)
@@ -237,8 +238,8 @@ def _as_cells(seed: KVSeed | None, graph: DecoderGraph) -> list[Cells]:
     return [(key.astype(graph.cache_type), value.astype(graph.cache_type)) for key, value in layers]
 
 
-def _open_session(model_file: Path, num_threads: int | None, provider: str) -> Any:
-    """An inference session.
+def _open_session(model_file: Path, threads: Callable[[], int], provider: str) -> tuple[Any, int]:
+    """An inference session, and how many threads it has.
 
     Raises:
         InputError: the model is damaged or the provider unknown.
@@ -253,7 +254,7 @@ def _open_session(model_file: Path, num_threads: int | None, provider: str) -> A
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
         raise MissingExtraError("onnxruntime-gpu", "onnx-gpu")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads or os.cpu_count() or 1
+    options.intra_op_num_threads = num_threads = threads()
     options.log_severity_level = 4  # what matters is raised
     # Spinning threads burn the time that the other processes of a small device need: up to half of the speed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -268,7 +269,7 @@ def _open_session(model_file: Path, num_threads: int | None, provider: str) -> A
             f"provider {provider}: onnxruntime fell back to {session.get_providers()[0]}",
             hint="check the driver and its libraries, or use the CPU",
         )
-    return session
+    return session, num_threads
 
 
 def _require_tokenizer(tokenizer: FolderTokenizer, folder: Path, spec: ModelSpec) -> None:
