@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import edgepatch
+from edgepatch.defaults import chosen_settings
 from edgepatch.errors import InputError
 
 PROBE_TIMEOUT_S = 120
@@ -226,6 +227,7 @@ def examine() -> dict[str, Any]:
         "gpus": gpus(),
         "packages": packages(),
         "libraries": libraries(),
+        "settings": chosen_settings(),
     }
 
 

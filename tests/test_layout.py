@@ -39,6 +39,7 @@ LAYERS = {
     "edgepatch.runtimes.base": 4,
     "edgepatch.runtimes": 5,
     "edgepatch.training": 5,
+    "edgepatch.defaults": 5,
     "edgepatch.doctor": 6,
     "edgepatch.server": 6,
     "edgepatch.bench": 7,

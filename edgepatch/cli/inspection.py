@@ -15,6 +15,12 @@ from edgepatch.errors import EdgepatchError
 if TYPE_CHECKING:
     from edgepatch.patches import Patch
 
+SETTINGS = {
+    "threads": "threads that would be chosen",
+    "training_dtype": "dtype that would be chosen for training",
+}
+"""Setting of the doctor's report -> what its line is called."""
+
 
 @app.command()
 def doctor(
@@ -23,7 +29,7 @@ def doctor(
         list[str] | None, typer.Option("--require", help="Exit with 1 unless this extra works; may be repeated.")
     ] = None,
 ) -> None:
-    """Show what this machine brings: packages, CPU, memory, GPU, and whether the model libraries load.
+    """Show what this machine brings: packages, CPU, memory, GPU, whether the libraries load, what settings would be chosen.
 
     Example: `edgepatch doctor --require gguf`
     """
@@ -51,6 +57,8 @@ def _print_report(report: dict[str, Any]) -> None:
         ("memory", f"{gib(memory['total_bytes'])}, {gib(memory['available_bytes'])} available"),
         ("GPU", "; ".join(gpus) or "none"),
     ]
+    for name, title in SETTINGS.items():
+        rows.append((title, report["settings"][name]["reason"]))
     for name, facts in report["libraries"].items():
         rows.append((name, "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items())))
     packages = Table(box=None, pad_edge=False)
