@@ -48,7 +48,7 @@ class DemoConfig:
     num_prompts: int = 64
     num_benign_texts: int = 30
     pairs: PairConfig = PairConfig()
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = TrainConfig(dtype="float32")  # the same table on every machine
     matrix: MatrixConfig = MatrixConfig(
         num_threads=1
     )  # more threads only get into each other's way in so small a model

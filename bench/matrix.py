@@ -57,7 +57,7 @@ class MatrixConfig:
         top_p: nucleus (0.9), temperature 1.
         timing_repeats: interleaved timings of bare and patched; the median counts.
         rng_seed: first random seed; sample i of every prompt uses ``rng_seed + i``.
-        num_threads: of llama.cpp and ONNX Runtime; ``None`` takes all cores.
+        num_threads: of llama.cpp and ONNX Runtime; ``None`` takes the cores that are free.
     """
 
     samples_per_prompt: int = 25

@@ -77,6 +77,7 @@ def config_of(
         kl_weight=0.0,
         check_every=steps + 1,
         max_tokens=256,
+        dtype="float32",
     )
 
 

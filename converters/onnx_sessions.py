@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from edgepatch.converters.machine_identity import library_files
 from edgepatch.converters.onnx_files import GraphFile, read_graph_file
 from edgepatch.converters.onnx_graphs import evaluate, recognise
 from edgepatch.converters.onnx_identity import read_identity
+from edgepatch.cores import read_allowance
 from edgepatch.errors import InputError, MissingExtraError, UnfitModelError
 from edgepatch.tensors import ModelSpec
 
@@ -62,7 +62,7 @@ def prove_session(
     Args:
         file: the graph, its folder checked by ``onnx_files.open_folder``.
         spec: the model that it is; by default the one that it names itself.
-        num_threads: of one forward pass; one for each core when ``None``.
+        num_threads: of one forward pass; one for each core that may be used when ``None``.
         provider: "cpu" or "cuda".
         trial: what the child does.
 
@@ -73,24 +73,28 @@ def prove_session(
     """
     _require_provider(provider)
     weights = {file.path.with_name(tensor.external["location"]) for tensor in file.tensors if tensor.external}
-    threads = num_threads or os.cpu_count() or 1
+    threads = num_threads or read_allowance().usable
     settings = {"provider": provider, "parallel": threads > 1, "spec": spec.as_dict() if spec else None}
     files = (file.path, *sorted(weights))
     return first_contact.prove(Contact(PACKAGE, trial, files, settings, {"num_threads": threads}))
 
 
-def open_session(proof: Proof) -> Any:
+def open_session(proof: Proof, num_threads: int | None = None) -> Any:
     """The session of a proved graph; where its files were changed since, they are proved again.
+
+    Args:
+        proof: of the graph.
+        num_threads: of one forward pass; as many as it was proved with when ``None``.
 
     Raises:
         InputError: the graph is damaged or being written to, or the provider cannot be used.
         UnfitModelError: the files were changed, and onnxruntime dies of what they are now.
     """
     contact, proofs = proof.contact, [proof]
-    num_threads, provider = contact.details["num_threads"], contact.settings["provider"]
+    threads, provider = num_threads or contact.details["num_threads"], contact.settings["provider"]
     return first_contact.open_proved(
         lambda: proofs.pop() if proofs else first_contact.prove(contact),
-        lambda _: new_session(contact.files[0], num_threads, provider),
+        lambda _: new_session(contact.files[0], threads, provider),
     )
 
 

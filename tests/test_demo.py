@@ -17,7 +17,7 @@ SMALL = demo.DemoConfig(
     num_prompts=4,
     num_benign_texts=2,
     pairs=PairConfig(samples_per_prompt=4),
-    train=TrainConfig(num_virtual_tokens=8, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=1),
+    train=TrainConfig(num_virtual_tokens=8, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=1, dtype="float32"),
     matrix=MatrixConfig(samples_per_prompt=3, max_new_tokens=8, timing_repeats=1),
 )
 FORMS = [("torch", "F32"), *(("llamacpp", k) for k in demo.GGUF_TYPES), *(("onnx", k) for k in ("F32", "int8", "int4"))]

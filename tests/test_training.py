@@ -52,6 +52,7 @@ def small(**changes) -> TrainConfig:
         "batch_size": 4,
         "kl_batch_size": 1,
         "check_every": 3,
+        "dtype": "float32",
     } | changes
     return TrainConfig(**settings)
 
@@ -467,7 +468,7 @@ def test_two_processes_train_what_one_does(tiny_folder, tmp_path):
         "from edgepatch.training.config import TrainConfig\nfrom edgepatch.training.patching import PatchTraining\n"
         "from edgepatch.training.preferences import Pair\nfrom edgepatch.training import parallel\n"
         "pairs = [Pair(f'The fox {i}', ' sleeps in the sun', ' jumps over the dog', 0.1, 0.9) for i in range(12)]\n"
-        f"config = TrainConfig(num_virtual_tokens=4, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=2, check_every=3)\n"
+        f"config = TrainConfig(num_virtual_tokens=4, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=2, check_every=3, dtype='float32')\n"
         f"patch = PatchTraining(Path({str(tiny_folder)!r}), config, device='cpu').soft_prompt(pairs, {BENIGN * 3!r}, 'tiny')\n"
         "rank, size = parallel.world()\nassert size == int(sys.argv[2])\n"
         "np.save(f'{sys.argv[1]}-{rank}.npy', patch.soft_prompt.embeddings)\n"

@@ -28,6 +28,7 @@ TRAIN = TrainConfig(
     batch_size=12,
     kl_weight=0.5,
     kl_batch_size=4,
+    dtype="float32",
     rng_seed=7,
 )
 CLARITY_TRAIN = replace(TRAIN, dpo_steps=100, dpo_learning_rate=4e-5, kl_weight=1.5, rng_seed=8)

@@ -48,7 +48,9 @@ TopP = Annotated[
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0 keeps all.")]
 RngSeed = Annotated[int | None, typer.Option("--rng-seed", min=0, help="Makes the draw repeatable.")]
 ContextLength = Annotated[int | None, typer.Option("--context-length", min=1, help="Positions, the patch's included.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; default: the cores that are free at the start.")
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
 
 
@@ -270,8 +272,11 @@ def describe(runtime: Runtime) -> str:
     active = f"patch {runtime.patch.name} {runtime.patch.version}" if runtime.patch else "no patch"
     proof = "" if runtime.patch is None else ", canary passed" if runtime.patch.canary else ", no canary"
     seed = f" (seed {runtime.seed_route}{proof})" if runtime.seed_route else ""
+    threads = (
+        "" if runtime.num_threads is None else f", {runtime.num_threads} CPU thread{'s'[: runtime.num_threads > 1]}"
+    )
     limits = "".join("; limited, see the note" for _ in runtime.notes[:1])
-    return f"{active}{seed}; {runtime.name} {runtime.quantization}; {runtime.system_fingerprint}{limits}"
+    return f"{active}{seed}; {runtime.name} {runtime.quantization}{threads}; {runtime.system_fingerprint}{limits}"
 
 
 def _questions() -> Iterator[str]:

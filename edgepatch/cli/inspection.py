@@ -16,6 +16,12 @@ from edgepatch.errors import EdgepatchError
 if TYPE_CHECKING:
     from edgepatch.patches import Patch
 
+SETTINGS = {
+    "threads": "threads that would be chosen",
+    "training_dtype": "dtype that would be chosen for training",
+}
+"""Setting of the doctor's report -> what its line is called."""
+
 
 @app.command()
 def doctor(
@@ -24,7 +30,7 @@ def doctor(
         list[str] | None, typer.Option("--require", help="Exit with 1 unless this extra works; may be repeated.")
     ] = None,
 ) -> None:
-    """Show what this machine brings: packages, CPU, memory, GPU, and what the model libraries compute with weights of each type.
+    """Show what this machine brings, what the model libraries compute with weights of each type, and what settings would be chosen.
 
     Example: `edgepatch doctor --require gguf`
     """
@@ -52,6 +58,8 @@ def _print_report(report: dict[str, Any]) -> None:
         ("memory", f"{gib(memory['total_bytes'])}, {gib(memory['available_bytes'])} available"),
         ("GPU", "; ".join(gpus) or "none"),
     ]
+    for name, title in SETTINGS.items():
+        rows.append((title, report["settings"][name]["reason"]))
     for name, facts in report["libraries"].items():
         rows.append((name, "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items())))
     rows += [("limited", f"{entry['file']}: {entry['note']}") for entry in report["limited_models"]]

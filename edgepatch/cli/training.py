@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, print_json, progress_bars, stdout
+from edgepatch.cli.console import JsonFlag, note, print_json, progress_bars, stdout
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
@@ -86,7 +86,13 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=0, help="End after so many checks without a better one; 0: never.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: float32, bfloat16 or 4bit.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the frozen weights: float32, bfloat16, 4bit, or auto: the faster one of the first two that is accurate, "
+            "tried on the model for about a second; default: auto."
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
     ] = False,
@@ -112,7 +118,7 @@ def train(
         )
     given = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
     pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
-    training = PatchTraining(model, _config(given), weights or (), run, reference, device)
+    training = PatchTraining(model, _config(given), weights or (), run, reference, device, note)
     with progress_bars() as bars:
         report = lambda stage, step, total, _: bars(stage, step, total)  # noqa: E731
         if start is not None:
@@ -161,7 +167,7 @@ def demo(
     config = main_job.DemoConfig(
         num_prompts=prompts,
         matrix=MatrixConfig(samples_per_prompt=samples, num_threads=1),
-        train=TrainConfig(rng_seed=rng_seed),
+        train=TrainConfig(rng_seed=rng_seed, dtype="float32"),  # the same table on every machine
     )
     with progress_bars() as bars:
         document, page = main_job.run_demo(out, data_folder(data), lab or main_job.LAB_FOLDER, config, bars)

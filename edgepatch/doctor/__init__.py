@@ -12,6 +12,7 @@ from typing import Any
 import edgepatch
 from edgepatch import compilation
 from edgepatch.converters.first_contact import remembered_notes
+from edgepatch.defaults import chosen_settings
 from edgepatch.doctor.machine import cpu, gpus, memory
 from edgepatch.doctor.packages import extras, packages
 from edgepatch.doctor.probing import LIBRARIES, probe_libraries
@@ -34,6 +35,7 @@ def examine() -> dict[str, Any]:
         "libraries": libraries,
         "weight_types": weight_types,
         "limited_models": remembered_notes(),
+        "settings": chosen_settings(),
     }
 
 

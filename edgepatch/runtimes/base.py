@@ -69,6 +69,7 @@ class Runtime(ABC):
     kv_type: str = "f32"
     seed_route: SeedRoute = ""
     notes: tuple[str, ...] = ()
+    num_threads: int | None = None  # of a forward pass on the CPU; None where the library decides
 
     def __init__(self, num_sequences: int = 1) -> None:
         if not 1 <= num_sequences <= MAX_SEQUENCES:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from edgepatch.converters.gguf_header import GGUFHeader, read_header
 from edgepatch.converters.gguf_library import require_installed
 from edgepatch.converters.gguf_vocabulary import read_token_facts
 from edgepatch.converters.llamacpp_state import SequenceState, read_state
+from edgepatch.cores import begin_choice, read_allowance
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Message, Runtime, SeedRoute, Tools, check_patch
@@ -50,7 +51,7 @@ class LlamaCppRuntime(Runtime):
         flash_attention: llama.cpp's fused attention; it computes in float16 whatever the cache's type.
         seed_route: "stored" for the patch's own seed, "decoded" for one that this very model computes from the soft prompt;
             by default the stored one where its layout is confirmed by measurement, else the decoded one.
-        num_threads: all cores when ``None``.
+        num_threads: of a forward pass; by default one for each core that is free while the model loads.
         num_gpu_layers: layers to keep on a GPU, where llama.cpp was built for one.
 
     Raises:
@@ -77,6 +78,7 @@ class LlamaCppRuntime(Runtime):
     ) -> None:
         super().__init__(num_sequences)
         self._lib: Any = _Closed()
+        threads = begin_choice(num_threads)
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
         require_installed()
@@ -91,7 +93,7 @@ class LlamaCppRuntime(Runtime):
         self._probe: SequenceState | None = None
         self._pieces: dict[int, bytes] = {}
         try:
-            self._load(path, header, flash_attention, num_threads or os.cpu_count() or 1, num_gpu_layers)
+            self._load(path, header, flash_attention, num_threads, threads, num_gpu_layers)
             self._load_patch(patch)
         except BaseException:
             self.close()
@@ -100,24 +102,34 @@ class LlamaCppRuntime(Runtime):
     # Loading.
 
     def _load(
-        self, path: Path, header: GGUFHeader, flash_attention: bool, num_threads: int, num_gpu_layers: int
+        self,
+        path: Path,
+        header: GGUFHeader,
+        flash_attention: bool,
+        num_threads: int | None,
+        threads: Callable[[], int],
+        num_gpu_layers: int,
     ) -> None:
         # The seed's cells are shared; one more sequence holds them while no conversation does.
         num_cells = self.num_positions * self.num_sequences
         self._master = self.num_sequences
-        settings = ContextSettings(num_cells, self.num_sequences + 1, self.kv_type, flash_attention, num_threads)
+        # A trial takes as many threads as there may ever be, so that a free core more does not ask for another.
+        most = num_threads or read_allowance().usable
+        settings = ContextSettings(num_cells, self.num_sequences + 1, self.kv_type, flash_attention, most)
         self._template = str(header.metadata.get("tokenizer.chat_template", ""))
         # A child tries the file, or llama.cpp reads its weights and then clears the cache in a thread; template and vocabulary
         # are prepared meanwhile. The child is waited for here: Ctrl-C, which reaches the main thread, must end it.
-        with ThreadPoolExecutor(2) as threads:
-            preparing = threads.submit(prepare_chat_template, self._template)
+        with ThreadPoolExecutor(2) as library:
+            preparing = library.submit(prepare_chat_template, self._template)
             proof = prove_model(path, num_gpu_layers, settings)
-            loading = threads.submit(open_model, proof, num_gpu_layers, settings)
+            loading = library.submit(open_model, proof, num_gpu_layers, settings)
             self._resources.callback(_close_result, loading)
             preparing.result()
             self._model = loading.result()
             self._lib, self.notes = self._model.lib, self._model.notes
-            creating = threads.submit(LlamaContext, self._model, settings)
+            self.num_threads = threads()
+            settings = replace(settings, num_threads=self.num_threads)
+            creating = library.submit(LlamaContext, self._model, settings)
             self._resources.callback(_close_result, creating)
             self._vocab = self._model.vocab
             self._read_vocabulary(path)

@@ -20,6 +20,7 @@ from edgepatch.converters.onnx_graphs import DecoderGraph, recognise
 from edgepatch.converters.onnx_identity import read_identity
 from edgepatch.converters.onnx_sessions import open_session, prove_session
 from edgepatch.converters.onnx_weights import sketch_of_onnx
+from edgepatch.cores import begin_choice, read_allowance
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.generation import drain
 from edgepatch.patches import Patch
@@ -44,7 +45,7 @@ class OnnxRuntime(Runtime):
         folder: model, tokenizer and settings; see ``edgepatch convert base --to onnx`` and ``edgepatch convert stamp``.
         patch: ``None`` for the bare model.
         context_length: positions, the patch's included; by default the model's own length, at most 2048.
-        num_threads: threads of one forward pass; by default one for each core.
+        num_threads: of a forward pass; by default one for each core that is free at the start.
         provider: "cpu" or "cuda".
         num_sequences: conversations held at once.
         model_file: of several graphs in the folder the one to take ("onnx/model_q4.onnx").
@@ -70,11 +71,14 @@ class OnnxRuntime(Runtime):
     ) -> None:
         super().__init__(num_sequences)
         _require_seed(patch)
+        threads = begin_choice(num_threads)
         file = open_folder(folder, model_file)
-        with ThreadPoolExecutor(2) as threads:  # a child tries the graph, or onnxruntime packs its weights, meanwhile
-            reading = threads.submit(FolderTokenizer, folder)
-            proof = prove_session(file, num_threads=num_threads, provider=provider, trial=TRIAL)
-            opening = threads.submit(open_session, proof)
+        with ThreadPoolExecutor(2) as library:  # a child tries the graph, or onnxruntime packs its weights, meanwhile
+            reading = library.submit(FolderTokenizer, folder)
+            most = num_threads or read_allowance().usable
+            proof = prove_session(file, num_threads=most, provider=provider, trial=TRIAL)
+            self.num_threads = threads()
+            opening = library.submit(open_session, proof, self.num_threads)
             self._tokenizer = reading.result()
             session = opening.result()
         metadata = session.get_modelmeta().custom_metadata_map

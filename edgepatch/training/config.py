@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from edgepatch.errors import InputError
 
 REFERENCES = ("base", "sft", "model")
-DTYPES = ("float32", "bfloat16", "4bit")
+DTYPES = ("auto", "float32", "bfloat16", "4bit")
 INITIALISATIONS = ("text", "random")
 
 
@@ -33,7 +33,8 @@ class TrainConfig:
         check_every: steps of stage 2 between two checks on what is held out.
         patience: stage 2 ends after so many checks without a better one; the best one's state is what training gives. A check is as good
             as its preference accuracy less its benign KL in nats a token, so that neither is bought with the other. 0 trains to the end.
-        dtype: of the frozen weights: "float32", "bfloat16", or "4bit" (bitsandbytes); the patch itself is trained in float32.
+        dtype: of the frozen weights: "float32", "bfloat16", or "4bit" (bitsandbytes); "auto" takes the faster one of the first two that is
+            accurate (``precision``). The patch itself is trained in float32.
         gradient_checkpointing: recompute activations instead of keeping them; slower, for models that do not fit otherwise.
         rng_seed: of the order of examples.
     """
@@ -55,7 +56,7 @@ class TrainConfig:
     held_out: float = 0.1
     check_every: int = 25
     patience: int = 0
-    dtype: str = "float32"
+    dtype: str = "auto"
     gradient_checkpointing: bool = False
     rng_seed: int = 1
 

@@ -7,7 +7,9 @@ their prompt, logits are computed where an answer is predicted, and no weight of
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,7 @@ class FrozenModels:
     Args:
         folders: the frozen models, of which each step draws one: the base in full precision, a quantized GGUF file of it whose weights are
             dequantized, or several ("one patch for all quantizations"). The first gives the tokenizer.
-        config: hyperparameters.
+        config: hyperparameters; its dtype "auto" is float32 until ``settle``.
         device: "cpu" or "cuda"; the default is a GPU where there is one.
         trusted: read special tokens that texts spell as such; for texts rendered by the caller.
 
@@ -58,7 +60,8 @@ class FrozenModels:
         for folder in self.folders[1:]:
             self.spec.require_same(hf.read_spec(folder))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.bases = [hf.load_model(folder, self.device, config.dtype) for folder in self.folders]
+        dtype = "float32" if config.dtype == "auto" else config.dtype
+        self.bases = [hf.load_model(folder, self.device, dtype) for folder in self.folders]
         with hf.tokenizer_folder(self.folders[0]) as folder:
             self.tokenizer = FolderTokenizer(folder)
         self._context = int(hf.text_config(self.base.config).max_position_embeddings)
@@ -76,6 +79,12 @@ class FrozenModels:
     def base(self) -> PreTrainedModel:
         """The first frozen model."""
         return self.bases[0]
+
+    def settle(self, dtype: str) -> None:
+        """Takes the models, loaded with dtype "auto", to the type that was chosen: "float32" or "bfloat16"."""
+        self.config = replace(self.config, dtype=dtype)
+        for base in self.bases:
+            hf.cast(base, dtype)
 
     # Rows.
 
@@ -138,17 +147,14 @@ class FrozenModels:
             memory: of the virtual tokens, shared by all rows; may be empty.
             embeddings: (P, D) in front of each row instead, for models whose memory cannot be shared (windows, recurrent layers).
         """
-        import torch
-
-        kept = torch.unique(batch.sources)
         ahead = 0 if embeddings is None else len(embeddings)
         if self.packs:
-            output = model(**self._packed_inputs(model, batch, memory), logits_to_keep=kept)
+            inputs = self._packed_inputs(model, batch, memory)
         else:
-            output = model(**_plain_inputs(model, batch, embeddings), use_cache=False, logits_to_keep=kept + ahead)
-        place = torch.searchsorted(kept, batch.sources)
-        found: torch.Tensor = output.logits[batch.rows, place]
-        return found
+            inputs = {**_plain_inputs(model, batch, embeddings), "use_cache": False}
+        with _head_at(model, batch.rows, batch.sources + ahead):
+            logits: torch.Tensor = model(**inputs).logits
+        return logits
 
     def _packed_inputs(self, model: Any, batch: Batch, memory: Memory) -> dict[str, Any]:
         num_virtual = memory[0][0].shape[2] if memory else 0
@@ -195,6 +201,25 @@ class FrozenModels:
             if sum(t.numel() * t.element_size() for t in self._kept_logits.values()) < KEPT_LOGIT_BYTES:
                 self._kept_logits[which, key] = kept
         return kept
+
+
+@contextmanager
+def _head_at(model: Any, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[None]:
+    """Lets a model compute logits at these places alone, (N, V) in place of (B, T, V).
+
+    The hidden states reach the head as a matrix: of three dimensions and sliced, they make PyTorch multiply row by row and copy the
+    head for it. Whatever a model does to its logits behind the head (caps, scales) stays in place.
+
+    Args:
+        model: a causal LM whose head is a module.
+        rows, positions: (N,) int64 each.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows, positions], *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _plain_inputs(model: Any, batch: Batch, embeddings: torch.Tensor | None) -> dict[str, Any]:

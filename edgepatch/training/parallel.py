@@ -6,13 +6,14 @@ Only the policy's few parameters are exchanged; each process holds the frozen mo
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
 
 Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 
 def world() -> tuple[int, int]:
@@ -36,6 +37,18 @@ def local_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def from_first(decide: Callable[[], Value]) -> Value:
+    """What the first process decides, in all of them; the others wait for it."""
+    rank, size = world()
+    if size == 1:
+        return decide()
+    import torch.distributed as dist
+
+    decided = [decide() if rank == 0 else None]
+    dist.broadcast_object_list(decided, src=0)
+    return cast(Value, decided[0])
 
 
 def share(items: Sequence[Item]) -> list[Item]:

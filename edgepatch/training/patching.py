@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,12 @@ from edgepatch.training import parallel, provenance, runs
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.forward import BenignText, FrozenModels
 from edgepatch.training.policies import KVPolicy, Policy, SoftPromptPolicy, initial_soft_prompt, random_soft_prompt
+from edgepatch.training.precision import TRIED, choose_dtype
 from edgepatch.training.preferences import Pair
 from edgepatch.training.trainer import Progress, Trainer
+
+TRIAL_PAIRS = 256
+"""So many pairs of each task are encoded to find those of middle length."""
 
 
 class PatchTraining:
@@ -30,6 +34,7 @@ class PatchTraining:
         run: folder for settings, checkpoint and curves; a run that was killed goes on from there. ``None`` keeps nothing.
         reference: the safer model, where ``config.dpo_reference`` is "model".
         device: "cpu" or "cuda".
+        tell: takes a line for whoever watches: which type was chosen where the configuration leaves it open.
 
     Raises:
         InputError: a model cannot be read.
@@ -45,12 +50,14 @@ class PatchTraining:
         run: Path | None = None,
         reference: Path | None = None,
         device: str | None = None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.folder, self.config, self.reference, self._run = folder, config, reference, run
         self.weights = list(weights)
         self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
         hf.read_spec(folder).require_same(self.models.spec)
-        self.history = History()
+        self.history, self._tell = History(), tell
+        self._dtype_choice: dict[str, Any] = {}
 
     def start(self) -> SoftPrompt:
         """The soft prompt that training starts from."""
@@ -73,6 +80,7 @@ class PatchTraining:
             InputError: too few pairs, no benign text for the KL term, or a run folder with other settings.
             TrainingError: the loss became NaN or infinite.
         """
+        self._settle_dtype([pairs])
         policy = SoftPromptPolicy([self.start()], self.models.device)
         record = self._train(policy, [pairs], benign_texts, "soft_prompt", progress)
         return self._patch(name, version, policy.soft_prompts()[0], None, record)
@@ -101,6 +109,7 @@ class PatchTraining:
                 "a K/V prefix starts from a patch with a seed, on a model with full attention in every layer",
                 hint="train a soft prompt instead; it runs on every model",
             )
+        self._settle_dtype([pairs])
         policy = KVPolicy(start.kv_seed, self.models.device)
         record = self._train(policy, [pairs], benign_texts, "kv_prefix", progress, start=start.digest)
         return self._patch(name, version, None, policy.kv_seed(), record)
@@ -128,12 +137,41 @@ class PatchTraining:
             raise InputError(
                 f"joint training: expected two segments or more, each with pairs, start and name; found {len(tasks)}, {len(starts)}, {len(names)}"
             )
+        self._settle_dtype(tasks)
         policy = SoftPromptPolicy(starts, self.models.device)
         record = self._train(policy, tasks, benign_texts, "order_free_segments", progress)
         made = zip(names, policy.soft_prompts(), strict=True)
         return [
             self._patch(name, version, prompt, None, record | {"segment": i}) for i, (name, prompt) in enumerate(made)
         ]
+
+    def _settle_dtype(self, tasks: Sequence[Sequence[Pair]]) -> None:
+        """Chooses the type of the weights where the configuration leaves it open; a run that goes on keeps what it began with."""
+        if self.config.dtype != "auto":
+            return
+        dtype, self._dtype_choice, line = parallel.from_first(lambda: self._known_dtype() or self._tried_dtype(tasks))
+        self._tell(line)
+        self.models.settle(dtype)
+        self.config = self.models.config
+
+    def _known_dtype(self) -> tuple[str, dict[str, Any], str] | None:
+        known = runs.known_settings(self._run)
+        if known is None:
+            return None
+        dtype = str(known.get("config", {}).get("dtype"))
+        if dtype not in TRIED:
+            dtype = TRIED[0]  # the run that is there is refused, for its other settings
+        return dtype, known.get("dtype_choice", {}), f"dtype {dtype}: as {self._run} began with"
+
+    def _tried_dtype(self, tasks: Sequence[Sequence[Pair]]) -> tuple[str, dict[str, Any], str]:
+        examples = [self.models.pair_example(pair) for pairs in tasks for pair in pairs[:TRIAL_PAIRS]]
+        config, policy = self.config, SoftPromptPolicy([self.start()], self.models.device)
+        pairs_a_step = -(-config.batch_size // parallel.world()[1])
+        at_once = min(config.micro_batch_size or pairs_a_step, pairs_a_step)
+        choice = choose_dtype(
+            self.models, policy, examples, at_once, pairs_a_step * (config.sft_steps + config.dpo_steps)
+        )
+        return choice.dtype, choice.as_dict(), str(choice)
 
     def _train(
         self,
@@ -155,6 +193,7 @@ class PatchTraining:
             "config": asdict(self.config),
             "data": data,
             "weights": [p.name for p in self.weights],
+            **({"dtype_choice": self._dtype_choice} if self._dtype_choice else {}),
             **told,
         }
         run = runs.Run(self._run, settings)

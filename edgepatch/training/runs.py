@@ -61,12 +61,12 @@ class Run:
         self.folder = folder
         if folder is None:
             return
-        known = folder / SETTINGS_FILE
         given = json.loads(json.dumps(settings or {}))
-        if known.is_file():
-            _require_same(folder, json.loads(known.read_text(encoding="utf-8")), given)
+        known = known_settings(folder)
+        if known is not None:
+            _require_same(folder, known, given)
         else:
-            write_atomically(known, (json.dumps(given, indent=1) + "\n").encode("utf-8"))
+            write_atomically(folder / SETTINGS_FILE, (json.dumps(given, indent=1) + "\n").encode("utf-8"))
 
     def load(self, device: str) -> Checkpoint | None:
         """The checkpoint, where there is one.
@@ -113,6 +113,23 @@ class Run:
                 self.folder / "curves.json",
                 (json.dumps({**asdict(history), "run": record}, indent=1) + "\n").encode("utf-8"),
             )
+
+
+def known_settings(folder: Path | None) -> dict[str, Any] | None:
+    """The settings that a run began with; ``None`` where none has begun.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    path = folder / SETTINGS_FILE if folder else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"the settings of a run in {path} are damaged: {error}", hint="delete the run folder to start again"
+        ) from None
 
 
 def _require_same(folder: Path, known: dict[str, Any], given: dict[str, Any]) -> None:
