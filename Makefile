@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.edgepatch-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test lint lab evidence stock parity optimum unpatch swap fingerprints security coverage trl fuzz machine report clean
+.PHONY: help demo bench test lint lab evidence stock parity optimum buffers unpatch swap fingerprints security coverage trl fuzz machine report clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ unpatch: $(STAMP) ## measure what writing can do against the lab patch; bench/re
 	mkdir -p out/unpatch
 	$(BIN)/edgepatch convert base bench/lab/model/base out/unpatch/base-F16.gguf
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.unpatching --model out/unpatch/base-F16.gguf --patch bench/lab/model/lab-detox-0.1.0.safetensors
+
+buffers: $(STAMP) ## time llama.cpp with repacked weights and without, in turn; bench/results/extra_buffers.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.extra_buffers
 
 evidence: $(STAMP) ## train every arm, measure the evidence matrix (hours; goes on where it stopped); bench/results/evidence.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.evidence --out out/evidence --publish

@@ -18,7 +18,7 @@ from edgepatch.doctor.packages import extras, packages
 from edgepatch.doctor.probing import LIBRARIES, probe_libraries
 from edgepatch.errors import InputError
 
-__all__ = ["examine", "extras", "gpus", "missing", "packages", "remedy"]
+__all__ = ["cpu", "examine", "extras", "gpus", "missing", "packages", "remedy"]
 
 
 def examine() -> dict[str, Any]:

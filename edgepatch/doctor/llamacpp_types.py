@@ -128,7 +128,7 @@ def _write(path: Path, type_name: str, blocks: dict[str, NDArray[Any]], norms: d
 
 def _evaluate(path: Path, tokens: list[int], extra_buffers: bool) -> NDArray[np.float64]:
     """Logits (2, V) behind the prompt and behind the token after it."""
-    with _opened(path, extra_buffers) as (lib, context):
+    with opened_context(path, extra_buffers, 2 * PROMPT, 1) as (lib, context):
         rows = []
         for piece in (tokens[:PROMPT], tokens[PROMPT:]):
             ids = (lib.llama_token * len(piece))(*piece)
@@ -139,8 +139,20 @@ def _evaluate(path: Path, tokens: list[int], extra_buffers: bool) -> NDArray[np.
 
 
 @contextmanager
-def _opened(path: Path, extra_buffers: bool) -> Iterator[tuple[Any, ctypes.c_void_p]]:
-    """(library, context of one thread)."""
+def opened_context(
+    path: Path, extra_buffers: bool, length: int, num_threads: int
+) -> Iterator[tuple[Any, ctypes.c_void_p]]:
+    """A model on the CPU with a context of one sequence: (library, handle).
+
+    Args:
+        path: GGUF file.
+        extra_buffers: whether llama.cpp may arrange the weights anew, for kernels that need that.
+        length: positions, and most tokens of a batch.
+        num_threads: of an evaluation.
+
+    Raises:
+        EdgepatchError: llama.cpp does not take it.
+    """
     lib = load_library()
     with ExitStack() as resources:
         settings = lib.llama_model_default_params()
@@ -150,8 +162,8 @@ def _opened(path: Path, extra_buffers: bool) -> Iterator[tuple[Any, ctypes.c_voi
             raise EdgepatchError(f"llama.cpp does not load it: {library_errors()}")
         resources.callback(lib.llama_model_free, model)
         options = lib.llama_context_default_params()
-        options.n_ctx = options.n_batch = 2 * PROMPT
-        options.n_threads = options.n_threads_batch = 1
+        options.n_ctx = options.n_batch = options.n_ubatch = length
+        options.n_threads = options.n_threads_batch = num_threads
         context = lib.llama_init_from_model(model, options)
         if not context:
             raise EdgepatchError(f"llama.cpp makes no context for it: {library_errors()}")
