@@ -19,6 +19,7 @@ LAYERS = {
     "edgepatch.processes": 1,
     "edgepatch.canonical": 1,
     "edgepatch.constraints": 1,
+    "edgepatch.known_models": 1,
     "edgepatch.messages": 1,
     "edgepatch.signing": 1,
     "edgepatch.tensors": 1,

@@ -15,8 +15,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+
+def model_path(text: str) -> Path:
+    """What a word for a model stands for: its path, or a name that edgepatch knows ("smollm2")."""
+    from edgepatch.known_models import resolve
+
+    return resolve(text)
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-ModelArgument = Annotated[Path, typer.Argument(help="GGUF file, ONNX folder or Transformers folder.")]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", parser=model_path, help="GGUF file, ONNX folder, Transformers folder, or the name smollm2."
+    ),
+]
 PatchOption = Annotated[
     Path | None,
     typer.Option("--patch", "-p", help="Patch file, or sha256:DIGEST of one in the store; else the active one."),
