@@ -41,6 +41,7 @@ LAYERS = {
     "edgepatch.training": 5,
     "edgepatch.doctor": 6,
     "edgepatch.server": 6,
+    "edgepatch.inspection": 7,
     "edgepatch.bench": 7,
     "edgepatch.bundles": 7,
     "edgepatch.stock": 6,

@@ -79,6 +79,20 @@ def gib(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 2**30:.1f} GiB"
 
 
+def size_text(count: int) -> str:
+    """Bytes for people, in powers of ten as disks and downloads have them: "98.4 MB"."""
+    unit, size = next(
+        (pair for pair in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= pair[1]), ("bytes", 1)
+    )
+    return (
+        f"{count} bytes"
+        if size == 1
+        else f"{count / size:.3g} {unit}"
+        if count < 1000 * size
+        else f"{count / size:.0f} {unit}"
+    )
+
+
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """One bar a stage on stderr; quiet where stderr is no terminal."""
