@@ -124,7 +124,8 @@ def read_folder(folder: Path) -> FolderHeader:
         InputError: it has no ``config.json``, or a damaged one.
     """
     config = read_json(folder / "config.json")
-    if not isinstance(config.get("text_config", config).get("model_type"), str):
+    text = config.get("text_config", config)
+    if not isinstance(text, dict) or not isinstance(text.get("model_type"), str):
         raise InputError(f"{folder / 'config.json'}: expected a model_type, found none", HINT)
     return FolderHeader(folder, config)
 

@@ -121,7 +121,10 @@ def _show_model(path: Path, kind: Kind, everything: bool, as_json: bool, store: 
     if as_json:
         print_json(report.as_dict())
         return
-    stdout().print(table(summary_rows(report) + (further_rows(report) if everything else [])))
+    stdout().print(table(summary_rows(report)))
+    if everything:
+        stdout().print()
+        stdout().print(table(further_rows(report)))
 
 
 def _show_other(path: Path, found: Recognised, as_json: bool) -> None:

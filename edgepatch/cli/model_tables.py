@@ -150,7 +150,9 @@ def _patch(patch: FittingPatch) -> str:
 
 
 def _weights_compared(fitting: Fitting) -> str:
-    return "" if fitting.are_weights_compared else "; weights are compared when a patch is loaded"
+    return (
+        "" if fitting.are_weights_compared or not fitting.patches else "; weights are compared when a patch is loaded"
+    )
 
 
 def _memory(need: MemoryNeed) -> str:

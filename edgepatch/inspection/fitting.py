@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepatch.converters import fingerprints
 from edgepatch.converters.checkpoints import read_table
-from edgepatch.converters.onnx_weights import sketch_of_onnx
 from edgepatch.errors import EdgepatchError, MismatchError
 from edgepatch.inspection.facts import ModelFacts
 from edgepatch.patches import MAX_FILE_BYTES, METADATA_KEY, Patch, read_patch
@@ -72,13 +70,13 @@ def fitting_patches(model: ModelFacts, store: StoreReader, loads_libraries: bool
         state, trust = store.read()
     except EdgepatchError as error:
         return Fitting((), str(store.folder), str(error), False)
-    sketch = _sketcher(model, loads_libraries)
     record = state.bases.get(model.base)
     digests = [digest for digest, stored in state.patches.items() if stored.base == model.base]
     ordered = sorted(digests, key=lambda digest: (record is None or digest != record.active, digest))
+    beside = [(path, patch) for path, patch in _beside(model) if patch.digest not in state.patches]
+    sketch = _sketcher(model, loads_libraries) if ordered or beside else None
     found = [_stored(digest, store, state, trust, model, sketch) for digest in ordered]
-    known = set(digests)
-    found += [_file(path, patch, trust, model, sketch) for path, patch in _beside(model) if patch.digest not in known]
+    found += [_file(path, patch, trust, model, sketch) for path, patch in beside]
     return Fitting(tuple(found), str(store.folder), "", sketch is not None)
 
 
@@ -87,10 +85,12 @@ Sketcher = Callable[[Sketch], Sketch]
 
 def _sketcher(model: ModelFacts, loads_libraries: bool) -> Sketcher | None:
     """Reads a model's own weights at the positions of a patch's sketch."""
+    from edgepatch.converters import fingerprints, onnx_weights  # a model without patches does not wait for them
+
     if model.runtime == "llamacpp":
         return lambda like: fingerprints.sketch_of_gguf(model.path, like)
     if model.runtime == "onnx":
-        return lambda like: sketch_of_onnx(model.path, like)
+        return lambda like: onnx_weights.sketch_of_onnx(model.path, like)
     return (lambda like: fingerprints.sketch_of_folder(model.path, like)) if loads_libraries else None
 
 

@@ -15,7 +15,7 @@ from edgepatch.converters.gguf_header import GGUFHeader
 from edgepatch.converters.gguf_types import type_name
 from edgepatch.converters.peft import CONFIG_FILE, PICKLES, TENSOR_FILE
 from edgepatch.converters.peft_settings import PEFT_TYPES
-from edgepatch.errors import InputError, PatchFormatError, UntrustedError
+from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
 from edgepatch.inspection.facts import told
 from edgepatch.inspection.kinds import Kind, Recognised
 
@@ -49,7 +49,11 @@ def describe(path: Path, found: Recognised) -> Described:
     """
     if found.header is not None:
         return _gguf(path, found.kind, found.header)
-    return DESCRIBERS[found.kind](path, found)
+    try:
+        return DESCRIBERS[found.kind](path, found)
+    except EdgepatchError as error:
+        error.hint = error.hint or f"get the {found.kind.value} again from its maker"
+        raise
 
 
 def _gguf(path: Path, kind: Kind, header: GGUFHeader) -> Described:
@@ -114,7 +118,7 @@ def _public_key(path: Path, _: Recognised) -> Described:
     return Described(
         Kind.PUBLIC_KEY.value,
         {"key_id": key_id(raw_public_key(read_public_key(path)))},
-        "it goes into a trust root: edgepatch trust init",
+        "it goes into a trust root: edgepatch root create",
     )
 
 
@@ -164,7 +168,11 @@ def _bundle(path: Path, _: Recognised) -> Described:
         "files": len(members),
         "checked": "no: this is what it says of itself",
     }
-    return Described(Kind.BUNDLE.value, facts, "edgepatch bundle verify BUNDLE checks it, bundle import takes it in")
+    return Described(
+        Kind.BUNDLE.value,
+        facts,
+        "edgepatch bundle import checks it and takes it in; with --out DIR it only writes the files",
+    )
 
 
 def _count_lines(path: Path) -> int:
