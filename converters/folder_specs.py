@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.converters import architectures, rope_parameters
-from edgepatch.converters.checkpoints import StoredTensor, read_checkpoint
 from edgepatch.converters.hf import read_norms
+from edgepatch.converters.weight_tables import StoredTensor, read_checkpoint
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint
 from edgepatch.vocabularies import definition_tokens

@@ -257,17 +257,27 @@ def read_header(path: Path) -> GGUFHeader:
         InputError: the file is missing, truncated, damaged, or no GGUF model.
     """
     header = read_any_header(path)
+    _require_model(header)
+    return header
+
+
+def _require_model(header: GGUFHeader) -> None:
+    """Refuses sound files that hold something else than a language model."""
+    path = header.path
     if header.num_parts > 1:
         raise InputError(
-            f"{path} is one of the {header.num_parts} parts of a split model",
-            hint="merge the parts first: llama-gguf-split --merge FIRST_PART OUT",
+            f"{path} is one of {header.num_parts} parts of a model",
+            hint="merge them: llama-gguf-split --merge FIRST_PART OUT.gguf",
         )
+    if header.metadata.get("general.type") == "adapter":
+        raise InputError(f"{path} is an adapter (LoRA), not a model", hint="name the model that it was made for")
+    if not header.tensors and "tokenizer.ggml.tokens" in header.metadata:
+        raise InputError(f"{path} holds a vocabulary and no weights", hint="name the file of the whole model")
     if "token_embd.weight" not in header.tensors:
         raise InputError(
             f"{path} is damaged, truncated or no GGUF model: it holds no language model",
             hint="`edgepatch show` says what it holds",
         )
-    return header
 
 
 def read_any_header(path: Path) -> GGUFHeader:

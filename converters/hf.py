@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch import canary
-from edgepatch.converters import architectures, checkpoints, gguf_models, gguf_specs, rope_parameters
+from edgepatch.converters import architectures, gguf_models, gguf_specs, rope_parameters, weight_tables
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patches import Patch
 from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt, weight_fingerprint
@@ -108,7 +108,7 @@ def _norms_of(
 
 def read_norms(folder: Path, architecture: str, num_layers: int) -> dict[str, NDArray[np.float32]]:
     """Norm vectors by their name in GGUF, as they are there."""
-    tensors = checkpoints.read_checkpoint(folder)
+    tensors = weight_tables.read_checkpoint(folder)
     names = architectures.norm_names(architecture, num_layers, tensors)
     norms = {
         target: tensors[source].vector() + np.float32(architectures.norm_shift(architecture, source))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_folders import copy_folder, make_folder
 
-from edgepatch.converters import checkpoints, folder_specs, hf
+from edgepatch.converters import folder_specs, hf, weight_tables
 from edgepatch.errors import InputError
 from edgepatch.tokenizers import FolderTokenizer
 from edgepatch.vocabularies import definition_tokens
@@ -169,7 +169,7 @@ def test_vectors_of_every_float_type(tmp_path):
     values = torch.tensor([1.5, -2.25, 3e-5, 0.0])
     kinds = {"a": torch.float64, "b": torch.float32, "c": torch.float16, "d": torch.bfloat16}
     save_file({name: values.to(kind) for name, kind in kinds.items()}, tmp_path / "x.safetensors", {"format": "pt"})
-    table = checkpoints.read_table(tmp_path / "x.safetensors")
+    table = weight_tables.read_table(tmp_path / "x.safetensors")
     assert table.metadata == {"format": "pt"}
     for name, kind in kinds.items():
         assert np.array_equal(table.tensors[name].vector(), values.to(kind).float().numpy())
@@ -204,7 +204,7 @@ def test_tables_that_lie_are_refused(content, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        checkpoints.read_table(path)
+        weight_tables.read_table(path)
     assert str(path) in str(caught.value)
 
 
@@ -212,19 +212,19 @@ def test_weights_in_several_files(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(safetensors({"x": entry()}, bytes(8)))
     (tmp_path / "b.safetensors").write_bytes(safetensors({"y": entry()}, bytes(8)))
     (tmp_path / "old.safetensors").write_bytes(b"not of the model")
-    index = tmp_path / checkpoints.INDEX_FILE
+    index = tmp_path / weight_tables.INDEX_FILE
     index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
-    assert checkpoints.read_checkpoint(tmp_path).keys() == {"x", "y"}
+    assert weight_tables.read_checkpoint(tmp_path).keys() == {"x", "y"}
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(InputError, match=r"1 are missing, the first b\.safetensors"):
-        checkpoints.read_checkpoint(tmp_path)
+        weight_tables.read_checkpoint(tmp_path)
     for damaged in ("{", "[]", '{"weight_map": {"x": "../a.safetensors"}}', '{"weight_map": {"x": 3}}'):
         index.write_text(damaged)
         with pytest.raises(InputError, match="damaged"):
-            checkpoints.read_checkpoint(tmp_path)
+            weight_tables.read_checkpoint(tmp_path)
 
 
 def test_pickles_are_refused_by_name(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(InputError, match=r"found the pickle pytorch_model\.bin"):
-        checkpoints.read_checkpoint(tmp_path)
+        weight_tables.read_checkpoint(tmp_path)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepatch.converters.checkpoints import read_table
+from edgepatch.converters.weight_tables import read_table
 from edgepatch.errors import EdgepatchError, MismatchError
 from edgepatch.inspection.facts import ModelFacts
 from edgepatch.patches import MAX_FILE_BYTES, METADATA_KEY, Patch, read_patch

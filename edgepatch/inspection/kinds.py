@@ -162,7 +162,7 @@ def _is_safetensors(start: bytes, size: int) -> bool:
 
 def _safetensors(path: Path) -> Recognised:
     """A patch, unless the file is plainly something else: what is half a patch is left to the patch's reader."""
-    from edgepatch.converters.checkpoints import read_table
+    from edgepatch.converters.weight_tables import read_table
 
     try:
         table = read_table(path)

@@ -10,11 +10,11 @@ from typing import Any
 
 from edgepatch.canonical import parse_json
 from edgepatch.converters import folder_specs
-from edgepatch.converters.checkpoints import read_table
 from edgepatch.converters.gguf_header import GGUFHeader
 from edgepatch.converters.gguf_types import type_name
 from edgepatch.converters.peft import CONFIG_FILE, PICKLES, TENSOR_FILE
 from edgepatch.converters.peft_settings import PEFT_TYPES
+from edgepatch.converters.weight_tables import read_table
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
 from edgepatch.inspection.facts import told
 from edgepatch.inspection.kinds import Kind, Recognised
