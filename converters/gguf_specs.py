@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgepatch.converters import rope_parameters
 from edgepatch.converters.gguf_header import GGUFHeader, read_header
-from edgepatch.converters.gguf_library import quantization_types
+from edgepatch.converters.gguf_types import FILE_TYPES, type_name
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint
 
@@ -20,26 +20,18 @@ GUESSED = 1024
 
 
 def quantization(header: GGUFHeader) -> str:
-    """The file's quantization by name ("F32", "Q4_K_M"); where the file does not say, the type of most of its weights.
-
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-    """
+    """The file's quantization by name ("F32", "Q4_K_M"); where the file does not say, the type of most of its weights."""
     number = header.metadata.get("general.file_type")
-    known = {value: name for name, value in quantization_types().items()}
-    if isinstance(number, int) and number % GUESSED in known:
-        return known[number % GUESSED]
+    if isinstance(number, int) and number % GUESSED in FILE_TYPES:
+        return FILE_TYPES[number % GUESSED]
     return _commonest_type(header)
 
 
 def _commonest_type(header: GGUFHeader) -> str:
-    from gguf import GGMLQuantizationType
-
     weights: Counter[int] = Counter()
     for info in header.tensors.values():
         weights[info.ggml_type] += prod(info.shape)
-    kind = weights.most_common(1)[0][0]
-    return next((t.name for t in GGMLQuantizationType if t == kind), f"type {kind}")
+    return type_name(weights.most_common(1)[0][0])
 
 
 def vocabulary(header: GGUFHeader) -> list[str]:

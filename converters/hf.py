@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch import canary
-from edgepatch.converters import architectures, gguf_models, gguf_specs, rope_parameters
+from edgepatch.converters import architectures, gguf_models, gguf_specs, rope_parameters, weight_tables
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patches import Patch
 from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt, weight_fingerprint
@@ -99,32 +99,21 @@ def _norms_of(
     folder: Path, weights: Mapping[str, NDArray[Any]] | None, architecture: str, num_layers: int
 ) -> dict[str, NDArray[np.float32]]:
     if weights is None:
-        return _read_norms(folder, architecture, num_layers)
+        return read_norms(folder, architecture, num_layers)
     names = architectures.norm_names(architecture, num_layers, weights)
     return {
         new: weights[old].astype(np.float32) + architectures.norm_shift(architecture, old) for old, new in names.items()
     }
 
 
-def _read_norms(folder: Path, architecture: str, num_layers: int) -> dict[str, NDArray[np.float32]]:
+def read_norms(folder: Path, architecture: str, num_layers: int) -> dict[str, NDArray[np.float32]]:
     """Norm vectors by their name in GGUF, as they are there."""
-    from safetensors import SafetensorError, safe_open
-
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise InputError(f"no safetensors weights in {folder}", hint="save the model with safetensors")
-    norms = {}
-    try:
-        for shard in shards:
-            with safe_open(shard, framework="pt") as tensors:
-                for source, target in architectures.norm_names(architecture, num_layers, tensors.keys()).items():
-                    norms[target] = tensors.get_tensor(source).float().numpy() + architectures.norm_shift(
-                        architecture, source
-                    )
-    except SafetensorError as error:
-        raise InputError(
-            f"weights in {folder} are damaged or truncated: {error}", hint="download the model again"
-        ) from None
+    tensors = weight_tables.read_checkpoint(folder)
+    names = architectures.norm_names(architecture, num_layers, tensors)
+    norms = {
+        target: tensors[source].vector() + np.float32(architectures.norm_shift(architecture, source))
+        for source, target in names.items()
+    }
     if not norms:
         raise InputError(f"the weights in {folder} have no norms", hint="download the model again")
     return norms

@@ -53,6 +53,9 @@ ITEM_BITS = {
     22: 4,
 }
 
+BLOCKED_INPUT = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+"""Operator -> which of its inputs holds whole numbers in blocks; the next three after the second are scales, zero points and group indices."""
+
 # Per message: field number -> the message within, for those that can lead to a tensor.
 MESSAGES: Mapping[str, Mapping[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -98,12 +101,22 @@ class GraphFile:
         operators: how often each operator occurs.
         bits: of a weight in ``MatMulNBits``, one entry for each node.
         tensors: all weights and constants.
+        metadata: what its maker added: "edgepatch.model_spec".
+        producer: the program that wrote it.
+        inputs: name -> number of the element type, of the graph's inputs.
+        packed: name of a tensor that holds whole numbers in blocks -> bits of each.
+        scales: names of the tensors that turn those back into weights.
     """
 
     path: Path
     operators: Counter[str] = field(default_factory=Counter)
     bits: Counter[int] = field(default_factory=Counter)
     tensors: list[Tensor] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+    producer: str = ""
+    inputs: dict[str, int] = field(default_factory=dict)
+    packed: dict[str, int] = field(default_factory=dict)
+    scales: set[str] = field(default_factory=set)
 
     def values(self, tensor: Tensor) -> NDArray[Any] | None:
         """A tensor's values, or ``None`` where they are of no type or place that is read here."""
@@ -248,10 +261,38 @@ class _Walk:
             self._node(start, end)
         inner = MESSAGES[kind]
         for number, wire, first, last in self._fields(start, end):
+            if wire == BYTES and depth <= 1:
+                self._describe(kind, number, first, last)
             if number in inner:
                 if wire != BYTES:
                     raise ValueError(f"field {number} of a {kind} has the wire type {wire}")
                 self.message(inner[number], first, last, depth + 1)
+
+    def _describe(self, kind: str, number: int, first: int, last: int) -> None:
+        """Takes in what the model and its outermost graph say of themselves."""
+        if (kind, number) == ("model", 2):
+            self._found.producer = self._text(first, last)
+        elif (kind, number) == ("model", 14):
+            key, value = self._entry(first, last)
+            if key in self._found.metadata:
+                raise ValueError(f"its metadata names {key} twice")
+            self._found.metadata[key] = value
+        elif (kind, number) == ("graph", 11):
+            name, elements = self._input(first, last)
+            self._found.inputs[name] = elements
+
+    def _input(self, start: int, end: int) -> tuple[str, int]:
+        """(name, number of the element type) of a ``ValueInfoProto``; 0 for what is no tensor."""
+        name, kind = "", (start, start)
+        for number, wire, first, last in self._fields(start, end):
+            if number == 1 and wire == BYTES:
+                name = self._text(first, last)
+            elif number == 2 and wire == BYTES:
+                kind = (first, last)
+        for number, wire, first, last in self._fields(*kind):
+            if number == 1 and wire == BYTES:  # tensor_type
+                return name, next((v for n, w, v, _ in self._fields(first, last) if n == 1 and w == VARINT), 0)
+        return name, 0
 
     def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """(number, wire type, first byte or value, end) of each field."""
@@ -289,9 +330,11 @@ class _Walk:
         return bytes(self._data[first:last]).decode("utf-8")
 
     def _node(self, start: int, end: int) -> None:
-        operator, attributes = "", {}
+        operator, inputs, attributes = "", [], {}
         for number, wire, first, last in self._fields(start, end):
-            if number == 4 and wire == BYTES:
+            if number == 1 and wire == BYTES:
+                inputs.append(self._text(first, last))
+            elif number == 4 and wire == BYTES:
                 operator = self._text(first, last)
             elif number == 5 and wire == BYTES:
                 name, value = self._integer(first, last)
@@ -299,6 +342,10 @@ class _Walk:
         self._found.operators[operator] += 1
         if operator == "MatMulNBits":
             self._found.bits[attributes.get("bits", 4)] += 1
+        place = BLOCKED_INPUT.get(operator)
+        if place is not None and place < len(inputs):
+            self._found.packed[inputs[place]] = attributes.get("bits", 4)
+            self._found.scales.update(name for name in inputs[2:5] if name)
 
     def _integer(self, start: int, end: int) -> tuple[str, int]:
         """Name of an attribute, and its integer."""

@@ -267,7 +267,7 @@ class FolderTokenizer:
             tuple(token.content for token in added if not token.special),
         )
         self._special_in_normalized = [token.content for token in added if token.special and token.normalized]
-        self._template = template or _default_template(config.get("chat_template"))
+        self._template = template or default_template(config.get("chat_template"))
         self._bos, self._eos = (self._token_text(config.get(k)) for k in ("bos_token", "eos_token"))
         ends = {self._tokenizer.token_to_id(self._eos), self._tokenizer.token_to_id("<|im_end|>")}
         for values in settings:
@@ -357,7 +357,7 @@ class FolderTokenizer:
         return lambda token: stream.step(self._tokenizer, token) or ""
 
 
-def _default_template(value: Any) -> str:
+def default_template(value: Any) -> str:
     """A folder may hold one template, or several by name."""
     if isinstance(value, list):
         value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get("default")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgepatch.errors import InputError
@@ -31,6 +31,24 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         if i not in special:
             texts[i] = piece.encode("utf-8") if i in added else read(piece)
     return texts
+
+
+def definition_tokens(definition: Mapping[str, Any]) -> list[str]:
+    """The tokens of a ``tokenizer.json`` in order of their ids, as the tokenizers library numbers them.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is damaged.
+    """
+    vocabulary = definition["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: a token and its score
+        ids = {entry[0]: number for number, entry in enumerate(vocabulary)}
+    else:
+        ids = dict(vocabulary)
+    for added in definition.get("added_tokens") or []:
+        ids.setdefault(added["content"], added["id"])
+    if not all(type(number) is int for number in ids.values()):
+        raise ValueError("an id of a token is no whole number")
+    return sorted(ids, key=ids.__getitem__)
 
 
 def _piece_reader(decoder: Any) -> Callable[[str], bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgepatch.errors import InputError
+from edgepatch.known_models import find
 from edgepatch.patches import Patch
 from edgepatch.tensors import SoftPrompt
 
@@ -31,6 +34,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patched.setenv("EDGEPATCH_CACHE_DIR", str(folder))
         patched.setenv("EDGEPATCH_STORE", str(folder / "store"))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file: that of ``make smollm2``, or the one that ``EDGEPATCH_SMOLLM2`` names."""
+    named = os.environ.get("EDGEPATCH_SMOLLM2")
+    if named:
+        return Path(named)
+    try:
+        return find("smollm2")
+    except InputError as error:
+        pytest.skip(f"{error}; {error.hint}")
 
 
 @pytest.fixture(scope="session")

@@ -44,8 +44,8 @@ MODULES = (
 )
 """In the order of ``--help``."""
 
-STARTED_OFTEN = {"chat": "chat", "generate": "chat", "serve": "serve"}
-"""Verb -> its module: the only one that is imported, for a user waits for the first token."""
+STARTED_OFTEN = {"chat": "chat", "generate": "chat", "serve": "serve", "show": "inspection"}
+"""Verb -> its module: the only one that is imported, for a user waits for the first token, or a glance at a file."""
 
 
 def __getattr__(name: str) -> Any:

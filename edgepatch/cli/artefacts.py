@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, print_json
+from edgepatch.cli.console import JsonFlag, model_path, print_json
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
@@ -21,7 +21,13 @@ def compose(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
     model: Annotated[
-        Path, typer.Option("--model", help="Full-precision base: Transformers folder, or GGUF file of 16 or 32 bits.")
+        Path,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            parser=model_path,
+            help="Full-precision base: Transformers folder, or GGUF file of 16 or 32 bits.",
+        ),
     ],
     name: Annotated[str, typer.Option("--name", help="Name of the new patch.")],
     version: Annotated[str, typer.Option("--version", help="Its version (SemVer).")] = "0.1.0",

@@ -18,6 +18,7 @@ from edgepatch.cli.console import (
     PatchOption,
     StoreOption,
     cell,
+    model_path,
     print_json,
     progress_bars,
     stdout,
@@ -99,7 +100,13 @@ def latency(
         str, typer.Option("--shape", help="Shape of a random model, made once in out/shapes.")
     ] = "llama-3.2-1b",
     model: Annotated[
-        Path | None, typer.Option("--model", help="GGUF file or ONNX folder of yours, in place of a shape.")
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            parser=model_path,
+            help="GGUF file or ONNX folder of yours, in place of a shape.",
+        ),
     ] = None,
     quantization: Annotated[
         str,

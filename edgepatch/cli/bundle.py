@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, StoreOption, print_json, stdout, table
+from edgepatch.cli.console import JsonFlag, StoreOption, model_path, print_json, stdout, table
 from edgepatch.cli.root import app
 from edgepatch.cli.trust import PassphraseFile, Unencrypted, read_passphrase
 from edgepatch.errors import InputError
@@ -119,7 +119,10 @@ def import_(
         ),
     ] = "",
     model: Annotated[
-        Path | None, typer.Option("--model", help="GGUF file, ONNX folder or Transformers folder.")
+        Path | None,
+        typer.Option(
+            "--model", metavar="MODEL", parser=model_path, help="GGUF file, ONNX folder or Transformers folder."
+        ),
     ] = None,
     channel: Annotated[str, typer.Option("--channel", help="Change over to this channel.")] = "",
     allow_downgrade: Annotated[

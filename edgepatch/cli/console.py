@@ -15,8 +15,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+
+def model_path(text: str) -> Path:
+    """What a word for a model stands for: its path, or a name that edgepatch knows ("smollm2")."""
+    from edgepatch.known_models import resolve
+
+    return resolve(text)
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-ModelArgument = Annotated[Path, typer.Argument(help="GGUF file, ONNX folder or Transformers folder.")]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", parser=model_path, help="GGUF file, ONNX folder, Transformers folder, or the name smollm2."
+    ),
+]
 PatchOption = Annotated[
     Path | None,
     typer.Option("--patch", "-p", help="Patch file, or sha256:DIGEST of one in the store; else the active one."),
@@ -64,6 +77,20 @@ def table(rows: list[tuple[str, object]]) -> Table:
 
 def gib(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 2**30:.1f} GiB"
+
+
+def size_text(count: int) -> str:
+    """Bytes for people, in powers of ten as disks and downloads have them: "98.4 MB"."""
+    unit, size = next(
+        (pair for pair in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= pair[1]), ("bytes", 1)
+    )
+    return (
+        f"{count} bytes"
+        if size == 1
+        else f"{count / size:.3g} {unit}"
+        if count < 1000 * size
+        else f"{count / size:.0f} {unit}"
+    )
 
 
 @contextmanager

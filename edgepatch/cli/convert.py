@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, print_json
+from edgepatch.cli.console import JsonFlag, model_path, print_json
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
@@ -37,7 +37,12 @@ UNQUANTIZED = ("F32", "F16")
 @convert_app.command("base")
 def convert_base(
     source: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Transformers folder; for gguf also an F32 or F16 GGUF file.")
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            parser=model_path,
+            help="Transformers folder; for gguf also an F32 or F16 GGUF file.",
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file or ONNX folder to write.")],
     to: Annotated[Target, typer.Option("--to", help="Format to write.")] = Target.gguf,
@@ -170,7 +175,12 @@ def convert_baked(
 @convert_app.command("seed")
 def convert_seed(
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")],
-    model: Annotated[Path, typer.Option("--model", help="Transformers folder of the base model.")],
+    model: Annotated[
+        Path,
+        typer.Option(
+            "--model", metavar="MODEL", parser=model_path, help="Transformers folder or GGUF file of the base model."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
     as_json: JsonFlag = False,
 ) -> None:
@@ -207,7 +217,12 @@ def convert_adapter(
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
     model: Annotated[
         Path | None,
-        typer.Option("--model", help="Its base model: Transformers folder or GGUF file. A PEFT folder needs it."),
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            parser=model_path,
+            help="Its base model: Transformers folder or GGUF file. A PEFT folder needs it.",
+        ),
     ] = None,
     name: Annotated[str, typer.Option("--name", help="Name of the patch; default: the folder's.")] = "",
     version: Annotated[str, typer.Option("--version", help="Its version (SemVer).")] = "0.1.0",

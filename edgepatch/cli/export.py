@@ -8,12 +8,15 @@ from typing import Annotated
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, cell, print_json, stdout
+from edgepatch.cli.console import JsonFlag, cell, model_path, print_json, stdout
 from edgepatch.cli.root import app
 from edgepatch.errors import InactivePatchError, InputError
 
 PatchArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
-GGUFOption = Annotated[Path, typer.Option("--model", "-m", help="The GGUF file that the server loads.")]
+GGUFOption = Annotated[
+    Path,
+    typer.Option("--model", "-m", metavar="MODEL", parser=model_path, help="The GGUF file that the server loads."),
+]
 KVTypeOption = Annotated[str, typer.Option("--kv-type", help="Type of the server's KV cache: f16, f32, q8_0, ...")]
 FlashOption = Annotated[
     bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether the server uses flash attention.")

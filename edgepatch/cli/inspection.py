@@ -1,4 +1,4 @@
-"""``doctor`` and ``show``: what this machine brings, what a patch file holds."""
+"""``doctor`` and ``show``: what this machine brings, what a file or folder is."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from edgepatch.cli.console import JsonFlag, StoreOption, cell, gib, print_json, stdout, table
+from edgepatch.cli.console import JsonFlag, StoreOption, cell, gib, model_path, print_json, size_text, stdout, table
 from edgepatch.cli.root import app
 from edgepatch.compilation import COMMAND
 from edgepatch.errors import EdgepatchError
 
 if TYPE_CHECKING:
+    from edgepatch.inspection.kinds import Kind, Recognised
     from edgepatch.patches import Patch
 
 SETTINGS = {
@@ -98,24 +99,76 @@ def _headed(*headings: str) -> Table:
 
 @app.command()
 def show(
-    patch_file: Annotated[Path, typer.Argument(metavar="PATCH")], as_json: JsonFlag = False, store: StoreOption = None
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", parser=model_path, help="Patch, model (file, folder or smollm2), or another file."
+        ),
+    ],
+    everything: Annotated[
+        bool, typer.Option("--all", help="A model: everything; what its config leaves open is asked of Transformers.")
+    ] = False,
+    as_json: JsonFlag = False,
+    store: StoreOption = None,
 ) -> None:
-    """Check a patch file and show what it holds; `edgepatch verify` says whether its signatures count.
+    """Show what a file or folder is: a patch, which is checked, a model and the patches that fit it, or another file.
 
-    Example: `edgepatch show detox-1.0.0.safetensors`
+    `edgepatch verify` says whether the signatures of a patch count. No model library is loaded, and no weights are.
+
+    Examples: `edgepatch show detox-1.0.0.safetensors`, `edgepatch show llama-Q4_K_M.gguf`
     """
+    from edgepatch.inspection.kinds import Kind, recognise
+    from edgepatch.inspection.models import MODEL_KINDS
+
+    found = recognise(path)
+    if found.kind is Kind.PATCH:
+        _show_patch(path, as_json, store)
+    elif found.kind in MODEL_KINDS:
+        _show_model(path, found.kind, everything, as_json, store)
+    else:
+        _show_other(path, found, as_json)
+
+
+def _show_patch(path: Path, as_json: bool, store: Path | None) -> None:
     from edgepatch.patches import read_patch
 
-    patch = read_patch(patch_file)
+    patch = read_patch(path)
     trust = _trust(patch, store)
     if as_json:
-        print_json(_summary(patch) | {"trust": trust})
+        print_json({"kind": "patch"} | _summary(patch) | {"trust": trust})
         return
     rows: list[tuple[str, object]] = []
     for name, value in (_summary(patch) | {"trust": trust, "evaluation": patch.evaluation or "not evaluated"}).items():
         nested = value if isinstance(value, dict) else {"": value}
         rows += [(f"{name} {key}".strip(), entry) for key, entry in nested.items()]
     stdout().print(table(rows))
+
+
+def _show_model(path: Path, kind: Kind, everything: bool, as_json: bool, store: Path | None) -> None:
+    from edgepatch.cli.model_tables import further_rows, summary_rows
+    from edgepatch.inspection.models import examine_model
+
+    report = examine_model(path, kind, store, loads_libraries=everything)
+    if as_json:
+        print_json(report.as_dict())
+        return
+    stdout().print(table(summary_rows(report)))
+    if everything:
+        stdout().print()
+        stdout().print(table(further_rows(report)))
+
+
+def _show_other(path: Path, found: Recognised, as_json: bool) -> None:
+    from edgepatch.inspection.other_kinds import describe
+
+    described = describe(path, found)
+    if as_json:
+        print_json({"kind": described.kind, "path": str(path), **described.facts, "hint": described.hint})
+        return
+    facts = {name.replace("_", " "): value for name, value in described.facts.items() if value not in ("", {})}
+    if "size bytes" in facts:
+        facts["size"] = size_text(facts.pop("size bytes"))
+    stdout().print(table([("kind", described.kind), *facts.items(), ("use", described.hint)]))
 
 
 def _trust(patch: Patch, store: Path | None) -> str:

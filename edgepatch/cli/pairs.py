@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads
-from edgepatch.cli.console import JsonFlag, note, print_json, progress_bars
+from edgepatch.cli.console import JsonFlag, model_path, note, print_json, progress_bars
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
@@ -118,7 +118,7 @@ def _open_sampler(source: Source, means: Means, stack: ExitStack) -> Sampler:
         raise InputError(
             f"{source.model} is no URL: the model's name and API key are for servers", hint="leave them out"
         )
-    path = Path(source.model)
+    path = model_path(source.model)
     threads = None if runtime_name(path) == "torch" else means.threads
     options: dict[str, Any] = {
         "num_sequences": means.sequences,

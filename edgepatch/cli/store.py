@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from edgepatch.cli.console import JsonFlag, StoreOption, cell, print_json, stderr, stdout, table
+from edgepatch.cli.console import JsonFlag, StoreOption, cell, model_path, print_json, stderr, stdout, table
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
@@ -23,7 +23,10 @@ BaseArgument = Annotated[
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="The history keeps it.")]
 FileArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
-ModelOption = Annotated[Path | None, typer.Option("--model", help="GGUF file, ONNX folder or Transformers folder.")]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="MODEL", parser=model_path, help="GGUF file, ONNX folder or Transformers folder."),
+]
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, note, print_json, progress_bars, stdout
+from edgepatch.cli.console import JsonFlag, model_path, note, print_json, progress_bars, stdout
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
@@ -45,7 +45,9 @@ def train(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", help="Model to be patched: Transformers folder, or GGUF file to be dequantized."
+            metavar="MODEL",
+            parser=model_path,
+            help="Model to be patched: Transformers folder, or GGUF file to be dequantized.",
         ),
     ],
     pairs_file: Annotated[Path, typer.Option("--pairs", help="Preference pairs, JSON Lines.")],

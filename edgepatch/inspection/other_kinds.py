@@ -1,0 +1,293 @@
+"""A few facts of every kind of file that is neither a patch nor a model, and what is done with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgepatch.canonical import parse_json
+from edgepatch.converters import folder_specs
+from edgepatch.converters.gguf_header import GGUFHeader
+from edgepatch.converters.gguf_types import type_name
+from edgepatch.converters.peft import CONFIG_FILE, PICKLES, TENSOR_FILE
+from edgepatch.converters.peft_settings import PEFT_TYPES
+from edgepatch.converters.weight_tables import read_table
+from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
+from edgepatch.inspection.facts import told
+from edgepatch.inspection.kinds import Kind, Recognised
+
+MAX_MANIFEST_BYTES = 2**20
+BLOCK_BYTES = 512
+CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a file is.
+
+    Attributes:
+        kind: for people.
+        facts: name -> value.
+        hint: what is done with such a file.
+    """
+
+    kind: str
+    facts: Mapping[str, Any]
+    hint: str
+
+
+def describe(path: Path, found: Recognised) -> Described:
+    """A few facts of a file or folder that is neither a patch nor a model.
+
+    Raises:
+        InputError: it cannot be read, or is damaged.
+        UntrustedError: a trust root or a store breaks its format.
+        PatchFormatError: a bundle breaks its format.
+    """
+    if found.header is not None:
+        return _gguf(path, found.kind, found.header)
+    try:
+        return DESCRIBERS[found.kind](path, found)
+    except EdgepatchError as error:
+        error.hint = error.hint or f"get the {found.kind.value} again from its maker"
+        raise
+
+
+def _gguf(path: Path, kind: Kind, header: GGUFHeader) -> Described:
+    names = Counter(type_name(info.ggml_type) for info in header.tensors.values())
+    facts: dict[str, Any] = {
+        "name": told(header.metadata.get("general.name", "")),
+        "architecture": header.architecture,
+        "size_bytes": path.stat().st_size,
+        "tensors": ", ".join(f"{count} {name}" for name, count in names.most_common()) or "none",
+    }
+    if kind is Kind.GGUF_PART:
+        number = header.metadata.get("split.no", 0)
+        facts["part"] = f"{number + 1 if isinstance(number, int) else '?'} of {header.num_parts}"
+    base = header.metadata.get("general.base_model.0.name")
+    if base:
+        facts["base"] = told(base)
+    return Described(kind.value, facts, GGUF_HINTS.get(kind, "no runtime of edgepatch loads it"))
+
+
+GGUF_HINTS = {
+    Kind.GGUF_PART: "merge the parts first: llama-gguf-split --merge FIRST_PART OUT",
+    Kind.GGUF_PATCH: "make it a patch file: edgepatch convert adapter FILE -o PATCH",
+    Kind.GGUF_LORA: "a LoRA changes weights and is no patch; merge it into its base model",
+    Kind.GGUF_PROJECTOR: "it goes with a language model, which is another file: name that one",
+    Kind.GGUF_VOCABULARY: "it is for tests of a tokenizer; name a file that holds weights",
+}
+
+
+def _tensors(path: Path, _: Recognised) -> Described:
+    table = read_table(path)
+    types = Counter(tensor.dtype for tensor in table.tensors.values())
+    facts = {
+        "size_bytes": path.stat().st_size,
+        "tensors": ", ".join(f"{count} {name}" for name, count in types.most_common()),
+        "parameters": sum(tensor.num_values for tensor in table.tensors.values()),
+        "first": ", ".join(told(name) for name in sorted(table.tensors)[:3]),
+        "metadata": {told(key): told(value) for key, value in table.metadata.items()},
+    }
+    has_config = (path.parent / "config.json").is_file()
+    return Described(
+        Kind.TENSORS.value,
+        facts,
+        f"it holds weights of a model: name the folder {path.parent}" if has_config else "no edgepatch wrote it",
+    )
+
+
+def _private_key(path: Path, found: Recognised) -> Described:
+    """Nothing of its content but whether it is encrypted."""
+    label = str(found.content["label"])
+    mode = path.stat().st_mode & 0o777
+    facts = {
+        "encrypted": "yes" if label == "ENCRYPTED PRIVATE KEY" else "no" if label == "PRIVATE KEY" else "unknown",
+        "rights": f"{mode:04o}" + ("" if not mode & 0o077 else ", others can read it: chmod 600"),
+    }
+    return Described(Kind.PRIVATE_KEY.value, facts, "it signs: edgepatch sign PATCH KEY; its content is never shown")
+
+
+def _public_key(path: Path, _: Recognised) -> Described:
+    from edgepatch.keys import read_public_key
+    from edgepatch.signing import key_id, raw_public_key
+
+    return Described(
+        Kind.PUBLIC_KEY.value,
+        {"key_id": key_id(raw_public_key(read_public_key(path)))},
+        "it goes into a trust root: edgepatch root create",
+    )
+
+
+def _trust_root(path: Path, _: Recognised) -> Described:
+    from edgepatch.trust.roots import read_root, time_text
+    from edgepatch.trust.verification import require_signed
+
+    root = read_root(path)
+    try:
+        signed = ", ".join(sorted(root.called(key) for key in require_signed(root)))
+    except UntrustedError as error:
+        signed = f"not enough: {error}"
+    roles = {
+        f"{name}_keys": f"{role.threshold} of {', '.join(sorted(root.called(key) for key in role.keys))}"
+        for name, role in root.roles.items()
+    }
+    facts = {
+        "version": root.version,
+        "fingerprint": root.fingerprint,
+        "created": time_text(root.created),
+        "expires": time_text(root.expires),
+        **roles,
+        "signed_by": signed,
+    }
+    return Described(Kind.TRUST_ROOT.value, facts, "edgepatch trust set ROOT makes a device trust it")
+
+
+def _bundle(path: Path, _: Recognised) -> Described:
+    """What its manifest says; nothing of it is checked here."""
+    with path.open("rb") as file:
+        header = file.read(BLOCK_BYTES)
+        try:
+            size = int(header[124:136].strip(b"\0 ") or b"0", 8)
+        except ValueError:
+            raise PatchFormatError(f"{path}: its first header is damaged", hint="get the bundle again") from None
+        if size > MAX_MANIFEST_BYTES:
+            raise PatchFormatError(f"{path}: manifest.json: expected at most {MAX_MANIFEST_BYTES} bytes, found {size}")
+        manifest = parse_json(file.read(size), f"{path}: manifest.json")
+    members = manifest.get("members") if isinstance(manifest, dict) else None
+    if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
+        raise PatchFormatError(f"{path}: manifest.json: expected a list of members", hint="get the bundle again")
+    facts = {
+        "size_bytes": path.stat().st_size,
+        "patch": told(manifest.get("patch", "")),
+        "extra": told(manifest.get("extra") or "no wheels"),
+        "platform": told(f"{manifest.get('platform', '')} Python {manifest.get('python_version', '')}"),
+        "files": len(members),
+        "checked": "no: this is what it says of itself",
+    }
+    return Described(
+        Kind.BUNDLE.value,
+        facts,
+        "edgepatch bundle import checks it and takes it in; with --out DIR it only writes the files",
+    )
+
+
+def _count_lines(path: Path) -> int:
+    lines, last = 0, b"\n"
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            lines, last = lines + chunk.count(b"\n"), chunk[-1:]
+    return lines + (last != b"\n")
+
+
+def _pairs(path: Path, found: Recognised) -> Described:
+    chosen = found.content["chosen"]
+    facts = {
+        "lines": _count_lines(path),
+        "form": "conversations" if isinstance(chosen, list) else "plain text",
+        "prompt": "explicit" if "prompt" in found.content else "the common beginning of both answers",
+        "scores": "yes" if "chosen_score" in found.content else "no",
+    }
+    return Described(Kind.PAIRS.value, facts, "edgepatch train MODEL --pairs FILE makes a patch of it")
+
+
+def _prompts(path: Path, found: Recognised) -> Described:
+    facts = {"lines": _count_lines(path), "keys": ", ".join(told(key) for key in sorted(found.content))}
+    return Described(
+        Kind.PROMPTS.value, facts, "edgepatch pairs MODEL REFERENCE --prompts FILE samples answers to them"
+    )
+
+
+def _results(path: Path, found: Recognised) -> Described:
+    content = found.content
+    counts = {key: len(value) for key, value in content.items() if isinstance(value, list)}
+    facts = {key: told(content[key]) for key in ("command", "created", "date", "quantization") if key in content}
+    if isinstance(content.get("patch"), dict):
+        facts["patch"] = told(content["patch"].get("digest", ""))
+    facts["holds"] = ", ".join(f"{count} {told(key)}" for key, count in counts.items()) or "figures"
+    return Described(Kind.RESULTS.value, facts, "edgepatch bench report makes pages of such files")
+
+
+def _provenance(path: Path, found: Recognised) -> Described:
+    facts = {told(key): told(value) for key, value in found.content.items() if not isinstance(value, dict)}
+    return Described(
+        Kind.PROVENANCE.value, facts, "it stands beside the pairs; `edgepatch train` copies it into the patch"
+    )
+
+
+def _onnx_file(path: Path, _: Recognised) -> Described:
+    from edgepatch.converters.onnx_files import read_graph_file
+
+    graph = read_graph_file(path)
+    facts = {
+        "size_bytes": path.stat().st_size,
+        "producer": told(graph.producer),
+        "tensors": len(graph.tensors),
+        "operators": told(", ".join(f"{count} {name}" for name, count in graph.operators.most_common(6))),
+    }
+    return Described(
+        Kind.ONNX_FILE.value, facts, f"a model is a folder with its graph and tokenizer: name {path.parent}"
+    )
+
+
+def _peft_folder(folder: Path, _: Recognised) -> Described:
+    settings = folder_specs.read_json(folder / CONFIG_FILE)
+    kind = told(settings.get("peft_type", "unknown"))
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    weights = folder / TENSOR_FILE
+    if not weights.is_file():
+        found = f"the pickle {pickles[0]}, which can run code when it is read" if pickles else "none"
+        raise InputError(f"{folder}: expected {TENSOR_FILE}, found {found}", hint="save the adapter as safetensors")
+    tensors = read_table(weights).tensors
+    facts = {
+        "type": kind,
+        "base": told(settings.get("base_model_name_or_path") or "not told"),
+        "virtual_tokens": settings.get("num_virtual_tokens"),
+        "rank": settings.get("r"),
+        "size_bytes": weights.stat().st_size,
+        "parameters": sum(tensor.num_values for tensor in tensors.values()),
+    }
+    can_be_patch = kind in PEFT_TYPES
+    return Described(
+        Kind.PEFT_FOLDER.value,
+        {name: value for name, value in facts.items() if value is not None},
+        "edgepatch convert adapter FOLDER --model MODEL -o PATCH makes a patch of it"
+        if can_be_patch
+        else f"{kind} changes weights and is no patch; merge it into its base model",
+    )
+
+
+def _store(folder: Path, _: Recognised) -> Described:
+    from edgepatch.store.audit import status, title
+    from edgepatch.store.reading import StoreReader
+
+    reader = StoreReader(folder)
+    state = reader.read()[0]
+    active = [title(state.patches[record.active]) for record in state.bases.values()]
+    findings = status(reader)[1]
+    facts = {
+        "bases": len(state.bases),
+        "patches": len(state.patches),
+        "active": ", ".join(active) or "nothing",
+        "errors": "; ".join(str(finding.message) for finding in findings if finding.level == "error") or "none",
+    }
+    return Described(Kind.STORE.value, facts, f"edgepatch status --store {folder} says more")
+
+
+DESCRIBERS: Mapping[Kind, Callable[[Path, Recognised], Described]] = {
+    Kind.TENSORS: _tensors,
+    Kind.PRIVATE_KEY: _private_key,
+    Kind.PUBLIC_KEY: _public_key,
+    Kind.TRUST_ROOT: _trust_root,
+    Kind.BUNDLE: _bundle,
+    Kind.PAIRS: _pairs,
+    Kind.PROMPTS: _prompts,
+    Kind.PROVENANCE: _provenance,
+    Kind.RESULTS: _results,
+    Kind.ONNX_FILE: _onnx_file,
+    Kind.PEFT_FOLDER: _peft_folder,
+    Kind.STORE: _store,
+}
