@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,13 @@ class GGUFHeader:
         path: the file.
         metadata: key -> string, number, list of strings, or numpy array of numbers.
         tensors: name -> where it lies; all lie within the file.
+        spans: key of the metadata -> where its entry begins and ends in the file.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -227,17 +229,35 @@ def _parse_header(path: Path, data: mmap.mmap) -> GGUFHeader:
         )
     num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(num_keys):
-        key = cursor.string()
+        start, key = cursor.position, cursor.string()
         if key in metadata:
             raise ValueError(f"the key {key} appears twice")
         metadata[key] = cursor.value()
+        spans[key] = (start, cursor.position)
     tensors = _read_tensors(cursor, num_tensors)
-    if not isinstance(metadata.get("general.architecture"), str) or "token_embd.weight" not in tensors:
+    _require_model(path, metadata, tensors)
+    placed = _place_tensors(cursor, tensors, metadata.get("general.alignment", 32))
+    return GGUFHeader(path, metadata, placed, spans)
+
+
+def _require_model(path: Path, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    """Refuses sound files that hold something else than a language model."""
+    split = metadata.get("split.count", 0)
+    if isinstance(split, int) and split > 1:
+        raise InputError(
+            f"{path} is one of {split} parts of a model",
+            hint="merge them: llama-gguf-split --merge FIRST_PART OUT.gguf",
+        )
+    if metadata.get("general.type") == "adapter":
+        raise InputError(f"{path} is an adapter (LoRA), not a model", hint="name the model that it was made for")
+    if not isinstance(metadata.get("general.architecture"), str):
+        raise ValueError("it names no architecture")
+    if not tensors and "tokenizer.ggml.tokens" in metadata:
+        raise InputError(f"{path} holds a vocabulary and no weights", hint="name the file of the whole model")
+    if "token_embd.weight" not in tensors:
         raise ValueError("it holds no language model")
-    if metadata.get("split.count", 0) > 1:
-        raise ValueError("it is one part of a split model; merge the parts first")
-    return GGUFHeader(path, metadata, _place_tensors(cursor, tensors, metadata.get("general.alignment", 32)))
 
 
 def read_header(path: Path) -> GGUFHeader:

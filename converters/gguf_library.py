@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -67,12 +67,43 @@ def quantization_types() -> dict[str, int]:
     return {m[1]: int(getattr(llama_cpp, m[0])) for m in matches}
 
 
-@contextmanager
-def opened_vocabulary(path: Path) -> Iterator[Callable[[str, bool, bool], list[int]]]:
-    """llama.cpp's tokenizer of a GGUF file that ``gguf_header.read_header`` has found sound, without the weights.
+class Vocabulary:
+    """llama.cpp's vocabulary of a file, open as long as ``opened_vocabulary`` is.
 
-    Returns:
-        A function (text, whether BOS and EOS are added, whether names of special tokens are the tokens) -> token ids.
+    Args:
+        library: the ``llama_cpp`` module.
+        handle: llama.cpp's pointer.
+    """
+
+    def __init__(self, library: Any, handle: Any) -> None:
+        self._library, self._handle = library, handle
+        self.size = int(library.llama_vocab_n_tokens(handle))
+
+    def encode(self, text: str, ends: bool, trusted: bool) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any.
+            ends: whether BOS and EOS are added, where the model wants them.
+            trusted: whether names of special tokens are the tokens.
+        """
+        data = text.encode("utf-8")
+        ids = (self._library.llama_token * (2 * len(data) + 8))()
+        count = self._library.llama_tokenize(self._handle, data, len(data), ids, len(ids), ends, trusted)
+        return list(ids[: max(count, 0)])
+
+    def attributes(self) -> list[int]:
+        """What kind each token is to llama.cpp, in bits of ``LLAMA_TOKEN_ATTR_*``: not always what the file says."""
+        return [int(self._library.llama_vocab_get_attr(self._handle, i)) for i in range(self.size)]
+
+    def end_token_ids(self) -> list[int]:
+        """Every token that ends a reply."""
+        return [i for i in range(self.size) if self._library.llama_vocab_is_eog(self._handle, i)]
+
+
+@contextmanager
+def opened_vocabulary(path: Path) -> Iterator[Vocabulary]:
+    """The vocabulary of a GGUF file that ``gguf_header.read_header`` has found sound, without the weights.
 
     Raises:
         InputError: llama.cpp cannot read the vocabulary.
@@ -81,19 +112,13 @@ def opened_vocabulary(path: Path) -> Iterator[Callable[[str, bool, bool], list[i
     lib = load_library()
     parameters = lib.llama_model_default_params()
     parameters.vocab_only = True
+    forget_errors()
     model = lib.llama_model_load_from_file(bytes(path), parameters)
     if not model:
         raise InputError(
             f"llama.cpp cannot read the vocabulary of {path}: {library_errors()}", hint="get the model again"
         )
-    vocabulary = lib.llama_model_get_vocab(model)
-
-    def tokenize(text: str, ends: bool, trusted: bool) -> list[int]:
-        data = text.encode("utf-8")
-        ids = (lib.llama_token * (len(data) + 8))()
-        return list(ids[: lib.llama_tokenize(vocabulary, data, len(data), ids, len(ids), ends, trusted)])
-
     try:
-        yield tokenize
+        yield Vocabulary(lib, lib.llama_model_get_vocab(model))
     finally:
         lib.llama_model_free(model)
