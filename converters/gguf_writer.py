@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgepatch.converters import hf, rope
 from edgepatch.converters.gguf_library import forget_errors, library_errors, load_library, quantization_types
 from edgepatch.converters.gguf_specs import read_spec
-from edgepatch.converters.gguf_tokenizers import add_tokenizer, refuse
+from edgepatch.converters.gguf_tokenizers import add_tokenizer, refuse, require_same_tokenizer
 from edgepatch.converters.origins import Origin
 from edgepatch.converters.outputs import replacing_file
 from edgepatch.errors import InputError, MissingExtraError
@@ -184,6 +184,7 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelS
         with replacing_file(target) as temporary:
             _write_model(temporary, folder, config, spec, type_name)
             _require_same(spec, read_spec(temporary))
+            require_same_tokenizer(folder, temporary)
     except KeyError as error:
         raise InputError(
             f"{folder}: config.json or tokenizer.json has no {error}", hint="download the model again"

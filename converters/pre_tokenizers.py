@@ -7,7 +7,7 @@ writes ``\\p{Lu}`` it matches any ``\\p{L}``. A blank beyond ASCII is a blank al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,7 +213,7 @@ def split_steps(pre_tokenizer: PreTokenizer) -> list[Any]:
     return [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre_tokenizer.patterns]
 
 
-def name_of(patterns: Sequence[str], ignores_merges: bool) -> str | None:
+def name_of(patterns: Iterable[str], ignores_merges: bool) -> str | None:
     """llama.cpp's name of a way to split into words of bytes; ``None`` where it has none.
 
     Args:
