@@ -94,10 +94,11 @@ def _write_header(stream: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype
 
 
 def _in_dtype(piece: NDArray[np.float32], dtype: str) -> bytes:
-    values = np.ascontiguousarray(piece, "<f4")
     if dtype == "float32":
-        return values.tobytes()
+        return np.ascontiguousarray(piece, "<f4").tobytes()
     import torch
 
-    rounded = torch.from_numpy(values.reshape(-1)).to(torch.bfloat16)
+    rounded = torch.from_numpy(np.array(piece).reshape(-1)).to(
+        torch.bfloat16
+    )  # a copy: pieces may lie in a read-only buffer
     return rounded.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()

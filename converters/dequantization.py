@@ -62,7 +62,9 @@ def dequantize(
         MissingExtraError: a package of the extras "convert" and "gguf" is missing.
     """
     if dtype not in DTYPES:
-        raise InputError(f"type of a Transformers folder: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+        raise InputError(
+            f"type of a Transformers folder: expected one of {', '.join(DTYPES)}, found {dtype!r}", hint="take float32"
+        )
     header = read_header(source)
     _require_free(target, force)
     spec = spec_of(header)
