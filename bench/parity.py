@@ -22,7 +22,7 @@ from edgepatch import converters, runtimes
 from edgepatch.bench.demo import cpu_name
 from edgepatch.bench.parity_controls import control_rows
 from edgepatch.bench.parity_floors import complaint, control_complaint, judge
-from edgepatch.bench.parity_models import ARCHITECTURES, architecture, build_folder
+from edgepatch.bench.parity_models import architecture, build_folder, measured
 from edgepatch.bench.parity_report import render
 from edgepatch.bench.parity_rows import NUM_TOKENS, NUM_VIRTUAL_TOKENS, make_oracle, measure
 from edgepatch.bench.stock import fetch_sources
@@ -35,8 +35,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "bench" / "results" / "parity.json", ROOT / "docs" / "parity.md"
 COMMAND = "make parity"
 LIBRARIES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "numpy")
-LIMIT_S = 1200
-"""Longest time for one architecture."""
 
 
 def code_digest() -> str:
@@ -79,11 +77,12 @@ def measure_apart(name: str, work: Path, llama_cpp: Path, digest: str) -> Found:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    limit_s = architecture(name).limit_s
     try:
-        code = subprocess.run([str(word) for word in command], env=os.environ | settings, timeout=LIMIT_S).returncode
+        code = subprocess.run([str(word) for word in command], env=os.environ | settings, timeout=limit_s).returncode
     except subprocess.TimeoutExpired:
         raise EdgepatchError(
-            f"{name}: not measured after {LIMIT_S} s", hint="run it again on an idle machine"
+            f"{name}: not measured after {limit_s} s", hint="run it again on an idle machine"
         ) from None
     if code:
         raise EdgepatchError(f"{name}: measuring failed with exit code {code}")
@@ -146,7 +145,7 @@ def _run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     llama_cpp = arguments.llama_cpp or fetch_sources(ROOT / "out" / "stock") / "vendor" / "llama.cpp"
     digest, rows, controls = code_digest(), [], []
-    for name in arguments.only or [a.name for a in ARCHITECTURES]:
+    for name in arguments.only or [a.name for a in measured()]:
         found = measure_apart(name, arguments.work, llama_cpp, digest)
         rows += [judge(_rounded(row)) for row in found["rows"]]
         controls += found["controls"]

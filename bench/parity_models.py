@@ -62,6 +62,8 @@ class Architecture:
         exporter: to ONNX; the builder's graph ends where a sliding window would begin to forget.
         scaled_embeddings: what multiplies embeddings by sqrt(D) in llama.cpp: "" nothing, "tokens" only the lookup of tokens,
             "graph" the graph, embeddings that are fed included.
+        gguf_types: the quantizations that are measured.
+        limit_s: longest time for all its rows, in seconds.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Architecture:
     f32_floor: float = 5e-5
     exporter: str = "builder"
     scaled_embeddings: str = ""
+    gguf_types: tuple[str, ...] = GGUF_TYPES
+    limit_s: int = 1200
 
 
 COMMON = {
@@ -181,20 +185,47 @@ ARCHITECTURES = (
 )
 
 
+REAL_MODEL = Architecture(
+    "smollm2", "LlamaForCausalLM", own_converter=True, gguf_types=(*GGUF_TYPES, "Q6_K", "Q2_K"), limit_s=7200
+)
+"""SmolLM2-135M-Instruct: trained weights, and rows of 576 values, which k-quants store in other types tensor by tensor."""
+
+REAL_MODEL_VARIABLE = "EDGEPATCH_SMOLLM2"
+
+
+def real_model_file() -> Path | None:
+    """The GGUF file of the real model; ``None`` where it is not at hand."""
+    named = os.environ.get(REAL_MODEL_VARIABLE, "")
+    return Path(named) if named and Path(named).is_file() else None
+
+
+def measured() -> list[Architecture]:
+    """What a full run measures: the real model where it is at hand."""
+    return [*ARCHITECTURES, *([REAL_MODEL] if real_model_file() else [])]
+
+
 def architecture(name: str) -> Architecture:
     """The architecture of that name.
 
     Raises:
         InputError: there is none.
     """
-    found = next((a for a in ARCHITECTURES if a.name == name), None)
+    known = (*ARCHITECTURES, REAL_MODEL)
+    found = next((a for a in known if a.name == name), None)
     if found is None:
-        raise InputError(f"architecture: expected one of {', '.join(a.name for a in ARCHITECTURES)}, found {name!r}")
+        raise InputError(f"architecture: expected one of {', '.join(a.name for a in known)}, found {name!r}")
     return found
 
 
 def build_folder(wanted: Architecture, folder: Path) -> None:
-    """Writes a Transformers folder with random float32 weights and a tokenizer."""
+    """Writes a Transformers folder with random float32 weights and a tokenizer; of the real model, with its own.
+
+    Raises:
+        InputError: the real model is not at hand.
+    """
+    if wanted is REAL_MODEL:
+        _write_real_model(folder)
+        return
     import torch
     import transformers
 
@@ -213,6 +244,15 @@ def build_folder(wanted: Architecture, folder: Path) -> None:
     tokenizer = train_tokenizer(TEXTS * 3, CONTEXT_LENGTH, VOCAB_SIZE)
     assert len(tokenizer) == VOCAB_SIZE  # llama.cpp's converter cuts Gemma's embeddings to the tokenizer's size
     tokenizer.save_pretrained(folder)
+
+
+def _write_real_model(folder: Path) -> None:
+    from edgepatch.converters.dequantization import dequantize
+
+    file = real_model_file()
+    if file is None:
+        raise InputError("SmolLM2 is not at hand", hint=f"name its GGUF file in {REAL_MODEL_VARIABLE}")
+    dequantize(file, folder, force=True)
 
 
 def convert(wanted: Architecture, folder: Path, target: Path, type_name: str, llama_cpp_source: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from edgepatch.bench import parity_floors
-from edgepatch.bench.parity_models import ARCHITECTURES, GGUF_TYPES
+from edgepatch.bench.parity_models import ARCHITECTURES, GGUF_TYPES, REAL_MODEL
 from edgepatch.bench.parity_rows import KV_TYPES, ONNX_PRECISIONS, ROUTES
 from edgepatch.canary import tolerance
 
@@ -110,7 +110,7 @@ def _metrics(rows: Sequence[Row]) -> list[str]:
 
 def _names(rows: Sequence[Row]) -> list[str]:
     present = {row["architecture"] for row in rows}
-    return [a.name for a in ARCHITECTURES if a.name in present]
+    return [a.name for a in (*ARCHITECTURES, REAL_MODEL) if a.name in present]
 
 
 def _by_architecture(rows: Sequence[Row]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.bench.parity_models import GGUF_TYPES, PROMPT, Architecture, convert
+from edgepatch.bench.parity_models import PROMPT, Architecture, convert
 from edgepatch.canary import deviation
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patches import Patch
@@ -171,7 +171,7 @@ def measure(
 def _gguf_forms(wanted: Architecture, folder: Path, llama_cpp_source: Path) -> Iterator[tuple[str, Path]]:
     from edgepatch.converters import gguf
 
-    for type_name in GGUF_TYPES:
+    for type_name in wanted.gguf_types:
         target = folder / f"{type_name}.gguf"
         if type_name in ("F32", "F16"):
             convert(wanted, folder / "hf", target, type_name, llama_cpp_source)

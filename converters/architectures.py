@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
 from edgepatch.errors import InputError, MissingExtraError
 
@@ -80,18 +82,34 @@ def norm_names(architecture: str, num_layers: int, tensors: Iterable[str]) -> di
         InputError: a norm has no name in GGUF, or there is none.
         MissingExtraError: the gguf package is not installed.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise MissingExtraError("gguf", "gguf") from None
-    kind = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), gguf.MODEL_ARCH.LLAMA)
-    names = gguf.get_tensor_name_map(kind, num_layers)
+    names = _names(architecture, num_layers)
     norms = [n for n in tensors if re.search(r"norm\w*\.weight$", n) and not re.search(NO_TEXT, n)]
     mapped = {n: names.get_name(n.replace("language_model.", ""), try_suffixes=(".weight",)) for n in norms}
     unknown = [n for n, target in mapped.items() if target is None]
     if unknown:
         raise InputError(f"norm tensors of {architecture}: no GGUF name for {unknown}", hint="update the gguf package")
     return {n: target for n, target in mapped.items() if target is not None}
+
+
+@cache
+def _names(architecture: str, num_layers: int) -> Any:
+    """The gguf package's table of names; of an architecture that it does not know, the one of llama."""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtraError("gguf", "gguf") from None
+    kind = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), gguf.MODEL_ARCH.LLAMA)
+    return gguf.get_tensor_name_map(kind, num_layers)
+
+
+def gguf_tensor(architecture: str, num_layers: int, name: str) -> str | None:
+    """A checkpoint's tensor by its name in GGUF; ``None`` where it has none.
+
+    Raises:
+        MissingExtraError: the gguf package is not installed.
+    """
+    found: str | None = _names(architecture, num_layers).get_name(name, try_suffixes=(".weight", ".bias"))
+    return found
 
 
 def norm_shift(architecture: str, tensor: str) -> float:

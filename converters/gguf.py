@@ -1,13 +1,12 @@
 """GGUF base models: every name that the rest of the project uses, whichever module it comes from."""
 
+from edgepatch.converters.dequantization import requantize
 from edgepatch.converters.gguf_header import GGUFHeader, TensorInfo, read_header
 from edgepatch.converters.gguf_library import library_errors, load_library, quantization_types
 from edgepatch.converters.gguf_specs import quantization, read_spec, spec_of
-from edgepatch.converters.gguf_tokenizers import PRE_TOKENIZERS
 from edgepatch.converters.gguf_writer import convert_folder, quantize
 
 __all__ = [
-    "PRE_TOKENIZERS",
     "GGUFHeader",
     "TensorInfo",
     "convert_folder",
@@ -18,5 +17,6 @@ __all__ = [
     "quantize",
     "read_header",
     "read_spec",
+    "requantize",
     "spec_of",
 ]

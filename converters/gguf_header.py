@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,13 @@ class GGUFHeader:
         path: the file.
         metadata: key -> string, number, list of strings, or numpy array of numbers.
         tensors: name -> where it lies; all lie within the file.
+        spans: key of the metadata -> where its entry begins and ends in the file.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def num_parts(self) -> int:
@@ -239,15 +241,18 @@ def _parse_header(path: Path, data: mmap.mmap) -> GGUFHeader:
         )
     num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(num_keys):
-        key = cursor.string()
+        start, key = cursor.position, cursor.string()
         if key in metadata:
             raise ValueError(f"the key {key} appears twice")
         metadata[key] = cursor.value()
+        spans[key] = (start, cursor.position)
     tensors = _read_tensors(cursor, num_tensors)
     if not isinstance(metadata.get("general.architecture"), str):
         raise ValueError("it does not say its architecture")
-    return GGUFHeader(path, metadata, _place_tensors(cursor, tensors, metadata.get("general.alignment", 32)))
+    placed = _place_tensors(cursor, tensors, metadata.get("general.alignment", 32))
+    return GGUFHeader(path, metadata, placed, spans)
 
 
 def read_header(path: Path) -> GGUFHeader:

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgepatch.converters import pre_tokenizers, tokenizer_probes
+from edgepatch.converters.gguf_header import read_header
+from edgepatch.converters.gguf_library import load_library
+from edgepatch.converters.gguf_vocabulary import Vocabulary
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.tokenizers import FolderTokenizer
 
@@ -22,14 +28,19 @@ ADDED_SCORE = -1000.0
 
 SPACE = "\u2581"
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = {
-    (_CONTRACTIONS + r"\p{N}{1,3}" + _REST, True): "llama-bpe",
-    (_CONTRACTIONS + r"\p{N}" + _REST, False): "qwen2",
-    ("byte level", False): "gpt-2",
-}
-"""(split pattern, ``ignore_merges``) -> llama.cpp's name of the same pre-tokenizer."""
+END_NAMES = frozenset(
+    {
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "[e~["),
+        *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>"),
+        *("<REPO>", "<reponame>", "<|file_sep|>"),
+    }
+)
+"""Tokens that end a reply in llama.cpp whatever the file says; others need one of the keys below."""
+
+END_KEYS = ("eot", "eom")
+"""Keys for end tokens besides EOS."""
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
@@ -83,12 +94,12 @@ class TokenTable:
 def _pre_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name of the tokenizer's way to split a text before merging."""
     model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers") or [pre]
     unusual = [
         k
         for k in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
         if model.get(k)
     ]
+    steps = pre.get("pretokenizers") or [pre]
     if (
         model.get("type") != "BPE"
         or unusual
@@ -98,18 +109,24 @@ def _pre_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> str:
         raise refuse(
             folder, f"tokenizer: expected byte-level BPE, found {model.get('type')} {pre.get('type')} {unusual}"
         )
-    if len(steps) == 1 and steps[0].get("use_regex", True):
-        pattern = "byte level"
-    elif len(steps) == 2 and steps[0].get("type") == "Split" and not steps[1].get("use_regex", True):
-        isolated = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-        pattern = steps[0]["pattern"].get("Regex", "") if isolated else ""
-    else:
-        pattern = ""
-    name = PRE_TOKENIZERS.get((pattern, bool(model.get("ignore_merges"))))
+    patterns = [_pattern(step) for step in steps[:-1]]
+    patterns += [pre_tokenizers.GPT2] if steps[-1].get("use_regex", True) else []
+    name = None if None in patterns else pre_tokenizers.name_of(map(str, patterns), bool(model.get("ignore_merges")))
     normalizer = (tokenizer.get("normalizer") or {}).get("type")
-    if name is None or normalizer not in (None, "NFC" if name == "qwen2" else None):
+    if name is None or normalizer not in (None, "NFC"):
         raise refuse(folder, f"tokenizer: unknown pre-tokenizer {json.dumps(pre)} or normalizer {normalizer}")
     return name
+
+
+def _pattern(step: dict[str, Any]) -> str | None:
+    """The regular expression that a step splits by; ``None`` for a step of another kind."""
+    kind, behavior, inverted = step.get("type"), step.get("behavior"), bool(step.get("invert"))
+    if kind == "Split" and (behavior, inverted) in (("Isolated", False), ("Removed", True)):
+        found: str | None = step["pattern"].get("Regex")
+        return found
+    if kind == "Digits":
+        return pre_tokenizers.DIGIT if step.get("individual_digits") else pre_tokenizers.DIGITS
+    return pre_tokenizers.PUNCTUATION if kind == "Punctuation" and behavior == "Contiguous" else None
 
 
 def _byte_level(writer: Any, folder: Path, tokenizer: dict[str, Any]) -> TokenTable:
@@ -229,15 +246,108 @@ def _add_special(writer: Any, folder: Path, reader: FolderTokenizer, tokens: lis
         special[name] = tokens.index(text) if text in tokens else None
         if special[name] is not None:
             getattr(writer, f"add_{name}_token_id")(special[name])
-    if "<|im_end|>" in tokens:
-        writer.add_eot_token_id(tokens.index("<|im_end|>"))
+    for key, token in zip(END_KEYS, _more_ends(reader, special["eos"], tokens), strict=False):
+        getattr(writer, f"add_{key}_token_id")(token)
     bos, eos = _ends_added(folder, reader, special)
     writer.add_add_bos_token(bos)
     writer.add_add_eos_token(eos)
-    template_file = folder / "chat_template.jinja"
-    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
-    if isinstance(template, str):
-        writer.add_chat_template(template)
+    templates = _chat_templates(folder, config)
+    if templates:
+        alone = templates.get("default") if len(templates) == 1 else None
+        writer.add_chat_template(alone or [{"name": name, "template": text} for name, text in templates.items()])
+
+
+def _more_ends(reader: FolderTokenizer, eos: int | None, tokens: list[str]) -> list[int]:
+    """End tokens besides EOS, those first that llama.cpp does not know by their names."""
+    ends = sorted(i for i in reader.end_token_ids if i != eos and i < len(tokens))
+    return sorted(ends, key=lambda i: tokens[i] in END_NAMES)
+
+
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Name -> template, "default" first."""
+    given = config.get("chat_template")
+    named = {e.get("name"): e.get("template") for e in given if isinstance(e, dict)} if isinstance(given, list) else {}
+    found = {"default": given} if isinstance(given, str) else named
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    found |= {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+    texts = {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+    return dict(sorted(texts.items(), key=lambda entry: entry[0] != "default"))
+
+
+def require_same_tokenizer(folder: Path, file: Path) -> None:
+    """Checks that llama.cpp reads the tokenizer of a new file as the folder has it.
+
+    Left out are texts on which the two are known to differ: those that an NFC normalizer would change, which llama.cpp does
+    not; where a ``Metaspace`` step stands for SentencePiece, those that begin with a blank, and what follows a special token;
+    and the names of tokens that llama.cpp takes for special ones, whatever the file says.
+
+    Args:
+        folder: holds the tokenizer.
+        file: the GGUF file made of it.
+
+    Raises:
+        InputError: a text has other ids, or a token that ends a reply would not end it.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    from tokenizers import Tokenizer
+
+    reader = FolderTokenizer(folder)
+    tokenizer = Tokenizer.from_str(reader.definition)
+    added = {token.content: bool(token.special) for token in tokenizer.get_added_tokens_decoder().values()}
+    probes = tokenizer_probes.texts(
+        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False)), len(reader.vocabulary), added
+    )
+    with Vocabulary(file) as vocabulary:
+        lost = sorted(reader.end_token_ids - set(vocabulary.end_token_ids()))
+        if lost:
+            raise refuse(folder, f"the tokens {lost} end a reply, and llama.cpp has no place for so many")
+        tokenizer_probes.require_same_ids(
+            str(folder),
+            probes,
+            lambda text, trusted: vocabulary.tokenize(text, True, trusted),
+            lambda text, trusted: reader.encode(text, True, trusted),
+            "convert it with llama.cpp's convert_hf_to_gguf.py and use that file",
+            _comparable(json.loads(reader.definition), added, _special_names(file, vocabulary)),
+        )
+
+
+def _special_names(file: Path, vocabulary: Vocabulary) -> dict[str, bool]:
+    """Texts that llama.cpp reads as tokens before anything else -> whether in trusted text alone."""
+    lib = load_library()
+    secret = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+    tokens = read_header(file).metadata["tokenizer.ggml.tokens"]
+    return {
+        tokens[i]: bool(bits & secret)
+        for i, bits in enumerate(vocabulary.attributes())
+        if bits & (secret | lib.LLAMA_TOKEN_ATTR_USER_DEFINED)
+    }
+
+
+def _comparable(
+    definition: dict[str, Any], added: dict[str, bool], theirs: dict[str, bool]
+) -> Callable[[str, bool], bool]:
+    """Whether the folder and llama.cpp are meant to agree on a text.
+
+    Args:
+        definition: ``tokenizer.json``.
+        added: the folder's tokens that are read first -> whether in trusted text alone.
+        theirs: the same of llama.cpp.
+    """
+    composed = (definition.get("normalizer") or {}).get("type") == "NFC"
+    metaspace = (definition.get("pre_tokenizer") or {}).get("type") == "Metaspace"
+    differing = {name for name in {*added, *theirs} if added.get(name) != theirs.get(name)}
+    # A token of its own in trusted text alone is plain text to both in any other.
+    differing_in_plain_text = {name for name in differing if {added.get(name), theirs.get(name)} != {None, True}}
+
+    def comparable(text: str, trusted: bool) -> bool:
+        if composed and unicodedata.normalize("NFC", text) != text:
+            return False
+        if metaspace and (text.startswith((" ", SPACE)) or any(name in text for name in added)):
+            return False
+        return not any(name in text for name in (differing if trusted else differing_in_plain_text))
+
+    return comparable
 
 
 def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:

@@ -155,6 +155,14 @@ class Vocabulary:
                 groups[0 if set_aside else 1 if attribute & CONTROL else 2].append(token)
         return [*groups[0], *groups[1], *groups[2]]
 
+    def attributes(self) -> list[int]:
+        """What kind each token is to llama.cpp, in bits of ``LLAMA_TOKEN_ATTR_*``: not always what the file says."""
+        return [int(self._lib.llama_vocab_get_attr(self._vocab, i)) for i in range(self.size)]
+
+    def end_token_ids(self) -> list[int]:
+        """Every token that ends a reply."""
+        return [i for i in range(self.size) if self._lib.llama_vocab_is_eog(self._vocab, i)]
+
     def close(self) -> None:
         """Frees the vocabulary; may be called more than once."""
         self._resources.close()

@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,9 @@ from edgepatch.converters import hf, rope
 from edgepatch.converters.first_contact import Contact, Failure, Report, try_apart
 from edgepatch.converters.gguf_library import PACKAGE, library_errors, load_library, quantization_types
 from edgepatch.converters.gguf_specs import read_spec
-from edgepatch.converters.gguf_tokenizers import add_tokenizer, refuse
+from edgepatch.converters.gguf_tokenizers import add_tokenizer, refuse, require_same_tokenizer
+from edgepatch.converters.origins import Origin
+from edgepatch.converters.outputs import replacing_file
 from edgepatch.errors import InputError, MissingExtraError, UnfitModelError
 from edgepatch.tensors import ModelSpec
 
@@ -32,28 +32,6 @@ CONVERTED = ("llama", "mistral", "qwen2", "qwen3")
 
 QUANTIZATION_DEADLINE_S, QUANTIZED_BYTES_PER_S = 600.0, 1e5
 """Of the slowest types on the slowest devices."""
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside ``target`` that takes its place when the block succeeds, and is removed otherwise."""
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"cannot write {target}: {reason}", hint="free space or name another folder") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -76,9 +54,12 @@ def _check_rope(folder: Path, spec: ModelSpec) -> None:
         raise refuse(folder, f"rotary embedding: expected none of {sorted(unknown)}")
 
 
-def _add_settings(writer: Any, config: dict[str, Any], spec: ModelSpec, type_name: str, name: str) -> None:
+def _add_settings(writer: Any, folder: Path, config: dict[str, Any], spec: ModelSpec, type_name: str) -> None:
+    origin = Origin.of_config(config)
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(origin.name if origin and origin.name else folder.resolve().name)
+    for key, value in origin.metadata().items() if origin else ():
+        writer.add_string(key, value)
     writer.add_file_type(0 if type_name == "F32" else 1)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(spec.hidden_size)
@@ -155,7 +136,7 @@ def _write_model(path: Path, folder: Path, config: dict[str, Any], spec: ModelSp
     weights = _Weights(folder, config, spec, type_name)
     writer = gguf.GGUFWriter(path, weights.architecture)
     try:
-        _add_settings(writer, config, spec, type_name, folder.resolve().name)
+        _add_settings(writer, folder, config, spec, type_name)
         add_tokenizer(writer, folder, spec.vocab_size)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         divisors = None
@@ -205,9 +186,10 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelS
     spec = hf.read_spec(folder)
     _check_rope(folder, spec)
     try:
-        with _replacing(target) as temporary:
+        with replacing_file(target) as temporary:
             _write_model(temporary, folder, config, spec, type_name)
             _require_same(spec, read_spec(temporary))
+            require_same_tokenizer(folder, temporary)
     except KeyError as error:
         raise InputError(
             f"{folder}: config.json or tokenizer.json has no {error}", hint="download the model again"
@@ -257,7 +239,7 @@ def quantize(source: Path, target: Path, type_name: str, num_threads: int | None
     if type_name not in types:
         raise InputError(f"quantization type: expected one of {', '.join(sorted(types))}, found {type_name!r}")
     spec = read_spec(source)
-    with _replacing(target) as temporary:
+    with replacing_file(target) as temporary:
         settings = {"target": str(temporary), "type": type_name, "num_threads": num_threads or 0}
         contact = Contact(PACKAGE, f"{__name__}:quantize_here", (source,), settings)
         # The library reads a file that may never have been loaded: the child that would try it can do the work itself.

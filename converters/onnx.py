@@ -33,6 +33,7 @@ from edgepatch.converters.onnx_graphs import quantization, recognise
 from edgepatch.converters.onnx_identity import QUANTIZATIONS, identity, stamp
 from edgepatch.converters.onnx_precision import reduce
 from edgepatch.converters.onnx_sessions import open_session, prove_session
+from edgepatch.converters.outputs import replacing_folder, unwritable
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec
 from edgepatch.tokenizers import FolderTokenizer
@@ -95,9 +96,7 @@ def export(
             _copy_tokenizer(folder, unfinished)
             return compare(unfinished, spec, oracle)
     except OSError as error:
-        raise InputError(
-            f"cannot write {target}: {error.strerror or error}", hint="free space or name another folder"
-        ) from error
+        raise unwritable(target, error) from error
 
 
 @contextmanager
@@ -185,22 +184,8 @@ def replacement(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its place at the end, or vanishes on any error."""
     if target.is_symlink() or (target.exists() and not _may_replace(target)):
         raise InputError(f"{target} exists and is not an ONNX model folder", hint="name a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    unfinished, old = beside / "new", beside / "old"
-    try:
-        unfinished.mkdir()
+    with replacing_folder(target) as unfinished:
         yield unfinished
-        try:
-            if target.exists():
-                target.rename(old)
-            unfinished.rename(target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _may_replace(target: Path) -> bool:

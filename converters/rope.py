@@ -8,7 +8,7 @@ file that somebody else made does is measured (``llamacpp_layout``), never looke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,23 @@ from numpy.typing import NDArray
 
 from edgepatch.errors import InputError
 
-ROTATES_NEIGHBOURS = {"llama": True, "qwen2": False, "qwen3": False}
-"""GGUF architecture -> whether converters reorder its heads. Mistral's architecture in GGUF is "llama"."""
+ROTATES_NEIGHBOURS = {
+    "command-r": False,
+    "gemma": False,
+    "gemma2": False,
+    "gemma3": False,
+    "granite": True,
+    "lfm2": False,
+    "llama": True,
+    "olmo2": False,
+    "phi3": False,
+    "qwen2": False,
+    "qwen3": False,
+    "smollm3": True,
+    "stablelm": False,
+}
+"""GGUF architecture -> whether converters reorder its heads. Mistral's architecture in GGUF is "llama"; Cohere's own code rotates
+neighbours, so there is nothing to reorder."""
 
 
 def rotates_neighbours(architecture: str) -> bool:
@@ -44,6 +59,13 @@ def interleave(keys: NDArray[Any]) -> NDArray[Any]:
     return pairs.reshape(keys.shape)
 
 
+def deinterleave(keys: NDArray[Any]) -> NDArray[Any]:
+    """The inverse of ``interleave``: (..., H) from neighbours to rotate-half order."""
+    pairs: NDArray[Any] = keys.reshape(*keys.shape[:-1], keys.shape[-1] // 2, 2)
+    halves: NDArray[Any] = pairs.swapaxes(-1, -2)
+    return halves.reshape(keys.shape)
+
+
 def projection_to_llamacpp(weight: NDArray[Any], num_heads: int, architecture: str) -> NDArray[Any]:
     """Reorders the rows of a query or key projection, so that it yields heads in llama.cpp's order.
 
@@ -58,10 +80,17 @@ def projection_to_llamacpp(weight: NDArray[Any], num_heads: int, architecture: s
     Raises:
         InputError: the architecture's layout was not proven.
     """
-    if not rotates_neighbours(architecture):
-        return weight
+    return _reordered(weight, num_heads, interleave) if rotates_neighbours(architecture) else weight
+
+
+def projection_from_llamacpp(weight: NDArray[Any], num_heads: int) -> NDArray[Any]:
+    """The inverse of ``projection_to_llamacpp``, of an architecture whose heads are reordered; whole heads are enough."""
+    return _reordered(weight, num_heads, deinterleave)
+
+
+def _reordered(weight: NDArray[Any], num_heads: int, order: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
     heads = np.moveaxis(weight.reshape(num_heads, -1, *weight.shape[1:]), 1, -1)  # (heads, ..., H)
-    return np.ascontiguousarray(np.moveaxis(interleave(heads), -1, 1)).reshape(weight.shape)
+    return np.ascontiguousarray(np.moveaxis(order(heads), -1, 1)).reshape(weight.shape)
 
 
 LLAMA3 = {

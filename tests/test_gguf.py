@@ -101,36 +101,6 @@ def test_tokens_are_the_folders(files, tiny_folder):
         assert runtime.end_token_ids.isdisjoint(runtime.encode(spelled)), "plain text must not end a turn"
 
 
-@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
-def test_known_pre_tokenizers_split_alike(name, tmp_path):
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-
-    pattern, ignore_merges = next(key for key, value in gguf.PRE_TOKENIZERS.items() if value == name)
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|pad|>", "<|bos|>", "<|eos|>"]
-    tokenizer.train_from_iterator(
-        TEXTS * 4, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
-    )
-    folder = make_folder(tmp_path / "hf", "qwen3")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")
-    fast.save_pretrained(folder)
-    gguf.convert_folder(folder, tmp_path / "model.gguf")
-    reference = FolderTokenizer(folder)
-    with LlamaCppRuntime(tmp_path / "model.gguf", num_threads=1) as runtime:
-        assert gguf.read_header(tmp_path / "model.gguf").metadata["tokenizer.ggml.pre"] == name
-        for text in TEXTS:
-            if name == "llama-bpe" or "\u0301" not in text:  # llama.cpp does not normalize
-                assert runtime.encode(text) == reference.encode(text), text
-
-
 def test_key_layout_by_hand_for_one_head():
     key = np.arange(8.0)[None, None]  # (K, P, H)
     assert rope.interleave(key).ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
@@ -154,6 +124,7 @@ def test_key_layout_by_hand_for_one_head():
         15,
     ]
     assert np.array_equal(rope.projection_to_llamacpp(weight, 2, "qwen2"), weight)
+    assert np.array_equal(rope.projection_from_llamacpp(rope.projection_to_llamacpp(weight, 2, "llama"), 2), weight)
     with pytest.raises(InputError, match="cohere"):
         rope.projection_to_llamacpp(weight, 2, "cohere")
 

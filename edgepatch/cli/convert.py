@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -10,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, model_path, print_json
+from edgepatch.cli.console import JsonFlag, model_path, note, print_json, progress_bars
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
     from edgepatch.converters import onnx
+    from edgepatch.converters.checkpoints import Progress
+    from edgepatch.converters.origins import Origin
 
 convert_app = typer.Typer(
     help="Convert base models and patches.\n\nExample: `edgepatch convert base models/llama llama.gguf --type Q4_K_M`",
@@ -29,9 +30,13 @@ class Target(str, Enum):
 
     gguf = "gguf"
     onnx = "onnx"
+    transformers = "transformers"
 
 
 UNQUANTIZED = ("F32", "F16")
+USUAL_TYPES = {Target.gguf: "F16", Target.onnx: "fp32", Target.transformers: "float32"}
+ONNX_BYTES = {"fp32": 4.0, "fp16": 6.0, "int8": 1.3, "int4": 0.9}
+"""What a weight takes on the disk while a graph is made: fp16 is narrowed from fp32."""
 
 
 @convert_app.command("base")
@@ -39,18 +44,19 @@ def convert_base(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL",
-            parser=model_path,
-            help="Transformers folder; for gguf also an F32 or F16 GGUF file.",
+            metavar="MODEL", parser=model_path, help="Transformers folder, or GGUF file of any quantization."
         ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file or ONNX folder to write.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="GGUF file, ONNX folder or Transformers folder to write.")
+    ],
     to: Annotated[Target, typer.Option("--to", help="Format to write.")] = Target.gguf,
     kind: Annotated[
         str | None,
         typer.Option(
             "--type",
-            help="gguf: F16 (default), Q8_0, Q4_K_M, Q4_0 or another type of llama.cpp. onnx: fp32 (default), fp16, int8, int4.",
+            help="gguf: F16 (default), Q8_0, Q4_K_M, Q4_0 or another type of llama.cpp. onnx: fp32 (default), fp16, int8, int4. "
+            "transformers: float32 (default, exact), bfloat16 (half as large).",
         ),
     ] = None,
     exporter: Annotated[
@@ -63,56 +69,102 @@ def convert_base(
         Path | None,
         typer.Option("--optimum-env", help="onnx: virtual environment for optimum; made if it does not exist."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="transformers: replace a Transformers folder that is there already.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Convert a Transformers model to GGUF or ONNX, quantized.
+    """Convert a Transformers model or a GGUF file to GGUF or ONNX, quantized; or a GGUF file to a Transformers folder.
 
-    GGUF takes every type that llama.cpp quantizes to; a wrong --type lists them.
+    GGUF takes every type that llama.cpp quantizes to; a wrong --type lists them. What is made from a quantized GGUF file is no
+    more exact than that file, and says so.
 
     Examples: `edgepatch convert base models/llama llama.gguf --type Q4_K_M`,
     `edgepatch convert base models/llama llama-onnx --to onnx --type int4`,
-    `edgepatch convert base models/gemma gemma-onnx --to onnx --exporter transformers`
+    `edgepatch convert base models/gemma gemma-onnx --to onnx --exporter transformers`,
+    `edgepatch convert base llama-Q4_1.gguf models/llama --to transformers`
     """
-    kind = kind or ("F16" if to is Target.gguf else "fp32")
-    if to is Target.onnx:
-        _convert_onnx(source, target, kind, exporter, optimum_env)
-    elif exporter != "builder" or optimum_env is not None:
+    kind = kind or USUAL_TYPES[to]
+    if to is not Target.onnx and (exporter != "builder" or optimum_env is not None):
         raise InputError(
-            "--exporter and --optimum-env: expected with --to onnx, found with --to gguf", hint="leave them out"
+            f"--exporter and --optimum-env: expected with --to onnx, found with --to {to.value}", hint="leave them out"
         )
-    else:
-        _convert_gguf(source, target, kind)
+    if to is not Target.transformers and force:
+        raise InputError(f"--force: expected with --to transformers, found with --to {to.value}", hint="leave it out")
+    with progress_bars() as progress:
+        if to is Target.onnx:
+            _convert_onnx(source, target, kind, exporter, optimum_env, progress)
+        elif to is Target.transformers:
+            _convert_transformers(source, target, kind, force, progress)
+        else:
+            _convert_gguf(source, target, kind, progress)
+    _tell(source, target, to, kind, as_json)
+
+
+def _tell(source: Path, target: Path, to: Target, kind: str, as_json: bool) -> None:
+    """Says what was made, how large it is, and what it was made from."""
+    origin = _origin(source)
     files = target.rglob("*") if target.is_dir() else [target]
     size_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    if origin:
+        note(f"{target}: {origin.note()}")
     if as_json:
-        print_json({"path": str(target), "format": to.value, "type": kind, "size_bytes": size_bytes})
+        made_from = {"file": origin.file, "quantization": origin.quantization} if origin else None
+        print_json(
+            {"path": str(target), "format": to.value, "type": kind, "size_bytes": size_bytes, "made_from": made_from}
+        )
     else:
         print(f"{target}: {kind}, {size_bytes / 1e6:.1f} MB")
 
 
-def _convert_gguf(source: Path, target: Path, kind: str) -> None:
-    from edgepatch.converters import gguf
+def _origin(source: Path) -> Origin | None:
+    """What the source's weights come from, where that is a GGUF file that is quantized."""
+    from edgepatch.converters import gguf, hf
+    from edgepatch.converters.origins import Origin, is_quantized
 
-    if source.is_file():
-        gguf.quantize(source, target, kind)
-        return
-    if kind in UNQUANTIZED:
-        gguf.convert_folder(source, target, kind)
-        return
+    if source.is_dir():
+        return Origin.of_config(hf.read_config(source))
+    header = gguf.read_header(source)
+    return Origin.of_header(header) if is_quantized(header) else None
+
+
+def _convert_gguf(source: Path, target: Path, kind: str, progress: Progress) -> None:
+    from edgepatch.converters import gguf
+    from edgepatch.converters.origins import is_quantized
+    from edgepatch.converters.outputs import folder_beside
+
     if kind not in gguf.quantization_types():
         known = ", ".join(sorted(gguf.quantization_types()))
         raise InputError(f"--type: llama.cpp has no type {kind}", hint=f"take one of {known}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        full = Path(folder) / "F16.gguf"
-        gguf.convert_folder(source, full, "F16")
-        gguf.quantize(full, target, kind)
+    if source.is_file():
+        if is_quantized(gguf.read_header(source)):
+            gguf.requantize(source, target, kind, progress)
+        else:
+            gguf.quantize(source, target, kind)
+    elif kind in UNQUANTIZED:
+        gguf.convert_folder(source, target, kind)
+    else:
+        with folder_beside(target) as folder:
+            gguf.convert_folder(source, folder / "F16.gguf", "F16")
+            gguf.quantize(folder / "F16.gguf", target, kind)
 
 
-def _convert_onnx(source: Path, target: Path, kind: str, exporter: str, optimum_env: Path | None) -> None:
+def _convert_onnx(
+    source: Path, target: Path, kind: str, exporter: str, optimum_env: Path | None, progress: Progress
+) -> None:
     from edgepatch.converters import onnx
+    from edgepatch.converters.dequantization import dequantized
 
-    onnx.export(source, target, cast("onnx.Precision", kind), cast("onnx.Exporter", exporter), optimum_env)
+    with dequantized(source, target, ONNX_BYTES.get(kind, 0), progress) as folder:
+        onnx.export(folder, target, cast("onnx.Precision", kind), cast("onnx.Exporter", exporter), optimum_env)
+
+
+def _convert_transformers(source: Path, target: Path, kind: str, force: bool, progress: Progress) -> None:
+    from edgepatch.converters.dequantization import dequantize
+
+    if source.is_dir():
+        raise InputError(f"--to transformers: expected a GGUF file, found the folder {source}", hint="use it as it is")
+    dequantize(source, target, kind, force, progress)
 
 
 @convert_app.command("stamp")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgepatch.doctor import memory
+from edgepatch.doctor.machine import memory
 from edgepatch.inspection.facts import ModelFacts
 from edgepatch.inspection.fitting import Fitting, fitting_patches
 from edgepatch.inspection.folder_facts import read_model_folder

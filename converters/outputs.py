@@ -1,0 +1,90 @@
+"""Files and folders that appear complete or not at all, whatever ends the writing: an error, a full disk, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgepatch.errors import InputError
+
+HINT = "free space or name another folder"
+
+
+def require_space(target: Path, num_bytes: int) -> None:
+    """Checks before anything is written that a target will fit.
+
+    Args:
+        target: a file or folder that need not exist.
+        num_bytes: what it and all that is written beside it take.
+
+    Raises:
+        InputError: there is less space.
+    """
+    folder = target.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise InputError(
+            f"cannot write {target}: it needs {num_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free on {folder}",
+            HINT,
+        )
+
+
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """A temporary file beside ``target`` that takes its place when the block succeeds, and is removed otherwise.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full.
+    """
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        temporary = Path(name)
+        os.close(handle)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def unwritable(target: Path, error: OSError) -> InputError:
+    """The error for a target that the system does not let us write."""
+    return InputError(f"cannot write {target}: {error.strerror or error}", HINT)
+
+
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A temporary folder on the same disk as ``target``, removed at the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its place at the end, or vanishes on any error; an old one stays till then."""
+    with folder_beside(target) as beside:
+        unfinished, old = beside / "new", beside / "old"
+        unfinished.mkdir()
+        yield unfinished
+        try:
+            if target.exists():
+                target.rename(old)
+            unfinished.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
