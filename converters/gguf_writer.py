@@ -20,10 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import hf, rope
-from edgepatch.converters.gguf_library import forget_errors, library_errors, load_library, quantization_types
+from edgepatch.converters.gguf_library import (
+    forget_errors,
+    library_errors,
+    load_library,
+    quantization_types,
+    quantizing,
+)
 from edgepatch.converters.gguf_specs import read_spec
 from edgepatch.converters.gguf_tokenizers import add_tokenizer, refuse
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.progress import Progress, silent
 from edgepatch.tensors import ModelSpec
 
 CONVERTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -145,7 +152,9 @@ class _Weights:
             yield np.ascontiguousarray(array)
 
 
-def _write_model(path: Path, folder: Path, config: dict[str, Any], spec: ModelSpec, type_name: str) -> None:
+def _write_model(
+    path: Path, folder: Path, config: dict[str, Any], spec: ModelSpec, type_name: str, progress: Progress
+) -> None:
     import gguf
 
     weights = _Weights(folder, config, spec, type_name)
@@ -165,8 +174,10 @@ def _write_model(path: Path, folder: Path, config: dict[str, Any], spec: ModelSp
         writer.write_ti_data_to_file()
         if divisors is not None:
             writer.write_tensor_data(divisors)
-        for array in weights.arrays():
+        for done, array in enumerate(weights.arrays()):
+            progress("convert", done, len(weights.sources))
             writer.write_tensor_data(array)
+        progress("convert", len(weights.sources), len(weights.sources))
     finally:
         writer.close()
 
@@ -176,13 +187,14 @@ def _require_gguf() -> None:
         raise MissingExtraError("gguf", "gguf")
 
 
-def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelSpec:
+def convert_folder(folder: Path, target: Path, type_name: str = "F16", progress: Progress = silent) -> ModelSpec:
     """Converts a Transformers folder (llama, mistral, qwen2, qwen3) to GGUF.
 
     Args:
         folder: model and tokenizer.
         target: the GGUF file; it appears complete or not at all.
         type_name: "F32" or "F16"; norms stay float32.
+        progress: told of every tensor.
 
     Returns:
         The model, read back from the new file.
@@ -202,7 +214,7 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelS
     _check_rope(folder, spec)
     try:
         with _replacing(target) as temporary:
-            _write_model(temporary, folder, config, spec, type_name)
+            _write_model(temporary, folder, config, spec, type_name, progress)
             _require_same(spec, read_spec(temporary))
     except KeyError as error:
         raise InputError(
@@ -232,7 +244,9 @@ def _quantization_error(source: Path, type_name: str) -> InputError:
     return InputError(f"llama.cpp cannot quantize {source} to {type_name}: {reason}", hint)
 
 
-def quantize(source: Path, target: Path, type_name: str, num_threads: int | None = None) -> ModelSpec:
+def quantize(
+    source: Path, target: Path, type_name: str, num_threads: int | None = None, progress: Progress = silent
+) -> ModelSpec:
     """Quantizes an F32 or F16 GGUF file with llama.cpp.
 
     Args:
@@ -240,6 +254,7 @@ def quantize(source: Path, target: Path, type_name: str, num_threads: int | None
         target: the quantized file; it appears complete or not at all.
         type_name: one of ``quantization_types()``: "Q8_0", "Q4_K_M", "Q4_0", ...
         num_threads: all cores when ``None``.
+        progress: told of every tensor.
 
     Returns:
         The model, read back from the new file.
@@ -258,8 +273,9 @@ def quantize(source: Path, target: Path, type_name: str, num_threads: int | None
     parameters.nthread = num_threads or 0
     with _replacing(target) as temporary:
         forget_errors()
-        status = llama_cpp.llama_model_quantize(bytes(source), bytes(temporary), ctypes.byref(parameters))
-        if status != 0:
-            raise _quantization_error(source, type_name)
+        with quantizing(progress):
+            status = llama_cpp.llama_model_quantize(bytes(source), bytes(temporary), ctypes.byref(parameters))
+            if status != 0:
+                raise _quantization_error(source, type_name)
         _require_same(spec, read_spec(temporary))
     return spec

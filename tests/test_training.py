@@ -387,7 +387,7 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tiny_folder, tmp_p
     for stop in (("SFT", 4), ("DPO", 2), ("DPO", 4)):
         folder = tmp_path / f"{stop[0]}{stop[1]}"
 
-        def interrupt(stage, step, total, metrics, stop=stop):
+        def interrupt(stage, step, total, *, stop=stop, **figures):
             if (stage, step) == stop:
                 raise RuntimeError("killed")
 

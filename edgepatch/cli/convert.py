@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, print_json
+from edgepatch.cli.console import JsonFlag, LogOption, log_beside, print_json, progress_bars
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
+from edgepatch.progress import Progress, stage
 
 if TYPE_CHECKING:
     from edgepatch.converters import onnx
@@ -58,6 +59,7 @@ def convert_base(
         Path | None,
         typer.Option("--optimum-env", help="onnx: virtual environment for optimum; made if it does not exist."),
     ] = None,
+    log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Convert a Transformers model to GGUF or ONNX, quantized.
@@ -69,14 +71,8 @@ def convert_base(
     `edgepatch convert base models/gemma gemma-onnx --to onnx --exporter transformers`
     """
     kind = kind or ("F16" if to is Target.gguf else "fp32")
-    if to is Target.onnx:
-        _convert_onnx(source, target, kind, exporter, optimum_env)
-    elif exporter != "builder" or optimum_env is not None:
-        raise InputError(
-            "--exporter and --optimum-env: expected with --to onnx, found with --to gguf", hint="leave them out"
-        )
-    else:
-        _convert_gguf(source, target, kind)
+    with progress_bars(log or log_beside(target)) as progress:
+        _convert_base(source, target, to, kind, exporter, optimum_env, progress)
     files = target.rglob("*") if target.is_dir() else [target]
     size_bytes = sum(file.stat().st_size for file in files if file.is_file())
     if as_json:
@@ -85,14 +81,33 @@ def convert_base(
         print(f"{target}: {kind}, {size_bytes / 1e6:.1f} MB")
 
 
-def _convert_gguf(source: Path, target: Path, kind: str) -> None:
+def _convert_base(
+    source: Path,
+    target: Path,
+    to: Target,
+    kind: str,
+    exporter: str,
+    optimum_env: Path | None,
+    progress: Progress,
+) -> None:
+    if to is Target.onnx:
+        _convert_onnx(source, target, kind, exporter, optimum_env, progress)
+    elif exporter != "builder" or optimum_env is not None:
+        raise InputError(
+            "--exporter and --optimum-env: expected with --to onnx, found with --to gguf", hint="leave them out"
+        )
+    else:
+        _convert_gguf(source, target, kind, progress)
+
+
+def _convert_gguf(source: Path, target: Path, kind: str, progress: Progress) -> None:
     from edgepatch.converters import gguf
 
     if source.is_file():
-        gguf.quantize(source, target, kind)
+        gguf.quantize(source, target, kind, progress=progress)
         return
     if kind in UNQUANTIZED:
-        gguf.convert_folder(source, target, kind)
+        gguf.convert_folder(source, target, kind, progress)
         return
     if kind not in gguf.quantization_types():
         known = ", ".join(sorted(gguf.quantization_types()))
@@ -100,14 +115,23 @@ def _convert_gguf(source: Path, target: Path, kind: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         full = Path(folder) / "F16.gguf"
-        gguf.convert_folder(source, full, "F16")
-        gguf.quantize(full, target, kind)
+        gguf.convert_folder(source, full, "F16", progress)
+        gguf.quantize(full, target, kind, progress=progress)
 
 
-def _convert_onnx(source: Path, target: Path, kind: str, exporter: str, optimum_env: Path | None) -> None:
+def _convert_onnx(
+    source: Path, target: Path, kind: str, exporter: str, optimum_env: Path | None, progress: Progress
+) -> None:
     from edgepatch.converters import onnx
 
-    onnx.export(source, target, cast("onnx.Precision", kind), cast("onnx.Exporter", exporter), optimum_env)
+    onnx.export(
+        source,
+        target,
+        cast("onnx.Precision", kind),
+        cast("onnx.Exporter", exporter),
+        optimum_env,
+        progress=progress,
+    )
 
 
 @convert_app.command("stamp")
@@ -122,6 +146,7 @@ def convert_stamp(
     model_file: Annotated[
         str | None, typer.Option("--file", help="The graph within the folder; default: model.onnx or onnx/model.onnx.")
     ] = None,
+    log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write into an ONNX graph of optimum, onnxruntime-genai or Transformers which model it is, so that it takes patches.
@@ -130,7 +155,8 @@ def convert_stamp(
     """
     from edgepatch.converters import onnx
 
-    agreement = onnx.stamp_folder(folder, base, model_file)
+    with progress_bars(log or log_beside(folder)) as progress, stage(progress, "compare" if base else "stamp"):
+        agreement = onnx.stamp_folder(folder, base, model_file)
     if as_json:
         difference = agreement.max_difference if agreement else None
         print_json({"path": str(folder), "compared": agreement is not None, "max_abs_dlogit": difference})
@@ -145,6 +171,7 @@ def convert_baked(
     folder: Annotated[Path, typer.Argument(metavar="ONNX_FOLDER", help="Graph of onnxruntime-genai's builder.")],
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch with a KV seed.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Bake a patch into a graph for programs that run onnxruntime-genai, which takes no seeds.
@@ -157,7 +184,8 @@ def convert_baked(
     from edgepatch.patches import read_patch
 
     patch = read_patch(patch_file)
-    onnx_baked.bake_seed(folder, patch, target)
+    with progress_bars(log or log_beside(target)) as progress, stage(progress, "bake"):
+        onnx_baked.bake_seed(folder, patch, target)
     count = patch.num_virtual_tokens
     if as_json:
         print_json({"path": str(target), "patch_digest": patch.digest, "num_virtual_tokens": count})
@@ -172,6 +200,7 @@ def convert_seed(
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")],
     model: Annotated[Path, typer.Option("--model", help="Transformers folder of the base model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Compute a patch's KV seed and canary with the full-precision model and store them in a new patch file.
@@ -183,9 +212,13 @@ def convert_seed(
     from edgepatch.converters import fingerprints, hf
     from edgepatch.patches import read_patch, write_patch
 
-    patch = hf.with_kv_seed(read_patch(patch_file), model)
-    patch = replace(patch, weight_sketch=fingerprints.sketch_of(model))
-    digest = write_patch(patch, out)
+    patch = read_patch(patch_file)
+    with progress_bars(log or log_beside(out)) as progress:
+        with stage(progress, "seed and canary"):
+            patch = hf.with_kv_seed(patch, model)
+        with stage(progress, "sketch"):
+            patch = replace(patch, weight_sketch=fingerprints.sketch_of(model))
+        digest = write_patch(patch, out)
     if as_json:
         print_json({"path": str(out), "digest": digest, "num_virtual_tokens": patch.num_virtual_tokens})
     else:

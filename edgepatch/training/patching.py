@@ -11,13 +11,14 @@ from typing import Any
 from edgepatch.converters import fingerprints, hf
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
+from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import KVSeed, SoftPrompt
 from edgepatch.training import parallel, provenance, runs
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.forward import BenignText, FrozenModels
 from edgepatch.training.policies import KVPolicy, Policy, SoftPromptPolicy, initial_soft_prompt, random_soft_prompt
 from edgepatch.training.preferences import Pair
-from edgepatch.training.trainer import Progress, Trainer
+from edgepatch.training.trainer import Trainer
 
 
 class PatchTraining:
@@ -30,6 +31,7 @@ class PatchTraining:
         run: folder for settings, checkpoint and curves; a run that was killed goes on from there. ``None`` keeps nothing.
         reference: the safer model, where ``config.dpo_reference`` is "model".
         device: "cpu" or "cuda".
+        progress: told of the loading.
 
     Raises:
         InputError: a model cannot be read.
@@ -45,11 +47,13 @@ class PatchTraining:
         run: Path | None = None,
         reference: Path | None = None,
         device: str | None = None,
+        progress: Progress = silent,
     ) -> None:
         self.folder, self.config, self.reference, self._run = folder, config, reference, run
         self.weights = list(weights)
-        self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
-        hf.read_spec(folder).require_same(self.models.spec)
+        with stage(progress, "load model"):
+            self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
+            hf.read_spec(folder).require_same(self.models.spec)
         self.history = History()
 
     def start(self) -> SoftPrompt:
@@ -65,7 +69,7 @@ class PatchTraining:
         benign_texts: Sequence[BenignText],
         name: str,
         version: str = "0.1.0",
-        progress: Progress = lambda *_: None,
+        progress: Progress = silent,
     ) -> Patch:
         """A patch whose soft prompt is trained; with seed and canary.
 
@@ -75,7 +79,7 @@ class PatchTraining:
         """
         policy = SoftPromptPolicy([self.start()], self.models.device)
         record = self._train(policy, [pairs], benign_texts, "soft_prompt", progress)
-        return self._patch(name, version, policy.soft_prompts()[0], None, record)
+        return self._patch(name, version, policy.soft_prompts()[0], None, record, progress)
 
     def kv_prefix(
         self,
@@ -84,7 +88,7 @@ class PatchTraining:
         benign_texts: Sequence[BenignText],
         name: str,
         version: str = "0.1.0",
-        progress: Progress = lambda *_: None,
+        progress: Progress = silent,
     ) -> Patch:
         """A patch of trained keys and values, which starts from a trained patch's seed: same cost, more capacity.
 
@@ -103,7 +107,7 @@ class PatchTraining:
             )
         policy = KVPolicy(start.kv_seed, self.models.device)
         record = self._train(policy, [pairs], benign_texts, "kv_prefix", progress, start=start.digest)
-        return self._patch(name, version, None, policy.kv_seed(), record)
+        return self._patch(name, version, None, policy.kv_seed(), record, progress)
 
     def segments(
         self,
@@ -112,7 +116,7 @@ class PatchTraining:
         benign_texts: Sequence[BenignText],
         names: Sequence[str],
         version: str = "0.1.0",
-        progress: Progress = lambda *_: None,
+        progress: Progress = silent,
     ) -> list[Patch]:
         """Patches trained jointly in random order and number, so that they may be composed in any (MOSAIC, arXiv 2603.16210).
 
@@ -132,7 +136,8 @@ class PatchTraining:
         record = self._train(policy, tasks, benign_texts, "order_free_segments", progress)
         made = zip(names, policy.soft_prompts(), strict=True)
         return [
-            self._patch(name, version, prompt, None, record | {"segment": i}) for i, (name, prompt) in enumerate(made)
+            self._patch(name, version, prompt, None, record | {"segment": i}, progress)
+            for i, (name, prompt) in enumerate(made)
         ]
 
     def _train(
@@ -158,7 +163,8 @@ class PatchTraining:
             **told,
         }
         run = runs.Run(self._run, settings)
-        trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference)
+        with stage(progress, "tokenize"):
+            trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference)
         trainer.train(progress)
         self.history = trainer.history
         record = settings | {
@@ -172,8 +178,16 @@ class PatchTraining:
         return record
 
     def _patch(
-        self, name: str, version: str, soft_prompt: SoftPrompt | None, kv_seed: KVSeed | None, record: dict[str, Any]
+        self,
+        name: str,
+        version: str,
+        soft_prompt: SoftPrompt | None,
+        kv_seed: KVSeed | None,
+        record: dict[str, Any],
+        progress: Progress,
     ) -> Patch:
+        with stage(progress, "sketch"):
+            sketch = fingerprints.sketch_of(self.folder)
         patch = Patch(
             name,
             version,
@@ -181,11 +195,12 @@ class PatchTraining:
             soft_prompt,
             kv_seed,
             training=record,
-            weight_sketch=fingerprints.sketch_of(self.folder),
+            weight_sketch=sketch,
             chat_template=self.models.tokenizer.chat_template_digest,
         )
         # Loaded afresh: training may have changed how the model in memory attends, and with it the last bits of the seed.
-        return hf.complete(patch, hf.load_model(self.folder, self.models.device))
+        with stage(progress, "seed and canary"):
+            return hf.complete(patch, hf.load_model(self.folder, self.models.device))
 
 
 def train_patch(
@@ -195,13 +210,13 @@ def train_patch(
     config: TrainConfig,
     name: str,
     version: str = "0.1.0",
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> tuple[Patch, History]:
     """Trains a soft prompt on the base's own weights, in one go; arguments and errors as in ``PatchTraining``.
 
     Returns:
         The patch, with soft prompt, float16 seed and canary, and the curves.
     """
-    training = PatchTraining(folder, config)
+    training = PatchTraining(folder, config, progress=progress)
     patch = training.soft_prompt(pairs, benign_texts, name, version, progress)
     return patch, training.history
