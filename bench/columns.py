@@ -102,11 +102,11 @@ def convert_model(folder: Path, forms: Path, progress: Progress = silent) -> dic
     found: dict[str, Path] = {}
     for column in columns():
         path = column.path(forms)
-        progress("forms", len(found), len(columns()))
+        progress("convert", len(found), len(columns()))
         if not path.exists():
             _convert(folder, column, path, within(progress, column.name))
         found[column.name] = path
-    progress("forms", len(found), len(columns()))
+    progress("convert", len(found), len(columns()))
     return found
 
 

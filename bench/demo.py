@@ -91,7 +91,7 @@ def convert_base(base: Path, out: Path, progress: Progress = silent) -> list[Var
     full = out / "base-F16.gguf"
     for kind in GGUF_TYPES:
         path = out / f"base-{kind}.gguf"
-        progress("forms", len(variants), total)
+        progress("convert", len(variants), total)
         if kind == "F16":
             gguf.convert_folder(base, path, "F16", within(progress, kind))
         else:
@@ -99,10 +99,10 @@ def convert_base(base: Path, out: Path, progress: Progress = silent) -> list[Var
         variants.append(Variant("llamacpp", kind, path))
     for precision, kind in ONNX_PRECISIONS.items():
         folder = out / f"base-onnx-{precision}"
-        progress("forms", len(variants), total)
+        progress("convert", len(variants), total)
         onnx.export(base, folder, cast("onnx.Precision", precision), progress=within(progress, "onnx"))
         variants.append(Variant("onnx", kind, folder))
-    progress("forms", total, total)
+    progress("convert", total, total)
     return variants
 
 

@@ -246,7 +246,7 @@ def command_line() -> str:
 def _open_log(path: Path) -> int:
     """A descriptor that appends; a file that is no log stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without O_NONBLOCK a pipe that nobody reads would stop the work here.
+    # With O_NONBLOCK a pipe that nobody reads fails when it is full, instead of stopping the work.
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o644)
     try:

@@ -35,7 +35,7 @@ def libraries_silent() -> Iterator[TextIO]:
     except OSError:  # the process was started without a stderr
         yield _open_null("w")
         return
-    with own, _open_aside() as aside:
+    with _closing(own), _open_aside() as aside:
         if os.environ.get(DEBUG_VARIABLE):
             yield own
             return
@@ -47,6 +47,16 @@ def libraries_silent() -> Iterator[TextIO]:
         except Exception:
             _tell_last(aside, own)
             raise
+
+
+@contextmanager
+def _closing(stream: TextIO) -> Iterator[None]:
+    """Closes it at the end; what nobody reads any more is not worth an error."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            stream.close()
 
 
 def _open_null(mode: str) -> Any:
