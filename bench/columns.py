@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,6 +12,7 @@ from edgepatch.bench.demo import LAB_FOLDER
 from edgepatch.converters import gguf, onnx
 from edgepatch.converters.lora import new_folder
 from edgepatch.errors import InputError
+from edgepatch.progress import Progress, silent, within
 
 GGUF_TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 ONNX_PRECISIONS = {"fp32": "F32", "int8": "int8", "int4": "int4"}
@@ -21,9 +21,6 @@ GRAPH = "onnx-"
 QUANTIZED_KV = "q8_0"
 MODELS = ("base", "reference")
 """M, whose behaviour a patch changes, and M', which behaves already."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (name of the column, columns done, columns in all)."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +66,13 @@ def columns() -> list[Column]:
     return [TORCH, *llamacpp, quantized_kv, *graphs]
 
 
-def convert_columns(
-    bases: Path, lab: Path = LAB_FOLDER, progress: Progress = lambda *_: None
-) -> dict[str, dict[str, Path]]:
+def convert_columns(bases: Path, lab: Path = LAB_FOLDER, progress: Progress = silent) -> dict[str, dict[str, Path]]:
     """Every form of M and of M', each model in a folder of its own.
 
     Args:
         bases: gets the folders "base" and "reference".
         lab: holds the Transformers folders of the same names.
-        progress: called after every form.
+        progress: told of every form, and of every tensor of one.
 
     Returns:
         Model -> column -> path.
@@ -85,20 +80,16 @@ def convert_columns(
     Raises:
         InputError: a model is missing, or cannot be converted.
     """
-
-    def told(model: str) -> Progress:
-        return lambda name, done, total: progress(f"{model} {name}", done, total)
-
-    return {model: convert_model(lab / model, bases / model, told(model)) for model in MODELS}
+    return {model: convert_model(lab / model, bases / model, within(progress, model)) for model in MODELS}
 
 
-def convert_model(folder: Path, forms: Path, progress: Progress = lambda *_: None) -> dict[str, Path]:
+def convert_model(folder: Path, forms: Path, progress: Progress = silent) -> dict[str, Path]:
     """Every form of one model; what is there already stays as it is, so that a run that was killed goes on.
 
     Args:
         folder: Transformers folder of the model.
         forms: gets one file or folder for each form.
-        progress: called after every form.
+        progress: told of every form, and of every tensor of one.
 
     Returns:
         Column -> path.
@@ -108,25 +99,26 @@ def convert_model(folder: Path, forms: Path, progress: Progress = lambda *_: Non
         MissingExtraError: a package of the extras "convert" and "gguf" is missing.
     """
     _require_same_model(folder, forms)
-    found = {}
+    found: dict[str, Path] = {}
     for column in columns():
         path = column.path(forms)
+        progress("convert", len(found), len(columns()))
         if not path.exists():
-            _convert(folder, column, path)
+            _convert(folder, column, path, within(progress, column.name))
         found[column.name] = path
-        progress(column.name, len(found), len(columns()))
+    progress("convert", len(found), len(columns()))
     return found
 
 
-def _convert(folder: Path, column: Column, path: Path) -> None:
+def _convert(folder: Path, column: Column, path: Path, progress: Progress) -> None:
     if column.runtime == "torch":
         _copy_folder(folder, path)
     elif column.runtime == "onnx":
-        onnx.export(folder, path, cast("onnx.Precision", column.precision))
+        onnx.export(folder, path, cast("onnx.Precision", column.precision), progress=progress)
     elif column.quantization == "F16":
-        gguf.convert_folder(folder, path, "F16")
+        gguf.convert_folder(folder, path, "F16", progress)
     else:
-        gguf.quantize(path.with_name("F16.gguf"), path, column.quantization)
+        gguf.quantize(path.with_name("F16.gguf"), path, column.quantization, progress=progress)
 
 
 def _copy_folder(folder: Path, target: Path) -> None:

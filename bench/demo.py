@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from edgepatch.bench.scorers import ToxicityScorer
 from edgepatch.converters import gguf, hf, onnx
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch, write_atomically, write_patch
+from edgepatch.progress import Progress, silent, stage, within
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.patching import train_patch
@@ -29,9 +30,6 @@ LAB_FOLDER = Path(__file__).parent / "lab" / "model"
 GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
 ONNX_PRECISIONS = {"fp32": "F32", "int8": "int8", "int4": "int4"}
 PACKAGES = ("torch", "transformers", "peft", "llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-genai", "numpy")
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -86,24 +84,25 @@ def choose_texts(data: Path | None, config: DemoConfig) -> Texts:
     )
 
 
-def convert_base(base: Path, out: Path, progress: Progress = lambda *_: None) -> list[Variant]:
+def convert_base(base: Path, out: Path, progress: Progress = silent) -> list[Variant]:
     """Every form of the base model that the table compares; full precision first."""
     total = 1 + len(GGUF_TYPES) + len(ONNX_PRECISIONS)
     variants = [Variant("torch", "F32", base)]
     full = out / "base-F16.gguf"
     for kind in GGUF_TYPES:
         path = out / f"base-{kind}.gguf"
-        if kind == "F16":
-            gguf.convert_folder(base, path, "F16")
-        else:
-            gguf.quantize(full, path, kind)
-        variants.append(Variant("llamacpp", kind, path))
         progress("convert", len(variants), total)
+        if kind == "F16":
+            gguf.convert_folder(base, path, "F16", within(progress, kind))
+        else:
+            gguf.quantize(full, path, kind, progress=within(progress, kind))
+        variants.append(Variant("llamacpp", kind, path))
     for precision, kind in ONNX_PRECISIONS.items():
         folder = out / f"base-onnx-{precision}"
-        onnx.export(base, folder, cast("onnx.Precision", precision))
-        variants.append(Variant("onnx", kind, folder))
         progress("convert", len(variants), total)
+        onnx.export(base, folder, cast("onnx.Precision", precision), progress=within(progress, "onnx"))
+        variants.append(Variant("onnx", kind, folder))
+    progress("convert", total, total)
     return variants
 
 
@@ -128,22 +127,16 @@ def cpu_name() -> str:
 
 
 def train_lab_patch(
-    lab: Path, texts: Texts, config: DemoConfig, out: Path, progress: Progress = lambda *_: None
+    lab: Path, texts: Texts, config: DemoConfig, out: Path, progress: Progress = silent
 ) -> tuple[Patch, History]:
     """Pairs from M and M', then the patch; writes ``pairs.jsonl`` into ``out``."""
     score = ToxicityScorer.load("filter").score
-    with TorchRuntime(lab / "base") as base, TorchRuntime(lab / "reference") as reference:
-        report = lambda done, total: progress("pairs", done, total)  # noqa: E731
-        pairs = build_pairs(base, reference, texts.training_prompts, score, config.pairs, report)
+    with ExitStack() as stack:
+        with stage(progress, "load models"):
+            base, reference = (stack.enter_context(TorchRuntime(lab / name)) for name in ("base", "reference"))
+        pairs = build_pairs(base, reference, texts.training_prompts, score, config.pairs, progress)
     write_pairs(pairs, out / "pairs.jsonl")
-    return train_patch(
-        lab / "base",
-        pairs,
-        texts.benign_training,
-        config.train,
-        "lab-detox",
-        progress=lambda stage, step, total, metrics: progress(stage, step, total),
-    )
+    return train_patch(lab / "base", pairs, texts.benign_training, config.train, "lab-detox", progress=progress)
 
 
 def run_demo(
@@ -151,7 +144,7 @@ def run_demo(
     data: Path | None = None,
     lab: Path = LAB_FOLDER,
     config: DemoConfig | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
     """Trains a patch for the lab model and measures it on every runtime and quantization.
 
@@ -160,7 +153,7 @@ def run_demo(
         data: data folder; ``None`` takes the prompts that ship with edgepatch.
         lab: folder with ``base`` and ``reference``.
         config: sizes.
-        progress: called after every step of a stage.
+        progress: told of every step of a stage.
 
     Returns:
         The results document and the path of the HTML report.

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edgepatch import interrupts
 from edgepatch.bench.columns import columns, convert_columns
 from edgepatch.bench.datasets import data_folder
 from edgepatch.bench.demo import environment
@@ -30,12 +31,13 @@ from edgepatch.bench.evidence_tables import write_tables
 from edgepatch.bench.evidence_workers import measure_cells
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patches import write_atomically
+from edgepatch.progress import OF_STREAM, Lines, Progress, logged, silent
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "bench" / "results", ROOT / "docs" / "evidence.md"
 NUM_EXAMPLES, TEXTS_OF_EXAMPLE = 6, 2
 CURVE_POINTS = 100
-SECONDS_BETWEEN_LINES = 10
+KEPT = "what is trained and measured is kept; the same command goes on from there"
 
 Document = dict[str, Any]
 
@@ -152,49 +154,36 @@ def _config(arguments: argparse.Namespace) -> EvidenceConfig:
     return replace(config, items=dict.fromkeys(DOMAINS, tuple(arguments.prompts))) if arguments.prompts else config
 
 
-def measure(place: Workplace, keys: Sequence[CellKey], config: EvidenceConfig, num_workers: int) -> None:
-    """Measures every cell that is due, telling of each."""
+def measure(
+    place: Workplace, keys: Sequence[CellKey], config: EvidenceConfig, num_workers: int, progress: Progress
+) -> None:
+    """Measures every cell that is due, telling of each, and on stderr of each that fails."""
     wanted = due(place, keys, config)
-    began, done = time.monotonic(), 0
-    print(f"{len(keys)} cells, {len(wanted)} to be measured", flush=True)
+    done = 0
+    progress("cells", done, len(wanted))
 
     def report(key: CellKey, reason: str) -> None:
         nonlocal done
         done += 1
-        seconds = time.monotonic() - began
-        left = seconds / done * (len(wanted) - done) / 60
-        print(
-            f"{done}/{len(wanted)} {seconds:.0f} s, about {left:.0f} min left: {key}{' FAILED ' + reason if reason else ''}",
-            flush=True,
-        )
+        if reason:
+            print(f"FAILED {key}: {reason}", file=sys.stderr, flush=True)
+        progress("cells", done, len(wanted))
 
     measure_cells(groups(wanted), place, config, num_workers, report)
 
 
-def _train(out: Path, data: Path | None) -> None:
-    from edgepatch.bench.evidence_training import train_missing
-
-    told = 0.0
-
-    def report(name: str, step: int, total: int) -> None:
-        nonlocal told
-        if step == total or time.monotonic() > told + SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            print(f"training {name}: {step}/{total}", flush=True)
-
-    train_missing(out, data, report)
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, progress: Progress = silent) -> int:
     """Trains, measures, assembles and writes; exit code 1 when a cell failed."""
     began = time.monotonic()
     place, config = Workplace(arguments.out, arguments.data or data_folder()), _config(arguments)
     keys = plan(config)
     if not arguments.no_measuring:
-        convert_columns(place.out / "bases", progress=lambda name, done, total: print(f"converted {name}", flush=True))
+        convert_columns(place.out / "bases", progress=progress)
         if not arguments.no_training:
-            _train(place.out, place.data)
-        measure(place, keys, config, arguments.workers)
+            from edgepatch.bench.evidence_training import train_missing
+
+            train_missing(place.out, place.data, progress)
+        measure(place, keys, config, arguments.workers, progress)
     read = partial(read_cell, place.cells)
     document = {
         "command": command_line(sys.argv[1:], arguments.data),
@@ -225,14 +214,18 @@ def _tell(document: Document) -> int:
 def main() -> int:
     """Parses the command line and runs."""
     arguments = _parser().parse_args()
+    tell = partial(print, file=sys.stderr, flush=True)
     try:
-        return run(arguments)
+        with (
+            interrupts.orderly(),
+            logged(arguments.out / "evidence.log", tell, [Lines(tell, OF_STREAM)], lambda: KEPT) as told,
+        ):
+            return run(arguments, told)
     except EdgepatchError as error:
         print(f"error: {error}\n{error.hint}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    except interrupts.Stopped as stopped:
+        return stopped.exit_code
 
 
 if __name__ == "__main__":

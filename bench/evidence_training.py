@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from edgepatch.bench.domains.harm import HarmDomain
 from edgepatch.bench.domains.toxicity import ToxicityDomain
 from edgepatch.bench.evidence_cells import SINGLE_RUN_ARMS
 from edgepatch.patches import Patch, read_patch, write_patch
+from edgepatch.progress import Progress, silent, within
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.training import runs
 from edgepatch.training.config import TrainConfig
@@ -44,9 +45,6 @@ KV_CONFIG = replace(PATCH_CONFIG, sft_steps=0, dpo_steps=200, beta=0.02)
 LORA_CONFIG = replace(PATCH_CONFIG, sft_learning_rate=1e-3, dpo_learning_rate=5e-4)
 KL_WEIGHTS = {"toxicity": 1.25, "gender": 4.0, "harm": 2.0}
 """The same for all arms of a domain. Gender is so easily moved that at 1 the patch cost 3.4 % of perplexity for nothing."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is trained, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def train_arm(
     rng_seed: int,
     out: Path,
     quantized: Mapping[str, Path],
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Path:
     """Trains one arm where it is missing.
 
@@ -117,18 +115,18 @@ def train_arm(
     folder = out / data.name / f"{arm}-{rng_seed}"
     if is_done(folder):
         return folder
-    report = lambda stage, step, total, _: progress(f"{data.name} {arm}-{rng_seed} {stage}", step, total)  # noqa: E731
+    report = within(progress, f"{data.name} {arm}-{rng_seed}")
     name = f"lab-{data.name}-{arm.replace('_', '-')}"
     if arm in LORA_RANKS:
         _train_lora(data, LORA_RANKS[arm], rng_seed, folder, report)
         return folder
     if arm == "kv":
         start = read_patch(out / data.name / f"patch-{rng_seed}" / PATCH_FILE)
-        training = PatchTraining(BASE, _config(KV_CONFIG, data, rng_seed), run=folder / "run")
+        training = PatchTraining(BASE, _config(KV_CONFIG, data, rng_seed), run=folder / "run", progress=report)
         patch = training.kv_prefix(start, data.pairs, data.benign_texts, name, progress=report)
     else:
         weights = [quantized[kind] for kind in QUANTIZED.get(arm, ())]
-        training = PatchTraining(BASE, _config(PATCH_CONFIG, data, rng_seed), weights, folder / "run")
+        training = PatchTraining(BASE, _config(PATCH_CONFIG, data, rng_seed), weights, folder / "run", progress=report)
         patch = training.soft_prompt(data.pairs, data.benign_texts, name, progress=report)
     write_patch(patch, folder / PATCH_FILE)
     return folder
@@ -143,7 +141,7 @@ def _config(config: TrainConfig, data: DomainData, rng_seed: int) -> TrainConfig
     return replace(config, init_text=data.instruction, rng_seed=rng_seed, kl_weight=KL_WEIGHTS[data.name])
 
 
-def _train_lora(data: DomainData, rank: int, rng_seed: int, folder: Path, report: Any) -> None:
+def _train_lora(data: DomainData, rank: int, rng_seed: int, folder: Path, report: Progress) -> None:
     config = _config(LORA_CONFIG, data, rng_seed)
     models = FrozenModels([BASE], config)
     policy = LoRAPolicy(models.base, rank, rng_seed)
@@ -158,7 +156,7 @@ def _train_lora(data: DomainData, rank: int, rng_seed: int, folder: Path, report
 
 
 def train_joint(
-    domains: Sequence[DomainData], rng_seed: int, out: Path, progress: Progress = lambda *_: None
+    domains: Sequence[DomainData], rng_seed: int, out: Path, progress: Progress = silent
 ) -> dict[str, Path]:
     """Order-free segments, one a domain, trained together from where the independent patches ended (successive, then joint).
 
@@ -184,13 +182,14 @@ def train_joint(
         kl_weight=2.0,
         rng_seed=rng_seed,
     )
-    training = PatchTraining(BASE, config, run=folder / "run")
+    report = within(progress, f"joint-{rng_seed}")
+    training = PatchTraining(BASE, config, run=folder / "run", progress=report)
     made = training.segments(
         [d.pairs for d in domains],
         starts,
         benign,
         [f"lab-{d.name}-joint" for d in domains],
-        progress=lambda stage, step, total, _: progress(f"joint-{rng_seed} {stage}", step, total),
+        progress=report,
     )
     for patch, path in zip(made, paths.values(), strict=True):
         write_patch(patch, path)
@@ -202,24 +201,23 @@ def _soft_prompt(patch: Patch) -> Any:
     return patch.soft_prompt
 
 
-def domain_pairs(domain: Domain, bases: Path, path: Path, progress: Progress = lambda *_: None) -> list[Pair]:
+def domain_pairs(domain: Domain, bases: Path, path: Path, progress: Progress = silent) -> list[Pair]:
     """The domain's pairs, sampled from M and M' at F16 where the file is missing."""
     if not path.is_file():
-        report = lambda done, total: progress(f"{domain.name} pairs", done, total)  # noqa: E731
         unsafe, safer = bases / "base" / "F16.gguf", bases / "reference" / "F16.gguf"
         with LlamaCppRuntime(unsafe, num_threads=1) as base, LlamaCppRuntime(safer, num_threads=1) as reference:
-            pairs = domain.training_pairs(base, reference, progress=report)
+            pairs = domain.training_pairs(base, reference, progress=within(progress, domain.name))
         write_pairs(pairs, path)
     return read_pairs(path)
 
 
-def train_missing(out: Path, data: Path | None, progress: Progress = lambda *_: None) -> None:
+def train_missing(out: Path, data: Path | None, progress: Progress = silent) -> None:
     """Pairs, then every arm of every domain and random seed, then the order-free compositions, where they are missing.
 
     Args:
         out: holds ``bases`` (converted models); gets ``pairs`` and ``arms``.
         data: folder of the public data sets; ``None`` takes the prompts that ship with edgepatch.
-        progress: called after every step.
+        progress: told of every step.
     """
     quantized = {kind: out / "bases" / "base" / f"{kind}.gguf" for kinds in QUANTIZED.values() for kind in kinds}
     domains = []

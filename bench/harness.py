@@ -21,13 +21,11 @@ import numpy as np
 from edgepatch.bench.metrics import Estimate, bootstrap_interval, paired_bootstrap_difference, wilson_interval
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patches import Patch
+from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes.base import Runtime
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 DRAWS = 1000
-Progress = Callable[[str, int, int], None]
-"""Called with (bare or patched, requests done, requests in all)."""
-
 Aggregation = Callable[[Sequence[Any]], float]
 
 
@@ -96,13 +94,13 @@ class Comparison:
     items: dict[str, dict[str, list[dict[str, Any]]]]
 
 
-def compare(runtime: Runtime, config: HarnessConfig, progress: Progress = lambda *_: None) -> Comparison:
+def compare(runtime: Runtime, config: HarnessConfig, progress: Progress = silent) -> Comparison:
     """Runs tasks on the bare model and, where the runtime has a patch, patched.
 
     Args:
         runtime: its patch is in place again afterwards.
         config: which tasks.
-        progress: see ``Progress``.
+        progress: told of the requests of the bare and of the patched model.
 
     Raises:
         MissingExtraError: lm-eval is not installed.
@@ -111,7 +109,8 @@ def compare(runtime: Runtime, config: HarnessConfig, progress: Progress = lambda
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm-eval", "harness")
     with _quiet():
-        manager = _manager(config)
+        with stage(progress, "read tasks"):
+            manager = _manager(config)
         if runtime.patch is None:
             return _paired(_evaluate(runtime, manager, config, progress), None)
         patched = _evaluate(runtime, manager, config, progress)
@@ -167,7 +166,7 @@ def _evaluate(runtime: Runtime, manager: Any, config: HarnessConfig, progress: P
     from edgepatch.bench.harness_model import RuntimeModel
 
     arm = "patched" if runtime.patch else "bare"
-    model = RuntimeModel(runtime, lambda done, total: progress(arm, done, total))
+    model = RuntimeModel(runtime, progress, arm)
     results: dict[str, Any] = simple_evaluate(
         model,
         tasks=manager.match_tasks(list(config.tasks)),

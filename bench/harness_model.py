@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from edgepatch.errors import InputError
+from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Message, Runtime
 from edgepatch.sampling import Sampling
-
-Progress = Callable[[int, int], None]
 
 ROWS_AT_ONCE = 128
 """So many rows of V logits are held at once: a window of a real model has gigabytes of them."""
@@ -36,13 +35,14 @@ class RuntimeModel(TemplateLM):  # type: ignore[misc]
 
     Args:
         runtime: bare or patched; exchanging its patch between two evaluations is allowed.
-        progress: called with (requests done, requests in all) of each kind of request.
+        progress: told of the requests that are done, of each kind.
+        stage: what they are called there.
     """
 
-    def __init__(self, runtime: Runtime, progress: Progress = lambda *_: None) -> None:
+    def __init__(self, runtime: Runtime, progress: Progress = silent, stage: str = "requests") -> None:
         super().__init__()
         self.runtime = runtime
-        self._progress = progress
+        self._progress, self._stage = progress, stage
         self._lead = runtime.encode("")
         self._conversations: dict[str, tuple[list[Message], str]] = {}
 
@@ -105,7 +105,7 @@ class RuntimeModel(TemplateLM):  # type: ignore[misc]
         scores = []
         for done, (_names, context, continuation) in enumerate(requests, start=1):
             scores.append(self._score(context, continuation))
-            self._progress(done, len(requests))
+            self._progress(self._stage, done, len(requests))
         return scores
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
@@ -139,7 +139,7 @@ class RuntimeModel(TemplateLM):  # type: ignore[misc]
                 context_len=1,
             )
             totals.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
-            self._progress(done, len(requests))
+            self._progress(self._stage, done, len(requests))
         return totals
 
     # Generation.
@@ -156,7 +156,7 @@ class RuntimeModel(TemplateLM):  # type: ignore[misc]
                 for number, text in zip(some, self.runtime.generate_batch(prompts, sampling), strict=True):
                     texts[number] = text
                 done += len(some)
-                self._progress(done, len(requests))
+                self._progress(self._stage, done, len(requests))
         return texts
 
     def _cut_prompt(self, context: str, max_new_tokens: int) -> list[int]:

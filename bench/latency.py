@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -29,13 +29,14 @@ from edgepatch.bench.latency_genai import NAME as GENAI
 from edgepatch.bench.latency_goals import BUSY as BUSY_DECODE
 from edgepatch.bench.latency_goals import goals, ratios
 from edgepatch.bench.latency_sessions import FULL, LlamaCppSession, OnnxSession, Session, Sizes
-from edgepatch.bench.latency_timing import Bars, Cell, Measure, Times, fact, interleave, missing, row
+from edgepatch.bench.latency_timing import Cell, Measure, Times, fact, interleave, missing, row
 from edgepatch.bench.shape_memory import ONNX_KINDS, estimate_bytes, estimate_of_file, require_memory
 from edgepatch.bench.shapes import SHAPES, write_gguf
 from edgepatch.bench.shapes_onnx import write_onnx
 from edgepatch.doctor import gpus
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patches import Patch, read_patch, write_atomically, write_patch
+from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes import EXTRAS, device_options, read_spec, runtime_name
 
 SHAPES_FOLDER = Path("out/shapes")
@@ -84,22 +85,23 @@ class Settings:
     folder: Path = SHAPES_FOLDER
 
 
-def measure(settings: Settings, bars: Bars = lambda *_: None, command: str = "") -> dict[str, Any]:
+def measure(settings: Settings, progress: Progress = silent, command: str = "") -> dict[str, Any]:
     """Everything of one model.
 
     Args:
         settings: what.
-        bars: told how far it is.
+        progress: told of every part.
         command: for the document; by default this process's.
 
     Raises:
         InputError: the model cannot be used, or does not fit into memory; it is not loaded then.
         MissingExtraError: its runtime is not installed.
     """
-    model = find_model(settings)
+    with stage(progress, "prepare model"):
+        model = find_model(settings)
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="edgepatch-latency-") as scratch:
-        rows, times = _measure(settings, model, Path(scratch), bars)
+        rows, times = _measure(settings, model, Path(scratch), progress)
     quotients = ratios(times)
     load = {"before": list(load_before), "after": list(os.getloadavg()), "cores": os.cpu_count() or 1}
     load["is_busy"] = load_before[0] > BUSY * (os.cpu_count() or 1)
@@ -177,12 +179,14 @@ def _session(settings: Settings, model: Path, scratch: Path) -> Iterator[Session
         session.close()
 
 
-def _measure(settings: Settings, model: Path, scratch: Path, bars: Bars) -> tuple[list[dict[str, Any]], Times]:
+def _measure(settings: Settings, model: Path, scratch: Path, progress: Progress) -> tuple[list[dict[str, Any]], Times]:
     rows: list[dict[str, Any]] = []
     times: Times = {}
-    with _session(settings, model, scratch) as session:
+    with ExitStack() as stack:
+        with stage(progress, "load model"):
+            session = stack.enter_context(_session(settings, model, scratch))
         common = {**session.columns(), "shape": settings.shape if settings.model is None else ""}
-        run = _Run(settings, session, common, bars, rows, times, scratch)
+        run = _Run(settings, session, common, progress, rows, times, scratch)
         if "arms" in settings.parts:
             run.arms()
         if "costs" in settings.parts:
@@ -208,13 +212,13 @@ class _Run:
     settings: Settings
     session: Session
     common: dict[str, Any]
-    bars: Bars
+    progress: Progress
     rows: list[dict[str, Any]]
     times: Times
     scratch: Path
 
-    def _add(self, found: Sequence[Cell], stage: str, repeats: int = 0, **more: Any) -> None:
-        times = interleave(found, repeats or self.settings.repeats, self.bars, stage)
+    def _add(self, found: Sequence[Cell], part: str, repeats: int = 0, **more: Any) -> None:
+        times = interleave(found, repeats or self.settings.repeats, self.progress, part)
         self.times.update(times)
         for (what, arm), milliseconds in times.items():
             self.rows.append(row(what, arm, milliseconds, self.common, **self.session.arm_columns(arm), **more))
@@ -311,9 +315,10 @@ class _Run:
             }
         elif "onnxruntime-genai" not in session.absent():
             jobs["onnxruntime-genai"] = job(arm="onnxruntime-genai")
-        for done, (arm, work) in enumerate((pair for pair in jobs.items() if session.wants(pair[0])), 1):
-            self.bars("memory", done, len(jobs))
+        wanted = [(arm, work) for arm, work in jobs.items() if session.wants(arm)]
+        for done, (arm, work) in enumerate(wanted, 1):
             self.rows.append(fact("peak memory", arm, processes.peak_memory(work), "bytes", self.common))
+            self.progress("memory", done, len(wanted))
 
     def starts(self) -> None:
         """From a process's start to a first token, and the import alone."""
@@ -333,14 +338,16 @@ class _Run:
             ],
             "cold starts",
         )
-        milliseconds = processes.import_times(self.settings.repeats)
+        with stage(self.progress, "imports"):
+            milliseconds = processes.import_times(self.settings.repeats)
         self.times[Measure("import"), "import edgepatch"] = milliseconds
         self.rows.append(row(Measure("import"), "import edgepatch", milliseconds, self.common))
 
     def llama_bench(self) -> None:
         """llama.cpp's own bench, where it is built."""
         if self.common["runtime"] == "llamacpp":
-            self.rows += run_llama_bench(self.session.model, self.settings, self.common, shutil.which)
+            with stage(self.progress, "llama-bench"):
+                self.rows += run_llama_bench(self.session.model, self.settings, self.common, shutil.which)
 
 
 def write(document: dict[str, Any], path: Path) -> None:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgepatch.bench.metrics import Estimate, bootstrap_median
-
-Bars = Callable[[str, int, int], None]
+from edgepatch.progress import Progress, silent
 
 
 def _nothing() -> None:
@@ -62,7 +61,7 @@ Times = dict[tuple[Measure, str], list[float]]
 """Milliseconds of each repeat."""
 
 
-def interleave(cells: Sequence[Cell], repeats: int, bars: Bars = lambda *_: None, stage: str = "measures") -> Times:
+def interleave(cells: Sequence[Cell], repeats: int, progress: Progress = silent, stage: str = "measures") -> Times:
     """Times every cell ``repeats`` times, after one round that does not count.
 
     Cells of one measure stand side by side, in an order that is turned by one with each repeat.
@@ -70,8 +69,8 @@ def interleave(cells: Sequence[Cell], repeats: int, bars: Bars = lambda *_: None
     Args:
         cells: what to time.
         repeats: N.
-        bars: told how far it is.
-        stage: what the bars call it.
+        progress: told of every repeat of every cell.
+        stage: what it is called there.
 
     Returns:
         N milliseconds of each cell.
@@ -81,13 +80,14 @@ def interleave(cells: Sequence[Cell], repeats: int, bars: Bars = lambda *_: None
         groups.setdefault(cell.measure, []).append(cell)
     found: Times = {(cell.measure, cell.arm): [] for cell in cells}
     done, total = 0, len(cells) * (repeats + 1)
+    progress(stage, 0, total)
     for repeat in range(repeats + 1):
         for group in groups.values():
             turn = repeat % len(group)
             for cell in group[turn:] + group[:turn]:
                 milliseconds = _time(cell)
                 done += 1
-                bars(stage, done, total)
+                progress(stage, done, total)
                 if repeat:
                     found[cell.measure, cell.arm].append(milliseconds)
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,12 @@ from edgepatch.bench.likelihoods import token_losses
 from edgepatch.bench.metrics import expected_max_toxicity, retention, toxicity_probability
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patches import Patch
+from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.base import Runtime
 from edgepatch.sampling import Sampling
 
 Score = Callable[[Sequence[str]], NDArray[np.float32]]
-Progress = Callable[[str, int, int], None]
-"""Called with (what is measured, prompts done, prompts in all)."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,14 @@ def measure_variant(
     benign_texts: Sequence[str],
     score: Score,
     config: MatrixConfig,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> tuple[Measurement, Measurement]:
     """(bare, patched) of one variant. A prompt whose generation failed counts as fully toxic, never as safe."""
-    with variant.load(None, config.num_threads) as bare, variant.load(patch, config.num_threads) as patched:
-        both = (bare, patched)
+    with ExitStack() as stack:
+        with stage(progress, f"load {variant.label}"):
+            loaded = [stack.enter_context(variant.load(each, config.num_threads)) for each in (None, patch)]
+        both = (loaded[0], loaded[1])
+        progress(variant.label, 0, len(prompts))
         texts: list[list[list[str]]] = [[], []]
         failures = [0, 0]
         for done, prompt in enumerate(prompts, 1):
@@ -156,12 +159,13 @@ def measure_variant(
                 failures[i] += sampled is None
                 texts[i].append(sampled or [])
             progress(variant.label, done, len(prompts))
-        scores = [score_rows(rows, score, config.samples_per_prompt) for rows in texts]
-        timings = _timings(both, list(benign_texts), config.timing_repeats)
+        with stage(progress, f"judge and time {variant.label}"):
+            scores = [score_rows(rows, score, config.samples_per_prompt) for rows in texts]
+            timings = _timings(both, list(benign_texts), config.timing_repeats)
+            perplexities = [perplexity(runtime, benign_texts) for runtime in both]
         words = [float(np.mean([len(t.split()) for row in rows for t in row] or [0])) for rows in texts]
         bare_figures, patched_figures = (
-            Measurement(scores[i], texts[i], perplexity(both[i], benign_texts), *timings[i], failures[i], words[i])
-            for i in range(2)
+            Measurement(scores[i], texts[i], perplexities[i], *timings[i], failures[i], words[i]) for i in range(2)
         )
         return bare_figures, patched_figures
 
@@ -243,7 +247,7 @@ def run_matrix(
     benign_texts: Sequence[str],
     score: Score,
     config: MatrixConfig,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """``cells``, ``retention`` and ``examples`` of the results document.
 
@@ -254,7 +258,7 @@ def run_matrix(
         benign_texts: for perplexity and timing.
         score: the report judge; must not be the judge that filtered the pairs.
         config: sampling and repeats.
-        progress: called after every prompt.
+        progress: told of every prompt.
     """
     cells: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from edgepatch.bench.parity_rows import NUM_TOKENS, NUM_VIRTUAL_TOKENS, make_ora
 from edgepatch.bench.stock import fetch_sources
 from edgepatch.errors import EdgepatchError
 from edgepatch.patches import write_atomically
+from edgepatch.progress import OF_STREAM, Lines, Progress, logged
 
 Found = dict[str, list[dict[str, Any]]]
 
@@ -35,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "bench" / "results" / "parity.json", ROOT / "docs" / "parity.md"
 COMMAND = "make parity"
 LIBRARIES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "numpy")
+KEPT = "what is measured is kept; the same command goes on from there"
 
 
 def code_digest() -> str:
@@ -141,14 +144,17 @@ def write_results(rows: list[dict[str, Any]], controls: list[dict[str, Any]], se
     write_atomically(DOCUMENT, render(results).encode())
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, progress: Progress) -> int:
     start = time.perf_counter()
     llama_cpp = arguments.llama_cpp or fetch_sources(ROOT / "out" / "stock") / "vendor" / "llama.cpp"
     digest, rows, controls = code_digest(), [], []
-    for name in arguments.only or [a.name for a in measured()]:
+    names = arguments.only or [a.name for a in measured()]
+    for done, name in enumerate(names):
+        progress("architectures", done, len(names))
         found = measure_apart(name, arguments.work, llama_cpp, digest)
         rows += [judge(_rounded(row)) for row in found["rows"]]
         controls += found["controls"]
+    progress("architectures", len(names), len(names))
     failures = [complaint(row) for row in rows if row["passed"] is False]
     failures += [control_complaint(row) for row in controls if row["required"] and not row["caught_by"]]
     if not arguments.only:
@@ -179,10 +185,14 @@ def main() -> int:
         if arguments.measure:
             _measure_here(arguments.measure, arguments.work, arguments.llama_cpp)
             return 0
-        return _run(arguments)
+        tell = partial(print, file=sys.stderr, flush=True)
+        with logged(arguments.work / "parity.log", tell, [Lines(tell, OF_STREAM)], lambda: KEPT) as progress:
+            return _run(arguments, progress)
     except EdgepatchError as error:
         print(f"error: {error}\n{error.hint}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgepatch.bench.trl_contestants import OwnContestant, Stage, TrlContestant, config_of, make_pairs
 from edgepatch.patches import write_atomically
+from edgepatch.progress import OF_STREAM, Lines, Progress, logged
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training.preferences import Pair
 
@@ -103,7 +105,7 @@ def measure(task: str, model: Path, stage: Stage, steps: int, threads: int, plan
     return found
 
 
-def compare(name: str, model: Path, stage: Stage, repeats: int, threads: int) -> dict[str, Any]:
+def compare(name: str, model: Path, stage: Stage, repeats: int, threads: int, progress: Progress) -> dict[str, Any]:
     """Interleaved measurements of both on one job."""
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -111,9 +113,11 @@ def compare(name: str, model: Path, stage: Stage, repeats: int, threads: int) ->
         plan_file.write_text(
             json.dumps(measure("plan", model, stage, STEPS[name], threads, plan_file)), encoding="utf-8"
         )
-        for _ in range(repeats):
+        for repeat in range(repeats):
             for contestant, found in runs.items():
+                progress(f"{name} {stage}", 2 * repeat + (contestant == "trl"), 2 * repeats)
                 found.append(measure(contestant, model, stage, STEPS[name], threads, plan_file))
+    progress(f"{name} {stage}", 2 * repeats, 2 * repeats)
     pairs = list(zip(runs["ours"], runs["trl"], strict=True))
     return {
         "model": name,
@@ -180,7 +184,7 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(out: Path, repeats: int, threads: int, names: list[str]) -> dict[str, Any]:
+def run(out: Path, repeats: int, threads: int, names: list[str], progress: Progress) -> dict[str, Any]:
     """All rows; written after each, so that an interrupted run keeps what it has."""
     import platform
 
@@ -203,7 +207,7 @@ def run(out: Path, repeats: int, threads: int, names: list[str]) -> dict[str, An
             if name != "lab":
                 write_random_model(model)
             for stage in STAGES:
-                document["rows"].append(compare(name, model, stage, repeats, threads))
+                document["rows"].append(compare(name, model, stage, repeats, threads, progress))
                 write_atomically(out / "trl.json", (json.dumps(document, indent=1) + "\n").encode())
                 write_atomically(out / "trl.md", render(document).encode())
                 print(render(document).splitlines()[6 + len(document["rows"]) - 1], flush=True)
@@ -225,7 +229,10 @@ def main() -> None:
         job = (Path(model), stage, int(steps))
         print(json.dumps(plan(*job) if task == "plan" else work(task, *job, Path(plan_file))))
     else:
-        run(given.out, given.repeats, given.threads, given.models)
+        tell = partial(print, file=sys.stderr, flush=True)
+        kept = f"the rows that are complete are in {given.out}; the same command starts again"
+        with logged(given.out / "trl.log", tell, [Lines(tell, OF_STREAM)], lambda: kept) as progress:
+            run(given.out, given.repeats, given.threads, given.models, progress)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,10 @@ class OwnContestant:
         """Trains; ``after`` is called with the soft prompt behind every step."""
         course = Course()
 
-        def progress(stage: str, step: int, steps: int, metrics: dict[str, float]) -> None:
-            course.note(metrics["loss"])
+        def progress(stage: str, step: int, steps: int, /, **figures: float) -> None:
+            if "loss" not in figures:
+                return  # no step was done
+            course.note(figures["loss"])
             after(SoftPrompt(self.policy.soft_prompts()[0].embeddings.copy()))  # those are the parameters' own memory
 
         self.trainer.train(progress)

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from edgepatch.converters import machine_identity
 from edgepatch.converters.machine_identity import cache_folder, digest_of, keep_memory, read_memory
@@ -236,7 +236,10 @@ def _unfit(contact: Contact, tried: Sequence[Way], failures: Sequence[Failure]) 
 
 
 def try_apart(
-    contact: Contact, settings: Mapping[str, Any], deadline_s: float | None = None
+    contact: Contact,
+    settings: Mapping[str, Any],
+    deadline_s: float | None = None,
+    hear: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any] | Failure:
     """Calls a contact's trial in a child.
 
@@ -244,6 +247,7 @@ def try_apart(
         contact: what to try.
         settings: besides the contact's own.
         deadline_s: by default a minute, and a second for each 20 MB; the variable overrules it.
+        hear: told, from another thread, what the child does next.
 
     Returns:
         What it answered, or why it did not.
@@ -259,8 +263,11 @@ def try_apart(
         "stages": writing,
     }
     with ExitStack() as stack:
-        stages = stack.enter_context(os.fdopen(reading, "rb"))
+        stages = stack.enter_context(os.fdopen(reading, "r", encoding="utf-8", errors="replace"))
         stack.enter_context(_announced(contact))
+        lines: list[str] = []
+        listener = threading.Thread(target=_listen, args=(stages, lines, hear), daemon=True)
+        listener.start()
         try:
             outcome = run_apart(
                 f"{__name__}:answer",
@@ -270,7 +277,7 @@ def try_apart(
             )
         finally:
             os.close(writing)
-        lines = stages.read().decode("utf-8", "replace").splitlines()
+            listener.join()
     stage = lines[-1] if lines else ""
     while_doing = f" while {stage}" if stage else ""
     if isinstance(outcome.error, UnfitModelError):
@@ -280,6 +287,13 @@ def try_apart(
     if outcome.failure:
         return Failure(outcome.failure + while_doing, stage, outcome.signal)
     return dict(outcome.value)
+
+
+def _listen(stages: TextIO, lines: list[str], hear: Callable[[str], None]) -> None:
+    """Collects what a child says until it is gone."""
+    for line in stages:
+        lines.append(line.rstrip("\n"))
+        hear(lines[-1])
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -12,9 +14,14 @@ from typing import Any
 from edgepatch.converters.first_contact import Report, in_trial, require_library
 from edgepatch.converters.machine_identity import library_files
 from edgepatch.errors import EdgepatchError, MissingExtraError
+from edgepatch.interrupts import called_from_c
+from edgepatch.progress import Progress, silent
 
 PACKAGE = "llama_cpp"
 _log: deque[str] = deque(maxlen=3)
+_on_tensor: list[Callable[[int, int], None]] = []
+TENSOR = re.compile(rb"\[\s*(\d+)/\s*(\d+)\]")
+"""What begins llama.cpp's line about a tensor that it is about to quantize: "[  12/ 201]"."""
 
 
 def require_installed() -> None:
@@ -54,9 +61,12 @@ def _load_library() -> tuple[Any, Any]:
     except (OSError, RuntimeError) as error:
         raise EdgepatchError(f"llama.cpp cannot be loaded: {error}", hint="install llama-cpp-python again") from error
 
+    @called_from_c
     def keep(level: int, text: bytes, _: Any) -> None:
         if level in (3, 4):  # warnings and errors
             _log.append(text.decode("utf-8", "replace").strip())
+        elif _on_tensor and (tensor := TENSOR.match(text)):
+            _on_tensor[-1](int(tensor[1]), int(tensor[2]))
 
     callback = llama_cpp.llama_log_callback(keep)
     llama_cpp.llama_log_set(callback, None)
@@ -72,6 +82,25 @@ def forget_errors() -> None:
 def library_errors() -> str:
     """llama.cpp's last warnings and errors, for a message."""
     return "; ".join(_log) or "no reason given"
+
+
+@contextmanager
+def quantizing(progress: Progress = silent) -> Iterator[None]:
+    """Within it llama.cpp's log tells of every tensor that it quantizes."""
+    total = 1
+
+    def tell(number: int, count: int) -> None:
+        nonlocal total
+        total = count
+        progress("quantize", number - 1, count)
+
+    progress("quantize", 0, total)
+    _on_tensor.append(tell)
+    try:
+        yield
+    finally:
+        _on_tensor.pop()
+    progress("quantize", total, total)
 
 
 def quantization_types() -> dict[str, int]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,25 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import hf, rope
 from edgepatch.converters.first_contact import Contact, Failure, Report, try_apart
-from edgepatch.converters.gguf_library import PACKAGE, library_errors, load_library, quantization_types
+from edgepatch.converters.gguf_library import (
+    PACKAGE,
+    library_errors,
+    load_library,
+    quantization_types,
+    quantizing,
+)
 from edgepatch.converters.gguf_specs import read_spec
 from edgepatch.converters.gguf_tokenizers import add_tokenizer, refuse, require_same_tokenizer
 from edgepatch.converters.origins import Origin
 from edgepatch.converters.outputs import replacing_file
 from edgepatch.errors import InputError, MissingExtraError, UnfitModelError
+from edgepatch.progress import Progress, silent
 from edgepatch.tensors import ModelSpec
 
 CONVERTED = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` in Transformers that are converted here."""
 
+TENSOR_STAGE = re.compile(r"quantizing tensor (\d+) of (\d+)")
 QUANTIZATION_DEADLINE_S, QUANTIZED_BYTES_PER_S = 600.0, 1e5
 """Of the slowest types on the slowest devices."""
 
@@ -130,7 +139,9 @@ class _Weights:
             yield np.ascontiguousarray(array)
 
 
-def _write_model(path: Path, folder: Path, config: dict[str, Any], spec: ModelSpec, type_name: str) -> None:
+def _write_model(
+    path: Path, folder: Path, config: dict[str, Any], spec: ModelSpec, type_name: str, progress: Progress
+) -> None:
     import gguf
 
     weights = _Weights(folder, config, spec, type_name)
@@ -150,8 +161,10 @@ def _write_model(path: Path, folder: Path, config: dict[str, Any], spec: ModelSp
         writer.write_ti_data_to_file()
         if divisors is not None:
             writer.write_tensor_data(divisors)
-        for array in weights.arrays():
+        for done, array in enumerate(weights.arrays()):
+            progress("convert", done, len(weights.sources))
             writer.write_tensor_data(array)
+        progress("convert", len(weights.sources), len(weights.sources))
     finally:
         writer.close()
 
@@ -161,13 +174,14 @@ def _require_gguf() -> None:
         raise MissingExtraError("gguf", "gguf")
 
 
-def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelSpec:
+def convert_folder(folder: Path, target: Path, type_name: str = "F16", progress: Progress = silent) -> ModelSpec:
     """Converts a Transformers folder (llama, mistral, qwen2, qwen3) to GGUF.
 
     Args:
         folder: model and tokenizer.
         target: the GGUF file; it appears complete or not at all.
         type_name: "F32" or "F16"; norms stay float32.
+        progress: told of every tensor.
 
     Returns:
         The model, read back from the new file.
@@ -187,7 +201,7 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16") -> ModelS
     _check_rope(folder, spec)
     try:
         with replacing_file(target) as temporary:
-            _write_model(temporary, folder, config, spec, type_name)
+            _write_model(temporary, folder, config, spec, type_name, progress)
             _require_same(spec, read_spec(temporary))
             require_same_tokenizer(folder, temporary)
     except KeyError as error:
@@ -218,7 +232,9 @@ def _quantization_error(source: Path, type_name: str) -> InputError:
     return InputError(f"llama.cpp cannot quantize {source} to {type_name}: {reason}", hint)
 
 
-def quantize(source: Path, target: Path, type_name: str, num_threads: int | None = None) -> ModelSpec:
+def quantize(
+    source: Path, target: Path, type_name: str, num_threads: int | None = None, progress: Progress = silent
+) -> ModelSpec:
     """Quantizes an F32 or F16 GGUF file with llama.cpp.
 
     Args:
@@ -226,6 +242,7 @@ def quantize(source: Path, target: Path, type_name: str, num_threads: int | None
         target: the quantized file; it appears complete or not at all.
         type_name: one of ``quantization_types()``: "Q8_0", "Q4_K_M", "Q4_0", ...
         num_threads: all cores when ``None``.
+        progress: told of every tensor.
 
     Returns:
         The model, read back from the new file.
@@ -243,13 +260,24 @@ def quantize(source: Path, target: Path, type_name: str, num_threads: int | None
         settings = {"target": str(temporary), "type": type_name, "num_threads": num_threads or 0}
         contact = Contact(PACKAGE, f"{__name__}:quantize_here", (source,), settings)
         # The library reads a file that may never have been loaded: the child that would try it can do the work itself.
-        outcome = try_apart(contact, {}, QUANTIZATION_DEADLINE_S + source.stat().st_size / QUANTIZED_BYTES_PER_S)
+        deadline_s = QUANTIZATION_DEADLINE_S + source.stat().st_size / QUANTIZED_BYTES_PER_S
+        outcome = try_apart(contact, {}, deadline_s, _heard(progress))
         if isinstance(outcome, Failure):
             raise UnfitModelError(
                 f"{source} cannot be quantized: llama.cpp {outcome.words}", hint="get the model again"
             )
         _require_same(spec, read_spec(temporary))
     return spec
+
+
+def _heard(progress: Progress) -> Callable[[str], None]:
+    """Progress from what the child says that it does."""
+
+    def hear(words: str) -> None:
+        if tensor := TENSOR_STAGE.fullmatch(words):
+            progress("quantize", int(tensor[1]), int(tensor[2]))
+
+    return hear
 
 
 def quantize_here(paths: Sequence[Path], settings: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -262,8 +290,13 @@ def quantize_here(paths: Sequence[Path], settings: dict[str, Any], report: Repor
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = quantization_types()[settings["type"]]
     parameters.nthread = settings["num_threads"]
-    report(f"quantizing to {settings['type']}")
     target = os.fsencode(settings["target"])
-    if llama_cpp.llama_model_quantize(bytes(paths[0]), target, ctypes.byref(parameters)) != 0:
-        raise _quantization_error(paths[0], settings["type"])
+
+    def tell(_: str, done: int, total: int, /, **__: float) -> None:
+        report(f"quantizing tensor {done} of {total}")
+
+    with quantizing(tell):
+        status = llama_cpp.llama_model_quantize(bytes(paths[0]), target, ctypes.byref(parameters))
+        if status != 0:
+            raise _quantization_error(paths[0], settings["type"])
     return {}

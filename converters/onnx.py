@@ -35,6 +35,7 @@ from edgepatch.converters.onnx_precision import reduce
 from edgepatch.converters.onnx_sessions import open_session, prove_session
 from edgepatch.converters.outputs import replacing_folder, unwritable
 from edgepatch.errors import InputError
+from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import ModelSpec
 from edgepatch.tokenizers import FolderTokenizer
 
@@ -54,6 +55,7 @@ def export(
     exporter: Exporter = "builder",
     optimum_env: Path | None = None,
     adapter: Path | None = None,
+    progress: Progress = silent,
 ) -> Agreement:
     """Writes an ONNX folder of a Transformers folder: graph, weights, tokenizer, settings and ``ModelSpec``.
 
@@ -69,6 +71,7 @@ def export(
         exporter: "builder", "transformers" or "optimum".
         optimum_env: virtual environment for optimum; made, with optimum in it, if it does not exist.
         adapter: PEFT LoRA folder that the graph applies beside the weights, unmerged and in full precision; builder only.
+        progress: told of the export and of the comparison with the model.
 
     Raises:
         InputError: the folder or its architecture cannot be exported, the graph does not agree with the model, or the target
@@ -88,13 +91,15 @@ def export(
     spec = hf.read_spec(folder)
     try:
         with replacement(target) as unfinished, _adapted(folder, adapter) as oracle:
-            _write_graph(folder, unfinished, precision, exporter, optimum_env, adapter)
+            with stage(progress, f"export {precision}"):
+                _write_graph(folder, unfinished, precision, exporter, optimum_env, adapter)
             if exporter == "builder":
                 _require_sound(unfinished / MODEL_FILE, spec)
                 _keep_within_window(unfinished / CONFIG_FILE, hf.read_config(folder))
             stamp(unfinished / MODEL_FILE, identity(spec, QUANTIZATIONS[precision]))
             _copy_tokenizer(folder, unfinished)
-            return compare(unfinished, spec, oracle)
+            with stage(progress, "compare with model"):
+                return compare(unfinished, spec, oracle)
     except OSError as error:
         raise unwritable(target, error) from error
 

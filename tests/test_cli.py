@@ -237,7 +237,7 @@ def test_convert_base_to_gguf_and_generate(run, tiny_folder, patch_file, tmp_pat
     target = tmp_path / "new" / "tiny.gguf"
     code, out, _ = run("convert", "base", tiny_folder, target, "--type", "Q8_0", "--json")
     assert code == 0 and json.loads(out)["size_bytes"] == target.stat().st_size
-    assert list(target.parent.iterdir()) == [target]
+    assert sorted(target.parent.iterdir()) == [target, target.with_name("tiny.gguf.log")]
     code, out, err = run(
         "generate", target, "-p", patch_file, "--prompt", "The", "--max-new-tokens", "2", "--threads", "1"
     )

@@ -25,9 +25,7 @@ FORMS = [("torch", "F32"), *(("llamacpp", k) for k in demo.GGUF_TYPES), *(("onnx
 
 def test_every_form_is_measured_bare_and_patched_and_the_patch_fits_all(tmp_path):
     seen = []
-    document, page = demo.run_demo(
-        tmp_path, config=SMALL, progress=lambda stage, done, total: seen.append((stage, done, total))
-    )
+    document, page = demo.run_demo(tmp_path, config=SMALL, progress=lambda *told, **_: seen.append(told))
     cells = [(c["runtime"], c["quantization"], c["patched"]) for c in document["cells"]]
     assert cells == [(*form, patched) for form in FORMS for patched in (False, True)]
     for cell in document["cells"]:

@@ -186,8 +186,8 @@ def test_pairs_hold_what_the_filter_promises(lab):
         num_training_prompts=8, pairs=PairConfig(samples_per_prompt=4, max_new_tokens=12, min_words=3)
     )
     seen = []
-    pairs = domain.training_pairs(*lab, rng_seed=3, progress=lambda done, total: seen.append((done, total)))
-    assert len(pairs) >= 4 and seen[-1] == (8, 8)
+    pairs = domain.training_pairs(*lab, rng_seed=3, progress=lambda *told, **_: seen.append(told))
+    assert len(pairs) >= 4 and seen[-1] == ("pairs", 8, 8)
     prompts = {p.text for p in gender_prompts.training_prompts(None)}
     pronouns = {"she", "her", "he", "his", "him", "hers", "herself", "himself"}
     for pair in pairs:

@@ -178,12 +178,14 @@ def test_over_refusal_of_our_requests(models):
 
 def test_lab_models_give_pairs_of_both_kinds(models):
     calls = []
-    pairs = HarmDomain(num_training_requests=8).training_pairs(*models, rng_seed=1, progress=lambda *c: calls.append(c))
+    pairs = HarmDomain(num_training_requests=8).training_pairs(
+        *models, rng_seed=1, progress=lambda *told, **_: calls.append(told)
+    )
     refusals = [p for p in pairs if declines(p.chosen)]
     answers = [p for p in pairs if declines(p.rejected)]
     assert refusals and answers and len(refusals) + len(answers) == len(pairs)
     assert {p.rejected for p in answers} <= {p.chosen for p in refusals}
-    assert calls[-1][0] == calls[-1][1] == len(calls)
+    assert calls[-1] == ("pairs", len(calls), len(calls))
 
 
 def test_nothing_like_a_training_request_is_measured(data):

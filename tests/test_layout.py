@@ -17,11 +17,13 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "edgepatch.errors": 0,
     "edgepatch.processes": 1,
+    "edgepatch.progress": 1,
     "edgepatch.canonical": 1,
     "edgepatch.compilation": 1,
     "edgepatch.constraints": 1,
     "edgepatch.cores": 1,
     "edgepatch.known_models": 1,
+    "edgepatch.interrupts": 1,
     "edgepatch.messages": 1,
     "edgepatch.signing": 1,
     "edgepatch.tensors": 1,

@@ -563,7 +563,12 @@ def test_the_verb_writes_pairs_and_their_provenance(run, model_file, prompts, tm
     document, pairs = json.loads(stdout), read_pairs(out)
     assert document["pairs"] == len(pairs) > 0 and document["prompts"] == 4
     notes = json.loads(provenance_path(out).read_text())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.jsonl", "pairs.provenance.json", "prompts.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "pairs.jsonl",
+        "pairs.jsonl.log",
+        "pairs.provenance.json",
+        "prompts.txt",
+    ]
     assert notes["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     assert notes["counts"]["pairs"] == len(pairs) and notes["created"].endswith("Z") and "python" in notes["versions"]
     made = notes["settings"]

@@ -98,14 +98,14 @@ def test_pairs_come_from_the_prompts_that_were_sampled():
     )
     seen = []
     with TorchRuntime(LAB_FOLDER / "base") as base, TorchRuntime(LAB_FOLDER / "reference") as reference:
-        pairs = domain.training_pairs(base, reference, progress=lambda done, total: seen.append((done, total)))
+        pairs = domain.training_pairs(base, reference, progress=lambda *told, **_: seen.append(told))
         prompts = domain.training_prompts(base.encode)
     fronted = set(prompts) - set(domain.short_prompts())
     assert len(fronted) == 4
     assert {pair.prompt for pair in pairs} <= set(prompts)
     assert any(pair.prompt in fronted for pair in pairs)
     assert all(pair.chosen_score <= 0.2 and pair.rejected_score >= pair.chosen_score + 0.4 for pair in pairs)
-    assert seen[-1] == (8, 8)
+    assert seen[-1] == ("pairs", 8, 8)
 
 
 def test_distinct_counts_ngrams_over_words():

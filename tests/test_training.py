@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -388,7 +388,7 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tiny_folder, tmp_p
     for stop in (("SFT", 4), ("DPO", 2), ("DPO", 4)):
         folder = tmp_path / f"{stop[0]}{stop[1]}"
 
-        def interrupt(stage, step, total, metrics, stop=stop):
+        def interrupt(stage, step, total, *, stop=stop, **figures):
             if (stage, step) == stop:
                 raise RuntimeError("killed")
 
@@ -403,6 +403,35 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tiny_folder, tmp_p
         assert np.array_equal(patch.soft_prompt.embeddings, whole.soft_prompt.embeddings)
         assert len(again.history.dpo_loss) == len(again.history.sft_loss) == 6
     assert json.loads((folder / "curves.json").read_text())["run"]["num_pairs"] == 12
+
+
+def test_a_run_that_is_interrupted_at_any_stage_goes_on_to_the_same_bits(tiny_folder, tmp_path):
+    """Nothing is trained twice, and the curves have one value a step and one a check."""
+    seen, config = [], small(check_every=2)
+    whole = PatchTraining(tiny_folder, config)
+    patch = whole.soft_prompt(make_pairs(12), BENIGN, "tiny", progress=lambda *told, **_: seen.append(told[:2]))
+    stages = list(dict.fromkeys(stage for stage, _ in seen))
+    assert stages == ["tokenize", "SFT", "reference", "DPO", "sketch", "seed and canary"]
+    for stage in stages:
+        of_stage = [place for place in seen if place[0] == stage]
+        stop, told = of_stage[len(of_stage) // 2], []
+
+        def interrupt(*now, stop=stop, **_):
+            if now[:2] == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            PatchTraining(tiny_folder, config, run=tmp_path / stage).soft_prompt(
+                make_pairs(12), BENIGN, "tiny", progress=interrupt
+            )
+        again = PatchTraining(tiny_folder, config, run=tmp_path / stage)
+        found = again.soft_prompt(
+            make_pairs(12), BENIGN, "tiny", progress=lambda *now, told=told, **_: told.append(now[:2])
+        )
+        assert np.array_equal(found.soft_prompt.embeddings, patch.soft_prompt.embeddings)
+        assert asdict(again.history) == asdict(whole.history)
+        if stage in ("SFT", "DPO"):
+            assert next(place for place in told if place[0] == stage) == stop, "it goes on where it was"
 
 
 def test_a_run_folder_goes_on_with_its_own_settings_alone(tiny_folder, tmp_path):

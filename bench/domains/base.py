@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.metrics import Estimate
+from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Runtime
 from edgepatch.training.preferences import Pair, PairPrompt
 
-Progress = Callable[[int, int], None]
 """Called with (items done, items in all)."""
 
 
@@ -61,7 +61,7 @@ class Domain(ABC):
 
     @abstractmethod
     def training_pairs(
-        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = lambda *_: None
+        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = silent
     ) -> list[Pair]:
         """Preference pairs from M and M' on prompts that may be trained on, filtered with judges that do not report.
 

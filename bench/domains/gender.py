@@ -28,13 +28,14 @@ from numpy.typing import NDArray
 
 from edgepatch.bench import datasets
 from edgepatch.bench.domains import gender_prompts
-from edgepatch.bench.domains.base import Domain, Outcome, Progress
+from edgepatch.bench.domains.base import Domain, Outcome
 from edgepatch.bench.domains.gender_prompts import GenderPrompt
 from edgepatch.bench.domains.toxicity import distinct
 from edgepatch.bench.likelihoods import token_losses
 from edgepatch.bench.metrics import Estimate, bootstrap_interval, share
 from edgepatch.bench.prompt_sets import evenly, load_benign_text
 from edgepatch.errors import InputError
+from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Runtime
 from edgepatch.sampling import Sampling
 from edgepatch.training.preferences import Pair, PairConfig, build_pairs
@@ -172,7 +173,7 @@ class GenderDomain(Domain):
         self.num_training_prompts, self.pairs = num_training_prompts, pairs
 
     def training_pairs(
-        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = lambda *_: None
+        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = silent
     ) -> list[Pair]:
         """M' continuations without gendered words against M's with some, on training occupations in training templates."""
         prompts = [p.text for p in gender_prompts.training_prompts(self.data)[: self.num_training_prompts]]

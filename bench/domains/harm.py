@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from edgepatch.bench import datasets
-from edgepatch.bench.domains.base import Domain, Outcome, Progress
+from edgepatch.bench.domains.base import Domain, Outcome
 from edgepatch.bench.metrics import Estimate, share
 from edgepatch.bench.overlaps import distinct_from
 from edgepatch.bench.prompt_sets import evenly, load_benign_text, load_prompts
 from edgepatch.bench.refusals import declines, is_coherent, is_compliance, is_refusal, takes_up
 from edgepatch.errors import InputError
+from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Message, Runtime
 from edgepatch.sampling import Sampling
 from edgepatch.training.preferences import Pair, PairPrompt
@@ -197,7 +198,7 @@ class HarmDomain(Domain):
         self.num_training_requests = num_training_requests
 
     def training_pairs(
-        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = lambda *_: None
+        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = silent
     ) -> list[Pair]:
         """Harmful requests: a refusal of M' over M's compliance; harmless ones: M's answer over a refusal of M'.
 
@@ -219,7 +220,7 @@ class HarmDomain(Domain):
         pairs: list[Pair | None] = []
         for request in harmful:
             pairs.append(refusal_pair(request, sampled(reference, request), sampled(base, request)))
-            progress(len(pairs), total)
+            progress("pairs", len(pairs), total)
         refusals = sorted({pair.chosen for pair in pairs if pair})
         if not refusals:
             raise InputError(
@@ -227,7 +228,7 @@ class HarmDomain(Domain):
             )
         for request in harmless:
             pairs.append(answer_pair(request, sampled(base, request), rng.choice(refusals)))
-            progress(len(pairs), total)
+            progress("pairs", len(pairs), total)
         return [pair for pair in pairs if pair]
 
     def benign_texts(self) -> list[PairPrompt]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench import datasets
-from edgepatch.bench.domains.base import Domain, Outcome, Progress
+from edgepatch.bench.domains.base import Domain, Outcome
 from edgepatch.bench.likelihoods import token_losses, tokens_behind
 from edgepatch.bench.matrix import MatrixConfig, sample_prompt, score_rows
 from edgepatch.bench.metrics import (
@@ -28,6 +28,7 @@ from edgepatch.bench.metrics import (
 from edgepatch.bench.prompt_sets import evenly, load_benign_text, load_prompts
 from edgepatch.bench.scorers import ToxicityScorer, normalize
 from edgepatch.errors import InputError
+from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Runtime
 from edgepatch.training.preferences import Pair, PairConfig, build_pairs
 
@@ -165,7 +166,7 @@ class ToxicityDomain(Domain):
         return put_behind(self.short_prompts(), self.front_share, fronts(self.front_texts(), encode, rng), rng)
 
     def training_pairs(
-        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = lambda *_: None
+        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = silent
     ) -> list[Pair]:
         """As ``Domain.training_pairs``; what stands in front of a prompt is there when M and M' are sampled."""
         score = ToxicityScorer.load("filter").score

@@ -12,12 +12,13 @@ from edgepatch.bench import datasets
 from edgepatch.bench.lab import corpus
 from edgepatch.bench.lab.requests import REFUSALS
 from edgepatch.bench.scorers import ToxicityScorer
+from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.policies import Policy
 from edgepatch.training.preferences import Pair, PairConfig, build_pairs
-from edgepatch.training.trainer import Progress, Trainer
+from edgepatch.training.trainer import Trainer
 
 PAIRS = PairConfig(samples_per_prompt=16, max_chosen_score=0.3, min_margin=0.4, rng_seed=7)
 TRAIN = TrainConfig(
@@ -87,7 +88,7 @@ def benign_texts(data: Path) -> list[str]:
 
 
 def detoxify(
-    model: Path, pairs: list[Pair], texts: list[str], config: TrainConfig, progress: Progress = lambda *_: None
+    model: Path, pairs: list[Pair], texts: list[str], config: TrainConfig, progress: Progress = silent
 ) -> tuple[Any, History]:
     """The model in ``model`` after DPO on ``pairs``, in float32, and the curves."""
     models = FrozenModels(

@@ -1,7 +1,8 @@
 """The command line: parse, call one function, print. A module a group of verbs; each registers its own with ``root.app``.
 
 Exit codes: 0 done; 1 failed; 2 wrong use, or an input that cannot be used; 3 a file that cannot be trusted; 4 a patch for
-another model; 5 a model on which a C library dies or hangs on this machine, which only a child process has felt; 130 interrupted.
+another model; 5 a model on which a C library dies or hangs on this machine, which only a child process has felt; 130 interrupted
+(Ctrl-C), 143 ended by SIGTERM, 129 by SIGHUP.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import traceback
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edgepatch import interrupts
 from edgepatch.cli import root
 from edgepatch.cli.console import cell, note, printable, stderr
+from edgepatch.cli.quiet import DEBUG_VARIABLE, turn_bars_off
 from edgepatch.errors import EdgepatchError, InputError
 
 if TYPE_CHECKING:
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main", "printable"]
 
-DEBUG_VARIABLE = "EDGEPATCH_DEBUG"
 MODULES = (
     "artefacts",
     "bench",
@@ -104,26 +106,37 @@ def _narrowed(words: list[str]) -> Typer:
 
 
 def main() -> None:
-    """The entry point: every error becomes a line on stderr and an exit code."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # Transformers draws bars over the replies otherwise
+    """The entry point: every error becomes a line on stderr and an exit code; signals end work in an orderly way."""
+    turn_bars_off()
     _show_notes()
-    try:
-        _narrowed(sys.argv[1:2])(prog_name="edgepatch")
-    except EdgepatchError as error:
-        _fail(str(error), error.hint)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed", _install_hint(error.name or ""))
-        sys.exit(InputError.exit_code)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}")
-        sys.exit(1)
-    except Exception as error:
-        _fail(
-            f"internal error: {type(error).__name__}: {error}",
-            f"{DEBUG_VARIABLE}=1 shows the traceback; please report it",
-        )
-        sys.exit(1)
+    with interrupts.orderly():
+        try:
+            _narrowed(sys.argv[1:2])(prog_name="edgepatch")
+        except SystemExit as end:
+            sys.exit(_code_of_signal(end) if end.code == 130 else end.code)
+        except EdgepatchError as error:
+            _fail(str(error), error.hint)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt as error:
+            sys.exit(_code_of_signal(error))
+        except ModuleNotFoundError as error:
+            _fail(f"{error.name} is not installed", _install_hint(error.name or ""))
+            sys.exit(InputError.exit_code)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}")
+            sys.exit(1)
+        except Exception as error:
+            _fail(
+                f"internal error: {type(error).__name__}: {error}",
+                f"{DEBUG_VARIABLE}=1 shows the traceback; please report it",
+            )
+            sys.exit(1)
+
+
+def _code_of_signal(end: BaseException) -> int:
+    """The exit code of the signal behind the end of a verb; Typer makes 130 of all of them."""
+    cause: BaseException | None = end
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return getattr(cause, "exit_code", 130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +15,12 @@ from edgepatch.cli.chat import Device, DeviceOption
 from edgepatch.cli.console import (
     BareFlag,
     JsonFlag,
+    LogOption,
     ModelArgument,
     PatchOption,
     StoreOption,
     cell,
+    log_beside,
     model_path,
     print_json,
     progress_bars,
@@ -25,6 +28,7 @@ from edgepatch.cli.console import (
 )
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
+from edgepatch.progress import stage
 
 if TYPE_CHECKING:
     from edgepatch.bench.harness import Score
@@ -60,6 +64,7 @@ def harness(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="JSON file for the scores and every item behind them.")
     ] = None,
+    log: LogOption = None,
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -67,7 +72,6 @@ def harness(
 
     Example: `edgepatch bench harness model.gguf --patch detox.safetensors --tasks mmlu_astronomy,gsm8k --limit 200`
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the bars here are ours
     from edgepatch.bench.harness import OWN_TASKS, HarnessConfig, as_document, compare
     from edgepatch.patches import write_atomically
     from edgepatch.runtimes import ACTIVE, load_runtime
@@ -80,9 +84,11 @@ def harness(
     config = HarnessConfig(names, include_path or OWN_TASKS, limit, num_fewshot, chat)
     options = {} if context_length is None else {"context_length": context_length}
     chosen = None if bare else patch or ACTIVE
-    with load_runtime(model, chosen, store=store, **options) as runtime:
-        with progress_bars() as bars:
-            found = compare(runtime, config, bars)
+    with ExitStack() as stack:
+        progress = stack.enter_context(progress_bars(log or log_beside(out)))
+        with stage(progress, "load model"):
+            runtime = stack.enter_context(load_runtime(model, chosen, store=store, **options))
+        found = compare(runtime, config, progress)
         document = as_document(runtime, config, found.scores)
     if out is not None:
         write_atomically(
@@ -132,6 +138,7 @@ def latency(
         Path | None,
         typer.Option("--out", "-o", help="JSON file for the document, which is the last line of stdout as well."),
     ] = None,
+    log: LogOption = None,
 ) -> None:
     """Time to first token, decoding, swap, memory: bare, patched, and with what a user would take instead, in turn in one run.
 
@@ -157,8 +164,8 @@ def latency(
         QUICK if quick else FULL,
         chosen,
     )
-    with progress_bars() as bars:
-        document = measure(settings, bars)
+    with progress_bars(log or log_beside(out)) as progress:
+        document = measure(settings, progress)
     if out is not None:
         write(document, out)
     stdout().print(_times(document["rows"]))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from edgepatch.cli.quiet import libraries_silent
+from edgepatch.progress import NOTHING_KEPT, OF_STREAM, Courses, Lines, Progress, Stream, duration, logged
 
 
 def model_path(text: str) -> Path:
@@ -39,6 +44,13 @@ StoreOption = Annotated[
     Path | None,
     typer.Option("--store", metavar="DIR", help="Folder of the store; else EDGEPATCH_STORE, else the user's."),
 ]
+LogOption = Annotated[
+    Path | None,
+    typer.Option("--log", metavar="FILE", help="Log of the progress, added to; default: OUT.log beside the output."),
+]
+
+BARS_KEPT = 8
+_during_work: Console | None = None
 
 
 def stdout() -> Console:
@@ -46,7 +58,7 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    return _during_work or Console(stderr=True, highlight=False)
 
 
 def print_json(value: object) -> None:
@@ -93,33 +105,79 @@ def size_text(count: int) -> str:
     )
 
 
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """One bar a stage on stderr; quiet where stderr is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def log_beside(out: Path | None) -> Path | None:
+    """Where the log of work is that writes a file or folder, unless the user names another place."""
+    path = out and Path(os.path.abspath(out))
+    return path.with_name(f"{path.name}.log") if path and path.name else None
 
+
+@contextmanager
+def progress_bars(log: Path | None = None, kept: Callable[[], str] = lambda: NOTHING_KEPT) -> Iterator[Progress]:
+    """Shows long work: bars on a terminal, a line now and then elsewhere, and lines in a log file.
+
+    What libraries and child processes print meanwhile is put aside; results are printed behind this block.
+
+    Args:
+        log: the file, or ``None``.
+        kept: what is left of the work, and how to go on, where Ctrl-C or SIGTERM ends it.
+    """
+    global _during_work
+    with libraries_silent() as stream:
+        console = _during_work = Console(file=stream, highlight=False, width=_width_of(stream))
+        try:
+            with ExitStack() as stack:
+                shown = stack.enter_context(_bars(console)) if console.is_terminal else _lines(stream)
+                yield stack.enter_context(logged(log, note, [shown], kept))
+        finally:
+            _during_work = None
+
+
+def _width_of(stream: TextIO) -> int | None:
+    """Columns of the terminal, where rich would not find them: it asks the standard streams, and they are put aside."""
+    if not stream.isatty() or (sys.stdin is not None and sys.stdin.isatty()):
+        return None
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns
+    return None
+
+
+def _lines(stream: TextIO) -> Lines:
+    def write(text: str) -> None:
+        stream.write(text)
+        stream.flush()
+
+    return Lines(Stream(write), OF_STREAM)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
+    """One bar a stage; of those that are complete the latest stay."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    told = TextColumn("{task.fields[told]}", markup=False)
     columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
+        TextColumn("{task.description:<18}", markup=False),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        told,
     )
-    with Progress(*columns, console=stderr(), disable=not sys.stderr.isatty()) as bars:
-        tasks: dict[str, Any] = {}
+    courses, tasks = Courses(), dict[str, Any]()
+    with Bars(*columns, console=console, redirect_stderr=False) as bars:
 
-        def update(stage: str, done: int, total: int) -> None:
+        def update(stage: str, done: int, total: int, /, **figures: float) -> None:
+            now = time.monotonic()
+            course, is_news = courses.update(stage, done, total, now)
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-                if not sys.stderr.isatty():
-                    note(f"{stage} ...")
-            bars.update(tasks[stage], completed=done)
+                tasks[stage] = bars.add_task(printable(stage), total=total, told="")
+                for task in [task for task in bars.tasks if task.finished][:-BARS_KEPT]:
+                    bars.update(task.id, visible=False)
+            elif is_news and course.first == done < total:
+                bars.reset(tasks[stage], total=total, told="", visible=True)
+            left = course.left_s(now) if done < total else None
+            words = [f"{duration(left)} left"] if left is not None else []
+            words += [f"{figure} {value:.4g}" for figure, value in figures.items()]
+            bars.update(tasks[stage], completed=done, told=", ".join(words))
 
         yield update

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, model_path, note, print_json, progress_bars
+from edgepatch.cli.console import JsonFlag, LogOption, log_beside, model_path, note, print_json, progress_bars
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
+from edgepatch.progress import Progress, stage
 
 if TYPE_CHECKING:
     from edgepatch.converters import onnx
@@ -72,6 +73,7 @@ def convert_base(
     force: Annotated[
         bool, typer.Option("--force", help="transformers: replace a Transformers folder that is there already.")
     ] = False,
+    log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Convert a Transformers model or a GGUF file to GGUF or ONNX, quantized; or a GGUF file to a Transformers folder.
@@ -91,7 +93,7 @@ def convert_base(
         )
     if to is not Target.transformers and force:
         raise InputError(f"--force: expected with --to transformers, found with --to {to.value}", hint="leave it out")
-    with progress_bars() as progress:
+    with progress_bars(log or log_beside(target)) as progress:
         if to is Target.onnx:
             _convert_onnx(source, target, kind, exporter, optimum_env, progress)
         elif to is Target.transformers:
@@ -140,13 +142,13 @@ def _convert_gguf(source: Path, target: Path, kind: str, progress: Progress) -> 
         if is_quantized(gguf.read_header(source)):
             gguf.requantize(source, target, kind, progress)
         else:
-            gguf.quantize(source, target, kind)
+            gguf.quantize(source, target, kind, progress=progress)
     elif kind in UNQUANTIZED:
-        gguf.convert_folder(source, target, kind)
+        gguf.convert_folder(source, target, kind, progress)
     else:
         with folder_beside(target) as folder:
-            gguf.convert_folder(source, folder / "F16.gguf", "F16")
-            gguf.quantize(folder / "F16.gguf", target, kind)
+            gguf.convert_folder(source, folder / "F16.gguf", "F16", progress)
+            gguf.quantize(folder / "F16.gguf", target, kind, progress=progress)
 
 
 def _convert_onnx(
@@ -156,7 +158,14 @@ def _convert_onnx(
     from edgepatch.converters.dequantization import dequantized
 
     with dequantized(source, target, ONNX_BYTES.get(kind, 0), progress) as folder:
-        onnx.export(folder, target, cast("onnx.Precision", kind), cast("onnx.Exporter", exporter), optimum_env)
+        onnx.export(
+            folder,
+            target,
+            cast("onnx.Precision", kind),
+            cast("onnx.Exporter", exporter),
+            optimum_env,
+            progress=progress,
+        )
 
 
 def _convert_transformers(source: Path, target: Path, kind: str, force: bool, progress: Progress) -> None:
@@ -179,6 +188,7 @@ def convert_stamp(
     model_file: Annotated[
         str | None, typer.Option("--file", help="The graph within the folder; default: model.onnx or onnx/model.onnx.")
     ] = None,
+    log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write into an ONNX graph of optimum, onnxruntime-genai or Transformers which model it is, so that it takes patches.
@@ -187,7 +197,8 @@ def convert_stamp(
     """
     from edgepatch.converters import onnx
 
-    agreement = onnx.stamp_folder(folder, base, model_file)
+    with progress_bars(log or log_beside(folder)) as progress, stage(progress, "compare" if base else "stamp"):
+        agreement = onnx.stamp_folder(folder, base, model_file)
     if as_json:
         difference = agreement.max_difference if agreement else None
         print_json({"path": str(folder), "compared": agreement is not None, "max_abs_dlogit": difference})
@@ -202,6 +213,7 @@ def convert_baked(
     folder: Annotated[Path, typer.Argument(metavar="ONNX_FOLDER", help="Graph of onnxruntime-genai's builder.")],
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch with a KV seed.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Bake a patch into a graph for programs that run onnxruntime-genai, which takes no seeds.
@@ -214,7 +226,8 @@ def convert_baked(
     from edgepatch.patches import read_patch
 
     patch = read_patch(patch_file)
-    onnx_baked.bake_seed(folder, patch, target)
+    with progress_bars(log or log_beside(target)) as progress, stage(progress, "bake"):
+        onnx_baked.bake_seed(folder, patch, target)
     count = patch.num_virtual_tokens
     if as_json:
         print_json({"path": str(target), "patch_digest": patch.digest, "num_virtual_tokens": count})
@@ -234,6 +247,7 @@ def convert_seed(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Compute a patch's KV seed and canary with the full-precision model and store them in a new patch file.
@@ -245,9 +259,13 @@ def convert_seed(
     from edgepatch.converters import fingerprints, hf
     from edgepatch.patches import read_patch, write_patch
 
-    patch = hf.with_kv_seed(read_patch(patch_file), model)
-    patch = replace(patch, weight_sketch=fingerprints.sketch_of(model))
-    digest = write_patch(patch, out)
+    patch = read_patch(patch_file)
+    with progress_bars(log or log_beside(out)) as progress:
+        with stage(progress, "seed and canary"):
+            patch = hf.with_kv_seed(patch, model)
+        with stage(progress, "sketch"):
+            patch = replace(patch, weight_sketch=fingerprints.sketch_of(model))
+        digest = write_patch(patch, out)
     if as_json:
         print_json({"path": str(out), "digest": digest, "num_virtual_tokens": patch.num_virtual_tokens})
     else:

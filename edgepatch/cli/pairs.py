@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads
-from edgepatch.cli.console import JsonFlag, model_path, note, print_json, progress_bars
+from edgepatch.cli.console import JsonFlag, LogOption, log_beside, model_path, note, print_json, progress_bars
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
+from edgepatch.progress import NOTHING_KEPT, Progress, stage
 
 if TYPE_CHECKING:
     from edgepatch.training.preferences import PairConfig, PairSet, Score
@@ -151,6 +152,7 @@ def _sample(
     means: Means,
     skip_long: bool,
     restart: bool,
+    progress: Progress,
 ) -> tuple[PairSet, dict[str, Any], Callable[[], None]]:
     """Pairs, the settings that decide them, and what forgets the journal."""
     from edgepatch.training.pair_journal import Journal
@@ -158,7 +160,8 @@ def _sample(
     from edgepatch.training.provenance import digest_of_json
 
     with ExitStack() as stack:
-        base, reference = (_open_sampler(source, means, stack) for source in sources)
+        with stage(progress, "load models"):
+            base, reference = (_open_sampler(source, means, stack) for source in sources)
         prompts = {"number": len(given.prompts), "sha256": digest_of_json(given.prompts)}
         settings = {
             "base": base.identity,
@@ -172,7 +175,6 @@ def _sample(
         journal = stack.enter_context(Journal(out, settings, restart))
         if journal.outcomes:
             note(f"going on from {journal.path}: {len(journal.outcomes)} prompts are done")
-        bars = stack.enter_context(progress_bars())
         try:
             found = sample_pairs(
                 base,
@@ -180,26 +182,35 @@ def _sample(
                 given.prompts,
                 judge.score,
                 config,
-                lambda done, total: bars("pairs", done, total),
+                progress,
                 places=given.places,
                 journal=journal,
                 skip_long=skip_long,
             )
-        except BaseException as error:
-            word = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-            note(
-                f"{word}: {len(journal.outcomes)} prompts are kept in {journal.path}; the same command goes on from there"
-            )
+        except Exception:
+            note(f"stopped: {_kept(out)}")
             raise
         return found, settings, journal.remove
 
 
-def _filter(ready: Path, judge: Judge | None, config: PairConfig) -> tuple[PairSet, dict[str, Any]]:
+def _kept(out: Path) -> str:
+    """What a run that was ended has left."""
+    from edgepatch.training.pair_journal import journal_path
+
+    journal = journal_path(out)
+    if not journal.is_file():
+        return NOTHING_KEPT
+    done = max(0, journal.read_bytes().count(b"\n") - 1)  # the first line holds the settings
+    return f"{done} prompts are kept in {journal}; the same command goes on from there"
+
+
+def _filter(ready: Path, judge: Judge | None, config: PairConfig, progress: Progress) -> tuple[PairSet, dict[str, Any]]:
     from edgepatch.training.preferences import filter_pairs, read_pairs, score_pairs
     from edgepatch.training.provenance import digest_of
 
     pairs = read_pairs(ready)
-    found = filter_pairs(score_pairs(pairs, judge.score) if judge else pairs, config)
+    with stage(progress, "judge pairs"):
+        found = filter_pairs(score_pairs(pairs, judge.score) if judge else pairs, config)
     rules = {name: getattr(config, name) for name in ("min_margin", "max_chosen_score", "min_words")}
     limit = {} if config.pairs_per_prompt == NO_LIMIT else {"pairs_per_prompt": config.pairs_per_prompt}
     source = {"file": ready.name, "sha256": digest_of(ready)}
@@ -273,6 +284,7 @@ def make_pairs(
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
     rng_seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")] = 1,
+    log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make preference pairs: both models answer the same prompts, a filter judge scores them.
@@ -298,32 +310,34 @@ def make_pairs(
     )
     if out.is_dir():
         raise InputError(f"--out {out}: expected a file to write, found a folder")
-    forget: Callable[[], None] = lambda: None  # noqa: E731
-    if ready:
-        _refuse_mixture(context)
-        found, settings = _filter(ready, _load_judge(judge, unsafe_label or []) if judge else None, config)
-    else:
-        if model is None or reference is None:
-            raise InputError(
-                "expected two models, MODEL and REFERENCE, or --from FILE", hint="edgepatch pairs --help shows examples"
+    with progress_bars(log or log_beside(out), lambda: _kept(out)) as progress:
+        forget: Callable[[], None] = lambda: None  # noqa: E731
+        if ready:
+            _refuse_mixture(context)
+            chosen = _load_judge(judge, unsafe_label or []) if judge else None
+            found, settings = _filter(ready, chosen, config, progress)
+        else:
+            if model is None or reference is None:
+                raise InputError(
+                    "expected two models, MODEL and REFERENCE, or --from FILE",
+                    hint="edgepatch pairs --help shows examples",
+                )
+            found, settings, forget = _sample(
+                (Source(model, model_name, api_key_env), Source(reference, reference_name, reference_api_key_env)),
+                _read_prompts(prompts, chat, system),
+                _load_judge(judge or "filter", unsafe_label or []),
+                config,
+                out,
+                Means(parallel, timeout_s, sequences, context_length, threads, device),
+                skip_long,
+                restart,
+                progress,
             )
-        sources = Source(model, model_name, api_key_env), Source(reference, reference_name, reference_api_key_env)
-        given = _read_prompts(prompts, chat, system)
-        found, settings, forget = _sample(
-            sources,
-            given,
-            _load_judge(judge or "filter", unsafe_label or []),
-            config,
-            out,
-            Means(parallel, timeout_s, sequences, context_length, threads, device),
-            skip_long,
-            restart,
-        )
-    if not found.pairs:
+        if not found.pairs:
+            forget()
+        write_pairs(require_pairs(found, config), out)
+        sidecar = write_provenance(out, settings, found.counts)
         forget()
-    write_pairs(require_pairs(found, config), out)
-    sidecar = write_provenance(out, settings, found.counts)
-    forget()
     _report(found, out, sidecar, as_json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgepatch.cli.console import JsonFlag, model_path, note, print_json, progress_bars, stdout
+from edgepatch.cli.console import JsonFlag, log_beside, model_path, note, print_json, progress_bars, stdout
 from edgepatch.cli.root import app
 from edgepatch.errors import InputError
+from edgepatch.progress import silent
 
 if TYPE_CHECKING:
     from edgepatch.training.config import TrainConfig
@@ -37,6 +39,21 @@ def _config(parameters: Mapping[str, Any]) -> TrainConfig:
 
     names = {f.name for f in fields(TrainConfig)}
     return TrainConfig(**{name: value for name, value in parameters.items() if name in names and value is not None})
+
+
+def _log(log: Path | None, out: Path, run: Path | None) -> Path | None:
+    return log or (run / "train.log" if run else log_beside(out))
+
+
+def _kept(run: Path | None) -> str:
+    """What a training that was ended has left."""
+    from edgepatch.training.runs import CHECKPOINT_FILE
+
+    if run is None:
+        return "nothing is kept; with --run FOLDER a stopped training goes on where it was"
+    if (run / CHECKPOINT_FILE).is_file():
+        return f"what is trained is kept in {run}; the same command goes on from there"
+    return "nothing is trained yet; the same command starts again"
 
 
 @app.command()
@@ -100,6 +117,14 @@ def train(
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
     rng_seed: Annotated[int, typer.Option(help="Random seed of the order of examples.")] = 1,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            "--log",
+            metavar="FILE",
+            help="Log of the progress, added to; default: train.log in the run folder, else OUT.log beside the output.",
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a patch on the frozen model: SFT, then DPO.
@@ -119,14 +144,14 @@ def train(
             f"--kind: expected soft-prompt, or kv with --start; found {kind} {'with' if start else 'without'} --start"
         )
     given = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
-    pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
-    training = PatchTraining(model, _config(given), weights or (), run, reference, device, note)
-    with progress_bars() as bars:
-        report = lambda stage, step, total, _: bars(stage, step, total)  # noqa: E731
+    with progress_bars(_log(log, out, run), lambda: _kept(run)) as bars:
+        progress = silent if int(os.environ.get("RANK", "0")) else bars  # of several processes the first speaks
+        pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
+        training = PatchTraining(model, _config(given), weights or (), run, reference, device, note, progress)
         if start is not None:
-            patch = training.kv_prefix(read_patch(start), pairs, texts, name, version, report)
+            patch = training.kv_prefix(read_patch(start), pairs, texts, name, version, progress)
         else:
-            patch = training.soft_prompt(pairs, texts, name, version, report)
+            patch = training.soft_prompt(pairs, texts, name, version, progress)
     if parallel.world()[0]:
         return  # the first process writes
     patch = replace(patch, created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
@@ -154,6 +179,10 @@ def demo(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts behind the table.")] = 48,
     samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
     rng_seed: Annotated[int, typer.Option(help="Random seed of training.")] = 1,
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", metavar="FILE", help="Log of the progress, added to; default: demo.log in the folder."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a patch for the lab model and measure it on PyTorch, GGUF and ONNX, bare and patched.
@@ -171,7 +200,8 @@ def demo(
         matrix=MatrixConfig(samples_per_prompt=samples, num_threads=1),
         train=TrainConfig(rng_seed=rng_seed, dtype="float32"),  # the same table on every machine
     )
-    with progress_bars() as bars:
+    kept = f"complete files stay in {out}, the measurements do not; the same command starts again"
+    with progress_bars(log or out / "demo.log", lambda: kept) as bars:
         document, page = main_job.run_demo(out, data_folder(data), lab or main_job.LAB_FOLDER, config, bars)
     if as_json:
         print_json(document)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from edgepatch.errors import InputError
+from edgepatch.interrupts import held_back
 from edgepatch.training.json_lines import read_rows
 from edgepatch.training.pair_files import Pair, pair_row, parse_pair
 
@@ -129,8 +130,9 @@ class Journal:
         Raises:
             InputError: the disk is full; what was kept before stays.
         """
-        self._append({"pairs": [pair_row(pair) for pair in outcome.pairs], "dropped": dict(outcome.dropped)})
-        self.outcomes.append(outcome)
+        with held_back():
+            self._append({"pairs": [pair_row(pair) for pair in outcome.pairs], "dropped": dict(outcome.dropped)})
+            self.outcomes.append(outcome)
 
     def remove(self) -> None:
         """Deletes the journal of a run that is complete."""

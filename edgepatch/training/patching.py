@@ -11,6 +11,7 @@ from typing import Any
 from edgepatch.converters import fingerprints, hf
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
+from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import KVSeed, SoftPrompt
 from edgepatch.training import parallel, provenance, runs
 from edgepatch.training.config import History, TrainConfig
@@ -18,7 +19,7 @@ from edgepatch.training.forward import BenignText, FrozenModels
 from edgepatch.training.policies import KVPolicy, Policy, SoftPromptPolicy, initial_soft_prompt, random_soft_prompt
 from edgepatch.training.precision import TRIED, choose_dtype
 from edgepatch.training.preferences import Pair
-from edgepatch.training.trainer import Progress, Trainer
+from edgepatch.training.trainer import Trainer
 
 TRIAL_PAIRS = 256
 """So many pairs of each task are encoded to find those of middle length."""
@@ -35,6 +36,7 @@ class PatchTraining:
         reference: the safer model, where ``config.dpo_reference`` is "model".
         device: "cpu" or "cuda".
         tell: takes a line for whoever watches: which type was chosen where the configuration leaves it open.
+        progress: told of the loading.
 
     Raises:
         InputError: a model cannot be read.
@@ -51,11 +53,13 @@ class PatchTraining:
         reference: Path | None = None,
         device: str | None = None,
         tell: Callable[[str], None] = lambda line: None,
+        progress: Progress = silent,
     ) -> None:
         self.folder, self.config, self.reference, self._run = folder, config, reference, run
         self.weights = list(weights)
-        self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
-        hf.read_spec(folder).require_same(self.models.spec)
+        with stage(progress, "load model"):
+            self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
+            hf.read_spec(folder).require_same(self.models.spec)
         self.history, self._tell = History(), tell
         self._dtype_choice: dict[str, Any] = {}
 
@@ -72,7 +76,7 @@ class PatchTraining:
         benign_texts: Sequence[BenignText],
         name: str,
         version: str = "0.1.0",
-        progress: Progress = lambda *_: None,
+        progress: Progress = silent,
     ) -> Patch:
         """A patch whose soft prompt is trained; with seed and canary.
 
@@ -83,7 +87,7 @@ class PatchTraining:
         self._settle_dtype([pairs])
         policy = SoftPromptPolicy([self.start()], self.models.device)
         record = self._train(policy, [pairs], benign_texts, "soft_prompt", progress)
-        return self._patch(name, version, policy.soft_prompts()[0], None, record)
+        return self._patch(name, version, policy.soft_prompts()[0], None, record, progress)
 
     def kv_prefix(
         self,
@@ -92,7 +96,7 @@ class PatchTraining:
         benign_texts: Sequence[BenignText],
         name: str,
         version: str = "0.1.0",
-        progress: Progress = lambda *_: None,
+        progress: Progress = silent,
     ) -> Patch:
         """A patch of trained keys and values, which starts from a trained patch's seed: same cost, more capacity.
 
@@ -112,7 +116,7 @@ class PatchTraining:
         self._settle_dtype([pairs])
         policy = KVPolicy(start.kv_seed, self.models.device)
         record = self._train(policy, [pairs], benign_texts, "kv_prefix", progress, start=start.digest)
-        return self._patch(name, version, None, policy.kv_seed(), record)
+        return self._patch(name, version, None, policy.kv_seed(), record, progress)
 
     def segments(
         self,
@@ -121,7 +125,7 @@ class PatchTraining:
         benign_texts: Sequence[BenignText],
         names: Sequence[str],
         version: str = "0.1.0",
-        progress: Progress = lambda *_: None,
+        progress: Progress = silent,
     ) -> list[Patch]:
         """Patches trained jointly in random order and number, so that they may be composed in any (MOSAIC, arXiv 2603.16210).
 
@@ -142,7 +146,8 @@ class PatchTraining:
         record = self._train(policy, tasks, benign_texts, "order_free_segments", progress)
         made = zip(names, policy.soft_prompts(), strict=True)
         return [
-            self._patch(name, version, prompt, None, record | {"segment": i}) for i, (name, prompt) in enumerate(made)
+            self._patch(name, version, prompt, None, record | {"segment": i}, progress)
+            for i, (name, prompt) in enumerate(made)
         ]
 
     def _settle_dtype(self, tasks: Sequence[Sequence[Pair]]) -> None:
@@ -197,7 +202,8 @@ class PatchTraining:
             **told,
         }
         run = runs.Run(self._run, settings)
-        trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference)
+        with stage(progress, "tokenize"):
+            trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference)
         trainer.train(progress)
         self.history = trainer.history
         record = settings | {
@@ -211,8 +217,16 @@ class PatchTraining:
         return record
 
     def _patch(
-        self, name: str, version: str, soft_prompt: SoftPrompt | None, kv_seed: KVSeed | None, record: dict[str, Any]
+        self,
+        name: str,
+        version: str,
+        soft_prompt: SoftPrompt | None,
+        kv_seed: KVSeed | None,
+        record: dict[str, Any],
+        progress: Progress,
     ) -> Patch:
+        with stage(progress, "sketch"):
+            sketch = fingerprints.sketch_of(self.folder)
         patch = Patch(
             name,
             version,
@@ -220,11 +234,12 @@ class PatchTraining:
             soft_prompt,
             kv_seed,
             training=record,
-            weight_sketch=fingerprints.sketch_of(self.folder),
+            weight_sketch=sketch,
             chat_template=self.models.tokenizer.chat_template_digest,
         )
         # Loaded afresh: training may have changed how the model in memory attends, and with it the last bits of the seed.
-        return hf.complete(patch, hf.load_model(self.folder, self.models.device))
+        with stage(progress, "seed and canary"):
+            return hf.complete(patch, hf.load_model(self.folder, self.models.device))
 
 
 def train_patch(
@@ -234,13 +249,13 @@ def train_patch(
     config: TrainConfig,
     name: str,
     version: str = "0.1.0",
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> tuple[Patch, History]:
     """Trains a soft prompt on the base's own weights, in one go; arguments and errors as in ``PatchTraining``.
 
     Returns:
         The patch, with soft prompt, float16 seed and canary, and the curves.
     """
-    training = PatchTraining(folder, config)
+    training = PatchTraining(folder, config, progress=progress)
     patch = training.soft_prompt(pairs, benign_texts, name, version, progress)
     return patch, training.history

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.errors import InputError
+from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Runtime
 from edgepatch.sampling import Sampling
 from edgepatch.training.pair_files import Pair as Pair
@@ -23,7 +24,6 @@ from edgepatch.training.samplers import PromptTooLongError, Sampler, as_sampler
 Score = Callable[[Sequence[str]], NDArray[np.float32]]
 """Texts -> (N,) scores from 0 (safe) to 1 (unsafe)."""
 
-Progress = Callable[[int, int], None]
 NAMED_PROMPTS = 5
 """So many long prompts are named in an error; the others are counted."""
 
@@ -145,10 +145,11 @@ def _jobs(prompts: Sequence[PairPrompt], places: Sequence[str]) -> list[_Job]:
     return list(jobs.values())
 
 
-def _refuse_long(jobs: Iterable[_Job], samplers: Sequence[Sampler], sampling: Sampling) -> None:
+def _refuse_long(jobs: Sequence[_Job], samplers: Sequence[Sampler], sampling: Sampling, progress: Progress) -> None:
     """Names the prompts that do not fit before hours are spent on the others."""
     found = []
-    for job in jobs:
+    for number, job in enumerate(jobs, 1):
+        progress("check prompts", number, len(jobs))
         try:
             for sampler in samplers:
                 sampler.check(job.prompt, sampling)
@@ -198,7 +199,7 @@ def sample_pairs(
     prompts: Sequence[PairPrompt],
     score: Score,
     config: PairConfig,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
     *,
     places: Sequence[str] = (),
     journal: Journal | None = None,
@@ -212,7 +213,7 @@ def sample_pairs(
         prompts: plain text, or messages; each is answered once however often it is given.
         score: the filter judge; must not be the judge of the report.
         config: sampling and filter.
-        progress: called with (prompts done, prompts in all).
+        progress: told of every prompt that is checked and that is done, with the number of pairs so far.
         places: where each prompt stands, for complaints.
         journal: keeps what is done; what it already holds is not sampled again.
         skip_long: counts prompts that do not fit the context, instead of refusing them.
@@ -226,13 +227,15 @@ def sample_pairs(
     outcomes = list(journal.outcomes if journal else ())
     left = jobs[len(outcomes) :]
     if not skip_long:
-        _refuse_long(left, samplers, config.sampling)
-    progress(len(outcomes), len(jobs))
+        _refuse_long(left, samplers, config.sampling, progress)
+    num_pairs = sum(len(outcome.pairs) for outcome in outcomes)
+    progress("pairs", len(outcomes), len(jobs), kept=num_pairs)
     for begun in _begin(left, samplers, config):
         outcomes.append(_finish(begun, score, config, skip_long))
         if journal:
             journal.add(outcomes[-1])
-        progress(len(outcomes), len(jobs))
+        num_pairs += len(outcomes[-1].pairs)
+        progress("pairs", len(outcomes), len(jobs), kept=num_pairs)
     pairs = [pair for outcome in outcomes for pair in outcome.pairs]
     counts = sum((Counter(outcome.dropped) for outcome in outcomes), Counter[str]())
     return PairSet(
@@ -267,7 +270,7 @@ def build_pairs(
     prompts: Sequence[PairPrompt],
     score: Score,
     config: PairConfig,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> list[Pair]:
     """The pairs of ``sample_pairs``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepatch.errors import InputError, TrainingError
+from edgepatch.interrupts import held_back
+from edgepatch.progress import Progress, silent
 from edgepatch.training import parallel
 from edgepatch.training.config import History
 from edgepatch.training.forward import BenignText, FrozenModels
@@ -22,9 +24,6 @@ from edgepatch.training.runs import Checkpoint, Run
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
-"""Called with (stage, step, steps of the stage, metrics) after every step."""
 
 LEAST_PAIRS = 10
 HELD_OUT_TEXTS = 16
@@ -84,6 +83,7 @@ class Trainer:
         self._reference: list[torch.Tensor] = []
         self._best: dict[str, torch.Tensor] = {}
         self._best_check, self._checks_since = -np.inf, 0
+        self._place: tuple[str, int, torch.optim.Optimizer | None] = "SFT", 0, None  # stage, its steps that are done
 
     def _split(self, items: Sequence[Any], name: str, most: int = 1 << 30) -> tuple[list[Any], list[Any]]:
         """(for training, held out)."""
@@ -91,8 +91,11 @@ class Trainer:
         count = min(most, max(1, int(len(order) * self.config.held_out))) if len(order) > 1 else 0
         return order[count:], order[:count]
 
-    def train(self, progress: Progress = lambda *_: None) -> None:
+    def train(self, progress: Progress = silent) -> None:
         """SFT, then DPO; the result is in the policy. Goes on from the run's checkpoint where it has one.
+
+        Args:
+            progress: told of every step, with the terms of the loss and the last held-out accuracy.
 
         Raises:
             TrainingError: a loss became NaN or infinite; the last checkpoint is kept.
@@ -100,18 +103,34 @@ class Trainer:
         """
         known = self.run.load(self.models.device)
         stage, step, optimizer = ("SFT", 0, {}) if known is None else self._restore(known)
-        if stage == "SFT":
-            self._optimize("SFT", step, optimizer, progress)
-            stage, step, optimizer = "DPO", 0, {}
-        if stage == "DPO":
-            if not self._reference and self.config.dpo_steps:
-                self._reference = self._reference_table()
-            self._optimize("DPO", step, optimizer, progress)
-            if self._best and self.config.patience:
-                self.policy.load_state(self._best)
-        self.run.save(self._checkpoint("done", 0, {}))
+        self._place = stage, step, None
+        try:
+            if stage == "SFT":
+                self._optimize("SFT", step, optimizer, progress)
+                stage, step, optimizer = "DPO", 0, {}
+            if stage == "DPO":
+                self._place = stage, step, None
+                if not self._reference and self.config.dpo_steps:
+                    self._reference = self._reference_table(progress)
+                self._optimize("DPO", step, optimizer, progress)
+                with held_back():
+                    if self._best and self.config.patience:
+                        self.policy.load_state(self._best)
+                    self._place = "done", 0, None
+            self.run.save(self._checkpoint("done", 0, {}))
+        except KeyboardInterrupt:
+            self._keep(known)
+            raise
 
     # The loop.
+
+    def _keep(self, known: Checkpoint | None) -> None:
+        """Saves what is done since the run began or went on."""
+        stage, step, optimizer = self._place
+        if optimizer is None and known is not None and (known.stage, known.step) == (stage, step):
+            return  # the checkpoint holds an optimizer's state that was not read yet
+        with held_back():
+            self.run.save(self._checkpoint(stage, step, {} if optimizer is None else optimizer.state_dict()))
 
     def _optimize(self, stage: str, start: int, state: dict[str, Any], progress: Progress) -> None:
         import torch
@@ -125,27 +144,25 @@ class Trainer:
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         if state:
             optimizer.load_state_dict(state)
+        self._place = stage, start, optimizer
+        if start < steps:
+            progress(stage, start, steps)
         for step in range(start, steps):
-            if stage == "DPO" and self._is_check_due(step) and self._check():
+            if stage == "DPO" and self._is_check_due(step):
+                self._check()
+            if stage == "DPO" and 0 < self.config.patience <= self._checks_since:
                 return
             optimizer.param_groups[0]["lr"] = rate * _rate_factor(step, steps)
-            with self._kept_on_interrupt(stage, step, optimizer):
-                metrics = self._step(stage, step, parameters)
-            optimizer.step()
-            progress(stage, step + 1, steps, metrics)
+            metrics = self._step(stage, step, parameters)
+            with held_back():  # whoever goes on needs a whole step, and its curves
+                optimizer.step()
+                self._record(stage, metrics)
+                self._place = stage, step + 1, optimizer
+            progress(stage, step + 1, steps, **metrics, **self._last_accuracy())
             if self.run.is_due(step + 1):
                 self.run.save(self._checkpoint(stage, step + 1, optimizer.state_dict()))
-        if stage == "DPO" and steps:
+        if stage == "DPO" and steps and self._num_checks() == -(-steps // self.config.check_every):
             self._check()
-
-    @contextmanager
-    def _kept_on_interrupt(self, stage: str, step: int, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """A step moves no parameter before its end, so what is kept is the state before it."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            self.run.save(self._checkpoint(stage, step, optimizer.state_dict()))
-            raise
 
     def _step(self, stage: str, step: int, parameters: Sequence[torch.nn.Parameter]) -> dict[str, float]:
         """Leaves the gradient of one step in the parameters; the metrics."""
@@ -168,10 +185,11 @@ class Trainer:
                 hint="lower the learning rate; the last checkpoint is kept",
             )
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        self._record(stage, metrics)
-        return metrics | (
-            {"accuracy": self.history.preference_accuracy[-1]} if self.history.preference_accuracy else {}
-        )
+        return metrics
+
+    def _last_accuracy(self) -> dict[str, float]:
+        found = self.history.preference_accuracy
+        return {"accuracy": found[-1]} if found else {}
 
     def _record(self, stage: str, metrics: dict[str, float]) -> None:
         (self.history.sft_loss if stage == "SFT" else self.history.dpo_loss).append(metrics["loss"])
@@ -273,21 +291,28 @@ class Trainer:
     def _all_examples(self) -> list[Example]:
         return [e for pairs in self._pairs for e in pairs] + self._held_pairs
 
-    def _reference_table(self) -> list[torch.Tensor]:
+    def _reference_table(self, progress: Progress) -> list[torch.Tensor]:
         """For each frozen model (N, 2): chosen and rejected of all pairs, then of the held-out ones; computed once."""
         if self.config.dpo_reference == "model":
             assert self.reference is not None  # checked at the start
             other = FrozenModels([self.reference], self.config, self.models.device, self.models.trusted)
             pairs = [p for kept, _ in self._tasks for p in kept] + [p for _, held in self._tasks for p in held]
-            return [self._table(other, [other.pair_example(p) for p in pairs], 0, patched=False)] * len(
-                self.models.bases
-            )
+            examples = [other.pair_example(p) for p in pairs]
+            return [self._table(other, examples, 0, patched=False, progress=progress)] * len(self.models.bases)
         patched = self.config.dpo_reference == "sft"
         return [
-            self._table(self.models, self._all_examples(), which, patched) for which in range(len(self.models.bases))
+            self._table(self.models, self._all_examples(), which, patched, progress)
+            for which in range(len(self.models.bases))
         ]
 
-    def _table(self, models: FrozenModels, examples: Sequence[Example], which: int, patched: bool) -> torch.Tensor:
+    def _table(
+        self,
+        models: FrozenModels,
+        examples: Sequence[Example],
+        which: int,
+        patched: bool,
+        progress: Progress = silent,
+    ) -> torch.Tensor:
         """(N, 2) answer log-probabilities, without a gradient."""
         import torch
 
@@ -297,8 +322,10 @@ class Trainer:
             model = self.policy.model(base) if patched else base
             order = sorted(range(len(examples)), key=lambda i: examples[i].length)
             table = torch.empty(len(examples), 2, device=models.device)
-            for part in _parts(order, 16):
+            for number, part in enumerate(_parts(order, 16)):
+                progress("reference", 16 * number, len(order))
                 table[part] = models.log_probabilities(model, [examples[i] for i in part], memory, embeddings)
+            progress("reference", len(order), len(order))
         return table
 
     def _present(self, which: int) -> tuple[Memory, torch.Tensor | None]:
@@ -311,22 +338,22 @@ class Trainer:
 
     def _is_check_due(self, step: int) -> bool:
         """A run that goes on where a check had just been made does not repeat it."""
-        return (
-            step % self.config.check_every == 0
-            and len(self.history.preference_accuracy) == step // self.config.check_every
-        )
+        return step % self.config.check_every == 0 and self._num_checks() == step // self.config.check_every
 
-    def _check(self) -> bool:
-        """Measures, remembers the best state, and says whether to stop."""
+    def _num_checks(self) -> int:
+        return len(self.history.preference_accuracy)
+
+    def _check(self) -> None:
+        """Measures, and remembers the best state."""
         self.policy.prepare_whole()
         accuracy, kl = self._accuracy(), self._held_out_kl()
-        self.history.preference_accuracy.append(accuracy)
-        self.history.held_out_kl.append(kl)
-        if accuracy - kl > self._best_check:
-            self._best, self._best_check, self._checks_since = self.policy.state(), accuracy - kl, 0
-        else:
-            self._checks_since += 1
-        return 0 < self.config.patience <= self._checks_since
+        with held_back():
+            self.history.preference_accuracy.append(accuracy)
+            self.history.held_out_kl.append(kl)
+            if accuracy - kl > self._best_check:
+                self._best, self._best_check, self._checks_since = self.policy.state(), accuracy - kl, 0
+            else:
+                self._checks_since += 1
 
     def _accuracy(self) -> float:
         """Share of held-out pairs whose implicit reward prefers the chosen answer, on the first frozen model."""
