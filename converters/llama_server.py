@@ -15,7 +15,7 @@ from pathlib import Path
 from edgepatch.converters.gguf_header import read_header
 from edgepatch.converters.gguf_library import library_errors, load_library
 from edgepatch.errors import InputError
-from edgepatch.tokenizers import render_chat_template
+from edgepatch.chat_templates import render_chat_template
 
 SPARE_NAMES = re.compile(r"reserved|unused|extra_id|spare|dummy|placeholder|control_\d", re.IGNORECASE)
 """Tokens that vocabularies set aside."""

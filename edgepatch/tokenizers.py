@@ -11,13 +11,11 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from edgepatch.chat_templates import render
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
 from edgepatch.messages import Message, plain_messages, plain_tools
 from edgepatch.tensors import tokenizer_digest
@@ -38,81 +36,6 @@ class AddedTokens:
 
     special: tuple[str, ...]
     other: tuple[str, ...] = ()
-
-
-def render_chat_template(
-    template: str,
-    messages: Sequence[Message],
-    bos_token: str,
-    eos_token: str,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-) -> str:
-    """Renders a model's Jinja chat template, with the opening of the assistant's turn, as Transformers does.
-
-    Raises:
-        InputError: the messages are malformed, or the template refuses them or is broken.
-    """
-    return _render(template, plain_messages(messages), bos_token, eos_token, plain_tools(tools))
-
-
-def _render(template: str, messages: Any, bos_token: str, eos_token: str, tools: Any) -> str:
-    try:
-        compiled = _compile(template)
-        return str(
-            compiled.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=True,
-                bos_token=bos_token,
-                eos_token=eos_token,
-            )
-        )
-    except Exception as error:  # a template is a program of its own and fails in any way
-        raise InputError(f"the model's chat template refuses these messages: {error}") from error
-
-
-def prepare_chat_template(template: str) -> None:
-    """Compiles a template ahead of its first use; what is wrong with it is told there."""
-    with suppress(Exception):
-        _compile(template)
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
-    """The compiled template in the environment that Transformers gives it."""
-    from jinja2 import TemplateError, nodes  # an extra of the runtimes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """The tag that marks the assistant's own words for training; here it only passes them on."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2's own form
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return nodes.CallBlock(self.call_method("_pass_on"), [], [], body).set_lineno(line)
-
-        def _pass_on(self, caller: Any) -> Any:
-            return caller()
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
 
 
 def encode_chat(
@@ -151,7 +74,7 @@ def encode_chat(
         _break_up(message, markers if message["role"] in ("user", "tool") else added.special, mark, fence)
         for message in plain_messages(messages)
     ]
-    text = _render(template, guarded, bos_token, eos_token, _break_up(plain_tools(tools), added.special, mark, fence))
+    text = render(template, guarded, bos_token, eos_token, _break_up(plain_tools(tools), added.special, mark, fence))
     # A template may change the case of a text. Only a special token of one character stands between fences.
     first, *parts = re.split(f"{mark}|{fence}(.){fence}", text, flags=re.DOTALL | re.IGNORECASE)
     ids = encode(first, True)

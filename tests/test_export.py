@@ -39,7 +39,7 @@ from edgepatch.stock.client import StockServer
 from edgepatch.stock.export import ExportOptions, Probe, export, read_manifest, split_slot_file
 from edgepatch.stock.references import Distance
 from edgepatch.tensors import SoftPrompt
-from edgepatch.tokenizers import render_chat_template
+from edgepatch.chat_templates import render_chat_template
 
 MESSAGES = [
     {"role": "user", "content": "Hello <b>you</b>"},

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.chat_templates import prepare_chat_template
 from edgepatch.converters import fingerprints, gguf_specs, llamacpp_layout
 from edgepatch.converters.gguf_header import GGUFHeader, read_header
 from edgepatch.converters.gguf_library import load_library
@@ -30,7 +31,7 @@ from edgepatch.runtimes.base import Message, Runtime, SeedRoute, Tools, check_pa
 from edgepatch.runtimes.llamacpp_calibration import Calibration
 from edgepatch.runtimes.llamacpp_context import KV_TYPES, ContextSettings, LlamaContext, LlamaModel
 from edgepatch.sketches import compare
-from edgepatch.tokenizers import AddedTokens, encode_chat, prepare_chat_template
+from edgepatch.tokenizers import AddedTokens, encode_chat
 
 DEFAULT_CONTEXT = 4096
 MAX_KEPT_STATES = 8
