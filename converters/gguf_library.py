@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgepatch.converters.gguf_header import read_header
+from edgepatch.converters.gguf_text import GGUFTokenizer
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
 
 _log: deque[str] = deque(maxlen=3)
@@ -72,7 +74,7 @@ def opened_vocabulary(path: Path) -> Iterator[Callable[[str, bool, bool], list[i
     """llama.cpp's tokenizer of a GGUF file that ``gguf_header.read_header`` has found sound, without the weights.
 
     Returns:
-        A function (text, whether BOS and EOS are added, whether names of special tokens are the tokens) -> token ids.
+        ``GGUFTokenizer.encode``: (text, whether BOS and EOS are added, whether names of special tokens are the tokens) -> token ids.
 
     Raises:
         InputError: llama.cpp cannot read the vocabulary.
@@ -86,14 +88,11 @@ def opened_vocabulary(path: Path) -> Iterator[Callable[[str, bool, bool], list[i
         raise InputError(
             f"llama.cpp cannot read the vocabulary of {path}: {library_errors()}", hint="get the model again"
         )
-    vocabulary = lib.llama_model_get_vocab(model)
-
-    def tokenize(text: str, ends: bool, trusted: bool) -> list[int]:
-        data = text.encode("utf-8")
-        ids = (lib.llama_token * (len(data) + 8))()
-        return list(ids[: lib.llama_tokenize(vocabulary, data, len(data), ids, len(ids), ends, trusted)])
-
     try:
-        yield tokenize
+        tokenizer = GGUFTokenizer(lib, lib.llama_model_get_vocab(model), read_header(path))
+        try:
+            yield tokenizer.encode
+        finally:
+            tokenizer.close()
     finally:
         lib.llama_model_free(model)

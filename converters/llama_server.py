@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgepatch.chat_templates import render_chat_template
 from edgepatch.converters.gguf_header import read_header
 from edgepatch.converters.gguf_library import library_errors, load_library
+from edgepatch.converters.gguf_text import GGUFTokenizer
 from edgepatch.errors import InputError
-from edgepatch.chat_templates import render_chat_template
 
 SPARE_NAMES = re.compile(r"reserved|unused|extra_id|spare|dummy|placeholder|control_\d", re.IGNORECASE)
 """Tokens that vocabularies set aside."""
@@ -41,7 +42,7 @@ class Vocabulary:
     """
 
     def __init__(self, path: Path) -> None:
-        read_header(path)  # llama.cpp ends the process on some damaged files
+        header = read_header(path)  # llama.cpp ends the process on some damaged files
         self._lib = load_library()
         self._resources = ExitStack()
         options = self._lib.llama_model_default_params()
@@ -51,6 +52,8 @@ class Vocabulary:
             raise InputError(f"llama.cpp cannot load {path}: {library_errors()}", hint="download or convert it again")
         self._resources.callback(self._lib.llama_model_free, model)
         self._vocab = self._lib.llama_model_get_vocab(model)
+        self._tokenizer = GGUFTokenizer(self._lib, self._vocab, header)
+        self._resources.callback(self._tokenizer.close)
         self.size = int(self._lib.llama_vocab_n_tokens(self._vocab))
         self.adds_bos = bool(self._lib.llama_vocab_get_add_bos(self._vocab))
         self.bos, self.eos = (int(f(self._vocab)) for f in (self._lib.llama_vocab_bos, self._lib.llama_vocab_eos))
@@ -65,10 +68,7 @@ class Vocabulary:
 
     def tokenize(self, text: str, around: bool = False) -> list[int]:
         """Token ids as llama-server makes them of a prompt: special tokens by name, with ``around`` BOS and EOS if wanted."""
-        data = text.encode("utf-8")
-        tokens = (self._lib.llama_token * (len(data) + 2))()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), around, True)
-        return list(tokens[: max(count, 0)])
+        return self._tokenizer.encode(text, around, True)
 
     def spare_tokens(self) -> list[int]:
         """Tokens beside the text proper that neither start nor end anything, those that are set aside first."""

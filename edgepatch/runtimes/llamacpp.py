@@ -24,6 +24,7 @@ from edgepatch.chat_templates import prepare_chat_template
 from edgepatch.converters import fingerprints, gguf_specs, llamacpp_layout
 from edgepatch.converters.gguf_header import GGUFHeader, read_header
 from edgepatch.converters.gguf_library import load_library
+from edgepatch.converters.gguf_text import GGUFTokenizer
 from edgepatch.converters.llamacpp_state import SequenceState, read_state
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.patches import Patch
@@ -116,6 +117,9 @@ class LlamaCppRuntime(Runtime):
             creating = library.submit(LlamaContext, self._model, settings)
             self._resources.callback(_close_result, creating)
             self._vocab = self._model.vocab
+            self._tokenizer = GGUFTokenizer(self._lib, self._vocab, header)
+            self._resources.callback(self._tokenizer.close)  # before the model is freed
+            self.text_bound = self._tokenizer.bound
             self._read_vocabulary(path)
             self._context = creating.result()
         self._calibration = Calibration(self._model, header, self.spec, settings)
@@ -319,16 +323,16 @@ class LlamaCppRuntime(Runtime):
     # Text.
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenize(text, special_around=True, special_within=False)
+        return self._tokenizer.encode(text, ends=True, trusted=False)
 
     def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        def encode(text: str, trusted: bool) -> list[int]:
-            return self._tokenize(text, special_around=False, special_within=trusted)
-
-        return encode_chat(self._template, messages, self._bos, self._eos, self._added_tokens, encode, tools)
+        encode = partial(self._tokenizer.encode, ends=False)
+        return encode_chat(
+            self._template, messages, self._bos, self._eos, self._added_tokens, encode, tools, self.require_fit
+        )
 
     def _read_added_tokens(self) -> AddedTokens:
-        """What ``_tokenize`` reads as single tokens."""
+        """What llama.cpp reads as single tokens."""
         lib, read = self._lib, partial(self._lib.llama_vocab_get_attr, self._vocab)
         kinds = list(map(read, range(self.spec.vocab_size)))
 
@@ -341,25 +345,6 @@ class LlamaCppRuntime(Runtime):
 
     def _token_bytes(self) -> list[bytes]:
         return [self._piece(i) for i in range(self.spec.vocab_size)]
-
-    def _tokenize(self, text: str, special_around: bool, special_within: bool) -> list[int]:
-        """Token ids.
-
-        Args:
-            text: any text.
-            special_around: put BOS and EOS around it where the model wants them.
-            special_within: read special tokens spelled out in the text as such.
-        """
-        try:
-            data = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text is not valid Unicode: {error}", hint="remove unpaired surrogates") from None
-        size = len(data) + 2
-        tokens = (self._lib.llama_token * size)()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, size, special_around, special_within)
-        if count < 0:
-            raise EdgepatchError(f"llama.cpp cannot tokenize a text of {len(data)} bytes (code {count})")
-        return list(tokens[:count])
 
     def _piece(self, token: int) -> bytes:
         """The bytes of a token; none for a special token."""
