@@ -14,6 +14,7 @@ from edgepatch.converters import first_contact, gguf_library
 from edgepatch.converters.first_contact import Contact, Report
 from edgepatch.converters.gguf_header import read_header
 from edgepatch.converters.gguf_library import library_errors, load_library
+from edgepatch.converters.gguf_text import GGUFTokenizer
 from edgepatch.errors import InputError
 
 SPARE_NAMES = re.compile(r"reserved|unused|extra_id|spare|dummy|placeholder|control_\d", re.IGNORECASE)
@@ -99,7 +100,7 @@ class Vocabulary:
     """
 
     def __init__(self, path: Path) -> None:
-        read_header(path)  # what it refuses needs no child
+        self._header = read_header(path)  # what it refuses needs no child
         self._resources = ExitStack()
         if first_contact.in_trial():
             self._open(path)
@@ -116,6 +117,8 @@ class Vocabulary:
             raise InputError(f"llama.cpp cannot load {path}: {library_errors()}", hint="download or convert it again")
         self._resources.callback(self._lib.llama_model_free, model)
         self._vocab = self._lib.llama_model_get_vocab(model)
+        self._tokenizer = GGUFTokenizer(self._lib, self._vocab, self._header)
+        self._resources.callback(self._tokenizer.close)  # before the model is freed
         self.size = int(self._lib.llama_vocab_n_tokens(self._vocab))
         self.adds_bos = bool(self._lib.llama_vocab_get_add_bos(self._vocab))
         self.bos, self.eos = (int(f(self._vocab)) for f in (self._lib.llama_vocab_bos, self._lib.llama_vocab_eos))
@@ -137,10 +140,7 @@ class Vocabulary:
             around: put BOS and EOS around it where the model wants them.
             special: read names of special tokens as the tokens.
         """
-        data = text.encode("utf-8")
-        tokens = (self._lib.llama_token * (len(data) + 8))()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), around, special)
-        return list(tokens[: max(count, 0)])
+        return self._tokenizer.encode(text, around, special)
 
     def spare_tokens(self) -> list[int]:
         """Tokens beside the text proper that neither start nor end anything, those that are set aside first."""

@@ -10,9 +10,9 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from edgepatch.chat_templates import render_chat_template
 from edgepatch.converters.gguf_vocabulary import Vocabulary
 from edgepatch.errors import InputError
-from edgepatch.tokenizers import render_chat_template
 
 PLAIN_TEXT = re.compile(r"[^\s'\"\\{}%#]+")
 """What may stand in a string of every Jinja engine as it is."""

@@ -10,21 +10,29 @@ import hashlib
 import json
 import re
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from edgepatch.chat_templates import render
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
 from edgepatch.messages import Message, plain_messages, plain_tools
 from edgepatch.tensors import tokenizer_digest
+from edgepatch.text_limits import TextBound, require_short_runs, utf8
+from edgepatch.tokenizer_bounds import measure_bound
 from edgepatch.vocabularies import token_bytes
 
 MARKER = re.compile(r"[<\[].*\w.*[>\]]", re.DOTALL)
 """How added tokens look that may open and close something, unlike those for blanks and line ends."""
+
+
+class Encoder(Protocol):
+    """Token ids of a text."""
+
+    def __call__(self, text: str, *, trusted: bool) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -40,89 +48,15 @@ class AddedTokens:
     other: tuple[str, ...] = ()
 
 
-def render_chat_template(
-    template: str,
-    messages: Sequence[Message],
-    bos_token: str,
-    eos_token: str,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-) -> str:
-    """Renders a model's Jinja chat template, with the opening of the assistant's turn, as Transformers does.
-
-    Raises:
-        InputError: the messages are malformed, or the template refuses them or is broken.
-    """
-    return _render(template, plain_messages(messages), bos_token, eos_token, plain_tools(tools))
-
-
-def _render(template: str, messages: Any, bos_token: str, eos_token: str, tools: Any) -> str:
-    try:
-        compiled = _compile(template)
-        return str(
-            compiled.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=True,
-                bos_token=bos_token,
-                eos_token=eos_token,
-            )
-        )
-    except Exception as error:  # a template is a program of its own and fails in any way
-        raise InputError(f"the model's chat template refuses these messages: {error}") from error
-
-
-def prepare_chat_template(template: str) -> None:
-    """Compiles a template ahead of its first use; what is wrong with it is told there."""
-    with suppress(Exception):
-        _compile(template)
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
-    """The compiled template in the environment that Transformers gives it."""
-    from jinja2 import TemplateError, nodes  # an extra of the runtimes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """The tag that marks the assistant's own words for training; here it only passes them on."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2's own form
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return nodes.CallBlock(self.call_method("_pass_on"), [], [], body).set_lineno(line)
-
-        def _pass_on(self, caller: Any) -> Any:
-            return caller()
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
 def encode_chat(
     template: str,
     messages: Sequence[Message],
     bos_token: str,
     eos_token: str,
     added: AddedTokens,
-    encode: Callable[[str, bool], list[int]],
+    encode: Encoder,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    require_fit: Callable[[int], None] = lambda num_bytes: None,
 ) -> list[int]:
     """Token ids of a conversation, in which special tokens come from the template alone.
 
@@ -136,8 +70,9 @@ def encode_chat(
         bos_token: the text of BOS, for the template.
         eos_token: the text of EOS, for the template.
         added: the texts that ``encode`` reads as single tokens.
-        encode: token ids of a text without BOS; special tokens spelled in it are read as such if the second argument is true.
+        encode: token ids of a text without BOS; special tokens spelled in it are read as such if it is trusted.
         tools: tool objects in OpenAI's form.
+        require_fit: refuses a rendered text that has too many bytes.
 
     Raises:
         InputError: there is no template, or as in ``render_chat_template``.
@@ -151,10 +86,11 @@ def encode_chat(
         _break_up(message, markers if message["role"] in ("user", "tool") else added.special, mark, fence)
         for message in plain_messages(messages)
     ]
-    text = _render(template, guarded, bos_token, eos_token, _break_up(plain_tools(tools), added.special, mark, fence))
+    text = render(template, guarded, bos_token, eos_token, _break_up(plain_tools(tools), added.special, mark, fence))
     # A template may change the case of a text. Only a special token of one character stands between fences.
     first, *parts = re.split(f"{mark}|{fence}(.){fence}", text, flags=re.DOTALL | re.IGNORECASE)
-    ids = encode(first, True)
+    require_fit(sum(len(utf8(part)) for part in (first, *parts) if part))
+    ids = encode(first, trusted=True)
     for number, part in enumerate(parts):
         ids += _encode_within(part, number % 2 == 1, encode) if part else []
     return ids
@@ -186,11 +122,11 @@ def _texts(value: Any) -> list[str]:
     return [text for item in value for text in _texts(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _encode_within(text: str, trusted: bool, encode: Callable[[str, bool], list[int]]) -> list[int]:
+def _encode_within(text: str, trusted: bool, encode: Encoder) -> list[int]:
     """Token ids of a text that follows on another: without the blank that some tokenizers put in front of every text."""
     guard = "\0"
-    lead, whole = encode(guard, trusted), encode(guard + text, trusted)
-    return whole[len(lead) :] if lead and whole[: len(lead)] == lead else encode(text, trusted)
+    lead, whole = encode(guard, trusted=trusted), encode(guard + text, trusted=trusted)
+    return whole[len(lead) :] if lead and whole[: len(lead)] == lead else encode(text, trusted=trusted)
 
 
 def _read_definition(folder: Path) -> Any:
@@ -266,6 +202,7 @@ class FolderTokenizer:
             tuple(token.content for token in added if token.special),
             tuple(token.content for token in added if not token.special),
         )
+        self._encoding = threading.Lock()  # whether special tokens are read is a state of the tokenizer
         self._special_in_normalized = [token.content for token in added if token.special and token.normalized]
         self._template = template or default_template(config.get("chat_template"))
         self._bos, self._eos = (self._token_text(config.get(k)) for k in ("bos_token", "eos_token"))
@@ -306,27 +243,40 @@ class FolderTokenizer:
         The names of special tokens within the text are text, because only a chat template may open and close turns; in
         ``trusted`` text, rendered by ourselves, they are the tokens.
         """
-        self._tokenizer.encode_special_tokens = not trusted
-        try:
-            text.encode("utf-8")
-            return list(self._tokenizer.encode(text, add_special_tokens=bos).ids)
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text is not valid Unicode: {error}", hint="remove unpaired surrogates") from None
-        finally:
-            self._tokenizer.encode_special_tokens = False
+        utf8(text)
+        require_short_runs(text)
+        with self._encoding:
+            self._tokenizer.encode_special_tokens = not trusted
+            try:
+                # A batch, though of one: other threads run meanwhile.
+                return list(self._tokenizer.encode_batch([text], add_special_tokens=bos)[0].ids)
+            except BaseException as error:
+                # The library's panics derive from BaseException alone, as what the user does derives from KeyboardInterrupt.
+                if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                    raise InputError(f"the text cannot be tokenized: {error}", hint="shorten it") from None
+                raise
+            finally:
+                self._tokenizer.encode_special_tokens = False
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        require_fit: Callable[[int], None] = lambda num_bytes: None,
+    ) -> list[int]:
         """Token ids of a conversation in the model's chat template; special tokens that a message spells are text.
 
         Raises:
-            InputError: the model has no chat template, or it refuses the messages.
+            InputError: the model has no chat template, or it refuses the messages, or ``require_fit`` refuses their bytes.
         """
         self._refuse_disguised([messages, tools])
+        encode = partial(self.encode, bos=False)
+        return encode_chat(self._template, messages, self._bos, self._eos, self._added, encode, tools, require_fit)
 
-        def encode(text: str, trusted: bool) -> list[int]:
-            return self.encode(text, bos=False, trusted=trusted)
-
-        return encode_chat(self._template, messages, self._bos, self._eos, self._added, encode, tools)
+    @cached_property
+    def bound(self) -> TextBound:
+        """How many bytes of text a token stands for."""
+        return measure_bound(json.loads(self.definition))
 
     def _refuse_disguised(self, given: Any) -> None:
         """Some special tokens are looked for in normalized text, where another spelling may become one."""

@@ -55,7 +55,7 @@ def _piece_reader(decoder: Any) -> Callable[[str], bytes]:
     """How the pieces of a vocabulary are to be read: as GPT-2's stand-ins for bytes, or as SentencePiece's text."""
     kinds = {part["type"]: part for part in _decoders(decoder)}
     if "ByteLevel" in kinds:
-        byte_of = {char: bytes([byte]) for byte, char in enumerate(_byte_characters())}
+        byte_of = {char: bytes([byte]) for byte, char in enumerate(byte_characters())}
         return lambda piece: b"".join(byte_of.get(char, char.encode("utf-8")) for char in piece)
     if "Metaspace" in kinds or "Replace" in kinds:
         blank = kinds.get("Metaspace", {}).get("replacement", "\u2581")
@@ -80,7 +80,7 @@ def _sentencepiece_bytes(piece: str, blank: str) -> bytes:
     return bytes.fromhex(byte[1]) if byte else piece.replace(blank, " ").encode("utf-8")
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that stands for each of the 256 bytes in a byte-level vocabulary, as GPT-2 chose them."""
     printable = {
         *range(ord("!"), ord("~") + 1),

@@ -19,6 +19,7 @@ import pytest
 import serving
 
 from edgepatch.bench.stock_transcript import common_prefix
+from edgepatch.chat_templates import render_chat_template
 from edgepatch.converters import gguf_writer
 from edgepatch.converters.gguf_library import load_library
 from edgepatch.converters.gguf_vocabulary import Vocabulary
@@ -39,7 +40,6 @@ from edgepatch.stock.client import StockServer
 from edgepatch.stock.export import ExportOptions, Probe, export, read_manifest, split_slot_file
 from edgepatch.stock.references import Distance
 from edgepatch.tensors import SoftPrompt
-from edgepatch.tokenizers import render_chat_template
 
 MESSAGES = [
     {"role": "user", "content": "Hello <b>you</b>"},

@@ -165,7 +165,7 @@ def test_ids_are_sentencepieces_own(model_folder, tmp_path):
 
 
 def test_conversations_are_the_folders(folder, file):
-    from edgepatch.tokenizers import render_chat_template
+    from edgepatch.chat_templates import render_chat_template
 
     template = gguf.read_header(file).metadata["tokenizer.chat_template"]
     text = render_chat_template(template, MESSAGES, "<s>", "</s>")

@@ -7,10 +7,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from edgepatch.chat_templates import render_chat_template
 from edgepatch.errors import InputError
 from edgepatch.messages import plain_messages
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.tokenizers import FolderTokenizer, render_chat_template
+from edgepatch.tokenizers import FolderTokenizer
 
 TEXTS = [
     "What is the weather in Zürich today, and tomorrow?",

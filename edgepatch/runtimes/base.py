@@ -26,6 +26,7 @@ from edgepatch.messages import Message as Message
 from edgepatch.patches import Patch
 from edgepatch.sampling import Sampling
 from edgepatch.tensors import CanaryPrompt, ModelSpec
+from edgepatch.text_limits import TextBound, utf8
 
 Prompt = str | Sequence[Message] | Sequence[int]
 Tools = Sequence[Mapping[str, Any]]
@@ -56,8 +57,10 @@ class Runtime(ABC):
         seed_route: how the seed got into the cache: "stored" in the patch, "decoded" from the soft prompt by this very
             model, or "" for the bare model.
         notes: what is slower or turned off because a library died of it on this machine, why, and what mends it.
+        text_bound: how many bytes of text its tokens can stand for.
 
-    One thread at a time drives a runtime; streams on different sequences may be interleaved token by token.
+    One thread at a time drives a runtime; streams on different sequences may be interleaved token by token. ``tokens``, ``encode`` and
+    ``encode_chat`` need the vocabulary alone: any thread may call them meanwhile.
     """
 
     name: str  # "torch", "llamacpp" or "onnx"
@@ -66,6 +69,7 @@ class Runtime(ABC):
     patch: Patch | None
     num_positions: int
     end_token_ids: frozenset[int]
+    text_bound: TextBound = TextBound()
     kv_type: str = "f32"
     seed_route: SeedRoute = ""
     notes: tuple[str, ...] = ()
@@ -180,12 +184,14 @@ class Runtime(ABC):
         """Token ids of a text, a conversation or token ids; ``tools`` go into the chat template.
 
         Raises:
-            InputError: the prompt is empty or malformed, or an id is outside the vocabulary.
+            InputError: the prompt is empty or malformed, or an id is outside the vocabulary, or a text has so many bytes that it fits
+                into no context.
         """
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         if tools and not is_chat:
             raise InputError("tools need chat messages as a prompt", hint="leave them out, or send messages")
         if isinstance(prompt, str):
+            self.require_fit(len(utf8(prompt)))
             ids = self.encode(prompt)
         elif is_chat:
             ids = self.encode_chat(cast(Sequence[Message], prompt), tools)
@@ -197,6 +203,14 @@ class Runtime(ABC):
         if wrong is not None:
             raise InputError(f"token id {wrong} is outside the vocabulary of {self.spec.vocab_size}")
         return ids
+
+    def require_fit(self, num_bytes: int) -> None:
+        """Refuses a text by its size, before it is tokenized.
+
+        Raises:
+            InputError: no text of so many bytes fits into the context.
+        """
+        self.text_bound.require_fit(num_bytes, self.context_length)
 
     def swap(self, patch: Patch | None) -> None:
         """Exchanges the patch on the loaded model, or takes it off, and proves the new one active.

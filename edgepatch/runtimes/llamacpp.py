@@ -13,15 +13,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.chat_templates import prepare_chat_template
 from edgepatch.converters import fingerprints, gguf_specs, llamacpp_layout
 from edgepatch.converters.gguf_header import GGUFHeader, read_header
 from edgepatch.converters.gguf_library import require_installed
+from edgepatch.converters.gguf_text import GGUFTokenizer
 from edgepatch.converters.gguf_vocabulary import read_token_facts
 from edgepatch.converters.llamacpp_state import SequenceState, read_state
 from edgepatch.cores import begin_choice, read_allowance
@@ -32,7 +35,7 @@ from edgepatch.runtimes.llamacpp_calibration import Calibration
 from edgepatch.runtimes.llamacpp_context import KV_TYPES, ContextSettings, LlamaContext, LlamaModel
 from edgepatch.runtimes.llamacpp_proof import open_model, prove_model
 from edgepatch.sketches import compare
-from edgepatch.tokenizers import AddedTokens, encode_chat, prepare_chat_template
+from edgepatch.tokenizers import AddedTokens, encode_chat
 
 DEFAULT_CONTEXT = 4096
 MAX_KEPT_STATES = 8
@@ -132,6 +135,9 @@ class LlamaCppRuntime(Runtime):
             creating = library.submit(LlamaContext, self._model, settings)
             self._resources.callback(_close_result, creating)
             self._vocab = self._model.vocab
+            self._tokenizer = GGUFTokenizer(self._lib, self._vocab, header)
+            self._resources.callback(self._tokenizer.close)  # before the model is freed
+            self.text_bound = self._tokenizer.bound
             self._read_vocabulary(path)
             self._context = creating.result()
         self.quantization = gguf_specs.quantization(header)
@@ -331,35 +337,16 @@ class LlamaCppRuntime(Runtime):
     # Text.
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenize(text, special_around=True, special_within=False)
+        return self._tokenizer.encode(text, ends=True, trusted=False)
 
     def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        def encode(text: str, trusted: bool) -> list[int]:
-            return self._tokenize(text, special_around=False, special_within=trusted)
-
-        return encode_chat(self._template, messages, self._bos, self._eos, self._added_tokens, encode, tools)
+        encode = partial(self._tokenizer.encode, ends=False)
+        return encode_chat(
+            self._template, messages, self._bos, self._eos, self._added_tokens, encode, tools, self.require_fit
+        )
 
     def _token_bytes(self) -> list[bytes]:
         return [self._piece(i) for i in range(self.spec.vocab_size)]
-
-    def _tokenize(self, text: str, special_around: bool, special_within: bool) -> list[int]:
-        """Token ids.
-
-        Args:
-            text: any text.
-            special_around: put BOS and EOS around it where the model wants them.
-            special_within: read special tokens spelled out in the text as such.
-        """
-        try:
-            data = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text is not valid Unicode: {error}", hint="remove unpaired surrogates") from None
-        size = len(data) + 2
-        tokens = (self._lib.llama_token * size)()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, size, special_around, special_within)
-        if count < 0:
-            raise EdgepatchError(f"llama.cpp cannot tokenize a text of {len(data)} bytes (code {count})")
-        return list(tokens[:count])
 
     def _piece(self, token: int) -> bytes:
         """The bytes of a token; none for a special token."""

@@ -86,7 +86,7 @@ class OnnxRuntime(Runtime):
         self._graph = recognise(session, file, self.spec)
         self.kv_type = "f16" if self._graph.cache_type is np.float16 else "f32"
         _require_tokenizer(self._tokenizer, folder, self.spec)
-        self.end_token_ids = self._tokenizer.end_token_ids
+        self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
         self.num_positions = _positions(folder, self._graph, context_length)
         window = _window(folder) if self._graph.windows else 0
         self._new_cache = partial(new_cache, session, self._graph, self.spec, window, provider)
@@ -100,7 +100,7 @@ class OnnxRuntime(Runtime):
         return self._tokenizer.encode(text)
 
     def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        return self._tokenizer.encode_chat(messages, tools)
+        return self._tokenizer.encode_chat(messages, tools, self.require_fit)
 
     def _new_decoder(self) -> Callable[[int], str]:
         return self._tokenizer.new_decoder()

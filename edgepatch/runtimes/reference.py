@@ -53,7 +53,7 @@ class TorchRuntime(Runtime):
         self._folder, self.spec = folder, hf.read_spec(folder)
         check_patch(patch, self.spec)
         self._tokenizer = FolderTokenizer(folder)
-        self.end_token_ids = self._tokenizer.end_token_ids
+        self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
         self.model = hf.load_model(folder, device)
         self.num_positions = int(hf.text_config(self.model.config).max_position_embeddings)
         self._caches: list[Any] = [None] * num_sequences
@@ -85,7 +85,7 @@ class TorchRuntime(Runtime):
         return self._tokenizer.encode(text)
 
     def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        return self._tokenizer.encode_chat(messages, tools)
+        return self._tokenizer.encode_chat(messages, tools, self.require_fit)
 
     def _new_decoder(self) -> Callable[[int], str]:
         return self._tokenizer.new_decoder()
