@@ -51,6 +51,7 @@ def test_extras_are_expanded():
 
 def test_installed_libraries_are_loaded(report):
     assert set(report["libraries"]) == {"llama_cpp", "onnxruntime", "torch"}
+    assert isinstance(report["limited_models"], list)
     assert report["libraries"]["llama_cpp"]["state_version"] >= 1
     assert "CPUExecutionProvider" in report["libraries"]["onnxruntime"]["providers"]
     assert all(not doctor.missing(report, extra) for extra in ("train", "gguf", "onnx"))
