@@ -25,9 +25,10 @@ def clean(monkeypatch, tmp_path):
     for name in compilation.SHAPING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path / "cache"))
-    compilation.toolchain.cache_clear()
+    toolchain = compilation.toolchain
+    toolchain.cache_clear()
     yield
-    compilation.toolchain.cache_clear()
+    toolchain.cache_clear()
 
 
 def as_compiler(folder: Path, name: str, script: str) -> str:
