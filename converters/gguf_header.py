@@ -91,7 +91,10 @@ class GGUFHeader:
         """
         value = self.find(name)
         if not isinstance(value, np.ndarray):
-            return [int(self.setting(name, default))] * num_layers
+            count = self.setting(name, default)
+            if count != int(count):
+                raise self._refuse(name, "a count", value)
+            return [int(count)] * num_layers
         if value.dtype.kind not in "iu" or len(value) < num_layers or value.min() < 0 or not value.any():
             raise self._refuse(name, f"{num_layers} counts", value.tolist()[:8])
         return [int(v) for v in value[:num_layers]]

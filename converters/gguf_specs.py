@@ -79,7 +79,13 @@ def spec_of(header: GGUFHeader) -> ModelSpec:
     """
     try:
         return _read(header)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+    ) as error:  # values that no check foresaw
         raise InputError(f"{header.path} is damaged: {error}", hint="download or convert the model again") from None
 
 
@@ -102,6 +108,10 @@ def _read(header: GGUFHeader) -> ModelSpec:
     heads = header.per_layer("attention.head_count", blocks)
     kv_heads = header.per_layer("attention.head_count_kv", blocks, max(heads))
     head_dim = int(header.setting("attention.key_length", hidden_size // max(heads)))
+    if head_dim < 1:
+        raise InputError(
+            f"{header.path}: attention.key_length: expected 1 or more, found {head_dim}", "get the model again"
+        )
     layers = blocks - int(header.find("nextn_predict_layers") or 0)
     theta, scaling = rope_parameters.of_header(header, head_dim)
     spec = ModelSpec(

@@ -184,7 +184,7 @@ def test_what_llama_cpp_refuses_in_good_order_is_an_input_error(tmp_path: Path, 
     path = tmp_path / "odd.gguf"
     tiny_gguf.write_llama(path)
     path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_down", b"blk.1.ffn_diwn"))
-    with pytest.raises(InputError, match="llama.cpp cannot load .*tensor 'blk.1.ffn_down") as caught:
+    with pytest.raises(InputError, match=r"llama\.cpp cannot load .*tensor 'blk.1.ffn_down") as caught:
         LlamaCppRuntime(path, num_threads=1)
     assert caught.value.exit_code == 2 and type(caught.value) is InputError
 

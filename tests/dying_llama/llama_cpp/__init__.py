@@ -17,8 +17,8 @@ __path__ = list(_REAL.submodule_search_locations)  # another list than that of t
 with open(_REAL.origin, encoding="utf-8") as _file:
     exec(compile(_file.read(), _REAL.origin, "exec"))
 
-from .llama_cpp import llama_decode as _decode
-from .llama_cpp import llama_model_load_from_file as _load
+from llama_cpp.llama_cpp import llama_decode as _decode  # noqa: E402
+from llama_cpp.llama_cpp import llama_model_load_from_file as _load  # noqa: E402
 
 _MODE = os.environ.get("DYING_LLAMA", "")
 _repacked = False

@@ -1,0 +1,58 @@
+"""Forged GGUF files end a child at most: never the process of a user, and never with an exception of another kind than ours."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgepatch.bench.first_contact_forged import DIED, UNCAUGHT, judge, slice_of_corpus, table
+from edgepatch.bench.forged_gguf import corpus, sound_model
+from edgepatch.converters.fingerprints import sketch_of_gguf
+from edgepatch.converters.gguf_header import read_header
+from edgepatch.converters.gguf_specs import quantization, spec_of
+from edgepatch.errors import EdgepatchError
+from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+
+STEP = 40
+"""Of the corpus, for children; ``python -m edgepatch.bench.first_contact --forged`` judges all of it (bench/results/first_contact.json)."""
+
+
+def test_the_sound_file_runs(tmp_path: Path):
+    path = tmp_path / "sound.gguf"
+    path.write_bytes(sound_model().data())
+    with LlamaCppRuntime(path, num_threads=1) as runtime:
+        assert runtime.notes == () and len(runtime.logits_of_last([1, 2])) == runtime.spec.vocab_size
+
+
+def test_the_corpus_is_large_of_many_kinds_and_the_same_each_time():
+    kinds = Counter(kind for kind, _ in corpus())
+    assert kinds.total() >= 2000 and len(kinds) >= 14 and min(kinds.values()) >= 9
+    assert next(corpus()) == next(corpus()) and next(corpus(1)) != next(corpus(2))
+
+
+def test_the_parser_refuses_with_errors_of_ours_alone(tmp_path: Path):
+    path, refused = tmp_path / "forged.gguf", 0
+    for number, (kind, data) in enumerate(corpus()):
+        path.write_bytes(data)
+        try:
+            header = read_header(path)
+            spec_of(header)
+            quantization(header)
+            with np.errstate(all="ignore"):  # weights that are no numbers
+                sketch_of_gguf(header)
+        except EdgepatchError:
+            refused += 1
+        except Exception as error:
+            pytest.fail(f"file {number} ({kind}): {type(error).__name__}: {error}")
+    assert refused > 800
+
+
+def test_what_the_parser_lets_through_never_ends_the_parent():
+    verdicts = judge(slice_of_corpus(STEP))
+    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    failed = [verdict for verdict in verdicts if verdict.outcome in (DIED, UNCAUGHT)]
+    assert not failed, failed
+    assert len(verdicts) >= 50 and outcomes["loaded"] >= 5 and outcomes["refused in a child"] >= 5, table(verdicts)
