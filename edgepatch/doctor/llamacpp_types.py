@@ -193,12 +193,14 @@ def _expected(weights: dict[str, NDArray[Any]], tokens: list[int]) -> NDArray[np
 
 
 def _normed(hidden: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
-    return hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + EPSILON) * weight
+    normed: NDArray[Any] = hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + EPSILON) * weight
+    return normed
 
 
 def _heads(rows: NDArray[Any]) -> NDArray[Any]:
     """(T, H) -> (heads, T, H / heads)."""
-    return rows.reshape(len(rows), HEADS, WIDTH // HEADS).transpose(1, 0, 2)
+    heads: NDArray[Any] = rows.reshape(len(rows), HEADS, WIDTH // HEADS).transpose(1, 0, 2)
+    return heads
 
 
 def _rotated(heads: NDArray[Any]) -> NDArray[Any]:
