@@ -8,7 +8,6 @@ else is installed, so it needs the standard library and pip alone.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -16,15 +15,11 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from edgepatch.compilation.compilers import toolchain, uses_amx
