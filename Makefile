@@ -92,7 +92,7 @@ clean: ## remove the demo's result, builds and caches; keep .venv, out/lab, out/
 # torch goes first and alone: pip then takes a local CPU build where one is configured, and the usual wheel elsewhere.
 # llama-cpp-python goes second: it is compiled, for minutes, once, with flags that the compiler can be trusted with; a build that
 # this compiler is known to get wrong is replaced.
-$(STAMP): pyproject.toml constraints.txt edgepatch/compilation.py
+$(STAMP): pyproject.toml constraints.txt $(wildcard edgepatch/compilation/*.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "Python 3.10 or newer is needed; name one: make PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \

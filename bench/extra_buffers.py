@@ -19,6 +19,7 @@ from typing import Any
 
 from edgepatch import compilation
 from edgepatch.bench.shapes import Shape, write_gguf
+from edgepatch.compilation.compilers import toolchain, uses_amx
 from edgepatch.doctor import cpu
 from edgepatch.doctor.llamacpp_types import opened_context
 from edgepatch.errors import EdgepatchError, InputError
@@ -92,9 +93,9 @@ def run(models: Sequence[Path], threads: Sequence[int], repeats: int) -> dict[st
     return {
         "command": "python -m edgepatch.bench.extra_buffers " + " ".join(_options(models, threads, repeats)),
         "llama_cpp_python": version(compilation.DISTRIBUTION),
-        "compiler": compilation.toolchain().name,
-        "flags": list(compilation.toolchain().flags),
-        "holds_amx": any(map(compilation.uses_amx, compilation.installed_libraries())),
+        "compiler": toolchain().name,
+        "flags": list(toolchain().flags),
+        "holds_amx": any(map(uses_amx, compilation.installed_libraries())),
         "cpu": cpu(),
         "platform": platform.platform(),
         "rows": [row for model in models for count in threads for row in _told(measure(model, count, repeats))],

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from edgepatch import compilation
+from edgepatch.compilation import compilers
 from edgepatch.errors import EdgepatchError, InputError
 
 ROOT = Path(__file__).parent.parent
@@ -44,9 +45,7 @@ def test_what_the_compiler_gets_wrong_is_compiled_out():
     """The verdict itself, on this machine: flags stand exactly where AMX would be compiled in and its tiles would not be configured."""
     toolchain = compilation.toolchain()
     uses_amx = "#define __AMX_INT8__ 1" in toolchain.native
-    assert toolchain.flags == (
-        compilation.WITHOUT_AMX if uses_amx and not compilation.configures_tiles(["c++"]) else ()
-    )
+    assert toolchain.flags == (compilers.WITHOUT_AMX if uses_amx and not compilers.configures_tiles(["c++"]) else ())
     if toolchain.flags:
         command = ["c++", *toolchain.flags, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
         macros = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -58,15 +57,15 @@ def test_a_configuration_that_arrives_is_trusted_and_one_that_is_dropped_is_not(
     """Without optimization no store is dropped; a probe that leaves its rows out is what a compiler that drops them makes of it."""
     if "#define __AMX_INT8__ 1" not in compilation.toolchain().native:
         pytest.skip("this CPU or compiler has no AMX")
-    monkeypatch.setattr(compilation, "TILE_PROBE", "#pragma GCC optimize (0)\n" + compilation.TILE_PROBE)
-    assert compilation.configures_tiles(["c++"])
-    monkeypatch.setattr(compilation, "TILE_PROBE", compilation.TILE_PROBE.replace("tiles.rows[7] = 16;", ""))
-    assert not compilation.configures_tiles(["c++"])
+    monkeypatch.setattr(compilers, "TILE_PROBE", "#pragma GCC optimize (0)\n" + compilers.TILE_PROBE)
+    assert compilers.configures_tiles(["c++"])
+    monkeypatch.setattr(compilers, "TILE_PROBE", compilers.TILE_PROBE.replace("tiles.rows[7] = 16;", ""))
+    assert not compilers.configures_tiles(["c++"])
 
 
 def test_a_compiler_that_is_not_there_or_fails_is_trusted_with_nothing(tmp_path):
-    assert not compilation.configures_tiles([str(tmp_path / "none")])
-    assert not compilation.configures_tiles([as_compiler(tmp_path, "fails", "raise SystemExit(1)")])
+    assert not compilers.configures_tiles([str(tmp_path / "none")])
+    assert not compilers.configures_tiles([as_compiler(tmp_path, "fails", "raise SystemExit(1)")])
 
 
 def test_flags_join_those_of_the_caller(monkeypatch, tmp_path):
@@ -182,11 +181,11 @@ def test_a_cache_that_cannot_be_written(pip, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("present", "asked", "flags", "has_amx", "expected"),
     [
-        ("1.2.3", "1.2.3", compilation.WITHOUT_AMX, False, None),
-        ("1.2.3", None, compilation.WITHOUT_AMX, False, None),
+        ("1.2.3", "1.2.3", compilers.WITHOUT_AMX, False, None),
+        ("1.2.3", None, compilers.WITHOUT_AMX, False, None),
         ("1.2.3", "1.2.3", (), True, None),
-        ("1.2.3", "1.2.3", compilation.WITHOUT_AMX, True, "1.2.3"),
-        ("1.2.3", None, compilation.WITHOUT_AMX, True, "1.2.3"),
+        ("1.2.3", "1.2.3", compilers.WITHOUT_AMX, True, "1.2.3"),
+        ("1.2.3", None, compilers.WITHOUT_AMX, True, "1.2.3"),
         ("1.2.3", "1.2.4", (), False, "1.2.4"),
         (None, "1.2.4", (), False, "1.2.4"),
         (None, None, (), False, "9.9.9"),
@@ -197,7 +196,7 @@ def test_what_is_sound_stays_and_what_is_not_is_replaced(
 ):
     library = tmp_path / "libggml-cpu.so"
     library.write_bytes(bytes.fromhex("c4e278498424c0000000") if has_amx else b"")
-    monkeypatch.setattr(compilation, "toolchain", lambda: compilation.Toolchain(("c++",), "", flags))
+    monkeypatch.setattr(compilation, "toolchain", lambda: compilers.Toolchain(("c++",), "", flags))
     monkeypatch.setattr(compilation, "installed_version", lambda: present)
     monkeypatch.setattr(compilation, "installed_libraries", lambda: [library])
     assert compilation.install(asked) == (expected is not None)
