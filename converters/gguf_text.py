@@ -18,7 +18,7 @@ from typing import Any
 from edgepatch.converters.gguf_header import GGUFHeader
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.text_limits import SHALLOW_RUN, TextBound, call_with_stack, require_short_runs, utf8
-from edgepatch.vocabularies import byte_characters
+from edgepatch.vocabularies import missing_bytes
 
 NONE, SPM, BPE, WPM = 0, 1, 2, 3  # llama.cpp's kinds of vocabulary
 USER_DEFINED = 4  # a token's type in GGUF: read in any text, before anything else
@@ -38,6 +38,9 @@ WORDS_OF_SENTENCES = re.compile(r"[^\x00-\x1f!-@\[-`{-~]+")
 
 DIGITS = re.compile(r"[0-9]+")
 BLANKS_IN_A_ROW = re.compile(r" \s|\s ")
+
+RAW_PRE_TOKENIZERS = ("gemma4", "granite-embed-multi-311m", "sarvam-moe")
+"""Their tokens are text as it is, and not GPT-2's stand-ins for bytes."""
 
 KNOWN_PRE_TOKENIZERS = frozenset(
     [
@@ -323,22 +326,23 @@ class GGUFTokenizer:
     # Bytes.
 
     def _measure(self) -> TextBound:
-        """Byte-level BPE and SentencePiece with bytes turn every byte into a token or a part of one; of other kinds nobody knows."""
+        """Byte-level BPE and SentencePiece with bytes make each byte a token or a part of one; of other kinds nobody knows."""
         longest = max((len(token.encode("utf-8", "replace")) for token in self._tokens), default=1)
         strips = any(self._lib.llama_vocab_get_attr(self._vocab, i) & STRIPS for i in self._specials)
         if self._kind == SPM:
             return TextBound(longest, self._spells_all_bytes and not strips)
         if self._kind != BPE or self._model not in ("gpt2", "gemma4") or self._pre == "whitespace":
             return TextBound(longest)
-        if self._texts.issuperset(byte_characters()) and not self._spells_all_bytes:
-            # A character of a plain token stands for one byte, whatever UTF-8 makes of it.
-            kinds = self._types or [NORMAL] * len(self._tokens)
-            lengths = (
-                len(token) if kind == NORMAL else len(token.encode("utf-8", "replace"))
-                for token, kind in zip(self._tokens, kinds, strict=False)
-            )
-            return TextBound(max(lengths, default=1), not strips)
-        return TextBound(longest, self._spells_all_bytes and not strips)
+        is_raw = self._model == "gemma4" or self._pre in RAW_PRE_TOKENIZERS
+        if is_raw or self._pre not in KNOWN_PRE_TOKENIZERS:
+            return TextBound(longest, is_raw and self._spells_all_bytes and not strips)
+        # A character of a plain token stands for one byte, whatever UTF-8 makes of it.
+        kinds = self._types or [NORMAL] * len(self._tokens)
+        lengths = (
+            len(token) if kind == NORMAL else len(token.encode("utf-8", "replace"))
+            for token, kind in zip(self._tokens, kinds, strict=False)
+        )
+        return TextBound(max(lengths, default=1), not strips, missing_bytes(self._texts))
 
     @property
     def _specials(self) -> list[int]:

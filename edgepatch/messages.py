@@ -94,6 +94,15 @@ def _plain_call(call: object) -> dict[str, Any]:
     return {**given_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def texts_in(value: object) -> list[str]:
+    """Every text in nested lists and objects, names of fields included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in value.items() for text in texts_in(item)]
+    return [text for item in value for text in texts_in(item)] if isinstance(value, (list, tuple)) else []
+
+
 def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
     """Copies of the tools; ``None`` where there are none.
 

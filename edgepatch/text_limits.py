@@ -32,6 +32,10 @@ STACK_BYTES_A_CHARACTER = 2**10
 WORD, BLANKS = re.compile(r"[^ \t-\r]+"), re.compile(r"[\s\x85]+")
 
 
+class TooLongError(InputError):
+    """A text that no context of this length can hold."""
+
+
 @dataclass(frozen=True)
 class TextBound:
     """How many bytes of text a number of tokens can stand for.
@@ -40,28 +44,39 @@ class TextBound:
         longest_token: bytes of text that one token stands for at most.
         is_tight: false where a tokenizer drops or gathers text (it strips blanks, or reads a whole unknown word as one token), so that
             a long text may still be few tokens.
+        dropped: the bytes that may become no token, of a vocabulary that does not have all 256; the others count.
     """
 
     longest_token: int = 1
     is_tight: bool = False
+    dropped: bytes = b""
 
-    def most_bytes(self, context_length: int) -> int:
-        """Of a text that may fit into a context."""
-        fitting = context_length * self.longest_token
-        return fitting if self.is_tight else max(fitting, LOOSE_TEXT_BYTES)
-
-    def require_fit(self, num_bytes: int, context_length: int) -> None:
+    def require_fit(self, text: str, context_length: int, slack: int = 1) -> None:
         """Refuses a text that cannot fit whatever its tokens are.
 
+        Args:
+            text: any text.
+            context_length: tokens.
+            slack: how many times as long the text may be.
+
         Raises:
-            InputError: naming its bytes and the most that could fit.
+            TooLongError: naming its bytes and the most that could fit.
+            InputError: it holds halves of characters.
         """
-        most = self.most_bytes(context_length)
-        if num_bytes > most:
-            raise InputError(
-                f"the prompt has {num_bytes} bytes: more than {most}, the most that {context_length} tokens of context can hold",
-                hint="shorten the prompt or load the model with a longer context",
-            )
+        data = utf8(text)
+        tight = slack * context_length * self.longest_token
+        loose = max(tight, LOOSE_TEXT_BYTES)
+        if self.is_tight and len(data.translate(None, self.dropped)) > tight:
+            raise _too_long(len(data), tight, context_length)
+        if len(data) > loose and (self.dropped or not self.is_tight):
+            raise _too_long(len(data), loose, context_length)
+
+
+def _too_long(num_bytes: int, most: int, context_length: int) -> TooLongError:
+    return TooLongError(
+        f"expected a prompt of at most {context_length} tokens, which are {most} bytes at most, found {num_bytes} bytes",
+        hint="shorten the prompt or load the model with a longer context",
+    )
 
 
 def utf8(text: str) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgepatch.text_limits import TextBound
-from edgepatch.vocabularies import byte_characters
+from edgepatch.vocabularies import missing_bytes
 
 UNKNOWN_FACTOR = 0.0
 NORMALIZATIONS = {"NFC": 4, "NFD": 4, "NFKC": 4, "NFKD": 4, "Lowercase": 3, "ByteLevel": 1, "Prepend": 1}
@@ -28,7 +28,7 @@ def measure_bound(definition: dict[str, Any]) -> TextBound:
     factor = _shrinking(definition.get("normalizer"))
     pieces = _pieces(definition["model"])
     plain = [token for token in pieces if token not in {token["content"] for token in added}]
-    is_byte_level = _is_byte_level(definition, pieces)
+    is_byte_level = _is_byte_level(definition)
     longest = max((len(p) if is_byte_level else len(p.encode("utf-8", "replace")) for p in plain), default=1)
     named = max((len(token["content"].encode("utf-8", "replace")) for token in added), default=1)
     is_tight = (
@@ -38,7 +38,8 @@ def measure_bound(definition: dict[str, Any]) -> TextBound:
         and _keeps_text(definition.get("pre_tokenizer"))
         and (is_byte_level or _spells_everything(definition["model"], pieces))
     )
-    return TextBound(max(int(longest * max(factor, 1)), int(named * max(factor, 1))), is_tight)
+    most = int(max(longest, named) * max(factor, 1))
+    return TextBound(most, is_tight, missing_bytes(set(pieces)) if is_byte_level else b"")
 
 
 def _pieces(model: dict[str, Any]) -> list[str]:
@@ -74,14 +75,13 @@ def _keeps_text(pre_tokenizer: Any) -> bool:
     )
 
 
-def _is_byte_level(definition: dict[str, Any], pieces: list[str]) -> bool:
-    """Whether each character of a piece stands for one byte, and every byte has its piece."""
+def _is_byte_level(definition: dict[str, Any]) -> bool:
+    """Whether each character of a piece stands for one byte."""
     steps = [
         *_steps(definition.get("pre_tokenizer"), "pretokenizers"),
         *_steps(definition.get("normalizer"), "normalizers"),
     ]
-    is_bpe = definition["model"].get("type") == "BPE"
-    return is_bpe and any(s["type"] == "ByteLevel" for s in steps) and set(pieces).issuperset(byte_characters())
+    return definition["model"].get("type") == "BPE" and any(step["type"] == "ByteLevel" for step in steps)
 
 
 def _spells_everything(model: dict[str, Any], pieces: list[str]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from edgepatch.chat_templates import render
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
-from edgepatch.messages import Message, plain_messages, plain_tools
+from edgepatch.messages import Message, plain_messages, plain_tools, texts_in
 from edgepatch.tensors import tokenizer_digest
 from edgepatch.text_limits import TextBound, require_short_runs, utf8
 from edgepatch.tokenizer_bounds import measure_bound
@@ -56,7 +56,7 @@ def encode_chat(
     added: AddedTokens,
     encode: Encoder,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    require_fit: Callable[[int], None] = lambda num_bytes: None,
+    require_fit: Callable[[str], None] = lambda text: None,
 ) -> list[int]:
     """Token ids of a conversation, in which special tokens come from the template alone.
 
@@ -72,7 +72,7 @@ def encode_chat(
         added: the texts that ``encode`` reads as single tokens.
         encode: token ids of a text without BOS; special tokens spelled in it are read as such if it is trusted.
         tools: tool objects in OpenAI's form.
-        require_fit: refuses a rendered text that has too many bytes.
+        require_fit: refuses a rendered text by its size.
 
     Raises:
         InputError: there is no template, or as in ``render_chat_template``.
@@ -89,7 +89,7 @@ def encode_chat(
     text = render(template, guarded, bos_token, eos_token, _break_up(plain_tools(tools), added.special, mark, fence))
     # A template may change the case of a text. Only a special token of one character stands between fences.
     first, *parts = re.split(f"{mark}|{fence}(.){fence}", text, flags=re.DOTALL | re.IGNORECASE)
-    require_fit(sum(len(utf8(part)) for part in (first, *parts) if part))
+    require_fit("".join(part for part in (first, *parts) if part))
     ids = encode(first, trusted=True)
     for number, part in enumerate(parts):
         ids += _encode_within(part, number % 2 == 1, encode) if part else []
@@ -98,7 +98,7 @@ def encode_chat(
 
 def _break_up(value: Any, tokens: Sequence[str], mark: str, fence: str) -> Any:
     """A copy of nested lists and objects with a mark after the first character of each token that a text spells."""
-    whole = "\0".join(_texts(value))
+    whole = "\0".join(texts_in(value))
     spelled = [token for token in tokens if token and token in whole]
     if not spelled:
         return value
@@ -112,14 +112,6 @@ def _break_up(value: Any, tokens: Sequence[str], mark: str, fence: str) -> Any:
         return [break_up(item) for item in value] if isinstance(value, list) else value
 
     return break_up(value)
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return [text for item in value.items() for text in _texts(item)]
-    return [text for item in value for text in _texts(item)] if isinstance(value, (list, tuple)) else []
 
 
 def _encode_within(text: str, trusted: bool, encode: Encoder) -> list[int]:
@@ -262,12 +254,12 @@ class FolderTokenizer:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        require_fit: Callable[[int], None] = lambda num_bytes: None,
+        require_fit: Callable[[str], None] = lambda text: None,
     ) -> list[int]:
         """Token ids of a conversation in the model's chat template; special tokens that a message spells are text.
 
         Raises:
-            InputError: the model has no chat template, or it refuses the messages, or ``require_fit`` refuses their bytes.
+            InputError: the model has no chat template, or it refuses the messages, or ``require_fit`` refuses their text.
         """
         self._refuse_disguised([messages, tools])
         encode = partial(self.encode, bos=False)
@@ -282,7 +274,7 @@ class FolderTokenizer:
         """Some special tokens are looked for in normalized text, where another spelling may become one."""
         if not self._special_in_normalized or self._tokenizer.normalizer is None:
             return
-        for text in _texts(given):
+        for text in texts_in(given):
             normalized = self._tokenizer.normalizer.normalize_str(text)
             hidden = next(
                 (token for token in self._special_in_normalized if token in normalized and token not in text), None

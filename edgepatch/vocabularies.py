@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from edgepatch.errors import InputError
@@ -89,3 +89,8 @@ def byte_characters() -> list[str]:
     }
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+def missing_bytes(tokens: Collection[str]) -> bytes:
+    """The bytes for which a byte-level vocabulary has no token, so that a text loses them."""
+    return bytes(byte for byte, character in enumerate(byte_characters()) if character not in tokens)

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.processes import run_apart
+from edgepatch.processes import KeptChild, run_apart
 
 HERE = "child_tasks"
 
@@ -36,6 +37,11 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             def fail(_): raise ZeroDivisionError("by zero")
             def odd(_): return object()
             def variable(name): return os.environ.get(name)
+            def do(request): return globals()[request[0]](*request[1:])
+            def process(): return os.getpid()
+            def spin():
+                while True: pass
+            def fill(size): return len(bytearray(size))
         """),
         encoding="utf-8",
     )
@@ -93,7 +99,7 @@ def test_variables_are_set_for_the_child_alone():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_child_does_not_outlive_its_parent(tmp_path: Path, number: signal.Signals):
     marker = tmp_path / "pid"
-    code = f"import sys; sys.path[:0] = {sys.path!r}; from edgepatch.processes import run_apart; run_apart('{HERE}:hang', {str(marker)!r}, deadline_s=600)"
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from edgepatch.processes import KeptChild, run_apart; run_apart('{HERE}:hang', {str(marker)!r}, deadline_s=600)"
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (marker.is_file() and marker.read_text()):
         assert parent.poll() is None
@@ -113,3 +119,68 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.fixture
+def kept() -> Iterator[KeptChild]:
+    child = KeptChild(f"{HERE}:do", 2**28)
+    yield child
+    child.close()
+
+
+def test_a_kept_child_answers_again_and_again(kept: KeptChild):
+    first = kept.ask(["process"], 10).value
+    assert first not in (None, os.getpid()) and kept.ask(["process"], 10).value == first
+    refused = kept.ask(["refuse", None], 10).error
+    assert isinstance(refused, InputError) and refused.hint == "do c"
+    assert kept.ask(["process"], 10).value == first  # an error raised on purpose ends nothing
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_kept_child_that_dies_is_replaced(kept: KeptChild, number: signal.Signals):
+    first = kept.ask(["process"], 10).value
+    assert kept.ask(["die", number], 10).signal == number.name
+    assert kept.ask(["process"], 10).value not in (None, first)
+
+
+def test_a_kept_child_has_limits_of_time_and_memory(kept: KeptChild):
+    assert kept.ask(["spin"], 0.2).failure == "used more than 0.2 s of computing time"
+    assert kept.ask(["hang", os.devnull], 0.2).failure == "did not answer within 1.2 s"
+    assert kept.ask(["fill", 2**20], 10).value == 2**20
+    assert kept.ask(["fill", 2**30], 10).failure
+    with pytest.raises(TypeError):
+        kept.ask([object()], 10)
+    assert kept.ask(["fill", 2**20], 10).value == 2**20
+
+
+def test_a_prepared_request_harms_none_that_follows(kept: KeptChild):
+    kept.prepare(["fill", 1], 10)
+    assert kept.ask(["fill", 2], 10).value == 2
+    for evil in (["die", signal.SIGSEGV], ["spin"]):
+        kept.prepare(evil, 0.2)
+        assert kept.ask(["fill", 3], 10).value == 3
+
+
+def test_a_kept_child_belongs_to_the_process_that_started_it(kept: KeptChild):
+    first = kept.ask(["process"], 10).value
+    if not (fork := os.fork()):
+        own = kept.ask(["process"], 10).value
+        kept.close()
+        os._exit(own == first)
+    assert os.waitpid(fork, 0)[1] == 0
+    assert kept.ask(["process"], 10).value == first
+
+
+def test_a_kept_child_does_not_outlive_its_parent(tmp_path: Path):
+    code = f"from edgepatch.processes import KeptChild as K; import os; print(K('{HERE}:do', 2**28).ask(['process'], 10).value, flush=True); os.kill(os.getpid(), 9)"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    child = Path("/proc", done.stdout.strip())
+    end = time.monotonic() + 10
+    while (
+        child.exists() and "Z" not in (child / "stat").read_text().rsplit(")")[-1].split()[0] and time.monotonic() < end
+    ):
+        time.sleep(0.02)
+    assert done.stdout.strip() and time.monotonic() < end

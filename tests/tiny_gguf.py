@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -12,9 +13,9 @@ CONTEXT = 128
 WINDOW = 8
 
 
-def write_llama(path: Path) -> None:
-    """Two layers of plain attention."""
-    writer = _begin(path, "llama", 2, [KV_HEADS] * 2)
+def write_llama(path: Path, add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None) -> None:
+    """Two layers of plain attention, with another tokenizer where one is given."""
+    writer = _begin(path, "llama", 2, [KV_HEADS] * 2, add_tokenizer)
     for layer in range(2):
         _attention(writer, layer, query_norms=False)
         _feed_forward(writer, layer)
@@ -53,7 +54,13 @@ def write_lfm2(path: Path) -> None:
 _rng = np.random.default_rng(0)
 
 
-def _begin(path: Path, architecture: str, layers: int, kv_heads: list[int]) -> gguf.GGUFWriter:
+def _begin(
+    path: Path,
+    architecture: str,
+    layers: int,
+    kv_heads: list[int],
+    add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> gguf.GGUFWriter:
     global _rng
     _rng = np.random.default_rng(len(architecture))
     writer = gguf.GGUFWriter(path, architecture)
@@ -70,19 +77,42 @@ def _begin(path: Path, architecture: str, layers: int, kv_heads: list[int]) -> g
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(VOCAB)
+    (add_tokenizer or add_byte_level)(writer)
+    _weight(writer, "token_embd", (VOCAB, WIDTH), 1.0 if architecture != "gemma3" else 0.1)
+    return writer
+
+
+def add_byte_level(writer: gguf.GGUFWriter, pre: str = "gpt-2", marks: tuple[str, ...] = ()) -> None:
+    """Every byte, one merge, and special tokens; the first of them are read in any text where ``marks`` names them."""
     letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
     tokens = [*map(chr, letters), *(chr(256 + n) for n in range(68)), "th"]
-    specials = [f"<s{i}>" for i in range(VOCAB - len(tokens))]
+    specials = [*marks, *(f"<s{i}>" for i in range(VOCAB - len(tokens) - len(marks)))]
+    kinds = [gguf.TokenType.USER_DEFINED] * len(marks) + [gguf.TokenType.CONTROL] * (len(specials) - len(marks))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens + specials)
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * len(specials))
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens) + kinds)
     writer.add_token_merges(["t h"])
+    _add_ends(writer)
+
+
+def add_sentencepiece(writer: gguf.GGUFWriter, num_bytes: int = 256) -> None:
+    """A few letters, and so many of the 256 bytes."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(num_bytes)), "\u2581", *"abcdefgh"]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.BYTE] * num_bytes, *[gguf.TokenType.NORMAL] * 9]
+    specials = [f"<s{i}>" for i in range(VOCAB - len(tokens))]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens + specials)
+    writer.add_token_types(kinds + [gguf.TokenType.CONTROL] * len(specials))
+    writer.add_token_scores([0.0] * VOCAB)
+    _add_ends(writer)
+
+
+def _add_ends(writer: gguf.GGUFWriter) -> None:
     writer.add_eos_token_id(VOCAB - 1)
     writer.add_bos_token_id(VOCAB - 2)
     writer.add_add_bos_token(False)
-    _weight(writer, "token_embd", (VOCAB, WIDTH), 1.0 if architecture != "gemma3" else 0.1)
-    return writer
 
 
 def _end(writer: gguf.GGUFWriter, norm: str = "output_norm") -> None:

@@ -26,7 +26,7 @@ from edgepatch.messages import Message as Message
 from edgepatch.patches import Patch
 from edgepatch.sampling import Sampling
 from edgepatch.tensors import CanaryPrompt, ModelSpec
-from edgepatch.text_limits import TextBound, utf8
+from edgepatch.text_limits import TextBound
 
 Prompt = str | Sequence[Message] | Sequence[int]
 Tools = Sequence[Mapping[str, Any]]
@@ -191,7 +191,7 @@ class Runtime(ABC):
         if tools and not is_chat:
             raise InputError("tools need chat messages as a prompt", hint="leave them out, or send messages")
         if isinstance(prompt, str):
-            self.require_fit(len(utf8(prompt)))
+            self.require_fit(prompt)
             ids = self.encode(prompt)
         elif is_chat:
             ids = self.encode_chat(cast(Sequence[Message], prompt), tools)
@@ -204,13 +204,14 @@ class Runtime(ABC):
             raise InputError(f"token id {wrong} is outside the vocabulary of {self.spec.vocab_size}")
         return ids
 
-    def require_fit(self, num_bytes: int) -> None:
+    def require_fit(self, text: str) -> None:
         """Refuses a text by its size, before it is tokenized.
 
         Raises:
-            InputError: no text of so many bytes fits into the context.
+            TooLongError: no text of so many bytes fits into the context.
+            InputError: it holds halves of characters.
         """
-        self.text_bound.require_fit(num_bytes, self.context_length)
+        self.text_bound.require_fit(text, self.context_length)
 
     def swap(self, patch: Patch | None) -> None:
         """Exchanges the patch on the loaded model, or takes it off, and proves the new one active.

@@ -44,6 +44,7 @@ def _lifespan(service: Service) -> Callable[[Starlette], Any]:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.scheduler.start()
         yield
+        service.text_threads.close()
         service.scheduler.drain(0)
         service.scheduler.join(JOIN_S)
 

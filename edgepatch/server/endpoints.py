@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from edgepatch.errors import EdgepatchError
 from edgepatch.generation import Piece
 from edgepatch.server import requests
 from edgepatch.server.generations import Event, Finished, Generation, Scored
@@ -30,6 +31,7 @@ from edgepatch.server.replies import (
 from edgepatch.server.requests import Order
 from edgepatch.server.service import Service
 
+T = TypeVar("T")
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -66,14 +68,29 @@ class GenerationEndpoint:
         await _unless_gone(receive, self._serve(order, model, send, start))
 
     async def _serve(self, order: Order, model: ServedModel, send: Send, start: float) -> None:
-        tokens = await asyncio.wrap_future(
-            self._service.scheduler.call(lambda runtime: _tokenize(order, model, runtime))
-        )
+        tokens = await self._tokenize(order, model, start)
         run = OrderRun(self._service, order, model, tokens, start)
         try:
             await (self._stream if order.is_streamed else self._reply)(run, self._writer(order, model), send)
         finally:
             run.cancel()
+
+    async def _tokenize(self, order: Order, model: ServedModel, start: float) -> list[list[int]]:
+        """Token ids of each prompt, made beside the thread that owns the model, within the time that the request has."""
+        scheduler, end = self._service.scheduler, start + self._service.settings.request_timeout_s
+        scheduler.require_serving()
+        order.require_fit(model)
+        try:
+            if order.needs_vocabulary:
+                await _in_time(asyncio.wrap_future(scheduler.call(model.read_vocabulary)), end)
+            reading = self._service.text_threads.submit(order.num_characters, lambda: order.tokenize(model, end))
+            return await _in_time(asyncio.wrap_future(reading), end)
+        except asyncio.TimeoutError:
+            limit_s = self._service.settings.request_timeout_s
+            raise Refusal(504, f"the prompt was not read after {limit_s:g} seconds", code="request_timeout") from None
+        except EdgepatchError:
+            scheduler.require_serving()  # a model that has just been closed is no fault of the request's
+            raise
 
     async def _reply(self, run: OrderRun, writer: ReplyWriter, send: Send) -> None:
         async for _ in run.pieces():
@@ -176,10 +193,8 @@ class OrderRun:
         self._service.scheduler.cancel(self._generations)
 
 
-def _tokenize(order: Order, model: ServedModel, runtime: Any) -> list[list[int]]:
-    if order.needs_vocabulary:
-        model.read_vocabulary(runtime)
-    return order.tokenize(runtime)
+async def _in_time(work: asyncio.Future[T], end: float) -> T:
+    return await asyncio.wait_for(work, max(end - time.monotonic(), 0))
 
 
 async def read_body(request: Request, service: Service) -> bytes:

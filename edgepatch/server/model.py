@@ -14,6 +14,11 @@ class ServedModel:
     Args:
         runtime: the loaded model.
         name: what clients call it.
+
+    Attributes:
+        context_length: tokens that a prompt may have.
+        text_bound: how many bytes of text they can stand for.
+        tokens: ``Runtime.tokens``, which needs the vocabulary alone, so that any thread may call it.
     """
 
     def __init__(self, runtime: Runtime, name: str) -> None:
@@ -23,6 +28,8 @@ class ServedModel:
         self.end_token_ids = runtime.end_token_ids
         self.num_sequences = runtime.num_sequences
         self.notes = runtime.notes
+        self.context_length, self.text_bound = runtime.context_length, runtime.text_bound
+        self.tokens = runtime.tokens
         self.patch = _patch_entry(runtime)
         self._token_bytes: list[bytes] = []
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from edgepatch.constraints import Constraint
 from edgepatch.errors import InputError
-from edgepatch.runtimes.base import Runtime
+from edgepatch.messages import texts_in
 from edgepatch.sampling import Sampling
 from edgepatch.server import schemas
+from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
 from edgepatch.server.validation import Schema, first_problem
+from edgepatch.text_limits import TooLongError
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for ``/v1/completions``."""
@@ -22,6 +26,12 @@ COMPLETION_TOKENS = 16
 MAX_RNG_SEED = 2**64
 MAX_DEPTH = 64
 """Of a body: far below what makes the programs behind us run out of stack."""
+
+CHAT_SLACK = 4
+"""So many times as long as what fits may a conversation be before its template has written it."""
+
+MAX_BATCH_CHARACTERS = 4 * 2**20
+"""Of the texts of all prompts in a request."""
 
 SAME_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 """Fields that ``Sampling`` has under the same name."""
@@ -58,24 +68,68 @@ class Order:
         """Whether the reply names tokens one by one."""
         return self.num_logprobs is not None or (self.echo and not isinstance(self.prompts[0], str))
 
-    def tokenize(self, runtime: Runtime) -> list[list[int]]:
-        """Token ids of each prompt.
+    @property
+    def is_chat(self) -> bool:
+        """Whether the one prompt is a conversation."""
+        return isinstance(self.prompts[0], list) and isinstance(self.prompts[0][0], dict)
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """All text of each prompt."""
+        return ["".join(texts_in([prompt, self.tools])) for prompt in self.prompts]
+
+    @cached_property
+    def num_characters(self) -> int:
+        """Of all texts."""
+        return sum(map(len, self._texts))
+
+    def require_fit(self, model: ServedModel) -> None:
+        """Refuses what cannot fit by its size alone, before anything works on it.
 
         Raises:
-            Refusal: a prompt is longer than the context.
+            Refusal: a prompt is longer than the context whatever its tokens are, or all together are too long.
+            InputError: a text holds halves of characters.
+        """
+        # A template may leave parts of a conversation out, such as thoughts of earlier turns.
+        slack = CHAT_SLACK if self.is_chat else 1
+        try:
+            for text in self._texts:
+                model.text_bound.require_fit(text, model.context_length, slack)
+        except TooLongError as error:
+            raise self._too_long(str(error)) from None
+        if len(self._texts) > 1 and self.num_characters > MAX_BATCH_CHARACTERS:
+            raise self._too_long(
+                f"expected at most {MAX_BATCH_CHARACTERS} characters in all prompts, found {self.num_characters}"
+            )
+
+    def tokenize(self, model: ServedModel, end: float) -> list[list[int]]:
+        """Token ids of each prompt.
+
+        Args:
+            model: what is served.
+            end: when nobody waits for the answer any more, by ``time.monotonic``.
+
+        Raises:
+            Refusal: a prompt is longer than the context, or the time is over.
             InputError: a prompt is empty, or the model cannot read it.
         """
-        tokens = [runtime.tokens(prompt, self.tools) for prompt in self.prompts]
-        for ids in tokens:
-            if len(ids) > runtime.context_length:
-                message = f"expected a prompt of at most {runtime.context_length} tokens, found {len(ids)}"
-                field = (
-                    "messages"
-                    if isinstance(self.prompts[0], list) and isinstance(self.prompts[0][0], dict)
-                    else "prompt"
-                )
-                raise Refusal(400, f"{message}; shorten it", field, "context_length_exceeded")
+        tokens = []
+        for prompt in self.prompts:
+            if time.monotonic() > end:
+                raise Refusal(504, "the prompts could not be read in time", code="request_timeout")
+            try:
+                ids = model.tokens(prompt, self.tools)
+            except TooLongError as error:
+                raise self._too_long(str(error)) from None
+            if len(ids) > model.context_length:
+                raise self._too_long(f"expected a prompt of at most {model.context_length} tokens, found {len(ids)}")
+            tokens.append(ids)
         return tokens
+
+    def _too_long(self, message: str) -> Refusal:
+        return Refusal(
+            400, f"{message}; shorten it", "messages" if self.is_chat else "prompt", "context_length_exceeded"
+        )
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The one thread that owns the runtime, and the queue in front of it.
 
-Each round the thread answers short calls (tokenizing), gives free sequences to waiting generations, and advances every running
+Each round the thread answers short calls (reading the vocabulary's texts), gives free sequences to waiting generations, and advances every running
 one by one step: a part of its prompt, or a token, which all that have read their prompts get in one batch. So a long prompt or
 reply holds nobody up for longer than one step.
 """
@@ -100,7 +100,7 @@ class Scheduler:
                 result.set_exception(error)
 
         with self._changed:
-            self._require_serving()
+            self.require_serving()
             self._calls.append(run)
             self._changed.notify()
         return result
@@ -112,7 +112,7 @@ class Scheduler:
             Refusal: 503, the queue is full, or the server is loading or stopping.
         """
         with self._changed:
-            self._require_serving()
+            self.require_serving()
             waiting = sum(len(group) for group in self._waiting)
             if waiting and waiting + len(generations) > self._max_waiting:
                 message = f"the queue is full: expected at most {self._max_waiting} waiting, found {waiting}"
@@ -142,7 +142,12 @@ class Scheduler:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _require_serving(self) -> None:
+    def require_serving(self) -> None:
+        """Lets a request go on.
+
+        Raises:
+            Refusal: 503, the server is loading or stopping.
+        """
         if self.state != "ok":
             words = {"loading": "the model is loading", "stopping": "the server is stopping"}
             raise Refusal(503, words.get(self.state, "the server has failed"), code=f"server_{self.state}")

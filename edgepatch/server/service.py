@@ -12,6 +12,7 @@ from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
 from edgepatch.server.scheduler import Scheduler
 from edgepatch.server.settings import ServerSettings
+from edgepatch.server.text_threads import TextThreads
 
 logger = logging.getLogger("edgepatch.server")
 
@@ -33,7 +34,7 @@ class Service:
         on_ready: Callable[[ServedModel], None] = lambda model: None,
         on_failed: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        self.settings, self.metrics = settings, Metrics()
+        self.settings, self.metrics, self.text_threads = settings, Metrics(), TextThreads()
         self.on_ready, self.on_failed = on_ready, on_failed
         self._load = load
         self._model: ServedModel | None = None
