@@ -107,7 +107,12 @@ def _norms_of(
 
 
 def read_norms(folder: Path, architecture: str, num_layers: int) -> dict[str, NDArray[np.float32]]:
-    """Norm vectors by their name in GGUF, as they are there."""
+    """Norm vectors by their name in GGUF, as they are there.
+
+    Raises:
+        InputError: the weights are missing, truncated or damaged, or have no norms.
+        MissingExtraError: the gguf package is not installed.
+    """
     tensors = weight_tables.read_checkpoint(folder)
     names = architectures.norm_names(architecture, num_layers, tensors)
     norms = {

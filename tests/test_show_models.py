@@ -344,6 +344,16 @@ def test_what_a_folder_says_of_itself(show, tiny_folder, tmp_path):
     assert "\x1b" not in out and "license llama3.2" in flat
 
 
+def test_halves_of_characters_are_replaced(show, tiny_folder, tmp_path):
+    """JSON may hold half a surrogate pair, which no terminal can print."""
+    model = copy_folder(tiny_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "_name_or_path": "a/\ud800", "odd": ["\udfff"]}))
+    for flags in ([], ["--all"], ["--json"]):
+        code, out, err = show(model, *flags)
+        assert (code, err) == (0, "") and "a/?" in out
+
+
 def test_a_folder_with_both_kinds_says_which_runtime_takes_it(show, tiny_folder, onnx_folders, tmp_path):
     model = tmp_path / "both"
     shutil.copytree(onnx_folders["int4"], model)

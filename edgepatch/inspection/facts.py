@@ -212,8 +212,9 @@ def tensor_types(tensors: Iterable[tuple[str, int]]) -> tuple[TensorType, ...]:
 
 
 def told(value: object) -> str:
-    """A text for people of a value that a file holds: one line of bounded length."""
+    """A text for people of a value that a file holds: one line of bounded length, of characters that can be printed."""
     if isinstance(value, (list, tuple)):
         value = ", ".join(str(entry)[:MAX_TEXT] for entry in value[:8])
-    text = " ".join(str(value)[: 4 * MAX_TEXT].split())
+    whole = str(value)[: 4 * MAX_TEXT].encode("utf-8", "replace").decode("utf-8")  # half a pair has no bytes
+    text = " ".join(whole.split())
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."

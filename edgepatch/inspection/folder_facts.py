@@ -50,7 +50,7 @@ def read_model_folder(folder: Path, asks_transformers: bool = False) -> ModelFac
         kind="Transformers folder",
         runtime="torch",
         origin=read_origin(folder, header.whole_config),
-        architecture=spec.model_type if spec else architectures.gguf_name(str(header.config["model_type"])),
+        architecture=told(spec.model_type if spec else architectures.gguf_name(header.config["model_type"])),
         num_parameters=num_values if all(kind.name in FLOATS for kind in types) else None,
         files=folder_files(folder),
         quantization=_quantization(header, types[0].name if types else ""),
@@ -121,7 +121,7 @@ def cache_facts(spec: ModelSpec | None, types: Mapping[str, float], positions: i
 def folder_files(folder: Path) -> dict[str, int]:
     """Name -> bytes of the files of a folder, those in its own folders left out."""
     try:
-        return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        return {told(path.name): path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror}", hint="check the path and its rights") from error
 

@@ -48,7 +48,7 @@ def read_gguf(path: Path) -> ModelFacts:
         kind="GGUF file",
         runtime="llamacpp",
         origin=_origin(header.metadata),
-        architecture=header.architecture,
+        architecture=told(header.architecture),
         num_parameters=sum(prod(info.shape) for info in header.tensors.values()),
         files={path.name: path.stat().st_size},
         quantization=gguf_specs.quantization(header),
