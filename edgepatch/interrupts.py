@@ -5,7 +5,6 @@ They raise ``Stopped``, a ``KeyboardInterrupt``, so whatever cleans up behind Ct
 
 from __future__ import annotations
 
-import _thread
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -52,11 +51,18 @@ def orderly() -> Iterator[None]:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     if _is_in_callback(frame):
-        retry = threading.Timer(RETRY_S, _thread.interrupt_main, (number,))
+        retry = threading.Timer(RETRY_S, _send_again, (number,))
         retry.daemon = True
         retry.start()
         return
     raise Stopped(number)
+
+
+def _send_again(number: int) -> None:
+    """To the main thread itself, so that a call that waits there ends."""
+    main = threading.main_thread().ident
+    if main is not None and signal.getsignal(number) is _stop:
+        signal.pthread_kill(main, number)
 
 
 def called_from_c(function: Function) -> Function:

@@ -91,10 +91,12 @@ def test_a_signal_in_a_callback_of_c_is_not_lost():
         return one[0] - other[0]
 
     kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_int))
+    began = time.monotonic()
     with pytest.raises(Stopped), orderly():
         ctypes.CDLL(None).qsort(numbers, 4, ctypes.sizeof(ctypes.c_int), kind(compare))
-        time.sleep(5)
+        time.sleep(60)
     assert list(numbers) == [1, 2, 3, 4], "the library came to its end"
+    assert time.monotonic() < began + 30, "a call that waits is woken"
 
 
 # Verbs, in processes of their own.

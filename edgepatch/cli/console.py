@@ -126,7 +126,7 @@ def progress_bars(log: Path | None = None, kept: Callable[[], str] = lambda: NOT
         console = _during_work = Console(file=stream, highlight=False, width=_width_of(stream))
         try:
             with ExitStack() as stack:
-                shown = stack.enter_context(_bars(console)) if console.is_terminal else _lines(stream)
+                shown = stack.enter_context(_bars(console)) if stream.isatty() else _lines(stream)
                 yield stack.enter_context(logged(log, note, [shown], kept))
         finally:
             _during_work = None
@@ -164,7 +164,7 @@ def _bars(console: Console) -> Iterator[Progress]:
         told,
     )
     courses, tasks = Courses(), dict[str, Any]()
-    with Bars(*columns, console=console, redirect_stderr=False) as bars:
+    with Bars(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as bars:
 
         def update(stage: str, done: int, total: int, /, **figures: float) -> None:
             now = time.monotonic()

@@ -145,19 +145,19 @@ def train(
         )
     given = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
     with progress_bars(_log(log, out, run), lambda: _kept(run)) as bars:
-        progress = silent if int(os.environ.get("RANK", "0")) else bars  # of several processes the first speaks
+        progress = silent if os.environ.get("RANK", "0") != "0" else bars  # of several processes the first speaks
         pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
         training = PatchTraining(model, _config(given), weights or (), run, reference, device, note, progress)
         if start is not None:
             patch = training.kv_prefix(read_patch(start), pairs, texts, name, version, progress)
         else:
             patch = training.soft_prompt(pairs, texts, name, version, progress)
-    if parallel.world()[0]:
-        return  # the first process writes
-    patch = replace(patch, created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
-    digest = write_patch(patch, out)
-    if run is not None:
-        write_training_page(training.history, patch.training, f"{name} {version}", run / "curves.html")
+        if parallel.world()[0]:
+            return  # the first process writes
+        patch = replace(patch, created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        digest = write_patch(patch, out)
+        if run is not None:
+            write_training_page(training.history, patch.training, f"{name} {version}", run / "curves.html")
     accuracy = (training.history.preference_accuracy or [float("nan")])[-1]
     if as_json:
         print_json({"path": str(out), "digest": digest, "training": patch.training})

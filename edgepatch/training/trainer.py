@@ -13,7 +13,7 @@ import numpy as np
 
 from edgepatch.errors import InputError, TrainingError
 from edgepatch.interrupts import held_back
-from edgepatch.progress import Progress, silent
+from edgepatch.progress import Progress, silent, stage
 from edgepatch.training import parallel
 from edgepatch.training.config import History
 from edgepatch.training.forward import BenignText, FrozenModels
@@ -295,7 +295,8 @@ class Trainer:
         """For each frozen model (N, 2): chosen and rejected of all pairs, then of the held-out ones; computed once."""
         if self.config.dpo_reference == "model":
             assert self.reference is not None  # checked at the start
-            other = FrozenModels([self.reference], self.config, self.models.device, self.models.trusted)
+            with stage(progress, "load reference"):
+                other = FrozenModels([self.reference], self.config, self.models.device, self.models.trusted)
             pairs = [p for kept, _ in self._tasks for p in kept] + [p for _, held in self._tasks for p in held]
             examples = [other.pair_example(p) for p in pairs]
             return [self._table(other, examples, 0, patched=False, progress=progress)] * len(self.models.bases)
