@@ -1,7 +1,7 @@
 """A C++ compiler on this machine, and whether its AMX can be trusted.
 
-GCC before 13.3 (seen with 11.3 and 12.2) declares eight bytes of the 64 that configure the tiles of AMX as what ``ldtilecfg`` reads, and
-drops the stores of the rest: what it makes of llama.cpp ends the process at the first token. So AMX stays in a build only where a program
+Older GCCs (seen with 11.3 and 12.2) declare eight bytes of the 64 that configure the tiles of AMX as what ``ldtilecfg`` reads, and
+drop the stores of the rest: what they make of llama.cpp ends the process at the first token. So AMX stays in a build only where a program
 like llama.cpp's, made by the same compiler, is seen to configure the tiles right.
 """
 
