@@ -107,7 +107,7 @@ def try_many(paths: Sequence[Path], settings: dict[str, Any], report: Report) ->
     with open(settings["log"], "w", encoding="utf-8") as log:
         for path, way in zip(paths, settings["given"], strict=True):
             try:
-                answer = {"answer": llamacpp_proof.try_model([path], {**SETTINGS, **way}, report)}
+                answer: dict[str, Any] = {"answer": llamacpp_proof.try_model([path], {**SETTINGS, **way}, report)}
             except UnfitModelError as error:
                 answer = {"failure": str(error)}
             except EdgepatchError as error:

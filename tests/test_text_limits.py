@@ -16,8 +16,8 @@ import pytest
 import tiny_gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from edgepatch.converters.gguf_library import opened_vocabulary
 from edgepatch.converters.gguf_text import MAX_MARKS, MAX_UNKNOWN
+from edgepatch.converters.gguf_vocabulary import Vocabulary
 from edgepatch.errors import InputError
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.text_limits import (
@@ -73,15 +73,15 @@ def write(path: Path, add_tokenizer) -> Path:
 HAMMER = """
     import resource, sys
     from pathlib import Path
-    from edgepatch.converters.gguf_library import opened_vocabulary
+    from edgepatch.converters.gguf_vocabulary import Vocabulary
     from edgepatch.errors import EdgepatchError
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     path, texts = Path(sys.argv[1]), eval(sys.argv[2])
-    with opened_vocabulary(path) as tokenize:
+    with Vocabulary(path) as vocabulary:
         for name, part in texts.items():
             for length in (60_000, 1_000_000):
                 try:
-                    words = f"{len(tokenize(part * (length // len(part)), False, False))} tokens"
+                    words = f"{len(vocabulary.tokenize(part * (length // len(part)), False, False))} tokens"
                 except EdgepatchError as error:
                     words = f"{type(error).__name__}: {error}"
                 print(name, length, words, sep="|")
@@ -120,8 +120,8 @@ def test_without_the_stack_the_process_dies(tmp_path):
 
 def test_deep_words_have_the_same_ids(tmp_path):
     path = write(tmp_path / "m.gguf", partial(tiny_gguf.add_byte_level, pre="tekken"))
-    with opened_vocabulary(path) as tokenize:
-        assert tokenize("th" * 30_000, False, False) == tokenize("th", False, False) * 30_000
+    with Vocabulary(path) as vocabulary:
+        assert vocabulary.tokenize("th" * 30_000, False, False) == vocabulary.tokenize("th", False, False) * 30_000
 
 
 @pytest.mark.parametrize(
@@ -135,27 +135,27 @@ def test_a_run_beyond_the_limit_is_refused(text, words):
 
 def test_marks_and_unknown_characters_are_counted(tmp_path):
     marks = write(tmp_path / "marks.gguf", partial(tiny_gguf.add_byte_level, marks=("\t", "\t\t", "<b>")))
-    with opened_vocabulary(marks) as tokenize:
-        assert len(tokenize("\t\tx" * MAX_MARKS, False, False)) == 2 * MAX_MARKS  # the longer is one
+    with Vocabulary(marks) as vocabulary:
+        assert len(vocabulary.tokenize("\t\tx" * MAX_MARKS, False, False)) == 2 * MAX_MARKS  # the longer is one
         with pytest.raises(InputError, match=f"more than {MAX_MARKS} of the vocabulary's own marks"):
-            tokenize("\tx" * (MAX_MARKS + 1), False, False)
-        assert len(tokenize("<" * 30_000, False, False)) == 30_000  # looks like one and is none
+            vocabulary.tokenize("\tx" * (MAX_MARKS + 1), False, False)
+        assert len(vocabulary.tokenize("<" * 30_000, False, False)) == 30_000  # looks like one and is none
     pieces = write(tmp_path / "pieces.gguf", tiny_gguf.add_sentencepiece)
-    with opened_vocabulary(pieces) as tokenize:
-        assert len(tokenize("a" * 300_000, False, False)) >= 300_000  # all of them known
+    with Vocabulary(pieces) as vocabulary:
+        assert len(vocabulary.tokenize("a" * 300_000, False, False)) >= 300_000  # all of them known
         with pytest.raises(InputError, match="does not hold"):
-            tokenize("\u4e2d" * (MAX_UNKNOWN + 1), False, False)
+            vocabulary.tokenize("\u4e2d" * (MAX_UNKNOWN + 1), False, False)
 
 
 def test_what_a_vocabulary_lacks_does_not_end_the_process(tmp_path):
     pieces = write(tmp_path / "m.gguf", partial(tiny_gguf.add_sentencepiece, num_bytes=16))
-    with opened_vocabulary(pieces) as tokenize:
-        assert tokenize("abc a", False, False)
+    with Vocabulary(pieces) as vocabulary:
+        assert vocabulary.tokenize("abc a", False, False)
         with pytest.raises(InputError, match="no token for 'z'"):
-            tokenize("abz", False, False)
+            vocabulary.tokenize("abz", False, False)
     blanks = write(tmp_path / "blanks.gguf", partial(tiny_gguf.add_byte_level, pre="whitespace"))
-    with opened_vocabulary(blanks) as tokenize, pytest.raises(InputError, match="two blanks"):
-        tokenize("a  b", False, False)
+    with Vocabulary(blanks) as vocabulary, pytest.raises(InputError, match="two blanks"):
+        vocabulary.tokenize("a  b", False, False)
 
 
 def test_a_vocabulary_waits_for_its_readers_before_it_is_freed(tmp_path):
