@@ -17,7 +17,7 @@ from typing import Any
 
 from edgepatch.converters.gguf_header import GGUFHeader
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.text_limits import SHALLOW_RUN, TextBound, call_with_stack, require_short_runs, utf8
+from edgepatch.text_limits import DIGITS, SHALLOW_RUN, TextBound, call_with_stack, require_short_runs, utf8
 from edgepatch.vocabularies import missing_bytes
 
 NONE, SPM, BPE, WPM = 0, 1, 2, 3  # llama.cpp's kinds of vocabulary
@@ -33,10 +33,11 @@ MAX_UNKNOWN = 2**15
 
 SPACE = "\u2581"  # SentencePiece's blank
 MAX_DIGITS = 2**8
+"""In a row, for superbpe, which looks ahead to the end of a number from each of its digits: 8,000 take 1 s."""
+
 WORDS_OF_SENTENCES = re.compile(r"[^\x00-\x1f!-@\[-`{-~]+")
 """Letters with blanks between them, which exaone-moe matches as one word; what is beyond ASCII counts as letters."""
 
-DIGITS = re.compile(r"[0-9]+")
 BLANKS_IN_A_ROW = re.compile(r" \s|\s ")
 
 RAW_PRE_TOKENIZERS = ("gemma4", "granite-embed-multi-311m", "sarvam-moe")
@@ -243,7 +244,7 @@ class GGUFTokenizer:
 
     def _require_short_runs(self, text: str) -> int:
         is_known = self._pre in KNOWN_PRE_TOKENIZERS
-        if self._pre == "superbpe" or not is_known:  # it looks ahead to the end of a number from each of its digits
+        if self._pre == "superbpe" or not is_known:
             require_short_runs(text, DIGITS, MAX_DIGITS)
         run = require_short_runs(text)
         if self._pre == "exaone-moe" or not is_known:

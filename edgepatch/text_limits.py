@@ -28,6 +28,8 @@ SHALLOW_RUN = 2**10
 STACK_BYTES_A_CHARACTER = 2**10
 """Measured: 320 in each of llama.cpp's pre-tokenizers that use std::regex (libstdc++ of GCC 12, x86-64)."""
 
+DIGITS = re.compile(r"[0-9]+")
+
 # ASCII blanks part words in every pre-tokenizer. Of other characters it depends, so they count for both kinds of run.
 WORD, BLANKS = re.compile(r"[^ \t-\r]+"), re.compile(r"[\s\x85]+")
 

@@ -42,6 +42,17 @@ def measure_bound(definition: dict[str, Any]) -> TextBound:
     return TextBound(most, is_tight, missing_bytes(set(pieces)) if is_byte_level else b"")
 
 
+def looks_through_numbers(definition: dict[str, Any]) -> bool:
+    """Whether an expression looks ahead to the end of a number from each of its digits, which takes the square of its length."""
+    patterns = [
+        str(step.get("pattern", {}).get("Regex", ""))
+        for step in _steps(definition.get("pre_tokenizer"), "pretokenizers")
+    ]
+    return any(
+        "(?=" in pattern and ("\\d" in pattern or "\\p{N" in pattern or "0-9" in pattern) for pattern in patterns
+    )
+
+
 def _pieces(model: dict[str, Any]) -> list[str]:
     vocabulary = model.get("vocab") or []
     return list(vocabulary) if isinstance(vocabulary, dict) else [entry[0] for entry in vocabulary]

@@ -21,12 +21,16 @@ from edgepatch.chat_templates import render
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
 from edgepatch.messages import Message, plain_messages, plain_tools, texts_in
 from edgepatch.tensors import tokenizer_digest
-from edgepatch.text_limits import TextBound, require_short_runs, utf8
-from edgepatch.tokenizer_bounds import measure_bound
+from edgepatch.text_limits import DIGITS, TextBound, require_short_runs, utf8
+from edgepatch.tokenizer_bounds import looks_through_numbers, measure_bound
 from edgepatch.vocabularies import token_bytes
 
 MARKER = re.compile(r"[<\[].*\w.*[>\]]", re.DOTALL)
 """How added tokens look that may open and close something, unlike those for blanks and line ends."""
+
+
+MAX_DIGITS = 2**10
+"""In a row, where an expression looks ahead through them: 16,000 take 2 s."""
 
 
 class Encoder(Protocol):
@@ -237,6 +241,8 @@ class FolderTokenizer:
         """
         utf8(text)
         require_short_runs(text)
+        if self._looks_through_numbers:
+            require_short_runs(text, DIGITS, MAX_DIGITS)
         with self._encoding:
             self._tokenizer.encode_special_tokens = not trusted
             try:
@@ -264,6 +270,10 @@ class FolderTokenizer:
         self._refuse_disguised([messages, tools])
         encode = partial(self.encode, bos=False)
         return encode_chat(self._template, messages, self._bos, self._eos, self._added, encode, tools, require_fit)
+
+    @cached_property
+    def _looks_through_numbers(self) -> bool:
+        return looks_through_numbers(json.loads(self.definition))
 
     @cached_property
     def bound(self) -> TextBound:

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from edgepatch.text_limits import (
     require_short_runs,
 )
 from edgepatch.tokenizer_bounds import measure_bound
+from edgepatch.tokenizers import FolderTokenizer
 from edgepatch.vocabularies import byte_characters
 
 RUNS = {
@@ -282,6 +284,52 @@ def test_where_text_can_vanish_only_a_fixed_limit_holds(kind):
     bound.require_fit("a" * LOOSE_TEXT_BYTES, 10)
     with pytest.raises(TooLongError):
         bound.require_fit("a" * (LOOSE_TEXT_BYTES + 1), 10)
+
+
+FOLDERS = {
+    "byte level": byte_level(["aa", "aaaa"]),
+    "pieces with bytes": with_bytes(byte_fallback=True, fuse_unk=True),
+    "numbers from behind": changed(
+        byte_level(),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"\d{1,3}(?=(?:\d{3})*\b)"), "isolated"),
+                pre_tokenizers.ByteLevel(False, use_regex=False),
+            ]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_runs_in_a_folders_tokenizer(tmp_path, kind):
+    FOLDERS[kind].save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    tokenizer = FolderTokenizer(tmp_path)
+    for name, part in RUNS.items():
+        for length in (60_000, 1_000_000):
+            start = time.process_time()
+            try:
+                assert tokenizer.encode(part * (length // len(part)))
+            except InputError as error:
+                assert "a tokenizer takes at most" in str(error), name
+            assert time.process_time() - start < 3, name
+    assert tokenizer.encode("1" * 1000 + "x")
+    if kind == "numbers from behind":
+        with pytest.raises(InputError, match="without a break"):
+            tokenizer.encode("1" * 5000 + "x")
+
+
+def test_a_folders_tokenizer_serves_several_threads(tmp_path):
+    """Whether special tokens are read is one state of the tokenizer: no thread may see that of another."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    shared = FolderTokenizer(tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        ids = list(threads.map(lambda i: shared.encode("<s>", trusted=i % 2 == 0), range(2000)))
+    assert {len(found) for found in ids[::2]} == {1} and {len(found) for found in ids[1::2]} == {3}
 
 
 def test_bytes_that_vanish_do_not_count():
