@@ -11,7 +11,7 @@ from test_training import BENIGN, make_pairs, make_trainer, small
 
 from edgepatch.converters import hf
 from edgepatch.errors import InputError
-from edgepatch.training import parallel, patching, precision, runs
+from edgepatch.training import patching, precision, runs
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.patching import PatchTraining
 from edgepatch.training.precision import DtypeChoice, choose_dtype, decide
@@ -125,10 +125,6 @@ def test_a_run_of_before_goes_on_in_its_own_type(tiny_folder, tmp_path):
     (run / runs.SETTINGS_FILE).write_text("half")
     with pytest.raises(InputError, match="settings of a run"):
         PatchTraining(tiny_folder, small(dtype="auto"), run=run).soft_prompt(make_pairs(12), BENIGN, "tiny")
-
-
-def test_one_process_decides_for_all():
-    assert parallel.from_first(lambda: "bfloat16") == "bfloat16"
 
 
 def test_rope_keeps_its_frequencies_in_bfloat16(tiny_folder):

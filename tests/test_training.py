@@ -490,14 +490,14 @@ def test_ctrl_c_keeps_the_run_and_exits_130(tiny_folder, tmp_path):
 
 
 def test_two_processes_train_what_one_does(tiny_folder, tmp_path):
-    """As `torchrun` starts them; the device is the CPU."""
+    """As `torchrun` starts them; the device is the CPU, and the first process chooses the type of the weights."""
     script = tmp_path / "job.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nimport numpy as np\n"
         "from edgepatch.training.config import TrainConfig\nfrom edgepatch.training.patching import PatchTraining\n"
         "from edgepatch.training.preferences import Pair\nfrom edgepatch.training import parallel\n"
         "pairs = [Pair(f'The fox {i}', ' sleeps in the sun', ' jumps over the dog', 0.1, 0.9) for i in range(12)]\n"
-        f"config = TrainConfig(num_virtual_tokens=4, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=2, check_every=3, dtype='float32')\n"
+        f"config = TrainConfig(num_virtual_tokens=4, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=2, check_every=3, dtype='auto')\n"
         f"patch = PatchTraining(Path({str(tiny_folder)!r}), config, device='cpu').soft_prompt(pairs, {BENIGN * 3!r}, 'tiny')\n"
         "rank, size = parallel.world()\nassert size == int(sys.argv[2])\n"
         "np.save(f'{sys.argv[1]}-{rank}.npy', patch.soft_prompt.embeddings)\n"
