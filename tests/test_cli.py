@@ -273,12 +273,12 @@ def test_patch_name_cannot_steer_the_terminal(run, tiny_patch, tmp_path):
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_other_errors_become_a_line_and_a_code(run, monkeypatch, error, code, message):
+def test_other_errors_become_a_line_and_a_code(run, patch_file, monkeypatch, error, code, message):
     def fail(path: Path) -> None:
         raise error
 
     monkeypatch.setattr("edgepatch.patches.read_patch", fail)
-    found, out, err = run("show", "x")
+    found, out, err = run("show", patch_file)
     assert (found, out) == (code, "") and message in err and "Traceback" not in err
 
 
