@@ -50,7 +50,8 @@ def write_weights(folder: Path, tensors: Mapping[str, CheckpointTensor], dtype: 
     """
     size = DTYPES[dtype][1]
     shards = _shards(tensors, size)
-    total, done, index = sum(prod(t.shape) for t in tensors.values()) * size, 0, {}
+    total, done = sum(prod(t.shape) for t in tensors.values()) * size, 0
+    index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         index |= dict.fromkeys(names, file)
