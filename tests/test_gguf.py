@@ -231,7 +231,7 @@ def test_unknown_pre_tokenizers_are_refused(tiny_folder, tmp_path):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"] = {
         "type": "Sequence",
-        "pretokenizers": [{"type": "Digits", "individual_digits": True}, tokenizer["pre_tokenizer"]],
+        "pretokenizers": [{"type": "Punctuation", "behavior": "Isolated"}, tokenizer["pre_tokenizer"]],
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match="pre-tokenizer"):
