@@ -106,6 +106,7 @@ def try_many(paths: Sequence[Path], settings: dict[str, Any], report: Report) ->
     """In a child: tries one file after the other as ``llamacpp_proof.try_model`` does, and writes down what it answers."""
     with open(settings["log"], "w", encoding="utf-8") as log:
         for path, way in zip(paths, settings["given"], strict=True):
+            answer: dict[str, Any]
             try:
                 answer: dict[str, Any] = {"answer": llamacpp_proof.try_model([path], {**SETTINGS, **way}, report)}
             except UnfitModelError as error:

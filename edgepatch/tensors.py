@@ -260,3 +260,8 @@ class Canary:
             )
         except InputError as error:
             raise PatchFormatError(str(error)) from None
+
+
+def as_float32(logits: Any) -> NDArray[np.float32]:
+    """A (T, V) float32 copy, safe to keep after the runtime's own buffer is reused."""
+    return np.array(logits, dtype=np.float32, ndmin=2)

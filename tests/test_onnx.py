@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgepatch.converters import first_contact
 from edgepatch.converters.onnx_identity import BAKED_KEY, QUANTIZATION_KEY, SPEC_KEY
-from edgepatch.errors import InactivePatchError, InputError, MismatchError
+from edgepatch.errors import InactivePatchError, InputError, MismatchError, UnfitModelError
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.onnx import OnnxRuntime
 from edgepatch.runtimes.reference import TorchRuntime
@@ -320,3 +324,38 @@ def test_a_graph_in_a_folder_of_its_own_is_found(onnx_folders, tiny_patch, tmp_p
         assert np.array_equal(found.logits(PROMPT), runtime.logits(PROMPT))
     with pytest.raises(InputError, match="expected a path within"):
         OnnxRuntime(folder, model_file="../onnx/model.onnx")
+
+
+# The first contact.
+
+
+def test_a_graph_is_tried_by_a_child_once(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path / "memory"))
+    real, trials = first_contact.run_apart, []
+    monkeypatch.setattr(first_contact, "run_apart", lambda *a, **b: trials.append(a[1]["files"]) or real(*a, **b))
+    for _ in range(2):
+        OnnxRuntime(copied, num_threads=1).close()
+    assert len(trials) == 1 and {Path(file).name for file in trials[0]} >= {"model.onnx", "model.onnx.data"}
+    weights = copied / "model.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    OnnxRuntime(copied, num_threads=1).close()
+    assert len(trials) == 2
+
+
+def test_weights_that_are_no_numbers_are_refused(copied):
+    weights = copied / "model.onnx.data"
+    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, "<f4").tobytes())
+    with pytest.raises(UnfitModelError, match="ONNX Runtime computed logits that are not finite"):
+        OnnxRuntime(copied, num_threads=1)
+
+
+def test_an_onnxruntime_that_dies_is_an_error_with_an_exit_code(copied):
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests / "dying_onnx"), str(tests.parent)])
+    command = [sys.executable, "-m", "edgepatch.cli", "generate", str(copied), "--prompt", "a", "--bare"]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert process.returncode == UnfitModelError.exit_code and process.stdout == "", process.stderr
+    assert "ONNX Runtime died of SIGSEGV while opening a session" in process.stderr
+    assert process.stderr.count("error:") == 1 and "Traceback" not in process.stderr

@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.patches import Patch, read_patch
 
 if TYPE_CHECKING:
+    from edgepatch.patches import Patch
     from edgepatch.runtimes.base import Runtime
     from edgepatch.tensors import ModelSpec
 
@@ -23,7 +23,7 @@ class _Choice(Enum):
 ACTIVE: Literal[_Choice.ACTIVE] = _Choice.ACTIVE
 """In place of a patch: the one that the store of this device names as active for the model, if it has one for it."""
 
-PatchChoice = Patch | Path | str | Literal[_Choice.ACTIVE] | None
+PatchChoice: TypeAlias = "Patch | Path | str | Literal[_Choice.ACTIVE] | None"
 PIN = "sha256:"
 """What stands before the digest of a patch in the store."""
 
@@ -140,6 +140,8 @@ def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None
     if not isinstance(patch, (str, Path)):
         return patch
     if not str(patch).startswith(PIN):
+        from edgepatch.patches import read_patch
+
         return read_patch(Path(patch))
     from edgepatch.store.reading import StoreReader
 

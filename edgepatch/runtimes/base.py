@@ -26,6 +26,7 @@ from edgepatch.messages import Message as Message
 from edgepatch.patches import Patch
 from edgepatch.sampling import Sampling
 from edgepatch.tensors import CanaryPrompt, ModelSpec
+from edgepatch.tensors import as_float32 as as_float32
 from edgepatch.text_limits import TextBound
 
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -536,8 +537,3 @@ def check_patch(patch: Patch | None, spec: ModelSpec) -> None:
     """
     if patch is not None:
         patch.base.require_same(spec)
-
-
-def as_float32(logits: Any) -> NDArray[np.float32]:
-    """A (T, V) float32 copy, safe to keep after the runtime's own buffer is reused."""
-    return np.array(logits, dtype=np.float32, ndmin=2)

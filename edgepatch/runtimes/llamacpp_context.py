@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import gguf_library
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
-from edgepatch.runtimes.base import as_float32
+from edgepatch.tensors import as_float32
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}
 """Types of the KV cache by ggml's number."""
