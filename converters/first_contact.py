@@ -35,6 +35,7 @@ HASHED_FIRST = 32 * 2**20
 """Bytes up to which a file's digest is known before a child has started."""
 
 MAX_CHANGES = 3
+QUIETLY = {"GGML_NO_BACKTRACE": "1"}  # a child that dies is not examined with a debugger, which takes seconds
 LIBRARIES = {"llama_cpp": "llama.cpp", "onnxruntime": "ONNX Runtime"}
 MEMORY = "first_contact"
 
@@ -273,6 +274,7 @@ def try_apart(
                 f"{__name__}:answer",
                 request,
                 deadline_s=_deadline(contact, deadline_s),
+                environment=QUIETLY,
                 pass_fds=(writing,),
             )
         finally:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -30,16 +31,19 @@ CPUINFO_BYTES = 64 * 1024
 """Of /proc/cpuinfo: enough for all kinds of cores of a small machine, and a server's cores are of one kind."""
 
 CPU_FACTS = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa", "uarch")
+IS_CODE = re.compile(r"\.(py|pyd|dll|dylib|so(\.\d+)*)$")
 VARIABLES = ("GGML_", "LLAMA_", "ORT_", "CUDA_", "LD_PRELOAD", "LD_LIBRARY_PATH")
 BESIDE_THE_LIBRARY = ("LLAMA_API", "LLAMA_ARG")  # settings of llama.cpp's programs, and a secret among them
 
 
 def cache_folder() -> Path:
     """Where measurements are kept: ``EDGEPATCH_CACHE_DIR``, or the user's cache folder."""
+    folder = os.environ.get(CACHE_VARIABLE)
+    if folder:
+        return Path(folder)
     from platformdirs import user_cache_path
 
-    folder = os.environ.get(CACHE_VARIABLE)
-    return Path(folder) if folder else user_cache_path("edgepatch", appauthor=False)
+    return user_cache_path("edgepatch", appauthor=False)
 
 
 def digest_of(facts: Any) -> str:
@@ -79,7 +83,7 @@ def signature(files: Sequence[Path]) -> list[list[Any]]:
 def _signature(file: Path) -> list[Any]:
     found = os.stat(file)
     return [
-        os.path.realpath(file),
+        os.path.abspath(file),
         found.st_size,
         found.st_mtime_ns,
         found.st_ctime_ns,
@@ -150,11 +154,8 @@ def library_files(package: str) -> list[Path]:
         return []
     root = Path(next(iter(found.submodule_search_locations)))
     folders = [root, root / "lib", root / "capi", Path(os.environ.get("LLAMA_CPP_LIB_PATH", root))]
-    files = {file for folder in folders if folder.is_dir() for file in folder.iterdir()}
-    return sorted(file for file in files if file.is_file() and (file.suffix in _CODE or ".so" in file.suffixes))
-
-
-_CODE = (".py", ".dll", ".dylib", ".pyd")
+    names = {name for folder in set(folders) if folder.is_dir() for name in map(str, folder.iterdir())}
+    return [Path(name) for name in sorted(names) if IS_CODE.search(name)]
 
 
 def machine(package: str) -> str:

@@ -339,6 +339,14 @@ def test_the_server_says_what_is_turned_off(model: Path, monkeypatch: pytest.Mon
         assert reply.json() == {"status": "ok", "notes": ["slower: for a reason"]}
 
 
+@pytest.mark.parametrize(("length", "sequences"), [(1, 1), (1, 9), (2, 3)])
+def test_the_smallest_contexts_end_no_process(length: int, sequences: int, model: Path):
+    code = f"from edgepatch.runtimes.llamacpp import LlamaCppRuntime as R; R(__import__('pathlib').Path({str(model)!r}), num_threads=1, "
+    code += f"context_length={length}, num_sequences={sequences}).generate([1])"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+
+
 # No way around the proof.
 
 GUARDED = {

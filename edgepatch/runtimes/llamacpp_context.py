@@ -20,6 +20,7 @@ from edgepatch.tensors import as_float32
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}
 """Types of the KV cache by ggml's number."""
 
+LEAST_CELLS = 256
 CHUNK = 512
 """Most tokens that one call evaluates."""
 
@@ -103,7 +104,9 @@ class LlamaContext:
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
         lib, options = self._lib, model.lib.llama_context_default_params()
-        options.n_ctx, options.n_seq_max, options.kv_unified = settings.num_cells, settings.num_sequences, True
+        # llama.cpp makes 256 cells at least, but takes a smaller number for its batches and ends the process over them.
+        num_cells = max(settings.num_cells, LEAST_CELLS)
+        options.n_ctx, options.n_seq_max, options.kv_unified = num_cells, settings.num_sequences, True
         options.n_batch = options.n_ubatch = CHUNK
         options.n_threads = options.n_threads_batch = settings.num_threads
         options.type_k = options.type_v = KV_TYPES[settings.kv_type]
