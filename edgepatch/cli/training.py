@@ -109,7 +109,7 @@ def train(
         str | None,
         typer.Option(
             help="Of the frozen weights: float32, bfloat16, 4bit, or auto: the faster one of the first two that is accurate, "
-            "tried on the model for about a second; default: auto."
+            "tried on the model for about a second or a hundredth of the run; default: auto."
         ),
     ] = None,
     gradient_checkpointing: Annotated[
