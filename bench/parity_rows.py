@@ -74,7 +74,7 @@ def make_oracle(wanted: Architecture, folder: Path) -> Oracle:
     from edgepatch.tokenizers import FolderTokenizer
 
     model = hf.load_model(folder)
-    tokens = FolderTokenizer(folder).encode(PROMPT)[:NUM_TOKENS]
+    tokens = FolderTokenizer(folder).encode(f"{PROMPT} {PROMPT}")[:NUM_TOKENS]  # once is enough for a tiny vocabulary
     embed = model.get_input_embeddings()
     soft_prompt = _draw_soft_prompt(wanted, embed(torch.arange(model.config.vocab_size)).detach().numpy())
 
