@@ -108,7 +108,7 @@ def try_many(paths: Sequence[Path], settings: dict[str, Any], report: Report) ->
         for path, way in zip(paths, settings["given"], strict=True):
             answer: dict[str, Any]
             try:
-                answer: dict[str, Any] = {"answer": llamacpp_proof.try_model([path], {**SETTINGS, **way}, report)}
+                answer = {"answer": llamacpp_proof.try_model([path], {**SETTINGS, **way}, report)}
             except UnfitModelError as error:
                 answer = {"failure": str(error)}
             except EdgepatchError as error:

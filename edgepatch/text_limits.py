@@ -76,7 +76,8 @@ class TextBound:
 
 def _too_long(num_bytes: int, most: int, context_length: int) -> TooLongError:
     return TooLongError(
-        f"expected a prompt of at most {context_length} tokens, which are {most} bytes at most, found {num_bytes} bytes",
+        f"the prompt has {num_bytes} bytes, more than the context holds: expected a prompt of at most {context_length} tokens, "
+        f"which are {most} bytes at most",
         hint="shorten the prompt or load the model with a longer context",
     )
 
