@@ -300,6 +300,6 @@ def test_a_conversion_draws_its_own_bars_alone(tiny_folder, tmp_path):
     command = ["convert", "base", str(tiny_folder), str(tmp_path / "tiny.gguf"), "--type", "Q8_0"]
     drawn = on_a_terminal([sys.executable, "-m", "edgepatch.cli", *command])
     lines = [line.strip() for line in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "\n", drawn).splitlines() if line.strip()]
-    ours = re.compile(r"(convert|quantize) +━.*\d+/\d+.*|.*tiny\.gguf: Q8_0, [\d.]+ MB|tiny.gguf: .*")
+    ours = re.compile(r"(convert|quantize) [━╸╺ ]*\d+/\d+ +\d:\d\d:\d\d.*|.*tiny\.gguf: Q8_0, [\d.]+ MB|tiny.gguf: .*")
     strange = [line for line in lines if not ours.fullmatch(line) and str(tmp_path)[:20] not in line]
     assert not strange and {"convert", "quantize"} <= {line.split()[0] for line in lines}
