@@ -186,7 +186,12 @@ ARCHITECTURES = (
 
 
 REAL_MODEL = Architecture(
-    "smollm2", "LlamaForCausalLM", own_converter=True, gguf_types=(*GGUF_TYPES, "Q6_K", "Q2_K"), limit_s=7200
+    "smollm2",
+    "LlamaForCausalLM",
+    own_converter=True,
+    f32_floor=1e-4,  # thirty layers, and logits eight times as large as a tiny model's
+    gguf_types=(*GGUF_TYPES, "Q6_K", "Q2_K"),
+    limit_s=7200,
 )
 """SmolLM2-135M-Instruct: trained weights, and rows of 576 values, which k-quants store in other types tensor by tensor."""
 

@@ -305,3 +305,28 @@ def test_llama_cpps_own_converter_gives_the_folders_spec(name, tmp_path):
     foreign = replace(wanted, own_converter=name == "qwen2")
     parity_models.convert(foreign, tmp_path / "hf", tmp_path / "model.gguf", "F16", Path(SOURCE))
     assert gguf.read_spec(tmp_path / "model.gguf") == hf.read_spec(tmp_path / "hf")
+
+
+@pytest.mark.skipif(not SOURCE, reason="EDGEPATCH_LLAMA_CPP names llama.cpp's source tree")
+@pytest.mark.parametrize("name", [a.name for a in parity_models.ARCHITECTURES])
+def test_llama_cpps_own_files_become_the_folder_again(name, tmp_path):
+    """Every weight, and the same logits; what Transformers has no place for is refused."""
+    import torch
+
+    from edgepatch.converters.dequantization import dequantize
+
+    wanted = parity_models.architecture(name)
+    parity_models.build_folder(wanted, tmp_path / "hf")
+    foreign = replace(wanted, own_converter=name == "qwen2")
+    parity_models.convert(foreign, tmp_path / "hf", tmp_path / "model.gguf", "F32", Path(SOURCE))
+    if name == "qwen3_5":
+        with pytest.raises(InputError, match="finds no weights"):
+            dequantize(tmp_path / "model.gguf", tmp_path / "again")
+        return
+    dequantize(tmp_path / "model.gguf", tmp_path / "again")
+    old, new = (hf.load_model(tmp_path / folder) for folder in ("hf", "again"))
+    weights = new.state_dict()
+    assert all(torch.allclose(weights[n], value, rtol=0, atol=1e-7) for n, value in old.state_dict().items())
+    with torch.inference_mode():
+        logits = [model(torch.arange(20, 60)[None]).logits for model in (old, new)]
+    assert torch.equal(*logits)
