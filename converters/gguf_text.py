@@ -176,9 +176,9 @@ class GGUFTokenizer:
             EdgepatchError: the vocabulary is closed.
         """
         data = utf8(text)
-        self._require_ends(ends)
-        run = self._judge(text)
         with self._in_use():
+            self._require_ends(ends)
+            run = self._judge(text)
             return call_with_stack(partial(self._tokenize, data, ends, trusted), run)
 
     def close(self) -> None:

@@ -319,7 +319,7 @@ def test_a_disk_that_fills_up_leaves_nothing(full, options, tmp_path):
     done = subprocess.run([sys.executable, "-c", LIMITED, *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "cannot write" in done.stderr and "Traceback" not in done.stderr
-    assert not list((tmp_path / "out").iterdir())
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["new.log"]
 
 
 STAGES = {
@@ -331,14 +331,14 @@ STAGES = {
     "the graph": "edgepatch.converters.onnx_exporters._run",
 }
 SLOW = """
-import sys, time
+import os, sys, time
 from importlib import import_module
 module, _, name = sys.argv.pop(1).rpartition(".")
 module = import_module(module)
 whole = getattr(module, name)
 
 def slow(*arguments, **options):
-    print("reached", flush=True)
+    open(os.environ["REACHED"], "w").close()  # what is printed during the work is put aside
     time.sleep(60)
     return whole(*arguments, **options)
 
@@ -367,19 +367,21 @@ def test_ctrl_c_at_any_stage_leaves_nothing(full, stage, options, tmp_path):
     (tmp_path / "tmp").mkdir()
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW + CHILD, STAGES[stage], *map(str, command)],
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "REACHED": str(tmp_path / "reached")},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert child.stdout is not None and child.stdout.readline() == "reached\n"
-    time.sleep(0.1)
+    while not (tmp_path / "reached").exists():
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.02)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert "Traceback" not in err
-    assert not list((tmp_path / "out").iterdir()) and not list((tmp_path / "tmp").iterdir())
+    assert {file.name for file in (tmp_path / "out").iterdir()} <= {"new.log"}  # which says what became of it
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_smollm2(tmp_path):

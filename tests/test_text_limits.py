@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from edgepatch.converters.gguf_text import MAX_MARKS, MAX_UNKNOWN
 from edgepatch.converters.gguf_vocabulary import Vocabulary
-from edgepatch.errors import InputError
+from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.text_limits import (
     LOOSE_TEXT_BYTES,
@@ -350,3 +350,12 @@ def test_every_text_goes_through_the_guard():
     files = [*root.glob("edgepatch/**/*.py"), *root.glob("converters/*.py")]
     found = {file.name for file in files if "llama_tokenize(" in file.read_text("utf-8")}
     assert found == {"gguf_text.py"}
+
+
+def test_a_closed_vocabulary_is_not_read(tmp_path):
+    """Another thread may still hold the tokenizer when the model is closed: an error, not freed memory."""
+    vocabulary = Vocabulary(write(tmp_path / "m.gguf", tiny_gguf.add_byte_level))
+    vocabulary.close()
+    for ends in (False, True):
+        with pytest.raises(EdgepatchError, match="closed"):
+            vocabulary.tokenize("a", ends)
