@@ -71,7 +71,7 @@ HAMMER = """
     path, texts = Path(sys.argv[1]), eval(sys.argv[2])
     with Vocabulary(path) as vocabulary:
         for name, part in texts.items():
-            for length in (60_000, 1_000_000):
+            for length in (60_000, 140_000):
                 try:
                     words = f"{len(vocabulary.tokenize(part * (length // len(part)), False, False))} tokens"
                 except EdgepatchError as error:
