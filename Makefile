@@ -40,7 +40,7 @@ stock: $(STAMP) ## build an unmodified llama-server (20 minutes, once), test pat
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.stock
 
 optimum: $(STAMP) ## export with optimum in an environment of its own (out/optimum-env, made once), and test its graphs
-	$(BIN)/python -c 'import sys; from pathlib import Path; from edgepatch.converters.onnx_exporters import optimum_python; \
+	$(BIN)/python -c 'import sys; from pathlib import Path; from edgepatch.converters.onnx.exporters import optimum_python; \
 		optimum_python(Path(sys.argv[1]))' out/optimum-env
 	EDGEPATCH_OPTIMUM_ENV=$(CURDIR)/out/optimum-env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_onnx_optimum.py
 

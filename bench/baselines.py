@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from edgepatch.bench.columns import TORCH, Column
 from edgepatch.canonical import canonical_json
-from edgepatch.converters import hf, onnx
-from edgepatch.converters.gguf_library import forget_errors, library_errors
-from edgepatch.converters.lora import merge_lora, write_lora
-from edgepatch.converters.peft import CONFIG_FILE, TENSOR_FILE
+from edgepatch.converters.gguf.library import forget_errors, library_errors
+from edgepatch.converters.hf import folders
+from edgepatch.converters.onnx import conversion as onnx
+from edgepatch.converters.peft.adapters import CONFIG_FILE, TENSOR_FILE
+from edgepatch.converters.peft.lora import merge_lora, write_lora
 from edgepatch.errors import InputError
 from edgepatch.patches import write_atomically
 from edgepatch.runtimes.base import Runtime
@@ -62,7 +63,7 @@ def load_lora(column: Column, model: Path, adapter: Path, made: Path, **options:
 
 def _identity(adapter: Path, base: Path) -> str:
     """Names an adapter's files and the model that they are for."""
-    digest = hashlib.sha256(canonical_json(hf.read_spec(base).as_dict()))
+    digest = hashlib.sha256(canonical_json(folders.read_spec(base).as_dict()))
     try:
         for name in (CONFIG_FILE, TENSOR_FILE):
             digest.update((adapter / name).read_bytes())

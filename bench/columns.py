@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import cast
 
 from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.converters import gguf, onnx
-from edgepatch.converters.lora import new_folder
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.onnx import conversion as onnx
+from edgepatch.converters.peft.lora import new_folder
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent, within
 
@@ -116,9 +117,9 @@ def _convert(folder: Path, column: Column, path: Path, progress: Progress) -> No
     elif column.runtime == "onnx":
         onnx.export(folder, path, cast("onnx.Precision", column.precision), progress=progress)
     elif column.quantization == "F16":
-        gguf.convert_folder(folder, path, "F16", progress)
+        writer.convert_folder(folder, path, "F16", progress)
     else:
-        gguf.quantize(path.with_name("F16.gguf"), path, column.quantization, progress=progress)
+        writer.quantize(path.with_name("F16.gguf"), path, column.quantization, progress=progress)
 
 
 def _copy_folder(folder: Path, target: Path) -> None:

@@ -17,7 +17,9 @@ from edgepatch.bench.matrix import MatrixConfig, Variant
 from edgepatch.bench.prompt_sets import evenly, load_benign_text, load_prompts
 from edgepatch.bench.report import write_report
 from edgepatch.bench.scorers import ToxicityScorer
-from edgepatch.converters import gguf, hf, onnx
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.hf import folders
+from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch, write_atomically, write_patch
 from edgepatch.progress import Progress, silent, stage, within
@@ -93,9 +95,9 @@ def convert_base(base: Path, out: Path, progress: Progress = silent) -> list[Var
         path = out / f"base-{kind}.gguf"
         progress("convert", len(variants), total)
         if kind == "F16":
-            gguf.convert_folder(base, path, "F16", within(progress, kind))
+            writer.convert_folder(base, path, "F16", within(progress, kind))
         else:
-            gguf.quantize(full, path, kind, progress=within(progress, kind))
+            writer.quantize(full, path, kind, progress=within(progress, kind))
         variants.append(Variant("llamacpp", kind, path))
     for precision, kind in ONNX_PRECISIONS.items():
         folder = out / f"base-onnx-{precision}"
@@ -182,7 +184,7 @@ def run_demo(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began, 1),
         "environment": environment(),
-        "base": hf.read_spec(lab / "base").as_dict(),
+        "base": folders.read_spec(lab / "base").as_dict(),
         "patch": {"name": patch.name, "version": patch.version, "digest": digest, "training": patch.training},
         "prompts": {
             "source": texts.source,

@@ -148,7 +148,7 @@ def composed_patch(place: Workplace, key: CellKey) -> Patch:
     Raises:
         InputError: a part is missing.
     """
-    from edgepatch.converters.composition import compose
+    from edgepatch.training.composition import compose
 
     parts = [read_patch(path) for path in place.parts(key)]
     path = place.out / "compositions" / f"{key.arm}-{'-'.join(key.parts)}-{key.rng_seed}.safetensors"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.bench.prompt_sets import load_benign_text
-from edgepatch.converters import hf
+from edgepatch.converters.hf import folders
 
 BATCH, LENGTH = 4, 96
 RNG_SEED = 17
@@ -159,8 +159,8 @@ def make(
     base: Path, folder: Path, changes: dict[str, Callable[[Any, Path], None]]
 ) -> Iterator[tuple[str, Path, float]]:
     """(name, folder, relative change) of changed copies of a model, one after the other."""
-    original = hf.load_model(base)
+    original = folders.load_model(base)
     for i, (name, change) in enumerate(changes.items()):
-        model = hf.load_model(base)
+        model = folders.load_model(base)
         change(model, base)
         yield name, save(model, base, folder / str(i)), relative_change(model, original)

@@ -20,8 +20,11 @@ import numpy as np
 import edgepatch
 from edgepatch import canary, sketches
 from edgepatch.bench import fine_tunes
-from edgepatch.converters import fingerprints, gguf, hf, onnx
-from edgepatch.converters.onnx_weights import sketch_of_onnx
+from edgepatch.converters import weight_sketches
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.hf import folders, seeds
+from edgepatch.converters.onnx import conversion as onnx
+from edgepatch.converters.onnx.weights import sketch_of_onnx
 from edgepatch.patches import write_atomically
 from edgepatch.runtimes import load_runtime
 from edgepatch.sketches import Sketch
@@ -44,10 +47,10 @@ class Expected:
     """
 
     def __init__(self, base: Path) -> None:
-        self.spec = hf.read_spec(base)
-        self.sketch: Sketch = fingerprints.sketch_of_folder(base)
+        self.spec = folders.read_spec(base)
+        self.sketch: Sketch = weight_sketches.sketch_of_folder(base)
         prompt = np.random.default_rng(1).standard_normal((4, self.spec.hidden_size)) * 0.2
-        self.canary: Canary = hf.compute_canary(hf.load_model(base), SoftPrompt(prompt.astype(np.float32)))
+        self.canary: Canary = seeds.compute_canary(folders.load_model(base), SoftPrompt(prompt.astype(np.float32)))
 
     def row(self, path: Path, kind: str, model: str, change: float) -> dict[str, Any]:
         """Compares one model."""
@@ -55,7 +58,9 @@ class Expected:
             logits = self._logit_deviation(runtime)
             same_norms = runtime.spec.weight_fingerprint == self.spec.weight_fingerprint
         started = time.perf_counter()
-        found = sketch_of_onnx(path, self.sketch) if path.is_dir() else fingerprints.sketch_of_gguf(path, self.sketch)
+        found = (
+            sketch_of_onnx(path, self.sketch) if path.is_dir() else weight_sketches.sketch_of_gguf(path, self.sketch)
+        )
         seconds = time.perf_counter() - started
         distance, allowed, _ = sketches.measure(self.sketch, found)
         fits = same_norms and distance <= allowed
@@ -84,11 +89,11 @@ class Expected:
 
 def _ggufs(folder: Path, target: Path, types: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     half = target / "F16.gguf"
-    gguf.convert_folder(folder, half)
+    writer.convert_folder(folder, half)
     for kind in types:
         path = target / f"{kind}.gguf"
         if kind != "F16":
-            gguf.quantize(half, path, kind, 1)
+            writer.quantize(half, path, kind, 1)
         yield kind, path
 
 
@@ -101,7 +106,7 @@ def measure(work: Path) -> dict[str, Any]:
         onnx.export(BASE, work / precision, precision)  # type: ignore[arg-type]
         rows.append(expected.row(work / precision, f"ONNX {precision}", model="base", change=0.0))
     changed = list(fine_tunes.make(BASE, work / "tunes", fine_tunes.FINE_TUNES))
-    difference = fine_tunes.relative_change(hf.load_model(REFERENCE), hf.load_model(BASE))
+    difference = fine_tunes.relative_change(folders.load_model(REFERENCE), folders.load_model(BASE))
     for name, folder, change in [*changed, ("lab reference (fine-tuned and DPO)", REFERENCE, difference)]:
         for kind, path in _ggufs(folder, work, CHANGED_TYPES):
             rows.append(expected.row(path, kind, model=name, change=change))

@@ -16,10 +16,11 @@ from typing import Any
 from unittest.mock import patch
 
 from edgepatch.bench.forged_gguf import corpus
-from edgepatch.converters import first_contact, gguf_vocabulary
+from edgepatch.converters import first_contact
 from edgepatch.converters.first_contact import Contact, Failure, Report, try_apart
-from edgepatch.converters.gguf_header import read_header
-from edgepatch.converters.gguf_specs import spec_of
+from edgepatch.converters.gguf import vocabulary
+from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.specs import spec_of
 from edgepatch.errors import EdgepatchError, InputError, UnfitModelError
 from edgepatch.runtimes import llamacpp_proof
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
@@ -160,7 +161,7 @@ class _Told:
         self._tried = tried
 
     def __call__(self, contact: Contact, settings: Any, deadline_s: float | None = None) -> dict[str, Any] | Failure:
-        assert contact.trial != gguf_vocabulary.contact(Path()).trial
+        assert contact.trial != vocabulary.contact(Path()).trial
         if self._failures:
             failure = self._failures.pop(0)
             return Failure(failure["failure"], failure.get("stage", ""), failure.get("signal", ""))

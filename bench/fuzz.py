@@ -88,7 +88,7 @@ def _read_root(data: bytes) -> None:
 
 
 def _read_adapter(data: bytes) -> None:
-    from edgepatch.converters.adapters_gguf import read_gguf
+    from edgepatch.converters.gguf.adapters import read_gguf
 
     with tempfile.NamedTemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
         file.write(data)
@@ -129,7 +129,7 @@ def _patch_seeds() -> list[bytes]:
 def _adapter_seeds() -> list[bytes]:
     from dataclasses import replace
 
-    from edgepatch.converters.adapters_gguf import write_gguf
+    from edgepatch.converters.gguf.adapters import write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
         path, found = Path(folder) / "adapter.gguf", []

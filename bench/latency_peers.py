@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from edgepatch import canary
 from edgepatch.bench.baselines import _read_control_vector, write_control_vector
-from edgepatch.converters import llamacpp_layout, rope
-from edgepatch.converters.gguf_header import GGUFHeader
-from edgepatch.converters.gguf_library import forget_errors, library_errors
-from edgepatch.converters.llamacpp_state import read_state
+from edgepatch.converters import rope
+from edgepatch.converters.gguf.header import GGUFHeader
+from edgepatch.converters.gguf.library import forget_errors, library_errors
+from edgepatch.converters.llamacpp import layout as llamacpp_layout
+from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import Runtime

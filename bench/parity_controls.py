@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepatch.bench.parity_models import Architecture
 from edgepatch.bench.parity_rows import CONTEXT, Oracle
-from edgepatch.converters.llamacpp_layout import Layout
+from edgepatch.converters.llamacpp.layout import Layout
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patches import Patch
 
@@ -122,14 +122,14 @@ def _load(model: Path, patch: Patch, route: str, setting: Row) -> Row:
 
 
 def _seed_of_another_theta(folder: Path, oracle: Oracle) -> Any:
-    from edgepatch.converters import hf
+    from edgepatch.converters.hf import folders, seeds
 
     assert oracle.patch.soft_prompt is not None  # make_oracle
     other = folder / "other-theta"
     shutil.copytree(folder / "hf", other, dirs_exist_ok=True)
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps(_with_other_theta(config)), encoding="utf-8")
-    return hf.compute_kv_seed(hf.load_model(other), oracle.patch.soft_prompt)
+    return seeds.compute_kv_seed(folders.load_model(other), oracle.patch.soft_prompt)
 
 
 def _with_other_theta(value: Any) -> Any:

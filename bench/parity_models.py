@@ -273,10 +273,10 @@ def convert(wanted: Architecture, folder: Path, target: Path, type_name: str, ll
     Raises:
         InputError: the converter failed.
     """
-    from edgepatch.converters import gguf
+    from edgepatch.converters.gguf import writer
 
     if wanted.own_converter:
-        gguf.convert_folder(folder, target, type_name)
+        writer.convert_folder(folder, target, type_name)
         return
     script = llama_cpp_source / "convert_hf_to_gguf.py"
     if not script.is_file():

@@ -70,10 +70,10 @@ def make_oracle(wanted: Architecture, folder: Path) -> Oracle:
     """Loads the model, draws a soft prompt in the scale of its token embeddings, and evaluates both."""
     import torch
 
-    from edgepatch.converters import hf
+    from edgepatch.converters.hf import folders, seeds
     from edgepatch.tokenizers import FolderTokenizer
 
-    model = hf.load_model(folder)
+    model = folders.load_model(folder)
     tokens = FolderTokenizer(folder).encode(f"{PROMPT} {PROMPT}")[:NUM_TOKENS]  # once is enough for a tiny vocabulary
     embed = model.get_input_embeddings()
     soft_prompt = _draw_soft_prompt(wanted, embed(torch.arange(model.config.vocab_size)).detach().numpy())
@@ -86,11 +86,11 @@ def make_oracle(wanted: Architecture, folder: Path) -> Oracle:
 
     seed, no_seed = None, ""
     try:
-        seed = hf.compute_kv_seed(model, soft_prompt)
+        seed = seeds.compute_kv_seed(model, soft_prompt)
     except InputError as error:
         no_seed = str(error)
     patch = Patch(
-        "parity", "1.0.0", hf.read_spec(folder), soft_prompt, seed, canary=hf.compute_canary(model, soft_prompt)
+        "parity", "1.0.0", folders.read_spec(folder), soft_prompt, seed, canary=seeds.compute_canary(model, soft_prompt)
     )
     patched, bare = logits(True), logits(False)
     with torch.no_grad():
@@ -169,14 +169,14 @@ def measure(
 
 
 def _gguf_forms(wanted: Architecture, folder: Path, llama_cpp_source: Path) -> Iterator[tuple[str, Path]]:
-    from edgepatch.converters import gguf
+    from edgepatch.converters.gguf import writer
 
     for type_name in wanted.gguf_types:
         target = folder / f"{type_name}.gguf"
         if type_name in ("F32", "F16"):
             convert(wanted, folder / "hf", target, type_name, llama_cpp_source)
         else:
-            gguf.quantize(folder / "F32.gguf", target, type_name, num_threads=1)
+            writer.quantize(folder / "F32.gguf", target, type_name, num_threads=1)
         yield type_name, target
 
 
@@ -230,7 +230,7 @@ def _onnx_rows(wanted: Architecture, folder: Path, oracle: Oracle) -> Iterator[R
 
 def _export(wanted: Architecture, folder: Path, precision: Any, known: str) -> str:
     """Exports with the exporter that is known to work, else with the first that does; gives its name."""
-    from edgepatch.converters import onnx
+    from edgepatch.converters.onnx import conversion as onnx
 
     if known == "transformers":  # as `onnx.export` would, but without minutes of exporting the same graph again
         return _reduce(folder, precision, known)
@@ -246,14 +246,14 @@ def _export(wanted: Architecture, folder: Path, precision: Any, known: str) -> s
 
 def _reduce(folder: Path, precision: str, exporter: str) -> str:
     """The exported float32 folder again, with smaller weights."""
-    from edgepatch.converters import hf
-    from edgepatch.converters.onnx_files import MODEL_FILE
-    from edgepatch.converters.onnx_identity import QUANTIZATIONS, identity, stamp
-    from edgepatch.converters.onnx_precision import reduce
+    from edgepatch.converters.hf import folders
+    from edgepatch.converters.onnx.files import MODEL_FILE
+    from edgepatch.converters.onnx.identity import QUANTIZATIONS, identity, stamp
+    from edgepatch.converters.onnx.precision import reduce
 
     target = folder / f"onnx-{precision}"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(folder / "onnx-fp32", target)
     reduce(target / MODEL_FILE, precision)
-    stamp(target / MODEL_FILE, identity(hf.read_spec(folder / "hf"), QUANTIZATIONS[precision]))
+    stamp(target / MODEL_FILE, identity(folders.read_spec(folder / "hf"), QUANTIZATIONS[precision]))
     return exporter

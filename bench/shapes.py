@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.blocks import CHUNK_BLOCKS, FILE_TYPES, tensor_types
-from edgepatch.converters.gguf_blocks import random_blocks
+from edgepatch.converters.gguf.blocks import random_blocks
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint
 

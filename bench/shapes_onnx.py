@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.shapes import CHAT_TEMPLATE, EPSILON, MERGE, SPECIAL, Shape, weight_deviation
-from edgepatch.converters.onnx_identity import identity
+from edgepatch.converters.onnx.identity import identity
 from edgepatch.errors import InputError
 
 KINDS = ("int8", "int4")

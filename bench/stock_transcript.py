@@ -21,17 +21,17 @@ CONVERSATION = ("What is your name?", "What should I say to my neighbour?", "Tha
 
 def transcribe(binary: Path, patch_file: Path = LAB / "lab-detox-0.1.0.safetensors") -> dict[str, Any]:
     """Greedy continuations of the lab model by both, for each weight type and with flash attention on and off."""
-    from edgepatch.converters import gguf_writer
+    from edgepatch.converters.gguf import writer
     from edgepatch.patches import read_patch
 
     patch, rows, chats = read_patch(patch_file), [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        gguf_writer.convert_folder(LAB / "base", folder / "F16.gguf", "F16")
+        writer.convert_folder(LAB / "base", folder / "F16.gguf", "F16")
         for kind in KINDS:
             model = folder / f"{kind}.gguf"
             if kind != "F16":
-                gguf_writer.quantize(folder / "F16.gguf", model, kind, 1)
+                writer.quantize(folder / "F16.gguf", model, kind, 1)
             for flash_attention in (True, False):
                 row, chat = _compare(binary, folder, model, patch, flash_attention)
                 rows.append({"weights": kind, "kv_type": "f16", "flash_attention": flash_attention, **row})

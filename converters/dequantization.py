@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from edgepatch.converters import gguf_models, gguf_vocabularies, gguf_weights, hf
 from edgepatch.converters.checkpoints import DTYPES, CheckpointTensor, Progress, write_weights
-from edgepatch.converters.gguf_configs import as_saved, config_of, is_plain
-from edgepatch.converters.gguf_header import GGUFHeader, read_header
-from edgepatch.converters.gguf_specs import spec_of
-from edgepatch.converters.gguf_writer import quantize
+from edgepatch.converters.gguf import models as gguf_models
+from edgepatch.converters.gguf import vocabularies
+from edgepatch.converters.gguf import weights as gguf_weights
+from edgepatch.converters.gguf.configs import as_saved, config_of, is_plain
+from edgepatch.converters.gguf.header import GGUFHeader, read_header
+from edgepatch.converters.gguf.specs import spec_of
+from edgepatch.converters.gguf.writer import quantize
+from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import CONFIG_KEY, Origin
 from edgepatch.converters.outputs import folder_beside, replacing_folder, require_space, unwritable
 from edgepatch.errors import InputError
@@ -97,14 +100,14 @@ def _require_free(target: Path, force: bool) -> None:
 def _write_folder(header: GGUFHeader, spec: ModelSpec, folder: Path, dtype: str, progress: Progress) -> Origin:
     origin = Origin.of_header(header)
     config = config_of(header, spec)
-    ends = gguf_vocabularies.write_tokenizer(header, folder)
+    ends = vocabularies.write_tokenizer(header, folder)
     gguf_models.write_generation_config(header, ends, folder)
     tensors = _tensors(header, spec, config)
     settings = as_saved(config, dtype) | {CONFIG_KEY: asdict(origin)}
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(origin), encoding="utf-8")
     write_weights(folder, tensors, dtype, progress)
-    found = hf.read_spec(folder)
+    found = folders.read_spec(folder)
     if found != spec:
         wrong = [name for name, value in spec.as_dict().items() if found.as_dict()[name] != value]
         raise InputError(
@@ -178,7 +181,7 @@ def requantize(source: Path, target: Path, type_name: str, progress: Progress = 
     Args:
         source: GGUF file of any type that the gguf package dequantizes, of any architecture.
         target: the new file; it appears complete or not at all.
-        type_name: as for ``gguf_writer.quantize``.
+        type_name: as for ``gguf.writer.quantize``.
         progress: told how many bytes are dequantized.
 
     Raises:

@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass
 
 from edgepatch.chat_templates import render_chat_template
-from edgepatch.converters.gguf_vocabulary import Vocabulary
+from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError
 
 PLAIN_TEXT = re.compile(r"[^\s'\"\\{}%#]+")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgepatch.converters.gguf_header import GGUFHeader
-from edgepatch.converters.gguf_specs import quantization
+from edgepatch.converters.gguf.header import GGUFHeader
+from edgepatch.converters.gguf.specs import quantization
 
 CONFIG_KEY = "edgepatch_origin"
 FILE_KEY, QUANTIZATION_KEY = "edgepatch.origin.file", "edgepatch.origin.quantization"

@@ -3,7 +3,7 @@
 The canonical order is Transformers' "rotate half": dimension ``j`` of a head is rotated together with ``j + H/2``. llama.cpp's
 llama family rotates neighbours, ``2j`` with ``2j + 1``, so converters reorder the query and key projections and with them every
 cached key. The NeoX family keeps Transformers' order. Our own converter must choose, so it knows the architectures below; what a
-file that somebody else made does is measured (``llamacpp_layout``), never looked up here.
+file that somebody else made does is measured (``llamacpp.layout``), never looked up here.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edgepatch.converters import rope
 
 if TYPE_CHECKING:
-    from edgepatch.converters.gguf_header import GGUFHeader
+    from edgepatch.converters.gguf.header import GGUFHeader
 
 GEMMA3_LOCAL_THETA = 10000.0
 """What llama.cpp takes for Gemma 3's sliding layers; older files do not say it."""

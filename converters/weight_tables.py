@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters.peft import PICKLES
+from edgepatch.converters.peft.adapters import PICKLES
 from edgepatch.errors import InputError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"

@@ -87,15 +87,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_patch(tiny_folder: Path) -> Patch:
     """A random patch for the tiny model: P 10, with its seed; strong enough to move every logit."""
-    from edgepatch.converters import fingerprints, hf
+    from edgepatch.converters import weight_sketches
+    from edgepatch.converters.hf import folders, seeds
 
-    spec = hf.read_spec(tiny_folder)
+    spec = folders.read_spec(tiny_folder)
     rng = np.random.default_rng(3)
     soft_prompt = SoftPrompt((rng.standard_normal((10, spec.hidden_size)) * 0.3).astype(np.float32))
-    model = hf.load_model(tiny_folder)
-    seed, canary = hf.compute_kv_seed(model, soft_prompt), hf.compute_canary(model, soft_prompt)
+    model = folders.load_model(tiny_folder)
+    seed, canary = seeds.compute_kv_seed(model, soft_prompt), seeds.compute_canary(model, soft_prompt)
     return Patch(
-        "tiny", "1.0.0", spec, soft_prompt, seed, canary=canary, weight_sketch=fingerprints.sketch_of(tiny_folder)
+        "tiny", "1.0.0", spec, soft_prompt, seed, canary=canary, weight_sketch=weight_sketches.sketch_of(tiny_folder)
     )
 
 
@@ -104,9 +105,9 @@ def oracle(tiny_folder: Path):  # type: ignore[no-untyped-def]
     """(token ids, soft prompt or None) -> (T, V) float32 logits of Transformers fed ``inputs_embeds``."""
     import torch
 
-    from edgepatch.converters import hf
+    from edgepatch.converters.hf import folders
 
-    model = hf.load_model(tiny_folder)
+    model = folders.load_model(tiny_folder)
 
     def logits(tokens: list[int], soft_prompt: SoftPrompt | None) -> np.ndarray:
         embeddings = model.get_input_embeddings()(torch.tensor([tokens]))
@@ -121,7 +122,7 @@ def oracle(tiny_folder: Path):  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="session")
 def onnx_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Precision -> ONNX folder of the tiny model, by onnxruntime-genai's builder."""
-    from edgepatch.converters import onnx
+    from edgepatch.converters.onnx import conversion as onnx
 
     root = tmp_path_factory.mktemp("onnx")
     for precision in onnx.QUANTIZATIONS:

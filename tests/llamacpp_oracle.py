@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from edgepatch.converters import gguf
+from edgepatch.converters.gguf import library
 
 
 @contextmanager
 def opened(path: Path, vocab_only: bool = False) -> Iterator[tuple[Any, Any]]:
     """(library, model) of a GGUF file."""
-    lib = gguf.load_library()
+    lib = library.load_library()
     parameters = lib.llama_model_default_params()
     parameters.vocab_only, parameters.n_gpu_layers = vocab_only, 0
     model = lib.llama_model_load_from_file(str(path).encode(), parameters)
-    assert model, gguf.library_errors()
+    assert model, library.library_errors()
     try:
         yield lib, model
     finally:
@@ -50,14 +50,14 @@ def logits_of(path: Path, tokens: list[int]) -> np.ndarray:
         parameters.type_k = parameters.type_v = lib.GGML_TYPE_F32
         parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = lib.llama_init_from_model(model, parameters)
-        assert context, gguf.library_errors()
+        assert context, library.library_errors()
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
             batch.seq_id[i][0] = 0
         try:
-            assert lib.llama_decode(context, batch) == 0, gguf.library_errors()
+            assert lib.llama_decode(context, batch) == 0, library.library_errors()
             size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
             rows = ctypes.cast(lib.llama_get_logits(context), ctypes.POINTER(ctypes.c_float * (size * len(tokens))))
             return np.frombuffer(rows.contents, dtype=np.float32).reshape(len(tokens), size).copy()

@@ -32,10 +32,10 @@ def model(request, tiny_folder, tmp_path_factory):
         return request.getfixturevalue("onnx_folders")["fp32"]
     if request.param == "torch":
         return tiny_folder
-    from edgepatch.converters import gguf
+    from edgepatch.converters.gguf import writer
 
     path = tmp_path_factory.mktemp("gguf") / "tiny-F16.gguf"
-    gguf.convert_folder(tiny_folder, path, "F16")
+    writer.convert_folder(tiny_folder, path, "F16")
     return path
 
 

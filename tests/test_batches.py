@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_gguf
 
-from edgepatch.converters import gguf
+from edgepatch.converters.gguf import writer
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.generation import Piece
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
@@ -21,7 +21,7 @@ GREEDY = Sampling(max_new_tokens=12, temperature=0)
 @pytest.fixture(scope="module")
 def f32_file(tiny_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "F32.gguf"
-    gguf.convert_folder(tiny_folder, path, "F32")
+    writer.convert_folder(tiny_folder, path, "F32")
     return path
 
 

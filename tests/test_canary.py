@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from edgepatch import canary
-from edgepatch.converters import gguf, hf
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InactivePatchError, PatchFormatError
 from edgepatch.patches import Patch, parse_patch, patch_bytes
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
@@ -25,21 +26,21 @@ CACHES = (("f16", True), ("f32", False), ("q8_0", True), ("q4_0", True))
 @pytest.fixture(scope="module")
 def patches(tiny_folder, tiny_patch) -> list[Patch]:
     """25 random patches of strengths from weak to overwhelming, with P from 1 to 50."""
-    model, rng = hf.load_model(tiny_folder), np.random.default_rng(5)
+    model, rng = folders.load_model(tiny_folder), np.random.default_rng(5)
     made = []
     for number in range(25):
         strength, length = 0.05 * 1.2**number, int(rng.integers(1, 51))
         prompt = SoftPrompt((rng.standard_normal((length, tiny_patch.base.hidden_size)) * strength).astype(np.float32))
-        made.append(hf.complete(Patch(f"p{number}", "1.0.0", tiny_patch.base, prompt), model))
+        made.append(seeds.complete(Patch(f"p{number}", "1.0.0", tiny_patch.base, prompt), model))
     return made
 
 
 @pytest.fixture(scope="module")
 def files(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
-    gguf.convert_folder(tiny_folder, folder / "F16.gguf", "F16")
+    writer.convert_folder(tiny_folder, folder / "F16.gguf", "F16")
     for name in TYPES[1:]:
-        gguf.quantize(folder / "F16.gguf", folder / f"{name}.gguf", name, num_threads=1)
+        writer.quantize(folder / "F16.gguf", folder / f"{name}.gguf", name, num_threads=1)
     return folder
 
 

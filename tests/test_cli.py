@@ -47,10 +47,10 @@ def patch_file(tiny_patch, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def gguf_file(tiny_folder, tmp_path_factory) -> Path:
-    from edgepatch.converters import gguf
+    from edgepatch.converters.gguf import writer as gguf_writer
 
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    gguf.convert_folder(tiny_folder, path, "F16")
+    gguf_writer.convert_folder(tiny_folder, path, "F16")
     return path
 
 

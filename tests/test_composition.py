@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from stores import KEYS
 
-from edgepatch.converters import composition, gguf, hf
-from edgepatch.converters.composition import compose
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InactivePatchError, InputError, MismatchError, PatchFormatError
 from edgepatch.patches import PAYLOAD_TYPE, Patch, patch_bytes, read_patch, signed, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.signing import sign
 from edgepatch.tensors import SoftPrompt
+from edgepatch.training import composition
+from edgepatch.training.composition import compose
 
 TOKENS = [1, 17, 230, 5, 99, 404, 41, 8]
 
@@ -59,7 +61,7 @@ def test_its_seed_is_not_the_seeds_of_its_parts(parts, composed, tiny_folder):
     assert np.abs(composed.kv_seed.keys[0][:, :10] - parts[0].kv_seed.keys[0]).max() < 1e-2, (
         "the first part stands where it stood"
     )
-    alone = hf.compute_kv_seed(hf.load_model(tiny_folder), parts[1].soft_prompt)
+    alone = seeds.compute_kv_seed(folders.load_model(tiny_folder), parts[1].soft_prompt)
     for layer in range(2):
         assert np.abs(composed.kv_seed.keys[layer][:, 10:] - alone.keys[layer]).max() > 0.1, (
             "the second one stands behind it"
@@ -93,11 +95,11 @@ def test_the_same_parts_give_the_same_bytes(parts, composed, tiny_folder):
 
 
 def test_a_gguf_file_of_full_precision_will_do(parts, composed, tiny_folder, tmp_path):
-    gguf.convert_folder(tiny_folder, tmp_path / "F16.gguf", "F16")
+    writer.convert_folder(tiny_folder, tmp_path / "F16.gguf", "F16")
     patch = compose(parts, tmp_path / "F16.gguf", "both", "1.0.0")
     assert patch.parts == composed.parts
     assert np.abs(patch.kv_seed.keys[1].astype(np.float32) - composed.kv_seed.keys[1].astype(np.float32)).max() < 0.05
-    gguf.quantize(tmp_path / "F16.gguf", tmp_path / "Q4_0.gguf", "Q4_0")
+    writer.quantize(tmp_path / "F16.gguf", tmp_path / "Q4_0.gguf", "Q4_0")
     with pytest.raises(InputError, match=r"expected full precision .*, found Q4_0"):
         compose(parts, tmp_path / "Q4_0.gguf", "both", "1.0.0")
 
@@ -125,7 +127,7 @@ def test_parts_that_do_not_go_together(parts, tiny_folder):
 
 
 def test_a_fine_tune_of_the_base_is_refused(parts, tiny_folder, tmp_path):
-    model = hf.load_model(tiny_folder)
+    model = folders.load_model(tiny_folder)
     for name, weight in model.named_parameters():
         if "mlp" in name:
             weight.mul_(1.05)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgepatch.constraints import MAX_DEFINITION, Constraint, ConstraintEngine
-from edgepatch.converters import gguf
+from edgepatch.converters.gguf import writer
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.runtimes.reference import TorchRuntime
@@ -58,7 +58,7 @@ def test_a_schema_holds_in_every_draw(runtime):
 
 def test_llama_cpp_keeps_to_the_same_constraints(tiny_folder, tiny_patch, runtime, tmp_path):
     """Token for token what PyTorch draws: the mask comes from the library's own vocabulary."""
-    gguf.convert_folder(tiny_folder, tmp_path / "m.gguf", "F32")
+    writer.convert_folder(tiny_folder, tmp_path / "m.gguf", "F32")
     options = {"kv_type": "f32", "flash_attention": False, "num_threads": 1}
     with LlamaCppRuntime(tmp_path / "m.gguf", tiny_patch, **options) as other:
         for constraint in (Constraint("json_schema", json.dumps(SCHEMA)), Constraint("regex", "(é|🙂|[a-z ]){5,9}")):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgepatch import cores, defaults
-from edgepatch.converters import gguf
+from edgepatch.converters.gguf import writer
 from edgepatch.cores import Allowance, CoreWatch, Snapshot, choose_threads
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.runtimes.onnx import OnnxRuntime
@@ -159,7 +159,7 @@ def test_a_watch_waits_for_the_rest_of_its_window_alone(monkeypatch, age_s, wait
 
 
 def test_runtimes_take_the_choice_unless_they_are_told(tiny_folder, onnx_folders, tmp_path, monkeypatch):
-    gguf.convert_folder(tiny_folder, tmp_path / "m.gguf", "F16")
+    writer.convert_folder(tiny_folder, tmp_path / "m.gguf", "F16")
     for limit in ("1", "3"):
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
         monkeypatch.setattr(cores, "read_allowance", lambda limit=limit: Allowance(FOUR, limit=int(limit)))

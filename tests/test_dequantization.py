@@ -24,8 +24,13 @@ from safetensors.torch import load_file
 from tiny_folders import make_folder
 
 from edgepatch import cli
-from edgepatch.converters import checkpoints, dequantization, fingerprints, gguf, hf, rope
+from edgepatch.converters import checkpoints, dequantization, rope, weight_sketches
+from edgepatch.converters import dequantization as converters_dequantization
 from edgepatch.converters.dequantization import dequantize
+from edgepatch.converters.gguf import header as gguf_header
+from edgepatch.converters.gguf import specs
+from edgepatch.converters.gguf import writer as gguf_writer
+from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
 from edgepatch.sketches import compare
 
@@ -37,14 +42,14 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, 
 def full(tmp_path_factory) -> Path:
     """A llama whose rows are wide enough for every quantization, in F32."""
     root = tmp_path_factory.mktemp("wide")
-    gguf.convert_folder(make_folder(root / "hf", "llama", **WIDE), root / "F32.gguf", "F32")
+    gguf_writer.convert_folder(make_folder(root / "hf", "llama", **WIDE), root / "F32.gguf", "F32")
     return root / "F32.gguf"
 
 
 def quantized(full: Path, kind: str) -> Path:
     path = full.with_name(f"{kind}.gguf")
     if not path.exists():
-        gguf.quantize(full, path, kind, num_threads=1)
+        gguf_writer.quantize(full, path, kind, num_threads=1)
     return path
 
 
@@ -58,7 +63,7 @@ def values_of(path: Path) -> dict[str, np.ndarray]:
 
 def folder_logits(folder: Path) -> np.ndarray:
     with torch.inference_mode():
-        return hf.load_model(folder)(torch.tensor([TOKENS])).logits[0].numpy()
+        return folders.load_model(folder)(torch.tensor([TOKENS])).logits[0].numpy()
 
 
 KINDS = (
@@ -94,7 +99,7 @@ def test_weights_are_gguf_pys_bit_for_bit(full, kind, tmp_path):
         found = weights[f"model.{target}.weight"].numpy()
         assert found.dtype == np.float32 and np.array_equal(found, expected[f"{source}.weight"]), source
     assert sum(w.numel() for w in weights.values()) == sum(w.size for w in expected.values())
-    assert hf.read_spec(tmp_path / "hf") == gguf.read_spec(path)
+    assert folders.read_spec(tmp_path / "hf") == specs.read_spec(path)
 
 
 def test_the_folder_is_an_ordinary_one(full, tmp_path):
@@ -116,10 +121,10 @@ def test_the_folder_computes_what_the_file_computes(full, kind, tmp_path):
     """Against the file widened, so that llama.cpp does not round activations too."""
     path = quantized(full, kind)
     dequantize(path, tmp_path / "hf")
-    gguf.convert_folder(tmp_path / "hf", tmp_path / "F32.gguf", "F32")
+    gguf_writer.convert_folder(tmp_path / "hf", tmp_path / "F32.gguf", "F32")
     logits = folder_logits(tmp_path / "hf")
     assert np.abs(logits - logits_of(tmp_path / "F32.gguf", TOKENS)).max() <= 5e-5
-    gguf.requantize(path, tmp_path / "widened.gguf", "F32")
+    converters_dequantization.requantize(path, tmp_path / "widened.gguf", "F32")
     assert np.abs(logits - logits_of(tmp_path / "widened.gguf", TOKENS)).max() <= 5e-5
     assert np.array_equal(logits, folder_logits(path)), "training on the file is training on other weights"
 
@@ -127,31 +132,34 @@ def test_the_folder_computes_what_the_file_computes(full, kind, tmp_path):
 def test_sketches_of_file_and_folder_fit(full, tmp_path):
     path = quantized(full, "Q4_0")
     dequantize(path, tmp_path / "hf")
-    sketch = fingerprints.sketch_of(tmp_path / "hf")
+    sketch = weight_sketches.sketch_of(tmp_path / "hf")
     for file, kind in ((path, "Q4_0"), (quantized(full, "F16"), "F16")):
         if kind == "Q4_0":
-            compare(sketch, fingerprints.sketch_of(file, sketch), kind)
-    gguf.requantize(path, tmp_path / "Q8_0.gguf", "Q8_0")
-    compare(sketch, fingerprints.sketch_of(tmp_path / "Q8_0.gguf", sketch), "Q8_0")
+            compare(sketch, weight_sketches.sketch_of(file, sketch), kind)
+    converters_dequantization.requantize(path, tmp_path / "Q8_0.gguf", "Q8_0")
+    compare(sketch, weight_sketches.sketch_of(tmp_path / "Q8_0.gguf", sketch), "Q8_0")
 
 
 @pytest.mark.parametrize("write", [tiny_gguf.write_gemma3, tiny_gguf.write_lfm2, tiny_gguf.write_llama])
 def test_windows_and_convolutions_too(write, tmp_path):
     write(tmp_path / "model.gguf")
     dequantize(tmp_path / "model.gguf", tmp_path / "hf")
-    assert hf.read_spec(tmp_path / "hf") == gguf.read_spec(tmp_path / "model.gguf")
+    assert folders.read_spec(tmp_path / "hf") == specs.read_spec(tmp_path / "model.gguf")
     assert np.array_equal(folder_logits(tmp_path / "hf"), folder_logits(tmp_path / "model.gguf"))
 
 
 def test_bfloat16_and_shards(full, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "MAX_SHARD_BYTES", 600_000)
-    monkeypatch.setattr("edgepatch.converters.gguf_weights.PIECE_VALUES", 40_000)
+    monkeypatch.setattr("edgepatch.converters.gguf.weights.PIECE_VALUES", 40_000)
     calls: list[tuple[str, int, int]] = []
     dequantize(full, tmp_path / "half", "bfloat16", progress=lambda *told: calls.append(told))
     dequantize(full, tmp_path / "whole")
     shards = sorted((tmp_path / "half").glob("*.safetensors"))
     assert len(shards) > 2 and calls[-1][1] == calls[-1][2]
-    half, whole = hf.load_model(tmp_path / "half").state_dict(), hf.load_model(tmp_path / "whole").state_dict()
+    half, whole = (
+        folders.load_model(tmp_path / "half").state_dict(),
+        folders.load_model(tmp_path / "whole").state_dict(),
+    )
     assert all(torch.equal(half[n], whole[n].to(torch.bfloat16).float()) for n in whole)
     index = json.loads((tmp_path / "half" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
@@ -164,19 +172,21 @@ def test_bfloat16_and_shards(full, tmp_path, monkeypatch):
 
 def test_another_quantization_says_what_it_was_made_from(full, tmp_path):
     path = quantized(full, "Q4_1")
-    origin = gguf.requantize(path, tmp_path / "Q8_0.gguf", "Q8_0")
+    origin = converters_dequantization.requantize(path, tmp_path / "Q8_0.gguf", "Q8_0")
     assert "Q4_1" in origin.note()
-    header, source = gguf.read_header(tmp_path / "Q8_0.gguf"), gguf.read_header(path)
-    assert gguf.quantization(header) == "Q8_0"
+    header, source = gguf_header.read_header(tmp_path / "Q8_0.gguf"), gguf_header.read_header(path)
+    assert specs.quantization(header) == "Q8_0"
     assert header.metadata["edgepatch.origin.quantization"] == "Q4_1"
     for key in ("tokenizer.ggml.pre", "tokenizer.chat_template", "general.name", "tokenizer.ggml.tokens"):
         assert header.metadata[key] == source.metadata[key]
-    gguf.requantize(tmp_path / "Q8_0.gguf", tmp_path / "Q5_0.gguf", "Q5_0")
-    assert gguf.read_header(tmp_path / "Q5_0.gguf").metadata["edgepatch.origin.quantization"] == "Q4_1, then Q8_0"
-    assert gguf.read_spec(tmp_path / "Q5_0.gguf") == gguf.read_spec(path)
+    converters_dequantization.requantize(tmp_path / "Q8_0.gguf", tmp_path / "Q5_0.gguf", "Q5_0")
+    assert (
+        gguf_header.read_header(tmp_path / "Q5_0.gguf").metadata["edgepatch.origin.quantization"] == "Q4_1, then Q8_0"
+    )
+    assert specs.read_spec(tmp_path / "Q5_0.gguf") == specs.read_spec(path)
     dequantize(path, tmp_path / "hf")
-    gguf.convert_folder(tmp_path / "hf", tmp_path / "F16.gguf", "F16")
-    assert gguf.read_header(tmp_path / "F16.gguf").metadata["edgepatch.origin.quantization"] == "Q4_1"
+    gguf_writer.convert_folder(tmp_path / "hf", tmp_path / "F16.gguf", "F16")
+    assert gguf_header.read_header(tmp_path / "F16.gguf").metadata["edgepatch.origin.quantization"] == "Q4_1"
     old, new = values_of(path), values_of(tmp_path / "Q8_0.gguf")
     assert max(np.abs(old[n] - new[n]).max() / np.abs(old[n]).max() for n in old) < 0.01
 
@@ -254,7 +264,7 @@ def test_files_that_are_no_whole_model_are_refused_by_name(tmp_path):
 
 def test_types_that_nobody_can_dequantize_are_named(full, tmp_path):
     """Q8_K exists inside llama.cpp alone."""
-    header = gguf.read_header(full)
+    header = gguf_header.read_header(full)
     data = bytearray(full.read_bytes())
     at = data.index(b"blk.1.ffn_up.weight") + len("blk.1.ffn_up.weight") + 4 + 16
     assert data[at : at + 4] == bytes(4)
@@ -323,12 +333,12 @@ def test_a_disk_that_fills_up_leaves_nothing(full, options, tmp_path):
 
 
 STAGES = {
-    "the tokenizer": "edgepatch.converters.gguf_vocabularies._build",
+    "the tokenizer": "edgepatch.converters.gguf.vocabularies._build",
     "the weights": "edgepatch.converters.checkpoints._in_dtype",
-    "the check": "edgepatch.converters.hf.read_spec",
+    "the check": "edgepatch.converters.hf.folders.read_spec",
     "the quantization": "edgepatch.converters.dequantization.quantize",
-    "the full file": "edgepatch.converters.gguf_weights.pieces",
-    "the graph": "edgepatch.converters.onnx_exporters._run",
+    "the full file": "edgepatch.converters.gguf.weights.pieces",
+    "the graph": "edgepatch.converters.onnx.exporters._run",
 }
 SLOW = """
 import os, sys, time
@@ -342,7 +352,7 @@ def slow(*arguments, **options):
     time.sleep(60)
     return whole(*arguments, **options)
 
-import edgepatch.converters.onnx
+import edgepatch.converters.onnx.conversion
 for loaded in list(sys.modules.values()):
     if getattr(loaded, name, None) is whole:
         setattr(loaded, name, slow)
@@ -388,8 +398,8 @@ def test_smollm2(tmp_path):
     """The real file: every weight is gguf-py's, and the folder has the file's fingerprint and sketch."""
     file = smollm2_file()
     dequantize(file, tmp_path / "hf")
-    spec = gguf.read_spec(file)
-    assert hf.read_spec(tmp_path / "hf") == spec
+    spec = specs.read_spec(file)
+    assert folders.read_spec(tmp_path / "hf") == spec
     expected = values_of(file)
     with safe_open(tmp_path / "hf" / "model.safetensors", framework="pt") as tensors:
         for name, source, heads in (
@@ -401,5 +411,5 @@ def test_smollm2(tmp_path):
             values = expected[f"{source}.weight"]
             values = rope.projection_from_llamacpp(values, heads) if heads else values
             assert np.array_equal(tensors.get_tensor(f"{name}.weight").numpy(), values), name
-    sketch = fingerprints.sketch_of(tmp_path / "hf")
-    compare(sketch, fingerprints.sketch_of(file, sketch), "Q4_1")
+    sketch = weight_sketches.sketch_of(tmp_path / "hf")
+    compare(sketch, weight_sketches.sketch_of(file, sketch), "Q4_1")

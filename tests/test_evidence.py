@@ -317,12 +317,12 @@ def test_raw_files_are_whole(tmp_path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    from edgepatch.converters import gguf
+    from edgepatch.converters.gguf import writer
 
     folder = tmp_path_factory.mktemp("evidence")
     base = folder / "bases" / "base"
     shutil.copytree(LAB_FOLDER / "base", TORCH.path(base))
-    gguf.convert_folder(LAB_FOLDER / "base", base / "F16.gguf", "F16")
+    writer.convert_folder(LAB_FOLDER / "base", base / "F16.gguf", "F16")
     arm = folder / "arms" / "toxicity" / "patch-1"
     arm.mkdir(parents=True)
     shutil.copy(PATCH, arm / "patch.safetensors")

@@ -20,9 +20,9 @@ import serving
 
 from edgepatch.bench.stock_transcript import common_prefix
 from edgepatch.chat_templates import render_chat_template
-from edgepatch.converters import gguf_writer
-from edgepatch.converters.gguf_library import load_library
-from edgepatch.converters.gguf_vocabulary import Vocabulary
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.gguf.library import load_library
+from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.llama_server import (
     Labels,
     ServerSettings,
@@ -30,7 +30,7 @@ from edgepatch.converters.llama_server import (
     patched_template,
     prompt_ids,
 )
-from edgepatch.converters.llamacpp_state import read_state
+from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.errors import InactivePatchError, InputError, MismatchError
 from edgepatch.patches import Patch, write_patch
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
@@ -51,7 +51,7 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "tiny.gguf"
-    gguf_writer.convert_folder(tiny_folder, path, "F16")
+    writer.convert_folder(tiny_folder, path, "F16")
     return path
 
 

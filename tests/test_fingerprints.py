@@ -12,8 +12,11 @@ from tiny_folders import make_folder
 
 from edgepatch import sketches
 from edgepatch.bench import fine_tunes
-from edgepatch.converters import fingerprints, gguf, hf
-from edgepatch.converters.onnx_weights import sketch_of_onnx
+from edgepatch.converters import weight_sketches
+from edgepatch.converters.gguf import header as gguf_header
+from edgepatch.converters.gguf import specs, writer
+from edgepatch.converters.hf import folders
+from edgepatch.converters.onnx.weights import sketch_of_onnx
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
 from edgepatch.sketches import Sketch
 
@@ -22,31 +25,31 @@ TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q4_1", "Q5_0", "Q3_K_M", "
 
 @pytest.fixture(scope="module")
 def sketch(tiny_folder: Path) -> Sketch:
-    return fingerprints.sketch_of_folder(tiny_folder)
+    return weight_sketches.sketch_of_folder(tiny_folder)
 
 
 @pytest.fixture(scope="module")
 def half(tiny_folder: Path, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "F16.gguf"
-    gguf.convert_folder(tiny_folder, path)
+    writer.convert_folder(tiny_folder, path)
     return path
 
 
 @pytest.fixture(scope="module")
 def four_bits(half: Path) -> Path:
     path = half.with_name("four.gguf")
-    gguf.quantize(half, path, "Q4_K_M", 1)
+    writer.quantize(half, path, "Q4_K_M", 1)
     return path
 
 
 def quantized(folder: Path, target: Path, kind: str) -> Path:
-    gguf.convert_folder(folder, target / "F16.gguf")
-    gguf.quantize(target / "F16.gguf", target / f"{kind}.gguf", kind, 1)
+    writer.convert_folder(folder, target / "F16.gguf")
+    writer.quantize(target / "F16.gguf", target / f"{kind}.gguf", kind, 1)
     return target / f"{kind}.gguf"
 
 
 def changed(tiny_folder: Path, tmp_path: Path, change) -> Path:
-    model = hf.load_model(tiny_folder)
+    model = folders.load_model(tiny_folder)
     change(model, tiny_folder)
     return fine_tunes.save(model, tiny_folder, tmp_path / "changed")
 
@@ -69,13 +72,13 @@ def test_rows_of_queries_and_keys_are_those_that_no_converter_moves(sketch: Sket
 
 
 def test_full_precision_files_have_the_same_sketch(sketch: Sketch, half: Path):
-    assert fingerprints.sketch_of_gguf(half).as_dict() == sketch.as_dict()
+    assert weight_sketches.sketch_of_gguf(half).as_dict() == sketch.as_dict()
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_quantization_is_the_base(kind: str, sketch: Sketch, half: Path, tmp_path: Path):
-    gguf.quantize(half, tmp_path / "q.gguf", kind, 1)
-    assert sketches.compare(sketch, fingerprints.sketch_of_gguf(tmp_path / "q.gguf", sketch), kind).distance == 0
+    writer.quantize(half, tmp_path / "q.gguf", kind, 1)
+    assert sketches.compare(sketch, weight_sketches.sketch_of_gguf(tmp_path / "q.gguf", sketch), kind).distance == 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral"])
@@ -84,11 +87,13 @@ def test_every_architecture(architecture: str, tmp_path: Path):
         {"sliding_window": None} if architecture == "mistral" else {}
     )
     folder = make_folder(tmp_path / "hf", architecture, **sizes)
-    path, expected = quantized(folder, tmp_path, "Q4_0"), fingerprints.sketch_of_folder(folder)
-    assert sketches.compare(expected, fingerprints.sketch_of_gguf(path, expected), "Q4_0").distance == 0
+    path, expected = quantized(folder, tmp_path, "Q4_0"), weight_sketches.sketch_of_folder(folder)
+    assert sketches.compare(expected, weight_sketches.sketch_of_gguf(path, expected), "Q4_0").distance == 0
     other = make_folder(tmp_path / "other", architecture, **sizes, initializer_range=0.11)
     with pytest.raises(MismatchError):
-        sketches.compare(fingerprints.sketch_of_folder(other), fingerprints.sketch_of_gguf(path, expected), "Q4_0")
+        sketches.compare(
+            weight_sketches.sketch_of_folder(other), weight_sketches.sketch_of_gguf(path, expected), "Q4_0"
+        )
 
 
 def test_onnx_folders_are_the_base(sketch: Sketch, onnx_folders: dict[str, Path]):
@@ -108,8 +113,8 @@ def test_onnx_folders_are_the_base(sketch: Sketch, onnx_folders: dict[str, Path]
 )
 def test_another_model_under_the_same_norms_is_refused(kind, change, where, sketch, tiny_folder, tmp_path):
     path = quantized(changed(tiny_folder, tmp_path, change), tmp_path, kind)
-    assert gguf.read_spec(path) == hf.read_spec(tiny_folder), "the norm vectors cannot tell"
-    found = fingerprints.sketch_of_gguf(path, sketch)
+    assert specs.read_spec(path) == folders.read_spec(tiny_folder), "the norm vectors cannot tell"
+    found = weight_sketches.sketch_of_gguf(path, sketch)
     with pytest.raises(MismatchError, match=f"rounded to {kind}.* of 576 sampled weights"):
         sketches.compare(sketch, found, kind)
     tensors = sketches.measure(sketch, found).outside
@@ -134,7 +139,7 @@ def merged_lora(model, _base):
 def test_a_merged_lora_is_refused_by_name(kind, sketch, tiny_folder, tmp_path):
     path = quantized(changed(tiny_folder, tmp_path, merged_lora), tmp_path, kind)
     with pytest.raises(MismatchError, match=r"\(attn_q of layers 0-1; attn_v of layers 0-1\)"):
-        sketches.compare(sketch, fingerprints.sketch_of_gguf(path, sketch), kind)
+        sketches.compare(sketch, weight_sketches.sketch_of_gguf(path, sketch), kind)
 
 
 def test_an_onnx_folder_of_another_model_is_refused(sketch, onnx_folders):
@@ -145,25 +150,25 @@ def test_an_onnx_folder_of_another_model_is_refused(sketch, onnx_folders):
 
 
 def test_a_quantized_base_has_a_sketch_too(half, four_bits, tiny_folder, tmp_path):
-    expected = Sketch.from_dict(json.loads(json.dumps(fingerprints.sketch_of_gguf(four_bits).as_dict())))
+    expected = Sketch.from_dict(json.loads(json.dumps(weight_sketches.sketch_of_gguf(four_bits).as_dict())))
     assert not expected.is_exact and len(expected.low) == sketches.NUM_CELLS
     assert len(json.dumps(expected.as_dict())) < 2048
     for path in (four_bits, half):
-        assert sketches.compare(expected, fingerprints.sketch_of_gguf(path, expected), "F16").distance == 0
+        assert sketches.compare(expected, weight_sketches.sketch_of_gguf(path, expected), "F16").distance == 0
     path = quantized(changed(tiny_folder, tmp_path, fine_tunes.shuffled), tmp_path, "Q4_0")
     with pytest.raises(MismatchError):
-        sketches.compare(expected, fingerprints.sketch_of_gguf(path, expected), "Q4_0")
+        sketches.compare(expected, weight_sketches.sketch_of_gguf(path, expected), "Q4_0")
 
 
 def test_sketches_of_other_positions_are_not_compared(sketch, four_bits):
     with pytest.raises(InputError, match="same positions"):
-        sketches.measure(sketch, fingerprints.sketch_of_gguf(four_bits))
+        sketches.measure(sketch, weight_sketches.sketch_of_gguf(four_bits))
 
 
 def test_missing_and_reshaped_tensors_are_named(sketch, four_bits):
     tensors = {**sketch.tensors, "blk.1.attn_v": (64, 256), "blk.7.ffn_up": (512, 256)}
     with pytest.raises(MismatchError) as caught:
-        fingerprints.sketch_of_gguf(four_bits, replace(sketch, tensors=tensors))
+        weight_sketches.sketch_of_gguf(four_bits, replace(sketch, tensors=tensors))
     assert caught.value.differences == {"blk.1.attn_v": ((64, 256), (128, 256)), "blk.7.ffn_up": ((512, 256), "none")}
 
 
@@ -171,19 +176,19 @@ def test_truncated_and_exotic_files_are_refused(four_bits, tiny_folder, tmp_path
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(four_bits.read_bytes()[:-1000])
     with pytest.raises(InputError, match="truncated"):
-        fingerprints.sketch_of_gguf(cut)
-    header = gguf.read_header(four_bits)
+        weight_sketches.sketch_of_gguf(cut)
+    header = gguf_header.read_header(four_bits)
     odd = {name: replace(info, ggml_type=99) for name, info in header.tensors.items()}
     with pytest.raises(InputError, match="unknown type 99"):
-        fingerprints.sketch_of_gguf(replace(header, tensors=odd))
+        weight_sketches.sketch_of_gguf(replace(header, tensors=odd))
     with pytest.raises(InputError, match="name that is known"):
-        fingerprints.sketch_of_gguf(replace(header, tensors={"strange.weight": header.tensors["token_embd.weight"]}))
+        weight_sketches.sketch_of_gguf(replace(header, tensors={"strange.weight": header.tensors["token_embd.weight"]}))
     folder = tmp_path / "folder"
-    fine_tunes.save(hf.load_model(tiny_folder), tiny_folder, folder)
+    fine_tunes.save(folders.load_model(tiny_folder), tiny_folder, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(InputError, match="damaged or truncated"):
-        fingerprints.sketch_of_folder(folder)
+        weight_sketches.sketch_of_folder(folder)
 
 
 def test_onnx_graphs_that_do_not_name_their_weights_are_refused(sketch, onnx_folders):
@@ -236,8 +241,8 @@ def test_layers_are_written_as_runs(sketch):
 def test_cells_hold_what_rounds_to_them():
     """By hand: a block of steps of 2, one weight at each."""
     block = np.array([-6, -2, 0, 2, 8] + [0] * 27, dtype=np.float32)
-    low, high = fingerprints.cells(np.stack([block] * 3), np.array([3, 0, 4]), "Q4_0")
-    slack = fingerprints.STEP_SLACK * 2
+    low, high = weight_sketches.cells(np.stack([block] * 3), np.array([3, 0, 4]), "Q4_0")
+    slack = weight_sketches.STEP_SLACK * 2
     assert low[0] == pytest.approx(1 - slack, abs=0.01) and high[0] == pytest.approx(3 + slack, abs=0.01)
     assert low[1] == -np.inf and high[1] == pytest.approx(-5 + slack, abs=0.02)
     assert high[2] == np.inf and low[2] == pytest.approx(7 - slack, abs=0.02)

@@ -20,8 +20,9 @@ import tiny_gguf
 from test_layout import modules
 
 import edgepatch
-from edgepatch.converters import first_contact, gguf_writer, machine_identity
-from edgepatch.converters.gguf_vocabulary import Vocabulary
+from edgepatch.converters import first_contact, machine_identity
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InactivePatchError, InputError, UnfitModelError
 from edgepatch.patches import Patch, write_patch
 from edgepatch.runtimes import llamacpp_proof
@@ -37,7 +38,7 @@ API = "import edgepatch, sys; edgepatch.load(sys.argv[1], None, num_threads=1).g
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    gguf_writer.convert_folder(tiny_folder, path)
+    writer.convert_folder(tiny_folder, path)
     return path
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tiny_folders import copy_folder, make_folder
 
-from edgepatch.converters import folder_specs, hf, weight_tables
+from edgepatch.converters import weight_tables
+from edgepatch.converters.hf import folders, specs
 from edgepatch.errors import InputError
 from edgepatch.tokenizers import FolderTokenizer
 from edgepatch.vocabularies import definition_tokens
@@ -42,11 +43,11 @@ ARCHITECTURES = {
 def test_the_spec_is_that_of_transformers(name, tmp_path):
     settings = dict(ARCHITECTURES[name])
     folder = make_folder(tmp_path / "model", settings.pop("architecture", name), **settings)
-    assert folder_specs.spec_of(folder_specs.read_folder(folder)) == hf.read_spec(folder)
+    assert specs.spec_of(specs.read_folder(folder)) == folders.read_spec(folder)
 
 
 def test_the_lab_models_spec_is_that_of_transformers():
-    assert folder_specs.spec_of(folder_specs.read_folder(LAB)) == hf.read_spec(LAB)
+    assert specs.spec_of(specs.read_folder(LAB)) == folders.read_spec(LAB)
 
 
 def rewrite(folder: Path, *drop: str, **changes: object) -> None:
@@ -65,7 +66,7 @@ def test_configs_of_an_older_transformers(tmp_path):
     ]:
         model = copy_folder(folder, tmp_path / f"old{len(list(tmp_path.iterdir()))}")
         rewrite(model, "rope_parameters", *drop, transformers_version="4.40.0", **changes)
-        assert folder_specs.spec_of(folder_specs.read_folder(model)) == hf.read_spec(model)
+        assert specs.spec_of(specs.read_folder(model)) == folders.read_spec(model)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_what_an_old_config_leaves_open_is_not_guessed(architecture, dropped, na
     folder = make_folder(tmp_path / "model", architecture)
     rewrite(folder, dropped, transformers_version="4.40.0")
     with pytest.raises(InputError, match=f"leaves.*{named}.*to Transformers"):
-        folder_specs.spec_of(folder_specs.read_folder(folder))
+        specs.spec_of(specs.read_folder(folder))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_damaged_folders_are_refused(file, content, tmp_path):
     if content is not None:
         (model / file).write_bytes(content)
     with pytest.raises(InputError) as caught:
-        folder_specs.spec_of(folder_specs.read_folder(model))
+        specs.spec_of(specs.read_folder(model))
     assert str(model) in str(caught.value)
 
 
@@ -128,12 +129,12 @@ def test_settings_that_no_model_has_are_refused(changes, tmp_path):
     model = copy_folder(LAB, tmp_path / "model")
     rewrite(model, **changes)
     with pytest.raises(InputError, match=r"config\.json"):
-        folder_specs.spec_of(folder_specs.read_folder(model))
+        specs.spec_of(specs.read_folder(model))
 
 
 def test_tokens_are_those_of_the_tokenizers_library(tiny_folder):
     for folder in (LAB, tiny_folder):
-        assert folder_specs.read_folder(folder).tokens == FolderTokenizer(folder).vocabulary
+        assert specs.read_folder(folder).tokens == FolderTokenizer(folder).vocabulary
 
 
 def test_tokens_of_other_tokenizers():

@@ -10,9 +10,9 @@ import pytest
 
 from edgepatch.bench.first_contact_forged import DIED, UNCAUGHT, judge, slice_of_corpus, table
 from edgepatch.bench.forged_gguf import corpus, sound_model
-from edgepatch.converters.fingerprints import sketch_of_gguf
-from edgepatch.converters.gguf_header import read_header
-from edgepatch.converters.gguf_specs import quantization, spec_of
+from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.specs import quantization, spec_of
+from edgepatch.converters.weight_sketches import sketch_of_gguf
 from edgepatch.errors import EdgepatchError
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 

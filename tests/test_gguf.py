@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from tiny_folders import copy_folder, make_folder
 
-from edgepatch.converters import gguf, hf, rope
+from edgepatch.converters import rope
+from edgepatch.converters.gguf import header as gguf_header
+from edgepatch.converters.gguf import library, specs, writer
+from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
 from edgepatch.tokenizers import FolderTokenizer
 
@@ -31,17 +34,17 @@ def files(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     paths = {name: folder / f"{name}.gguf" for name in ("F32", "F16", "Q8_0", "Q4_K_M", "Q4_0")}
     for name in ("F32", "F16"):
-        gguf.convert_folder(tiny_folder, paths[name], name)
+        writer.convert_folder(tiny_folder, paths[name], name)
     for name in ("Q8_0", "Q4_K_M", "Q4_0"):
-        gguf.quantize(paths["F16"], paths[name], name, num_threads=1)
+        writer.quantize(paths["F16"], paths[name], name, num_threads=1)
     return paths
 
 
 def test_spec_is_the_folders_whatever_the_quantization(files, tiny_folder):
-    expected = hf.read_spec(tiny_folder)
+    expected = folders.read_spec(tiny_folder)
     for name, path in files.items():
-        assert gguf.read_spec(path) == expected, name
-        assert gguf.quantization(gguf.read_header(path)) == name
+        assert specs.read_spec(path) == expected, name
+        assert specs.quantization(gguf_header.read_header(path)) == name
 
 
 LLAMA3 = {
@@ -71,10 +74,10 @@ def test_other_architectures_match_transformers(architecture, changes, tmp_path)
 
     folder = make_folder(tmp_path / "hf", architecture, **changes)
     path = tmp_path / "model.gguf"
-    assert gguf.convert_folder(folder, path, "F32") == hf.read_spec(folder) == gguf.read_spec(path)
+    assert writer.convert_folder(folder, path, "F32") == folders.read_spec(folder) == specs.read_spec(path)
     tokens = list(range(20, 60))
     with torch.inference_mode():
-        expected = hf.load_model(folder)(torch.tensor([tokens])).logits[0].numpy()
+        expected = folders.load_model(folder)(torch.tensor([tokens])).logits[0].numpy()
     with LlamaCppRuntime(path, kv_type="f32", flash_attention=False, num_threads=1) as runtime:
         assert np.abs(runtime.logits(tokens) - expected).max() <= 5e-5
 
@@ -135,14 +138,14 @@ def test_truncated_and_damaged_files_are_refused(files, tmp_path):
     for length in [0, 3, 4, 20, 100, 5000, len(data) // 2, len(data) - 40]:
         path.write_bytes(data[:length])
         with pytest.raises(InputError) as caught:
-            gguf.read_spec(path)
+            specs.read_spec(path)
         assert caught.value.hint
         with pytest.raises(InputError):
-            gguf.quantize(path, tmp_path / "target.gguf", "Q8_0")
+            writer.quantize(path, tmp_path / "target.gguf", "Q8_0")
     for position in range(0, 3000, 37):
         path.write_bytes(data[:position] + bytes([data[position] ^ 0x80]) + data[position + 1 :])
         try:
-            gguf.read_spec(path)
+            specs.read_spec(path)
         except InputError:
             continue
     assert not (tmp_path / "target.gguf").exists()
@@ -155,29 +158,29 @@ def test_a_length_that_lies_is_refused_at_once(tmp_path):
     for value in [struct.pack("<IIQ", 9, 0, 2**60), struct.pack("<IIQ", 9, 8, 2**60), struct.pack("<IQ", 8, 2**63)]:
         path.write_bytes(header + value)
         with pytest.raises(InputError, match="ends at"):
-            gguf.read_header(path)
+            gguf_header.read_header(path)
 
 
 def test_unknown_types_and_sources_are_refused(files, tmp_path):
     target = tmp_path / "new.gguf"
     with pytest.raises(InputError, match="Q9_9"):
-        gguf.quantize(files["F16"], target, "Q9_9")
+        writer.quantize(files["F16"], target, "Q9_9")
     with pytest.raises(InputError, match="requantizing"):
-        gguf.quantize(files["Q8_0"], target, "Q4_0")
+        writer.quantize(files["Q8_0"], target, "Q4_0")
     with pytest.raises(InputError, match="cannot read"):
-        gguf.quantize(tmp_path / "absent.gguf", target, "Q8_0")
+        writer.quantize(tmp_path / "absent.gguf", target, "Q8_0")
     with pytest.raises(InputError, match="expected F32 or F16"):
-        gguf.convert_folder(tmp_path, target, "Q8_0")
+        writer.convert_folder(tmp_path, target, "Q8_0")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_type_of_llama_cpp_works_or_says_what_it_needs(files, tmp_path):
     refused = {}
-    for name in gguf.quantization_types():
+    for name in library.quantization_types():
         path = tmp_path / f"{name}.gguf"
         try:
-            assert gguf.quantize(files["F16"], path, name, num_threads=1) == gguf.read_spec(files["F16"])
-            assert gguf.quantization(gguf.read_header(path)) == name
+            assert writer.quantize(files["F16"], path, name, num_threads=1) == specs.read_spec(files["F16"])
+            assert specs.quantization(gguf_header.read_header(path)) == name
         except InputError as error:
             refused[name] = str(error)
     for name, message in refused.items():
@@ -198,7 +201,7 @@ def test_a_failing_write_leaves_the_old_file(tiny_folder, tmp_path, monkeypatch,
     target.write_bytes(b"old")
     monkeypatch.setattr(package.GGUFWriter, "write_tensor_data", fail)
     with pytest.raises(InputError if isinstance(fault, OSError) else KeyboardInterrupt):
-        gguf.convert_folder(tiny_folder, target)
+        writer.convert_folder(tiny_folder, target)
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["model.gguf"]
 
@@ -219,7 +222,7 @@ def test_models_that_would_come_out_wrong_are_refused(tiny_folder, tmp_path, cha
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputError) as caught:
-        gguf.convert_folder(folder, tmp_path / "model.gguf")
+        writer.convert_folder(folder, tmp_path / "model.gguf")
     assert message in f"{caught.value} {caught.value.hint}"
     assert not (tmp_path / "model.gguf").exists()
 
@@ -235,4 +238,4 @@ def test_unknown_pre_tokenizers_are_refused(tiny_folder, tmp_path):
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match="pre-tokenizer"):
-        gguf.convert_folder(folder, tmp_path / "model.gguf")
+        writer.convert_folder(folder, tmp_path / "model.gguf")

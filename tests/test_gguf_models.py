@@ -11,7 +11,9 @@ import torch
 from llamacpp_oracle import logits_of, tokens_of
 from tiny_folders import make_folder
 
-from edgepatch.converters import gguf, hf, tokenizer_probes
+from edgepatch.converters import tokenizer_probes
+from edgepatch.converters.gguf import specs, writer
+from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InputError
 from edgepatch.patches import read_patch
 from edgepatch.tokenizers import FolderTokenizer
@@ -29,7 +31,7 @@ LLAMA3 = {
 
 def loaded_logits(path) -> np.ndarray:
     with torch.inference_mode():
-        return hf.load_model(path)(torch.tensor([TOKENS])).logits[0].numpy()
+        return folders.load_model(path)(torch.tensor([TOKENS])).logits[0].numpy()
 
 
 @pytest.mark.parametrize(
@@ -46,11 +48,11 @@ def loaded_logits(path) -> np.ndarray:
 )
 def test_the_loaded_model_is_llama_cpps(architecture, changes, tmp_path):
     folder, path = make_folder(tmp_path / "hf", architecture, **changes), tmp_path / "model.gguf"
-    gguf.convert_folder(folder, path, "F32")
+    writer.convert_folder(folder, path, "F32")
     logits = loaded_logits(path)
     assert np.abs(logits - logits_of(path, TOKENS)).max() <= 5e-5
     assert np.abs(logits - loaded_logits(folder)).max() <= 1e-5
-    assert hf.read_spec(path) == hf.read_spec(folder)
+    assert folders.read_spec(path) == folders.read_spec(folder)
 
 
 @pytest.mark.parametrize(("write", "bound"), [(tiny_gguf.write_gemma3, 5e-3), (tiny_gguf.write_lfm2, 3e-4)])
@@ -61,8 +63,8 @@ def test_sliding_and_recurrent_layers_load(write, bound, tmp_path):
 
 
 def test_quantized_weights_are_dequantized(tiny_folder, tmp_path):
-    gguf.convert_folder(tiny_folder, tmp_path / "F16.gguf")
-    gguf.quantize(tmp_path / "F16.gguf", tmp_path / "Q4_0.gguf", "Q4_0", num_threads=1)
+    writer.convert_folder(tiny_folder, tmp_path / "F16.gguf")
+    writer.quantize(tmp_path / "F16.gguf", tmp_path / "Q4_0.gguf", "Q4_0", num_threads=1)
     exact, rounded = loaded_logits(tmp_path / "F16.gguf"), loaded_logits(tmp_path / "Q4_0.gguf")
     there = logits_of(tmp_path / "Q4_0.gguf", TOKENS)  # llama.cpp also rounds the activations
     assert np.abs(rounded - there).mean() < 0.3 * np.abs(exact - there).mean()
@@ -71,16 +73,16 @@ def test_quantized_weights_are_dequantized(tiny_folder, tmp_path):
 def test_an_architecture_that_transformers_cannot_load_is_an_error(tmp_path):
     path = rewritten(tmp_path, lambda data: data.replace(b"lfm2", b"lfm9"), tiny_gguf.write_lfm2)
     with pytest.raises(InputError, match="lfm9") as caught:
-        hf.load_model(path)
+        folders.load_model(path)
     assert "Transformers folder" in caught.value.hint
 
 
 def test_weights_that_transformers_would_leave_out_are_an_error(tiny_folder, tmp_path):
-    gguf.convert_folder(tiny_folder, tmp_path / "whole.gguf", "F32")
+    writer.convert_folder(tiny_folder, tmp_path / "whole.gguf", "F32")
     data = (tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "model.gguf").write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     with pytest.raises(InputError, match=r"finds no weights|no place for"):
-        hf.load_model(tmp_path / "model.gguf")
+        folders.load_model(tmp_path / "model.gguf")
 
 
 def rewritten(tmp_path, change, write):
@@ -91,17 +93,17 @@ def rewritten(tmp_path, change, write):
 
 def test_the_tokenizer_is_the_files(tiny_folder, tmp_path):
     path = tmp_path / "model.gguf"
-    gguf.convert_folder(tiny_folder, path)
+    writer.convert_folder(tiny_folder, path)
     texts = [*tokenizer_probes.TEXTS, "<|im_start|>user\nx<|im_end|>"]
     reference = FolderTokenizer(tiny_folder)
-    with hf.tokenizer_folder(path) as folder:
+    with folders.tokenizer_folder(path) as folder:
         tokenizer = FolderTokenizer(folder)
-        assert tokenizer.digest == reference.digest == hf.read_spec(path).tokenizer_digest
+        assert tokenizer.digest == reference.digest == folders.read_spec(path).tokenizer_digest
         assert [tokenizer.encode(t) for t in texts] == [reference.encode(t) for t in texts] == tokens_of(path, texts)
         messages = [{"role": "user", "content": "Grüße 🙂"}]
         assert tokenizer.encode_chat(messages) == reference.encode_chat(messages)
     assert not folder.exists()
-    with hf.tokenizer_folder(tiny_folder) as folder:
+    with folders.tokenizer_folder(tiny_folder) as folder:
         assert folder == tiny_folder
 
 
@@ -119,9 +121,9 @@ def run(monkeypatch, capfd, *arguments) -> dict:
 
 
 def test_train_and_seed_from_a_quantized_file_alone(tiny_folder, tmp_path, monkeypatch, capfd):
-    gguf.convert_folder(tiny_folder, tmp_path / "F16.gguf")
+    writer.convert_folder(tiny_folder, tmp_path / "F16.gguf")
     path, pairs = tmp_path / "Q8_0.gguf", tmp_path / "pairs.jsonl"
-    gguf.quantize(tmp_path / "F16.gguf", path, "Q8_0", num_threads=1)
+    writer.quantize(tmp_path / "F16.gguf", path, "Q8_0", num_threads=1)
     rows = [
         {"prompt": f"The fox {i}", "chosen": " sleeps in the sun", "rejected": " jumps over the dog"} for i in range(12)
     ]
@@ -146,7 +148,7 @@ def test_train_and_seed_from_a_quantized_file_alone(tiny_folder, tmp_path, monke
         2,
     )
     patch = read_patch(tmp_path / "p.safetensors")
-    assert patch.base == gguf.read_spec(path) == hf.read_spec(tiny_folder)
+    assert patch.base == specs.read_spec(path) == folders.read_spec(tiny_folder)
     assert patch.kv_seed is not None and patch.kv_seed.num_virtual_tokens == 4
     run(
         monkeypatch,
@@ -161,6 +163,6 @@ def test_train_and_seed_from_a_quantized_file_alone(tiny_folder, tmp_path, monke
     )
     again = read_patch(tmp_path / "q.safetensors")
     assert all(np.array_equal(a, b) for a, b in zip(again.kv_seed.keys, patch.kv_seed.keys, strict=True))
-    other = hf.compute_kv_seed(hf.load_model(tiny_folder), patch.soft_prompt, np.float16)
+    other = seeds.compute_kv_seed(folders.load_model(tiny_folder), patch.soft_prompt, np.float16)
     assert not np.array_equal(other.keys[-1], again.kv_seed.keys[-1]), "the seed is not that of the dequantized weights"
     assert max(np.abs(a - b).max() for a, b in zip(other.keys, again.kv_seed.keys, strict=True)) < 0.2

@@ -13,7 +13,10 @@ import tiny_gguf
 from tiny_folders import make_folder
 
 from edgepatch.bench import parity_models
-from edgepatch.converters import architectures, gguf, hf, rope, rope_parameters
+from edgepatch.converters import architectures, rope, rope_parameters
+from edgepatch.converters.gguf import header as gguf_header
+from edgepatch.converters.gguf import specs
+from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
 from edgepatch.tensors import weight_fingerprint
 
@@ -51,15 +54,15 @@ def test_architectures_have_gguf_names(model_type, expected):
     assert architectures.gguf_name(model_type) == expected
 
 
-def header_of(tmp_path, architecture: str, settings: dict, vectors: dict) -> gguf.GGUFHeader:
+def header_of(tmp_path, architecture: str, settings: dict, vectors: dict) -> gguf_header.GGUFHeader:
     """A header as llama.cpp's converter writes it, its vectors in a file."""
     path, tensors, data = tmp_path / "vectors", {}, b""
     for name, values in vectors.items():
-        tensors[name] = gguf.TensorInfo((len(values),), 0, len(data))
+        tensors[name] = gguf_header.TensorInfo((len(values),), 0, len(data))
         data += np.asarray(values, np.float32).tobytes()
     path.write_bytes(data)
     metadata = {f"{architecture}.{key}": value for key, value in settings.items()}
-    return gguf.GGUFHeader(path, {"general.architecture": architecture, **metadata}, tensors)
+    return gguf_header.GGUFHeader(path, {"general.architecture": architecture, **metadata}, tensors)
 
 
 def single(value: float) -> float:
@@ -218,7 +221,7 @@ def test_gemma_folder(tmp_path):
     from safetensors.numpy import load_file
 
     folder = make_folder(tmp_path / "hf", "gemma3_text", num_hidden_layers=1, layer_types=["full_attention"])
-    spec = hf.read_spec(folder)
+    spec = folders.read_spec(folder)
     weights = load_file(folder / "model.safetensors")
     mapped = architectures.norm_names("gemma3", 1, list(weights))
     assert spec.weight_fingerprint == weight_fingerprint(
@@ -227,23 +230,23 @@ def test_gemma_folder(tmp_path):
     assert spec.model_type == "gemma3" and spec.rope_theta == 1e6
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
-    assert hf.read_spec(folder) == spec
+    assert folders.read_spec(folder) == spec
 
 
 def test_hybrid_files_tell_their_attention_layers(tmp_path):
     tiny_gguf.write_lfm2(tmp_path / "lfm2.gguf")
-    spec = gguf.read_spec(tmp_path / "lfm2.gguf")
+    spec = specs.read_spec(tmp_path / "lfm2.gguf")
     assert (spec.model_type, spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim) == ("lfm2", 3, 2, 64)
     tiny_gguf.write_gemma3(tmp_path / "gemma3.gguf")
-    assert gguf.read_spec(tmp_path / "gemma3.gguf").num_key_value_heads == 2
+    assert specs.read_spec(tmp_path / "gemma3.gguf").num_key_value_heads == 2
 
 
 def test_a_file_that_does_not_name_its_quantization_gets_its_commonest_type(tmp_path):
     tiny_gguf.write_llama(tmp_path / "llama.gguf")
-    header = gguf.read_header(tmp_path / "llama.gguf")
+    header = gguf_header.read_header(tmp_path / "llama.gguf")
     for value in (None, 9999, "Q4_0"):
-        assert gguf.quantization(replace(header, metadata=header.metadata | {"general.file_type": value})) == "F32"
-    assert gguf.quantization(replace(header, metadata=header.metadata | {"general.file_type": 1024 + 2})) == "Q4_0"
+        assert specs.quantization(replace(header, metadata=header.metadata | {"general.file_type": value})) == "F32"
+    assert specs.quantization(replace(header, metadata=header.metadata | {"general.file_type": 1024 + 2})) == "Q4_0"
 
 
 @pytest.mark.parametrize(
@@ -274,23 +277,23 @@ def test_a_file_that_does_not_name_its_quantization_gets_its_commonest_type(tmp_
 )
 def test_settings_that_contradict_the_tensors_are_refused(key, value, tmp_path):
     tiny_gguf.write_llama(tmp_path / "llama.gguf")
-    header = gguf.read_header(tmp_path / "llama.gguf")
-    gguf.spec_of(header)
+    header = gguf_header.read_header(tmp_path / "llama.gguf")
+    specs.spec_of(header)
     linear = {"llama.rope.scaling.type": "linear"}
     with pytest.raises(InputError) as caught:
-        gguf.spec_of(replace(header, metadata=header.metadata | linear | {f"llama.{key}": value}))
+        specs.spec_of(replace(header, metadata=header.metadata | linear | {f"llama.{key}": value}))
     assert caught.value.hint
 
 
 def test_what_llama_cpp_cannot_compute_with_is_refused(tmp_path):
     """Both end the process there, one at loading and one at the first token."""
     tiny_gguf.write_gemma3(tmp_path / "gemma3.gguf")
-    header = gguf.read_header(tmp_path / "gemma3.gguf")
+    header = gguf_header.read_header(tmp_path / "gemma3.gguf")
     with pytest.raises(InputError, match="sliding_window_pattern"):
-        gguf.spec_of(replace(header, metadata=header.metadata | {"gemma3.attention.sliding_window_pattern": 1}))
+        specs.spec_of(replace(header, metadata=header.metadata | {"gemma3.attention.sliding_window_pattern": 1}))
     rounded = replace(header.tensors["output_norm.weight"], ggml_type=1)
     with pytest.raises(InputError, match="output_norm"):
-        gguf.spec_of(replace(header, tensors=header.tensors | {"output_norm.weight": rounded}))
+        specs.spec_of(replace(header, tensors=header.tensors | {"output_norm.weight": rounded}))
 
 
 SOURCE = os.environ.get("EDGEPATCH_LLAMA_CPP", "")
@@ -304,7 +307,7 @@ def test_llama_cpps_own_converter_gives_the_folders_spec(name, tmp_path):
     # Transformers takes every Qwen2 folder for one with Qwen2's own tokens, for which the tiny vocabulary has no room.
     foreign = replace(wanted, own_converter=name == "qwen2")
     parity_models.convert(foreign, tmp_path / "hf", tmp_path / "model.gguf", "F16", Path(SOURCE))
-    assert gguf.read_spec(tmp_path / "model.gguf") == hf.read_spec(tmp_path / "hf")
+    assert specs.read_spec(tmp_path / "model.gguf") == folders.read_spec(tmp_path / "hf")
 
 
 @pytest.mark.skipif(not SOURCE, reason="EDGEPATCH_LLAMA_CPP names llama.cpp's source tree")
@@ -324,7 +327,7 @@ def test_llama_cpps_own_files_become_the_folder_again(name, tmp_path):
             dequantize(tmp_path / "model.gguf", tmp_path / "again")
         return
     dequantize(tmp_path / "model.gguf", tmp_path / "again")
-    old, new = (hf.load_model(tmp_path / folder) for folder in ("hf", "again"))
+    old, new = (folders.load_model(tmp_path / folder) for folder in ("hf", "again"))
     weights = new.state_dict()
     assert all(torch.allclose(weights[n], value, rtol=0, atol=1e-7) for n, value in old.state_dict().items())
     with torch.inference_mode():

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from llamacpp_oracle import tokens_of
 
-from edgepatch.converters import gguf, hf
+from edgepatch.converters.gguf import header, specs, writer
+from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
 from edgepatch.tokenizers import FolderTokenizer
 
@@ -122,12 +123,12 @@ def folder(request, model_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def file(folder, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    gguf.convert_folder(folder, path, "F16")
+    writer.convert_folder(folder, path, "F16")
     return path
 
 
 def test_header_holds_a_sentencepiece_vocabulary(folder, file):
-    metadata = gguf.read_header(file).metadata
+    metadata = header.read_header(file).metadata
     assert metadata["tokenizer.ggml.model"] == "llama"
     assert metadata["tokenizer.ggml.add_space_prefix"] is True
     assert metadata["tokenizer.ggml.add_bos_token"] is True
@@ -142,7 +143,7 @@ def test_header_holds_a_sentencepiece_vocabulary(folder, file):
 
 
 def test_spec_is_the_folders(folder, file):
-    assert gguf.read_spec(file) == hf.read_spec(folder)
+    assert specs.read_spec(file) == folders.read_spec(folder)
 
 
 def test_ids_are_the_folders(folder, file):
@@ -158,7 +159,7 @@ def test_ids_are_sentencepieces_own(model_folder, tmp_path):
     """Neither Transformers' reading of the model nor ours stands between the file and its ids."""
     import sentencepiece
 
-    gguf.convert_folder(model_folder, tmp_path / "model.gguf")
+    writer.convert_folder(model_folder, tmp_path / "model.gguf")
     model = sentencepiece.SentencePieceProcessor(model_file=str(model_folder / "tokenizer.model"))
     texts = [text for text in TEXTS if text and "<" not in text]  # it puts no space behind a special token
     assert tokens_of(tmp_path / "model.gguf", texts, bos=False) == [model.Encode(text) for text in texts]
@@ -167,7 +168,7 @@ def test_ids_are_sentencepieces_own(model_folder, tmp_path):
 def test_conversations_are_the_folders(folder, file):
     from edgepatch.chat_templates import render_chat_template
 
-    template = gguf.read_header(file).metadata["tokenizer.chat_template"]
+    template = header.read_header(file).metadata["tokenizer.chat_template"]
     text = render_chat_template(template, MESSAGES, "<s>", "</s>")
     ids = FolderTokenizer(folder).encode(text, bos=False, trusted=True)
     assert tokens_of(file, [text], bos=False, trusted=True) == [ids]
@@ -177,7 +178,7 @@ def test_conversations_are_the_folders(folder, file):
 def test_a_metaspace_step_differs_at_a_leading_space_alone(model_folder, tmp_path):
     step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
     folder = with_definition(model_folder, tmp_path / "hf", normalizer=None, pre_tokenizer=step)
-    gguf.convert_folder(folder, tmp_path / "model.gguf")
+    writer.convert_folder(folder, tmp_path / "model.gguf")
     reference = FolderTokenizer(folder)
     for text, ids in zip(TEXTS, tokens_of(tmp_path / "model.gguf", TEXTS), strict=True):
         one_more = text.startswith(" ") or "<tool> " in text
@@ -187,9 +188,9 @@ def test_a_metaspace_step_differs_at_a_leading_space_alone(model_folder, tmp_pat
 def test_without_a_prefix(model_folder, tmp_path):
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     folder = with_definition(model_folder, tmp_path / "hf", normalizer=replace)
-    gguf.convert_folder(folder, tmp_path / "model.gguf")
+    writer.convert_folder(folder, tmp_path / "model.gguf")
     reference = FolderTokenizer(folder)
-    assert gguf.read_header(tmp_path / "model.gguf").metadata["tokenizer.ggml.add_space_prefix"] is False
+    assert header.read_header(tmp_path / "model.gguf").metadata["tokenizer.ggml.add_space_prefix"] is False
     assert tokens_of(tmp_path / "model.gguf", TEXTS) == [reference.encode(text) for text in TEXTS]
 
 
@@ -200,7 +201,7 @@ def test_without_a_prefix(model_folder, tmp_path):
 def test_other_steps_are_refused(model_folder, tmp_path, change, message):
     folder = with_definition(model_folder, tmp_path / "hf", **change)
     with pytest.raises(InputError, match=message) as caught:
-        gguf.convert_folder(folder, tmp_path / "model.gguf")
+        writer.convert_folder(folder, tmp_path / "model.gguf")
     assert "convert_hf_to_gguf" in caught.value.hint
 
 
@@ -210,7 +211,7 @@ def test_merges_that_are_not_sentencepieces_are_refused(model_folder, tmp_path):
     del definition["model"]["merges"][20]
     (folder / "tokenizer.json").write_text(json.dumps(definition))
     with pytest.raises(InputError, match="would merge"):
-        gguf.convert_folder(folder, tmp_path / "model.gguf")
+        writer.convert_folder(folder, tmp_path / "model.gguf")
 
 
 def test_a_model_file_that_contradicts_the_definition_is_refused(model_folder, tmp_path):
@@ -221,7 +222,7 @@ def test_a_model_file_that_contradicts_the_definition_is_refused(model_folder, t
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (folder / "tokenizer.json").write_text(json.dumps(definition))
     with pytest.raises(InputError, match=r"tokenizer\.model"):
-        gguf.convert_folder(folder, tmp_path / "model.gguf")
+        writer.convert_folder(folder, tmp_path / "model.gguf")
     (folder / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="no SentencePiece model"):
-        gguf.convert_folder(folder, tmp_path / "model.gguf")
+        writer.convert_folder(folder, tmp_path / "model.gguf")

@@ -14,8 +14,9 @@ from llamacpp_oracle import tokens_of
 from real_model import smollm2_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from edgepatch.converters import gguf_tokenizers, gguf_vocabularies, tokenizer_probes
-from edgepatch.converters.gguf_header import read_header
+from edgepatch.converters import tokenizer_probes
+from edgepatch.converters.gguf import tokenizers, vocabularies
+from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.pre_tokenizers import GPT2, PRE_TOKENIZERS, name_of, split_steps
 from edgepatch.errors import InputError
 from edgepatch.tokenizers import FolderTokenizer
@@ -74,7 +75,7 @@ def byte_level(name: str, steps: list | None = None) -> Tokenizer:
 def write_vocabulary(folder: Path, path: Path, size: int) -> Path:
     """A GGUF file that holds the folder's tokenizer and an embedding of one column."""
     writer = gguf.GGUFWriter(path, "llama")
-    gguf_tokenizers.add_tokenizer(writer, folder, size)
+    tokenizers.add_tokenizer(writer, folder, size)
     writer.add_tensor("token_embd.weight", np.zeros((size, 1), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -85,7 +86,7 @@ def write_vocabulary(folder: Path, path: Path, size: int) -> Path:
 
 def read_back(path: Path, folder: Path) -> FolderTokenizer:
     folder.mkdir()
-    gguf_vocabularies.write_tokenizer(read_header(path), folder)
+    vocabularies.write_tokenizer(read_header(path), folder)
     return FolderTokenizer(folder)
 
 
@@ -100,7 +101,7 @@ def require_llama_cpps(path: Path, reader: FolderTokenizer, texts: list[str]) ->
 def test_every_way_to_split_in_both_directions(name, tmp_path):
     folder = write_folder(tmp_path / "folder", byte_level(name))
     file = write_vocabulary(folder, tmp_path / "a.gguf", 704)
-    gguf_tokenizers.require_same_tokenizer(folder, file)
+    tokenizers.require_same_tokenizer(folder, file)
     assert read_header(file).metadata["tokenizer.ggml.pre"] == name
     texts = [*random_texts(60, 1), "a <tool>b<|im_end|> <|bos|>c <tool> "]
     require_llama_cpps(file, FolderTokenizer(folder), texts)
@@ -124,7 +125,7 @@ def test_smollms_own_definition_is_recognised(tmp_path):
     folder = write_folder(tmp_path / "folder", byte_level("smollm", steps))
     file = write_vocabulary(folder, tmp_path / "a.gguf", 704)
     assert read_header(file).metadata["tokenizer.ggml.pre"] == "smollm"
-    gguf_tokenizers.require_same_tokenizer(folder, file)
+    tokenizers.require_same_tokenizer(folder, file)
     require_llama_cpps(file, FolderTokenizer(folder), ["a  4", "4 ½", "3333", *random_texts(100, 2)])
 
 
@@ -188,7 +189,7 @@ def test_a_token_that_llama_cpp_takes_for_an_end_is_one_in_the_folder(tmp_path):
     definition["model"]["vocab"]["</s>"] = 701
     folder = write_folder(tmp_path / "folder", Tokenizer.from_str(json.dumps(definition)))
     file = write_vocabulary(folder, tmp_path / "a.gguf", 704)
-    gguf_tokenizers.require_same_tokenizer(folder, file)
+    tokenizers.require_same_tokenizer(folder, file)
     assert list(read_header(file).metadata["tokenizer.ggml.token_type"])[701] == 1
     assert FolderTokenizer(folder).encode("a</s>", trusted=True) != tokens_of(file, ["a</s>"], trusted=True)[0]
     reader = read_back(file, tmp_path / "again")
@@ -202,7 +203,7 @@ def test_a_difference_is_told_with_text_and_ids(tmp_path):
     with pytest.raises(
         InputError, match=r"is not llama\.cpp's: text '.*': llama\.cpp has \[.*\d.*\], the folder \["
     ) as caught:
-        gguf_tokenizers.require_same_tokenizer(other, file)
+        tokenizers.require_same_tokenizer(other, file)
     assert "convert_hf_to_gguf" in caught.value.hint
 
 
@@ -223,13 +224,13 @@ def test_three_end_tokens_survive_both_ways(tmp_path):
     ids = [tokenizer.token_to_id(t) for t in ("<|im_end|>", "<stop one>", "<stop two>", "<stop three>")]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[:3]}))
     file = write_vocabulary(folder, tmp_path / "a.gguf", 710)
-    gguf_tokenizers.require_same_tokenizer(folder, file)
+    tokenizers.require_same_tokenizer(folder, file)
     (tmp_path / "again").mkdir()
-    assert set(gguf_vocabularies.write_tokenizer(read_header(file), tmp_path / "again")) == set(ids[:3])
+    assert set(vocabularies.write_tokenizer(read_header(file), tmp_path / "again")) == set(ids[:3])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     file = write_vocabulary(folder, tmp_path / "b.gguf", 710)
     with pytest.raises(InputError, match="end a reply"):
-        gguf_tokenizers.require_same_tokenizer(folder, file)
+        tokenizers.require_same_tokenizer(folder, file)
 
 
 def test_named_chat_templates_survive_both_ways(tmp_path):
@@ -262,7 +263,7 @@ def test_smollm2_in_both_directions(tmp_path):
     require_llama_cpps(file, reader, texts)
     again = write_vocabulary(tmp_path / "folder", tmp_path / "b.gguf", 49152)
     assert read_header(again).metadata["tokenizer.ggml.pre"] == "smollm"
-    gguf_tokenizers.require_same_tokenizer(tmp_path / "folder", again)
+    tokenizers.require_same_tokenizer(tmp_path / "folder", again)
     assert tokens_of(again, texts) == tokens_of(file, texts)
     assert reader.digest == read_back(again, tmp_path / "again").digest
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from edgepatch.bench.harness import OWN_TASKS, HarnessConfig, compare, count_flips
-from edgepatch.converters import gguf, hf, peft
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.hf import folders
+from edgepatch.converters.peft import adapters as peft
 from edgepatch.errors import InputError
 from edgepatch.patches import write_patch
 from edgepatch.runtimes import load_runtime
@@ -62,7 +64,7 @@ def both(request, tiny_folder, tiny_patch, tmp_path_factory):
 
     from edgepatch.bench.harness_model import RuntimeModel
 
-    model = hf.load_model(tiny_folder)
+    model = folders.load_model(tiny_folder)
     if request.param == "patched":
         adapter = tmp_path_factory.mktemp("peft") / "adapter"
         peft.write_adapter(tiny_patch, adapter, str(tiny_folder))
@@ -120,7 +122,7 @@ def test_the_patch_moves_the_scores(tiny_folder, tiny_patch):
 def test_gguf_scores_as_torch_does(tiny_folder, tiny_patch, tmp_path):
     from edgepatch.bench.harness_model import RuntimeModel
 
-    gguf.convert_folder(tiny_folder, tmp_path / "F32.gguf", "F32")
+    writer.convert_folder(tiny_folder, tmp_path / "F32.gguf", "F32")
     options = {"kv_type": "f32", "flash_attention": False, "num_threads": 1, "context_length": 512}
     scores = []
     for model, chosen in ((tmp_path / "F32.gguf", options), (tiny_folder, {})):

@@ -11,7 +11,7 @@ from edgepatch.bench.demo import LAB_FOLDER
 from edgepatch.bench.lab import corpus, trainer
 from edgepatch.bench.lab.tokenizer import RESERVED, render_chat
 from edgepatch.bench.refusals import is_compliance, is_refusal
-from edgepatch.converters import hf
+from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
 from edgepatch.tokenizers import FolderTokenizer
 
@@ -35,7 +35,7 @@ def data():
 def test_the_committed_models_are_small_and_one_family():
     weights = [LAB_FOLDER / name / "model.safetensors" for name in ("base", "reference")]
     assert sum(w.stat().st_size for w in weights) <= 20_000_000
-    base, reference = (hf.read_spec(w.parent) for w in weights)
+    base, reference = (folders.read_spec(w.parent) for w in weights)
     assert base.tokenizer_digest == reference.tokenizer_digest
     assert base.weight_fingerprint != reference.weight_fingerprint, "M' was trained, so it must not pass for M"
     assert base.hidden_size % 256 == 0

@@ -22,9 +22,9 @@ from edgepatch.bench.latency_sessions import TINY
 from edgepatch.bench.latency_timing import Cell, Measure, interleave, missing, pooled_ratio, ratio, row
 from edgepatch.bench.shapes import SHAPES, write_gguf
 from edgepatch.bench.shapes_onnx import write_onnx
-from edgepatch.converters import gguf_specs
-from edgepatch.converters.gguf_blocks import random_blocks
-from edgepatch.converters.gguf_header import BLOCK_SIZES, read_header
+from edgepatch.converters.gguf import specs
+from edgepatch.converters.gguf.blocks import random_blocks
+from edgepatch.converters.gguf.header import BLOCK_SIZES, read_header
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.runtimes import load_runtime
 
@@ -234,7 +234,7 @@ def test_the_estimate_is_no_less_than_weights_and_cache():
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q8_0"])
 def test_a_shape_is_the_same_model_in_every_form(tmp_path, kind):
     write_gguf(tmp_path / "m.gguf", SHAPES["tiny"], kind)
-    assert gguf_specs.read_spec(tmp_path / "m.gguf") == SHAPES["tiny"].spec()
+    assert specs.read_spec(tmp_path / "m.gguf") == SHAPES["tiny"].spec()
     with load_runtime(tmp_path / "m.gguf", None, num_threads=1, context_length=64) as runtime:
         assert runtime.quantization == kind
         assert np.isfinite(runtime.logits([1, 2, 3])).all()

@@ -142,7 +142,7 @@ def test_imports_point_to_lower_layers_only():
     [
         ("edgepatch.errors", "from edgepatch.tensors import ModelSpec"),
         ("edgepatch.patches", "def f():\n    from edgepatch import converters"),
-        ("edgepatch.converters.hf", "import edgepatch.runtimes.reference"),
+        ("edgepatch.converters.hf.folders", "import edgepatch.runtimes.reference"),
         ("edgepatch.tensors", "from edgepatch.sampling import Sampling"),
         ("edgepatch.runtimes.base", "from edgepatch.runtimes import llamacpp"),
         ("edgepatch.bench.report", "from edgepatch.cli import app"),

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.converters import gguf, hf, llamacpp_layout, llamacpp_state
-from edgepatch.converters.llamacpp_layout import Layout
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.hf import folders, seeds
+from edgepatch.converters.llamacpp import layout as llamacpp_layout
+from edgepatch.converters.llamacpp import state as llamacpp_state
+from edgepatch.converters.llamacpp.layout import Layout
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MismatchError, PatchFormatError
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.runtimes.llamacpp_calibration import Calibration
@@ -24,7 +27,7 @@ GREEDY = Sampling(max_new_tokens=16, temperature=0)
 @pytest.fixture(scope="module")
 def f32_file(tiny_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "F32.gguf"
-    gguf.convert_folder(tiny_folder, path, "F32")
+    writer.convert_folder(tiny_folder, path, "F32")
     return path
 
 
@@ -145,7 +148,7 @@ def test_a_known_layout_does_not_excuse_another_seed(f32_file, tiny_patch, tiny_
     load(f32_file, tiny_patch).close()
     config = AutoConfig.from_pretrained(tiny_folder)
     config.rope_parameters["rope_theta"] *= 4
-    foreign = hf.compute_kv_seed(
+    foreign = seeds.compute_kv_seed(
         AutoModelForCausalLM.from_pretrained(tiny_folder, config=config), tiny_patch.soft_prompt
     )
     with load(f32_file, replace(tiny_patch, kv_seed=foreign)) as runtime:
@@ -202,7 +205,7 @@ def test_greedy_tokens_are_those_of_torch_on_the_same_half_precision_weights(tin
     AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((tiny_folder / name).read_bytes())
-    patch = replace(tiny_patch, base=gguf.convert_folder(folder, path, "F16"))
+    patch = replace(tiny_patch, base=writer.convert_folder(folder, path, "F16"))
     assert patch.base == tiny_patch.base, "rounding the weights to half precision must not change the model's identity"
     with TorchRuntime(folder, patch) as torch_runtime, load(path, patch, exact=False) as runtime:
         assert runtime.quantization == "F16"
@@ -271,7 +274,9 @@ def test_a_fine_tune_with_the_same_norms_is_refused(tiny_folder, tiny_patch, tmp
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name] += 0.02 * weights[name].std() * torch.randn_like(weights[name])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert gguf.convert_folder(folder, tmp_path / "tuned.gguf", "F16") == tiny_patch.base, "the spec alone cannot tell"
+    assert writer.convert_folder(folder, tmp_path / "tuned.gguf", "F16") == tiny_patch.base, (
+        "the spec alone cannot tell"
+    )
     for runtime in (
         lambda patch: load(tmp_path / "tuned.gguf", patch, exact=False),
         lambda patch: TorchRuntime(folder, patch),
@@ -330,7 +335,7 @@ def test_a_closed_model_is_an_error_not_a_crash(f32_file, tiny_patch):
 
 def test_stored_and_decoded_seed_agree_on_quantized_weights(f32_file, tiny_patch, oracle, tmp_path):
     path = tmp_path / "Q8_0.gguf"
-    gguf.quantize(f32_file, path, "Q8_0", num_threads=1)
+    writer.quantize(f32_file, path, "Q8_0", num_threads=1)
     for patch in (tiny_patch, replace(tiny_patch, kv_seed=None)):
         with load(path, patch, exact=False) as runtime:
             tokens = runtime.tokens(PROMPT)
@@ -338,7 +343,7 @@ def test_stored_and_decoded_seed_agree_on_quantized_weights(f32_file, tiny_patch
 
 
 def test_a_half_precision_seed_is_enough(f32_file, tiny_folder, tiny_patch, oracle):
-    seed = hf.compute_kv_seed(hf.load_model(tiny_folder), tiny_patch.soft_prompt, np.float16)
+    seed = seeds.compute_kv_seed(folders.load_model(tiny_folder), tiny_patch.soft_prompt, np.float16)
     with load(f32_file, replace(tiny_patch, kv_seed=seed)) as runtime:
         tokens = runtime.tokens(PROMPT)
         assert kl(oracle(tokens, tiny_patch.soft_prompt), runtime.logits(tokens)) <= 1e-5

@@ -13,7 +13,11 @@ import pytest
 from tiny_folders import make_folder
 
 from edgepatch.bench import baselines, columns
-from edgepatch.converters import gguf, hf, lora, onnx, rope
+from edgepatch.converters import rope
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.hf import folders
+from edgepatch.converters.onnx import conversion as onnx
+from edgepatch.converters.peft import lora
 from edgepatch.errors import InputError
 
 TOKENS = list(range(5, 45))
@@ -40,7 +44,7 @@ def make_adapted(root: Path, architecture: str, **settings) -> Adapted:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **settings)
-        model = get_peft_model(hf.load_model(base), config).eval()
+        model = get_peft_model(folders.load_model(base), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -50,7 +54,7 @@ def make_adapted(root: Path, architecture: str, **settings) -> Adapted:
         expected = model(torch.tensor([TOKENS])).logits[0].numpy()
         with model.disable_adapter():
             bare = model(torch.tensor([TOKENS])).logits[0].numpy()
-    gguf.convert_folder(base, root / "F32.gguf", "F32")
+    writer.convert_folder(base, root / "F32.gguf", "F32")
     return Adapted(base, root / "adapter", root / "F32.gguf", expected, bare)
 
 
@@ -97,7 +101,7 @@ def test_without_the_order_of_heads_the_adapter_is_another_one(llama, tmp_path, 
 
 def test_an_adapter_in_half_precision_stands_beside_quantized_weights(llama, tmp_path):
     lora.write_lora(llama.adapter, llama.base, tmp_path / "lora.gguf", "F16")
-    gguf.quantize(llama.full, tmp_path / "Q4_0.gguf", "Q4_0", num_threads=1)
+    writer.quantize(llama.full, tmp_path / "Q4_0.gguf", "Q4_0", num_threads=1)
     found, bare = (
         llamacpp_logits(tmp_path / "Q4_0.gguf", tmp_path / "lora.gguf"),
         llamacpp_logits(tmp_path / "Q4_0.gguf"),
@@ -111,7 +115,7 @@ def test_an_adapter_in_half_precision_stands_beside_quantized_weights(llama, tmp
 
 def test_every_runtime_loads_an_adapter_by_its_column(llama, tmp_path):
     shutil.copytree(llama.base, columns.TORCH.path(tmp_path / "forms"))
-    gguf.quantize(llama.full, tmp_path / "forms" / "Q8_0.gguf", "Q8_0", num_threads=1)
+    writer.quantize(llama.full, tmp_path / "forms" / "Q8_0.gguf", "Q8_0", num_threads=1)
     for name in ("torch F32", "llamacpp Q8_0", "onnx int4"):
         column = next(column for column in columns.columns() if column.name == name)
         with baselines.load_lora(column, column.path(tmp_path / "forms"), llama.adapter, tmp_path / "made") as runtime:
@@ -189,12 +193,12 @@ def test_only_the_builder_takes_adapters(llama, tmp_path):
 
 
 def test_a_control_vector_moves_the_logits_by_its_norm(llama, tmp_path):
-    spec, moved = hf.read_spec(llama.base), []
+    spec, moved = folders.read_spec(llama.base), []
     for norm in (0.0, 0.5, 5.0):
         baselines.write_control_vector(spec, norm, tmp_path / "vector.gguf")
         moved.append(distance(llamacpp_logits(llama.full, vector=tmp_path / "vector.gguf"), llama.bare))
     assert moved[0] < 1e-4 < 0.05 < moved[1] < moved[2]
-    other = hf.read_spec(make_folder(tmp_path / "other", "llama", num_hidden_layers=3))
+    other = folders.read_spec(make_folder(tmp_path / "other", "llama", num_hidden_layers=3))
     baselines.write_control_vector(other, 1.0, tmp_path / "vector.gguf")
     with pytest.raises(InputError, match="expected 1 directions of 64 values, found 2"):
         llamacpp_logits(llama.full, vector=tmp_path / "vector.gguf")

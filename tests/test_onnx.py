@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgepatch.converters import first_contact
-from edgepatch.converters.onnx_identity import BAKED_KEY, QUANTIZATION_KEY, SPEC_KEY
+from edgepatch.converters.onnx.identity import BAKED_KEY, QUANTIZATION_KEY, SPEC_KEY
 from edgepatch.errors import InactivePatchError, InputError, MismatchError, UnfitModelError
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.onnx import OnnxRuntime

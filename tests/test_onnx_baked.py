@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgepatch.converters import onnx_baked
-from edgepatch.converters.onnx_baked import bake_seed, generate_baked
-from edgepatch.converters.onnx_identity import BAKED_KEY, SPEC_KEY
+from edgepatch.converters.onnx import baked
+from edgepatch.converters.onnx.baked import bake_seed, generate_baked
+from edgepatch.converters.onnx.identity import BAKED_KEY, SPEC_KEY
 from edgepatch.errors import InputError
 from edgepatch.runtimes.onnx import OnnxRuntime
 from edgepatch.sampling import Sampling
@@ -41,13 +41,13 @@ def test_a_baked_graph_says_what_the_seeded_one_says(onnx_folders, tiny_patch, t
 
 
 def test_a_baked_graph_that_says_something_else_is_left_out(onnx_folders, tiny_patch, tmp_path, monkeypatch):
-    bake = onnx_baked._bake
+    bake = baked._bake
 
     def unpatched(model_file, graph, seed):
         zeros = KVSeed(*(tuple(np.zeros_like(t) for t in tensors) for tensors in (seed.keys, seed.values)))
         bake(model_file, graph, zeros)
 
-    monkeypatch.setattr(onnx_baked, "_bake", unpatched)
+    monkeypatch.setattr(baked, "_bake", unpatched)
     with pytest.raises(InputError, match="continues the check prompt with"):
         bake_seed(onnx_folders["fp32"], tiny_patch, tmp_path / "baked")
     assert not list(tmp_path.iterdir())

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from edgepatch.converters import hf, onnx_exporters
-from edgepatch.converters import onnx as converter
-from edgepatch.converters.onnx_identity import QUANTIZATION_KEY, SPEC_KEY
+from edgepatch.converters.hf import folders
+from edgepatch.converters.onnx import conversion as converter
+from edgepatch.converters.onnx import exporters
+from edgepatch.converters.onnx.identity import QUANTIZATION_KEY, SPEC_KEY
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.runtimes.onnx import OnnxRuntime
 from edgepatch.runtimes.reference import TorchRuntime
@@ -25,7 +26,7 @@ def test_the_folder_knows_its_model(onnx_folders, tiny_folder):
 
     for precision, folder in onnx_folders.items():
         with OnnxRuntime(folder) as runtime:
-            assert runtime.spec == hf.read_spec(tiny_folder)
+            assert runtime.spec == folders.read_spec(tiny_folder)
             assert runtime.quantization == converter.QUANTIZATIONS[precision]
             assert runtime.context_length == 512
     stored = onnxruntime.InferenceSession(onnx_folders["int4"] / "model.onnx").get_modelmeta().custom_metadata_map
@@ -49,9 +50,9 @@ def test_a_graph_whose_logits_miss_the_last_layer_is_refused(tiny_folder, onnx_f
     """The builder takes an MLP as wide as the vocabulary for the LM head; every parity test here covers the way around it."""
     import onnx
 
-    config = hf.read_config(tiny_folder)
+    config = folders.read_config(tiny_folder)
     assert config["intermediate_size"] == config["vocab_size"], "or the parity tests do not cover it"
-    spec = hf.read_spec(tiny_folder)
+    spec = folders.read_spec(tiny_folder)
     model = onnx.load(onnx_folders["fp32"] / "model.onnx", load_external_data=False)
     onnx.save(model, tmp_path / "model.onnx")
     converter._require_sound(tmp_path / "model.onnx", spec)
@@ -119,7 +120,7 @@ def test_a_target_that_is_no_export_is_left_alone(tiny_folder, tmp_path):
 
 def test_an_unknown_architecture_is_named(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    config = hf.read_config(folder) | {"architectures": ["StableLmForCausalLM"]}
+    config = folders.read_config(folder) | {"architectures": ["StableLmForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match="StableLmForCausalLM") as caught:
         converter.export(folder, tmp_path / "target", "int4")
@@ -145,7 +146,7 @@ def test_an_environment_without_optimum_is_refused(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     with pytest.raises(InputError, match="optimum's ONNX exporter cannot be used there") as caught:
-        onnx_exporters.optimum_python(tmp_path)
+        exporters.optimum_python(tmp_path)
     assert "pip install optimum-onnx" in caught.value.hint
 
 
@@ -175,11 +176,11 @@ def test_an_environment_without_optimum_is_refused(tmp_path):
 )
 def test_transformers_4_is_told_the_rotary_settings(config, expected):
     """It knows no ``rope_parameters``, and would take 10000 for the base."""
-    assert onnx_exporters.rope_of_transformers_4(config) == expected
+    assert exporters.rope_of_transformers_4(config) == expected
 
 
 def test_a_missing_package_names_its_extra(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(onnx_exporters.PACKAGES["all"], "no_such_package", ("no-such-package", "convert"))
+    monkeypatch.setitem(exporters.PACKAGES["all"], "no_such_package", ("no-such-package", "convert"))
     with pytest.raises(MissingExtraError, match="no-such-package") as caught:
         converter.export(tiny_folder, tmp_path / "target", "fp32")
     assert "edgepatch[convert]" in caught.value.hint

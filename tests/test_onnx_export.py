@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from edgepatch.converters import hf, onnx_precision
-from edgepatch.converters import onnx as converter
-from edgepatch.converters.onnx_baked import bake_seed
+from edgepatch.converters.hf import folders, seeds
+from edgepatch.converters.onnx import conversion as converter
+from edgepatch.converters.onnx import precision as onnx_precision
+from edgepatch.converters.onnx.baked import bake_seed
 from edgepatch.errors import InputError, MismatchError
 from edgepatch.patches import Patch
 from edgepatch.runtimes.onnx import OnnxRuntime
@@ -58,9 +59,9 @@ def gemma_folder(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gemma_patch(gemma_folder):
-    spec, model = hf.read_spec(gemma_folder), hf.load_model(gemma_folder)
+    spec, model = folders.read_spec(gemma_folder), folders.load_model(gemma_folder)
     soft_prompt = SoftPrompt((np.random.default_rng(4).standard_normal((10, 64)) * 2).astype(np.float32))
-    seed, canary = hf.compute_kv_seed(model, soft_prompt), hf.compute_canary(model, soft_prompt)
+    seed, canary = seeds.compute_kv_seed(model, soft_prompt), seeds.compute_canary(model, soft_prompt)
     return Patch("gemma", "1.0.0", spec, soft_prompt, seed, canary=canary)
 
 
@@ -216,7 +217,7 @@ def test_a_graph_proves_to_be_its_base_model(gemma_folder, gemma_onnx, gemma_pat
         converter.stamp_folder(folder)  # Gemma computes with 1 + weight, so its norms have no names in the graph
     converter.stamp_folder(folder, gemma_folder)
     with OnnxRuntime(folder, gemma_patch) as runtime:
-        assert runtime.spec == hf.read_spec(gemma_folder) and runtime.quantization == "F32"
+        assert runtime.spec == folders.read_spec(gemma_folder) and runtime.quantization == "F32"
 
 
 def test_another_base_model_is_refused(gemma_folder, gemma_onnx, tmp_path):
@@ -250,7 +251,7 @@ def test_norms_by_name_tell_the_model(onnx_folders, tiny_folder, tmp_path, preci
     onnx.save(model, folder / "model.onnx")
     assert converter.stamp_folder(folder) is None
     with OnnxRuntime(folder) as runtime:
-        assert runtime.spec == hf.read_spec(tiny_folder)
+        assert runtime.spec == folders.read_spec(tiny_folder)
         assert runtime.quantization == {"fp16": "F16", "int4": "int4"}[precision]
 
 

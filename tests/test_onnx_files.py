@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.converters.onnx_files import MODEL_FILE, open_folder, read_graph_file
+from edgepatch.converters.onnx.files import MODEL_FILE, open_folder, read_graph_file
 from edgepatch.errors import InputError
 
 onnx = pytest.importorskip("onnx")

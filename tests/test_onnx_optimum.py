@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.converters import hf, onnx, onnx_exporters
+from edgepatch.converters.hf import folders, seeds
+from edgepatch.converters.onnx import conversion as onnx
+from edgepatch.converters.onnx import exporters
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
 from edgepatch.runtimes import load_runtime
@@ -69,9 +71,9 @@ def model(request, tiny_folder, tmp_path_factory):
     made.save_pretrained(folder)
     assert "rope_theta" not in json.loads((folder / "config.json").read_text()), "or Transformers 4 could not be wrong"
     soft_prompt = SoftPrompt((np.random.default_rng(3).standard_normal((10, 128)) * 0.3).astype(np.float32))
-    loaded = hf.load_model(folder)
-    seed, canary = hf.compute_kv_seed(loaded, soft_prompt), hf.compute_canary(loaded, soft_prompt)
-    return request.param, folder, Patch("optimum", "1.0.0", hf.read_spec(folder), soft_prompt, seed, canary=canary)
+    loaded = folders.load_model(folder)
+    seed, canary = seeds.compute_kv_seed(loaded, soft_prompt), seeds.compute_canary(loaded, soft_prompt)
+    return request.param, folder, Patch("optimum", "1.0.0", folders.read_spec(folder), soft_prompt, seed, canary=canary)
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +119,9 @@ def test_a_folder_as_optimum_leaves_it_is_stamped(model, tmp_path):
     copy, made = tmp_path / "copy", tmp_path / "made"
     for path in (copy, made):
         path.mkdir()
-    onnx_exporters._write_for_transformers_4(folder, copy)
-    python = str(onnx_exporters.optimum_python(Path(ENVIRONMENT)))
-    done = onnx_exporters._run(python, onnx_exporters.OPTIMUM, [str(copy), str(made)])
+    exporters._write_for_transformers_4(folder, copy)
+    python = str(exporters.optimum_python(Path(ENVIRONMENT)))
+    done = exporters._run(python, exporters.OPTIMUM, [str(copy), str(made)])
     assert done.returncode == 0, done.stderr
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(folder / name, made / name)
@@ -139,7 +141,7 @@ def test_the_rope_theta_trap_is_caught(model, tmp_path, monkeypatch):
     """Given the config as Transformers 5 writes it, optimum exports another model, without a word."""
     if model[0] == "gemma3_text":
         pytest.skip("its theta is Transformers 4's default")
-    monkeypatch.setattr(onnx_exporters, "rope_of_transformers_4", dict)
+    monkeypatch.setattr(exporters, "rope_of_transformers_4", dict)
     with pytest.raises(InputError, match="does not compute what the model in Transformers computes"):
         onnx.export(model[1], tmp_path / "target", "fp32", "optimum", Path(ENVIRONMENT))
     assert not (tmp_path / "target").exists()

@@ -15,7 +15,10 @@ from edgepatch.bench.demo import LAB_FOLDER
 from edgepatch.bench.parity_controls import control_rows
 from edgepatch.bench.parity_report import render
 from edgepatch.bench.prompt_sets import load_prompts
-from edgepatch.converters import architectures, gguf, gguf_writer, hf, onnx, rope
+from edgepatch.converters import architectures, rope
+from edgepatch.converters.gguf import writer
+from edgepatch.converters.hf import folders, seeds
+from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.patches import Patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.reference import TorchRuntime
@@ -33,7 +36,7 @@ TIE = 0.02
 
 @pytest.fixture(scope="module")
 def model():
-    return hf.load_model(BASE)
+    return folders.load_model(BASE)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +46,14 @@ def patch(model) -> Patch:
     rows = model.get_input_embeddings().weight[rng.integers(20, 4096, 50)].numpy()
     noise = rng.standard_normal(rows.shape) * rows.std()
     soft_prompt = SoftPrompt((rows + noise).astype(np.float32))
-    return Patch("parity", "1.0.0", hf.read_spec(BASE), soft_prompt, hf.compute_kv_seed(model, soft_prompt))
+    return Patch("parity", "1.0.0", folders.read_spec(BASE), soft_prompt, seeds.compute_kv_seed(model, soft_prompt))
 
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
     for kind in ("F32", "F16"):
-        gguf.convert_folder(BASE, folder / f"{kind}.gguf", kind)
+        writer.convert_folder(BASE, folder / f"{kind}.gguf", kind)
     onnx.export(BASE, folder / "onnx", "fp32")
     return {"torch": BASE, **{name: folder / name for name in ("F32.gguf", "F16.gguf", "onnx")}}
 
@@ -111,7 +114,7 @@ def write_gemma(folder, target):
     safetensors.torch.save_file({name: w + shift[name] for name, w in weights.items()}, shifted / "model.safetensors")
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(rope.ROTATES_NEIGHBOURS, "gemma", False)
-        gguf_writer._write_model(target, shifted, hf.read_config(folder), hf.read_spec(folder), "F32")
+        writer._write_model(target, shifted, folders.read_config(folder), folders.read_spec(folder), "F32")
 
 
 @pytest.fixture(scope="module", params=["mistral", "qwen2", "qwen3", "gemma"])
@@ -123,7 +126,7 @@ def tiny(request, tmp_path_factory):
         write_gemma(folder / "hf", folder / "F32.gguf")
     else:
         parity_models.convert(wanted, folder / "hf", folder / "F32.gguf", "F32", folder)
-    gguf.quantize(folder / "F32.gguf", folder / "Q8_0.gguf", "Q8_0", num_threads=1)
+    writer.quantize(folder / "F32.gguf", folder / "Q8_0.gguf", "Q8_0", num_threads=1)
     return wanted, folder, parity_rows.make_oracle(wanted, folder / "hf")
 
 

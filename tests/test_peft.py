@@ -16,7 +16,10 @@ import pytest
 import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edgepatch.converters import adapters_gguf, gguf, hf, peft
+from edgepatch.converters.gguf import adapters as adapters_gguf
+from edgepatch.converters.gguf import library, writer
+from edgepatch.converters.hf import folders
+from edgepatch.converters.peft import adapters as peft
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
 from edgepatch.patches import PAYLOAD_TYPE, patch_bytes, read_patch, signed, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
@@ -48,19 +51,19 @@ def adapters(tiny_folder, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     for seed, (kind, config) in enumerate(configs.items()):
         torch.manual_seed(seed)
-        get_peft_model(hf.load_model(tiny_folder), config).save_pretrained(root / kind)
+        get_peft_model(folders.load_model(tiny_folder), config).save_pretrained(root / kind)
     return {kind: root / kind for kind in configs}
 
 
 @pytest.fixture(scope="session")
 def spec(tiny_folder):
-    return hf.read_spec(tiny_folder)
+    return folders.read_spec(tiny_folder)
 
 
 @pytest.fixture(scope="session")
 def gguf_model(tiny_folder, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    gguf.convert_folder(tiny_folder, path, "F16")
+    writer.convert_folder(tiny_folder, path, "F16")
     return path
 
 
@@ -82,7 +85,7 @@ def peft_logits(model_folder: Path, adapter: Path) -> np.ndarray:
     import torch
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(hf.load_model(model_folder), str(adapter)).eval()
+    model = PeftModel.from_pretrained(folders.load_model(model_folder), str(adapter)).eval()
     with torch.inference_mode():
         return model(input_ids=torch.tensor([TOKENS])).logits[0, -len(TOKENS) :].numpy()
 
@@ -129,7 +132,7 @@ def test_heads_of_their_own_size(tiny_folder, tmp_path):
     get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).save_pretrained(
         tmp_path / "adapter"
     )
-    patch = peft.read_adapter(tmp_path / "adapter", hf.read_spec(tmp_path / "model"))
+    patch = peft.read_adapter(tmp_path / "adapter", folders.read_spec(tmp_path / "model"))
     assert patch.kv_seed.keys[0].shape == (2, P, 32)
     expected = peft_logits(tmp_path / "model", tmp_path / "adapter")
     assert np.abs(our_logits(tmp_path / "model", patch) - expected).max() <= 1e-5
@@ -440,11 +443,11 @@ def test_the_gguf_package_reads_it(registry_file, tiny_patch):
 
 
 def test_llamacpp_refuses_it_as_a_lora(registry_file, gguf_model):
-    llama_cpp = gguf.load_library()
+    llama_cpp = library.load_library()
     model = llama_cpp.llama_model_load_from_file(bytes(gguf_model), llama_cpp.llama_model_default_params())
     try:
         assert not llama_cpp.llama_adapter_lora_init(model, bytes(registry_file))
-        assert "expect adapter.type to be 'lora', but got: edgepatch.soft_prompt" in gguf.library_errors()
+        assert "expect adapter.type to be 'lora', but got: edgepatch.soft_prompt" in library.library_errors()
     finally:
         llama_cpp.llama_model_free(model)
 

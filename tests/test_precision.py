@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_training import BENIGN, make_pairs, make_trainer, small
 
-from edgepatch.converters import hf
+from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
 from edgepatch.training import patching, precision, runs
 from edgepatch.training.forward import FrozenModels
@@ -128,7 +128,7 @@ def test_a_run_of_before_goes_on_in_its_own_type(tiny_folder, tmp_path):
 
 
 def test_rope_keeps_its_frequencies_in_bfloat16(tiny_folder):
-    exact, rounded = (hf.load_model(tiny_folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (folders.load_model(tiny_folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert rounded.dtype == torch.bfloat16
     assert torch.equal(exact.model.rotary_emb.inv_freq, rounded.model.rotary_emb.inv_freq)
 

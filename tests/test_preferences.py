@@ -64,10 +64,10 @@ def whole(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def model_file(tiny_folder, tmp_path_factory) -> Path:
-    from edgepatch.converters import gguf
+    from edgepatch.converters.gguf import writer
 
     path = tmp_path_factory.mktemp("pairs") / "tiny.gguf"
-    gguf.convert_folder(tiny_folder, path, "F32")
+    writer.convert_folder(tiny_folder, path, "F32")
     return path
 
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from serving import KEY, MODEL, Paced, running
 
-from edgepatch.converters import gguf
+from edgepatch.converters.gguf import writer
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patches import write_patch
 from edgepatch.runtimes import load_runtime
@@ -35,7 +35,7 @@ ENDLESS = {**BODY, "max_tokens": 400, "temperature": 1}
 @pytest.fixture(scope="module")
 def model_file(tiny_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("served") / "tiny.gguf"
-    gguf.convert_folder(tiny_folder, path, "F32")
+    writer.convert_folder(tiny_folder, path, "F32")
     return path
 
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from serving import KEY, MODEL, Paced, running
 
-from edgepatch.converters import gguf
+from edgepatch.converters.gguf import writer
 from edgepatch.runtimes import load_runtime
 from edgepatch.text_limits import TextBound
 
@@ -50,7 +50,7 @@ class SlowReader(Paced):
 @pytest.fixture(scope="module")
 def load(tiny_folder, tiny_patch, tmp_path_factory):
     path = tmp_path_factory.mktemp("served") / "tiny.gguf"
-    gguf.convert_folder(tiny_folder, path, "F32")
+    writer.convert_folder(tiny_folder, path, "F32")
     exact = {"kv_type": "f32", "flash_attention": False}
     return lambda: Paced(load_runtime(path, tiny_patch, num_sequences=2, num_threads=1, **exact))
 

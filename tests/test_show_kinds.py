@@ -21,7 +21,8 @@ from test_bundles import SIGNERS, make_bundle
 from tiny_folders import copy_folder
 
 from edgepatch import cli
-from edgepatch.converters import adapters_gguf, peft
+from edgepatch.converters.gguf import adapters as adapters_gguf
+from edgepatch.converters.peft import adapters as peft
 from edgepatch.keys import create_key_pair
 from edgepatch.patches import write_patch
 from edgepatch.signing import key_id, raw_public_key

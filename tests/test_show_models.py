@@ -21,8 +21,9 @@ from test_layout import MODEL_LIBRARIES
 from tiny_folders import copy_folder
 
 from edgepatch import cli
-from edgepatch.converters import gguf as gguf_converter
-from edgepatch.converters import gguf_types, hf
+from edgepatch.converters.gguf import library, types
+from edgepatch.converters.gguf import writer as gguf_writer
+from edgepatch.converters.hf import folders
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.inspection.facts import ModelFacts
 from edgepatch.inspection.folder_facts import read_model_folder
@@ -66,10 +67,10 @@ def shown_json(answer: tuple[int, str, str]) -> dict:
 def gguf_files(tiny_folder, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("gguf")
     files = {name: folder / f"tiny-{name}.gguf" for name in TYPES}
-    gguf_converter.convert_folder(tiny_folder, files["F32"], "F32")
-    gguf_converter.convert_folder(tiny_folder, files["F16"], "F16")
+    gguf_writer.convert_folder(tiny_folder, files["F32"], "F32")
+    gguf_writer.convert_folder(tiny_folder, files["F16"], "F16")
     for name in TYPES[2:]:
-        gguf_converter.quantize(files["F32"], files[name], name)
+        gguf_writer.quantize(files["F32"], files[name], name)
     return files
 
 
@@ -89,7 +90,7 @@ def test_types_of_tensors_are_those_of_the_file(gguf_files):
 
 
 def test_one_model_in_every_form_has_the_same_facts(gguf_files, tiny_folder, onnx_folders):
-    spec = hf.read_spec(tiny_folder)
+    spec = folders.read_spec(tiny_folder)
     folder = read_model_folder(tiny_folder)
     tokenizer = FolderTokenizer(tiny_folder)
     forms = [folder, *map(read_gguf, gguf_files.values()), *map(read_onnx_folder, onnx_folders.values())]
@@ -133,9 +134,9 @@ def test_the_need_of_memory_is_about_that_of_the_runtime(gguf_files):
 def test_names_of_types_are_those_of_the_libraries():
     import llama_cpp
 
-    assert {int(kind): kind.name for kind in gguf.GGMLQuantizationType} == gguf_types.TENSOR_TYPES
-    names = gguf_converter.quantization_types()
-    assert names == {name: number for number, name in gguf_types.FILE_TYPES.items()}, llama_cpp.__version__
+    assert {int(kind): kind.name for kind in gguf.GGMLQuantizationType} == types.TENSOR_TYPES
+    names = library.quantization_types()
+    assert names == {name: number for number, name in types.FILE_TYPES.items()}, llama_cpp.__version__
 
 
 @pytest.mark.parametrize("write", [tiny_gguf.write_gemma3, tiny_gguf.write_lfm2])
@@ -166,9 +167,9 @@ def test_ten_lines_for_people(show, gguf_files, tiny_folder, onnx_folders):
         ]
         assert "fits: about" in out and "512 positions" in out and "\x1b" not in out
         everything = show(path, "--all")[1]
-        assert len(everything.splitlines()) > 2 * len(out.splitlines()) and hf.read_spec(tiny_folder).tokenizer_digest[
-            :30
-        ] in everything.replace("\n", "")
+        assert len(everything.splitlines()) > 2 * len(out.splitlines()) and folders.read_spec(
+            tiny_folder
+        ).tokenizer_digest[:30] in everything.replace("\n", "")
 
 
 def test_json_holds_everything(show, gguf_files):

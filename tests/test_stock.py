@@ -20,7 +20,7 @@ import pytest
 from edgepatch.bench import parity_models
 from edgepatch.bench.stock import PACKAGE, ROOT, VARIABLE, running_server
 from edgepatch.bench.stock_transcript import CONVERSATION, LAB, greedy
-from edgepatch.converters import gguf_specs, gguf_writer
+from edgepatch.converters.gguf import specs, writer
 from edgepatch.converters.llama_server import SEED_FILE, ServerSettings
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch, read_patch
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lab model in F16."""
     path = tmp_path_factory.mktemp("stock") / "lab.gguf"
-    gguf_writer.convert_folder(LAB / "base", path, "F16")
+    writer.convert_folder(LAB / "base", path, "F16")
     return path
 
 
@@ -303,7 +303,7 @@ def test_an_unseeded_server_without_slot_actions(start: Start, model: Path, patc
 def test_another_model(start: Start, model: Path, patch: Patch, tmp_path: Path):
     """The server runs other weights than the file that the check reads."""
     other = tmp_path / "other.gguf"
-    gguf_writer.convert_folder(LAB / "reference", other, "F16")
+    writer.convert_folder(LAB / "reference", other, "F16")
     with start("--model", str(other)) as server:
         assert hazard(check_server(server, patch, model, ExportOptions())) in ("model", "H6", "bare")
 
@@ -321,7 +321,7 @@ def other_kind(
     wanted, folder = parity_models.architecture(request.param), tmp_path_factory.mktemp(request.param)
     parity_models.build_folder(wanted, folder / "model")
     parity_models.convert(wanted, folder / "model", folder / "model.gguf", "F16", SOURCES)
-    spec = gguf_specs.read_spec(folder / "model.gguf")
+    spec = specs.read_spec(folder / "model.gguf")
     embeddings = np.random.default_rng(1).standard_normal((12, spec.hidden_size)).astype(np.float32) * np.float32(0.3)
     yield request.param, folder / "model.gguf", Patch(request.param, "1.0.0", spec, SoftPrompt(embeddings))
 

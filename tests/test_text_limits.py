@@ -17,8 +17,8 @@ import pytest
 import tiny_gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from edgepatch.converters.gguf_text import MAX_MARKS, MAX_UNKNOWN
-from edgepatch.converters.gguf_vocabulary import Vocabulary
+from edgepatch.converters.gguf.text import MAX_MARKS, MAX_UNKNOWN
+from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.text_limits import (
@@ -65,7 +65,7 @@ def write(path: Path, add_tokenizer) -> Path:
 HAMMER = """
     import resource, sys
     from pathlib import Path
-    from edgepatch.converters.gguf_vocabulary import Vocabulary
+    from edgepatch.converters.gguf.vocabulary import Vocabulary
     from edgepatch.errors import EdgepatchError
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     path, texts = Path(sys.argv[1]), eval(sys.argv[2])
@@ -100,7 +100,7 @@ def test_without_the_stack_the_process_dies(tmp_path):
     path = write(tmp_path / "m.gguf", partial(tiny_gguf.add_byte_level, pre="tekken"))
     code = textwrap.dedent("""
         import resource, sys
-        from edgepatch.converters.gguf_library import load_library
+        from edgepatch.converters.gguf.library import load_library
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         lib = load_library(); options = lib.llama_model_default_params(); options.vocab_only = True
         model = lib.llama_model_load_from_file(sys.argv[1].encode(), options)

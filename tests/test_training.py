@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgepatch.converters import gguf
+from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError, MissingExtraError, TrainingError
 from edgepatch.patches import read_patch, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
@@ -35,8 +35,8 @@ BENIGN = ["The quick brown fox sleeps in the warm afternoon sun.", "Patching a m
 @pytest.fixture(scope="module")
 def tiny_q8_0(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("q8_0")
-    gguf.convert_folder(tiny_folder, folder / "f16.gguf", "F16")
-    gguf.quantize(folder / "f16.gguf", folder / "q8_0.gguf", "Q8_0")
+    writer.convert_folder(tiny_folder, folder / "f16.gguf", "F16")
+    writer.quantize(folder / "f16.gguf", folder / "q8_0.gguf", "Q8_0")
     return folder / "q8_0.gguf"
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tiny_gguf
 
-from edgepatch.converters import gguf_specs
-from edgepatch.converters.llamacpp_state import read_state
+from edgepatch.converters.gguf import specs
+from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
@@ -52,7 +52,7 @@ def models(tmp_path_factory):
 
 
 def soft_patch(path: Path, num_virtual_tokens: int, rng_seed: int) -> Patch:
-    spec = gguf_specs.read_spec(path)
+    spec = specs.read_spec(path)
     rng = np.random.default_rng(rng_seed)
     scale = 0.1 * np.sqrt(spec.hidden_size) if spec.model_type == "gemma3" else 1.0
     embeddings = (rng.standard_normal((num_virtual_tokens, spec.hidden_size)) * scale).astype(np.float32)

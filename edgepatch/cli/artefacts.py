@@ -47,8 +47,8 @@ def compose(
 
     Example: `edgepatch compose detox.safetensors polite.safetensors -o both.safetensors --model models/llama --name both`
     """
-    from edgepatch.converters.composition import compose as composed
     from edgepatch.patches import read_patch, write_patch
+    from edgepatch.training.composition import compose as composed
 
     parts = [read_patch(file) for file in patch_files]
     told = {"channel": channel, "created": created, "expires": expires, "license": license_, "summary": summary}

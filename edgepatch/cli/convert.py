@@ -15,8 +15,8 @@ from edgepatch.errors import InputError
 from edgepatch.progress import Progress, stage
 
 if TYPE_CHECKING:
-    from edgepatch.converters import onnx
     from edgepatch.converters.checkpoints import Progress
+    from edgepatch.converters.onnx import conversion as onnx
     from edgepatch.converters.origins import Origin
 
 convert_app = typer.Typer(
@@ -121,41 +121,44 @@ def _tell(source: Path, target: Path, to: Target, kind: str, as_json: bool) -> N
 
 def _origin(source: Path) -> Origin | None:
     """What the source's weights come from, where that is a GGUF file that is quantized."""
-    from edgepatch.converters import gguf, hf
+    from edgepatch.converters.gguf import header as gguf_header
+    from edgepatch.converters.hf import folders
     from edgepatch.converters.origins import Origin, is_quantized
 
     if source.is_dir():
-        return Origin.of_config(hf.read_config(source))
-    header = gguf.read_header(source)
+        return Origin.of_config(folders.read_config(source))
+    header = gguf_header.read_header(source)
     return Origin.of_header(header) if is_quantized(header) else None
 
 
 def _convert_gguf(source: Path, target: Path, kind: str, progress: Progress) -> None:
-    from edgepatch.converters import gguf
+    from edgepatch.converters import dequantization
+    from edgepatch.converters.gguf import header as gguf_header
+    from edgepatch.converters.gguf import library, writer
     from edgepatch.converters.origins import is_quantized
     from edgepatch.converters.outputs import folder_beside
 
-    if kind not in gguf.quantization_types():
-        known = ", ".join(sorted(gguf.quantization_types()))
+    if kind not in library.quantization_types():
+        known = ", ".join(sorted(library.quantization_types()))
         raise InputError(f"--type: llama.cpp has no type {kind}", hint=f"take one of {known}")
     if source.is_file():
-        if is_quantized(gguf.read_header(source)):
-            gguf.requantize(source, target, kind, progress)
+        if is_quantized(gguf_header.read_header(source)):
+            dequantization.requantize(source, target, kind, progress)
         else:
-            gguf.quantize(source, target, kind, progress=progress)
+            writer.quantize(source, target, kind, progress=progress)
     elif kind in UNQUANTIZED:
-        gguf.convert_folder(source, target, kind, progress)
+        writer.convert_folder(source, target, kind, progress)
     else:
         with folder_beside(target) as folder:
-            gguf.convert_folder(source, folder / "F16.gguf", "F16", progress)
-            gguf.quantize(folder / "F16.gguf", target, kind, progress=progress)
+            writer.convert_folder(source, folder / "F16.gguf", "F16", progress)
+            writer.quantize(folder / "F16.gguf", target, kind, progress=progress)
 
 
 def _convert_onnx(
     source: Path, target: Path, kind: str, exporter: str, optimum_env: Path | None, progress: Progress
 ) -> None:
-    from edgepatch.converters import onnx
     from edgepatch.converters.dequantization import dequantized
+    from edgepatch.converters.onnx import conversion as onnx
 
     with dequantized(source, target, ONNX_BYTES.get(kind, 0), progress) as folder:
         onnx.export(
@@ -195,7 +198,7 @@ def convert_stamp(
 
     Example: `edgepatch convert stamp downloads/llama-onnx --base models/llama`
     """
-    from edgepatch.converters import onnx
+    from edgepatch.converters.onnx import conversion as onnx
 
     with progress_bars(log or log_beside(folder)) as progress, stage(progress, "compare" if base else "stamp"):
         agreement = onnx.stamp_folder(folder, base, model_file)
@@ -222,12 +225,12 @@ def convert_baked(
 
     Example: `edgepatch convert baked llama-onnx detox-1.0.0.safetensors llama-detox-genai`
     """
-    from edgepatch.converters import onnx_baked
+    from edgepatch.converters.onnx import baked
     from edgepatch.patches import read_patch
 
     patch = read_patch(patch_file)
     with progress_bars(log or log_beside(target)) as progress, stage(progress, "bake"):
-        onnx_baked.bake_seed(folder, patch, target)
+        baked.bake_seed(folder, patch, target)
     count = patch.num_virtual_tokens
     if as_json:
         print_json({"path": str(target), "patch_digest": patch.digest, "num_virtual_tokens": count})
@@ -256,15 +259,16 @@ def convert_seed(
 
     Example: `edgepatch convert seed detox.safetensors --model models/llama -o detox-1.0.0.safetensors`
     """
-    from edgepatch.converters import fingerprints, hf
+    from edgepatch.converters import weight_sketches
+    from edgepatch.converters.hf import seeds
     from edgepatch.patches import read_patch, write_patch
 
     patch = read_patch(patch_file)
     with progress_bars(log or log_beside(out)) as progress:
         with stage(progress, "seed and canary"):
-            patch = hf.with_kv_seed(patch, model)
+            patch = seeds.with_kv_seed(patch, model)
         with stage(progress, "sketch"):
-            patch = replace(patch, weight_sketch=fingerprints.sketch_of(model))
+            patch = replace(patch, weight_sketch=weight_sketches.sketch_of(model))
         digest = write_patch(patch, out)
     if as_json:
         print_json({"path": str(out), "digest": digest, "num_virtual_tokens": patch.num_virtual_tokens})
@@ -304,10 +308,12 @@ def convert_adapter(
 
     Example: `edgepatch convert adapter adapters/detox --model llama.gguf -o detox.safetensors --name detox`
     """
-    from edgepatch.converters import adapters_gguf, hf, peft
+    from edgepatch.converters.gguf import adapters as adapters_gguf
+    from edgepatch.converters.hf import folders
+    from edgepatch.converters.peft import adapters as peft
     from edgepatch.patches import write_patch
 
-    spec = hf.read_spec(model) if model else None
+    spec = folders.read_spec(model) if model else None
     if source.is_file() and source.suffix == ".gguf":
         patch = adapters_gguf.read_gguf(source)
         if spec is not None:
@@ -347,7 +353,8 @@ def convert_patch(
     Examples: `edgepatch convert patch detox.safetensors adapters/detox --to peft --base-model-name org/model`,
     `edgepatch convert patch detox.safetensors detox.gguf --to gguf`
     """
-    from edgepatch.converters import adapters_gguf, peft
+    from edgepatch.converters.gguf import adapters as adapters_gguf
+    from edgepatch.converters.peft import adapters as peft
     from edgepatch.patches import read_patch
 
     patch = read_patch(patch_file)

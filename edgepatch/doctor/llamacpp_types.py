@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters.gguf_blocks import BLOCK_TYPES, PLAIN, random_blocks
-from edgepatch.converters.gguf_library import library_errors, load_library
+from edgepatch.converters.gguf.blocks import BLOCK_TYPES, PLAIN, random_blocks
+from edgepatch.converters.gguf.library import library_errors, load_library
 from edgepatch.errors import EdgepatchError
 
 BOUND = 0.1

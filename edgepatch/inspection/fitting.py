@@ -85,13 +85,14 @@ Sketcher = Callable[[Sketch], Sketch]
 
 def _sketcher(model: ModelFacts, loads_libraries: bool) -> Sketcher | None:
     """Reads a model's own weights at the positions of a patch's sketch."""
-    from edgepatch.converters import fingerprints, onnx_weights  # a model without patches does not wait for them
+    from edgepatch.converters import weight_sketches
+    from edgepatch.converters.onnx import weights  # a model without patches does not wait for them
 
     if model.runtime == "llamacpp":
-        return lambda like: fingerprints.sketch_of_gguf(model.path, like)
+        return lambda like: weight_sketches.sketch_of_gguf(model.path, like)
     if model.runtime == "onnx":
-        return lambda like: onnx_weights.sketch_of_onnx(model.path, like)
-    return (lambda like: fingerprints.sketch_of_folder(model.path, like)) if loads_libraries else None
+        return lambda like: weights.sketch_of_onnx(model.path, like)
+    return (lambda like: weight_sketches.sketch_of_folder(model.path, like)) if loads_libraries else None
 
 
 def _stored(

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters import architectures, folder_specs
-from edgepatch.converters.folder_specs import FolderHeader
-from edgepatch.converters.peft import PICKLES
+from edgepatch.converters import architectures
+from edgepatch.converters.hf import specs
+from edgepatch.converters.hf.specs import FolderHeader
+from edgepatch.converters.peft.adapters import PICKLES
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.inspection.facts import (
     CacheFacts,
@@ -39,7 +40,7 @@ def read_model_folder(folder: Path, asks_transformers: bool = False) -> ModelFac
     Raises:
         InputError: a file is missing, truncated or damaged.
     """
-    header = folder_specs.read_folder(folder)
+    header = specs.read_folder(folder)
     tensors = header.tensors
     spec, no_spec = _spec(header, asks_transformers)
     shape = _shape(header, spec)
@@ -69,14 +70,14 @@ def read_model_folder(folder: Path, asks_transformers: bool = False) -> ModelFac
 
 def _spec(header: FolderHeader, asks_transformers: bool) -> tuple[ModelSpec | None, str]:
     try:
-        return folder_specs.spec_of(header), ""
+        return specs.spec_of(header), ""
     except EdgepatchError as error:
         if not asks_transformers:
             return None, f"{error}" + (f"; {error.hint}" if error.hint else "")
-    from edgepatch.converters import hf
+    from edgepatch.converters.hf import folders
 
     try:
-        return hf.read_spec(header.path), ""
+        return folders.read_spec(header.path), ""
     except EdgepatchError as error:
         return None, str(error)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from edgepatch.converters import gguf_specs
-from edgepatch.converters.gguf_header import BLOCK_SIZES, GGUFHeader, read_header
-from edgepatch.converters.gguf_types import type_name
+from edgepatch.converters.gguf import specs
+from edgepatch.converters.gguf.header import BLOCK_SIZES, GGUFHeader, read_header
+from edgepatch.converters.gguf.types import type_name
 from edgepatch.errors import InputError
 from edgepatch.inspection.facts import (
     CacheFacts,
@@ -51,7 +51,7 @@ def read_gguf(path: Path) -> ModelFacts:
         architecture=told(header.architecture),
         num_parameters=sum(prod(info.shape) for info in header.tensors.values()),
         files={path.name: path.stat().st_size},
-        quantization=gguf_specs.quantization(header),
+        quantization=specs.quantization(header),
         tensor_types=tensor_types((type_name(info.ggml_type), info.num_bytes) for info in header.tensors.values()),
         shape=shape,
         vocabulary=_vocabulary(header),
@@ -68,7 +68,7 @@ def _spec(header: GGUFHeader) -> tuple[ModelSpec | None, str]:
     """(spec, why there is none): a model without attention has none, which is no damage."""
     if header.find("attention.head_count") is None:
         return None, f"a {header.architecture} keeps no keys and values, so no patch fits it"
-    return gguf_specs.spec_of(header), ""
+    return specs.spec_of(header), ""
 
 
 def _origin(metadata: Mapping[str, Any]) -> Origin:

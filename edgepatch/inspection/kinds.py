@@ -13,8 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters.gguf_header import GGUFHeader, read_any_header
-from edgepatch.converters.peft import CONFIG_FILE, PICKLES
+from edgepatch.converters.gguf.header import GGUFHeader, read_any_header
+from edgepatch.converters.peft.adapters import CONFIG_FILE, PICKLES
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patches import METADATA_KEY, PROMPT_TENSOR
 

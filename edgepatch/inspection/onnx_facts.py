@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters import folder_specs
-from edgepatch.converters.folder_specs import FolderHeader
-from edgepatch.converters.onnx_files import ITEM_BITS, GraphFile, Tensor, open_folder
-from edgepatch.converters.onnx_identity import read_identity
+from edgepatch.converters.hf import specs
+from edgepatch.converters.hf.specs import FolderHeader
+from edgepatch.converters.onnx.files import ITEM_BITS, GraphFile, Tensor, open_folder
+from edgepatch.converters.onnx.identity import read_identity
 from edgepatch.errors import InputError
 from edgepatch.inspection.facts import ModelFacts, Shape, TensorType, tensor_types, told
 from edgepatch.inspection.folder_facts import (
@@ -63,7 +63,7 @@ def read_onnx_folder(folder: Path) -> ModelFacts:
         InputError: its graph is missing, damaged, or wants files that are missing, too short or outside of the folder.
     """
     graph = open_folder(folder)
-    config, genai = (folder_specs.read_json(folder / name) for name in ("config.json", GENAI_CONFIG))
+    config, genai = (specs.read_json(folder / name) for name in ("config.json", GENAI_CONFIG))
     header = FolderHeader(folder, config)
     spec, quantization, no_spec = _identity(folder, graph)
     types = tensor_types((_type(graph, tensor), tensor.num_bytes) for tensor in graph.tensors if _is_stored(tensor))

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.canonical import parse_json
-from edgepatch.converters import folder_specs
-from edgepatch.converters.gguf_header import GGUFHeader
-from edgepatch.converters.gguf_types import type_name
-from edgepatch.converters.peft import CONFIG_FILE, PICKLES, TENSOR_FILE
-from edgepatch.converters.peft_settings import PEFT_TYPES
+from edgepatch.converters.gguf.header import GGUFHeader
+from edgepatch.converters.gguf.types import type_name
+from edgepatch.converters.hf import specs
+from edgepatch.converters.peft.adapters import CONFIG_FILE, PICKLES, TENSOR_FILE
+from edgepatch.converters.peft.settings import PEFT_TYPES
 from edgepatch.converters.weight_tables import read_table
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
 from edgepatch.inspection.facts import told
@@ -219,7 +219,7 @@ def _provenance(path: Path, found: Recognised) -> Described:
 
 
 def _onnx_file(path: Path, _: Recognised) -> Described:
-    from edgepatch.converters.onnx_files import read_graph_file
+    from edgepatch.converters.onnx.files import read_graph_file
 
     graph = read_graph_file(path)
     facts = {
@@ -234,7 +234,7 @@ def _onnx_file(path: Path, _: Recognised) -> Described:
 
 
 def _peft_folder(folder: Path, _: Recognised) -> Described:
-    settings = folder_specs.read_json(folder / CONFIG_FILE)
+    settings = specs.read_json(folder / CONFIG_FILE)
     kind = told(settings.get("peft_type", "unknown"))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     weights = folder / TENSOR_FILE

@@ -180,12 +180,12 @@ def read_spec(model: Path) -> ModelSpec:
     """
     name = runtime_name(model)
     if name == "llamacpp":
-        from edgepatch.converters import gguf_specs
+        from edgepatch.converters.gguf import specs
 
-        return gguf_specs.read_spec(model)
+        return specs.read_spec(model)
     if name == "torch":
-        from edgepatch.converters import hf
+        from edgepatch.converters.hf import folders
 
-        return hf.read_spec(model)
+        return folders.read_spec(model)
     with _construct(name, model, None, {}) as runtime:
         return runtime.spec

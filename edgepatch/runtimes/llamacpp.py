@@ -21,12 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.chat_templates import prepare_chat_template
-from edgepatch.converters import fingerprints, gguf_specs, llamacpp_layout
-from edgepatch.converters.gguf_header import GGUFHeader, read_header
-from edgepatch.converters.gguf_library import require_installed
-from edgepatch.converters.gguf_text import GGUFTokenizer
-from edgepatch.converters.gguf_vocabulary import read_token_facts
-from edgepatch.converters.llamacpp_state import SequenceState, read_state
+from edgepatch.converters import weight_sketches
+from edgepatch.converters.gguf import specs
+from edgepatch.converters.gguf.header import GGUFHeader, read_header
+from edgepatch.converters.gguf.library import require_installed
+from edgepatch.converters.gguf.text import GGUFTokenizer
+from edgepatch.converters.gguf.vocabulary import read_token_facts
+from edgepatch.converters.llamacpp import layout as llamacpp_layout
+from edgepatch.converters.llamacpp.state import SequenceState, read_state
 from edgepatch.cores import begin_choice, read_allowance
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.patches import Patch
@@ -86,7 +88,7 @@ class LlamaCppRuntime(Runtime):
         weakref.finalize(self, self._resources.close)
         require_installed()
         header = read_header(path)
-        self.spec = gguf_specs.spec_of(header)
+        self.spec = specs.spec_of(header)
         check_patch(patch, self.spec)
         self.kv_type, self._wanted_route = _checked_type(kv_type, flash_attention), _checked_route(seed_route)
         self.num_positions = _positions(context_length, int(header.setting("context_length")), patch)
@@ -140,7 +142,7 @@ class LlamaCppRuntime(Runtime):
             self.text_bound = self._tokenizer.bound
             self._read_vocabulary(path)
             self._context = creating.result()
-        self.quantization = gguf_specs.quantization(header)
+        self.quantization = specs.quantization(header)
         self._calibration = Calibration(self._model, header, self.spec, settings)
 
     def _read_vocabulary(self, path: Path) -> None:
@@ -155,7 +157,9 @@ class LlamaCppRuntime(Runtime):
     def _check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None and patch.digest not in self._fitting:
             compare(
-                patch.weight_sketch, fingerprints.sketch_of_gguf(self._header, patch.weight_sketch), self.quantization
+                patch.weight_sketch,
+                weight_sketches.sketch_of_gguf(self._header, patch.weight_sketch),
+                self.quantization,
             )
             self._fitting.add(patch.digest)
 

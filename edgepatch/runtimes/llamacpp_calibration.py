@@ -1,7 +1,7 @@
 """Self-calibration: what a GGUF model in this build of llama.cpp does with keys, values and embeddings, measured once and kept.
 
 Nothing is concluded from an architecture's name. The layout of keys and values comes from comparing what the model caches for a
-patch's soft prompt with the patch's stored seed (``llamacpp_layout.measure``), or, for a seed without soft prompt, from what RoPE
+patch's soft prompt with the patch's stored seed (``llamacpp.layout.measure``), or, for a seed without soft prompt, from what RoPE
 does to one token repeated. The scale of embeddings comes from feeding a token's own embedding instead of the token.
 """
 
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import llamacpp_layout, rope
-from edgepatch.converters.gguf_header import BLOCK_SIZES, GGUFHeader
-from edgepatch.converters.llamacpp_layout import Layout
-from edgepatch.converters.llamacpp_state import SequenceState, read_state
+from edgepatch.converters import rope
+from edgepatch.converters.gguf.header import BLOCK_SIZES, GGUFHeader
+from edgepatch.converters.llamacpp import layout as llamacpp_layout
+from edgepatch.converters.llamacpp.layout import Layout
+from edgepatch.converters.llamacpp.state import SequenceState, read_state
 from edgepatch.converters.machine_identity import cache_folder, digest_of, keep_memory, read_memory
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.runtimes.llamacpp_context import ContextSettings, LlamaContext, LlamaModel

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import gguf_library
+from edgepatch.converters.gguf import library
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.tensors import as_float32
 
@@ -48,7 +48,7 @@ class LlamaModel:
     """A GGUF file's weights in llama.cpp, which ends the process on some files: ``llamacpp_proof`` opens one after a child has.
 
     Args:
-        path: the file, already checked by ``gguf_header.read_header``.
+        path: the file, already checked by ``gguf.header.read_header``.
         num_gpu_layers: layers to keep on a GPU.
         use_extra_buffers: let ggml repack weights for this CPU's kernels.
         takes_embeddings: whether contexts may evaluate embeddings.
@@ -65,7 +65,7 @@ class LlamaModel:
     def __init__(
         self, path: Path, num_gpu_layers: int = 0, use_extra_buffers: bool = True, takes_embeddings: bool = True
     ) -> None:
-        self.lib = gguf_library.load_library()
+        self.lib = library.load_library()
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
         self.path, self.num_gpu_layers, self.takes_embeddings = path, num_gpu_layers, takes_embeddings
@@ -74,7 +74,7 @@ class LlamaModel:
         self.handle = self.lib.llama_model_load_from_file(bytes(path), settings)
         if not self.handle:
             raise InputError(
-                f"llama.cpp cannot load {path}: {gguf_library.library_errors()}", hint="download or convert it again"
+                f"llama.cpp cannot load {path}: {library.library_errors()}", hint="download or convert it again"
             )
         self._resources.callback(self.lib.llama_model_free, self.handle)
         self.vocab = self.lib.llama_model_get_vocab(self.handle)
@@ -116,7 +116,7 @@ class LlamaContext:
         self._handle = lib.llama_init_from_model(model.handle, options)
         if not self._handle:
             raise InputError(
-                f"llama.cpp cannot use {model.path}: {gguf_library.library_errors()}",
+                f"llama.cpp cannot use {model.path}: {library.library_errors()}",
                 hint="try a shorter context or f16",
             )
         self._resources.callback(lib.llama_free, self._handle)
@@ -185,7 +185,7 @@ class LlamaContext:
         size = self._lib.llama_state_seq_get_size(self._handle, sequence)
         buffer = (ctypes.c_uint8 * size)()
         if self._lib.llama_state_seq_get_data(self._handle, buffer, size, sequence) != size:
-            raise InactivePatchError(f"llama.cpp gave no state of its cache: {gguf_library.library_errors()}")
+            raise InactivePatchError(f"llama.cpp gave no state of its cache: {library.library_errors()}")
         return bytes(buffer)
 
     def restore(self, sequence: int, state: bytes) -> None:
@@ -199,7 +199,7 @@ class LlamaContext:
         if taken != len(state) or self.state(sequence) != state:
             self.forget(sequence)
             raise InactivePatchError(
-                f"llama.cpp took {taken} of {len(state)} bytes of the seed: {gguf_library.library_errors()}"
+                f"llama.cpp took {taken} of {len(state)} bytes of the seed: {library.library_errors()}"
             )
 
     def save_state_file(self, path: Path, sequence: int, tokens: Sequence[int]) -> None:
@@ -211,7 +211,7 @@ class LlamaContext:
         labels = (self._lib.llama_token * len(tokens))(*tokens)
         if not self._lib.llama_state_seq_save_file(self._handle, bytes(path), sequence, labels, len(tokens)):
             raise InputError(
-                f"cannot write {path}: {gguf_library.library_errors()}", hint="free space or name another folder"
+                f"cannot write {path}: {library.library_errors()}", hint="free space or name another folder"
             )
 
     # Evaluation.
@@ -289,7 +289,7 @@ class LlamaContext:
         if status != 0:
             count = batch.struct.n_tokens
             raise EdgepatchError(
-                f"llama.cpp cannot evaluate {count} tokens (code {status}): {gguf_library.library_errors()}"
+                f"llama.cpp cannot evaluate {count} tokens (code {status}): {library.library_errors()}"
             )
         if not batch.num_outputs:
             return np.empty((0, self._vocab_size), np.float32)

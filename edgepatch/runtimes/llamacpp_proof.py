@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import first_contact, gguf_library, gguf_vocabulary
+from edgepatch.converters import first_contact
 from edgepatch.converters.first_contact import Contact, Failure, Proof, Report, Way
+from edgepatch.converters.gguf import library, vocabulary
 from edgepatch.converters.machine_identity import cpu_facts
 from edgepatch.errors import EdgepatchError, UnfitModelError
 from edgepatch.runtimes.llamacpp_context import ContextSettings, LlamaContext, LlamaModel
@@ -51,7 +52,7 @@ def contact(path: Path, num_gpu_layers: int, settings: ContextSettings) -> Conta
         "parallel": settings.num_threads > 1,
     }
     details = {"num_threads": settings.num_threads}
-    return Contact(gguf_library.PACKAGE, f"{__name__}:try_model", (path,), shared, details)
+    return Contact(library.PACKAGE, f"{__name__}:try_model", (path,), shared, details)
 
 
 def prove_model(path: Path, num_gpu_layers: int, settings: ContextSettings) -> Proof:
@@ -62,8 +63,8 @@ def prove_model(path: Path, num_gpu_layers: int, settings: ContextSettings) -> P
         UnfitModelError: llama.cpp dies of it, hangs or computes no numbers, with repacked weights and without.
         MissingExtraError: llama-cpp-python is not installed.
     """
-    gguf_library.require_installed()
-    implied = [gguf_vocabulary.contact(path)]
+    library.require_installed()
+    implied = [vocabulary.contact(path)]
     return first_contact.prove(contact(path, num_gpu_layers, settings), _next_way, implied)
 
 
@@ -128,7 +129,7 @@ def try_model(paths: Sequence[Path], settings: dict[str, Any], report: Report) -
     used = {name: settings[name] for name in REPACKED}
     report("loading it")
     model = LlamaModel(paths[0], settings["num_gpu_layers"], **used)
-    gguf_vocabulary.try_vocabulary(model.lib, model.vocab, report)
+    vocabulary.try_vocabulary(model.lib, model.vocab, report)
     report("making a context")
     context = LlamaContext(model, _settings(settings))
     _try_tokens(context, report)

@@ -1,6 +1,6 @@
 """The ONNX runtime: plain onnxruntime on a decoder graph made by onnxruntime-genai's builder, optimum or Transformers.
 
-The seed is the first P positions of the graph's past. Which graph takes its past how is known to ``converters.onnx_graphs``.
+The seed is the first P positions of the graph's past. Which graph takes its past how is known to ``converters.onnx.graphs``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters.onnx_files import open_folder
-from edgepatch.converters.onnx_graphs import DecoderGraph, recognise
-from edgepatch.converters.onnx_identity import read_identity
-from edgepatch.converters.onnx_sessions import open_session, prove_session
-from edgepatch.converters.onnx_weights import sketch_of_onnx
+from edgepatch.converters.onnx.files import open_folder
+from edgepatch.converters.onnx.graphs import DecoderGraph, recognise
+from edgepatch.converters.onnx.identity import read_identity
+from edgepatch.converters.onnx.sessions import open_session, prove_session
+from edgepatch.converters.onnx.weights import sketch_of_onnx
 from edgepatch.cores import begin_choice, read_allowance
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.generation import drain

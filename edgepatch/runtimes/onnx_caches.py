@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters.onnx_graphs import DecoderGraph
+from edgepatch.converters.onnx.graphs import DecoderGraph
 from edgepatch.errors import EdgepatchError
 from edgepatch.tensors import ModelSpec
 

@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 
 from edgepatch.converters.first_contact import Report
-from edgepatch.converters.onnx_files import read_graph_file
-from edgepatch.converters.onnx_graphs import recognise
-from edgepatch.converters.onnx_sessions import (
-    PROMPT_TOKENS,
-    TRIAL_WINDOW,
-    new_session,
-    require_finite,
-    spec_of_session,
-)
+from edgepatch.converters.onnx.files import read_graph_file
+from edgepatch.converters.onnx.graphs import recognise
+from edgepatch.converters.onnx.sessions import PROMPT_TOKENS, TRIAL_WINDOW, new_session, require_finite, spec_of_session
 from edgepatch.runtimes.onnx_caches import new_cache
 
 TRIAL = f"{__name__}:try_session"

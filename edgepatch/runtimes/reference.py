@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import fingerprints, hf
+from edgepatch.converters import weight_sketches
+from edgepatch.converters.hf import folders, seeds
 from edgepatch.generation import drain
 from edgepatch.patches import Patch
 from edgepatch.runtimes.base import (
@@ -50,31 +51,33 @@ class TorchRuntime(Runtime):
 
     def __init__(self, folder: Path, patch: Patch | None = None, device: str = "cpu", num_sequences: int = 1) -> None:
         super().__init__(num_sequences)
-        self._folder, self.spec = folder, hf.read_spec(folder)
+        self._folder, self.spec = folder, folders.read_spec(folder)
         check_patch(patch, self.spec)
         self._tokenizer = FolderTokenizer(folder)
         self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
-        self.model = hf.load_model(folder, device)
-        self.num_positions = int(hf.text_config(self.model.config).max_position_embeddings)
+        self.model = folders.load_model(folder, device)
+        self.num_positions = int(folders.text_config(self.model.config).max_position_embeddings)
         self._caches: list[Any] = [None] * num_sequences
-        self._is_croppable = hf.is_attention_only(self.model)
+        self._is_croppable = seeds.is_attention_only(self.model)
         self._load_patch(patch)
 
     def _check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None:
             compare(
-                patch.weight_sketch, fingerprints.sketch_of_folder(self._folder, patch.weight_sketch), self.quantization
+                patch.weight_sketch,
+                weight_sketches.sketch_of_folder(self._folder, patch.weight_sketch),
+                self.quantization,
             )
 
     def _install(self, patch: Patch | None) -> SeedRoute:
         if patch is None:
-            self._memory = hf.new_cache(self.model)
+            self._memory = seeds.new_cache(self.model)
         elif patch.soft_prompt is not None:
             # A stored seed is rounded to float16 for shipping; the oracle wants the soft prompt's own float32 seed.
-            self._memory = hf.prefill(self.model, patch.soft_prompt)
+            self._memory = seeds.prefill(self.model, patch.soft_prompt)
         else:
             assert patch.kv_seed is not None  # a patch has one of them
-            self._memory = hf.seeded_cache(self.model, patch.kv_seed)
+            self._memory = seeds.seeded_cache(self.model, patch.kv_seed)
         for sequence in range(self.num_sequences):
             self._rewind(sequence, 0)
         if patch is None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgepatch.converters import llama_server
-from edgepatch.converters.gguf_vocabulary import Vocabulary
+from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.llama_server import SEED_FILE, Labels
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch

@@ -18,11 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters import llama_server, llamacpp_state
-from edgepatch.converters.gguf_header import read_header
-from edgepatch.converters.gguf_library import load_library
-from edgepatch.converters.gguf_vocabulary import Vocabulary
+from edgepatch.converters import llama_server
+from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.library import load_library
+from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.llama_server import Labels, ServerSettings
+from edgepatch.converters.llamacpp import state as llamacpp_state
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patches import Patch
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepatch.converters import hf
+from edgepatch.converters.hf import folders as hf_folders
+from edgepatch.converters.hf import seeds
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.messages import Message
 from edgepatch.tokenizers import FolderTokenizer
@@ -56,16 +57,16 @@ class FrozenModels:
         except ImportError:
             raise MissingExtraError("torch", "train") from None
         self.config, self.folders, self.trusted = config, list(folders), trusted
-        self.spec = hf.read_spec(self.folders[0])
+        self.spec = hf_folders.read_spec(self.folders[0])
         for folder in self.folders[1:]:
-            self.spec.require_same(hf.read_spec(folder))
+            self.spec.require_same(hf_folders.read_spec(folder))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = "float32" if config.dtype == "auto" else config.dtype
-        self.bases = [hf.load_model(folder, self.device, dtype) for folder in self.folders]
-        with hf.tokenizer_folder(self.folders[0]) as folder:
+        self.bases = [hf_folders.load_model(folder, self.device, dtype) for folder in self.folders]
+        with hf_folders.tokenizer_folder(self.folders[0]) as folder:
             self.tokenizer = FolderTokenizer(folder)
-        self._context = int(hf.text_config(self.base.config).max_position_embeddings)
-        self.packs = hf.has_full_attention(self.base) and not config.gradient_checkpointing
+        self._context = int(hf_folders.text_config(self.base.config).max_position_embeddings)
+        self.packs = seeds.has_full_attention(self.base) and not config.gradient_checkpointing
         for base in self.bases:
             if self.device == "cpu":
                 base.set_attn_implementation(
@@ -84,7 +85,7 @@ class FrozenModels:
         """Takes the models, loaded with dtype "auto", to the type that was chosen: "float32" or "bfloat16"."""
         self.config = replace(self.config, dtype=dtype)
         for base in self.bases:
-            hf.cast(base, dtype)
+            hf_folders.cast(base, dtype)
 
     # Rows.
 
@@ -165,7 +166,7 @@ class FrozenModels:
         }
         if not memory:
             return {**inputs, "use_cache": False}
-        cache = hf.new_cache(self.base)
+        cache = seeds.new_cache(self.base)
         for layer, tensors in enumerate(memory):
             cache.update(*(t.expand(len(batch.ids), -1, -1, -1) for t in tensors), layer)
         return {**inputs, "past_key_values": cache}

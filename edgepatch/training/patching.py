@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters import fingerprints, hf
+from edgepatch.converters import weight_sketches
+from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
 from edgepatch.progress import Progress, silent, stage
@@ -59,7 +60,7 @@ class PatchTraining:
         self.weights = list(weights)
         with stage(progress, "load model"):
             self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
-            hf.read_spec(folder).require_same(self.models.spec)
+            folders.read_spec(folder).require_same(self.models.spec)
         self.history, self._tell = History(), tell
         self._dtype_choice: dict[str, Any] = {}
 
@@ -226,7 +227,7 @@ class PatchTraining:
         progress: Progress,
     ) -> Patch:
         with stage(progress, "sketch"):
-            sketch = fingerprints.sketch_of(self.folder)
+            sketch = weight_sketches.sketch_of(self.folder)
         patch = Patch(
             name,
             version,
@@ -239,7 +240,7 @@ class PatchTraining:
         )
         # Loaded afresh: training may have changed how the model in memory attends, and with it the last bits of the seed.
         with stage(progress, "seed and canary"):
-            return hf.complete(patch, hf.load_model(self.folder, self.models.device))
+            return seeds.complete(patch, folders.load_model(self.folder, self.models.device))
 
 
 def train_patch(

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from edgepatch.converters.onnx import CONFIG_FILE, replacement
-from edgepatch.converters.onnx_exporters import require_packages
-from edgepatch.converters.onnx_files import MODEL_FILE, GraphFile, open_folder
-from edgepatch.converters.onnx_graphs import DecoderGraph, evaluate, recognise
-from edgepatch.converters.onnx_identity import BAKED_KEY, read_identity, stamp
-from edgepatch.converters.onnx_sessions import open_session, prove_session
+from edgepatch.converters.onnx.conversion import CONFIG_FILE, replacement
+from edgepatch.converters.onnx.exporters import require_packages
+from edgepatch.converters.onnx.files import MODEL_FILE, GraphFile, open_folder
+from edgepatch.converters.onnx.graphs import DecoderGraph, evaluate, recognise
+from edgepatch.converters.onnx.identity import BAKED_KEY, read_identity, stamp
+from edgepatch.converters.onnx.sessions import open_session, prove_session
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
 from edgepatch.tensors import KVSeed, ModelSpec

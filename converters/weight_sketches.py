@@ -1,4 +1,4 @@
-"""Weight sketches of models: of Transformers folders and GGUF files here, of ONNX folders in ``onnx_weights``.
+"""Weight sketches of models: of Transformers folders and GGUF files here, of ONNX folders in ``onnx.weights``.
 
 Only the sampled weights and their blocks are read, whatever the size of the model.
 """
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import architectures, hf
-from edgepatch.converters.gguf_header import BLOCK_SIZES, GGUFHeader, read_header
+from edgepatch.converters import architectures
+from edgepatch.converters.gguf.header import BLOCK_SIZES, GGUFHeader, read_header
+from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError, MismatchError
 from edgepatch.sketches import ALLOWED, ALLOWED_REFITTED, EMBEDDINGS, NUM_CELLS, NUM_WEIGHTS, ROLES, Position, Sketch
 
@@ -83,7 +84,7 @@ def sketch_of_folder(folder: Path, like: Sketch | None = None) -> Sketch:
     """
     from safetensors import SafetensorError, safe_open
 
-    config = hf.text_config(hf.read_transformers_config(folder)).to_dict()
+    config = folders.text_config(folders.read_transformers_config(folder)).to_dict()
     try:
         with ExitStack() as stack:
             shards = [

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters.onnx_files import GraphFile
+from edgepatch.converters.onnx.files import GraphFile
 from edgepatch.errors import InputError, PatchFormatError
 from edgepatch.patches import write_atomically
 from edgepatch.tensors import ModelSpec

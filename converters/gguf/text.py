@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
-from edgepatch.converters.gguf_header import GGUFHeader
+from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.text_limits import DIGITS, SHALLOW_RUN, TextBound, call_with_stack, require_short_runs, utf8
 from edgepatch.vocabularies import missing_bytes
@@ -144,7 +144,7 @@ class GGUFTokenizer:
     """The tokenizer of a vocabulary that llama.cpp has loaded.
 
     Args:
-        lib: ``gguf_library.load_library()``.
+        lib: ``gguf.library.load_library()``.
         vocab: llama.cpp's pointer; ``close`` must be called before it is freed.
         header: of the file.
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from edgepatch.converters import tokenizer_probes
-from edgepatch.converters.gguf_configs import special_tokens
-from edgepatch.converters.gguf_header import GGUFHeader
-from edgepatch.converters.gguf_library import load_library
-from edgepatch.converters.gguf_specs import vocabulary
-from edgepatch.converters.gguf_vocabulary import Vocabulary
+from edgepatch.converters.gguf.configs import special_tokens
+from edgepatch.converters.gguf.header import GGUFHeader
+from edgepatch.converters.gguf.library import load_library
+from edgepatch.converters.gguf.specs import vocabulary
+from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, split_steps
 from edgepatch.errors import InputError, MissingExtraError
 

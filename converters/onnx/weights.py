@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters.fingerprints import Cells, cells
-from edgepatch.converters.onnx_files import NUMPY_TYPES, GraphFile, Tensor, open_folder
+from edgepatch.converters.onnx.files import NUMPY_TYPES, GraphFile, Tensor, open_folder
+from edgepatch.converters.weight_sketches import Cells, cells
 from edgepatch.errors import InputError, MismatchError
 from edgepatch.sketches import Sketch, split_name
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.converters import architectures, rope_parameters
-from edgepatch.converters.hf import read_norms
+from edgepatch.converters.hf.folders import read_norms
 from edgepatch.converters.weight_tables import StoredTensor, read_checkpoint
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint

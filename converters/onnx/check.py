@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import hf
-from edgepatch.converters.onnx_files import open_folder
-from edgepatch.converters.onnx_graphs import evaluate, quantization, recognise
-from edgepatch.converters.onnx_sessions import open_session, prove_session
+from edgepatch.converters.hf import folders, seeds
+from edgepatch.converters.onnx.files import open_folder
+from edgepatch.converters.onnx.graphs import evaluate, quantization, recognise
+from edgepatch.converters.onnx.sessions import open_session, prove_session
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec, SoftPrompt
 
@@ -54,11 +54,11 @@ def compare(folder: Path, spec: ModelSpec, hf_folder: Path, model_file: str | No
     file = open_folder(folder, model_file)
     session = open_session(prove_session(file, spec=spec))
     graph = recognise(session, file, spec)
-    model = hf.load_model(hf_folder)
+    model = folders.load_model(hf_folder)
     soft_prompt, tokens = _sample(model, spec)
     expected = _expected(model, soft_prompt, tokens)
-    window = int(getattr(hf.text_config(model.config), "sliding_window", None) or 0)
-    found = evaluate(session, graph, spec, hf.compute_kv_seed(model, soft_prompt), tokens, window)
+    window = int(getattr(folders.text_config(model.config), "sliding_window", None) or 0)
+    found = evaluate(session, graph, spec, seeds.compute_kv_seed(model, soft_prompt), tokens, window)
     if not np.isfinite(found).all():
         raise InputError(f"{file.path}: its logits are not finite", hint="export the model in fp32")
     result = Agreement(

@@ -18,17 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import hf, rope
+from edgepatch.converters import rope
 from edgepatch.converters.first_contact import Contact, Failure, Report, try_apart
-from edgepatch.converters.gguf_library import (
-    PACKAGE,
-    library_errors,
-    load_library,
-    quantization_types,
-    quantizing,
-)
-from edgepatch.converters.gguf_specs import read_spec
-from edgepatch.converters.gguf_tokenizers import add_tokenizer, refuse, require_same_tokenizer
+from edgepatch.converters.gguf.library import PACKAGE, library_errors, load_library, quantization_types, quantizing
+from edgepatch.converters.gguf.specs import read_spec
+from edgepatch.converters.gguf.tokenizers import add_tokenizer, refuse, require_same_tokenizer
+from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import Origin
 from edgepatch.converters.outputs import replacing_file
 from edgepatch.errors import InputError, MissingExtraError, UnfitModelError
@@ -195,9 +190,9 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16", progress:
             f"type: expected F32 or F16, found {type_name!r}", hint="quantize the F16 file for other types"
         )
     _require_gguf()
-    config = hf.read_config(folder)
+    config = folders.read_config(folder)
     _check_config(folder, config)
-    spec = hf.read_spec(folder)
+    spec = folders.read_spec(folder)
     _check_rope(folder, spec)
     try:
         with replacing_file(target) as temporary:

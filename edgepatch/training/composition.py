@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepatch.converters import fingerprints, gguf_specs, hf
-from edgepatch.converters.gguf_header import read_header
+from edgepatch.converters import weight_sketches
+from edgepatch.converters.gguf import specs
+from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InputError
 from edgepatch.patches import Patch
 from edgepatch.sketches import compare
@@ -46,14 +48,14 @@ def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **told
         PatchFormatError: a field of the new patch breaks the format.
     """
     embeddings = _embeddings(parts)
-    parts[0].base.require_same(hf.read_spec(model))
+    parts[0].base.require_same(folders.read_spec(model))
     _require_full_precision(model)
     for part in parts:
         if part.weight_sketch is not None:
-            compare(part.weight_sketch, fingerprints.sketch_of(model, part.weight_sketch), "full precision")
-    loaded = hf.load_model(model)
+            compare(part.weight_sketch, weight_sketches.sketch_of(model, part.weight_sketch), "full precision")
+    loaded = folders.load_model(model)
     _require_room(loaded, len(embeddings))
-    fields = {**_inherited(parts), "weight_sketch": fingerprints.sketch_of(model), **told}
+    fields = {**_inherited(parts), "weight_sketch": weight_sketches.sketch_of(model), **told}
     patch = Patch(
         name,
         version,
@@ -63,7 +65,7 @@ def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **told
         parts=tuple(p.digest for p in parts),
         **fields,
     )
-    return hf.complete(patch, loaded)
+    return seeds.complete(patch, loaded)
 
 
 def _embeddings(parts: Sequence[Patch]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -85,7 +87,7 @@ def _embeddings(parts: Sequence[Patch]) -> np.ndarray[Any, np.dtype[np.float32]]
 def _require_full_precision(model: Path) -> None:
     if not model.is_file():
         return
-    found = gguf_specs.quantization(read_header(model))
+    found = specs.quantization(read_header(model))
     if found not in FULL_PRECISION:
         raise InputError(
             f"{model}: expected full precision ({', '.join(sorted(FULL_PRECISION))}), found {found}",
@@ -94,7 +96,7 @@ def _require_full_precision(model: Path) -> None:
 
 
 def _require_room(model: PreTrainedModel, count: int) -> None:
-    context = getattr(hf.text_config(model.config), "max_position_embeddings", None)
+    context = getattr(folders.text_config(model.config), "max_position_embeddings", None)
     if isinstance(context, int) and count >= context:
         raise InputError(
             f"virtual tokens: expected fewer than the model's context of {context}, found {count}",

@@ -7,8 +7,8 @@ from math import isfinite, prod
 from pathlib import Path
 
 from edgepatch.converters import rope_parameters
-from edgepatch.converters.gguf_header import GGUFHeader, read_header
-from edgepatch.converters.gguf_types import FILE_TYPES, type_name
+from edgepatch.converters.gguf.header import GGUFHeader, read_header
+from edgepatch.converters.gguf.types import FILE_TYPES, type_name
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters.llamacpp_state import CacheState, LayerRows, SequenceState, fill
+from edgepatch.converters.llamacpp.state import CacheState, LayerRows, SequenceState, fill
 from edgepatch.converters.rope import interleave
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.tensors import KVSeed

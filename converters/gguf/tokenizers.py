@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.converters import pre_tokenizers, tokenizer_probes
-from edgepatch.converters.gguf_header import read_header
-from edgepatch.converters.gguf_library import load_library
-from edgepatch.converters.gguf_vocabulary import Vocabulary
+from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.library import load_library
+from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.tokenizers import FolderTokenizer
 

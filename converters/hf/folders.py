@@ -1,27 +1,25 @@
-"""Transformers folders, and GGUF files in their place: what model one holds, and the seed that its own forward pass computes."""
+"""Transformers folders, and GGUF files in their place: what model one holds, and how it is loaded."""
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch import canary
-from edgepatch.converters import architectures, gguf_models, gguf_specs, rope_parameters, weight_tables
+from edgepatch.converters import architectures, rope_parameters, weight_tables
+from edgepatch.converters.gguf import models as gguf_models
+from edgepatch.converters.gguf import specs
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.patches import Patch
-from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt, weight_fingerprint
+from edgepatch.tensors import ModelSpec, weight_fingerprint
 from edgepatch.tokenizers import FolderTokenizer
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def read_spec(path: Path, weights: Mapping[str, NDArray[Any]] | None = None) -> 
         MissingExtraError: transformers, safetensors or gguf is not installed.
     """
     if path.is_file():
-        return gguf_specs.read_spec(path)
+        return specs.read_spec(path)
     config = text_config(read_transformers_config(path)).to_dict()
     architecture = architectures.gguf_name(config["model_type"])
     try:
@@ -215,133 +213,6 @@ def tokenizer_folder(path: Path) -> Iterator[Path]:
         yield path
 
 
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-
-
 def text_config(config: Any) -> Any:
     """The language model's part of a Transformers config."""
     return config.get_text_config(decoder=True)
-
-
-def is_attention_only(model: PreTrainedModel) -> bool:
-    """Whether every layer remembers by keys and values alone, so that a seed can hold all of its memory."""
-    return set(getattr(text_config(model.config), "layer_types", None) or ()) <= ATTENTION_LAYERS
-
-
-def has_full_attention(model: PreTrainedModel) -> bool:
-    """Whether every layer sees all that stands before a token: no sliding window, no recurrent layer."""
-    config = text_config(model.config)
-    layers = getattr(config, "layer_types", None)
-    if layers:
-        return set(layers) == {"full_attention"}
-    return not getattr(config, "sliding_window", None)
-
-
-def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache that forgets nothing.
-
-    Transformers' own choice for a model with sliding windows drops what lies behind the window, so that it could not be cut
-    back; recurrent layers need the configured kind.
-    """
-    from transformers import DynamicCache
-
-    return DynamicCache() if is_attention_only(model) else DynamicCache(config=model.config)
-
-
-def prefill(model: PreTrainedModel, soft_prompt: SoftPrompt) -> DynamicCache:
-    """The model's memory of the virtual tokens."""
-    import torch
-
-    cache = new_cache(model)
-    embeddings = torch.tensor(soft_prompt.embeddings, device=model.device)[None]  # (1, P, D)
-    with torch.inference_mode():
-        model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
-    return cache
-
-
-def seeded_cache(model: PreTrainedModel, seed: KVSeed) -> DynamicCache:
-    """A cache that holds a seed, in float32."""
-    import torch
-
-    cache = new_cache(model)
-    for layer, (key, value) in enumerate(zip(seed.keys, seed.values, strict=True)):
-        tensors = [torch.tensor(t.astype(np.float32), device=model.device)[None] for t in (key, value)]
-        cache.update(*tensors, layer)  # (1, K, P, H)
-    return cache
-
-
-def compute_kv_seed(
-    model: PreTrainedModel, soft_prompt: SoftPrompt, dtype: type[np.floating[Any]] = np.float32
-) -> KVSeed:
-    """Keys and values of the virtual tokens through the model's own forward pass.
-
-    Args:
-        model: the full-precision base.
-        soft_prompt: (P, D) float32.
-        dtype: float32, or float16 for shipping (adds a KL of 1e-7 to 4e-7).
-
-    Returns:
-        L keys and values (K, P, H) of ``dtype``; keys after RoPE at positions 0..P-1, rotate-half order.
-
-    Raises:
-        InputError: the model has recurrent layers, whose memory is not made of keys and values.
-    """
-    if not is_attention_only(model):
-        raise InputError(
-            f"{model.config.model_type} has recurrent layers: a KV seed cannot hold their memory",
-            hint="its patches carry the soft prompt alone, which each device evaluates itself",
-        )
-    layers = [(layer.keys[0], layer.values[0]) for layer in prefill(model, soft_prompt).layers]
-    keys, values = (tuple(t.float().cpu().numpy().astype(dtype) for t in kind) for kind in zip(*layers, strict=True))
-    return KVSeed(keys, values)
-
-
-def compute_canary(model: PreTrainedModel, soft_prompt: SoftPrompt | None, seed: KVSeed | None = None) -> Canary:
-    """The full-precision model's answer to the canary's prompts, without and with the patch.
-
-    Args:
-        model: the full-precision base.
-        soft_prompt: the patch's; where it has none, its seed is used.
-        seed: a trained K/V prefix.
-    """
-    import torch
-
-    if soft_prompt is not None:
-        memory = prefill(model, soft_prompt)
-    else:
-        assert seed is not None  # a patch has one of them
-        memory = seeded_cache(model, seed)
-
-    def answer(tokens: Sequence[int], cache: DynamicCache) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            output = model(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache)
-        logits: NDArray[np.float32] = output.logits[0, -1].float().cpu().numpy()
-        return logits
-
-    vocab_size = int(text_config(model.config).vocab_size)
-    return canary.make_canary(
-        vocab_size,
-        lambda tokens: answer(tokens, new_cache(model)),
-        lambda tokens: answer(tokens, copy.deepcopy(memory)),
-    )
-
-
-def complete(patch: Patch, model: PreTrainedModel) -> Patch:
-    """The patch with what its full-precision model can tell: a float16 seed of its soft prompt, and a canary."""
-    seed = patch.kv_seed
-    if patch.soft_prompt is not None and is_attention_only(model):
-        seed = compute_kv_seed(model, patch.soft_prompt, np.float16)
-    return replace(patch, kv_seed=seed, canary=compute_canary(model, patch.soft_prompt, seed))
-
-
-def with_kv_seed(patch: Patch, folder: Path) -> Patch:
-    """The patch with a float16 seed and a canary computed by the full-precision model in ``folder``.
-
-    A patch that has a trained K/V prefix instead of a soft prompt gets the canary alone.
-
-    Raises:
-        InputError: the folder cannot be read.
-        MismatchError: the patch was made for another model.
-    """
-    patch.base.require_same(read_spec(folder))
-    return complete(patch, load_model(folder))

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from edgepatch.converters import first_contact
 from edgepatch.converters.first_contact import Contact, Proof, Report, require_library
 from edgepatch.converters.machine_identity import library_files
-from edgepatch.converters.onnx_files import GraphFile, read_graph_file
-from edgepatch.converters.onnx_graphs import evaluate, recognise
-from edgepatch.converters.onnx_identity import read_identity
+from edgepatch.converters.onnx.files import GraphFile, read_graph_file
+from edgepatch.converters.onnx.graphs import evaluate, recognise
+from edgepatch.converters.onnx.identity import read_identity
 from edgepatch.cores import read_allowance
 from edgepatch.errors import InputError, MissingExtraError, UnfitModelError
 from edgepatch.tensors import ModelSpec
@@ -60,7 +60,7 @@ def prove_session(
     """The proof that onnxruntime opens a graph and computes with it, from memory or by a child.
 
     Args:
-        file: the graph, its folder checked by ``onnx_files.open_folder``.
+        file: the graph, its folder checked by ``onnx.files.open_folder``.
         spec: the model that it is; by default the one that it names itself.
         num_threads: of one forward pass; one for each core that may be used when ``None``.
         provider: "cpu" or "cuda".

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters.onnx_files import GraphFile
+from edgepatch.converters.onnx.files import GraphFile
 from edgepatch.errors import InputError
 from edgepatch.tensors import KVSeed, ModelSpec
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgepatch.converters.gguf_header import GGUFHeader
+from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.converters.rope_parameters import GEMMA3_LOCAL_THETA, decimal
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import architectures, rope
-from edgepatch.converters.gguf_configs import HINT
-from edgepatch.converters.gguf_header import BLOCK_SIZES, GGUFHeader, TensorInfo
+from edgepatch.converters.gguf.configs import HINT
+from edgepatch.converters.gguf.header import BLOCK_SIZES, GGUFHeader, TensorInfo
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.tensors import ModelSpec
 

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from edgepatch.converters.peft_settings import (
+from edgepatch.converters.peft.settings import (
     CARTRIDGE,
     PEFT_TYPES,
     PEFT_VERSION,

@@ -1,7 +1,7 @@
 """Transformers folders to ONNX folders, and the identity of graphs that others have exported.
 
 The folder says of itself what a patch must know: the ``ModelSpec`` and the quantization are metadata of ``model.onnx``, so that
-a device needs onnxruntime alone to check them. How each exporter is run is known to ``onnx_exporters``.
+a device needs onnxruntime alone to check them. How each exporter is run is known to ``onnx.exporters``.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from edgepatch.converters import hf
-from edgepatch.converters.lora import merge_lora
-from edgepatch.converters.onnx_check import Agreement, compare
-from edgepatch.converters.onnx_exporters import (
+from edgepatch.converters.hf import folders
+from edgepatch.converters.onnx.check import Agreement, compare
+from edgepatch.converters.onnx.exporters import (
     EXPORTERS,
     build,
     export_with_optimum,
     export_with_transformers,
     require_packages,
 )
-from edgepatch.converters.onnx_files import MODEL_FILE, GraphFile, find_model_file, open_folder
-from edgepatch.converters.onnx_graphs import quantization, recognise
-from edgepatch.converters.onnx_identity import QUANTIZATIONS, identity, stamp
-from edgepatch.converters.onnx_precision import reduce
-from edgepatch.converters.onnx_sessions import open_session, prove_session
+from edgepatch.converters.onnx.files import MODEL_FILE, GraphFile, find_model_file, open_folder
+from edgepatch.converters.onnx.graphs import quantization, recognise
+from edgepatch.converters.onnx.identity import QUANTIZATIONS, identity, stamp
+from edgepatch.converters.onnx.precision import reduce
+from edgepatch.converters.onnx.sessions import open_session, prove_session
 from edgepatch.converters.outputs import replacing_folder, unwritable
+from edgepatch.converters.peft.lora import merge_lora
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import ModelSpec
@@ -88,14 +88,14 @@ def export(
             hint="merge the adapter into its base",
         )
     require_packages(exporter)
-    spec = hf.read_spec(folder)
+    spec = folders.read_spec(folder)
     try:
         with replacement(target) as unfinished, _adapted(folder, adapter) as oracle:
             with stage(progress, f"export {precision}"):
                 _write_graph(folder, unfinished, precision, exporter, optimum_env, adapter)
             if exporter == "builder":
                 _require_sound(unfinished / MODEL_FILE, spec)
-                _keep_within_window(unfinished / CONFIG_FILE, hf.read_config(folder))
+                _keep_within_window(unfinished / CONFIG_FILE, folders.read_config(folder))
             stamp(unfinished / MODEL_FILE, identity(spec, QUANTIZATIONS[precision]))
             _copy_tokenizer(folder, unfinished)
             with stage(progress, "compare with model"):
@@ -154,13 +154,13 @@ def stamp_folder(folder: Path, base: Path | None = None, model_file: str | None 
     require_packages("optimum")
     path = find_model_file(folder, model_file)
     if base is not None:
-        spec = hf.read_spec(base)
+        spec = folders.read_spec(base)
         agreement = compare(folder, spec, base, model_file)
         _copy_tokenizer(base, folder)
         stamp(path, identity(spec, agreement.quantization))
         return agreement
     file = open_folder(folder, model_file)
-    spec = hf.read_spec(folder, _norms(file, folder))
+    spec = folders.read_spec(folder, _norms(file, folder))
     graph = recognise(open_session(prove_session(file, spec=spec)), file, spec)
     stamp(path, identity(spec, quantization(file, graph)))
     return None
@@ -175,7 +175,7 @@ def _norms(file: GraphFile, folder: Path) -> dict[str, NDArray[Any]]:
     found = {t.name: file.values(t) for t in file.tensors if NORM.search(t.name) and len(t.shape) == 1}
     norms = {name: values for name, values in found.items() if values is not None}
     layers = Counter(int(match[1]) for name in norms if (match := LAYER.search(name)))
-    num_layers = int(hf.read_config(folder).get("num_hidden_layers", 0))
+    num_layers = int(folders.read_config(folder).get("num_hidden_layers", 0))
     if "model.norm.weight" not in norms or set(layers) != set(range(num_layers)) or len(set(layers.values())) != 1:
         raise InputError(
             f"{file.path}: expected the norm vectors of {num_layers} layers and model.norm.weight, found {len(norms)} vectors",

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters import hf
-from edgepatch.converters.onnx_files import MODEL_FILE
+from edgepatch.converters.hf import folders
+from edgepatch.converters.onnx.files import MODEL_FILE
 from edgepatch.errors import InputError, MissingExtraError
 
 EXPORTERS = ("builder", "transformers", "optimum")
@@ -143,7 +143,7 @@ def build(folder: Path, target: Path, precision: str, adapter: Path | None = Non
     done = _run(sys.executable, BUILDER, [str(folder.resolve()), str(target.resolve()), *arguments])
     if done.returncode == 0 and (target / MODEL_FILE).is_file():
         return
-    architecture = hf.read_config(folder).get("architectures")
+    architecture = folders.read_config(folder).get("architectures")
     if "NotImplementedError" in done.stderr or not architecture:
         raise InputError(
             f"the ONNX model builder does not know the architecture {architecture}",
@@ -164,7 +164,7 @@ def export_with_transformers(folder: Path, target: Path) -> None:
     done = _run(sys.executable, TRANSFORMERS, [str(folder.resolve()), str(target.resolve())])
     if done.returncode or not (target / MODEL_FILE).is_file():
         raise InputError(
-            f"Transformers cannot export {hf.read_config(folder).get('architectures')}: {_last_line(done)}",
+            f"Transformers cannot export {folders.read_config(folder).get('architectures')}: {_last_line(done)}",
             hint="check memory and disk, or convert the model to GGUF",
         )
 
@@ -181,7 +181,7 @@ def export_with_optimum(folder: Path, target: Path, environment: Path) -> None:
         done = _run(str(python), OPTIMUM, [copy, made])
         if done.returncode or not (Path(made) / MODEL_FILE).is_file():
             raise InputError(
-                f"optimum cannot export {hf.read_config(folder).get('architectures')}: {_last_line(done)}",
+                f"optimum cannot export {folders.read_config(folder).get('architectures')}: {_last_line(done)}",
                 hint="use Transformers' own exporter (--exporter transformers)",
             )
         for file in Path(made).glob(f"{MODEL_FILE}*"):  # the rest is settings and tokenizer as version 4 sees them
@@ -195,7 +195,7 @@ def _write_for_transformers_4(folder: Path, copy: Path) -> None:
     """
     for weights in folder.glob("*.safetensors*"):
         (copy / weights.name).symlink_to(weights.resolve())
-    config = rope_of_transformers_4(hf.read_config(folder))
+    config = rope_of_transformers_4(folders.read_config(folder))
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 

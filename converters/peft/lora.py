@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters import hf, rope
-from edgepatch.converters.gguf_writer import CONVERTED
-from edgepatch.converters.peft import CONFIG_FILE, TENSOR_FILE
-from edgepatch.converters.peft_settings import MAX_CONFIG_BYTES, read_capped
+from edgepatch.converters import rope
+from edgepatch.converters.gguf.writer import CONVERTED
+from edgepatch.converters.hf import folders
+from edgepatch.converters.peft.adapters import CONFIG_FILE, TENSOR_FILE
+from edgepatch.converters.peft.settings import MAX_CONFIG_BYTES, read_capped
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patches import write_atomically
 
@@ -184,7 +185,7 @@ def write_lora(folder: Path, base: Path, target: Path, type_name: str = "F32") -
 
     Args:
         folder: of the adapter.
-        base: Transformers folder of its base, of a kind that ``gguf_writer.convert_folder`` converts.
+        base: Transformers folder of its base, of a kind that ``gguf.writer.convert_folder`` converts.
         target: the GGUF file; it appears complete or not at all.
         type_name: "F32" or "F16".
 
@@ -202,7 +203,7 @@ def write_lora(folder: Path, base: Path, target: Path, type_name: str = "F32") -
     dtypes = {"F32": np.float32, "F16": np.float16}
     if type_name not in dtypes:
         raise InputError(f"type: expected F32 or F16, found {type_name!r}")
-    lora, config, spec = read_lora(folder, base), hf.read_config(base), hf.read_spec(base)
+    lora, config, spec = read_lora(folder, base), folders.read_config(base), folders.read_spec(base)
     if config["model_type"] not in CONVERTED:
         raise InputError(f"{base}: model_type: expected one of {', '.join(CONVERTED)}, found {config['model_type']}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -259,7 +260,7 @@ def merge_lora(base: Path, folder: Path, target: Path) -> LoRA:
         InputError: the adapter or the base cannot be read or do not fit each other, or the folder exists or cannot be written.
         MissingExtraError: torch, transformers or safetensors is not installed.
     """
-    lora, model = read_lora(folder, base), hf.load_model(base)
+    lora, model = read_lora(folder, base), folders.load_model(base)
     import torch
 
     with torch.no_grad():

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters import first_contact, gguf_library
+from edgepatch.converters import first_contact
 from edgepatch.converters.first_contact import Contact, Report
-from edgepatch.converters.gguf_header import read_header
-from edgepatch.converters.gguf_library import library_errors, load_library
-from edgepatch.converters.gguf_text import GGUFTokenizer
+from edgepatch.converters.gguf import library
+from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.library import library_errors, load_library
+from edgepatch.converters.gguf.text import GGUFTokenizer
 from edgepatch.errors import InputError
 
 SPARE_NAMES = re.compile(r"reserved|unused|extra_id|spare|dummy|placeholder|control_\d", re.IGNORECASE)
@@ -49,7 +50,7 @@ def read_token_facts(lib: Any, vocabulary: Any) -> TokenFacts:
     """Asks llama.cpp for every token of a vocabulary.
 
     Args:
-        lib: ``gguf_library.load_library()``.
+        lib: ``gguf.library.load_library()``.
         vocabulary: llama.cpp's handle.
     """
     ids = range(lib.llama_vocab_n_tokens(vocabulary))
@@ -105,7 +106,7 @@ class Vocabulary:
         if first_contact.in_trial():
             self._open(path)
         else:
-            gguf_library.require_installed()
+            library.require_installed()
             first_contact.open_proved(lambda: first_contact.prove(contact(path)), lambda _: self._open(path))
 
     def _open(self, path: Path) -> Vocabulary:
@@ -176,7 +177,7 @@ class Vocabulary:
 
 def contact(path: Path) -> Contact:
     """llama.cpp and the vocabulary of a file."""
-    return Contact(gguf_library.PACKAGE, f"{__name__}:try_file", (path,))
+    return Contact(library.PACKAGE, f"{__name__}:try_file", (path,))
 
 
 def try_file(paths: Sequence[Path], _: object, report: Report) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepatch.converters import gguf_vocabularies, gguf_weights
-from edgepatch.converters.gguf_configs import HINT, config_of, is_plain, special_tokens
-from edgepatch.converters.gguf_header import GGUFHeader, read_header
-from edgepatch.converters.gguf_specs import spec_of
+from edgepatch.converters.gguf import vocabularies, weights
+from edgepatch.converters.gguf.configs import HINT, config_of, is_plain, special_tokens
+from edgepatch.converters.gguf.header import GGUFHeader, read_header
+from edgepatch.converters.gguf.specs import spec_of
 from edgepatch.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def _require_whole(model: Any, loading: dict[str, Any], header: GGUFHeader) -> N
     if missing:
         raise InputError(f"{header.path}: Transformers finds no weights for {', '.join(missing[:4])}", hint=HINT)
     have = sum(p.numel() for p in model.parameters())
-    want = sum(prod(info.shape) for name, info in header.tensors.items() if name not in gguf_weights.BESIDE_WEIGHTS)
+    want = sum(prod(info.shape) for name, info in header.tensors.items() if name not in weights.BESIDE_WEIGHTS)
     if have != want:
         raise InputError(f"{header.path}: expected {want} weights in the model, Transformers takes {have}", hint=HINT)
 
@@ -61,16 +61,16 @@ def load_model(path: Path) -> PreTrainedModel:
         raise MissingExtraError(error.name or "torch", "train") from None
     header = read_header(path)
     spec = spec_of(header)
-    gguf_weights.require_readable(header)
+    weights.require_readable(header)
     config = config_of(header, spec)
     if is_plain(header):
         source: dict[str, Any] = {"pretrained_model_name_or_path": None}
-        source["state_dict"] = gguf_weights.state_dict(header, gguf_weights.plan(header, spec, config))
+        source["state_dict"] = weights.state_dict(header, weights.plan(header, spec, config))
     else:
         source = {"pretrained_model_name_or_path": path.parent.resolve(), "gguf_file": path.name}
     with _errors_only():
         try:
-            model, loading = gguf_weights.model_class(config).from_pretrained(
+            model, loading = weights.model_class(config).from_pretrained(
                 **source, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
             )
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
@@ -90,7 +90,7 @@ def tokenizer_folder(path: Path) -> Iterator[Path]:
     """
     header = read_header(path)
     with tempfile.TemporaryDirectory(prefix="edgepatch-") as name:
-        ends = gguf_vocabularies.write_tokenizer(header, Path(name))
+        ends = vocabularies.write_tokenizer(header, Path(name))
         write_generation_config(header, ends, Path(name))
         yield Path(name)
 

@@ -1,0 +1,1 @@
+"""What llama.cpp keeps of a sequence, and in which order."""
