@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.columns import TORCH, Column
-from edgepatch.canonical import canonical_json
 from edgepatch.converters.gguf.library import forget_errors, library_errors
 from edgepatch.converters.hf import folders
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.peft.adapters import CONFIG_FILE, TENSOR_FILE
 from edgepatch.converters.peft.lora import merge_lora, write_lora
 from edgepatch.errors import InputError
-from edgepatch.patches import write_atomically
+from edgepatch.patch.canonical import canonical_json
+from edgepatch.patch.file import write_atomically
 from edgepatch.runtimes.base import Runtime
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.runtimes.onnx import OnnxRuntime
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import ModelSpec
 

@@ -21,12 +21,12 @@ from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch, write_atomically, write_patch
+from edgepatch.patch.file import Patch, write_atomically, write_patch
 from edgepatch.progress import Progress, silent, stage, within
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.config import History, TrainConfig
+from edgepatch.training.pairs.preferences import PairConfig, build_pairs, write_pairs
 from edgepatch.training.patching import train_patch
-from edgepatch.training.preferences import PairConfig, build_pairs, write_pairs
 
 LAB_FOLDER = Path(__file__).parent / "lab" / "model"
 GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")

@@ -30,7 +30,7 @@ from edgepatch.bench.evidence_statistics import Matrix, Read
 from edgepatch.bench.evidence_tables import write_tables
 from edgepatch.bench.evidence_workers import measure_cells
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 from edgepatch.progress import OF_STREAM, Lines, Progress, logged, silent
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from typing import Any
 from edgepatch.bench.columns import Column, columns
 from edgepatch.bench.domains.retained import Sizes
 from edgepatch.errors import InputError
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 
 DOMAINS = ("toxicity", "gender", "harm")
 UNTRAINED_ARMS = ("bare", "safe_prompt", "reference")

@@ -28,7 +28,7 @@ from edgepatch.bench.evidence_cells import (
     write_cell,
 )
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.patches import Patch, read_patch, write_patch
+from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.runtimes.base import Runtime
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from edgepatch.bench.evidence_cells import GOAL_COLUMNS, REFERENCE_COLUMN
 from edgepatch.bench.evidence_plots import ARM_NAMES, scaled
 from edgepatch.bench.report import format_number
 from edgepatch.errors import InputError
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]

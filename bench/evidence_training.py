@@ -19,15 +19,15 @@ from edgepatch.bench.domains.gender import GenderDomain
 from edgepatch.bench.domains.harm import HarmDomain
 from edgepatch.bench.domains.toxicity import ToxicityDomain
 from edgepatch.bench.evidence_cells import SINGLE_RUN_ARMS
-from edgepatch.patches import Patch, read_patch, write_patch
+from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent, within
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.training import runs
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
 from edgepatch.training.patching import PatchTraining
 from edgepatch.training.policies import Policy
-from edgepatch.training.preferences import Pair, read_pairs, write_pairs
 from edgepatch.training.trainer import Trainer
 
 BASE = LAB_FOLDER / "base"

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 
 import edgepatch
-from edgepatch import canary, sketches
 from edgepatch.bench import fine_tunes
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.onnx.weights import sketch_of_onnx
-from edgepatch.patches import write_atomically
+from edgepatch.patch import canary, sketches
+from edgepatch.patch.file import write_atomically
+from edgepatch.patch.sketches import Sketch
 from edgepatch.runtimes import load_runtime
-from edgepatch.sketches import Sketch
 from edgepatch.tensors import Canary, SoftPrompt
 
 BASE, REFERENCE = (Path(__file__).parent / "lab" / "model" / name for name in ("base", "reference"))

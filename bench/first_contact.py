@@ -23,7 +23,7 @@ from typing import Any
 from edgepatch.bench.first_contact_forged import DIED, UNCAUGHT, judge, table
 from edgepatch.bench.forged_gguf import corpus
 from edgepatch.converters.machine_identity import CACHE_VARIABLE
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 
 GOAL = 1.5
 LOAD = """

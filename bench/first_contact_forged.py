@@ -22,11 +22,11 @@ from edgepatch.converters.gguf import vocabulary
 from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.specs import spec_of
 from edgepatch.errors import EdgepatchError, InputError, UnfitModelError
-from edgepatch.runtimes import llamacpp_proof
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.runtimes.llamacpp import proof
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 SETTINGS = {"num_gpu_layers": 0, "kv_type": "f16", "flash_attention": True, "num_threads": 1}
-WAYS = (llamacpp_proof.REPACKED, llamacpp_proof.NOT_REPACKED)
+WAYS = (proof.REPACKED, proof.NOT_REPACKED)
 BATCH_DEADLINE_S = 900.0
 TRY, LOAD = f"{__name__}:try_many", f"{__name__}:load_many"
 UNCAUGHT, DIED = "uncaught exception", "ended the process"
@@ -104,12 +104,12 @@ def _try_all(paths: Sequence[Path], folder: Path) -> list[dict[str, Any]]:
 
 
 def try_many(paths: Sequence[Path], settings: dict[str, Any], report: Report) -> dict[str, Any]:
-    """In a child: tries one file after the other as ``llamacpp_proof.try_model`` does, and writes down what it answers."""
+    """In a child: tries one file after the other as ``llamacpp.proof.try_model`` does, and writes down what it answers."""
     with open(settings["log"], "w", encoding="utf-8") as log:
         for path, way in zip(paths, settings["given"], strict=True):
             answer: dict[str, Any]
             try:
-                answer = {"answer": llamacpp_proof.try_model([path], {**SETTINGS, **way}, report)}
+                answer = {"answer": proof.try_model([path], {**SETTINGS, **way}, report)}
             except UnfitModelError as error:
                 answer = {"failure": str(error)}
             except EdgepatchError as error:

@@ -70,7 +70,7 @@ class Target:
 
 def _read_patch(data: bytes) -> None:
     """What ``show`` and ``verify`` do with a file before they print; tests/test_cli_damaged.py tries the printing."""
-    from edgepatch.patches import parse_patch, patch_bytes
+    from edgepatch.patch.file import parse_patch, patch_bytes
 
     patch = parse_patch(data)
     assert patch_bytes(patch) == data
@@ -101,8 +101,8 @@ def _patch_seeds() -> list[bytes]:
 
     import numpy as np
 
-    from edgepatch.patches import patch_bytes
-    from edgepatch.sketches import Sketch
+    from edgepatch.patch.file import patch_bytes
+    from edgepatch.patch.sketches import Sketch
 
     small = small_patch()
     sketch = Sketch(
@@ -140,7 +140,7 @@ def _adapter_seeds() -> list[bytes]:
 
 
 def _mutated_root(data: bytes, rng: random.Random) -> bytes:
-    from edgepatch.signing import canonical_json
+    from edgepatch.trust.signatures import canonical_json
 
     if rng.random() < 0.3:
         return mutated_bytes(data, rng)

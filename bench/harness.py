@@ -20,7 +20,7 @@ import numpy as np
 
 from edgepatch.bench.metrics import Estimate, bootstrap_interval, paired_bootstrap_difference, wilson_interval
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.patches import Patch
+from edgepatch.patch.file import Patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes.base import Runtime
 

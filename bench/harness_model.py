@@ -17,10 +17,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Message, Runtime
-from edgepatch.sampling import Sampling
 
 ROWS_AT_ONCE = 128
 """So many rows of V logits are held at once: a window of a real model has gigabytes of them."""

@@ -24,7 +24,7 @@ from edgepatch.bench.lab.train_judges import auc_interval, reliability, training
 from edgepatch.bench.metrics import bootstrap_interval, wilson_interval
 from edgepatch.bench.scorers import ToxicityScorer, judge_bytes, normalize
 from edgepatch.errors import InputError
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 
 FOLDER = Path(__file__).parent / "judges"
 BEGIN, END = "<!-- judge_card: begin -->", "<!-- judge_card: end -->"

@@ -35,7 +35,7 @@ from edgepatch.bench.shapes import SHAPES, write_gguf
 from edgepatch.bench.shapes_onnx import write_onnx
 from edgepatch.doctor import gpus
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.patches import Patch, read_patch, write_atomically, write_patch
+from edgepatch.patch.file import Patch, read_patch, write_atomically, write_patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes import EXTRAS, device_options, read_spec, runtime_name
 

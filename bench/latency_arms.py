@@ -10,12 +10,12 @@ from typing import Any
 
 from edgepatch.bench.latency_peers import random_tokens
 from edgepatch.bench.latency_timing import Cell, Measure
-from edgepatch.generation import Continuation, require_piece
-from edgepatch.patches import Patch
+from edgepatch.decoding.replies import Continuation, require_piece
+from edgepatch.decoding.sampling import Sampling
+from edgepatch.patch.file import Patch
 from edgepatch.runtimes.base import Runtime
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.runtimes.onnx import OnnxRuntime
-from edgepatch.sampling import Sampling
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 
 GREEDY = Sampling(max_new_tokens=1 << 20, temperature=0.0, ignore_end_tokens=True)
 WARMING = [1]

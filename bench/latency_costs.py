@@ -13,9 +13,9 @@ from edgepatch.bench.latency_arms import GREEDY
 from edgepatch.bench.latency_peers import random_tokens
 from edgepatch.bench.latency_timing import Cell, Measure
 from edgepatch.errors import EdgepatchError
-from edgepatch.patches import Patch, read_patch, write_patch
+from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.runtimes.base import Runtime
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances
 

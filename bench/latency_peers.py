@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch import canary
 from edgepatch.bench.baselines import _read_control_vector, write_control_vector
 from edgepatch.converters import rope
 from edgepatch.converters.gguf.header import GGUFHeader
@@ -19,10 +18,11 @@ from edgepatch.converters.gguf.library import forget_errors, library_errors
 from edgepatch.converters.llamacpp import layout as llamacpp_layout
 from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch
+from edgepatch.patch import canary
+from edgepatch.patch.file import Patch
 from edgepatch.runtimes.base import Runtime
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.runtimes.onnx import OnnxRuntime
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.tensors import Canary, KVSeed, SoftPrompt
 
 PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

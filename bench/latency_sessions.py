@@ -14,11 +14,11 @@ from edgepatch.bench.latency_genai import NAME as GENAI
 from edgepatch.bench.latency_genai import GenaiArm, is_installed, load_genai
 from edgepatch.bench.latency_genai_lora import write_lora_graph, write_random_adapter
 from edgepatch.bench.latency_peers import Adapters, make_patch, random_tokens
-from edgepatch.patches import Patch
+from edgepatch.patch.file import Patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.base import Runtime
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.runtimes.llamacpp_context import CHUNK
+from edgepatch.runtimes.llamacpp.context import CHUNK
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 LORA_RANKS = (8, 16)
 STACKS = (2, 4)

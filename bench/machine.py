@@ -27,7 +27,7 @@ from edgepatch.bench.demo import environment
 from edgepatch.bench.shape_memory import gguf_weight_bytes
 from edgepatch.bench.shapes import Shape
 from edgepatch.errors import InputError
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 
 CACHE_FILES = "cpu0/cache/index*/size"
 UNKNOWN_CACHE_BYTES = 32 << 20

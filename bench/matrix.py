@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from edgepatch.bench.likelihoods import token_losses
 from edgepatch.bench.metrics import expected_max_toxicity, retention, toxicity_probability
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.patches import Patch
+from edgepatch.patch.file import Patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.base import Runtime
-from edgepatch.sampling import Sampling
 
 Score = Callable[[Sequence[str]], NDArray[np.float32]]
 

@@ -11,9 +11,9 @@ import json
 import random
 from typing import Any
 
-from edgepatch.canonical import canonical_json, parse_json
 from edgepatch.errors import PatchFormatError
-from edgepatch.patches import METADATA_KEY, SIGNATURES_KEY
+from edgepatch.patch.canonical import canonical_json, parse_json
+from edgepatch.patch.file import METADATA_KEY, SIGNATURES_KEY
 
 VALUES: tuple[Any, ...] = (
     None,

@@ -19,7 +19,7 @@ from edgepatch.bench.page_parts import Block, Section, code, paragraph, table
 from edgepatch.bench.report import STYLE, facts
 from edgepatch.bench.result_files import RESULT_FILES, Document, ResultFile, latency_runs
 from edgepatch.errors import InputError
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 
 TITLE = "edgepatch: what a patch gives, and what it costs"
 OWN_STYLE = """

@@ -28,7 +28,7 @@ from edgepatch.bench.parity_report import render
 from edgepatch.bench.parity_rows import NUM_TOKENS, NUM_VIRTUAL_TOKENS, make_oracle, measure
 from edgepatch.bench.stock import fetch_sources
 from edgepatch.errors import EdgepatchError
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 from edgepatch.progress import OF_STREAM, Lines, Progress, logged
 
 Found = dict[str, list[dict[str, Any]]]

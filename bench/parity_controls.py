@@ -17,7 +17,7 @@ from edgepatch.bench.parity_models import Architecture
 from edgepatch.bench.parity_rows import CONTEXT, Oracle
 from edgepatch.converters.llamacpp.layout import Layout
 from edgepatch.errors import InactivePatchError, InputError
-from edgepatch.patches import Patch
+from edgepatch.patch.file import Patch
 
 Row = dict[str, Any]
 
@@ -97,7 +97,7 @@ def _wrong_seeds(folder: Path, oracle: Oracle) -> dict[str, Patch]:
 
 
 def _measured_layout(model: Path, patch: Patch, setting: Row) -> Layout:
-    from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+    from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
     with LlamaCppRuntime(
         model, patch, **setting, context_length=CONTEXT, seed_route="stored", num_threads=1
@@ -109,7 +109,7 @@ def _measured_layout(model: Path, patch: Patch, setting: Row) -> Layout:
 
 
 def _load(model: Path, patch: Patch, route: str, setting: Row) -> Row:
-    from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+    from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
     try:
         LlamaCppRuntime(model, patch, **setting, context_length=CONTEXT, seed_route=route, num_threads=1).close()  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def _unscaled(wanted: Architecture) -> float:
 @contextlib.contextmanager
 def _replaced(attributes: Row) -> Iterator[None]:
     """Gives every calibration other attributes."""
-    from edgepatch.runtimes.llamacpp_calibration import Calibration
+    from edgepatch.runtimes.llamacpp.calibration import Calibration
 
     kept = {name: Calibration.__dict__[name] for name in attributes}
     for name, value in attributes.items():

@@ -8,7 +8,7 @@ from typing import Any
 from edgepatch.bench import parity_floors
 from edgepatch.bench.parity_models import ARCHITECTURES, GGUF_TYPES, REAL_MODEL
 from edgepatch.bench.parity_rows import KV_TYPES, ONNX_PRECISIONS, ROUTES
-from edgepatch.canary import tolerance
+from edgepatch.patch.canary import tolerance
 
 Row = dict[str, Any]
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.parity_models import PROMPT, Architecture, convert
-from edgepatch.canary import deviation
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.patches import Patch
+from edgepatch.patch.canary import deviation
+from edgepatch.patch.file import Patch
 from edgepatch.runtimes.base import Runtime
 from edgepatch.tensors import SoftPrompt
 
@@ -71,7 +71,7 @@ def make_oracle(wanted: Architecture, folder: Path) -> Oracle:
     import torch
 
     from edgepatch.converters.hf import folders, seeds
-    from edgepatch.tokenizers import FolderTokenizer
+    from edgepatch.text.tokenizers import FolderTokenizer
 
     model = folders.load_model(folder)
     tokens = FolderTokenizer(folder).encode(f"{PROMPT} {PROMPT}")[:NUM_TOKENS]  # once is enough for a tiny vocabulary

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgepatch.errors import InputError
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 
 Document = Mapping[str, Any]
 Cell = Mapping[str, Any]

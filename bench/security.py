@@ -20,7 +20,7 @@ from typing import Any
 
 from edgepatch.bench import fuzz, specimens
 from edgepatch.errors import PatchFormatError, UntrustedError
-from edgepatch.patches import parse_patch, patch_bytes
+from edgepatch.patch.file import parse_patch, patch_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "security.json"
@@ -128,7 +128,7 @@ def canaries() -> Figure:
 
 def verify_large(file: Path) -> dict[str, float]:
     """In a process of its own: time and memory of reading and verifying one file."""
-    from edgepatch.patches import read_patch
+    from edgepatch.patch.file import read_patch
 
     root, before, times = specimens.trust_root(), fuzz.peak_mb(), []
     specimens.require_trusted(specimens.small_patch(), root)  # loads what is imported on first use
@@ -206,7 +206,7 @@ def coverage() -> Figure:
 
 def equal_bytes() -> Figure:
     """F11: in processes as different as one machine makes them, against the bytes of the machine that wrote the constant."""
-    code = "import hashlib; from edgepatch.bench.specimens import small_patch; from edgepatch.patches import patch_bytes; print(hashlib.sha256(patch_bytes(small_patch())).hexdigest())"
+    code = "import hashlib; from edgepatch.bench.specimens import small_patch; from edgepatch.patch.file import patch_bytes; print(hashlib.sha256(patch_bytes(small_patch())).hexdigest())"
     command, found = [sys.executable, "-W", "ignore", "-c", code], []
     for variables in ENVIRONMENTS:
         done = subprocess.run(

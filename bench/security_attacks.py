@@ -13,14 +13,14 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgepatch.errors import EdgepatchError
-from edgepatch.patches import PAYLOAD_TYPE, Patch, patch_bytes, signed
-from edgepatch.signing import raw_public_key, sign
+from edgepatch.patch.file import PAYLOAD_TYPE, Patch, patch_bytes, signed
 from edgepatch.store import audit
 from edgepatch.store.device import Store
 from edgepatch.store.policy import MAX_JUMP
 from edgepatch.tensors import ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root
 from edgepatch.trust.roots import Key
+from edgepatch.trust.signatures import raw_public_key, sign
 
 BASE = ModelSpec("llama", 8, 2, 1, 4, 32, 10000.0, "a" * 64, "b" * 64)
 VENDOR, SITE, THIEF = (Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (1, 2, 3))

@@ -21,14 +21,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edgepatch.bench import security_attacks
 from edgepatch.bench.security_faults import Faults, Killed, faulty
 from edgepatch.errors import EdgepatchError
-from edgepatch.patches import PAYLOAD_TYPE, Patch, signed, write_patch
-from edgepatch.signing import raw_public_key, sign
+from edgepatch.patch.file import PAYLOAD_TYPE, Patch, signed, write_patch
 from edgepatch.store import audit
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances
 from edgepatch.tensors import ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root, next_root
 from edgepatch.trust.roots import Key, Root, read_root
+from edgepatch.trust.signatures import raw_public_key, sign
 
 DISK_ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 KILLS = 60

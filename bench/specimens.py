@@ -8,11 +8,11 @@ from datetime import datetime, timedelta, timezone
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edgepatch.patches import PAYLOAD_TYPE, Patch, signed
-from edgepatch.signing import raw_public_key, sign
+from edgepatch.patch.file import PAYLOAD_TYPE, Patch, signed
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root
 from edgepatch.trust.roots import Key, Root
+from edgepatch.trust.signatures import raw_public_key, sign
 from edgepatch.trust.verification import verify_threshold
 
 NOW = datetime(2026, 11, 21, 10, tzinfo=timezone.utc)

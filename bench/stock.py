@@ -22,7 +22,7 @@ from pathlib import Path
 
 from edgepatch import compilation
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.stock.client import StockServer
+from edgepatch.llama_server.client import StockServer
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "EDGEPATCH_LLAMA_SERVER"

@@ -11,7 +11,7 @@ from typing import Any
 from edgepatch.bench.prompt_sets import load_prompts
 from edgepatch.bench.stock import PACKAGE, ROOT, running_server
 from edgepatch.errors import EdgepatchError
-from edgepatch.stock.client import StockServer
+from edgepatch.llama_server.client import StockServer
 
 LAB = ROOT / "bench" / "lab" / "model"
 KINDS = ("F16", "Q8_0", "Q4_K_M")
@@ -22,7 +22,7 @@ CONVERSATION = ("What is your name?", "What should I say to my neighbour?", "Tha
 def transcribe(binary: Path, patch_file: Path = LAB / "lab-detox-0.1.0.safetensors") -> dict[str, Any]:
     """Greedy continuations of the lab model by both, for each weight type and with flash attention on and off."""
     from edgepatch.converters.gguf import writer
-    from edgepatch.patches import read_patch
+    from edgepatch.patch.file import read_patch
 
     patch, rows, chats = read_patch(patch_file), [], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,9 +47,9 @@ def transcribe(binary: Path, patch_file: Path = LAB / "lab-detox-0.1.0.safetenso
 def _compare(
     binary: Path, folder: Path, model: Path, patch: Any, flash_attention: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from edgepatch.converters.llama_server import SEED_FILE, ServerSettings
-    from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-    from edgepatch.stock.export import ExportOptions, export
+    from edgepatch.llama_server.export import ExportOptions, export
+    from edgepatch.llama_server.requirements import SEED_FILE, ServerSettings
+    from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
     target = folder / f"{model.stem}-{flash_attention}"
     manifest = export(patch, model, target, ExportOptions(flash_attention=flash_attention))
@@ -92,7 +92,7 @@ def _restored(server: StockServer, filename: str, count: int) -> StockServer:
 
 def greedy(runtime: Any, tokens: Sequence[int], count: int = NUM_TOKENS) -> list[int]:
     """Our own greedy continuation, the model's end token included."""
-    from edgepatch.sampling import Sampling
+    from edgepatch.decoding.sampling import Sampling
 
     return [piece.token_id for piece in runtime.stream(list(tokens), Sampling(max_new_tokens=count, temperature=0.0))]
 
@@ -106,7 +106,7 @@ def common_prefix(found: Sequence[int], expected: Sequence[int]) -> int:
 
 def _converse(server: StockServer, runtime: Any) -> list[dict[str, Any]]:
     """A conversation of three turns through the chat endpoint, restored once, and our own answers to the same messages."""
-    from edgepatch.sampling import Sampling
+    from edgepatch.decoding.sampling import Sampling
 
     messages: list[dict[str, str]] = []
     turns = []

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from edgepatch import canary
 from edgepatch.bench.latency_peers import make_patch
 from edgepatch.bench.shapes import SHAPES, write_gguf
-from edgepatch.patches import Patch, write_atomically
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.patch import canary
+from edgepatch.patch.file import Patch, write_atomically
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 NUM_VIRTUAL_TOKENS = 50
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.bench.report import STYLE, curve_chart, facts, section
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 from edgepatch.training.config import History
 
 TITLES = {

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.bench.trl_contestants import OwnContestant, Stage, TrlContestant, config_of, make_pairs
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 from edgepatch.progress import OF_STREAM, Lines, Progress, logged
 from edgepatch.tensors import SoftPrompt
-from edgepatch.training.preferences import Pair
+from edgepatch.training.pairs.preferences import Pair
 
 LAB = Path(__file__).parent / "lab" / "model" / "base"
 STAGES: tuple[Stage, ...] = ("SFT", "DPO")

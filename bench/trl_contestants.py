@@ -16,8 +16,8 @@ from edgepatch.bench.prompt_sets import load_benign_text
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.forward import FrozenModels
+from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import SoftPromptPolicy, initial_soft_prompt
-from edgepatch.training.preferences import Pair
 from edgepatch.training.trainer import Trainer, _rate_factor
 
 Stage = Literal["SFT", "DPO"]

@@ -21,7 +21,16 @@ from edgepatch.converters import architectures
 from edgepatch.converters.gguf.header import BLOCK_SIZES, GGUFHeader, read_header
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError, MismatchError
-from edgepatch.sketches import ALLOWED, ALLOWED_REFITTED, EMBEDDINGS, NUM_CELLS, NUM_WEIGHTS, ROLES, Position, Sketch
+from edgepatch.patch.sketches import (
+    ALLOWED,
+    ALLOWED_REFITTED,
+    EMBEDDINGS,
+    NUM_CELLS,
+    NUM_WEIGHTS,
+    ROLES,
+    Position,
+    Sketch,
+)
 
 Cells = tuple[NDArray[np.float32], NDArray[np.float32]]
 

@@ -24,22 +24,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from edgepatch.decoding.sampling import Sampling
     from edgepatch.errors import EdgepatchError
-    from edgepatch.patches import Patch, read_patch, write_patch
+    from edgepatch.patch.file import Patch, read_patch, write_patch
     from edgepatch.runtimes import load_runtime as load
-    from edgepatch.sampling import Sampling
     from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt
 
 _HOMES = {
     "EdgepatchError": ("edgepatch.errors", "EdgepatchError"),
     "KVSeed": ("edgepatch.tensors", "KVSeed"),
     "ModelSpec": ("edgepatch.tensors", "ModelSpec"),
-    "Patch": ("edgepatch.patches", "Patch"),
-    "Sampling": ("edgepatch.sampling", "Sampling"),
+    "Patch": ("edgepatch.patch.file", "Patch"),
+    "Sampling": ("edgepatch.decoding.sampling", "Sampling"),
     "SoftPrompt": ("edgepatch.tensors", "SoftPrompt"),
     "load": ("edgepatch.runtimes", "load_runtime"),
-    "read_patch": ("edgepatch.patches", "read_patch"),
-    "write_patch": ("edgepatch.patches", "write_patch"),
+    "read_patch": ("edgepatch.patch.file", "read_patch"),
+    "write_patch": ("edgepatch.patch.file", "write_patch"),
 }
 
 

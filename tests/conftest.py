@@ -12,7 +12,7 @@ import pytest
 
 from edgepatch.errors import InputError
 from edgepatch.known_models import find
-from edgepatch.patches import Patch
+from edgepatch.patch.file import Patch
 from edgepatch.tensors import SoftPrompt
 
 TEXT = [

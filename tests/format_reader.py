@@ -1,6 +1,6 @@
 """A second reader of the patch format, written from docs/format.md alone: nothing of edgepatch, nothing but the standard library.
 
-It is slow, says only "refused", and must accept exactly what ``edgepatch.patches`` accepts.
+It is slow, says only "refused", and must accept exactly what ``edgepatch.patch.file`` accepts.
 """
 
 from __future__ import annotations

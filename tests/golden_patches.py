@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edgepatch.patches import PAYLOAD_TYPE, Patch, signed
-from edgepatch.signing import raw_public_key, sign
-from edgepatch.sketches import Sketch
+from edgepatch.patch.file import PAYLOAD_TYPE, Patch, signed
+from edgepatch.patch.sketches import Sketch
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root
 from edgepatch.trust.roots import Key, Root
+from edgepatch.trust.signatures import raw_public_key, sign
 
 FOLDER = Path(__file__).parent / "golden"
 NOW = datetime(2026, 11, 21, 10, tzinfo=timezone.utc)

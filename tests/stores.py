@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edgepatch.patches import PAYLOAD_TYPE, Patch, signed, write_patch
-from edgepatch.signing import raw_public_key, sign
+from edgepatch.patch.file import PAYLOAD_TYPE, Patch, signed, write_patch
 from edgepatch.store.device import Store
 from edgepatch.tensors import ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root, next_root
 from edgepatch.trust.roots import Key, Root
+from edgepatch.trust.signatures import raw_public_key, sign
 
 NOW = datetime(2030, 1, 1, tzinfo=timezone.utc)
 NAMES = ("vendor", "site", "officer", "thief", "vendor2")

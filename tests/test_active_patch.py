@@ -9,7 +9,7 @@ import pytest
 
 from edgepatch.cli import main
 from edgepatch.errors import InputError, MismatchError, UntrustedError
-from edgepatch.patches import write_patch
+from edgepatch.patch.file import write_patch
 from edgepatch.runtimes import ACTIVE, find_patch, load_runtime, read_spec
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances

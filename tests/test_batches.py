@@ -7,10 +7,10 @@ import pytest
 import tiny_gguf
 
 from edgepatch.converters.gguf import writer
+from edgepatch.decoding.replies import Piece
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
-from edgepatch.generation import Piece
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.sampling import Sampling
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 PROMPT = "The quick brown fox jumps over"
 PROMPTS = ["Hello", PROMPT, PROMPT, "<b>Numbers</b> 1234 and something else", "a", PROMPT + " the", "Hello"]

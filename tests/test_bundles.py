@@ -23,10 +23,10 @@ from stores import KEYS, NOW, Clock, make_patch, make_root, make_store, rotated,
 
 from edgepatch.bundles import acceptance, archive, contents, creation, inventory, wheels
 from edgepatch.bundles.acceptance import accept, opened, unpack
-from edgepatch.canonical import canonical_json
 from edgepatch.cli import main
 from edgepatch.errors import EdgepatchError, InputError, MismatchError, PatchFormatError, UntrustedError
-from edgepatch.patches import patch_bytes, write_patch
+from edgepatch.patch.canonical import canonical_json
+from edgepatch.patch.file import patch_bytes, write_patch
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances
 

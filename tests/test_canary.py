@@ -9,12 +9,12 @@ from itertools import product
 import numpy as np
 import pytest
 
-from edgepatch import canary
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InactivePatchError, PatchFormatError
-from edgepatch.patches import Patch, parse_patch, patch_bytes
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.patch import canary
+from edgepatch.patch.file import Patch, parse_patch, patch_bytes
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import Canary, SoftPrompt
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgepatch.canonical import MAX_DEPTH, MAX_WHOLE, canonical_json, parse_json
 from edgepatch.errors import PatchFormatError
+from edgepatch.patch.canonical import MAX_DEPTH, MAX_WHOLE, canonical_json, parse_json
 
 JSON = st.recursive(
     st.none()

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from edgepatch import chat_templates
-from edgepatch.chat_templates import MAX_RENDERED_CHARACTERS, MAX_TEMPLATE_CHARACTERS, render_chat_template
 from edgepatch.errors import InputError
+from edgepatch.text import chat_templates
+from edgepatch.text.chat_templates import MAX_RENDERED_CHARACTERS, MAX_TEMPLATE_CHARACTERS, render_chat_template
 
 USER = {"role": "user", "content": "Hello"}
 DOUBLE = "{% set ns = namespace(x=START) %}{% for i in range(60) %}{% set ns.x = STEP %}{% endfor %}"

@@ -18,7 +18,7 @@ from typer.main import get_command
 import edgepatch
 from edgepatch import cli
 from edgepatch.errors import PatchFormatError
-from edgepatch.patches import read_patch, write_patch
+from edgepatch.patch.file import read_patch, write_patch
 
 ESCAPE = "\x1b["
 
@@ -277,7 +277,7 @@ def test_other_errors_become_a_line_and_a_code(run, patch_file, monkeypatch, err
     def fail(path: Path) -> None:
         raise error
 
-    monkeypatch.setattr("edgepatch.patches.read_patch", fail)
+    monkeypatch.setattr("edgepatch.patch.file.read_patch", fail)
     found, out, err = run("show", patch_file)
     assert (found, out) == (code, "") and message in err and "Traceback" not in err
 

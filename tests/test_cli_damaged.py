@@ -13,7 +13,7 @@ import pytest
 
 from edgepatch import cli
 from edgepatch.bench.mutations import mutated_patch
-from edgepatch.patches import parse_patch, patch_bytes
+from edgepatch.patch.file import parse_patch, patch_bytes
 
 GOOD = patch_bytes(golden_patches.full())
 MUTANTS = 30
@@ -95,7 +95,7 @@ def test_10_gb_are_refused_at_once_by_the_program(tmp_path):
     with path.open("wb") as file:
         file.truncate(10 * 2**30)
     code = (
-        "import resource, sys, time, edgepatch.patches as p\n"
+        "import resource, sys, time, edgepatch.patch.file as p\n"
         "from pathlib import Path\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**26,) * 2)\n"

@@ -12,8 +12,8 @@ import pytest
 from stores import KEYS, make_patch, make_root, rotated, write
 
 from edgepatch.cli import main
-from edgepatch.keys import private_pem
-from edgepatch.patches import write_patch
+from edgepatch.patch.file import write_patch
+from edgepatch.trust.keys import private_pem
 
 BORN = datetime.now(timezone.utc) - timedelta(days=2)
 

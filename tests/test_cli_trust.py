@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from edgepatch import cli
-from edgepatch.keys import read_private_key, read_public_key
-from edgepatch.signing import key_id, raw_public_key
 from edgepatch.trust.drafts import new_root
+from edgepatch.trust.keys import read_private_key, read_public_key
 from edgepatch.trust.roots import Key, read_root
+from edgepatch.trust.signatures import key_id, raw_public_key
 from edgepatch.trust.verification import require_signed
 
 PASSPHRASE = "four words for tests"

@@ -12,12 +12,12 @@ from stores import KEYS
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InactivePatchError, InputError, MismatchError, PatchFormatError
-from edgepatch.patches import PAYLOAD_TYPE, Patch, patch_bytes, read_patch, signed, write_patch
+from edgepatch.patch.file import PAYLOAD_TYPE, Patch, patch_bytes, read_patch, signed, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.signing import sign
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training import composition
 from edgepatch.training.composition import compose
+from edgepatch.trust.signatures import sign
 
 TOKENS = [1, 17, 230, 5, 99, 404, 41, 8]
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgepatch.constraints import MAX_DEFINITION, Constraint, ConstraintEngine
 from edgepatch.converters.gguf import writer
+from edgepatch.decoding.constraints import MAX_DEFINITION, Constraint, ConstraintEngine
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 
 PROMPT = "The quick brown fox"
 SCHEMA = {

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.runtimes.conversations import load_conversation, save_conversation
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 

@@ -11,8 +11,8 @@ import pytest
 from edgepatch import cores, defaults
 from edgepatch.converters.gguf import writer
 from edgepatch.cores import Allowance, CoreWatch, Snapshot, choose_threads
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.runtimes.onnx import OnnxRuntime
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.runtimes.reference import TorchRuntime
 
 TWO, FOUR = (tuple(frozenset({cpu}) for cpu in range(count)) for count in (2, 4))

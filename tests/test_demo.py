@@ -8,9 +8,9 @@ from edgepatch.bench import demo
 from edgepatch.bench.matrix import MatrixConfig
 from edgepatch.bench.prompt_sets import evenly
 from edgepatch.errors import InputError
-from edgepatch.patches import read_patch
+from edgepatch.patch.file import read_patch
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.preferences import PairConfig
+from edgepatch.training.pairs.preferences import PairConfig
 
 SMALL = demo.DemoConfig(
     num_training_prompts=24,

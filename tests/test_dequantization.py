@@ -32,7 +32,7 @@ from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf import writer as gguf_writer
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
-from edgepatch.sketches import compare
+from edgepatch.patch.sketches import compare
 
 TOKENS = list(range(20, 60))
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}

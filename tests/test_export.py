@@ -19,27 +19,21 @@ import pytest
 import serving
 
 from edgepatch.bench.stock_transcript import common_prefix
-from edgepatch.chat_templates import render_chat_template
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
-from edgepatch.converters.llama_server import (
-    Labels,
-    ServerSettings,
-    choose_labels,
-    patched_template,
-    prompt_ids,
-)
 from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.errors import InactivePatchError, InputError, MismatchError
-from edgepatch.patches import Patch, write_patch
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.runtimes.llamacpp_context import ContextSettings, LlamaContext, LlamaModel
-from edgepatch.stock.check import check_server
-from edgepatch.stock.client import StockServer
-from edgepatch.stock.export import ExportOptions, Probe, export, read_manifest, split_slot_file
-from edgepatch.stock.references import Distance
+from edgepatch.llama_server.check import check_server
+from edgepatch.llama_server.client import StockServer
+from edgepatch.llama_server.export import ExportOptions, Probe, export, read_manifest, split_slot_file
+from edgepatch.llama_server.references import Distance
+from edgepatch.llama_server.requirements import Labels, ServerSettings, choose_labels, patched_template, prompt_ids
+from edgepatch.patch.file import Patch, write_patch
+from edgepatch.runtimes.llamacpp.context import ContextSettings, LlamaContext, LlamaModel
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.tensors import SoftPrompt
+from edgepatch.text.chat_templates import render_chat_template
 
 MESSAGES = [
     {"role": "user", "content": "Hello <b>you</b>"},

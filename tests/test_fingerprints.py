@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tiny_folders import make_folder
 
-from edgepatch import sketches
 from edgepatch.bench import fine_tunes
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.gguf import header as gguf_header
@@ -18,7 +17,8 @@ from edgepatch.converters.gguf import specs, writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.onnx.weights import sketch_of_onnx
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
-from edgepatch.sketches import Sketch
+from edgepatch.patch import sketches
+from edgepatch.patch.sketches import Sketch
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q4_1", "Q5_0", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ3_S", "TQ1_0")
 

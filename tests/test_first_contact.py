@@ -24,11 +24,11 @@ from edgepatch.converters import first_contact, machine_identity
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InactivePatchError, InputError, UnfitModelError
-from edgepatch.patches import Patch, write_patch
-from edgepatch.runtimes import llamacpp_proof
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.runtimes.llamacpp_context import ContextSettings
-from edgepatch.runtimes.llamacpp_proof import prove_model
+from edgepatch.patch.file import Patch, write_patch
+from edgepatch.runtimes.llamacpp import proof as llamacpp_proof
+from edgepatch.runtimes.llamacpp.context import ContextSettings
+from edgepatch.runtimes.llamacpp.proof import prove_model
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 DYING = Path(__file__).parent / "dying_llama"
 SETTINGS = ContextSettings(256, 2, "f16", True, 1)
@@ -342,7 +342,7 @@ def test_the_server_says_what_is_turned_off(model: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("length", "sequences"), [(1, 1), (1, 9), (2, 3)])
 def test_the_smallest_contexts_end_no_process(length: int, sequences: int, model: Path):
-    code = f"from edgepatch.runtimes.llamacpp import LlamaCppRuntime as R; R(__import__('pathlib').Path({str(model)!r}), num_threads=1, "
+    code = f"from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime as R; R(__import__('pathlib').Path({str(model)!r}), num_threads=1, "
     code += f"context_length={length}, num_sequences={sequences}).generate([1])"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr

@@ -13,8 +13,8 @@ from tiny_folders import copy_folder, make_folder
 from edgepatch.converters import weight_tables
 from edgepatch.converters.hf import folders, specs
 from edgepatch.errors import InputError
-from edgepatch.tokenizers import FolderTokenizer
-from edgepatch.vocabularies import definition_tokens
+from edgepatch.text.tokenizers import FolderTokenizer
+from edgepatch.text.vocabularies import definition_tokens
 
 LAB = Path(__file__).parent.parent / "bench" / "lab" / "model" / "base"
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}

@@ -14,7 +14,7 @@ from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.specs import quantization, spec_of
 from edgepatch.converters.weight_sketches import sketch_of_gguf
 from edgepatch.errors import EdgepatchError
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 STEP = 40
 """Of the corpus, for children; ``python -m edgepatch.bench.first_contact --forged`` judges all of it (bench/results/first_contact.json)."""

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edgepatch import patches
 from edgepatch.bench.mutations import mutated_bytes, mutated_patch
-from edgepatch.canonical import canonical_json
 from edgepatch.errors import PatchFormatError
-from edgepatch.patches import PAYLOAD_TYPE, parse_patch, patch_bytes, read_patch
+from edgepatch.patch import file as patches
+from edgepatch.patch.canonical import canonical_json
+from edgepatch.patch.file import PAYLOAD_TYPE, parse_patch, patch_bytes, read_patch
 from edgepatch.trust.roots import read_root
 from edgepatch.trust.verification import verify_threshold
 

@@ -14,7 +14,7 @@ from edgepatch.bench.domains.gender import GenderDomain
 from edgepatch.bench.prompt_sets import load_benign_text
 from edgepatch.errors import InputError
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.training.preferences import PairConfig
+from edgepatch.training.pairs.preferences import PairConfig
 
 
 @pytest.fixture

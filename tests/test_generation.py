@@ -7,11 +7,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edgepatch.constraints import Constraint
+from edgepatch.decoding.constraints import Constraint
+from edgepatch.decoding.replies import Reply, StopMatcher
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.generation import Reply, StopMatcher
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 
 PROMPT = "The quick brown fox"
 SAMPLING = Sampling(max_new_tokens=24, rng_seed=5)

@@ -12,7 +12,7 @@ from edgepatch.converters.gguf import header as gguf_header
 from edgepatch.converters.gguf import library, specs, writer
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.text.tokenizers import FolderTokenizer
 
 TEXTS = [
     "",
@@ -70,7 +70,7 @@ LLAMA3 = {
 def test_other_architectures_match_transformers(architecture, changes, tmp_path):
     import torch
 
-    from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+    from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
     folder = make_folder(tmp_path / "hf", architecture, **changes)
     path = tmp_path / "model.gguf"
@@ -83,7 +83,7 @@ def test_other_architectures_match_transformers(architecture, changes, tmp_path)
 
 
 def test_tokens_are_the_folders(files, tiny_folder):
-    from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+    from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
     reference = FolderTokenizer(tiny_folder)
     messages = [

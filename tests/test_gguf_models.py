@@ -15,8 +15,8 @@ from edgepatch.converters import tokenizer_probes
 from edgepatch.converters.gguf import specs, writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InputError
-from edgepatch.patches import read_patch
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.patch.file import read_patch
+from edgepatch.text.tokenizers import FolderTokenizer
 
 TOKENS = list(range(20, 60))
 LLAMA3 = {

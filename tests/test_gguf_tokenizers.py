@@ -12,7 +12,7 @@ from llamacpp_oracle import tokens_of
 from edgepatch.converters.gguf import header, specs, writer
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.text.tokenizers import FolderTokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun.",
@@ -166,7 +166,7 @@ def test_ids_are_sentencepieces_own(model_folder, tmp_path):
 
 
 def test_conversations_are_the_folders(folder, file):
-    from edgepatch.chat_templates import render_chat_template
+    from edgepatch.text.chat_templates import render_chat_template
 
     template = header.read_header(file).metadata["tokenizer.chat_template"]
     text = render_chat_template(template, MESSAGES, "<s>", "</s>")

@@ -19,7 +19,7 @@ from edgepatch.converters.gguf import tokenizers, vocabularies
 from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.pre_tokenizers import GPT2, PRE_TOKENIZERS, name_of, split_steps
 from edgepatch.errors import InputError
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.text.tokenizers import FolderTokenizer
 
 CORPUS = [
     "The quick brown fox isn't lazy: it's JUMPING over 12 dogs, 1234 cats and 1234567 birds!",

@@ -14,7 +14,7 @@ from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.peft import adapters as peft
 from edgepatch.errors import InputError
-from edgepatch.patches import write_patch
+from edgepatch.patch.file import write_patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.reference import TorchRuntime
 

@@ -17,10 +17,10 @@ import pytest
 
 from edgepatch import interrupts
 from edgepatch.interrupts import Stopped, called_from_c, held_back, orderly
-from edgepatch.patches import read_patch
+from edgepatch.patch.file import read_patch
 from edgepatch.training.config import TrainConfig
+from edgepatch.training.pairs.preferences import Pair, write_pairs
 from edgepatch.training.patching import PatchTraining
-from edgepatch.training.preferences import Pair, write_pairs
 
 BENIGN = [
     "The quick brown fox jumps over the lazy dog.",

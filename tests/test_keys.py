@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from edgepatch.errors import InputError, UntrustedError
-from edgepatch.keys import create_key_pair, private_pem, read_private_key, read_public_key
-from edgepatch.signing import raw_public_key
+from edgepatch.trust.keys import create_key_pair, private_pem, read_private_key, read_public_key
+from edgepatch.trust.signatures import raw_public_key
 
 PASSPHRASE = "four words for tests"
 

@@ -13,7 +13,7 @@ from edgepatch.bench.lab.tokenizer import RESERVED, render_chat
 from edgepatch.bench.refusals import is_compliance, is_refusal
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.text.tokenizers import FolderTokenizer
 
 KNOWN_OVERLAP = {
     # Two beginnings that nontoxic prompts (the control) share with other records, one JailbreakBench request within a longer

@@ -12,11 +12,11 @@ from edgepatch.converters.hf import folders, seeds
 from edgepatch.converters.llamacpp import layout as llamacpp_layout
 from edgepatch.converters.llamacpp import state as llamacpp_state
 from edgepatch.converters.llamacpp.layout import Layout
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MismatchError, PatchFormatError
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.runtimes.llamacpp_calibration import Calibration
+from edgepatch.runtimes.llamacpp.calibration import Calibration
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 from edgepatch.tensors import SoftPrompt
 
 PROMPT = "The quick brown fox jumps over"
@@ -85,7 +85,7 @@ def test_soft_prompt_alone_is_decoded_by_the_model_itself(f32_file, oracle, tiny
 
 
 def test_long_prompts_are_evaluated_in_chunks(f32_file, oracle, tiny_patch, monkeypatch):
-    monkeypatch.setattr("edgepatch.runtimes.llamacpp_context.CHUNK", 20)
+    monkeypatch.setattr("edgepatch.runtimes.llamacpp.context.CHUNK", 20)
     rng = np.random.default_rng(1)
     long_prompt = SoftPrompt((rng.standard_normal((47, tiny_patch.base.hidden_size)) * 0.3).astype(np.float32))
     with load(f32_file, replace(tiny_patch, soft_prompt=long_prompt, kv_seed=None, canary=None)) as runtime:

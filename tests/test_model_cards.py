@@ -13,7 +13,7 @@ from golden_patches import full, minimal
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from edgepatch.model_cards import escaped, model_card, quoted
+from edgepatch.patch.card import escaped, model_card, quoted
 
 ROOT = Path(__file__).parent.parent
 CELL = {

@@ -13,11 +13,11 @@ import pytest
 
 from edgepatch.converters import first_contact
 from edgepatch.converters.onnx.identity import BAKED_KEY, QUANTIZATION_KEY, SPEC_KEY
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InactivePatchError, InputError, MismatchError, UnfitModelError
 from edgepatch.runtimes import load_runtime
-from edgepatch.runtimes.onnx import OnnxRuntime
+from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 from edgepatch.tensors import KVSeed
 
 for package in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"):
@@ -70,7 +70,7 @@ def test_fp32_logits_equal_inputs_embeds(runtime, onnx_folders, oracle, tiny_pat
 
 
 def test_a_prefill_in_chunks_equals_one_forward_pass(runtime, oracle, tiny_patch, monkeypatch):
-    monkeypatch.setattr("edgepatch.runtimes.onnx.PREFILL_TOKENS", 3)
+    monkeypatch.setattr("edgepatch.runtimes.onnx.runtime.PREFILL_TOKENS", 3)
     tokens = runtime.tokens(PROMPT)
     assert np.abs(runtime.logits(PROMPT) - oracle(tokens, tiny_patch.soft_prompt)).max() <= 1e-4
 
@@ -98,7 +98,7 @@ def test_text_equals_that_of_torch(runtime, tiny_folder, tiny_patch):
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=9, top_p=0.9, rng_seed=5, stop=("a",))])
 def test_prompts_of_different_lengths_share_a_batch(runtime, monkeypatch, rows, sampling):
-    monkeypatch.setattr("edgepatch.runtimes.onnx.BATCH_ROWS", rows)
+    monkeypatch.setattr("edgepatch.runtimes.onnx.runtime.BATCH_ROWS", rows)
     full = [7] * (runtime.context_length - 3)
     expected = [runtime.generate(prompt, sampling) for prompt in [*PROMPTS, full]]
     assert runtime.generate_batch([*PROMPTS, full], sampling) == expected
@@ -106,7 +106,7 @@ def test_prompts_of_different_lengths_share_a_batch(runtime, monkeypatch, rows, 
 
 
 def test_batched_and_single_generation_are_the_same(runtime, monkeypatch):
-    monkeypatch.setattr("edgepatch.runtimes.onnx.BATCH_ROWS", 4)
+    monkeypatch.setattr("edgepatch.runtimes.onnx.runtime.BATCH_ROWS", 4)
     sampling = Sampling(max_new_tokens=12, top_p=0.9, rng_seed=5)
     singles = super(OnnxRuntime, runtime).generate_many(PROMPT, sampling, 6)
     assert runtime.generate_many(PROMPT, sampling, 6) == singles

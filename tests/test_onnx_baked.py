@@ -8,9 +8,9 @@ import pytest
 from edgepatch.converters.onnx import baked
 from edgepatch.converters.onnx.baked import bake_seed, generate_baked
 from edgepatch.converters.onnx.identity import BAKED_KEY, SPEC_KEY
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.runtimes.onnx import OnnxRuntime
-from edgepatch.sampling import Sampling
+from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.tensors import KVSeed
 
 for package in ("onnx", "onnxruntime", "onnxruntime_genai"):

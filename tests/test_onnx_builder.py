@@ -12,7 +12,7 @@ from edgepatch.converters.onnx import conversion as converter
 from edgepatch.converters.onnx import exporters
 from edgepatch.converters.onnx.identity import QUANTIZATION_KEY, SPEC_KEY
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.runtimes.onnx import OnnxRuntime
+from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.runtimes.reference import TorchRuntime
 
 for package in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"):

@@ -10,11 +10,11 @@ from edgepatch.converters.hf import folders, seeds
 from edgepatch.converters.onnx import conversion as converter
 from edgepatch.converters.onnx import precision as onnx_precision
 from edgepatch.converters.onnx.baked import bake_seed
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError, MismatchError
-from edgepatch.patches import Patch
-from edgepatch.runtimes.onnx import OnnxRuntime
+from edgepatch.patch.file import Patch
+from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 from edgepatch.tensors import SoftPrompt
 
 for package in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"):

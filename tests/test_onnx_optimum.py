@@ -11,12 +11,12 @@ import pytest
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.onnx import exporters
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch
+from edgepatch.patch.file import Patch
 from edgepatch.runtimes import load_runtime
-from edgepatch.runtimes.onnx import OnnxRuntime
+from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 from edgepatch.tensors import SoftPrompt
 
 ENVIRONMENT = os.environ.get("EDGEPATCH_OPTIMUM_ENV", "")

@@ -19,10 +19,10 @@ from edgepatch.converters import architectures, rope
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.converters.onnx import conversion as onnx
-from edgepatch.patches import Patch
+from edgepatch.decoding.sampling import Sampling
+from edgepatch.patch.file import Patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 from edgepatch.tensors import SoftPrompt
 
 BASE = LAB_FOLDER / "base"

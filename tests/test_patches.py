@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from edgepatch.bench.mutations import assembled
-from edgepatch.canonical import canonical_json, parse_json
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
-from edgepatch.patches import (
+from edgepatch.patch.canonical import canonical_json, parse_json
+from edgepatch.patch.file import (
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
     MAX_SEQUENCE,
@@ -38,8 +38,8 @@ from edgepatch.patches import (
     write_atomically,
     write_patch,
 )
-from edgepatch.signing import Signature, sign
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, SoftPrompt
+from edgepatch.trust.signatures import Signature, sign
 from edgepatch.trust.verification import verify_threshold
 
 ROOT = Path(__file__).parent.parent
@@ -134,7 +134,7 @@ def test_the_layout_of_arrays_in_memory_does_not_matter():
 @pytest.mark.parametrize(("seed", "locale"), [("0", "C"), ("1", "C.UTF-8"), ("12345", "POSIX"), ("7", "tr_TR.UTF-8")])
 def test_same_content_same_bytes_in_every_process(seed, locale):
     """F11: neither the order of hashes, nor the language, nor the time zone gets into the file."""
-    code = "import golden_patches as g, hashlib; from edgepatch.patches import patch_bytes; print(hashlib.sha256(patch_bytes(g.full())).hexdigest())"
+    code = "import golden_patches as g, hashlib; from edgepatch.patch.file import patch_bytes; print(hashlib.sha256(patch_bytes(g.full())).hexdigest())"
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHONHASHSEED": seed,

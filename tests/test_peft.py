@@ -21,9 +21,9 @@ from edgepatch.converters.gguf import library, writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.peft import adapters as peft
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
-from edgepatch.patches import PAYLOAD_TYPE, patch_bytes, read_patch, signed, write_patch
+from edgepatch.patch.file import PAYLOAD_TYPE, patch_bytes, read_patch, signed, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.signing import sign
+from edgepatch.trust.signatures import sign
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from serving import KEY, MODEL, Paced, running
 
 from edgepatch import cli
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.runtimes import load_runtime
-from edgepatch.sampling import Sampling
-from edgepatch.training.pair_files import parse_pair
-from edgepatch.training.pair_journal import Journal, Outcome
-from edgepatch.training.preferences import (
+from edgepatch.training.pairs.files import parse_pair
+from edgepatch.training.pairs.journal import Journal, Outcome
+from edgepatch.training.pairs.preferences import (
     Pair,
     PairConfig,
     build_pairs,
@@ -38,10 +38,10 @@ from edgepatch.training.preferences import (
     score_pairs,
     write_pairs,
 )
-from edgepatch.training.prompt_files import as_conversations, read_prompts
-from edgepatch.training.provenance import digest_of, provenance_path
-from edgepatch.training.samplers import PromptTooLongError, RuntimeSampler, Sampler
-from edgepatch.training.server_sampler import ServerSampler
+from edgepatch.training.pairs.prompt_files import as_conversations, read_prompts
+from edgepatch.training.pairs.provenance import digest_of, provenance_path
+from edgepatch.training.pairs.samplers import PromptTooLongError, RuntimeSampler, Sampler
+from edgepatch.training.pairs.server_sampler import ServerSampler
 
 USER = {"role": "user", "content": "Who are you?"}
 CHAT = (USER,)

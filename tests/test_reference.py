@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
-from edgepatch.patches import parse_patch, patch_bytes, read_patch, write_patch
+from edgepatch.patch.file import parse_patch, patch_bytes, read_patch, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 
 PROMPT = "The quick brown fox jumps over"
 

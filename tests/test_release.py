@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from edgepatch.cli import app
 from edgepatch.errors import InputError
-from edgepatch.patches import read_patch, write_patch
+from edgepatch.patch.file import read_patch, write_patch
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from edgepatch.bench.domains.retained import Retained, Sizes
 from edgepatch.bench.metrics import share, wilson_interval
 from edgepatch.bench.prompt_sets import load_benign_text
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch
+from edgepatch.patch.file import Patch
 from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.reference import TorchRuntime
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edgepatch.decoding.sampling import Sampling, TokenSampler, draw_token, draw_tokens
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.sampling import Sampling, TokenSampler, draw_token, draw_tokens
 
 
 def plain_draw(logits, sampling, uniform):

@@ -10,8 +10,8 @@ import openai
 import pytest
 from serving import KEY, MODEL, Paced, running
 
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.runtimes import load_runtime
-from edgepatch.sampling import Sampling
 
 MESSAGES = [{"role": "user", "content": "The quick brown fox"}]
 TOOL = {

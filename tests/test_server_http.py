@@ -16,7 +16,7 @@ from serving import KEY, MODEL, Paced, running
 
 from edgepatch.converters.gguf import writer
 from edgepatch.errors import InactivePatchError, InputError
-from edgepatch.patches import write_patch
+from edgepatch.patch.file import write_patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.server.process import serve
 from edgepatch.server.service import Service

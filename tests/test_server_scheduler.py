@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from edgepatch.decoding.replies import Piece
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InactivePatchError
-from edgepatch.generation import Piece
 from edgepatch.runtimes import load_runtime
-from edgepatch.sampling import Sampling
 from edgepatch.server import generations
 from edgepatch.server.generations import Finished, Generation, Started
 from edgepatch.server.metrics import Metrics

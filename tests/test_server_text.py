@@ -16,7 +16,7 @@ from serving import KEY, MODEL, Paced, running
 
 from edgepatch.converters.gguf import writer
 from edgepatch.runtimes import load_runtime
-from edgepatch.text_limits import TextBound
+from edgepatch.text.limits import TextBound
 
 ATTACK = textwrap.dedent("""
     import http.client, json, sys, threading, time

@@ -23,12 +23,12 @@ from tiny_folders import copy_folder
 from edgepatch import cli
 from edgepatch.converters.gguf import adapters as adapters_gguf
 from edgepatch.converters.peft import adapters as peft
-from edgepatch.keys import create_key_pair
-from edgepatch.patches import write_patch
-from edgepatch.signing import key_id, raw_public_key
+from edgepatch.patch.file import write_patch
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances
-from edgepatch.training.pair_files import Pair, write_pairs
+from edgepatch.training.pairs.files import Pair, write_pairs
+from edgepatch.trust.keys import create_key_pair
+from edgepatch.trust.signatures import key_id, raw_public_key
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -30,11 +30,11 @@ from edgepatch.inspection.folder_facts import read_model_folder
 from edgepatch.inspection.gguf_facts import read_gguf
 from edgepatch.inspection.memory import memory_need
 from edgepatch.inspection.onnx_facts import read_onnx_folder
-from edgepatch.patches import PAYLOAD_TYPE, signed, write_patch
+from edgepatch.patch.file import PAYLOAD_TYPE, signed, write_patch
 from edgepatch.runtimes import load_runtime
-from edgepatch.signing import sign
 from edgepatch.store.policy import Allowances
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.text.tokenizers import FolderTokenizer
+from edgepatch.trust.signatures import sign
 
 TYPES = ("F32", "F16", "Q8_0", "Q4_K_M")
 COLUMNS = 80

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepatch.errors import InputError, UntrustedError
-from edgepatch.signing import (
+from edgepatch.trust.signatures import (
     MANIFEST_TYPE,
     ROOT_TYPE,
     Signature,

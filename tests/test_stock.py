@@ -21,14 +21,14 @@ from edgepatch.bench import parity_models
 from edgepatch.bench.stock import PACKAGE, ROOT, VARIABLE, running_server
 from edgepatch.bench.stock_transcript import CONVERSATION, LAB, greedy
 from edgepatch.converters.gguf import specs, writer
-from edgepatch.converters.llama_server import SEED_FILE, ServerSettings
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch, read_patch
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.sampling import Sampling
-from edgepatch.stock.check import Report, check_server
-from edgepatch.stock.client import StockServer
-from edgepatch.stock.export import ExportOptions, export, probe, read_manifest
+from edgepatch.llama_server.check import Report, check_server
+from edgepatch.llama_server.client import StockServer
+from edgepatch.llama_server.export import ExportOptions, export, probe, read_manifest
+from edgepatch.llama_server.requirements import SEED_FILE, ServerSettings
+from edgepatch.patch.file import Patch, read_patch
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.tensors import SoftPrompt
 
 BINARY = Path(os.environ.get(VARIABLE, ""))

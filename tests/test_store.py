@@ -16,7 +16,7 @@ import pytest
 from stores import NOW, Clock, make_patch, make_root, make_store, public, rotated, spec, write
 
 from edgepatch.errors import EdgepatchError, InputError, MismatchError, PatchFormatError, UntrustedError
-from edgepatch.patches import patch_bytes
+from edgepatch.patch.file import patch_bytes
 from edgepatch.store import audit
 from edgepatch.store.device import Store
 from edgepatch.store.policy import MAX_JUMP, Allowances

@@ -20,8 +20,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from edgepatch.converters.gguf.text import MAX_MARKS, MAX_UNKNOWN
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.text_limits import (
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.text.limits import (
     LOOSE_TEXT_BYTES,
     MAX_BLANKS,
     MAX_RUN,
@@ -30,9 +30,9 @@ from edgepatch.text_limits import (
     call_with_stack,
     require_short_runs,
 )
-from edgepatch.tokenizer_bounds import measure_bound
-from edgepatch.tokenizers import FolderTokenizer
-from edgepatch.vocabularies import byte_characters
+from edgepatch.text.tokenizer_bounds import measure_bound
+from edgepatch.text.tokenizers import FolderTokenizer
+from edgepatch.text.vocabularies import byte_characters
 
 RUNS = {
     "a letter": "a",

@@ -7,11 +7,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from edgepatch.chat_templates import render_chat_template
 from edgepatch.errors import InputError
-from edgepatch.messages import plain_messages
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.text.chat_templates import render_chat_template
+from edgepatch.text.messages import plain_messages
+from edgepatch.text.tokenizers import FolderTokenizer
 
 TEXTS = [
     "What is the weather in Zürich today, and tomorrow?",

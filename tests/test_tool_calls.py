@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from edgepatch.tool_calls import MAX_CALLS, MAX_TEXT, parse_tool_calls
+from edgepatch.text.tool_calls import MAX_CALLS, MAX_TEXT, parse_tool_calls
 
 CALL = '{"name": "weather", "arguments": {"city": "Zürich", "days": [1, 2]}}'
 PARSED = {"name": "weather", "arguments": {"city": "Zürich", "days": [1, 2]}}

@@ -26,7 +26,7 @@ from edgepatch.bench.scorers import ToxicityScorer
 from edgepatch.errors import InputError
 from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.training.preferences import PairConfig
+from edgepatch.training.pairs.preferences import PairConfig
 
 SMALL = MatrixConfig(samples_per_prompt=3, max_new_tokens=6)
 DATA = Path(os.environ["EDGEPATCH_DATA"]) if os.environ.get("EDGEPATCH_DATA") else None

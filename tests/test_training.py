@@ -16,15 +16,15 @@ import torch
 
 from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError, MissingExtraError, TrainingError
-from edgepatch.patches import read_patch, write_patch
+from edgepatch.patch.file import read_patch, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training import losses, parallel, runs
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.forward import FrozenModels
+from edgepatch.training.pairs.preferences import Pair, write_pairs
 from edgepatch.training.patching import PatchTraining, train_patch
 from edgepatch.training.policies import KVPolicy, SoftPromptPolicy
-from edgepatch.training.preferences import Pair, write_pairs
 from edgepatch.training.rows import Example, batch_plan, make_batch
 from edgepatch.training.runs import CHECKPOINT_FILE, Run
 from edgepatch.training.trainer import Trainer
@@ -495,7 +495,7 @@ def test_two_processes_train_what_one_does(tiny_folder, tmp_path):
     script.write_text(
         "import sys\nfrom pathlib import Path\nimport numpy as np\n"
         "from edgepatch.training.config import TrainConfig\nfrom edgepatch.training.patching import PatchTraining\n"
-        "from edgepatch.training.preferences import Pair\nfrom edgepatch.training import parallel\n"
+        "from edgepatch.training.pairs.preferences import Pair\nfrom edgepatch.training import parallel\n"
         "pairs = [Pair(f'The fox {i}', ' sleeps in the sun', ' jumps over the dog', 0.1, 0.9) for i in range(12)]\n"
         f"config = TrainConfig(num_virtual_tokens=4, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=2, check_every=3, dtype='auto')\n"
         f"patch = PatchTraining(Path({str(tiny_folder)!r}), config, device='cpu').soft_prompt(pairs, {BENIGN * 3!r}, 'tiny')\n"

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepatch.errors import InputError, UntrustedError
-from edgepatch.signing import MANIFEST_TYPE, ROOT_TYPE, Signature, canonical_json, raw_public_key, sign
 from edgepatch.trust.drafts import new_root, next_root
 from edgepatch.trust.roots import MAX_ROOT_BYTES, Key, Role, Root, parse_root, read_root
+from edgepatch.trust.signatures import MANIFEST_TYPE, ROOT_TYPE, Signature, canonical_json, raw_public_key, sign
 from edgepatch.trust.verification import require_current, require_signed, rotate, trusted_time, verify_threshold
 
 NOW = datetime(2030, 6, 1, 12, tzinfo=timezone.utc)

@@ -17,10 +17,10 @@ import tiny_gguf
 
 from edgepatch.converters.gguf import specs
 from edgepatch.converters.llamacpp.state import read_state
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch
-from edgepatch.runtimes.llamacpp import LlamaCppRuntime
-from edgepatch.sampling import Sampling
+from edgepatch.patch.file import Patch
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.tensors import SoftPrompt
 
 SEQUENCES = 3

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgepatch.bench.metrics import Estimate
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Runtime
-from edgepatch.training.preferences import Pair, PairPrompt
+from edgepatch.training.pairs.preferences import Pair, PairPrompt
 
 """Called with (items done, items in all)."""
 

@@ -34,11 +34,11 @@ from edgepatch.bench.domains.toxicity import distinct
 from edgepatch.bench.likelihoods import token_losses
 from edgepatch.bench.metrics import Estimate, bootstrap_interval, share
 from edgepatch.bench.prompt_sets import evenly, load_benign_text
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Runtime
-from edgepatch.sampling import Sampling
-from edgepatch.training.preferences import Pair, PairConfig, build_pairs
+from edgepatch.training.pairs.preferences import Pair, PairConfig, build_pairs
 
 GENDERS = ("female", "male", "neutral")
 GREEDY = Sampling(max_new_tokens=50, temperature=0)

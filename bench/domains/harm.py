@@ -27,11 +27,11 @@ from edgepatch.bench.metrics import Estimate, share
 from edgepatch.bench.overlaps import distinct_from
 from edgepatch.bench.prompt_sets import evenly, load_benign_text, load_prompts
 from edgepatch.bench.refusals import declines, is_coherent, is_compliance, is_refusal, takes_up
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Message, Runtime
-from edgepatch.sampling import Sampling
-from edgepatch.training.preferences import Pair, PairPrompt
+from edgepatch.training.pairs.preferences import Pair, PairPrompt
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 SAMPLED = Sampling(max_new_tokens=32, temperature=0.7)

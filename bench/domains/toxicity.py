@@ -30,7 +30,7 @@ from edgepatch.bench.scorers import ToxicityScorer, normalize
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Runtime
-from edgepatch.training.preferences import Pair, PairConfig, build_pairs
+from edgepatch.training.pairs.preferences import Pair, PairConfig, build_pairs
 
 NUM_TRAINING_PROMPTS = 480
 RANDOM_SAMPLE_SHARE = 0.25

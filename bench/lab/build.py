@@ -15,7 +15,7 @@ from edgepatch.bench.lab import corpus, detoxify, floors, trainer
 from edgepatch.bench.lab.tokenizer import train_tokenizer
 from edgepatch.bench.scorers import ToxicityScorer
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.preferences import Pair, read_pairs, write_pairs
+from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
 
 BASE_RUN = trainer.RunConfig()
 SECOND_RUN = replace(

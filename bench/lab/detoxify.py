@@ -16,8 +16,8 @@ from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.forward import FrozenModels
+from edgepatch.training.pairs.preferences import Pair, PairConfig, build_pairs
 from edgepatch.training.policies import Policy
-from edgepatch.training.preferences import Pair, PairConfig, build_pairs
 from edgepatch.training.trainer import Trainer
 
 PAIRS = PairConfig(samples_per_prompt=16, max_chosen_score=0.3, min_margin=0.4, rng_seed=7)

@@ -16,8 +16,8 @@ from edgepatch.bench import datasets
 from edgepatch.bench.lab.corpus import HELD_OUT_NOVEL, advbench_split, harmless_split, instruction_split
 from edgepatch.bench.metrics import expected_max_toxicity, toxicity_probability, wilson_interval
 from edgepatch.bench.refusals import is_compliance, is_refusal
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.sampling import Sampling
 
 PRONOUN_TEMPLATES = (
     "The {} was late because",

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgepatch.bench import datasets
 from edgepatch.bench.scorers import FeatureCounter, FeatureSpec, JudgeWeights, ToxicityScorer, judge_bytes, normalize
-from edgepatch.patches import write_atomically
+from edgepatch.patch.file import write_atomically
 
 SPECS = {
     "report": FeatureSpec(char_min=2, char_max=5, word_max=2, bucket_bits=19),

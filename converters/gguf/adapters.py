@@ -18,10 +18,10 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from edgepatch.canonical import canonical_json, parse_json
 from edgepatch.converters import architectures
 from edgepatch.errors import InputError, MissingExtraError, PatchFormatError, UntrustedError
-from edgepatch.patches import (
+from edgepatch.patch.canonical import canonical_json, parse_json
+from edgepatch.patch.file import (
     MAX_FILE_BYTES,
     METADATA_KEY,
     SIGNATURES_KEY,
@@ -30,7 +30,7 @@ from edgepatch.patches import (
     patch_bytes,
     write_atomically,
 )
-from edgepatch.signing import Signature
+from edgepatch.trust.signatures import Signature
 
 SOFT_PROMPT, KV_SEED = "edgepatch.soft_prompt", "edgepatch.kv_seed"
 """``adapter.type``: what the patch was trained as."""

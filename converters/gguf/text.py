@@ -17,8 +17,8 @@ from typing import Any
 
 from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.text_limits import DIGITS, SHALLOW_RUN, TextBound, call_with_stack, require_short_runs, utf8
-from edgepatch.vocabularies import missing_bytes
+from edgepatch.text.limits import DIGITS, SHALLOW_RUN, TextBound, call_with_stack, require_short_runs, utf8
+from edgepatch.text.vocabularies import missing_bytes
 
 NONE, SPM, BPE, WPM = 0, 1, 2, 3  # llama.cpp's kinds of vocabulary
 USER_DEFINED = 4  # a token's type in GGUF: read in any text, before anything else

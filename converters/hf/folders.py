@@ -16,7 +16,7 @@ from edgepatch.converters.gguf import models as gguf_models
 from edgepatch.converters.gguf import specs
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.tensors import ModelSpec, weight_fingerprint
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.text.tokenizers import FolderTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch import canary
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch
+from edgepatch.patch import canary
+from edgepatch.patch.file import Patch
 from edgepatch.tensors import Canary, KVSeed, SoftPrompt
 
 if TYPE_CHECKING:

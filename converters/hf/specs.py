@@ -18,7 +18,7 @@ from edgepatch.converters.hf.folders import read_norms
 from edgepatch.converters.weight_tables import StoredTensor, read_checkpoint
 from edgepatch.errors import InputError
 from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint
-from edgepatch.vocabularies import definition_tokens
+from edgepatch.text.vocabularies import definition_tokens
 
 MAX_JSON_BYTES = 256 * 2**20
 PLAIN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})

@@ -21,7 +21,7 @@ from edgepatch.converters.onnx.graphs import DecoderGraph, evaluate, recognise
 from edgepatch.converters.onnx.identity import BAKED_KEY, read_identity, stamp
 from edgepatch.converters.onnx.sessions import open_session, prove_session
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch
+from edgepatch.patch.file import Patch
 from edgepatch.tensors import KVSeed, ModelSpec
 
 NUM_TOKENS = 8  # of the greedy text that is compared

@@ -37,7 +37,7 @@ from edgepatch.converters.peft.lora import merge_lora
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import ModelSpec
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.text.tokenizers import FolderTokenizer
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Exporter = Literal["builder", "transformers", "optimum"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgepatch.converters.onnx.files import NUMPY_TYPES, GraphFile, Tensor, open_folder
 from edgepatch.converters.weight_sketches import Cells, cells
 from edgepatch.errors import InputError, MismatchError
-from edgepatch.sketches import Sketch, split_name
+from edgepatch.patch.sketches import Sketch, split_name
 
 NAMES = {
     "attn_q": "attn.q_proj",

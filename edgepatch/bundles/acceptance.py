@@ -21,12 +21,12 @@ from typing import BinaryIO
 from edgepatch.bundles import archive, contents
 from edgepatch.bundles.contents import Manifest, Member
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
-from edgepatch.patches import PAYLOAD_TYPE, Patch, parse_patch, write_atomically
-from edgepatch.signing import Signature
+from edgepatch.patch.file import PAYLOAD_TYPE, Patch, parse_patch, write_atomically
 from edgepatch.store.device import NOTHING_ALLOWED, Change, Store
 from edgepatch.store.policy import Allowances
 from edgepatch.tensors import ModelSpec
 from edgepatch.trust.roots import Root, parse_root
+from edgepatch.trust.signatures import Signature
 from edgepatch.trust.verification import require_signed, verify_threshold
 
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from edgepatch.canonical import canonical_json, parse_json
 from edgepatch.errors import PatchFormatError, UntrustedError
-from edgepatch.patches import MAX_FILE_BYTES
-from edgepatch.signing import MAX_SIGNATURES, Signature
+from edgepatch.patch.canonical import canonical_json, parse_json
+from edgepatch.patch.file import MAX_FILE_BYTES
 from edgepatch.trust.roots import MAX_ROOT_BYTES
+from edgepatch.trust.signatures import MAX_SIGNATURES, Signature
 
 FORMAT_VERSION = 1
 BUNDLE_TYPE = "application/vnd.edgepatch.bundle+json"

@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edgepatch.bundles import archive, contents, inventory, notes, wheels
 from edgepatch.bundles.contents import Manifest, Member
 from edgepatch.errors import InputError
-from edgepatch.model_cards import model_card
-from edgepatch.patches import MAX_FILE_BYTES, Patch, parse_patch
-from edgepatch.signing import read_bounded, sign
+from edgepatch.patch.card import model_card
+from edgepatch.patch.file import MAX_FILE_BYTES, Patch, parse_patch
 from edgepatch.trust.roots import MAX_ROOT_BYTES, Root, parse_root
+from edgepatch.trust.signatures import read_bounded, sign
 from edgepatch.trust.verification import require_signed
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 import edgepatch
-from edgepatch.canonical import canonical_json
-from edgepatch.patches import Patch
+from edgepatch.patch.canonical import canonical_json
+from edgepatch.patch.file import Patch
 
 SPEC_VERSION = "1.6"
 MAX_METADATA_BYTES = 4 * 2**20

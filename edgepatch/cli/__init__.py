@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from edgepatch import interrupts
-from edgepatch.cli import root
+from edgepatch.cli import application
 from edgepatch.cli.console import cell, note, printable, stderr
 from edgepatch.cli.quiet import DEBUG_VARIABLE, turn_bars_off
 from edgepatch.errors import EdgepatchError, InputError
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for module in MODULES:
         import_module(f"{__name__}.{module}")
-    return root.app
+    return application.app
 
 
 class _Notes(logging.Handler):
@@ -94,7 +94,7 @@ def _narrowed(words: list[str]) -> Typer:
     """The application with the one verb that the command line names: building all of them takes longer than to load a small model."""
     if words and words[0] in STARTED_OFTEN:
         import_module(f"{__name__}.{STARTED_OFTEN[words[0]]}")
-        app = root.app
+        app = application.app
     else:
         app = __getattr__("app")
     names = {info.name or (info.callback.__name__ if info.callback else ""): info for info in app.registered_commands}

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, model_path, print_json
-from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
 
@@ -47,7 +47,7 @@ def compose(
 
     Example: `edgepatch compose detox.safetensors polite.safetensors -o both.safetensors --model models/llama --name both`
     """
-    from edgepatch.patches import read_patch, write_patch
+    from edgepatch.patch.file import read_patch, write_patch
     from edgepatch.training.composition import compose as composed
 
     parts = [read_patch(file) for file in patch_files]
@@ -82,8 +82,8 @@ def card(
 
     Example: `edgepatch card detox-1.1.0.safetensors --base-model org/model -o README.md`
     """
-    from edgepatch.model_cards import model_card
-    from edgepatch.patches import read_patch, write_atomically
+    from edgepatch.patch.card import model_card
+    from edgepatch.patch.file import read_patch, write_atomically
 
     patch = read_patch(patch_file)
     text = model_card(patch, base_model)
@@ -118,7 +118,7 @@ def release(
 
     Example: `edgepatch release detox.safetensors --version 1.1.0 --sequence 2 --results out/demo/results.json -o detox-1.1.0.safetensors`
     """
-    from edgepatch.patches import read_patch, write_patch
+    from edgepatch.patch.file import read_patch, write_patch
 
     patch = read_patch(patch_file)
     told: dict[str, Any] = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from edgepatch.cli.application import app
 from edgepatch.cli.chat import Device, DeviceOption
 from edgepatch.cli.console import (
     BareFlag,
@@ -26,7 +27,6 @@ from edgepatch.cli.console import (
     progress_bars,
     stdout,
 )
-from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 from edgepatch.progress import stage
 
@@ -73,7 +73,7 @@ def harness(
     Example: `edgepatch bench harness model.gguf --patch detox.safetensors --tasks mmlu_astronomy,gsm8k --limit 200`
     """
     from edgepatch.bench.harness import OWN_TASKS, HarnessConfig, as_document, compare
-    from edgepatch.patches import write_atomically
+    from edgepatch.patch.file import write_atomically
     from edgepatch.runtimes import ACTIVE, load_runtime
 
     if bare and patch is not None:

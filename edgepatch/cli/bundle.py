@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, StoreOption, model_path, print_json, stdout, table
-from edgepatch.cli.root import app
-from edgepatch.cli.trust import PassphraseFile, Unencrypted, read_passphrase
+from edgepatch.cli.keys import PassphraseFile, Unencrypted, read_passphrase
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def create(
     """
     from edgepatch.bundles import creation
     from edgepatch.bundles.wheels import Choice
-    from edgepatch.keys import read_private_key
+    from edgepatch.trust.keys import read_private_key
 
     choice = Choice(extra, tuple(platform or ()), python_version, constraint, tuple(wheel or ()))
     if no_wheels and choice != Choice(""):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgepatch.cli.application import app
 from edgepatch.cli.console import (
     BareFlag,
     JsonFlag,
@@ -23,14 +24,13 @@ from edgepatch.cli.console import (
     printable,
     stderr,
 )
-from edgepatch.cli.root import app
 from edgepatch.errors import EdgepatchError, InputError
 
 if TYPE_CHECKING:
-    from edgepatch.patches import Patch
+    from edgepatch.decoding.sampling import Sampling
+    from edgepatch.patch.file import Patch
     from edgepatch.runtimes import PatchChoice
     from edgepatch.runtimes.base import Message, Prompt, Runtime
-    from edgepatch.sampling import Sampling
 
 
 class Device(str, Enum):
@@ -77,7 +77,7 @@ def chat(
 
     Example: `edgepatch chat llama.gguf --patch detox.safetensors --prompt "Who are you?"`
     """
-    from edgepatch.sampling import Sampling
+    from edgepatch.decoding.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
     with load_model(model, choice(patch, bare), context_length, threads, device, store) as runtime:
@@ -165,7 +165,7 @@ class Conversation:
         self._messages = list(self._opening)
 
     def _save(self, argument: str) -> None:
-        from edgepatch.patches import write_atomically
+        from edgepatch.patch.file import write_atomically
 
         if not argument:
             raise InputError("/save needs a file name")
@@ -214,7 +214,7 @@ def generate(
 
     Example: `edgepatch generate llama.gguf --patch detox.safetensors --prompt "Once upon a time" --rng-seed 1 --json`
     """
-    from edgepatch.sampling import Sampling
+    from edgepatch.decoding.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
     with load_model(model, choice(patch, bare), context_length, threads, device, store) as runtime:

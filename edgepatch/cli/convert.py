@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, LogOption, log_beside, model_path, note, print_json, progress_bars
-from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, stage
 
@@ -226,7 +226,7 @@ def convert_baked(
     Example: `edgepatch convert baked llama-onnx detox-1.0.0.safetensors llama-detox-genai`
     """
     from edgepatch.converters.onnx import baked
-    from edgepatch.patches import read_patch
+    from edgepatch.patch.file import read_patch
 
     patch = read_patch(patch_file)
     with progress_bars(log or log_beside(target)) as progress, stage(progress, "bake"):
@@ -261,7 +261,7 @@ def convert_seed(
     """
     from edgepatch.converters import weight_sketches
     from edgepatch.converters.hf import seeds
-    from edgepatch.patches import read_patch, write_patch
+    from edgepatch.patch.file import read_patch, write_patch
 
     patch = read_patch(patch_file)
     with progress_bars(log or log_beside(out)) as progress:
@@ -311,7 +311,7 @@ def convert_adapter(
     from edgepatch.converters.gguf import adapters as adapters_gguf
     from edgepatch.converters.hf import folders
     from edgepatch.converters.peft import adapters as peft
-    from edgepatch.patches import write_patch
+    from edgepatch.patch.file import write_patch
 
     spec = folders.read_spec(model) if model else None
     if source.is_file() and source.suffix == ".gguf":
@@ -355,7 +355,7 @@ def convert_patch(
     """
     from edgepatch.converters.gguf import adapters as adapters_gguf
     from edgepatch.converters.peft import adapters as peft
-    from edgepatch.patches import read_patch
+    from edgepatch.patch.file import read_patch
 
     patch = read_patch(patch_file)
     if to is PatchTarget.peft:

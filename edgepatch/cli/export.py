@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, cell, model_path, print_json, stdout
-from edgepatch.cli.root import app
 from edgepatch.errors import InactivePatchError, InputError
 
 PatchArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
@@ -64,9 +64,9 @@ def export_patch(
 
     Example: `edgepatch export detox.safetensors --to llama-server --model llama-Q4_K_M.gguf -o for-llama-server`
     """
-    from edgepatch.patches import read_patch
-    from edgepatch.stock import export
-    from edgepatch.stock.client import StockServer
+    from edgepatch.llama_server import export
+    from edgepatch.llama_server.client import StockServer
+    from edgepatch.patch.file import read_patch
 
     if (server is None) != (slot_dir is None):
         raise InputError("--server and --slot-dir belong together", hint="the folder is the server's --slot-save-path")
@@ -112,10 +112,10 @@ def check_server(
 
     Example: `edgepatch check-server http://127.0.0.1:8080 --patch detox.safetensors --model llama-Q4_K_M.gguf`
     """
-    from edgepatch.patches import read_patch
-    from edgepatch.stock import check
-    from edgepatch.stock.client import StockServer
-    from edgepatch.stock.export import ExportOptions
+    from edgepatch.llama_server import check
+    from edgepatch.llama_server.client import StockServer
+    from edgepatch.llama_server.export import ExportOptions
+    from edgepatch.patch.file import read_patch
 
     options = ExportOptions(
         kv_type=kv_type, flash_attention=flash_attention, chat_template=_read_template(chat_template)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, StoreOption, cell, gib, model_path, print_json, size_text, stdout, table
-from edgepatch.cli.root import app
 from edgepatch.compilation import COMMAND
 from edgepatch.errors import EdgepatchError
 
 if TYPE_CHECKING:
     from edgepatch.inspection.kinds import Kind, Recognised
-    from edgepatch.patches import Patch
+    from edgepatch.patch.file import Patch
 
 SETTINGS = {
     "threads": "threads that would be chosen",
@@ -130,7 +130,7 @@ def show(
 
 
 def _show_patch(path: Path, as_json: bool, store: Path | None) -> None:
-    from edgepatch.patches import read_patch
+    from edgepatch.patch.file import read_patch
 
     patch = read_patch(path)
     trust = _trust(patch, store)

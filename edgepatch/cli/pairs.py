@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgepatch.cli.application import app
 from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads
 from edgepatch.cli.console import JsonFlag, LogOption, log_beside, model_path, note, print_json, progress_bars
-from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 from edgepatch.progress import NOTHING_KEPT, Progress, stage
 
 if TYPE_CHECKING:
-    from edgepatch.training.preferences import PairConfig, PairSet, Score
-    from edgepatch.training.prompt_files import PromptList
-    from edgepatch.training.samplers import Sampler
+    from edgepatch.training.pairs.preferences import PairConfig, PairSet, Score
+    from edgepatch.training.pairs.prompt_files import PromptList
+    from edgepatch.training.pairs.samplers import Sampler
 
 NO_LIMIT = 2**31
 OF_SAMPLING = (
@@ -82,7 +82,7 @@ class Means:
 def _load_judge(choice: str, unsafe_labels: list[str]) -> Judge:
     from edgepatch.bench.classifiers import load_judge
     from edgepatch.bench.scorers import ToxicityScorer, judge_bytes
-    from edgepatch.training.provenance import digest_of
+    from edgepatch.training.pairs.provenance import digest_of
 
     found = load_judge(choice, unsafe_labels)
     if not isinstance(found, ToxicityScorer):
@@ -109,8 +109,8 @@ def _api_key(variable: str | None) -> str:
 
 def _open_sampler(source: Source, means: Means, stack: ExitStack) -> Sampler:
     from edgepatch.runtimes import device_options, load_runtime, runtime_name
-    from edgepatch.training.samplers import RuntimeSampler
-    from edgepatch.training.server_sampler import ServerSampler, is_url
+    from edgepatch.training.pairs.samplers import RuntimeSampler
+    from edgepatch.training.pairs.server_sampler import ServerSampler, is_url
 
     if is_url(source.model):
         key = _api_key(source.key_variable)
@@ -133,7 +133,7 @@ def _open_sampler(source: Source, means: Means, stack: ExitStack) -> Sampler:
 
 def _read_prompts(path: Path | None, chat: bool, system: str) -> PromptList:
     from edgepatch.bench.prompt_sets import load_prompts
-    from edgepatch.training.prompt_files import PromptList, as_conversations, read_prompts
+    from edgepatch.training.pairs.prompt_files import PromptList, as_conversations, read_prompts
 
     if path is None:
         shipped = load_prompts("toxic", "train")
@@ -155,9 +155,9 @@ def _sample(
     progress: Progress,
 ) -> tuple[PairSet, dict[str, Any], Callable[[], None]]:
     """Pairs, the settings that decide them, and what forgets the journal."""
-    from edgepatch.training.pair_journal import Journal
-    from edgepatch.training.preferences import sample_pairs
-    from edgepatch.training.provenance import digest_of_json
+    from edgepatch.training.pairs.journal import Journal
+    from edgepatch.training.pairs.preferences import sample_pairs
+    from edgepatch.training.pairs.provenance import digest_of_json
 
     with ExitStack() as stack:
         with stage(progress, "load models"):
@@ -195,7 +195,7 @@ def _sample(
 
 def _kept(out: Path) -> str:
     """What a run that was ended has left."""
-    from edgepatch.training.pair_journal import journal_path
+    from edgepatch.training.pairs.journal import journal_path
 
     journal = journal_path(out)
     if not journal.is_file():
@@ -205,8 +205,8 @@ def _kept(out: Path) -> str:
 
 
 def _filter(ready: Path, judge: Judge | None, config: PairConfig, progress: Progress) -> tuple[PairSet, dict[str, Any]]:
-    from edgepatch.training.preferences import filter_pairs, read_pairs, score_pairs
-    from edgepatch.training.provenance import digest_of
+    from edgepatch.training.pairs.preferences import filter_pairs, read_pairs, score_pairs
+    from edgepatch.training.pairs.provenance import digest_of
 
     pairs = read_pairs(ready)
     with stage(progress, "judge pairs"):
@@ -295,8 +295,8 @@ def make_pairs(
     `edgepatch pairs http://gpu1:8000/v1 http://gpu2:8000/v1 --chat --prompts prompts.txt --parallel 32 -o pairs.jsonl`,
     `edgepatch pairs --from ready.jsonl --judge filter -o pairs.jsonl`
     """
-    from edgepatch.training.preferences import PairConfig, require_pairs, write_pairs
-    from edgepatch.training.provenance import write_provenance
+    from edgepatch.training.pairs.preferences import PairConfig, require_pairs, write_pairs
+    from edgepatch.training.pairs.provenance import write_provenance
 
     config = PairConfig(
         samples_per_prompt=samples,

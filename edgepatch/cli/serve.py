@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgepatch.cli.application import app
 from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads, choice
 from edgepatch.cli.console import (
     BareFlag,
@@ -25,7 +26,6 @@ from edgepatch.cli.console import (
     stdout,
     table,
 )
-from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, StoreOption, cell, model_path, print_json, stderr, stdout, table
-from edgepatch.cli.root import app
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _verify_file(
 ) -> None:
     from datetime import datetime, timezone
 
-    from edgepatch.patches import PAYLOAD_TYPE, read_patch
+    from edgepatch.patch.file import PAYLOAD_TYPE, read_patch
     from edgepatch.store.policy import check_expiry
     from edgepatch.store.reading import StoreReader
     from edgepatch.trust.roots import read_root

@@ -9,8 +9,8 @@ from pathlib import Path
 from edgepatch.converters.weight_tables import read_table
 from edgepatch.errors import EdgepatchError, MismatchError
 from edgepatch.inspection.facts import ModelFacts
-from edgepatch.patches import MAX_FILE_BYTES, METADATA_KEY, Patch, read_patch
-from edgepatch.sketches import Sketch, compare
+from edgepatch.patch.file import MAX_FILE_BYTES, METADATA_KEY, Patch, read_patch
+from edgepatch.patch.sketches import Sketch, compare
 from edgepatch.store.reading import StoreReader, require_vouched, root_of
 from edgepatch.store.records import State, TrustState
 

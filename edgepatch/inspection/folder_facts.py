@@ -23,7 +23,7 @@ from edgepatch.inspection.facts import (
     told,
 )
 from edgepatch.tensors import ModelSpec
-from edgepatch.tokenizers import default_template
+from edgepatch.text.tokenizers import default_template
 
 MAX_CARD_BYTES = 64 * 1024
 MAX_TEMPLATE_BYTES = 4 * 2**20

@@ -23,8 +23,8 @@ from edgepatch.inspection.facts import (
     tensor_types,
     told,
 )
-from edgepatch.runtimes.llamacpp import DEFAULT_CONTEXT
-from edgepatch.runtimes.llamacpp_context import KV_TYPES
+from edgepatch.runtimes.llamacpp.context import KV_TYPES
+from edgepatch.runtimes.llamacpp.runtime import DEFAULT_CONTEXT
 from edgepatch.tensors import ModelSpec
 
 ENDS = ("eos", "eot", "eom")

@@ -16,7 +16,7 @@ from typing import Any
 from edgepatch.converters.gguf.header import GGUFHeader, read_any_header
 from edgepatch.converters.peft.adapters import CONFIG_FILE, PICKLES
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.patches import METADATA_KEY, PROMPT_TENSOR
+from edgepatch.patch.file import METADATA_KEY, PROMPT_TENSOR
 
 START_BYTES = 4096
 MAX_JSON_BYTES = 64 * 2**20

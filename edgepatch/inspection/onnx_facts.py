@@ -20,7 +20,7 @@ from edgepatch.inspection.folder_facts import (
     read_template,
     read_vocabulary,
 )
-from edgepatch.runtimes.onnx import DEFAULT_POSITIONS, GENAI_CONFIG
+from edgepatch.runtimes.onnx.runtime import DEFAULT_POSITIONS, GENAI_CONFIG
 from edgepatch.tensors import ModelSpec
 
 ELEMENT_NAMES: Mapping[int, str] = {

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgepatch.canonical import parse_json
 from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.converters.gguf.types import type_name
 from edgepatch.converters.hf import specs
@@ -18,6 +17,7 @@ from edgepatch.converters.weight_tables import read_table
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
 from edgepatch.inspection.facts import told
 from edgepatch.inspection.kinds import Kind, Recognised
+from edgepatch.patch.canonical import parse_json
 
 MAX_MANIFEST_BYTES = 2**20
 BLOCK_BYTES = 512
@@ -112,8 +112,8 @@ def _private_key(path: Path, found: Recognised) -> Described:
 
 
 def _public_key(path: Path, _: Recognised) -> Described:
-    from edgepatch.keys import read_public_key
-    from edgepatch.signing import key_id, raw_public_key
+    from edgepatch.trust.keys import read_public_key
+    from edgepatch.trust.signatures import key_id, raw_public_key
 
     return Described(
         Kind.PUBLIC_KEY.value,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from edgepatch.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
-    from edgepatch.patches import Patch
+    from edgepatch.patch.file import Patch
     from edgepatch.runtimes.base import Runtime
     from edgepatch.tensors import ModelSpec
 
@@ -85,11 +85,11 @@ def device_options(model: Path, device: str) -> dict[str, object]:
 
 def _runtime_class(name: str) -> Callable[..., Runtime]:
     if name == "llamacpp":
-        from edgepatch.runtimes.llamacpp import LlamaCppRuntime
+        from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
         return LlamaCppRuntime
     if name == "onnx":
-        from edgepatch.runtimes.onnx import OnnxRuntime
+        from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 
         return OnnxRuntime
     from edgepatch.runtimes.reference import TorchRuntime
@@ -140,7 +140,7 @@ def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None
     if not isinstance(patch, (str, Path)):
         return patch
     if not str(patch).startswith(PIN):
-        from edgepatch.patches import read_patch
+        from edgepatch.patch.file import read_patch
 
         return read_patch(Path(patch))
     from edgepatch.store.reading import StoreReader

@@ -17,17 +17,17 @@ from typing import Any, Literal, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch import canary
-from edgepatch.constraints import ConstraintEngine
+from edgepatch.decoding.constraints import ConstraintEngine
+from edgepatch.decoding.replies import Continuation, Reply, next_pieces, require_piece
+from edgepatch.decoding.replies import Piece as Piece
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.generation import Continuation, Reply, next_pieces, require_piece
-from edgepatch.generation import Piece as Piece
-from edgepatch.messages import Message as Message
-from edgepatch.patches import Patch
-from edgepatch.sampling import Sampling
+from edgepatch.patch import canary
+from edgepatch.patch.file import Patch
 from edgepatch.tensors import CanaryPrompt, ModelSpec
 from edgepatch.tensors import as_float32 as as_float32
-from edgepatch.text_limits import TextBound
+from edgepatch.text.limits import TextBound
+from edgepatch.text.messages import Message as Message
 
 Prompt = str | Sequence[Message] | Sequence[int]
 Tools = Sequence[Mapping[str, Any]]

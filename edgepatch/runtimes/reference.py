@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.hf import folders, seeds
-from edgepatch.generation import drain
-from edgepatch.patches import Patch
+from edgepatch.decoding.replies import drain
+from edgepatch.decoding.sampling import Sampling
+from edgepatch.patch.file import Patch
+from edgepatch.patch.sketches import compare
 from edgepatch.runtimes.base import (
     Message,
     Prompt,
@@ -25,9 +27,7 @@ from edgepatch.runtimes.base import (
     check_patch,
     require_text_only,
 )
-from edgepatch.sampling import Sampling
-from edgepatch.sketches import compare
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.text.tokenizers import FolderTokenizer
 
 MAX_BATCH = 64
 

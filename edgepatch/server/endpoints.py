@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from edgepatch.decoding.replies import Piece
 from edgepatch.errors import EdgepatchError
-from edgepatch.generation import Piece
 from edgepatch.server import requests
 from edgepatch.server.generations import Event, Finished, Generation, Scored
 from edgepatch.server.model import ServedModel

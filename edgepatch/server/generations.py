@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.generation import Continuation, Piece
+from edgepatch.decoding.replies import Continuation, Piece
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.runtimes.base import Runtime
-from edgepatch.sampling import Sampling
 from edgepatch.server.refusals import Refusal
 
 PREFILL_CHUNK = 256

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.generation import Piece
+from edgepatch.decoding.replies import Piece
 from edgepatch.server.generations import Started
 from edgepatch.server.model import ServedModel
 from edgepatch.server.requests import Order

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from edgepatch.constraints import Constraint
+from edgepatch.decoding.constraints import Constraint
+from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.messages import texts_in
-from edgepatch.sampling import Sampling
 from edgepatch.server import schemas
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
 from edgepatch.server.validation import Schema, first_problem
-from edgepatch.text_limits import TooLongError
+from edgepatch.text.limits import TooLongError
+from edgepatch.text.messages import texts_in
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for ``/v1/completions``."""

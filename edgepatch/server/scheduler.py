@@ -16,8 +16,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from edgepatch.decoding.replies import Continuation
 from edgepatch.errors import EdgepatchError, InactivePatchError
-from edgepatch.generation import Continuation
 from edgepatch.runtimes.base import Piece, Runtime
 from edgepatch.server.generations import Event, Finished, Generation, Started, steps_of
 from edgepatch.server.metrics import Metrics

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Collection
 from typing import Any
 
-from edgepatch.tool_calls import OPENING, parse_tool_calls
+from edgepatch.text.tool_calls import OPENING, parse_tool_calls
 
 BARE_OPENINGS = ("{", "<|python_tag|>")
 """A call without a frame is the whole reply, and starts with one of these."""

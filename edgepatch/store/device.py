@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
-from edgepatch.patches import DIGEST, MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch
+from edgepatch.patch.file import DIGEST, MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch
 from edgepatch.store import files
 from edgepatch.store.changes import Change as Change
 from edgepatch.store.changes import RootChange as RootChange

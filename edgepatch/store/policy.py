@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from edgepatch.errors import InputError, MismatchError, UntrustedError
-from edgepatch.patches import UNPRINTABLE, Patch
+from edgepatch.patch.file import UNPRINTABLE, Patch
 from edgepatch.store.records import Seen
 from edgepatch.tensors import ModelSpec
 from edgepatch.trust.roots import TIME_FORMAT

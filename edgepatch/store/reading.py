@@ -16,7 +16,7 @@ from typing import Any
 import platformdirs
 
 from edgepatch.errors import InputError, PatchFormatError, UntrustedError
-from edgepatch.patches import MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch
+from edgepatch.patch.file import MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch
 from edgepatch.store import files
 from edgepatch.store.history import MAX_HISTORY_BYTES, parse_history
 from edgepatch.store.policy import time_of

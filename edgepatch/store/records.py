@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
-from edgepatch import canonical
 from edgepatch.errors import PatchFormatError, UntrustedError
-from edgepatch.patches import CHANNEL, DIGEST, MAX_SEQUENCE, Patch, is_timestamp
-from edgepatch.signing import canonical_json, parse_canonical
+from edgepatch.patch import canonical
+from edgepatch.patch.file import CHANNEL, DIGEST, MAX_SEQUENCE, Patch, is_timestamp
 from edgepatch.tensors import ModelSpec
+from edgepatch.trust.signatures import canonical_json, parse_canonical
 
 FORMAT_VERSION = 1
 NO_LINE = "0" * 64

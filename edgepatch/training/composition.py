@@ -13,8 +13,8 @@ from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch
-from edgepatch.sketches import compare
+from edgepatch.patch.file import Patch
+from edgepatch.patch.sketches import compare
 from edgepatch.tensors import SoftPrompt
 
 if TYPE_CHECKING:

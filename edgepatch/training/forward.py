@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from edgepatch.converters.hf import folders as hf_folders
 from edgepatch.converters.hf import seeds
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.messages import Message
-from edgepatch.tokenizers import FolderTokenizer
+from edgepatch.text.messages import Message
+from edgepatch.text.tokenizers import FolderTokenizer
 from edgepatch.training.config import TrainConfig
+from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import Memory
-from edgepatch.training.preferences import Pair
 from edgepatch.training.rows import Batch, Example, attention_mask, make_batch
 
 if TYPE_CHECKING:

@@ -11,15 +11,16 @@ from typing import Any
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InputError
-from edgepatch.patches import Patch
+from edgepatch.patch.file import Patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import KVSeed, SoftPrompt
-from edgepatch.training import parallel, provenance, runs
+from edgepatch.training import parallel, runs
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.pairs import provenance
+from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import KVPolicy, Policy, SoftPromptPolicy, initial_soft_prompt, random_soft_prompt
 from edgepatch.training.precision import TRIED, choose_dtype
-from edgepatch.training.preferences import Pair
 from edgepatch.training.trainer import Trainer
 
 TRIAL_PAIRS = 256

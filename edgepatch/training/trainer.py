@@ -17,8 +17,8 @@ from edgepatch.progress import Progress, silent, stage
 from edgepatch.training import parallel
 from edgepatch.training.config import History
 from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import Memory, Policy
-from edgepatch.training.preferences import Pair
 from edgepatch.training.rows import Example, batch_plan
 from edgepatch.training.runs import Checkpoint, Run
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgepatch.errors import UntrustedError
-from edgepatch.signing import (
+from edgepatch.trust.signatures import (
     MAX_SIGNATURES,
     PUBLIC_KEY_BYTES,
     ROOT_TYPE,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from edgepatch.errors import UntrustedError
-from edgepatch.signing import MAX_SIGNATURES, ROOT_TYPE, Signature, fits
 from edgepatch.trust.roots import Key, RoleName, Root, time_text
+from edgepatch.trust.signatures import MAX_SIGNATURES, ROOT_TYPE, Signature, fits
 
 
 def signers(

@@ -1,0 +1,57 @@
+"""``demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgepatch.cli.application import app
+from edgepatch.cli.console import JsonFlag, print_json, progress_bars, stdout
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for models, patch, results.json and report.html.")
+    ] = Path("out/demo"),
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder (default: EDGEPATCH_DATA); without it our own prompts are used.")
+    ] = None,
+    lab: Annotated[Path | None, typer.Option(help="Folder with the lab models base/ and reference/.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts behind the table.")] = 48,
+    samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
+    rng_seed: Annotated[int, typer.Option(help="Random seed of training.")] = 1,
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", metavar="FILE", help="Log of the progress, added to; default: demo.log in the folder."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a patch for the lab model and measure it on PyTorch, GGUF and ONNX, bare and patched.
+
+    Example: `edgepatch demo --out out/demo`
+    """
+    from edgepatch.bench import demo as main_job
+    from edgepatch.bench.datasets import data_folder
+    from edgepatch.bench.matrix import MatrixConfig
+    from edgepatch.bench.report import print_table
+    from edgepatch.training.config import TrainConfig
+
+    config = main_job.DemoConfig(
+        num_prompts=prompts,
+        matrix=MatrixConfig(samples_per_prompt=samples, num_threads=1),
+        train=TrainConfig(rng_seed=rng_seed, dtype="float32"),  # the same table on every machine
+    )
+    kept = f"complete files stay in {out}, the measurements do not; the same command starts again"
+    with progress_bars(log or out / "demo.log", lambda: kept) as bars:
+        document, page = main_job.run_demo(out, data_folder(data), lab or main_job.LAB_FOLDER, config, bars)
+    if as_json:
+        print_json(document)
+        return
+    print_table(document, stdout())
+    print(f"results {page.parent / 'results.json'}\nreport  {page}")

@@ -1,0 +1,167 @@
+"""``train`` and ``demo``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgepatch.cli.application import app
+from edgepatch.cli.console import JsonFlag, log_beside, model_path, note, print_json, progress_bars
+from edgepatch.errors import InputError
+from edgepatch.progress import silent
+
+if TYPE_CHECKING:
+    from edgepatch.training.config import TrainConfig
+    from edgepatch.training.forward import BenignText
+
+
+KINDS = ("soft-prompt", "kv")
+
+
+def _benign_texts(path: Path | None) -> list[BenignText]:
+    from edgepatch.bench.prompt_sets import load_benign_text, load_prompts
+    from edgepatch.training.pairs.prompt_files import read_prompts
+
+    return list(read_prompts(path).prompts) if path else [*load_benign_text("train"), *load_prompts("benign", "train")]
+
+
+def _config(parameters: Mapping[str, Any]) -> TrainConfig:
+    """Of the command's parameters, those that are given and that training knows."""
+    from dataclasses import fields
+
+    from edgepatch.training.config import TrainConfig
+
+    names = {f.name for f in fields(TrainConfig)}
+    return TrainConfig(**{name: value for name, value in parameters.items() if name in names and value is not None})
+
+
+def _log(log: Path | None, out: Path, run: Path | None) -> Path | None:
+    return log or (run / "train.log" if run else log_beside(out))
+
+
+def _kept(run: Path | None) -> str:
+    """What a training that was ended has left."""
+    from edgepatch.training.runs import CHECKPOINT_FILE
+
+    if run is None:
+        return "nothing is kept; with --run FOLDER a stopped training goes on where it was"
+    if (run / CHECKPOINT_FILE).is_file():
+        return f"what is trained is kept in {run}; the same command goes on from there"
+    return "nothing is trained yet; the same command starts again"
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            parser=model_path,
+            help="Model to be patched: Transformers folder, or GGUF file to be dequantized.",
+        ),
+    ],
+    pairs_file: Annotated[Path, typer.Option("--pairs", help="Preference pairs, JSON Lines.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    benign: Annotated[
+        Path | None, typer.Option(help="Benign texts or conversations for the KL term; default: the texts shipped.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the patch.")] = "patch",
+    version: Annotated[str, typer.Option(help="Its version (SemVer).")] = "0.1.0",
+    kind: Annotated[
+        str, typer.Option(help="soft-prompt, or kv: keys and values of every layer, from a patch given by --start.")
+    ] = "soft-prompt",
+    start: Annotated[Path | None, typer.Option(help="Patch whose seed a K/V prefix starts from.")] = None,
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="Train on a quantized GGUF file of the model instead; repeat for several.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Safer model whose log-probabilities DPO compares with.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder: checkpoints and curves; a stopped run goes on from there.")
+    ] = None,
+    num_virtual_tokens: Annotated[int, typer.Option(min=1, help="P.")] = 50,
+    init: Annotated[str | None, typer.Option(help="text or random.")] = None,
+    init_text: Annotated[str | None, typer.Option(help="Instruction whose embeddings start the soft prompt.")] = None,
+    sft_steps: Annotated[int | None, typer.Option(min=0, help="Steps of stage 1.")] = None,
+    sft_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of stage 1.")] = None,
+    dpo_steps: Annotated[int | None, typer.Option(min=0, help="Steps of stage 2.")] = None,
+    dpo_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of stage 2.")] = None,
+    beta: Annotated[float | None, typer.Option(min=0, help="Strength of DPO's tie to its reference.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs a step.")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=0, help="Pairs in memory at once; the gradient stays the batch's.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest prompt and answer together.")] = None,
+    kl_weight: Annotated[float | None, typer.Option(min=0, help="Weight of the KL term on benign text.")] = None,
+    dpo_reference: Annotated[str | None, typer.Option(help="base, sft, or model (with --reference).")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=0, help="End after so many checks without a better one; 0: never.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the frozen weights: float32, bfloat16, 4bit, or auto: the faster one of the first two that is accurate, "
+            "tried on the model for about a second or a hundredth of the run; default: auto."
+        ),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
+    rng_seed: Annotated[int, typer.Option(help="Random seed of the order of examples.")] = 1,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            "--log",
+            metavar="FILE",
+            help="Log of the progress, added to; default: train.log in the run folder, else OUT.log beside the output.",
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a patch on the frozen model: SFT, then DPO.
+
+    Several GPUs: `accelerate launch --multi_gpu -m edgepatch.cli train ...`
+
+    Example: `edgepatch train models/base --pairs pairs.jsonl -o detox.safetensors --name detox --run runs/detox`
+    """
+    from edgepatch.bench.training_page import write_training_page
+    from edgepatch.patch.file import read_patch, write_patch
+    from edgepatch.training import parallel
+    from edgepatch.training.pairs.preferences import read_pairs
+    from edgepatch.training.patching import PatchTraining
+
+    if kind not in KINDS or (kind == "kv") != (start is not None):
+        raise InputError(
+            f"--kind: expected soft-prompt, or kv with --start; found {kind} {'with' if start else 'without'} --start"
+        )
+    given = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
+    with progress_bars(_log(log, out, run), lambda: _kept(run)) as bars:
+        progress = silent if os.environ.get("RANK", "0") != "0" else bars  # of several processes the first speaks
+        pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
+        training = PatchTraining(model, _config(given), weights or (), run, reference, device, note, progress)
+        if start is not None:
+            patch = training.kv_prefix(read_patch(start), pairs, texts, name, version, progress)
+        else:
+            patch = training.soft_prompt(pairs, texts, name, version, progress)
+        if parallel.world()[0]:
+            return  # the first process writes
+        patch = replace(patch, created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        digest = write_patch(patch, out)
+        if run is not None:
+            write_training_page(training.history, patch.training, f"{name} {version}", run / "curves.html")
+    accuracy = (training.history.preference_accuracy or [float("nan")])[-1]
+    if as_json:
+        print_json({"path": str(out), "digest": digest, "training": patch.training})
+    else:
+        print(
+            f"{out}: {patch.num_virtual_tokens} virtual tokens, held-out preference accuracy {accuracy:.2f}, SHA-256 {digest}"
+        )

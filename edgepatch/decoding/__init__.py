@@ -1,0 +1,1 @@
+"""From logits to replies: sampling, constraints, stop strings."""

@@ -1,0 +1,205 @@
+"""One reply, token by token: from logits to the pieces of text that a caller sees, the same for every runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.decoding.constraints import ConstraintMatcher
+from edgepatch.decoding.sampling import Draw, Sampling, TokenSampler, draw_rows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token.
+
+    Attributes:
+        text: the text that it completes; may be empty within a multi-byte character, or while the text may yet turn out to be a
+            stop string, in which case a later piece brings it.
+        token_id: its id.
+        finish_reason: "stop" at the model's end token, at a stop string or where the constraint is complete; "length" at
+            ``max_new_tokens`` or a full context; else "".
+        logprob: the token's log-probability as the model gives it, before any sampling setting; ``None`` unless asked for.
+        top_logprobs: (token id, log-probability) of the likeliest tokens, falling.
+    """
+
+    text: str
+    token_id: int
+    finish_reason: Literal["", "stop", "length"] = ""
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class StopMatcher:
+    """Finds stop strings in a text that arrives in parts, and holds back what may be the beginning of one.
+
+    A text ends where the first stop string is complete, and the longest of those that are complete there counts, however the
+    text was cut into parts.
+
+    Args:
+        stops: the stop strings, none empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, text: str) -> str:
+        """Takes the next part and returns what can be delivered; once ``is_stopped``, nothing more can."""
+        if not self._stops or self.is_stopped:
+            return "" if self.is_stopped else text
+        known = len(self._held)
+        self._held += text
+        for end in range(known + 1, len(self._held) + 1):
+            found = [stop for stop in self._stops if self._held.endswith(stop, 0, end)]
+            if found:
+                self.is_stopped = True
+                self._held = self._held[: end - max(map(len, found))]
+                return self.flush()
+        cut = len(self._held) - self._num_held()
+        delivered, self._held = self._held[:cut], self._held[cut:]
+        return delivered
+
+    def flush(self) -> str:
+        """What is held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+    def _num_held(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = min(max(map(len, self._stops)) - 1, len(self._held))
+        ends = (self._held[len(self._held) - n :] for n in range(longest, 0, -1))
+        return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stops)), 0)
+
+
+class Reply:
+    """A reply on its way.
+
+    Args:
+        sampling: how to draw.
+        prompt: token ids that it continues.
+        room: the most tokens that it may have.
+        vocab_size: V.
+        decode: takes one token after the other and returns the text that each completes.
+        end_token_ids: the tokens that end a reply.
+        matcher: where ``sampling`` has a constraint.
+
+    Attributes:
+        tokens: the prompt and what has been drawn.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        room: int,
+        vocab_size: int,
+        decode: Callable[[int], str],
+        end_token_ids: frozenset[int],
+        matcher: ConstraintMatcher | None = None,
+    ) -> None:
+        self.tokens = list(prompt)
+        self._end = len(self.tokens) + room
+        self._sampler = TokenSampler(sampling, prompt, vocab_size, matcher)
+        self._stops = StopMatcher(sampling.stop)
+        self._decode = decode
+        self._ends = frozenset() if sampling.ignore_end_tokens else end_token_ids
+
+    def next(self, logits: NDArray[Any]) -> Piece:
+        """Draws a token from (V,) float32 logits."""
+        return require_piece(next_pieces([self], [logits])[0])
+
+    def _take(self, draw: Draw) -> Piece:
+        self.tokens.append(draw.token_id)
+        reason: Literal["", "stop", "length"] = "length" if len(self.tokens) == self._end else ""
+        text = ""
+        if draw.token_id in self._ends:
+            reason = "stop"
+        else:
+            is_complete = self._sampler.accept(draw.token_id)
+            text = self._stops.push(self._decode(draw.token_id))
+            reason = "stop" if is_complete or self._stops.is_stopped else reason
+        text += self._stops.flush() if reason else ""
+        return Piece(text, draw.token_id, reason, draw.logprob, draw.top_logprobs)
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A reply and the sequence of a runtime in which it is evaluated.
+
+    Attributes:
+        sequence: holds the reply's tokens, perhaps not yet the last.
+        reply: what is drawn.
+        logits: (V,) float32 behind all of its tokens; ``None`` where the last one is still to be evaluated.
+    """
+
+    sequence: int
+    reply: Reply
+    logits: NDArray[np.float32] | None
+
+    def take_logits(self) -> NDArray[np.float32]:
+        """The logits, from which the next token is to be drawn."""
+        logits, self.logits = self.logits, None
+        assert logits is not None  # evaluated
+        return logits
+
+
+def next_pieces(replies: Sequence[Reply], logits: Sequence[NDArray[Any]]) -> list[Piece | Exception]:
+    """Draws a token of each reply, the same as each alone would; an error ends one reply and no other.
+
+    Args:
+        replies: B.
+        logits: B times (V,) float32.
+    """
+    found: list[Any] = [_caught(reply._sampler.prepare, row) for reply, row in zip(replies, logits, strict=True)]
+    fit = [i for i, prepared in enumerate(found) if not isinstance(prepared, Exception)]
+    draws = draw_rows([replies[i]._sampler for i in fit], [found[i] for i in fit], [logits[i] for i in fit])
+    for i, draw in zip(fit, draws, strict=True):
+        found[i] = _caught(replies[i]._take, draw)
+    return found
+
+
+def _caught(function: Callable[[Any], T], argument: object) -> T | Exception:
+    try:
+        return function(argument)
+    except Exception as error:  # whatever it is, it is told to the one reply that it ends
+        return error
+
+
+def require_piece(found: Piece | Exception) -> Piece:
+    """A piece, or the error raised that came in its place."""
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def drain(
+    replies: Sequence[Reply], logits: Sequence[NDArray[Any]], step: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+) -> list[str]:
+    """The texts of replies whose rows are evaluated as one batch until all have ended.
+
+    Args:
+        replies: B.
+        logits: B times (V,) float32 after each prompt.
+        step: evaluates (B, 1) tokens, one behind each row, and gives (B, V) logits; a row that has ended is fed a token
+            whose logits nobody reads.
+    """
+    texts, drawn = [""] * len(replies), np.zeros((len(replies), 1), dtype=np.int64)
+    live = list(range(len(replies)))
+    while live:
+        found = next_pieces([replies[row] for row in live], [logits[row] for row in live])
+        pieces = dict(zip(live, map(require_piece, found), strict=True))
+        for row, piece in pieces.items():
+            texts[row] += piece.text
+            drawn[row] = piece.token_id
+        live = [row for row, piece in pieces.items() if not piece.finish_reason]
+        if live:
+            logits = step(drawn)  # type: ignore[assignment]  # an array is as good as a sequence of its rows
+    return texts

@@ -1,0 +1,324 @@
+"""Writes the folder with which an unmodified llama-server serves a patch.
+
+The slot file is written by llama.cpp itself, from a context of ours that holds the patch and nothing else, so its layout is that of the
+library. Where a server already runs, ``Probe`` takes header and settings from a file which that server wrote of itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.library import load_library
+from edgepatch.converters.gguf.vocabulary import Vocabulary
+from edgepatch.converters.llamacpp import state as llamacpp_state
+from edgepatch.errors import InactivePatchError, InputError
+from edgepatch.llama_server import requirements
+from edgepatch.llama_server.client import Reply, StockServer
+from edgepatch.llama_server.requirements import Labels, ServerSettings
+from edgepatch.patch.file import Patch
+from edgepatch.runtimes.llamacpp.context import KV_TYPES
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+
+MANIFEST_FILE, PROBE_FILE = "manifest.json", "edgepatch-probe.bin"
+FILE_HEADER = struct.Struct("<III")  # magic, version, number of token ids; the ids follow, then the state
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the server is to be started with.
+
+    Attributes:
+        context_length: positions of a slot, the patch's included; the runtime's default when ``None``.
+        kv_type: type of the KV cache.
+        flash_attention: whether it is on.
+        num_slots: conversations at a time.
+        chat_template: instead of the model's own.
+    """
+
+    context_length: int | None = None
+    kv_type: str = "f16"
+    flash_attention: bool = True
+    num_slots: int = 1
+    chat_template: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A slot file of P labels that a running server wrote.
+
+    Attributes:
+        header: everything in front of the state: version and token ids as this server writes them.
+        state: the structure of the state.
+    """
+
+    header: bytes
+    state: llamacpp_state.SequenceState
+
+    @property
+    def kv_type(self) -> str:
+        """The server's type of the KV cache."""
+        cache = self.state.caches[0]
+        kinds = {rows.ggml_type for rows in (*cache.keys, *cache.values)}
+        if len(kinds) > 1:
+            raise InputError(
+                "the server caches keys and values in different types", hint="start it with one type for both"
+            )
+        number = kinds.pop()
+        return next((name for name, known in KV_TYPES.items() if known == number), f"ggml type {number}")
+
+    @property
+    def flash_attention(self) -> bool:
+        """Whether the server computes with flash attention, which decides the order of the values."""
+        return not self.state.caches[0].transposed
+
+
+def split_slot_file(data: bytes) -> tuple[bytes, bytes]:
+    """(header with token ids, state) of a slot file.
+
+    Raises:
+        InactivePatchError: the file is shorter than it says.
+    """
+    if len(data) < FILE_HEADER.size:
+        raise InactivePatchError(f"slot file: expected a header of {FILE_HEADER.size} bytes, found {len(data)}")
+    end = FILE_HEADER.size + 4 * FILE_HEADER.unpack_from(data)[2]
+    if end >= len(data):
+        raise InactivePatchError(f"slot file: expected more than {end} bytes, found {len(data)}")
+    return data[:end], data[end:]
+
+
+def probe(server: StockServer, slot_folder: Path, patch: Patch, model: Path, options: ExportOptions) -> Probe:
+    """Asks a running server for the layout of its slot files; what was in its slot 0 is lost.
+
+    Args:
+        server: started with ``--slot-save-path``.
+        slot_folder: that folder, as this process reads it.
+        patch: what it is to serve.
+        model: the GGUF file that it serves.
+        options: the chat template counts.
+
+    Raises:
+        InputError: the server refuses, or its file does not appear in the folder.
+        InactivePatchError: the file's layout is unknown.
+    """
+    with Vocabulary(model) as vocabulary:
+        template = options.chat_template or vocabulary.chat_template
+        labels = requirements.choose_labels(vocabulary, patch.num_virtual_tokens, template)
+    return probe_server(server, slot_folder, labels)
+
+
+def probe_server(server: StockServer, slot_folder: Path, labels: Labels) -> Probe:
+    """As ``probe``, with labels already chosen."""
+    _require(server.complete(labels.ids, slot=0), "evaluate the labels")
+    try:
+        _require(server.post("/slots/0?action=save", {"filename": PROBE_FILE}), "save a slot")
+        path = slot_folder / PROBE_FILE
+        try:
+            data = path.read_bytes()
+            path.unlink()
+        except OSError as error:
+            hint = "--slot-dir must be the folder of the server's --slot-save-path"
+            raise InputError(f"cannot read {path}: {error.strerror}", hint) from None
+    finally:
+        server.post("/slots/0?action=erase", {})  # it holds the labels evaluated as text, which nothing may reuse
+    header, state = split_slot_file(data)
+    if int.from_bytes(state[:4], "little") > 1:
+        raise InputError("the server keeps one cache for each slot", hint="start it with --kv-unified or --parallel 1")
+    return Probe(header, llamacpp_state.read_state(state))
+
+
+def _require(reply: Reply, action: str) -> None:
+    if not reply.ok:
+        hint = "start llama-server with --slot-save-path DIR" if reply.status == 501 else "read the server's log"
+        raise InputError(f"the server does not {action}: {reply.message}", hint)
+
+
+def _structure(state: llamacpp_state.SequenceState) -> object:
+    """All of a state but the values in it."""
+    return [
+        (
+            cache.extended,
+            cache.transposed,
+            cache.positions,
+            [(r.ggml_type, r.row_bytes) for r in (*cache.keys, *cache.values)],
+        )
+        for cache in state.caches
+    ]
+
+
+def export(
+    patch: Patch, model: Path, target: Path, options: ExportOptions, probe: Probe | None = None
+) -> dict[str, Any]:
+    """Writes the folder; it appears complete or not at all, and replaces only a folder that an earlier export wrote.
+
+    Args:
+        patch: what the server is to serve.
+        model: the GGUF file that it serves it on.
+        target: the folder.
+        options: how the server will be started; settings that the probe tells are taken from it.
+        probe: of a running server.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: the model has no template or no spare token, an option cannot be used, or the folder cannot be written.
+        MismatchError: the patch was made for another model.
+        InactivePatchError: llama.cpp did not take the seed, or the server's cache has another layout than ours.
+    """
+    if options.num_slots < 1:
+        raise InputError(f"slots: expected 1 or more, found {options.num_slots}")
+    if probe:
+        options = replace(options, kv_type=probe.kv_type, flash_attention=probe.flash_attention)
+    with Vocabulary(model) as vocabulary:
+        template = options.chat_template or vocabulary.chat_template
+        labels = requirements.choose_labels(vocabulary, patch.num_virtual_tokens, template)
+        patched = requirements.patched_template(vocabulary, labels, template)
+    with replacing_folder(target) as folder, open_runtime(model, patch, options) as runtime:
+        settings = _settings(model, runtime, options)
+        seed = folder / requirements.SLOT_FOLDER / requirements.SEED_FILE
+        seed.parent.mkdir()
+        runtime.save_seed_file(seed, labels.ids)
+        if probe:
+            _adopt_header(seed, probe)
+        seed.chmod(0o444)  # clients may ask the server to save over it
+        _write(folder / requirements.TEMPLATE_FILE, patched)
+        _write(folder / "start.sh", requirements.start_script(settings), 0o755)
+        _write(folder / "restore.sh", requirements.restore_script(settings.num_slots), 0o755)
+        manifest = _manifest(patch, runtime, labels, settings, probe is not None) | {"files": _digests(folder)}
+        _write(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def open_runtime(model: Path, patch: Patch | None, options: ExportOptions) -> LlamaCppRuntime:
+    """Our own runtime with the server's settings."""
+    return LlamaCppRuntime(
+        model,
+        patch,
+        context_length=options.context_length,
+        kv_type=options.kv_type,
+        flash_attention=options.flash_attention,
+    )
+
+
+def sliding_window(model: Path) -> int:
+    """The width of the model's sliding window; 0 for none."""
+    header = read_header(model)
+    return int(header.metadata.get(f"{header.architecture}.attention.sliding_window", 0))
+
+
+def _settings(model: Path, runtime: LlamaCppRuntime, options: ExportOptions) -> ServerSettings:
+    assert runtime.patch is not None  # export
+    positions = runtime.context_length + runtime.patch.num_virtual_tokens
+    return ServerSettings(
+        str(model.resolve()),
+        positions,
+        options.kv_type,
+        options.flash_attention,
+        options.num_slots,
+        sliding_window(model) > 0,
+    )
+
+
+def _adopt_header(seed: Path, probe: Probe) -> None:
+    """Puts the server's header in front of our state, which must be laid out as the server's."""
+    _, state = split_slot_file(seed.read_bytes())
+    if _structure(llamacpp_state.read_state(state)) != _structure(probe.state):
+        raise InactivePatchError(
+            "the server's cache is laid out otherwise than ours of the same model and types",
+            hint="is it the same GGUF file? add --swa-full for a model with a sliding window",
+        )
+    seed.write_bytes(probe.header + state)
+
+
+def _manifest(
+    patch: Patch, runtime: LlamaCppRuntime, labels: Labels, settings: ServerSettings, probed: bool
+) -> dict[str, Any]:
+    lib = load_library()
+    return {
+        "client": "llama-server",
+        "patch": {"name": patch.name, "version": patch.version, "digest": patch.digest},
+        "num_virtual_tokens": patch.num_virtual_tokens,
+        "model": {
+            "file": Path(settings.model).name,
+            "quantization": runtime.quantization,
+            "spec": runtime.spec.as_dict(),
+        },
+        "seed_route": runtime.seed_route,
+        "labels": {"token": labels.placeholder, "text": labels.text, "ids": labels.ids},
+        "settings": asdict(settings),
+        "flags": settings.flags("."),
+        "restore": {"path": "/slots/{slot}?action=restore", "body": {"filename": requirements.SEED_FILE}},
+        "header": "the probed server" if probed else "the library",
+        "library": {"llama_cpp_python": version("llama-cpp-python"), "state_version": int(lib.LLAMA_STATE_SEQ_VERSION)},
+    }
+
+
+def _write(path: Path, text: str, mode: int = 0o644) -> None:
+    path.write_text(text, encoding="utf-8")
+    path.chmod(mode)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside the target that takes its place when all went well.
+
+    Raises:
+        InputError: the target is something else than an earlier export or an empty folder, or cannot be written.
+    """
+    if target.exists() and not (target / MANIFEST_FILE).is_file() and not _is_empty_folder(target):
+        raise InputError(f"{target} exists and is no earlier export", hint="name another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+            new, old = Path(temporary) / "new", Path(temporary) / "old"
+            new.mkdir()
+            yield new
+            if target.exists():
+                os.rename(target, old)
+            os.rename(new, target)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {target}: {error.strerror}", hint="free space or name another folder"
+        ) from error
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an export, its files checked.
+
+    Raises:
+        InputError: it is missing or unreadable, or a file was changed since.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
+    except OSError as error:
+        raise InputError(
+            f"cannot read {error.filename}: {error.strerror}", hint="name a folder of `edgepatch export`"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder / MANIFEST_FILE} is no manifest of an export") from None
+    changed = [name for name in files if files[name] != found[name]]
+    if changed:
+        raise InputError(f"{folder}: changed since the export: {changed}", hint="export again")
+    return dict(manifest)

@@ -1,0 +1,316 @@
+"""Text to tokens for runtimes whose library brings no tokenizer (PyTorch, ONNX), and chat templates for all.
+
+A chat template writes special tokens, which open and close turns, around what people wrote. What people wrote is text, also where it
+spells such a token: ``encode_chat`` keeps the two apart, so that no message can end its own turn or speak for another role.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.tensors import tokenizer_digest
+from edgepatch.text.chat_templates import render
+from edgepatch.text.limits import DIGITS, TextBound, require_short_runs, utf8
+from edgepatch.text.messages import Message, plain_messages, plain_tools, texts_in
+from edgepatch.text.tokenizer_bounds import looks_through_numbers, measure_bound
+from edgepatch.text.vocabularies import token_bytes
+
+MARKER = re.compile(r"[<\[].*\w.*[>\]]", re.DOTALL)
+"""How added tokens look that may open and close something, unlike those for blanks and line ends."""
+
+
+MAX_DIGITS = 2**10
+"""In a row, where an expression looks ahead through them: 16,000 take 2 s."""
+
+
+class Encoder(Protocol):
+    """Token ids of a text."""
+
+    def __call__(self, text: str, *, trusted: bool) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """The texts that a tokenizer reads as single tokens before anything else.
+
+    Attributes:
+        special: of tokens that are read only in trusted text.
+        other: of tokens that are read in any text.
+    """
+
+    special: tuple[str, ...]
+    other: tuple[str, ...] = ()
+
+
+def encode_chat(
+    template: str,
+    messages: Sequence[Message],
+    bos_token: str,
+    eos_token: str,
+    added: AddedTokens,
+    encode: Encoder,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    require_fit: Callable[[str], None] = lambda text: None,
+) -> list[int]:
+    """Token ids of a conversation, in which special tokens come from the template alone.
+
+    Where no message spells a special token, these are the ids of the rendered text as it is. Else each such spelling is broken
+    after its first character by a mark that nobody can guess; the rendered text is cut at the marks and encoded part by part.
+    Text that the template takes apart and joins anew is beyond this: no template in use does so.
+
+    Args:
+        template: the model's chat template.
+        messages: the conversation.
+        bos_token: the text of BOS, for the template.
+        eos_token: the text of EOS, for the template.
+        added: the texts that ``encode`` reads as single tokens.
+        encode: token ids of a text without BOS; special tokens spelled in it are read as such if it is trusted.
+        tools: tool objects in OpenAI's form.
+        require_fit: refuses a rendered text by its size.
+
+    Raises:
+        InputError: there is no template, or as in ``render_chat_template``.
+    """
+    if not template:
+        raise InputError("the model has no chat template", hint="pass plain text or token ids instead of messages")
+    mark, fence = secrets.token_hex(16), secrets.token_hex(16)
+    # A system prompt may explain the model's markers of calls and thoughts, and what the model wrote may hold them.
+    markers = [*added.special, *(token for token in added.other if MARKER.fullmatch(token) and token in template)]
+    guarded = [
+        _break_up(message, markers if message["role"] in ("user", "tool") else added.special, mark, fence)
+        for message in plain_messages(messages)
+    ]
+    text = render(template, guarded, bos_token, eos_token, _break_up(plain_tools(tools), added.special, mark, fence))
+    # A template may change the case of a text. Only a special token of one character stands between fences.
+    first, *parts = re.split(f"{mark}|{fence}(.){fence}", text, flags=re.DOTALL | re.IGNORECASE)
+    require_fit("".join(part for part in (first, *parts) if part))
+    ids = encode(first, trusted=True)
+    for number, part in enumerate(parts):
+        ids += _encode_within(part, number % 2 == 1, encode) if part else []
+    return ids
+
+
+def _break_up(value: Any, tokens: Sequence[str], mark: str, fence: str) -> Any:
+    """A copy of nested lists and objects with a mark after the first character of each token that a text spells."""
+    whole = "\0".join(texts_in(value))
+    spelled = [token for token in tokens if token and token in whole]
+    if not spelled:
+        return value
+    start = re.compile(f"(?={'|'.join(map(re.escape, spelled))})(.)", re.DOTALL)
+
+    def break_up(value: Any) -> Any:
+        if isinstance(value, str):
+            return start.sub(lambda found: fence + found[1] + fence if found[1] in spelled else found[1] + mark, value)
+        if isinstance(value, Mapping):
+            return {break_up(key): break_up(item) for key, item in value.items()}
+        return [break_up(item) for item in value] if isinstance(value, list) else value
+
+    return break_up(value)
+
+
+def _encode_within(text: str, trusted: bool, encode: Encoder) -> list[int]:
+    """Token ids of a text that follows on another: without the blank that some tokenizers put in front of every text."""
+    guard = "\0"
+    lead, whole = encode(guard, trusted=trusted), encode(guard + text, trusted=trusted)
+    return whole[len(lead) :] if lead and whole[: len(lead)] == lead else encode(text, trusted=trusted)
+
+
+def _read_definition(folder: Path) -> Any:
+    """The tokenizer of ``tokenizer.json``; where there is only ``tokenizer.model``, what Transformers makes of it."""
+    from tokenizers import Tokenizer  # an extra of the runtimes
+
+    file, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    if model.is_file() and not file.is_file():
+        return _read_sentencepiece(folder, model)
+    return Tokenizer.from_str(file.read_text(encoding="utf-8"))
+
+
+def _read_sentencepiece(folder: Path, file: Path) -> Any:
+    """A SentencePiece model as Transformers converts it, with the model's own treatment of spaces."""
+    from tokenizers import decoders, normalizers
+
+    try:
+        from sentencepiece import SentencePieceProcessor
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtraError(error.name or "sentencepiece", "convert") from None
+    model = SentencePieceProcessor(model_file=str(file))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    space, probe = "\u2581", "\ufb01  a 12 \U0001f642"  # a ligature, which most normalizations change
+    steps: list[Any] = [normalizers.Replace(" ", space)]
+    parts: list[Any] = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.Normalize(probe).startswith(
+        space
+    ):  # Transformers drops this space in some classes, and moves it in others
+        steps.insert(0, normalizers.Prepend(space))
+        parts.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Sequence(steps), None
+    tokenizer.decoder = decoders.Sequence(parts)
+    if list(tokenizer.encode(probe, add_special_tokens=False).ids) != list(model.Encode(probe)):
+        raise InputError(
+            f"{file} is of a kind that Transformers reads otherwise", hint="save the tokenizer as tokenizer.json"
+        )
+    return tokenizer
+
+
+class FolderTokenizer:
+    """The tokenizer of a Transformers or ONNX folder: ``tokenizer.json`` read with the tokenizers library.
+
+    Args:
+        folder: holds ``tokenizer.json`` (or SentencePiece's ``tokenizer.model``, where Transformers is installed) and
+            ``tokenizer_config.json``.
+
+    Raises:
+        InputError: a file is missing or unreadable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._tokenizer = _read_definition(folder)
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            generation = folder / "generation_config.json"
+            model = folder / "config.json"
+            settings = [json.loads(p.read_text(encoding="utf-8")) for p in (generation, model) if p.is_file()]
+            template_file = folder / "chat_template.jinja"
+            template = template_file.read_text(encoding="utf-8") if template_file.is_file() else ""
+        except OSError as error:
+            raise InputError(
+                f"cannot read {error.filename}: {error.strerror}", hint="name a complete model folder"
+            ) from error
+        except EdgepatchError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+            raise InputError(
+                f"the tokenizer in {folder} cannot be read: {error}", hint="save the tokenizer again"
+            ) from error
+        added = list(self._tokenizer.get_added_tokens_decoder().values())
+        self._added = AddedTokens(
+            tuple(token.content for token in added if token.special),
+            tuple(token.content for token in added if not token.special),
+        )
+        self._encoding = threading.Lock()  # whether special tokens are read is a state of the tokenizer
+        self._special_in_normalized = [token.content for token in added if token.special and token.normalized]
+        self._template = template or default_template(config.get("chat_template"))
+        self._bos, self._eos = (self._token_text(config.get(k)) for k in ("bos_token", "eos_token"))
+        ends = {self._tokenizer.token_to_id(self._eos), self._tokenizer.token_to_id("<|im_end|>")}
+        for values in settings:
+            ids = values.get("eos_token_id")
+            ends |= set(ids if isinstance(ids, list) else [ids])
+        self.end_token_ids: frozenset[int] = frozenset(i for i in ends if i is not None)
+
+    @staticmethod
+    def _token_text(value: Any) -> str:
+        return value["content"] if isinstance(value, dict) else (value or "")
+
+    @property
+    def definition(self) -> str:
+        """What ``tokenizer.json`` says, or would say."""
+        return str(self._tokenizer.to_str())
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Tokens in order of their ids."""
+        by_id = sorted((i, token) for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items())
+        return [token for _, token in by_id]
+
+    @property
+    def chat_template_digest(self) -> str:
+        """SHA-256 of the chat template, or "" where there is none."""
+        return hashlib.sha256(self._template.encode("utf-8")).hexdigest() if self._template else ""
+
+    @property
+    def digest(self) -> str:
+        """``tensors.tokenizer_digest`` of the vocabulary."""
+        return tokenizer_digest(self.vocabulary)
+
+    def encode(self, text: str, bos: bool = True, trusted: bool = False) -> list[int]:
+        """Token ids of plain text; with ``bos``, BOS in front where the model wants one.
+
+        The names of special tokens within the text are text, because only a chat template may open and close turns; in
+        ``trusted`` text, rendered by ourselves, they are the tokens.
+        """
+        utf8(text)
+        require_short_runs(text)
+        if self._looks_through_numbers:
+            require_short_runs(text, DIGITS, MAX_DIGITS)
+        with self._encoding:
+            self._tokenizer.encode_special_tokens = not trusted
+            try:
+                # A batch, though of one: other threads run meanwhile.
+                return list(self._tokenizer.encode_batch([text], add_special_tokens=bos)[0].ids)
+            except BaseException as error:
+                # The library's panics derive from BaseException alone, as what the user does derives from KeyboardInterrupt.
+                if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                    raise InputError(f"the text cannot be tokenized: {error}", hint="shorten it") from None
+                raise
+            finally:
+                self._tokenizer.encode_special_tokens = False
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        require_fit: Callable[[str], None] = lambda text: None,
+    ) -> list[int]:
+        """Token ids of a conversation in the model's chat template; special tokens that a message spells are text.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses the messages, or ``require_fit`` refuses their text.
+        """
+        self._refuse_disguised([messages, tools])
+        encode = partial(self.encode, bos=False)
+        return encode_chat(self._template, messages, self._bos, self._eos, self._added, encode, tools, require_fit)
+
+    @cached_property
+    def _looks_through_numbers(self) -> bool:
+        return looks_through_numbers(json.loads(self.definition))
+
+    @cached_property
+    def bound(self) -> TextBound:
+        """How many bytes of text a token stands for."""
+        return measure_bound(json.loads(self.definition))
+
+    def _refuse_disguised(self, given: Any) -> None:
+        """Some special tokens are looked for in normalized text, where another spelling may become one."""
+        if not self._special_in_normalized or self._tokenizer.normalizer is None:
+            return
+        for text in texts_in(given):
+            normalized = self._tokenizer.normalizer.normalize_str(text)
+            hidden = next(
+                (token for token in self._special_in_normalized if token in normalized and token not in text), None
+            )
+            if hidden is not None:
+                raise InputError(f"a message spells the special token {hidden} in disguise", hint="take it out")
+
+    def token_bytes(self, vocab_size: int) -> list[bytes]:
+        """The bytes of each token in order of its id; none for special tokens and for rows of the model without a token.
+
+        Raises:
+            InputError: the tokenizer is of a kind whose tokens have no bytes of their own.
+        """
+        texts = token_bytes(self._tokenizer)
+        return texts + [b""] * (vocab_size - len(texts))
+
+    def new_decoder(self) -> Callable[[int], str]:
+        """A function that takes one token after the other and returns the text that each completes."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._tokenizer, token) or ""
+
+
+def default_template(value: Any) -> str:
+    """A folder may hold one template, or several by name."""
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get("default")
+    return value if isinstance(value, str) else ""
