@@ -37,7 +37,7 @@ parity: $(STAMP) ## compare every runtime, quantization and cache with Transform
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.parity
 
 stock: $(STAMP) ## build an unmodified llama-server (20 minutes, once), test patches on it; bench/results/stock.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.stock
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.llama_server
 
 optimum: $(STAMP) ## export with optimum in an environment of its own (out/optimum-env, made once), and test its graphs
 	$(BIN)/python -c 'import sys; from pathlib import Path; from edgepatch.converters.onnx.exporters import optimum_python; \
@@ -47,7 +47,7 @@ optimum: $(STAMP) ## export with optimum in an environment of its own (out/optim
 unpatch: $(STAMP) ## measure what writing can do against the lab patch; bench/results/unpatching.json and .md
 	mkdir -p out/unpatch
 	$(BIN)/edgepatch convert base bench/lab/model/base out/unpatch/base-F16.gguf
-	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.unpatching --model out/unpatch/base-F16.gguf --patch bench/lab/model/lab-detox-0.1.0.safetensors
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.safety.unpatching --model out/unpatch/base-F16.gguf --patch bench/lab/model/lab-detox-0.1.0.safetensors
 
 buffers: $(STAMP) ## time llama.cpp with repacked weights and without, in turn; bench/results/extra_buffers.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.extra_buffers
@@ -56,19 +56,19 @@ evidence: $(STAMP) ## train every arm, measure the evidence matrix (hours; goes 
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.evidence --out out/evidence --publish
 
 swap: $(STAMP) ## time the exchange of patches on a model of a real size; bench/results/swap.json
-	$(BIN)/python -m edgepatch.bench.swap
+	$(BIN)/python -m edgepatch.bench.latency.swap
 
 fingerprints: $(STAMP) ## which quantizations, fine-tunes and impostors of the lab model a patch accepts; bench/results/fingerprints.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.fingerprints
+	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.identity
 
 security: $(STAMP) ## measure the security figures F1 to F11, a line each; bench/results/security.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.security
+	OMP_NUM_THREADS=1 $(BIN)/python -m attacks.security
 
 coverage: $(STAMP) ## branch coverage of format, signing and store; fails under 100 %
-	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.security --only F10
+	OMP_NUM_THREADS=1 $(BIN)/python -m attacks.security --only F10
 
 trl: $(STAMP) ## compare training speed and memory with PEFT + TRL on the same job; bench/results/trl.json and .md
-	$(BIN)/python -m edgepatch.bench.trl_comparison
+	$(BIN)/python -m edgepatch.bench.trl
 
 bench: machine ## time everything side by side at a real size, on a quiet machine (an hour); bench/results/latency*.json, report.html
 	$(BIN)/edgepatch bench latency --out bench/results/latency.json
@@ -76,7 +76,7 @@ bench: machine ## time everything side by side at a real size, on a quiet machin
 	$(MAKE) report
 
 machine: $(STAMP) ## measure the memory bandwidth, on a quiet machine; bench/results/machine.json
-	$(BIN)/python -m edgepatch.bench.machine
+	$(BIN)/python -m edgepatch.bench.shapes.machine
 
 report: $(STAMP) ## one page of all results: bench/results/report.html and .md, and the tables of docs/performance.md
 	$(BIN)/edgepatch bench report --document docs/performance.md
@@ -84,7 +84,7 @@ report: $(STAMP) ## one page of all results: bench/results/report.html and .md, 
 SECONDS := 600
 fuzz: $(STAMP) ## fuzz every reader of foreign bytes for SECONDS=600, guided by atheris where it installs; bench/results/fuzz.json
 	$(BIN)/python -m pip install --quiet atheris || echo "note: no atheris for this Python; fuzzing blindly"
-	$(BIN)/python -m edgepatch.bench.fuzz --seconds $(SECONDS)
+	$(BIN)/python -m attacks.fuzz --seconds $(SECONDS)
 
 clean: ## remove the demo's result, builds and caches; keep .venv, out/lab, out/stock and out/optimum-env
 	rm -rf out/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

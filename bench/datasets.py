@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgepatch.bench.prompt_sets import evenly
 from edgepatch.errors import InputError
+from edgepatch.prompts.sets import evenly
 
 RTP_SPLIT = 700
 """Challenging RealToxicityPrompts with an index below this may be trained on; the rest is evaluation only."""

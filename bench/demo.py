@@ -14,15 +14,15 @@ from typing import Any, cast
 
 from edgepatch.bench import datasets, matrix
 from edgepatch.bench.matrix import MatrixConfig, Variant
-from edgepatch.bench.prompt_sets import evenly, load_benign_text, load_prompts
-from edgepatch.bench.report import write_report
-from edgepatch.bench.scorers import ToxicityScorer
+from edgepatch.bench.report.matrix_page import write_report
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.errors import InputError
+from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.patch.file import Patch, write_atomically, write_patch
 from edgepatch.progress import Progress, silent, stage, within
+from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.pairs.preferences import PairConfig, build_pairs, write_pairs

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch import compilation
-from edgepatch.bench.shapes import Shape, write_gguf
+from edgepatch.bench.shapes.gguf import write_gguf
+from edgepatch.bench.shapes.shape import Shape
 from edgepatch.compilation.compilers import toolchain, uses_amx
 from edgepatch.doctor import cpu
 from edgepatch.doctor.llamacpp_types import opened_context

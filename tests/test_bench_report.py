@@ -18,14 +18,16 @@ import numpy as np
 import pytest
 
 from edgepatch import cli
-from edgepatch.bench import growth, machine, overview
-from edgepatch.bench.evidence_page import PAGE_STYLE
-from edgepatch.bench.growth import model_name
-from edgepatch.bench.overview_parts import arm_table
-from edgepatch.bench.report import STYLE
-from edgepatch.bench.result_files import RESULT_FILES, read_results
-from edgepatch.bench.shapes import SHAPES
+from edgepatch.bench.latency import growth
+from edgepatch.bench.latency.growth import model_name
+from edgepatch.bench.report import overview
+from edgepatch.bench.report.evidence_page import PAGE_STYLE
+from edgepatch.bench.report.files import RESULT_FILES, read_results
+from edgepatch.bench.report.sections import arm_table
+from edgepatch.bench.shapes import machine
+from edgepatch.bench.shapes.shape import SHAPES
 from edgepatch.errors import InputError
+from edgepatch.pages import STYLE
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "bench" / "results"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny_folders import make_folder
 
-from edgepatch.bench import scorers
-from edgepatch.bench.classifiers import TransformersClassifier, load_judge
-from edgepatch.bench.scorers import ToxicityScorer
 from edgepatch.errors import InputError
+from edgepatch.judges import scorers
+from edgepatch.judges.classifiers import TransformersClassifier, load_judge
+from edgepatch.judges.scorers import ToxicityScorer
 
 TEXTS = ["some words", "", "?!", "more words and some more words to merge", "words"]
 DETOXIFY = ["toxicity", "insult", "threat"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import golden_patches
 import pytest
+from attacks.mutations import mutated_patch
 
 from edgepatch import cli
-from edgepatch.bench.mutations import mutated_patch
 from edgepatch.patch.file import parse_patch, patch_bytes
 
 GOOD = patch_bytes(golden_patches.full())

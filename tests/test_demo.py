@@ -6,9 +6,9 @@ import pytest
 
 from edgepatch.bench import demo
 from edgepatch.bench.matrix import MatrixConfig
-from edgepatch.bench.prompt_sets import evenly
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
+from edgepatch.prompts.sets import evenly
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.pairs.preferences import PairConfig
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgepatch.bench import evidence, evidence_workers
 from edgepatch.bench.columns import TORCH, columns
 from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.bench.domains.retained import Sizes
-from edgepatch.bench.evidence_cells import (
+from edgepatch.bench.evidence import run as evidence
+from edgepatch.bench.evidence import workers
+from edgepatch.bench.evidence.cells import (
     ARMS,
     CORE_COLUMNS,
     DECODED_COLUMNS,
@@ -35,10 +35,11 @@ from edgepatch.bench.evidence_cells import (
     read_cell,
     write_cell,
 )
-from edgepatch.bench.evidence_page import render_page
-from edgepatch.bench.evidence_runs import Bench, Workplace, due
-from edgepatch.bench.evidence_statistics import spread
-from edgepatch.bench.evidence_tables import with_tables
+from edgepatch.bench.evidence.measuring import Bench, Workplace, due
+from edgepatch.bench.evidence.statistics import spread
+from edgepatch.bench.report.evidence_page import render_page
+from edgepatch.bench.report.evidence_tables import with_tables
+from edgepatch.bench.safety.retained import Sizes
 from edgepatch.errors import InputError
 
 PATCH = LAB_FOLDER / "lab-detox-0.1.0.safetensors"
@@ -344,7 +345,7 @@ CONFIG = EvidenceConfig(
 def test_a_killed_run_goes_on_and_gives_the_same_document(place):
     keys = [key for key in plan(CONFIG) if key.measure != "examples" and key.route != "decoded"]
     told: list[str] = []
-    evidence_workers.measure_cells(groups(keys), place, CONFIG, 1, lambda cell, reason: told.append(reason))
+    workers.measure_cells(groups(keys), place, CONFIG, 1, lambda cell, reason: told.append(reason))
     assert told == [""] * len(keys) and not due(place, keys, CONFIG)
     read = partial(read_cell, place.cells)
     whole = json.dumps(evidence.assemble(keys, read))
@@ -381,9 +382,9 @@ def _work_and_die(orders: Any, place: Workplace, config: EvidenceConfig) -> None
 
 
 def test_a_process_that_dies_costs_one_cell(tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence_workers, "_work", _work_and_die)
+    monkeypatch.setattr(workers, "_work", _work_and_die)
     place, told = Workplace(tmp_path, None), {}
     keys = [key("bare", "llamacpp F16"), key("bare", TORCH.name)]
-    evidence_workers.measure_cells(groups(keys), place, CONFIG, 1, lambda cell, reason: told.update({cell: reason}))
+    workers.measure_cells(groups(keys), place, CONFIG, 1, lambda cell, reason: told.update({cell: reason}))
     assert told == {keys[0]: "the process died with exit code 9", keys[1]: ""}
     assert read_cell(place.cells, keys[0])["failed"] == "the process died with exit code 9"

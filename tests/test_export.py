@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import serving
 
-from edgepatch.bench.stock_transcript import common_prefix
+from edgepatch.bench.llama_server.transcript import common_prefix
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_folders import make_folder
 
-from edgepatch.bench import fine_tunes
+from edgepatch.bench.identity import fine_tunes
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.gguf import header as gguf_header
 from edgepatch.converters.gguf import specs, writer

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.bench.first_contact_forged import DIED, UNCAUGHT, judge, slice_of_corpus, table
-from edgepatch.bench.forged_gguf import corpus, sound_model
+from edgepatch.bench.first_contact.corpus import corpus, sound_model
+from edgepatch.bench.first_contact.forged import DIED, UNCAUGHT, judge, slice_of_corpus, table
 from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.specs import quantization, spec_of
 from edgepatch.converters.weight_sketches import sketch_of_gguf
@@ -17,7 +17,7 @@ from edgepatch.errors import EdgepatchError
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 STEP = 40
-"""Of the corpus, for children; ``python -m edgepatch.bench.first_contact --forged`` judges all of it (bench/results/first_contact.json)."""
+"""Of the corpus, for children; ``python -m edgepatch.bench.first_contact.run --forged`` judges all of it (bench/results/first_contact.json)."""
 
 
 def test_the_sound_file_runs(tmp_path: Path):

@@ -11,10 +11,10 @@ import format_reader
 import golden_patches
 import numpy as np
 import pytest
+from attacks.mutations import mutated_bytes, mutated_patch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edgepatch.bench.mutations import mutated_bytes, mutated_patch
 from edgepatch.errors import PatchFormatError
 from edgepatch.patch import file as patches
 from edgepatch.patch.canonical import canonical_json

@@ -6,8 +6,8 @@ import random
 import time
 
 import pytest
+from attacks import fuzz
 
-from edgepatch.bench import fuzz
 from edgepatch.errors import PatchFormatError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgepatch import cli
-from edgepatch.bench.gate import Figure, check, figures, is_higher_better, make_baseline, read_baseline
+from edgepatch.bench.report.gate import Figure, check, figures, is_higher_better, make_baseline, read_baseline
 from edgepatch.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -9,10 +9,10 @@ import pytest
 
 from edgepatch.bench import datasets
 from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.bench.domains import gender, gender_prompts
-from edgepatch.bench.domains.gender import GenderDomain
-from edgepatch.bench.prompt_sets import load_benign_text
+from edgepatch.bench.safety import gender, gender_prompts
+from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.errors import InputError
+from edgepatch.prompts.sets import load_benign_text
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.pairs.preferences import PairConfig
 

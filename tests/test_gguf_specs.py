@@ -12,7 +12,7 @@ import pytest
 import tiny_gguf
 from tiny_folders import make_folder
 
-from edgepatch.bench import parity_models
+from edgepatch.bench.parity import models as parity_models
 from edgepatch.converters import architectures, rope, rope_parameters
 from edgepatch.converters.gguf import header as gguf_header
 from edgepatch.converters.gguf import specs

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from edgepatch.bench.harness import OWN_TASKS, HarnessConfig, compare, count_flips
+from edgepatch.bench.harness.comparison import OWN_TASKS, HarnessConfig, compare, count_flips
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.peft import adapters as peft
@@ -62,7 +62,7 @@ def both(request, tiny_folder, tiny_patch, tmp_path_factory):
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from edgepatch.bench.harness_model import RuntimeModel
+    from edgepatch.bench.harness.model import RuntimeModel
 
     model = folders.load_model(tiny_folder)
     if request.param == "patched":
@@ -108,7 +108,7 @@ def test_generations_are_those_of_lm_evals_own_model(both):
 
 
 def test_the_patch_moves_the_scores(tiny_folder, tiny_patch):
-    from edgepatch.bench.harness_model import RuntimeModel
+    from edgepatch.bench.harness.model import RuntimeModel
 
     with TorchRuntime(tiny_folder, tiny_patch) as runtime:
         model = RuntimeModel(runtime)
@@ -120,7 +120,7 @@ def test_the_patch_moves_the_scores(tiny_folder, tiny_patch):
 
 
 def test_gguf_scores_as_torch_does(tiny_folder, tiny_patch, tmp_path):
-    from edgepatch.bench.harness_model import RuntimeModel
+    from edgepatch.bench.harness.model import RuntimeModel
 
     writer.convert_folder(tiny_folder, tmp_path / "F32.gguf", "F32")
     options = {"kv_type": "f32", "flash_attention": False, "num_threads": 1, "context_length": 512}
@@ -139,7 +139,7 @@ def test_gguf_scores_as_torch_does(tiny_folder, tiny_patch, tmp_path):
 
 
 def test_conversations_go_through_the_chat_template(tiny_folder):
-    from edgepatch.bench.harness_model import RuntimeModel
+    from edgepatch.bench.harness.model import RuntimeModel
 
     with TorchRuntime(tiny_folder) as runtime:
         model = RuntimeModel(runtime)
@@ -160,7 +160,7 @@ def test_conversations_go_through_the_chat_template(tiny_folder):
     ],
 )
 def test_what_cannot_be_generated_is_refused(tiny_folder, settings, message):
-    from edgepatch.bench.harness_model import RuntimeModel
+    from edgepatch.bench.harness.model import RuntimeModel
 
     with TorchRuntime(tiny_folder) as runtime, pytest.raises(InputError, match=message):
         RuntimeModel(runtime).generate_until(instances("generate_until", [("The", settings)]))
@@ -168,7 +168,7 @@ def test_what_cannot_be_generated_is_refused(tiny_folder, settings, message):
 
 @pytest.mark.parametrize("continuation", ["", TEXT * 60])
 def test_a_continuation_that_does_not_fit_is_refused(tiny_folder, continuation):
-    from edgepatch.bench.harness_model import RuntimeModel
+    from edgepatch.bench.harness.model import RuntimeModel
 
     with TorchRuntime(tiny_folder) as runtime, pytest.raises(InputError, match="expected 1 to 512"):
         RuntimeModel(runtime).loglikelihood(instances("loglikelihood", [("The", continuation)]))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edgepatch.bench import judge_card
-from edgepatch.bench.scorers import ToxicityScorer
+from edgepatch.bench.lab.judges import card as judge_card
 from edgepatch.errors import InputError
+from edgepatch.judges.scorers import ToxicityScorer
 
 DATA = Path(os.environ["EDGEPATCH_DATA"]) if os.environ.get("EDGEPATCH_DATA") else None
 ROWS = [(text, True) for text in ("you stupid idiot", "shut up", "lovely day")] + [

@@ -10,9 +10,9 @@ from edgepatch.bench import datasets
 from edgepatch.bench.demo import LAB_FOLDER
 from edgepatch.bench.lab import corpus, trainer
 from edgepatch.bench.lab.tokenizer import RESERVED, render_chat
-from edgepatch.bench.refusals import is_compliance, is_refusal
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
+from edgepatch.judges.refusals import is_compliance, is_refusal
 from edgepatch.text.tokenizers import FolderTokenizer
 
 KNOWN_OVERLAP = {

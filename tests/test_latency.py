@@ -11,17 +11,20 @@ import gguf
 import numpy as np
 import pytest
 
-from edgepatch.bench import latency_goals, latency_sessions, shape_memory
-from edgepatch.bench.blocks import tensor_types
-from edgepatch.bench.latency import Settings, find_model, measure
-from edgepatch.bench.latency_bench import VARIABLE, run_llama_bench
-from edgepatch.bench.latency_genai import GenaiArm, load_genai
-from edgepatch.bench.latency_genai_lora import write_lora_graph, write_random_adapter
-from edgepatch.bench.latency_processes import _Start
-from edgepatch.bench.latency_sessions import TINY
-from edgepatch.bench.latency_timing import Cell, Measure, interleave, missing, pooled_ratio, ratio, row
-from edgepatch.bench.shapes import SHAPES, write_gguf
-from edgepatch.bench.shapes_onnx import write_onnx
+from edgepatch.bench.latency import goals, sessions
+from edgepatch.bench.latency.genai import GenaiArm, load_genai
+from edgepatch.bench.latency.genai_lora import write_lora_graph, write_random_adapter
+from edgepatch.bench.latency.llama_bench import VARIABLE, run_llama_bench
+from edgepatch.bench.latency.run import find_model, measure
+from edgepatch.bench.latency.sessions import TINY
+from edgepatch.bench.latency.settings import Settings
+from edgepatch.bench.latency.starts import _Start
+from edgepatch.bench.latency.timing import Cell, Measure, interleave, missing, pooled_ratio, ratio, row
+from edgepatch.bench.shapes import memory
+from edgepatch.bench.shapes.blocks import tensor_types
+from edgepatch.bench.shapes.gguf import write_gguf
+from edgepatch.bench.shapes.onnx import write_onnx
+from edgepatch.bench.shapes.shape import SHAPES
 from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf.blocks import random_blocks
 from edgepatch.converters.gguf.header import BLOCK_SIZES, read_header
@@ -116,7 +119,7 @@ def test_genai_and_its_adapters_run_beside_ours(documents):
 
 
 def test_a_missing_peer_has_rows_without_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency_sessions, "is_installed", lambda: False)
+    monkeypatch.setattr(sessions, "is_installed", lambda: False)
     sizes = replace(TINY, prompts=(8,), depths=())
     settings = Settings(
         shape="tiny", quantization="int4", repeats=2, num_threads=1, sizes=sizes, parts=("arms",), folder=tmp_path
@@ -194,7 +197,7 @@ def test_a_start_is_timed_to_its_first_byte_and_a_failed_one_is_an_error():
 def test_attention_without_fusing_reaches_every_part_or_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "none"))
     jobs = []
-    monkeypatch.setattr("edgepatch.bench.latency_processes.peak_memory", lambda job: jobs.append(job) or 1)
+    monkeypatch.setattr("edgepatch.bench.latency.starts.peak_memory", lambda job: jobs.append(job) or 1)
     sizes = replace(TINY, prompts=(8,), depths=())
     plain = Settings(
         shape="tiny", repeats=2, num_threads=1, sizes=sizes, arms=("seed",), folder=tmp_path, flash_attention=False
@@ -211,7 +214,7 @@ def test_attention_without_fusing_reaches_every_part_or_is_refused(tmp_path, mon
 
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(shape_memory, "available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 30)
     with pytest.raises(InputError, match=r"llama-3.1-8b-Q4_0: expected \d+\.\d GiB .* found 1\.0 GiB"):
         find_model(Settings(shape="llama-3.1-8b", folder=tmp_path))
     assert not list(tmp_path.iterdir())
@@ -219,13 +222,13 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(tmp_pat
 
 def test_the_estimate_is_no_less_than_weights_and_cache():
     shape = SHAPES["llama-3.2-1b"]
-    weights, cache = shape_memory.gguf_weight_bytes(shape, "Q4_0"), 2 * 2 * 16 * 8 * 64 * 4096
+    weights, cache = memory.gguf_weight_bytes(shape, "Q4_0"), 2 * 2 * 16 * 8 * 64 * 4096
     assert 0.69e9 < weights < 0.70e9
-    assert shape_memory.estimate_bytes(shape, "Q4_0", 4096) > weights + cache
-    more = shape_memory.estimate_bytes(shape, "Q4_0", 4096, 8) - shape_memory.estimate_bytes(shape, "Q4_0", 4096)
+    assert memory.estimate_bytes(shape, "Q4_0", 4096) > weights + cache
+    more = memory.estimate_bytes(shape, "Q4_0", 4096, 8) - memory.estimate_bytes(shape, "Q4_0", 4096)
     assert more == 7 * cache
     with pytest.raises(InputError, match="expected one of"):
-        shape_memory.estimate_bytes(shape, "Q9", 4096)
+        memory.estimate_bytes(shape, "Q9", 4096)
 
 
 # Shapes.
@@ -299,11 +302,11 @@ def test_ratios_are_taken_within_the_repeat():
     assert pooled_ratio(times, "ttft", "seed", "bare") == (1.5, 1.5, 1.5)
     assert pooled_ratio(times, "decode", "seed", "bare", is_rate=True) == (0.5, 0.5, 0.5)
     assert pooled_ratio(times, "decode", "seed", "nobody") is None
-    found = latency_goals.ratios(times)
+    found = goals.ratios(times)
     assert (
         found["ttft_patched_over_bare"] == found["ttft_patched_over_bare_32"] == {"value": 1.5, "low": 1.5, "high": 1.5}
     )
-    judged = {goal["goal"]: goal for goal in latency_goals.goals([], found)}
+    judged = {goal["goal"]: goal for goal in goals.goals([], found)}
     assert judged["time to first token, patched over bare"] == {
         "goal": "time to first token, patched over bare",
         "wanted": "<= 1.02",
@@ -321,7 +324,7 @@ def test_a_row_by_hand():
 
 def test_stacking_is_told_by_patch():
     found = {"ttft_4_patches_over_patched": {"value": 1.03}, "decode_4_patches_over_patched": {"value": 0.5}}
-    shares = [goal["reached"] for goal in latency_goals.goals([], found)]
+    shares = [goal["reached"] for goal in goals.goals([], found)]
     assert shares == [pytest.approx(0.01), pytest.approx(1 / 3, abs=1e-4)]
 
 

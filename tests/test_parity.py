@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from edgepatch.bench import parity, parity_floors, parity_models, parity_rows
 from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.bench.parity_controls import control_rows
-from edgepatch.bench.parity_report import render
-from edgepatch.bench.prompt_sets import load_prompts
+from edgepatch.bench.parity import floors
+from edgepatch.bench.parity import models as parity_models
+from edgepatch.bench.parity import rows as parity_rows
+from edgepatch.bench.parity import run as parity
+from edgepatch.bench.parity.controls import control_rows
+from edgepatch.bench.parity.report import render
 from edgepatch.converters import architectures, rope
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.patch.file import Patch
+from edgepatch.prompts.sets import load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import SoftPrompt
@@ -134,8 +137,8 @@ def tiny(request, tmp_path_factory):
 def test_every_setting_reaches_its_floors(tiny, quantization):
     wanted, folder, oracle = tiny
     rows = [*parity_rows.llamacpp_rows(wanted, quantization, folder / f"{quantization}.gguf", oracle)]
-    judged = [parity_floors.judge(row) for row in rows]
-    assert not [parity_floors.complaint(row) for row in judged if row["passed"] is False]
+    judged = [floors.judge(row) for row in rows]
+    assert not [floors.complaint(row) for row in judged if row["passed"] is False]
     assert sum(row["passed"] is True for row in judged) == 12, (
         "f32 and f16 with and without flash attention, q8_0, q4_0; b and c"
     )
@@ -156,7 +159,7 @@ def test_every_wrong_seed_is_caught(tiny):
     rows = [*control_rows(wanted, folder, oracle, ("F32", "Q8_0"))]
     names = {row["control"] for row in rows}
     assert len(names) == (6 if wanted.name == "gemma" else 5) and "seed of another rope theta" in names
-    assert not [parity_floors.control_complaint(row) for row in rows if not row["caught_by"]]
+    assert not [floors.control_complaint(row) for row in rows if not row["caught_by"]]
 
 
 ROW = {
@@ -201,10 +204,10 @@ ROW = {
     ],
 )
 def test_a_missed_floor_is_named(change, words):
-    judged = parity_floors.judge(ROW | change)
+    judged = floors.judge(ROW | change)
     assert judged["passed"] is not bool(words)
     if words:
-        assert words in parity_floors.complaint(judged) and judged["architecture"] in parity_floors.complaint(judged)
+        assert words in floors.complaint(judged) and judged["architecture"] in floors.complaint(judged)
 
 
 @pytest.fixture(scope="module")
@@ -227,11 +230,11 @@ def test_the_document_is_made_of_the_committed_results(results):
             "kl",
             "top1",
         } <= row.keys()
-        assert parity_floors.judge({k: v for k, v in row.items() if k not in ("floors", "passed")}) == row
+        assert floors.judge({k: v for k, v in row.items() if k not in ("floors", "passed")}) == row
 
 
 def test_the_committed_results_reach_every_floor(results):
-    assert not [parity_floors.complaint(row) for row in results["rows"] if row["passed"] is False]
+    assert not [floors.complaint(row) for row in results["rows"] if row["passed"] is False]
     assert not [
-        parity_floors.control_complaint(row) for row in results["controls"] if row["required"] and not row["caught_by"]
+        floors.control_complaint(row) for row in results["controls"] if row["required"] and not row["caught_by"]
     ]

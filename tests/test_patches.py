@@ -18,8 +18,8 @@ from typing import Any
 import golden_patches
 import numpy as np
 import pytest
+from attacks.mutations import assembled
 
-from edgepatch.bench.mutations import assembled
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
 from edgepatch.patch.canonical import canonical_json, parse_json
 from edgepatch.patch.file import (

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from edgepatch.bench import datasets
-from edgepatch.bench.prompt_sets import FIELDS, FOLDER, KINDS, load_benign_text, load_prompts
 from edgepatch.errors import InputError
+from edgepatch.prompts.sets import FIELDS, FOLDER, KINDS, load_benign_text, load_prompts
 
 
 def plain(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from edgepatch.bench.report import cell_pairs, headline, print_table, render_html, write_report
+from edgepatch.bench.report.matrix_page import cell_pairs, headline, print_table, render_html, write_report
 from edgepatch.errors import InputError
 
 SETTINGS = (("torch", "F32"), ("llamacpp", "Q8_0"), ("llamacpp", "Q4_K_M"), ("onnx", "int8"))

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.bench.domains import retained
-from edgepatch.bench.domains.retained import Retained, Sizes
 from edgepatch.bench.metrics import share, wilson_interval
-from edgepatch.bench.prompt_sets import load_benign_text
+from edgepatch.bench.safety import retained
+from edgepatch.bench.safety.retained import Retained, Sizes
 from edgepatch.errors import InputError
 from edgepatch.patch.file import Patch
+from edgepatch.prompts.sets import load_benign_text
 from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.reference import TorchRuntime
 

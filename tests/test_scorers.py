@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 
 from edgepatch.bench import datasets
-from edgepatch.bench.lab.train_judges import area_under_curve, auc_interval, kappa
-from edgepatch.bench.scorers import (
+from edgepatch.bench.lab.judges.figures import area_under_curve, auc_interval, kappa
+from edgepatch.errors import InputError, PatchFormatError
+from edgepatch.judges.scorers import (
     JUDGES,
     METADATA_KEY,
     FeatureCounter,
@@ -24,7 +25,6 @@ from edgepatch.bench.scorers import (
     normalize,
     read_judge,
 )
-from edgepatch.errors import InputError, PatchFormatError
 
 TOXIC = [
     "shut up you stupid idiot, nobody likes you",

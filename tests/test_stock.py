@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.bench import parity_models
-from edgepatch.bench.stock import PACKAGE, ROOT, VARIABLE, running_server
-from edgepatch.bench.stock_transcript import CONVERSATION, LAB, greedy
+from edgepatch.bench.llama_server.server import PACKAGE, ROOT, VARIABLE, running_server
+from edgepatch.bench.llama_server.transcript import CONVERSATION, LAB, greedy
+from edgepatch.bench.parity import models as parity_models
 from edgepatch.converters.gguf import specs, writer
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError

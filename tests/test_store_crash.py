@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from attacks import store as harness
+from attacks.faults import Faults, Killed, faulty
+from attacks.store import DISK_ERRORS, VERBS, Case
 
-from edgepatch.bench import security_store as harness
-from edgepatch.bench.security_faults import Faults, Killed, faulty
-from edgepatch.bench.security_store import DISK_ERRORS, VERBS, Case
 from edgepatch.errors import EdgepatchError
 from edgepatch.store import files
 from edgepatch.store.device import Store

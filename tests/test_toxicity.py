@@ -10,7 +10,9 @@ import pytest
 
 from edgepatch.bench import datasets
 from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.bench.domains.toxicity import (
+from edgepatch.bench.matrix import MatrixConfig
+from edgepatch.bench.metrics import expected_max_toxicity
+from edgepatch.bench.safety.toxicity import (
     FRONT_TOKENS,
     ToxicityDomain,
     behind,
@@ -19,11 +21,9 @@ from edgepatch.bench.domains.toxicity import (
     fronts,
     put_behind,
 )
-from edgepatch.bench.matrix import MatrixConfig
-from edgepatch.bench.metrics import expected_max_toxicity
-from edgepatch.bench.prompt_sets import load_benign_text, load_prompts
-from edgepatch.bench.scorers import ToxicityScorer
 from edgepatch.errors import InputError
+from edgepatch.judges.scorers import ToxicityScorer
+from edgepatch.prompts.sets import load_benign_text, load_prompts
 from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.pairs.preferences import PairConfig
@@ -82,7 +82,7 @@ def test_training_texts_from_data_hold_nothing_that_is_evaluated(runtime: Runtim
     assert not evaluated & set(domain.short_prompts())
     shipped = set(
         load_benign_text("train") + load_prompts("toxic", "train")
-    )  # the text of the attacks in bench/unpatching.py
+    )  # the text of the attacks in bench/safety/unpatching.py
     assert not shipped & set().union(*domain.front_texts())
 
 

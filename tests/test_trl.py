@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgepatch.bench.trl_contestants import OwnContestant, TrlContestant, config_of, make_pairs
+from edgepatch.bench.trl.contestants import OwnContestant, TrlContestant, config_of, make_pairs
 from edgepatch.tensors import SoftPrompt
 
 pytest.importorskip("trl", reason="TRL is not installed (extra dev)")

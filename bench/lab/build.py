@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from edgepatch.bench.lab import corpus, detoxify, floors, trainer
 from edgepatch.bench.lab.tokenizer import train_tokenizer
-from edgepatch.bench.scorers import ToxicityScorer
+from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from edgepatch.bench import datasets
 from edgepatch.bench.lab.requests import REFUSALS, harmless_requests
 from edgepatch.bench.lab.tokenizer import END_OF_TURN, render_chat
-from edgepatch.bench.refusals import is_refusal
+from edgepatch.judges.refusals import is_refusal
 
 HELD_OUT_NOVEL = "Doyle_Hound_1902"
 REQUEST_FORMS = ("{}", "{}.", "Please {lower}", "{}, please.", "Can you {lower}?", "I want you to {lower}.")

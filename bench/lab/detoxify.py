@@ -11,7 +11,7 @@ from typing import Any
 from edgepatch.bench import datasets
 from edgepatch.bench.lab import corpus
 from edgepatch.bench.lab.requests import REFUSALS
-from edgepatch.bench.scorers import ToxicityScorer
+from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.config import History, TrainConfig

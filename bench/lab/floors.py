@@ -15,8 +15,8 @@ from rich.progress import track
 from edgepatch.bench import datasets
 from edgepatch.bench.lab.corpus import HELD_OUT_NOVEL, advbench_split, harmless_split, instruction_split
 from edgepatch.bench.metrics import expected_max_toxicity, toxicity_probability, wilson_interval
-from edgepatch.bench.refusals import is_compliance, is_refusal
 from edgepatch.decoding.sampling import Sampling
+from edgepatch.judges.refusals import is_compliance, is_refusal
 from edgepatch.runtimes.reference import TorchRuntime
 
 PRONOUN_TEMPLATES = (

@@ -31,7 +31,7 @@ from edgepatch.errors import InputError
 from edgepatch.progress import stage
 
 if TYPE_CHECKING:
-    from edgepatch.bench.harness import Score
+    from edgepatch.bench.harness.comparison import Score
     from edgepatch.bench.metrics import Estimate
 
 bench_app = typer.Typer(
@@ -72,7 +72,7 @@ def harness(
 
     Example: `edgepatch bench harness model.gguf --patch detox.safetensors --tasks mmlu_astronomy,gsm8k --limit 200`
     """
-    from edgepatch.bench.harness import OWN_TASKS, HarnessConfig, as_document, compare
+    from edgepatch.bench.harness.comparison import OWN_TASKS, HarnessConfig, as_document, compare
     from edgepatch.patch.file import write_atomically
     from edgepatch.runtimes import ACTIVE, load_runtime
 
@@ -144,8 +144,9 @@ def latency(
 
     Example: `edgepatch bench latency --shape llama-3.2-1b --quantization Q4_0 --out bench/results/latency.json`
     """
-    from edgepatch.bench.latency import PARTS, Settings, measure, write
-    from edgepatch.bench.latency_sessions import FULL, QUICK
+    from edgepatch.bench.latency.run import measure, write
+    from edgepatch.bench.latency.sessions import FULL, QUICK
+    from edgepatch.bench.latency.settings import PARTS, Settings
 
     chosen = _listed(parts) or PARTS
     unknown = sorted(set(chosen) - set(PARTS))

@@ -39,7 +39,7 @@ def demo(
     from edgepatch.bench import demo as main_job
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.matrix import MatrixConfig
-    from edgepatch.bench.report import print_table
+    from edgepatch.bench.report.matrix_page import print_table
     from edgepatch.training.config import TrainConfig
 
     config = main_job.DemoConfig(

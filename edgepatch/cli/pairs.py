@@ -80,8 +80,8 @@ class Means:
 
 
 def _load_judge(choice: str, unsafe_labels: list[str]) -> Judge:
-    from edgepatch.bench.classifiers import load_judge
-    from edgepatch.bench.scorers import ToxicityScorer, judge_bytes
+    from edgepatch.judges.classifiers import load_judge
+    from edgepatch.judges.scorers import ToxicityScorer, judge_bytes
     from edgepatch.training.pairs.provenance import digest_of
 
     found = load_judge(choice, unsafe_labels)
@@ -132,7 +132,7 @@ def _open_sampler(source: Source, means: Means, stack: ExitStack) -> Sampler:
 
 
 def _read_prompts(path: Path | None, chat: bool, system: str) -> PromptList:
-    from edgepatch.bench.prompt_sets import load_prompts
+    from edgepatch.prompts.sets import load_prompts
     from edgepatch.training.pairs.prompt_files import PromptList, as_conversations, read_prompts
 
     if path is None:

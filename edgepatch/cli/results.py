@@ -13,7 +13,7 @@ from edgepatch.cli.console import JsonFlag, cell, print_json, stdout
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
-    from edgepatch.bench.gate import Failure
+    from edgepatch.bench.report.gate import Failure
 
 ResultsOption = Annotated[Path, typer.Option(help="Folder of the JSON files that measurements left.")]
 RESULTS = Path("bench") / "results"
@@ -38,8 +38,8 @@ def report(
 
     Example: `edgepatch bench report --results bench/results --document docs/performance.md`
     """
-    from edgepatch.bench.overview import fill_document, goals, headline, write_overview
-    from edgepatch.bench.result_files import RESULT_FILES, read_results
+    from edgepatch.bench.report.files import RESULT_FILES, read_results
+    from edgepatch.bench.report.overview import fill_document, goals, headline, write_overview
     from edgepatch.patch.file import write_atomically
 
     found = read_results(results)
@@ -78,7 +78,7 @@ def gate(
 
     Examples: `edgepatch bench gate --baseline baseline.json`, `edgepatch bench gate --write baseline.json`
     """
-    from edgepatch.bench.gate import as_document, check, figures, make_baseline, read_baseline
+    from edgepatch.bench.report.gate import as_document, check, figures, make_baseline, read_baseline
     from edgepatch.patch.file import write_atomically
 
     if (baseline is None) == (write is None):

@@ -25,7 +25,7 @@ KINDS = ("soft-prompt", "kv")
 
 
 def _benign_texts(path: Path | None) -> list[BenignText]:
-    from edgepatch.bench.prompt_sets import load_benign_text, load_prompts
+    from edgepatch.prompts.sets import load_benign_text, load_prompts
     from edgepatch.training.pairs.prompt_files import read_prompts
 
     return list(read_prompts(path).prompts) if path else [*load_benign_text("train"), *load_prompts("benign", "train")]
@@ -133,9 +133,9 @@ def train(
 
     Example: `edgepatch train models/base --pairs pairs.jsonl -o detox.safetensors --name detox --run runs/detox`
     """
-    from edgepatch.bench.training_page import write_training_page
     from edgepatch.patch.file import read_patch, write_patch
     from edgepatch.training import parallel
+    from edgepatch.training.page import write_training_page
     from edgepatch.training.pairs.preferences import read_pairs
     from edgepatch.training.patching import PatchTraining
 

@@ -1,0 +1,1 @@
+"""The evidence matrix: do safety gains hold after quantization?"""

@@ -1,0 +1,298 @@
+"""Measures the cells of the evidence matrix: opens every arm on every column, in several processes, and survives what fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from edgepatch.bench.baselines import load_lora
+from edgepatch.bench.columns import TORCH, Column, columns
+from edgepatch.bench.evidence.cells import (
+    LORA_ARMS,
+    NUM_TEXTS_KEPT,
+    RNG_SEED,
+    CellKey,
+    EvidenceConfig,
+    code_digest,
+    digest_of,
+    inputs_digest,
+    is_core,
+    item_ids,
+    read_cell,
+    write_cell,
+)
+from edgepatch.bench.safety import retained
+from edgepatch.bench.safety.domain import Domain, Outcome
+from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.patch.file import Patch, read_patch, write_patch
+from edgepatch.runtimes.base import Runtime
+
+if TYPE_CHECKING:
+    from edgepatch.bench.safety.gender import GenderDomain
+
+HERE = Path(__file__).parent.parent
+JUDGES = HERE / "judges"
+COMMON_CODE = tuple(HERE / name for name in ("domains/base.py", "likelihoods.py", "scorers.py", "refusals.py"))
+NUM_SEQUENCES = 25
+CONTEXT_LENGTH = 512
+NUM_SENTENCE_PAIRS = 100
+"""Of WinoBias and of CrowS-Pairs."""
+SOFT_ARM_FILE, ADAPTER_FOLDER = "patch.safetensors", "adapter"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a run reads and writes.
+
+    Attributes:
+        out: folder of models, trained arms, compositions and cells.
+        data: folder of the public data sets, or ``None`` for the prompts that ship with edgepatch.
+    """
+
+    out: Path
+    data: Path | None
+
+    @property
+    def cells(self) -> Path:
+        """Folder of the raw files."""
+        return self.out / "cells"
+
+    def reason(self, error: Exception) -> str:
+        """Why a cell failed, without the place where the folder lies."""
+        text = str(error) if isinstance(error, EdgepatchError) else f"{type(error).__name__}: {error}"
+        return text.replace(f"{self.out}/", "")
+
+    def arm(self, domain: str, arm: str, rng_seed: int) -> Path:
+        """What was trained: a patch file, or the folder of a LoRA adapter."""
+        folder = self.out / "arms" / domain / f"{arm}-{rng_seed}"
+        return folder / (ADAPTER_FOLDER if arm in LORA_ARMS else SOFT_ARM_FILE)
+
+    def parts(self, key: CellKey) -> list[Path]:
+        """The patches of a composition, in order."""
+        joint = self.out / "arms" / "joint" / f"patch-{key.rng_seed}"
+        return [
+            joint / f"{part}.safetensors" if key.arm == "joint" else self.arm(part, "patch", key.rng_seed)
+            for part in key.parts
+        ]
+
+    def trained(self, key: CellKey) -> list[Path]:
+        """Every trained file that a cell rests on; none for an untrained arm."""
+        if key.parts:
+            return self.parts(key)
+        return [self.arm(key.domain, key.arm, key.rng_seed)] if key.rng_seed else []
+
+    def base(self, key: CellKey) -> Path:
+        """Folder of the model's forms, M or M'."""
+        return self.out / "bases" / ("reference" if key.arm == "reference" else "base")
+
+
+def column_of(key: CellKey) -> Column:
+    """The column of a cell."""
+    return next(column for column in columns() if column.name == key.column)
+
+
+# What a cell rests on.
+
+
+def measure_code(key: CellKey) -> list[Path]:
+    """Modules whose change makes a cell be measured again."""
+    if key.measure == "retained":
+        return [HERE / "domains" / "retained.py", HERE / "domains" / "harm.py", *COMMON_CODE]
+    return [HERE / "domains" / f"{key.domain}.py", *COMMON_CODE]
+
+
+def cell_inputs(place: Workplace, key: CellKey, config: EvidenceConfig) -> dict[str, Any]:
+    """Everything that decides a cell's result.
+
+    Raises:
+        InputError: the model was not converted, or the arm not trained.
+    """
+    manifest = place.data / "MANIFEST.json" if place.data else None
+    return {
+        "key": str(key),
+        "sizes": asdict(config.sizes(key)) if key.measure == "retained" else config.num_items(key),
+        "rng_seed": RNG_SEED,
+        "model": digest_of(column_of(key).path(place.base(key))),
+        "trained": [digest_of(path) for path in place.trained(key)],
+        "code": [code_digest(path) for path in measure_code(key)],
+        "judges": digest_of(JUDGES),
+        "data": digest_of(manifest) if manifest and manifest.is_file() else str(bool(place.data)),
+    }
+
+
+def due(place: Workplace, keys: Iterable[CellKey], config: EvidenceConfig) -> list[CellKey]:
+    """Keys whose cell is missing, failed, or was measured from something else; what cannot be measured is written as failed."""
+    found = []
+    for key in keys:
+        try:
+            wanted = inputs_digest(cell_inputs(place, key, config))
+        except InputError as error:
+            write_cell(place.cells, key, {"failed": place.reason(error)})
+            continue
+        raw = read_cell(place.cells, key)
+        if raw is None or "failed" in raw or raw.get("inputs") != wanted:
+            found.append(key)
+    return found
+
+
+# Opening.
+
+
+def composed_patch(place: Workplace, key: CellKey) -> Patch:
+    """The composition of a cell's parts, made once and kept.
+
+    Raises:
+        InputError: a part is missing.
+    """
+    from edgepatch.training.composition import compose
+
+    parts = [read_patch(path) for path in place.parts(key)]
+    path = place.out / "compositions" / f"{key.arm}-{'-'.join(key.parts)}-{key.rng_seed}.safetensors"
+    if path.is_file():
+        kept = read_patch(path)
+        if kept.parts == tuple(part.digest for part in parts):
+            return kept
+    patch = compose(parts, TORCH.path(place.base(key)), f"lab-{'-'.join(key.parts)}", f"0.1.{key.rng_seed}")
+    write_patch(patch, path)
+    return patch
+
+
+def open_runtime(place: Workplace, key: CellKey) -> Runtime:
+    """The model of a cell with its arm.
+
+    Raises:
+        EdgepatchError: a file is missing or damaged, or the arm does not fit the model.
+    """
+    column = column_of(key)
+    options: dict[str, Any] = {}
+    if column.runtime == "llamacpp":
+        options = {
+            "num_threads": 1,
+            "num_sequences": NUM_SEQUENCES,
+            "context_length": CONTEXT_LENGTH,
+            "kv_type": column.kv_type,
+        }
+        options |= {"seed_route": key.route} if key.route else {}
+    elif column.runtime == "onnx":
+        options = {"num_threads": 1}
+    model = column.path(place.base(key))
+    if key.arm in LORA_ARMS:
+        return load_lora(column, model, place.trained(key)[0], place.out / "lora", **options)
+    patch = composed_patch(place, key) if key.parts else None
+    if key.rng_seed and not key.parts:
+        patch = read_patch(place.trained(key)[0])
+    from edgepatch.runtimes import load_runtime
+
+    return load_runtime(model, patch, **options)
+
+
+# Measuring.
+
+
+def domain_of(name: str, data: Path | None) -> Domain:
+    """A domain by its name."""
+    from edgepatch.bench.safety.gender import GenderDomain
+    from edgepatch.bench.safety.harm import HarmDomain
+    from edgepatch.bench.safety.toxicity import ToxicityDomain
+
+    known: dict[str, type[Domain]] = {"toxicity": ToxicityDomain, "gender": GenderDomain, "harm": HarmDomain}
+    return known[name](data)
+
+
+def safety_raw(outcome: Outcome) -> dict[str, Any]:
+    """What is kept of a measured domain; texts of the first items alone."""
+    ids = item_ids(outcome.items)
+    shown = zip(outcome.items, outcome.texts, outcome.values, strict=True)
+    return {
+        "ids": ids,
+        "values": [float(value) for value in outcome.values],
+        "figures": _figures(outcome),
+        "failures": outcome.failures,
+        "texts": [
+            {"item": item, "texts": list(texts), "value": float(value)}
+            for item, texts, value in islice(shown, NUM_TEXTS_KEPT)
+        ],
+    }
+
+
+def retained_raw(found: retained.Retained) -> dict[str, Any]:
+    """What is kept of the figures that must stay."""
+    refusal = found.over_refusal
+    return {
+        "text_ids": item_ids(found.texts),
+        "nll": found.nll.tolist(),
+        "num_tokens": found.num_tokens.tolist(),
+        "fact_ids": item_ids(["\n".join(pair) for pair in found.minimal_pairs]),
+        "correct": found.correct.astype(int).tolist(),
+        "request_ids": item_ids(refusal.items) if refusal else [],
+        "refused": refusal.values.tolist() if refusal else [],
+        "figures": _figures(refusal) if refusal else {},
+        "failures": refusal.failures if refusal else 0,
+    }
+
+
+def _figures(outcome: Outcome) -> dict[str, list[float]]:
+    return {name: list(estimate) for name, estimate in outcome.figures.items()}
+
+
+class Bench:
+    """Measures cells, keeping the last model and every domain loaded.
+
+    Args:
+        place: where to read and write.
+        config: how much is measured.
+    """
+
+    def __init__(self, place: Workplace, config: EvidenceConfig) -> None:
+        self._place, self._config = place, config
+        self._domains: dict[tuple[str, bool], Domain] = {}
+        self._opening: tuple[str, ...] = ()
+        self._runtime: Runtime | None = None
+
+    def run(self, key: CellKey) -> str:
+        """Measures a cell and writes its raw file.
+
+        Returns:
+            Why it failed, or "".
+        """
+        began, worked = time.monotonic(), time.process_time()
+        try:
+            raw = {"inputs": inputs_digest(cell_inputs(self._place, key, self._config)), **self._measure(key)}
+        except Exception as error:  # whatever goes wrong in one cell is that cell's result, not the end of the run
+            raw = {"failed": self._place.reason(error)}
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - worked
+        write_cell(self._place.cells, key, {**raw, "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)})
+        return str(raw.get("failed", ""))
+
+    def _measure(self, key: CellKey) -> dict[str, Any]:
+        runtime = self._open(key)
+        instruction = self._domain(key.domain, key).instruction if key.arm == "safe_prompt" else ""
+        if key.measure == "retained":
+            return retained_raw(retained.measure(runtime, self._place.data, self._config.sizes(key), instruction))
+        domain = self._domain(key.domain, key)
+        outcome = domain.evaluate(runtime, self._config.num_items(key), instruction, RNG_SEED)
+        if key.domain == "gender" and key.measure == "safety" and is_core(key) and domain.data is not None:
+            outcome.figures.update(cast("GenderDomain", domain).log_probability_checks(runtime, NUM_SENTENCE_PAIRS))
+        return safety_raw(outcome)
+
+    def _domain(self, name: str, key: CellKey) -> Domain:
+        own = key.measure == "examples"
+        if (name, own) not in self._domains:
+            self._domains[name, own] = domain_of(name, None if own else self._place.data)
+        return self._domains[name, own]
+
+    def _open(self, key: CellKey) -> Runtime:
+        if self._runtime is None or key.opening != self._opening:
+            self.close()
+            self._runtime, self._opening = open_runtime(self._place, key), key.opening
+        return self._runtime
+
+    def close(self) -> None:
+        """Frees the loaded model."""
+        if self._runtime is not None:
+            self._runtime.close()
+        self._runtime = None

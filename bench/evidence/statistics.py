@@ -1,0 +1,305 @@
+"""From raw cells to the figures of the matrix: every comparison on the same items, intervals over training runs and items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.bench.columns import columns
+from edgepatch.bench.evidence.cells import ARMS, COMPOSED_ARMS, DOMAINS, REFERENCE_COLUMN, SHARED, CellKey
+from edgepatch.bench.metrics import CrossedBootstrap, Estimate
+
+Raw = Mapping[str, Any]
+Read = Callable[[CellKey], Raw | None]
+Row = dict[str, Any]
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The raw cells of one row of the matrix: training run -> what was measured, failures apart."""
+
+    found: Mapping[int, Raw]
+    failed: tuple[str, ...]
+
+    def of(self, rng_seeds: Iterable[int]) -> list[Raw]:
+        """Those of these training runs; an untrained arm is the same for all of them."""
+        return [self.found[0]] if 0 in self.found else [self.found[s] for s in rng_seeds]
+
+
+@lru_cache(maxsize=256)
+def bootstrap(num_runs: int, num_items: int) -> CrossedBootstrap:
+    """The same draws for every statistic of so many runs and items."""
+    return CrossedBootstrap(num_runs, num_items)
+
+
+def gather(read: Read, keys: Iterable[CellKey]) -> Runs:
+    """The raw cells behind some keys; what is not there has failed too."""
+    found, failed = {}, []
+    for key in keys:
+        raw = read(key)
+        if raw is None or "failed" in raw:
+            failed.append(f"{key}: {raw['failed'] if raw else 'not measured'}")
+        else:
+            found[key.rng_seed] = raw
+    return Runs(found, tuple(failed))
+
+
+def common_runs(*sides: Runs) -> list[int]:
+    """Training runs that every side has; [0] where none was trained."""
+    trained = [set(side.found) for side in sides if side.found and 0 not in side.found]
+    if any(not side.found for side in sides):
+        return []
+    return sorted(set.intersection(*trained)) if trained else [0]
+
+
+def aligned(names: str, values: str, *sides: Sequence[Raw]) -> list[Values]:
+    """One (S, N) array a side, over the items that all of them have, in the order of the first."""
+    raws = [raw for side in sides for raw in side]
+    shared = set.intersection(*(set(raw[names]) for raw in raws))
+    order = [name for name in raws[0][names] if name in shared]
+
+    def row(raw: Raw) -> list[float]:
+        known = dict(zip(raw[names], raw[values], strict=True))
+        return [known[name] for name in order]
+
+    return [np.array([row(raw) for raw in side], dtype=np.float64).reshape(len(side), len(order)) for side in sides]
+
+
+def _draws(*sides: Values) -> CrossedBootstrap:
+    return bootstrap(max(len(side) for side in sides), sides[0].shape[1])
+
+
+def mean(values: Values) -> Estimate:
+    """Mean of (S, N) values in 0..1."""
+    draws = _draws(values)
+    return draws.estimate(values.mean(), np.clip(draws.means(values), 0, 1))
+
+
+def difference(first: Values, second: Values) -> Estimate:
+    """Mean of the first minus mean of the second, paired."""
+    draws = _draws(first, second)
+    return draws.estimate(first.mean() - second.mean(), draws.means(first) - draws.means(second))
+
+
+def kept(bare: Values, arm: Values, bare_there: Values, arm_there: Values) -> Estimate | None:
+    """Gain there over gain here; ``None`` where there is no gain here that could be kept."""
+    gain = bare.mean() - arm.mean()
+    if gain <= 0:
+        return None
+    draws = _draws(bare, arm, bare_there, arm_there)
+    below = draws.means(bare) - draws.means(arm)
+    above = draws.means(bare_there) - draws.means(arm_there)
+    quotients = np.divide(above, below, out=np.full(len(above), np.inf), where=below > 0)
+    return draws.estimate((bare_there.mean() - arm_there.mean()) / gain, quotients)
+
+
+def perplexity_change(bare: Values, arm: Values, tokens: Values) -> Estimate:
+    """Percent by which the perplexity differs from the bare model's; geometric mean over training runs.
+
+    Args:
+        bare: (1, N) negative log-likelihoods of N texts.
+        arm: (S, N) of the same.
+        tokens: (1, N) how many tokens each text has.
+    """
+    draws = _draws(bare, arm)
+    logs = (draws.means(arm) - draws.means(bare)) / draws.means(tokens)
+    value = (arm.mean() - bare.mean()) / tokens.mean()
+    return draws.estimate(100 * np.expm1(value), 100 * np.expm1(logs))
+
+
+def _put(row: Row, name: str, estimate: Estimate | None) -> None:
+    """A figure and the ends of its interval; an end that is infinite is none."""
+    ends = [number if np.isfinite(number) else None for number in estimate or (np.nan,) * 3]
+    row[name], row[f"{name}_low"], row[f"{name}_high"] = ends
+
+
+def _figures(raws: Sequence[Raw]) -> dict[str, float]:
+    """Mean over training runs of each further figure."""
+    names = set.intersection(*(set(raw["figures"]) for raw in raws)) if raws else set()
+    return {name: float(np.mean([raw["figures"][name][0] for raw in raws])) for name in sorted(names)}
+
+
+class Matrix:
+    """Computes rows from raw cells.
+
+    Args:
+        keys: the plan.
+        read: gives the raw result of a key, or ``None``.
+    """
+
+    def __init__(self, keys: Sequence[CellKey], read: Read) -> None:
+        self._read = lru_cache(maxsize=None)(read)
+        self._rows: dict[CellKey, list[CellKey]] = {}
+        for key in keys:
+            self._rows.setdefault(replace(key, rng_seed=0), []).append(key)
+        self._columns = {column.name: column for column in columns()}
+
+    def _runs(self, measure: str, like: CellKey, **changed: Any) -> Runs:
+        """All training runs of a row that differs from a key in some fields."""
+        row = replace(like, measure=measure, rng_seed=0, **changed)
+        return gather(self._read, self._rows.get(row, []))
+
+    def rows(self) -> list[Row]:
+        """One a domain, arm, column and route."""
+        wanted = [key for key in self._rows if key.measure == "safety" and not key.parts]
+        places = {name: place for names in (DOMAINS, ARMS, self._columns) for place, name in enumerate(names)}
+        wanted.sort(key=lambda key: (places[key.domain], places[key.arm], key.route == "decoded", places[key.column]))
+        return [self._row(key) for key in wanted]
+
+    def _row(self, key: CellKey) -> Row:
+        column = self._columns[key.column]
+        row: Row = {
+            "domain": key.domain,
+            "arm": key.arm,
+            "column": column.name,
+            "runtime": column.runtime,
+            "quantization": column.quantization,
+            "kv_type": column.kv_type,
+            "route": key.route,
+        }
+        safety = self._runs("safety", key)
+        retained = self._runs("retained", key, domain=self._retained_domain(key))
+        self._put_safety(row, key, safety)
+        self._put_retained(row, key, retained)
+        row["failed"] = [*safety.failed, *retained.failed]
+        return row
+
+    @staticmethod
+    def _retained_domain(key: CellKey) -> str:
+        return SHARED if key.arm in ("bare", "reference") or key.parts else key.domain
+
+    def _bare(self, measure: str, key: CellKey, column: str) -> Runs:
+        domain = key.domain if measure == "safety" else SHARED
+        return self._runs(measure, key, domain=domain, arm="bare", column=column, route="", parts=())
+
+    def _put_safety(self, row: Row, key: CellKey, there: Runs) -> None:
+        raws = list(there.found.values())
+        own = aligned("ids", "values", raws)[0] if raws else None
+        _put(row, "score", mean(own) if own is not None else None)
+        row["num_items"], row["num_rng_seeds"] = (own.shape[1] if own is not None else 0), len(raws)
+        row["failures"] = sum(raw["failures"] for raw in raws)
+        row["figures"] = _figures(raws)
+        bare = self._bare("safety", key, key.column)
+        runs = common_runs(bare, there) if key.arm != "bare" else []
+        _put(row, "gain", difference(*aligned("ids", "values", bare.of(runs), there.of(runs))) if runs else None)
+        _put(row, "retention", self._retention(key, bare, there) if runs else None)
+
+    def _retention(self, key: CellKey, bare_there: Runs, there: Runs) -> Estimate | None:
+        here, bare = (
+            self._runs("safety", key, column=REFERENCE_COLUMN, route=""),
+            self._bare("safety", key, REFERENCE_COLUMN),
+        )
+        sides = (bare, here, bare_there, there)
+        runs = common_runs(*sides)
+        return kept(*aligned("ids", "values", *(side.of(runs) for side in sides))) if runs else None
+
+    def _put_retained(self, row: Row, key: CellKey, there: Runs) -> None:
+        bare = self._bare("retained", key, key.column)
+        runs = common_runs(bare, there)
+        names = ("perplexity_change", "over_refusal", "over_refusal_change", "negative_flips")
+        row["perplexity"] = None
+        estimates: list[Estimate | None] = [None] * len(names)
+        if runs:
+            sides = (bare.of(runs), there.of(runs))
+            nll = aligned("text_ids", "nll", *sides)
+            tokens = aligned("text_ids", "num_tokens", *sides)[0]
+            row["perplexity"] = float(np.exp(nll[1].mean() / tokens.mean()))
+            refused, right = aligned("request_ids", "refused", *sides), aligned("fact_ids", "correct", *sides)
+            estimates[0] = perplexity_change(nll[0], nll[1], tokens)
+            if refused[0].size:
+                estimates[1:3] = mean(refused[1]), difference(refused[1], refused[0])
+            if right[0].size:  # no minimal pairs ship with edgepatch
+                estimates[3] = mean(((right[0] > 0.5) & (right[1] <= 0.5)).astype(np.float64))
+        for name, estimate in zip(names, estimates, strict=True):
+            _put(row, name, estimate)
+
+    def contest(self, domain: str, column: str, arm: str, rival: str) -> Row:
+        """``lead``: by how much an arm's score is lower, thus safer, than a rival's; both with the seed as shipped."""
+        rows = [
+            next(
+                (k for k in self._rows if (k.measure, k.domain, k.arm, k.column) == ("safety", domain, name, column)),
+                None,
+            )
+            for name in (arm, rival)
+        ]
+        sides = [self._runs("safety", key) if key else Runs({}, ()) for key in rows]
+        runs = common_runs(*sides)
+        row: Row = {"domain": domain, "column": column, "arm": arm, "rival": rival, "num_rng_seeds": len(runs)}
+        _put(row, "lead", difference(*aligned("ids", "values", sides[1].of(runs), sides[0].of(runs))) if runs else None)
+        return row
+
+    # Compositions.
+
+    def compositions(self) -> list[Row]:
+        """One a kind, column, order and domain: what is left of the gain of the single patch."""
+        return [self._composition(key) for key in self._rows if key.measure == "safety" and key.parts]
+
+    def _composition(self, key: CellKey) -> Row:
+        there, bare = self._runs("safety", key), self._bare("safety", key, key.column)
+        single = self._runs("safety", key, arm="patch", parts=())
+        row: Row = {"arm": key.arm, "column": key.column, "parts": list(key.parts), "domain": key.domain}
+        raws = list(there.found.values())
+        _put(row, "score", mean(aligned("ids", "values", raws)[0]) if raws else None)
+        runs = common_runs(bare, single, there)
+        sides = aligned("ids", "values", *(side.of(runs) for side in (bare, single, bare, there))) if runs else None
+        _put(row, "gain", difference(sides[0], sides[3]) if sides else None)
+        _put(row, "share_of_single_gain", kept(*sides) if sides else None)
+        row["num_items"], row["num_rng_seeds"] = (len(raws[0]["ids"]) if raws else 0), len(raws)
+        row["failures"], row["failed"] = sum(raw["failures"] for raw in raws), list(there.failed)
+        retained = self._runs("retained", key, domain=SHARED)
+        self._put_retained(row, key, retained)
+        return row
+
+    def sensitivities(self) -> list[Row]:
+        """One a kind, column, set of patches and domain: highest minus lowest score over the orders."""
+        keys = [key for key in self._rows if key.measure == "safety" and key.arm in COMPOSED_ARMS]
+
+        def name(key: CellKey) -> tuple[str, ...]:
+            return (key.arm, key.column, key.domain, *sorted(key.parts))
+
+        sets = groupby(sorted(keys, key=name), key=name)
+        return [self._sensitivity(list(members)) for _, members in sets]
+
+    def _sensitivity(self, keys: Sequence[CellKey]) -> Row:
+        sides = [self._runs("safety", key) for key in keys]
+        runs = common_runs(*sides)
+        row: Row = {
+            "arm": keys[0].arm,
+            "column": keys[0].column,
+            "domain": keys[0].domain,
+            "parts": sorted(keys[0].parts),
+            "num_orders": len(keys),
+            "num_rng_seeds": len(runs),
+        }
+        values = aligned("ids", "values", *(s.of(runs) for s in sides)) if runs else []
+        _put(row, "order_sensitivity", spread(values) if runs else None)
+        row["chance"], row["p_value"] = spread_by_chance(values) if runs else (None, None)
+        return row
+
+
+def spread(sides: Sequence[Values]) -> Estimate:
+    """Highest minus lowest mean of several (S, N) arrays, with the paired interval of the distance between just these two.
+
+    It is never negative, so noise alone makes it positive; an interval that reaches below 0 says that it may be nothing else.
+    """
+    ordered = sorted(sides, key=lambda side: float(side.mean()))
+    return difference(ordered[-1], ordered[0])
+
+
+def spread_by_chance(sides: Sequence[Values], draws: int = 1000) -> tuple[float, float]:
+    """What ``spread`` would be if the order did not matter: the orders of each run and item are shuffled.
+
+    Returns:
+        Mean of the shuffled spreads, and the share of them (p value) that is no smaller than the real one.
+    """
+    rng, values = np.random.default_rng(0), np.stack(sides)  # (orders, S, N)
+    shuffled = np.array([np.ptp(rng.permuted(values, axis=0).mean(axis=(1, 2))) for _ in range(draws)])
+    real = np.ptp(values.mean(axis=(1, 2)))
+    return float(shuffled.mean()), float((1 + (shuffled >= real - 1e-12).sum()) / (1 + draws))

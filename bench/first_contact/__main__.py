@@ -1,0 +1,5 @@
+"""``python -m edgepatch.bench.first_contact``."""
+
+from edgepatch.bench.first_contact.run import main
+
+main()

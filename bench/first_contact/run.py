@@ -1,0 +1,147 @@
+"""``python -m edgepatch.bench.first_contact.run``: the price of the first load of a model, and what becomes of forged GGUF files.
+
+A load is a process of its own: the interpreter starts, loads the model, and ends. Three kinds take turns: without any proof (how a
+load was before there was one), the first (an empty memory, so that a child tries the file), and later ones (from memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from edgepatch.bench.first_contact.corpus import corpus
+from edgepatch.bench.first_contact.forged import DIED, UNCAUGHT, judge, table
+from edgepatch.converters.machine_identity import CACHE_VARIABLE
+from edgepatch.patch.file import write_atomically
+
+GOAL = 1.5
+LOAD = """
+import json, sys, time
+from pathlib import Path
+from edgepatch.converters import first_contact
+from edgepatch.runtimes import llamacpp, llamacpp_proof
+def unproved(path, layers, settings):
+    contact = llamacpp_proof.contact(path, layers, settings)
+    return first_contact.Proof(contact, contact.signature(), json.loads(sys.argv[4]))
+real, looked = llamacpp.prove_model, []
+def timed(*arguments):
+    start = time.thread_time()  # other threads work meanwhile
+    proof = real(*arguments)
+    looked.append((time.thread_time() - start) * 1000)
+    return proof
+llamacpp.prove_model = unproved if sys.argv[3] == "unproved" else timed
+first_contact.require_library = (lambda *_: None) if sys.argv[3] == "unproved" else first_contact.require_library
+start = time.perf_counter()
+with llamacpp.LlamaCppRuntime(Path(sys.argv[1]), num_threads=int(sys.argv[2])) as runtime:
+    print(json.dumps({"load_ms": (time.perf_counter() - start) * 1000, "proof_ms": looked, "notes": runtime.notes}))
+"""
+WAYS = ("unproved", "first", "later")
+
+
+def _load(model: Path, way: str, threads: int, memory: Path, answer: dict[str, Any], cold: bool) -> dict[str, Any]:
+    """One process: seconds by the clock and of the CPU, children included, and what it told."""
+    if cold:
+        with model.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    environment = {**os.environ, CACHE_VARIABLE: str(memory)}
+    command = [sys.executable, "-c", LOAD, str(model), str(threads), way, json.dumps(answer)]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"s": seconds, "cpu_s": cpu, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def price(model: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """Loads of each kind in turn, with the file in the page cache and out of it."""
+    found: dict[str, Any] = {
+        "model": model.name,
+        "bytes": model.stat().st_size,
+        "num_threads": threads,
+        "rounds": rounds,
+    }
+    with tempfile.TemporaryDirectory(prefix="edgepatch-") as name:
+        known = Path(name) / "known"
+        answer = {"use_extra_buffers": True, "takes_embeddings": True}
+        first = _load(model, "first", threads, known, answer, False)
+        answer["use_extra_buffers"] = not first["notes"]
+        for cold in (False, True):
+            runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+            for number in range(rounds):
+                for way in WAYS:
+                    memory = Path(name) / f"{cold}-{number}" if way == "first" else known
+                    runs[way].append(_load(model, way, threads, memory, answer, cold))
+            found["not in the page cache" if cold else "in the page cache"] = _row(runs)
+    found["notes"] = first["notes"]
+    return found
+
+
+def _row(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for way, loads in runs.items():
+        row[way] = {
+            name: round(statistics.median(load[name] for load in loads), 4) for name in ("s", "cpu_s", "load_ms")
+        }
+    row["later"]["lookup_cpu_ms"] = round(statistics.median(load["proof_ms"][0] for load in runs["later"]), 3)
+    pairs = list(zip(runs["first"], runs["unproved"], strict=True))
+    row["first / unproved"] = {
+        name: round(statistics.median(a[name] / b[name] for a, b in pairs), 2) for name in ("s", "cpu_s")
+    }
+    return row
+
+
+def forged() -> dict[str, Any]:
+    """Counts of what became of the whole corpus."""
+    start = time.perf_counter()
+    verdicts = judge(corpus())
+    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    deaths = Counter(
+        verdict.reason.split("cannot be used on this machine: ")[-1]
+        for verdict in verdicts
+        if "died" in verdict.outcome
+    )
+    return {
+        "files": len(verdicts),
+        "survived_by_the_parent": len(verdicts) - outcomes[DIED],
+        "exceptions_of_no_kind_of_ours": outcomes[UNCAUGHT],
+        "outcomes": dict(outcomes),
+        "by_kind": table(verdicts),
+        "deaths_in_children": dict(deaths.most_common()),
+        "s": round(time.perf_counter() - start, 1),
+    }
+
+
+def main() -> None:
+    """The entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="A GGUF file, whose first load is measured.")
+    parser.add_argument("--forged", action="store_true", help="Judge the forged files.")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/first_contact.json"))
+    arguments = parser.parse_args()
+    document = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
+    document["command"] = "python -m edgepatch.bench.first_contact.run --forged --model SmolLM2-135M-Instruct.Q4_1.gguf"
+    document["platform"] = {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
+    if arguments.model:
+        document["price"] = price(arguments.model, arguments.threads, arguments.rounds)
+        print(json.dumps(document["price"], indent=1))
+    if arguments.forged:
+        document["forged"] = forged()
+        print(json.dumps(document["forged"], indent=1))
+    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())

@@ -1,0 +1,1 @@
+"""Which models does a patch fit?"""

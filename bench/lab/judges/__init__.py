@@ -1,0 +1,1 @@
+"""The two toxicity judges: trained, measured, described."""

@@ -1,0 +1,1 @@
+"""What a patch costs, against everything a user would take instead."""

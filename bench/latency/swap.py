@@ -1,0 +1,115 @@
+"""What exchanging a patch costs on a model of a real size: ``make swap``.
+
+The weights are random, which changes no time. The seed is the model's own, taken from its cache, so that the stored route and the
+canary run as they do with a trained patch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepatch.bench.latency.random_patches import make_patch
+from edgepatch.bench.shapes.gguf import write_gguf
+from edgepatch.bench.shapes.shape import SHAPES
+from edgepatch.patch import canary
+from edgepatch.patch.file import Patch, write_atomically
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+
+NUM_VIRTUAL_TOKENS = 50
+
+
+def _times(act: Callable[[], object], between: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each repeat; ``between`` is not timed."""
+    found = []
+    for _ in range(repeats):
+        between()
+        began = time.perf_counter()
+        act()
+        found.append((time.perf_counter() - began) * 1000)
+    return found
+
+
+def _row(times: Sequence[float]) -> dict[str, float]:
+    return {"median_ms": float(np.median(times)), "min_ms": min(times), "max_ms": max(times), "repeats": len(times)}
+
+
+def measure(shape: str, kind: str, num_threads: int, repeats: int, folder: Path) -> dict[str, Any]:
+    """Swap, unpatch, and the parts of a swap."""
+    path = folder / f"{shape}-{kind}.gguf"
+    if not path.is_file():
+        write_gguf(path, SHAPES[shape], kind)
+    with LlamaCppRuntime(path, None, num_threads=num_threads, context_length=1024) as runtime:
+        first = make_patch(runtime, NUM_VIRTUAL_TOKENS)
+        second = replace(first, name="other")
+        runtime.swap(first)
+        token = canary.canary_prompts(runtime.spec.vocab_size)[0]
+        return {
+            "command": "make swap",
+            "shape": shape,
+            "type": kind,
+            "num_threads": num_threads,
+            "seed_route": runtime.seed_route,
+            "num_virtual_tokens": NUM_VIRTUAL_TOKENS,
+            "state_bytes": len(runtime.seed_state()),
+            "platform": platform.platform(),
+            "load_average": os.getloadavg()[0],
+            "rows": {
+                "swap to another patch": _row(
+                    _times(lambda: runtime.swap(second), lambda: runtime.swap(first), repeats)
+                ),
+                "swap to a patch that this device has used before": _row(
+                    _fresh(runtime, first, repeats, confirmed=True)
+                ),
+                "swap to a patch that is new to this device": _row(_fresh(runtime, first, repeats, confirmed=False)),
+                "unpatch": _row(_times(lambda: runtime.swap(None), lambda: runtime.swap(first), repeats)),
+                "one token decoded (the canary's share)": _row(
+                    _times(lambda: runtime.logits_of_last(token), runtime.reset, repeats)
+                ),
+            },
+        }
+
+
+def _fresh(runtime: LlamaCppRuntime, patch: Patch, repeats: int, confirmed: bool) -> list[float]:
+    """Patches that are not in memory; where not ``confirmed``, each is compared with what the model makes of its soft prompt."""
+    waiting: list[Patch] = []
+
+    def prepare() -> None:
+        made = replace(patch, name=f"fresh-{time.time_ns()}")
+        if confirmed:
+            runtime.swap(made)
+            runtime.forget_states()
+        runtime.swap(patch)
+        waiting.append(made)
+
+    return _times(lambda: runtime.swap(waiting.pop()), prepare, repeats)
+
+
+def main() -> None:
+    """The entry point of ``make swap``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
+    parser.add_argument("--type", default="Q4_0")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--folder", type=Path, default=Path("out/shapes"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results/swap.json"))
+    arguments = parser.parse_args()
+    document = measure(arguments.shape, arguments.type, arguments.threads, arguments.repeats, arguments.folder)
+    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
+    for name, row in document["rows"].items():
+        print(f"{name:<50} median {row['median_ms']:7.1f} ms, {row['min_ms']:.1f} to {row['max_ms']:.1f}")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

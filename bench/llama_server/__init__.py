@@ -1,0 +1,1 @@
+"""An unmodified llama-server beside our own runtime."""

@@ -1,0 +1,140 @@
+"""An unmodified llama-server, built from the sources that llama-cpp-python brings, on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from edgepatch import compilation
+from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.llama_server.client import StockServer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+VARIABLE = "EDGEPATCH_LLAMA_SERVER"
+PACKAGE = "llama_cpp_python"
+CMAKE_FLAGS = [
+    "-G",
+    "Ninja",
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+]
+START_TIMEOUT_S = 60
+
+
+def build_server(folder: Path) -> Path:
+    """llama-server of the installed llama-cpp-python's own llama.cpp; what is already there is used.
+
+    Args:
+        folder: for sources and build.
+
+    Raises:
+        EdgepatchError: a step failed; its output is on the terminal.
+    """
+    binary = folder / "build" / "bin" / "llama-server"
+    if not binary.is_file():
+        sources = fetch_sources(folder)
+        run_command(["cmake", "-S", sources / "vendor" / "llama.cpp", "-B", folder / "build", *CMAKE_FLAGS])
+        run_command(["ninja", "-C", folder / "build", "llama-server"])
+    return binary
+
+
+def fetch_sources(folder: Path) -> Path:
+    """The unpacked source distribution of the installed llama-cpp-python; llama.cpp is in its ``vendor`` folder.
+
+    Args:
+        folder: for the archive and what it holds; what is already there is used.
+
+    Raises:
+        EdgepatchError: it cannot be downloaded.
+    """
+    name = f"{PACKAGE}-{version(PACKAGE)}"
+    sources = folder / name
+    if not sources.is_dir():
+        archives = folder / "sdist"
+        if not (archives / f"{name}.tar.gz").is_file():
+            requirement = f"{PACKAGE}=={version(PACKAGE)}"
+            run_command(
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--no-binary",
+                    PACKAGE,
+                    "--no-deps",
+                    "--dest",
+                    archives,
+                    requirement,
+                ]
+            )
+        temporary = folder / f".{name}"
+        with tarfile.open(archives / f"{name}.tar.gz") as archive:
+            archive.extractall(temporary, filter="data")
+        (temporary / name).rename(sources)
+        temporary.rmdir()
+    return sources
+
+
+def run_command(command: Sequence[str | Path]) -> None:
+    if shutil.which(str(command[0])) is None:
+        raise InputError(f"{command[0]} is missing", hint="install cmake and ninja")
+    if subprocess.run([str(word) for word in command], env=compilation.build_environment()).returncode:
+        raise EdgepatchError(f"{Path(command[0]).name} failed", hint="its output is above")
+
+
+@contextlib.contextmanager
+def running_server(binary: Path, flags: Sequence[str], log: Path) -> Iterator[StockServer]:
+    """A llama-server on a free port of loopback, killed at the end.
+
+    Args:
+        binary: llama-server.
+        flags: its arguments but host and port.
+        log: gets its output.
+
+    Raises:
+        EdgepatchError: it does not come up.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(binary), *flags, "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-warmup"]
+    with log.open("ab") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+        server = StockServer(f"http://127.0.0.1:{port}")
+        try:
+            _wait(server, process, log)
+            yield server
+        finally:
+            process.kill()
+
+
+def _wait(server: StockServer, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(InputError):
+            if server.get("/health").ok:
+                return
+        time.sleep(0.05)
+    raise EdgepatchError(f"llama-server does not come up: {log.read_text(errors='replace')[-2000:]}")
+
+
+def find_server(folder: Path) -> Path:
+    """The binary that the environment names, else the one built in a folder, built now if need be."""
+    named = os.environ.get(VARIABLE)
+    if named and not Path(named).is_file():
+        raise InputError(f"{VARIABLE}: there is no {named}", hint="unset it to build llama-server")
+    return Path(named) if named else build_server(folder)

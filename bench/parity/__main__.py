@@ -1,0 +1,5 @@
+"""``python -m edgepatch.bench.parity``."""
+
+from edgepatch.bench.parity.run import main
+
+raise SystemExit(main())

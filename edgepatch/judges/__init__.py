@@ -1,0 +1,1 @@
+"""Judges of text: toxicity scorers, local classifiers, string judges of refusals."""

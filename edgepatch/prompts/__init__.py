@@ -1,0 +1,1 @@
+"""Prompts and texts of our own writing, shipped with the package."""

@@ -1,0 +1,61 @@
+"""Prompts and texts of our own writing, shipped with the package; ``edgepatch/prompts/README.md`` describes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from edgepatch.errors import InputError
+
+FOLDER = Path(__file__).parent
+KINDS = ("toxic", "benign", "benign_text", "harm_requests", "harm_benign")
+SPLITS = ("train", "eval")
+FIELDS = {"id", "kind", "split", "text"}
+T = TypeVar("T")
+
+
+def _load(kind: str, split: str) -> list[str]:
+    for name, value, known in (("kind", kind, KINDS), ("split", split, SPLITS)):
+        if value not in known:
+            raise InputError(f"prompts: unknown {name} {value!r}", hint=f"one of {', '.join(known)}")
+    path = FOLDER / f"{kind}.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}", hint="reinstall edgepatch") from None
+    if any(not isinstance(row, dict) or set(row) != FIELDS or row["kind"] != kind for row in rows):
+        raise InputError(f"{path}: expected objects with the fields {sorted(FIELDS)} and the kind {kind}")
+    return [row["text"] for row in rows if row["split"] == split]
+
+
+def load_prompts(kind: str, split: str) -> list[str]:
+    """Sentence beginnings, or requests, without a space at the end, always in the same order.
+
+    Args:
+        kind: "toxic" or "benign"; for requests "harm_requests" or "harm_benign".
+        split: "train", or "eval", which may not be trained on.
+
+    Raises:
+        InputError: an unknown kind or split, or a damaged file.
+    """
+    if kind == "benign_text":
+        raise InputError("benign_text holds whole texts, not prompts", hint="call load_benign_text")
+    return _load(kind, split)
+
+
+def load_benign_text(split: str) -> list[str]:
+    """Paragraphs of 40 to 90 words, for perplexity and for the KL anchor.
+
+    Args:
+        split: "train" or "eval".
+
+    Raises:
+        InputError: an unknown split, or a damaged file.
+    """
+    return _load("benign_text", split)
+
+
+def evenly(items: list[T], count: int | None) -> list[T]:
+    """``count`` items at even distances, or all."""
+    return items if count is None or count >= len(items) else [items[i * len(items) // count] for i in range(count)]

@@ -1,0 +1,267 @@
+"""The security figures F1 to F11, measured: `make security`. One line a figure, a summary last; exit code 1 when one is missed.
+
+F4, F5 and F6 come from tests/attacks/store.py. F7 and F8 are tests, which run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from attacks import fuzz, specimens
+
+from edgepatch.errors import PatchFormatError, UntrustedError
+from edgepatch.patch.file import parse_patch, patch_bytes
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = Path(__file__).parent.parent.parent / "bench" / "results" / "security.json"
+FUZZED_INPUTS = 100_000
+VERIFY_MS, VERIFY_RATIO = 200, 3
+SMALL_PATCH_SHA256 = "6539edb633cb3fdef2eed6fae77bdef0c0c6b71460b0219a795d5886ea3b366a"
+"""Of the small specimen's file, as the machine wrote it that this line comes from."""
+
+COVERED = ("canonical", "patches", "signing", "keys", "trust", "store")
+COVERING_TESTS = ("canonical", "patches", "format", "signing", "keys", "trust", "store*")
+ENVIRONMENTS: tuple[dict[str, str], ...] = (
+    {"PYTHONHASHSEED": "0", "LC_ALL": "C"},
+    {"PYTHONHASHSEED": "1", "LC_ALL": "C.UTF-8"},
+    {"PYTHONHASHSEED": "99", "LC_ALL": "POSIX", "PYTHONUTF8": "0"},
+    {"TZ": "Asia/Kathmandu", "PYTHONOPTIMIZE": "2"},
+    {"NPY_DISABLE_CPU_FEATURES": "AVX2 AVX512F AVX512_SKX", "OMP_NUM_THREADS": "1"},
+)
+Figure = dict[str, Any]
+
+
+def figure(number: str, what: str, measured: str, target: str, passed: bool) -> Figure:
+    return {"id": number, "what": what, "measured": measured, "target": target, "pass": bool(passed)}
+
+
+def flipped_bits() -> Figure:
+    """F1: each bit of a small signed patch, one after the other."""
+    data, root = patch_bytes(specimens.small_patch()), specimens.trust_root()
+    bits, by_format, by_signature = len(data) * 8, 0, 0
+    for bit in range(bits):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        try:
+            specimens.require_trusted(parse_patch(bytes(changed)), root)
+        except PatchFormatError:
+            by_format += 1
+        except UntrustedError:
+            by_signature += 1
+    measured = f"{by_format + by_signature:,} of {bits:,}: {by_format:,} by the format alone, {by_signature:,} by the signatures"
+    return figure(
+        "F1",
+        "single-bit flips of a signed patch refused by reading and verifying",
+        measured,
+        "100 %",
+        by_format + by_signature == bits,
+    )
+
+
+def truncations() -> Figure:
+    """F2: every shorter file."""
+    data, refused = patch_bytes(specimens.small_patch()), 0
+    for length in range(len(data)):
+        try:
+            parse_patch(data[:length])
+        except PatchFormatError:
+            refused += 1
+    return figure(
+        "F2", "truncations refused, at every byte", f"{refused:,} of {len(data):,}", "100 %", refused == len(data)
+    )
+
+
+def fuzzed() -> Figure:
+    """F3: mutants of patches through what ``show`` and ``verify`` do."""
+    tally = fuzz.blind(fuzz.TARGETS["patch"], 3600, FUZZED_INPUTS)
+    row = tally.as_dict()
+    measured = f"{row['inputs']:,} inputs, {len(row['crashes'])} crashes or hangs, slowest {row['slowest_ms']} ms, {row['peak_mb']} MB"
+    passed = row["inputs"] >= FUZZED_INPUTS and not row["crashes"] and row["peak_mb"] <= fuzz.MEMORY_MB
+    return figure(
+        "F3", "fuzzed inputs on show and verify", measured, f"{FUZZED_INPUTS:,} without crash, > 1 s or > 64 MB", passed
+    )
+
+
+def from_store() -> list[Figure]:
+    """F4, F5 and F6; missed where tests/attacks/store.py does not give them."""
+    found: dict[str, Figure] = {}
+    try:
+        for row in importlib.import_module("attacks.store").figures():
+            found[row["id"]] = figure(row["id"], row["name"], row["value"], row["target"], row["passed"])
+    except ImportError as error:
+        print(f"note: {error}", file=sys.stderr)
+    return [found.get(number) or figure(number, "store", "nothing", "a figure", False) for number in ("F4", "F5", "F6")]
+
+
+def _tests(number: str, what: str, target: str, *arguments: str) -> Figure:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    last = (done.stdout.strip().splitlines() or ["nothing ran"])[-1]
+    measured = f"{last} ({time.monotonic() - started:.0f} s)"
+    return figure(number, what, measured, target, done.returncode == 0)
+
+
+def conversations() -> Figure:
+    return _tests("F7", "10,000 generated conversations with edits", "seed lost 0 times", "tests/test_unpatching.py")
+
+
+def canaries() -> Figure:
+    return _tests(
+        "F8", "inactive or foreign seed caught, in 1,000 loads", "100 %, 0 false alarms", "tests/test_canary.py"
+    )
+
+
+def verify_large(file: Path) -> dict[str, float]:
+    """In a process of its own: time and memory of reading and verifying one file."""
+    from edgepatch.patch.file import read_patch
+
+    root, before, times = specimens.trust_root(), fuzz.peak_mb(), []
+    specimens.require_trusted(specimens.small_patch(), root)  # loads what is imported on first use
+    for _ in range(7):
+        started = time.perf_counter()
+        specimens.require_trusted(read_patch(file), root)
+        times.append((time.perf_counter() - started) * 1e3)
+    return {
+        "first_ms": times[0],
+        "median_ms": sorted(times)[3],
+        "ratio": (fuzz.peak_mb() - before) * 2**20 / file.stat().st_size,
+    }
+
+
+def large_patch() -> Figure:
+    """F9."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "large.safetensors"
+        file.write_bytes(patch_bytes(specimens.large_patch()))
+        size = file.stat().st_size
+        done = subprocess.run(
+            [sys.executable, "-m", "attacks.security", "--verify", str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    row = json.loads(done.stdout)
+    measured = f"{size / 1e6:.1f} MB: {row['median_ms']:.0f} ms (first {row['first_ms']:.0f} ms), memory {row['ratio']:.2f} x file"
+    passed = row["median_ms"] < VERIFY_MS and row["ratio"] < VERIFY_RATIO
+    return figure(
+        "F9", "reading and verifying the largest patch", measured, f"< {VERIFY_MS} ms, < {VERIFY_RATIO} x file", passed
+    )
+
+
+def coverage() -> Figure:
+    """F10: lines and branches that the unit tests of format, signing and store reach."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "coverage.json"
+        tests = [str(file) for name in COVERING_TESTS for file in sorted((ROOT / "tests").glob(f"test_{name}.py"))]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+            *[f"--cov=edgepatch.{name}" for name in COVERED],
+            "--cov-branch",
+            f"--cov-report=json:{report}",
+            "--cov-report=term-missing:skip-covered",
+        ]
+        environment = {**os.environ, "COVERAGE_FILE": str(Path(folder) / "data")}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        rows = json.loads(report.read_text())["files"] if report.is_file() else {}
+    short = {
+        name: row["summary"]["percent_covered"] for name, row in rows.items() if row["summary"]["percent_covered"] < 100
+    }
+    if short or done.returncode:
+        print(done.stdout[-6000:], done.stderr[-1000:], file=sys.stderr)
+    branches = sum(row["summary"]["num_branches"] for row in rows.values())
+    gaps = "; ".join(f"{Path(name).name} {percent:.1f} %" for name, percent in sorted(short.items()))
+    measured = f"{len(rows)} files, {branches} branches: {gaps or '100 %'}" + (
+        ", tests failed" if done.returncode else ""
+    )
+    there = all(any(f"edgepatch/{name}" in file for file in rows) for name in COVERED)
+    return figure(
+        "F10",
+        "branch coverage of format, signing and store",
+        measured,
+        "100 %",
+        there and not short and done.returncode == 0,
+    )
+
+
+def equal_bytes() -> Figure:
+    """F11: in processes as different as one machine makes them, against the bytes of the machine that wrote the constant."""
+    code = "import hashlib; from attacks.specimens import small_patch; from edgepatch.patch.file import patch_bytes; print(hashlib.sha256(patch_bytes(small_patch())).hexdigest())"
+    command, found = [sys.executable, "-W", "ignore", "-c", code], []
+    for variables in ENVIRONMENTS:
+        done = subprocess.run(
+            command, env={**os.environ, **variables}, capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        found.append(done.stdout.strip())
+    equal = sum(digest == SMALL_PATCH_SHA256 for digest in found)
+    measured = f"{equal} of {len(ENVIRONMENTS)} environments of this machine give the recorded bytes ({SMALL_PATCH_SHA256[:12]})"
+    return figure("F11", "same inputs, two machines: equal patches", measured, "byte-equal", equal == len(ENVIRONMENTS))
+
+
+FIGURES: dict[str, Callable[[], Figure | list[Figure]]] = {
+    "F1": flipped_bits,
+    "F2": truncations,
+    "F3": fuzzed,
+    "F4-F6": from_store,
+    "F7": conversations,
+    "F8": canaries,
+    "F9": large_patch,
+    "F10": coverage,
+    "F11": equal_bytes,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--only", action="append", choices=FIGURES, help="this figure; may be repeated; writes no result"
+    )
+    parser.add_argument("--verify", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.verify:
+        print(json.dumps(verify_large(options.verify)))
+        return
+    rows: list[Figure] = []
+    for name in options.only or FIGURES:
+        result = FIGURES[name]()
+        for row in result if isinstance(result, list) else [result]:
+            rows.append(row)
+            print(
+                f"{row['id']:<4} {'pass' if row['pass'] else 'MISS'}  {row['what']}: {row['measured']}  (target: {row['target']})",
+                flush=True,
+            )
+    missed = [row["id"] for row in rows if not row["pass"]]
+    if not options.only:
+        date = f"{datetime.now(timezone.utc):%Y-%m-%d}"
+        RESULTS.write_text(
+            json.dumps({"date": date, "figures": rows, "missed": missed}, indent=1, ensure_ascii=False) + "\n", "utf-8"
+        )
+    print(
+        f"{len(rows) - len(missed)} of {len(rows)} figures met" + (f"; missed: {', '.join(missed)}" if missed else "")
+    )
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
