@@ -42,7 +42,7 @@ stock: $(STAMP) ## build an unmodified llama-server (20 minutes, once), test pat
 optimum: $(STAMP) ## export with optimum in an environment of its own (out/optimum-env, made once), and test its graphs
 	$(BIN)/python -c 'import sys; from pathlib import Path; from edgepatch.converters.onnx.exporters import optimum_python; \
 		optimum_python(Path(sys.argv[1]))' out/optimum-env
-	EDGEPATCH_OPTIMUM_ENV=$(CURDIR)/out/optimum-env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_onnx_optimum.py
+	EDGEPATCH_OPTIMUM_ENV=$(CURDIR)/out/optimum-env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/converters/onnx/test_optimum.py
 
 unpatch: $(STAMP) ## measure what writing can do against the lab patch; bench/results/unpatching.json and .md
 	mkdir -p out/unpatch

@@ -131,7 +131,7 @@ def render_card(figures: dict[str, Any], folder: Path) -> str:
         "",
         "Sources under CC BY-SA (BOLD, DecodingTrust's continuations, WikiText-2, Dolly) ask for attribution and the same licence for",
         "adaptations of their text; `docs/data.md` names every source. No prompt or request behind a floor is in the training text. Two nontoxic",
-        "RealToxicityPrompts beginnings and one JailbreakBench request are, within other records (`tests/test_lab.py` names them).",
+        "RealToxicityPrompts beginnings and one JailbreakBench request are, within other records (`tests/bench/lab/test_lab.py` names them).",
         "",
         "## Known limits",
         "",

@@ -1,6 +1,6 @@
 """An unmodified llama-server, built from the sources that llama-cpp-python brings, and its answers beside ours.
 
-``make stock`` builds it once (20 minutes on two cores), runs tests/test_stock.py on it and writes bench/results/stock.json and
+``make stock`` builds it once (20 minutes on two cores), runs tests/llama_server/test_llama_server.py on it and writes bench/results/stock.json and
 stock.md: the same prompts through llama-server and through edgepatch, token for token.
 """
 

@@ -1,6 +1,6 @@
 """Attempts to talk the patch away: how much of its effect is left under each, measured and published.
 
-The seed itself cannot be removed by a client (tests/test_unpatching.py); what a client can do is write. These are the rows of the
+The seed itself cannot be removed by a client (tests/attacks/test_unpatching.py); what a client can do is write. These are the rows of the
 threat model for which nothing is promised: many-shot text, dilution, a system prompt against the patch, a reply begun in the
 assistant's name. Run: ``make unpatch``.
 """

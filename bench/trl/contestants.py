@@ -1,6 +1,6 @@
 """The same training job in PEFT + TRL and in our trainer: same start, same batches in the same order, float32, no dropout.
 
-TRL is the oracle of the losses (tests/test_trl.py) and the yardstick of the speed (bench/trl/run.py), and no dependency of training.
+TRL is the oracle of the losses (tests/bench/test_trl.py) and the yardstick of the speed (bench/trl/run.py), and no dependency of training.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from typing import Any
 
 from attacks.mutations import mutated_bytes, mutated_json, mutated_patch
 from attacks.specimens import require_trusted, small_patch, trust_root
-
 from edgepatch.errors import EdgepatchError
 
 RESULTS = Path(__file__).parent.parent.parent / "bench" / "results" / "fuzz.json"
@@ -70,7 +69,7 @@ class Target:
 
 
 def _read_patch(data: bytes) -> None:
-    """What ``show`` and ``verify`` do with a file before they print; tests/test_cli_damaged.py tries the printing."""
+    """What ``show`` and ``verify`` do with a file before they print; tests/cli/test_damaged.py tries the printing."""
     from edgepatch.patch.file import parse_patch, patch_bytes
 
     patch = parse_patch(data)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from attacks import fuzz, specimens
-
 from edgepatch.errors import PatchFormatError, UntrustedError
 from edgepatch.patch.file import parse_patch, patch_bytes
 
@@ -118,12 +117,14 @@ def _tests(number: str, what: str, target: str, *arguments: str) -> Figure:
 
 
 def conversations() -> Figure:
-    return _tests("F7", "10,000 generated conversations with edits", "seed lost 0 times", "tests/test_unpatching.py")
+    return _tests(
+        "F7", "10,000 generated conversations with edits", "seed lost 0 times", "tests/attacks/test_unpatching.py"
+    )
 
 
 def canaries() -> Figure:
     return _tests(
-        "F8", "inactive or foreign seed caught, in 1,000 loads", "100 %, 0 false alarms", "tests/test_canary.py"
+        "F8", "inactive or foreign seed caught, in 1,000 loads", "100 %, 0 false alarms", "tests/patch/test_canary.py"
     )
 
 

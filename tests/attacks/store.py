@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attacks import updates
-from attacks.faults import Faults, Killed, faulty
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from attacks import updates
+from attacks.faults import Faults, Killed, faulty
 from edgepatch.errors import EdgepatchError
 from edgepatch.patch.file import PAYLOAD_TYPE, Patch, signed, write_patch
 from edgepatch.store import audit

@@ -1,0 +1,218 @@
+"""Whatever is done in a conversation, every reply comes from the patched model: 10,000 generated conversations.
+
+After each conversation the logits of its whole text are compared with those of a second runtime that evaluates the text afresh,
+and, for a sample, the first P cells of its sequence with the seed, byte for byte. The second runtime itself is checked against
+the bare model: had both lost the seed, they would agree with that.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgepatch.converters.gguf import specs
+from edgepatch.converters.llamacpp.state import read_state
+from edgepatch.decoding.sampling import Sampling
+from edgepatch.errors import InputError
+from edgepatch.patch.file import Patch
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.tensors import SoftPrompt
+from kit import tiny_gguf
+
+SEQUENCES = 3
+# (model, cache, flash attention, conversations): 10,000 in all.
+RUNS = [
+    ("llama", "f16", True, 3000),
+    ("llama", "f32", False, 1000),
+    ("llama", "q8_0", True, 1000),
+    ("llama", "q4_0", True, 1000),
+    ("gemma3", "f16", True, 1500),
+    ("gemma3", "f32", False, 500),
+    ("lfm2", "f16", True, 1500),
+    ("lfm2", "f32", False, 500),
+]
+TOLERANCE = 0.05
+"""Of the patch's own effect. Evaluating in other portions rounds differently; a lost seed is at 1."""
+
+
+def test_the_runs_add_up():
+    assert sum(count for *_, count in RUNS) == 10_000
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("llama", "gemma3", "lfm2"):
+        getattr(tiny_gguf, f"write_{name}")(folder / f"{name}.gguf")
+    return folder
+
+
+def soft_patch(path: Path, num_virtual_tokens: int, rng_seed: int) -> Patch:
+    spec = specs.read_spec(path)
+    rng = np.random.default_rng(rng_seed)
+    scale = 0.1 * np.sqrt(spec.hidden_size) if spec.model_type == "gemma3" else 1.0
+    embeddings = (rng.standard_normal((num_virtual_tokens, spec.hidden_size)) * scale).astype(np.float32)
+    return Patch(f"random-{rng_seed}", "1.0.0", spec, SoftPrompt(embeddings))
+
+
+class Caller:
+    """Does to a runtime what clients do, and keeps the text that each conversation should have."""
+
+    def __init__(self, runtime: LlamaCppRuntime, patches: list[Patch], rng_seed: int) -> None:
+        self.runtime, self.patches = runtime, patches
+        self.rng = random.Random(rng_seed)
+        self.texts: list[list[int]] = [[] for _ in range(SEQUENCES)]
+        self.acts = [
+            self.turn,
+            self.edit,
+            self.branch,
+            self.restart,
+            self.reply,
+            self.cancel,
+            self.interleave,
+            self.overfill,
+        ]
+        self.weights = [8, 5, 3, 2, 4, 2, 2, 1]
+
+    def some(self, most: int = 6) -> list[int]:
+        return [self.rng.randrange(256) for _ in range(self.rng.randint(1, most))]
+
+    def converse(self) -> int:
+        """One conversation of a few acts; the sequence it was held in."""
+        sequence = self.rng.randrange(SEQUENCES)
+        for act in self.rng.choices(self.acts, self.weights, k=self.rng.randint(1, 4)):
+            act(sequence)
+        if self.rng.random() < 0.005:
+            self.fill_to_the_brim(sequence)
+        if self.rng.random() < 0.01:
+            self.exchange_patches()
+        if not self.texts[sequence]:
+            self.turn(sequence)
+        return sequence
+
+    def _evaluate(self, sequence: int, text: list[int]) -> None:
+        self.texts[sequence] = text[: self.runtime.context_length]
+        self.runtime._evaluate(self.texts[sequence], sequence=sequence)
+
+    def turn(self, sequence: int) -> None:
+        self._evaluate(sequence, self.texts[sequence] + self.some())
+
+    def edit(self, sequence: int) -> None:
+        kept = self.rng.randint(0, len(self.texts[sequence]))
+        self._evaluate(sequence, self.texts[sequence][:kept] + self.some())
+
+    def branch(self, sequence: int) -> None:
+        other = self.texts[self.rng.randrange(SEQUENCES)]
+        self._evaluate(sequence, other[: self.rng.randint(0, len(other))] + self.some())
+
+    def restart(self, sequence: int) -> None:
+        self._evaluate(sequence, self.some())
+
+    def reply(self, sequence: int) -> None:
+        self.turn(sequence)
+        text = self.texts[sequence]
+        sampling = Sampling(
+            max_new_tokens=self.rng.randint(1, 4), rng_seed=self.rng.randrange(1000), ignore_end_tokens=True
+        )
+        ids = [piece.token_id for piece in self.runtime.stream(text, sampling, sequence=sequence)]
+        self.texts[sequence] = (text + ids)[: self.runtime.context_length]
+
+    def cancel(self, sequence: int) -> None:
+        self.turn(sequence)
+        stream = self.runtime.stream(
+            self.texts[sequence], Sampling(rng_seed=1, ignore_end_tokens=True), sequence=sequence
+        )
+        for _ in range(self.rng.randint(0, 2)):
+            next(stream, None)
+        stream.close()
+
+    def interleave(self, _: int) -> None:
+        sampling = Sampling(max_new_tokens=2, rng_seed=1, ignore_end_tokens=True)
+        prompts = [self.some(3) for _ in range(SEQUENCES)]
+        streams = [self.runtime.stream(prompt, sampling, sequence=i) for i, prompt in enumerate(prompts)]
+        for _ in range(2):
+            for i, stream in enumerate(streams):
+                if (piece := next(stream, None)) is not None:
+                    prompts[i].append(piece.token_id)
+        self.texts = prompts
+
+    def overfill(self, sequence: int) -> None:
+        with pytest.raises(InputError, match="context holds"):
+            self.runtime._evaluate([7] * (self.runtime.context_length + 1 + self.rng.randrange(500)), sequence=sequence)
+
+    def fill_to_the_brim(self, sequence: int) -> None:
+        length = self.runtime.context_length
+        text = [self.rng.randrange(256) for _ in range(length - 3)]
+        pieces = list(
+            self.runtime.stream(
+                text, Sampling(max_new_tokens=50, rng_seed=1, ignore_end_tokens=True), sequence=sequence
+            )
+        )
+        assert pieces[-1].finish_reason == "length" and len(pieces) == 4
+        self.texts[sequence] = (text + [piece.token_id for piece in pieces])[:length]
+
+    def exchange_patches(self) -> None:
+        for patch in (None, self.patches[1], self.patches[0]):
+            self.runtime.swap(patch)
+            self.runtime._evaluate(self.some(), sequence=self.rng.randrange(SEQUENCES))
+        self.texts = [[] for _ in range(SEQUENCES)]
+
+
+def first_cells(runtime: LlamaCppRuntime, sequence: int) -> list[bytes]:
+    """Keys of the patch's positions, as far as the sequence's state shows them."""
+    found = []
+    for cache in read_state(runtime._context.state(sequence)).caches:
+        cells = {position: i for i, position in enumerate(cache.positions)}
+        for layer in cache.keys:
+            rows = [
+                layer.rows[cells[p] * layer.row_bytes : (cells[p] + 1) * layer.row_bytes]
+                for p in range(12)
+                if p in cells
+            ]
+            found.append(b"".join(rows))
+    return found
+
+
+@pytest.mark.parametrize(("name", "kv_type", "flash_attention", "count"), RUNS)
+def test_no_conversation_loses_the_seed(models, name, kv_type, flash_attention, count):
+    path = models / f"{name}.gguf"
+    patches = [soft_patch(path, 12, 1), soft_patch(path, 7, 2)]
+    options = {"kv_type": kv_type, "flash_attention": flash_attention, "num_threads": 1, "context_length": 64}
+    lost = 0
+    with (
+        LlamaCppRuntime(path, patches[0], num_sequences=SEQUENCES, **options) as runtime,
+        LlamaCppRuntime(path, patches[0], **options) as afresh,
+        LlamaCppRuntime(path, None, **options) as bare,
+    ):
+        caller = Caller(runtime, patches, count)
+        for number in range(count):
+            sequence = caller.converse()
+            text = caller.texts[sequence]
+            found = runtime._evaluate(text, sequence=sequence)[-1]
+            afresh.reset()
+            expected = afresh._evaluate(text)[-1]
+            bare.reset()
+            effect = np.linalg.norm(bare._evaluate(text)[-1] - expected)
+            lost += not np.linalg.norm(found - expected) <= TOLERANCE * effect
+            if number % 50 == 0 and name == "llama":
+                assert first_cells(runtime, sequence) == first_cells(afresh, 0)
+    assert lost == 0, f"{lost} of {count}"
+
+
+def test_the_check_sees_a_lost_seed(models):
+    """The comparison above must be able to fail."""
+    path = models / "llama.gguf"
+    patches = [soft_patch(path, 12, 1), soft_patch(path, 7, 2)]
+    with LlamaCppRuntime(path, patches[0], num_threads=1) as right, LlamaCppRuntime(path, None, num_threads=1) as bare:
+        expected, effect = (r._evaluate([1, 2, 3])[-1] for r in (right, bare))
+        limit = TOLERANCE * np.linalg.norm(effect - expected)
+        for wrong in (
+            patches[1],
+            replace(patches[0], soft_prompt=SoftPrompt(patches[0].soft_prompt.embeddings[::-1].copy())),
+        ):
+            right.swap(wrong)
+            assert np.linalg.norm(right._evaluate([1, 2, 3])[-1] - expected) > limit

@@ -1,0 +1,223 @@
+"""The verbs of the store: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from edgepatch.cli import main
+from edgepatch.patch.file import write_patch
+from edgepatch.trust.keys import private_pem
+from kit.stores import KEYS, make_patch, make_root, rotated, write
+
+BORN = datetime.now(timezone.utc) - timedelta(days=2)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """(exit code, stdout, stderr) of a command; relative names lie in the test's folder, and so does the store."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGEPATCH_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edgepatch", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+@pytest.fixture
+def trusting(run, tmp_path):
+    """As ``run``, on a device with a trust root."""
+    (tmp_path / "root.json").write_bytes(make_root(created=BORN).to_bytes())
+    assert run("trust", "set", "root.json")[0] == 0
+    return run
+
+
+def read(answer):
+    code, out, err = answer
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_a_patch_on_its_way(trusting, tmp_path):
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    made = read(trusting("apply", first, "--json"))
+    assert (made["sequence"], made["before"], made["changed"], len(made["signed_by"])) == (1, "", True, 2)
+    code, out, _ = trusting("apply", second)
+    assert (code, "active" in out, "before" in out, "stable 2" in out) == (0, True, True, True)
+    assert "already active" in trusting("apply", second)[1]
+    code, out, err = trusting("status")
+    assert (code, err) == (0, "")
+    for shown in ("version 1, 2 of site", "detox 1.2.0", "stable 2, expires never", "site ("):
+        assert shown in out
+    shown = read(trusting("status", "--json"))
+    assert (shown["bases"][0]["name"], shown["findings"]) == ("detox", [])
+    patches = read(trusting("list", "--json"))
+    assert [(patch["sequence"], patch["active"]) for patch in patches] == [(1, False), (2, True)]
+    assert "1.1.0" in trusting("list")[1]
+    assert trusting("apply", write(tmp_path, 1))[0] == 3
+    assert trusting("apply", write(tmp_path, 1), "--allow-downgrade")[0] == 2
+    assert trusting("apply", write(tmp_path, 1), "--reason", "x")[0] == 2
+    assert trusting("apply", write(tmp_path, 1), "--allow-downgrade", "--reason", "2 is broken")[0] == 0
+    assert "active" in trusting("rollback", "--reason", "no, 1 is")[1]
+    entries = read(trusting("history", "--json"))
+    assert [entry["action"] for entry in entries] == ["trust", "apply", "apply", "apply", "rollback"]
+    code, out, _ = trusting("history")
+    for shown in ("trust root version 1", "downgrade: 2 is broken", "reason: no, 1 is"):
+        assert shown in out
+
+
+def test_hold_and_remove(trusting, tmp_path):
+    digest = read(trusting("apply", write(tmp_path, 1), "--json"))["digest"]
+    assert trusting("remove", digest)[0] == 1
+    assert "held" in trusting("hold", "--reason", "tests run")[1]
+    code, _, err = trusting("apply", write(tmp_path, 2))
+    assert (code, "tests run" in err) == (1, True)
+    assert "tests run" in trusting("status")[1]
+    assert read(trusting("unhold", "--json"))["held"] is False
+    assert trusting("apply", write(tmp_path, 2))[0] == 0
+    assert read(trusting("remove", digest[:12], "--json")) == {"removed": digest}
+    assert trusting("remove", digest[:12])[0] == 2
+    third = read(trusting("apply", write(tmp_path, 3), "--json"))["before"]
+    assert "removed" in trusting("remove", third)[1]
+    assert "base" in trusting("history")[1]
+
+
+def test_exit_codes_of_apply(trusting, tmp_path):
+    trusting("apply", write(tmp_path, 1))
+    (tmp_path / "x").write_bytes(b"x")
+    for code, file in ((2, "none"), (3, "x"), (3, write(tmp_path, 2, by=("vendor",)))):
+        assert trusting("apply", file)[0] == code
+    from kit.stores import spec
+
+    assert trusting("apply", write(tmp_path, 2, base=spec(rope_theta=1.0)))[0] == 4
+    expired = write(tmp_path, 2, expires="2001-01-01T00:00:00Z")
+    assert trusting("apply", expired)[0] == 3
+    assert trusting("apply", expired, "--allow-expired", "no other")[0] == 0
+    code, _out, err = trusting("status")
+    assert (code, "warning" in err, "expired on" in err) == (0, True, True)
+    beta = write(tmp_path, 1, channel="beta")
+    assert trusting("apply", beta)[0] == 3
+    assert trusting("apply", beta, "--channel", "beta")[0] == 0
+
+
+def test_without_a_root(run, tmp_path):
+    file = write(tmp_path, by=())
+    assert "nothing" in run("status")[1]
+    assert run("apply", file)[0] == 3
+    code, out, _ = run("apply", file, "--unsigned", "bench")
+    assert (code, "not checked: bench" in out) == (0, True)
+    assert run("trust", "show")[0] == 2
+    assert run("verify", file)[0] == 2
+    code, _, err = run("status")
+    assert (code, "no signature was checked" in err) == (0, True)
+
+
+def test_verify_the_store(trusting, tmp_path):
+    digest = read(trusting("apply", write(tmp_path, 1), "--json"))["digest"]
+    code, out, _ = trusting("verify")
+    assert (code, "1 patches, trust, history" in out) == (0, True)
+    path = tmp_path / "store" / "patches" / f"{digest}.safetensors"
+    path.write_bytes(b"x")
+    for verb in (("verify",), ("verify", "--json"), ("status",), ("status", "--json"), ("rollback",)):
+        code, _, _err = trusting(*verb)
+        assert code in ((1,) if verb == ("rollback",) else (3,)), verb
+    assert json.loads(trusting("verify", "--json")[1])["findings"][0]["level"] == "error"
+    (tmp_path / "store" / "history.jsonl").write_bytes(b"")
+    assert trusting("history")[0] == 3
+
+
+def test_verify_a_file(trusting, tmp_path):
+    file = write(tmp_path, 1)
+    shown = read(trusting("verify", file, "--json"))
+    assert [name.split(" ")[0] for name in shown["signed_by"]] == ["site", "vendor"]
+    assert "site" in trusting("verify", file, "--root", "root.json")[1]
+    assert trusting("verify", write(tmp_path, 1, by=("site",)))[0] == 3
+    assert trusting("verify", write(tmp_path, 1, by=()))[0] == 3
+    assert trusting("verify", write(tmp_path, 1, expires="2001-01-01T00:00:00Z"))[0] == 3
+    assert trusting("verify", "--root", "root.json")[0] == 2
+    assert trusting("verify", "--deep")[0] == 2
+    assert trusting("verify", file, "--model", "x")[0] == 2
+
+
+def test_sign(run, tmp_path):
+    for name in ("vendor", "site"):
+        with os.fdopen(os.open(tmp_path / f"{name}.key", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as key:
+            key.write(private_pem(KEYS[name], None))
+    write_patch(make_patch(by=()), tmp_path / "patch")
+    shown = read(run("sign", "patch", "vendor.key", "-o", "signed", "--unencrypted", "--json"))
+    assert (shown["digest"], len(shown["signatures"])) == (make_patch().digest, 1)
+    assert (tmp_path / "patch").read_bytes() != (tmp_path / "signed").read_bytes()
+    assert run("sign", "patch", "site.key", "vendor.key", "--unencrypted")[0] == 0
+    write_patch(make_patch(), tmp_path / "expected")
+    assert (tmp_path / "patch").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert run("sign", "patch", "none.key", "--unencrypted")[0] == 2
+
+
+def test_trust(trusting, tmp_path):
+    root = make_root(created=BORN)
+    shown = read(trusting("trust", "show", "--json"))
+    assert (shown["fingerprint"], shown["threshold"]) == (root.fingerprint, 2)
+    assert root.fingerprint in trusting("trust", "show")[1]
+    assert read(trusting("trust", "set", "root.json", "--json"))["changed"] is False
+    trusting("apply", write(tmp_path, 1))
+    newer = rotated(
+        root, revoke=[next(key for key in root.keys if root.keys[key].owner == "vendor")], patch_threshold=1
+    )
+    (tmp_path / "root-2.json").write_bytes(newer.to_bytes())
+    assert trusting("trust", "set", "root-2.json", "--fingerprint", root.fingerprint)[0] == 3
+    code, out, _ = trusting("trust", "set", "root-2.json", "--fingerprint", newer.fingerprint)
+    assert (code, "reset" in out, "no longer trusted" in out) == (0, True, False), "the site's signature is enough now"
+    assert trusting("trust", "set", "root.json")[0] == 3
+    assert "counts from now on" in trusting("trust", "reset-clock", "--reason", "battery")[1]
+    assert read(trusting("trust", "reset-clock", "--reason", "battery", "--json")) == {"reset": True}
+    assert trusting("trust", "reset-clock", "--reason", "")[0] == 2
+
+
+def test_a_root_that_refuses_what_is_active(trusting, tmp_path):
+    root = make_root(created=BORN)
+    trusting("apply", write(tmp_path, 1))
+    from kit.stores import public
+
+    newer = rotated(root, revoke=[public("vendor").id], patch_keys=[public("vendor2")])
+    (tmp_path / "root-2.json").write_bytes(newer.to_bytes())
+    code, out, _ = trusting("trust", "set", "root-2.json")
+    assert (code, "no longer trusted" in out) == (0, True)
+    assert trusting("status")[0] == 3
+
+
+def test_show(run, tmp_path):
+    file = write(tmp_path, 3, summary="less of it", expires="2040-01-01T00:00:00Z")
+    shown = read(run("show", file, "--json"))
+    assert (shown["channel"], shown["sequence"], shown["expires"], shown["summary"]) == (
+        "stable",
+        3,
+        "2040-01-01T00:00:00Z",
+        "less of it",
+    )
+    assert (len(shown["signatures"]), shown["trust"]) == (2, "unknown: this device has no trust root")
+    (tmp_path / "root.json").write_bytes(make_root(created=BORN).to_bytes())
+    run("trust", "set", "root.json")
+    assert "signed by site (" in run("show", file)[1]
+    assert read(run("show", write(tmp_path, by=("site",)), "--json"))["trust"].startswith(
+        "refused: signatures of role patch"
+    )
+
+
+def test_store_option(run, tmp_path):
+    assert read(run("status", "--store", tmp_path / "other", "--json"))["store"] == str(tmp_path / "other")
+    assert not Path("other").exists()
