@@ -27,7 +27,7 @@ test: $(STAMP) ## run the tests
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p edgepatch
+	$(BIN)/mypy -p edgepatch -m attacks.fuzz -m attacks.security -m attacks.store
 
 lab: $(STAMP) ## rebuild the lab model and its judges from the public data in $EDGEPATCH_DATA; result in out/lab
 	@test -n "$$EDGEPATCH_DATA" || { echo "EDGEPATCH_DATA must name the folder of the data sets" >&2; exit 2; }
@@ -62,10 +62,10 @@ fingerprints: $(STAMP) ## which quantizations, fine-tunes and impostors of the l
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.identity
 
 security: $(STAMP) ## measure the security figures F1 to F11, a line each; bench/results/security.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m attacks.security
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m attacks.security
 
 coverage: $(STAMP) ## branch coverage of format, signing and store; fails under 100 %
-	OMP_NUM_THREADS=1 $(BIN)/python -m attacks.security --only F10
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m attacks.security --only F10
 
 trl: $(STAMP) ## compare training speed and memory with PEFT + TRL on the same job; bench/results/trl.json and .md
 	$(BIN)/python -m edgepatch.bench.trl
@@ -84,7 +84,7 @@ report: $(STAMP) ## one page of all results: bench/results/report.html and .md, 
 SECONDS := 600
 fuzz: $(STAMP) ## fuzz every reader of foreign bytes for SECONDS=600, guided by atheris where it installs; bench/results/fuzz.json
 	$(BIN)/python -m pip install --quiet atheris || echo "note: no atheris for this Python; fuzzing blindly"
-	$(BIN)/python -m attacks.fuzz --seconds $(SECONDS)
+	PYTHONPATH=tests $(BIN)/python -m attacks.fuzz --seconds $(SECONDS)
 
 clean: ## remove the demo's result, builds and caches; keep .venv, out/lab, out/stock and out/optimum-env
 	rm -rf out/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

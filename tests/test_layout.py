@@ -1,4 +1,4 @@
-"""The house: which unit may import which, what ``import edgepatch`` loads."""
+"""The house: which unit may import which, that no modules import each other, how many stand in a folder, what an import loads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,48 +17,40 @@ import edgepatch
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "edgepatch.errors": 0,
+    "edgepatch.compilation": 1,
+    "edgepatch.cores": 1,
+    "edgepatch.interrupts": 1,
+    "edgepatch.known_models": 1,
+    "edgepatch.pages": 1,
     "edgepatch.processes": 1,
     "edgepatch.progress": 1,
-    "edgepatch.patch.canonical": 1,
-    "edgepatch.compilation": 1,
-    "edgepatch.decoding.constraints": 1,
-    "edgepatch.cores": 1,
-    "edgepatch.known_models": 1,
-    "edgepatch.interrupts": 1,
-    "edgepatch.text.messages": 1,
-    "edgepatch.trust.signatures": 1,
+    "edgepatch.prompts": 1,
     "edgepatch.tensors": 1,
-    "edgepatch.text.limits": 1,
-    "edgepatch.text.vocabularies": 1,
-    "edgepatch.text.tokenizer_bounds": 2,
-    "edgepatch.text.chat_templates": 2,
-    "edgepatch.decoding.sampling": 2,
-    "edgepatch.patch.canary": 2,
-    "edgepatch.trust.keys": 2,
-    "edgepatch.patch.sketches": 2,
-    "edgepatch.text.tokenizers": 3,
-    "edgepatch.text.tool_calls": 2,
+    "edgepatch.decoding": 2,
+    "edgepatch.defaults": 2,
+    "edgepatch.judges": 2,
+    "edgepatch.text": 2,
     "edgepatch.trust": 2,
-    "edgepatch.decoding.replies": 3,
-    "edgepatch.patch.file": 3,
-    "edgepatch.store": 4,
-    "edgepatch.patch.card": 4,
+    "edgepatch.patch": 3,
     "edgepatch.converters": 4,
-    "edgepatch.runtimes.base": 4,
+    "edgepatch.store": 4,
+    "edgepatch.doctor": 5,
     "edgepatch.runtimes": 5,
-    "edgepatch.training": 5,
-    "edgepatch.defaults": 5,
-    "edgepatch.doctor": 6,
+    "edgepatch.inspection": 6,
+    "edgepatch.llama_server": 6,
     "edgepatch.server": 6,
-    "edgepatch.inspection": 7,
+    "edgepatch.training": 6,
     "edgepatch.bench": 7,
     "edgepatch.bundles": 7,
-    "edgepatch.llama_server": 6,
     "edgepatch.cli": 8,
     "edgepatch": 8,
 }
-"""The table of docs/architecture.md. A unit imports units of lower layers, and its own modules."""
+"""The table of docs/architecture.md: folders, and the few modules beside them. A unit imports units of lower layers, and itself."""
 
+BENCH_VERBS = {"edgepatch.cli.bench", "edgepatch.cli.demo", "edgepatch.cli.results"}
+"""The only modules of the command line that may need the bench."""
+
+LARGEST_FOLDER = 20
 MODEL_LIBRARIES = (
     "torch",
     "transformers",
@@ -83,9 +76,8 @@ def modules() -> dict[str, Path]:
 
 
 def unit_of(module: str) -> str:
-    """The longest entry of the table that holds the module; modules directly in ``edgepatch`` need one of their own."""
-    fits = [unit for unit in LAYERS if unit != "edgepatch" and (module + ".").startswith(unit + ".")]
-    return max(fits, key=len) if fits else module
+    """The folder directly in ``edgepatch`` that holds the module, or the module itself where it stands there alone."""
+    return ".".join(module.split(".")[:2])
 
 
 def imports(tree: ast.AST, known: set[str]) -> list[tuple[int, str]]:
@@ -115,6 +107,45 @@ def upward_imports(module: str, source: str, known: set[str]) -> list[str]:
     return wrong
 
 
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules that it imports, itself left out.
+
+    Args:
+        sources: module -> its text.
+    """
+    known = set(sources)
+    return {
+        module: {target for _, target in imports(ast.parse(text), known) if target in known and target != module}
+        for module, text in sources.items()
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other, found by taking away modules without imports, or that nobody imports, until none goes."""
+    left = {module: set(targets) for module, targets in graph.items()}
+    while True:
+        imported = set().union(*left.values()) if left else set()
+        ends = {module for module, targets in left.items() if not targets or module not in imported}
+        if not ends:
+            break
+        left = {module: targets - ends for module, targets in left.items() if module not in ends}
+
+    def reach(module: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [module]
+        while waiting:
+            new = left[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reached = {module: reach(module) for module in left}
+    groups = {
+        tuple(sorted({module} | {other for other in reached[module] if module in reached[other]})) for module in left
+    }
+    return sorted(list(group) for group in groups if len(group) > 1)
+
+
 def test_every_module_has_a_layer():
     assert {unit_of(module) for module in modules()} <= set(LAYERS)
 
@@ -137,15 +168,52 @@ def test_imports_point_to_lower_layers_only():
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_modules_import_each_other():
+    """In a circle, also one through functions or TYPE_CHECKING, no module can be read or tested alone."""
+    sources = {name: file.read_text("utf-8") for name, file in modules().items()}
+    assert not circles(import_graph(sources))
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (("import edgepatch.b", "x = 1", ""), []),
+        (("import edgepatch.b", "def f():\n    from edgepatch import a", ""), [["edgepatch.a", "edgepatch.b"]]),
+        (
+            ("from edgepatch.b import x", "if TYPE_CHECKING:\n    from edgepatch.c import y", "import edgepatch.a"),
+            [["edgepatch.a", "edgepatch.b", "edgepatch.c"]],
+        ),
+        (("import edgepatch.b", "import edgepatch.c", "import edgepatch.b"), [["edgepatch.b", "edgepatch.c"]]),
+    ],
+)
+def test_the_check_sees_a_circle(texts: tuple[str, ...], expected: list[list[str]]):
+    sources = {f"edgepatch.{name}": text for name, text in zip("abc", texts, strict=True)}
+    assert circles(import_graph(sources)) == expected
+
+
+def test_verbs_of_the_core_need_no_bench():
+    found = modules()
+    for name in (name for name in found if unit_of(name) == "edgepatch.cli" and name not in BENCH_VERBS):
+        targets = {target for _, target in imports(ast.parse(found[name].read_text("utf-8")), set(found))}
+        assert not [target for target in targets if unit_of(target) == "edgepatch.bench"], name
+
+
+def test_folders_stay_small():
+    files = [*modules().values(), *ROOT.glob("tests/**/*.py")]
+    folders = Counter(file.resolve().parent for file in files if file.name not in ("__init__.py", "__main__.py"))
+    assert not {str(folder): n for folder, n in folders.items() if n > LARGEST_FOLDER}
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
         ("edgepatch.errors", "from edgepatch.tensors import ModelSpec"),
+        ("edgepatch.trust.roots", "from edgepatch.patch.file import Patch"),
         ("edgepatch.patch.file", "def f():\n    from edgepatch import converters"),
         ("edgepatch.converters.hf.folders", "import edgepatch.runtimes.reference"),
         ("edgepatch.tensors", "from edgepatch.decoding.sampling import Sampling"),
-        ("edgepatch.runtimes.base", "from edgepatch.runtimes import llamacpp"),
-        ("edgepatch.bench.report.matrix_page", "from edgepatch.cli import app"),
+        ("edgepatch.training.pairs.files", "from edgepatch.bench.safety import domain"),
+        ("edgepatch.bench.report.overview", "from edgepatch.cli import app"),
     ],
 )
 def test_the_check_sees_an_upward_import(module: str, source: str):

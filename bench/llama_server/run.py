@@ -1,7 +1,7 @@
 """An unmodified llama-server, built from the sources that llama-cpp-python brings, and its answers beside ours.
 
-``make stock`` builds it once (20 minutes on two cores), runs tests/llama_server/test_llama_server.py on it and writes bench/results/stock.json and
-stock.md: the same prompts through llama-server and through edgepatch, token for token.
+``make stock`` builds it once (20 minutes on two cores), runs tests/llama_server on it and writes bench/results/stock.json and stock.md:
+the same prompts through llama-server and through edgepatch, token for token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     binary = find_server(arguments.out)
     os.environ[VARIABLE] = str(binary.resolve())
     if not arguments.no_tests:
-        run_command([sys.executable, "-m", "pytest", ROOT / "tests" / "test_stock.py"])
+        run_command([sys.executable, "-m", "pytest", ROOT / "tests" / "llama_server"])
     from edgepatch.bench.llama_server.transcript import document, transcribe  # it runs the server with this module
 
     result = transcribe(binary)

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgepatch import converters, runtimes
+from edgepatch import converters, decoding, patch, runtimes, text, trust
 from edgepatch.bench.demo import cpu_name
 from edgepatch.bench.llama_server.server import fetch_sources
 from edgepatch.bench.parity.controls import control_rows
@@ -42,9 +42,11 @@ KEPT = "what is measured is kept; the same command goes on from there"
 
 def code_digest() -> str:
     """Names the code and the libraries that a measurement depends on."""
-    packages = [Path(p) for package in (converters, runtimes) for p in package.__path__]
-    files = [*Path(runtimes.__path__[0]).parent.glob("*.py"), *Path(__file__).parent.parent.glob("parity*.py")]
-    files += [file for package in packages for file in package.glob("*.py")]
+    packages = [
+        Path(path) for package in (converters, decoding, patch, runtimes, text, trust) for path in package.__path__
+    ]
+    files = list(Path(runtimes.__path__[0]).parent.glob("*.py"))
+    files += [file for folder in (*packages, Path(__file__).parent) for file in folder.rglob("*.py")]
     digest = hashlib.sha256(json.dumps([version(name) for name in LIBRARIES]).encode())
     for file in sorted(files):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

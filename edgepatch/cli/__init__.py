@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. A module a group of verbs; each registers its own with ``root.app``.
+"""The command line: parse, call one function, print. A module a group of verbs; each registers its own with ``application.app``.
 
 Exit codes: 0 done; 1 failed; 2 wrong use, or an input that cannot be used; 3 a file that cannot be trusted; 4 a patch for
 another model; 5 a model on which a C library dies or hangs on this machine, which only a child process has felt; 130 interrupted
@@ -39,10 +39,11 @@ MODULES = (
     "pairs",
     "results",
     "serve",
-    "signing",
-    "store",
-    "training",
     "trust",
+    "store",
+    "train",
+    "demo",
+    "keys",
 )
 """In the order of ``--help``."""
 

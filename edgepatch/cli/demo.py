@@ -1,17 +1,14 @@
-"""``demo``."""
+"""``demo``: the main job on the lab model, in one command."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, print_json, progress_bars, stdout
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""``train`` and ``demo``."""
+"""``train``: from pairs to a patch."""
 
 from __future__ import annotations
 

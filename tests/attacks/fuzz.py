@@ -1,4 +1,4 @@
-"""Fuzzes every reader of foreign bytes: `make fuzz`, or `python -m attacks.fuzz --seconds 600`.
+"""Fuzzes every reader of foreign bytes: `make fuzz`, or in the folder `tests`: `python -m attacks.fuzz --seconds 600`.
 
 With atheris (libFuzzer for Python) the search is guided by the branches that an input reaches; without it the same mutations run
 blindly. Either way each change is one of libFuzzer's own or one of tests/attacks/mutations.py, which fixes the lengths, digests and
@@ -203,14 +203,14 @@ def guided(name: str, seconds: int, report: Path) -> None:
 
     target, tally = TARGETS[name], Tally()
     for module in (
-        "canonical",
-        "patches",
+        "patch.canonical",
+        "patch.file",
         "tensors",
-        "sketches",
-        "signing",
+        "patch.sketches",
+        "trust.signatures",
         "trust.roots",
         "trust.verification",
-        "converters.adapters_gguf",
+        "converters.gguf.adapters",
     ):
         instrument = importlib.import_module(f"edgepatch.{module}")
         for value in vars(instrument).values():
@@ -251,6 +251,11 @@ def guided(name: str, seconds: int, report: Path) -> None:
     atheris.Fuzz()
 
 
+def child_environment() -> dict[str, str]:
+    """Of a process that finds what this one finds, modules of the tests too."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+
+
 def _run_guided(name: str, seconds: int, folder: Path) -> dict[str, Any]:
     report = folder / f"{name.replace(' ', '-')}.json"
     command = [
@@ -264,7 +269,7 @@ def _run_guided(name: str, seconds: int, folder: Path) -> dict[str, Any]:
         "--report",
         str(report),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120, env=child_environment())
     found: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else Tally().as_dict()
     if done.returncode != 0:
         found["crashes"].append(f"exit code {done.returncode}: {done.stderr[-500:]}")

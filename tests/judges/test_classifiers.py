@@ -142,7 +142,7 @@ def test_bad_arguments(two_way: Path) -> None:
 
 def test_judges_load_by_name_file_or_folder(two_way: Path) -> None:
     report = load_judge("report")
-    file = Path(scorers.__file__).parent / "judges" / "report.safetensors"
+    file = Path(scorers.__file__).parent / "report.safetensors"
     assert (
         report.score(["you idiot"])
         == load_judge(file).score(["you idiot"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from edgepatch import judges as shipped
 from edgepatch.bench import datasets
 from edgepatch.bench.lab.judges.figures import area_under_curve, auc_interval, kappa
 from edgepatch.errors import InputError, PatchFormatError
@@ -65,7 +66,7 @@ def test_shipped_judges_separate_clear_cases(scorers: dict[str, ToxicityScorer])
 
 
 def test_shipped_judges_are_two_different_models_within_five_megabytes() -> None:
-    files = [Path(datasets.__file__).parent / "judges" / f"{name}.safetensors" for name in JUDGES]
+    files = [Path(shipped.__file__).parent / f"{name}.safetensors" for name in JUDGES]
     judges = [read_judge(path) for path in files]
     assert [judge.name for judge in judges] == list(JUDGES)
     assert judges[0].spec != judges[1].spec and judges[1].spec.char_max == 0

@@ -751,7 +751,7 @@ def test_read_only_media(store, tmp_path):
         assert audit.status(store)[1] == []
         assert audit.verify(store) == []
         assert len(store.history()) == 2
-        if os.geteuid() != 0:  # root writes wherever it likes; test_store_crash injects EROFS
+        if os.geteuid() != 0:  # root writes wherever it likes; test_crash.py injects EROFS
             with pytest.raises(EdgepatchError, match="cannot change the store") as error:
                 store.apply(write(tmp_path, 2))
             assert error.value.exit_code == 1

@@ -209,8 +209,8 @@ def test_half_precision_adapters(copy_of, spec, tmp_path):
 
 def test_a_gguf_model_is_enough_and_needs_no_torch(adapters, spec, gguf_model):
     code = (
-        "import sys; from pathlib import Path; from edgepatch.converters import hf, peft\n"
-        f"patch = peft.read_adapter(Path({str(adapters['prefix'])!r}), hf.read_spec(Path({str(gguf_model)!r})))\n"
+        "import sys; from pathlib import Path; from edgepatch.converters.hf import folders; from edgepatch.converters.peft import adapters\n"
+        f"patch = adapters.read_adapter(Path({str(adapters['prefix'])!r}), folders.read_spec(Path({str(gguf_model)!r})))\n"
         "print(patch.digest, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run(
