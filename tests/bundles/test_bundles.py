@@ -28,31 +28,11 @@ from edgepatch.patch.canonical import canonical_json
 from edgepatch.patch.file import patch_bytes, write_patch
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances
-from kit.stores import KEYS, NOW, Clock, make_patch, make_root, make_store, rotated, spec, write
+from kit.bundle_files import SIGNERS, make_bundle
+from kit.stores import NOW, Clock, make_patch, make_root, make_store, rotated, spec, write
 
 UNSIGNED = Allowances(unsigned="a test")
 REAL_VARIABLE = "EDGEPATCH_TEST_WHEELS"
-SIGNERS = ("vendor", "site")
-
-
-def make_bundle(
-    folder: Path, *, keys: tuple[str, ...] = (), root: bool = False, name: str = "site.tar", **fields: Any
-) -> Path:
-    """A bundle without wheels."""
-    root_file = folder / "root.json"
-    root_file.write_bytes(make_root().to_bytes())
-    report = folder / "report.html"
-    report.write_text("<p>figures</p>")
-    sources = creation.Sources(
-        write(folder, **fields),
-        root_file if root else None,
-        report,
-        None,
-        "org/model",
-        tuple(KEYS[key] for key in keys),
-    )
-    creation.create(sources, folder / name)
-    return folder / name
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from bundles.test_bundles import SIGNERS, make_bundle
 from safetensors.numpy import save_file
 
 from edgepatch import cli
@@ -27,6 +26,7 @@ from edgepatch.training.pairs.files import Pair, write_pairs
 from edgepatch.trust.keys import create_key_pair
 from edgepatch.trust.signatures import key_id, raw_public_key
 from kit import tiny_gguf
+from kit.bundle_files import SIGNERS, make_bundle
 from kit.stores import make_root, write
 from kit.tiny_folders import copy_folder
 

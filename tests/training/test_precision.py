@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from training.test_training import BENIGN, make_pairs, make_trainer, small
 
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
@@ -15,6 +14,7 @@ from edgepatch.training import patching, precision, runs
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.patching import PatchTraining
 from edgepatch.training.precision import DtypeChoice, choose_dtype, decide
+from kit.trainings import BENIGN, make_pairs, make_trainer, small
 
 MEASURED = DtypeChoice("", "", 4, {"float32": 2.0, "bfloat16": 1.0}, 0.001, 0.996)
 

@@ -18,18 +18,15 @@ from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError, MissingExtraError, TrainingError
 from edgepatch.patch.file import read_patch, write_patch
 from edgepatch.runtimes.reference import TorchRuntime
-from edgepatch.tensors import SoftPrompt
 from edgepatch.training import losses, parallel, runs
-from edgepatch.training.config import TrainConfig
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.pairs.preferences import Pair, write_pairs
 from edgepatch.training.patching import PatchTraining, train_patch
 from edgepatch.training.policies import KVPolicy, SoftPromptPolicy
 from edgepatch.training.rows import Example, batch_plan, make_batch
-from edgepatch.training.runs import CHECKPOINT_FILE, Run
+from edgepatch.training.runs import CHECKPOINT_FILE
 from edgepatch.training.trainer import Trainer
-
-BENIGN = ["The quick brown fox sleeps in the warm afternoon sun.", "Patching a model should be simple."]
+from kit.trainings import BENIGN, make_pairs, make_trainer, small
 
 
 @pytest.fixture(scope="module")
@@ -38,29 +35,6 @@ def tiny_q8_0(tiny_folder, tmp_path_factory):
     writer.convert_folder(tiny_folder, folder / "f16.gguf", "F16")
     writer.quantize(folder / "f16.gguf", folder / "q8_0.gguf", "Q8_0")
     return folder / "q8_0.gguf"
-
-
-def make_pairs(count: int) -> list[Pair]:
-    return [Pair(f"The fox {i}", " sleeps in the sun", " jumps over the dog", 0.1, 0.9) for i in range(count)]
-
-
-def small(**changes) -> TrainConfig:
-    settings = {
-        "num_virtual_tokens": 4,
-        "sft_steps": 6,
-        "dpo_steps": 6,
-        "batch_size": 4,
-        "kl_batch_size": 1,
-        "check_every": 3,
-        "dtype": "float32",
-    } | changes
-    return TrainConfig(**settings)
-
-
-def make_trainer(models: FrozenModels, run: Run | None = None, pairs: int = 12) -> tuple[Trainer, SoftPromptPolicy]:
-    start = SoftPrompt(np.random.default_rng(0).normal(0, 0.5, (4, models.spec.hidden_size)).astype(np.float32))
-    policy = SoftPromptPolicy([start], models.device)
-    return Trainer(models, policy, [make_pairs(pairs)], BENIGN, run), policy
 
 
 # Losses.
