@@ -88,7 +88,7 @@ def test_what_was_chosen_is_told_recorded_and_kept_by_a_run_that_goes_on(tiny_fo
     assert patch.training["config"]["dtype"] == "bfloat16"
     assert patch.training["dtype_choice"]["seconds"] == {"float32": 2.0, "bfloat16": 1.0}
 
-    def interrupt(stage, step, total, metrics):
+    def interrupt(stage, step, total, **figures):
         if (stage, step) == ("DPO", 2):
             raise RuntimeError("killed")
 
