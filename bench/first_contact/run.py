@@ -1,4 +1,4 @@
-"""``python -m edgepatch.bench.first_contact.run``: the price of the first load of a model, and what becomes of forged GGUF files.
+"""``python -m edgepatch.bench.first_contact``: the price of the first load of a model, and what becomes of forged GGUF files.
 
 A load is a process of its own: the interpreter starts, loads the model, and ends. Three kinds take turns: without any proof (how a
 load was before there was one), the first (an empty memory, so that a child tries the file), and later ones (from memory).
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/first_contact.json"))
     arguments = parser.parse_args()
     document = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
-    document["command"] = "python -m edgepatch.bench.first_contact.run --forged --model SmolLM2-135M-Instruct.Q4_1.gguf"
+    document["command"] = "python -m edgepatch.bench.first_contact --forged --model SmolLM2-135M-Instruct.Q4_1.gguf"
     document["platform"] = {
         "platform": platform.platform(),
         "cores": os.cpu_count(),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch import compilation
 from edgepatch.converters import first_contact
 from edgepatch.converters.first_contact import Contact, Failure, Proof, Report, Way
 from edgepatch.converters.gguf import library, vocabulary
@@ -28,11 +29,6 @@ REPACKED: Mapping[str, Any] = {"use_extra_buffers": True, "takes_embeddings": Tr
 NOT_REPACKED: Mapping[str, Any] = {"use_extra_buffers": False, "takes_embeddings": True}
 TOKENS_ALONE: Mapping[str, Any] = {"use_extra_buffers": True, "takes_embeddings": False}
 
-AMX_REMEDY = (
-    'CMAKE_ARGS=\'-DCMAKE_C_FLAGS="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" '
-    '-DCMAKE_CXX_FLAGS="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"\' '
-    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
-)
 REMEDY = "install another release of llama-cpp-python, or build it for this CPU"
 
 
@@ -103,7 +99,7 @@ def _next_way(failures: Sequence[Failure]) -> Way | None:
 
 def _note_of_repacking(failure: Failure) -> str:
     amx = any("amx_tile" in fact for fact in cpu_facts())
-    remedy = f"its AMX kernels may be built wrong; build it without: {AMX_REMEDY}" if amx else REMEDY
+    remedy = f"its AMX kernels may be built wrong; `{compilation.COMMAND}` builds it anew" if amx else REMEDY
     return (
         f"llama.cpp {failure.words} with repacked weights on this CPU: they are turned off, which is slower; {remedy}"
     )
