@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from edgepatch.converters.gguf_library import opened_vocabulary
 from edgepatch.converters.gguf_text import MAX_MARKS, MAX_UNKNOWN
-from edgepatch.errors import InputError
+from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.runtimes.llamacpp import LlamaCppRuntime
 from edgepatch.text_limits import (
     LOOSE_TEXT_BYTES,
@@ -161,6 +161,9 @@ def test_a_vocabulary_waits_for_its_readers_before_it_is_freed(tmp_path):
     runtime.close()
     reader.join()
     assert lengths == [600_000]
+    for _ in range(100):  # freed memory must not even be looked at
+        with pytest.raises(EdgepatchError, match="the model is closed"):
+            runtime.encode("a")
 
 
 def test_an_error_of_the_deep_thread_is_the_callers():
