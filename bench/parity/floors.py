@@ -10,16 +10,12 @@ from edgepatch.bench.parity.models import architecture
 Row = dict[str, Any]
 
 UNQUANTIZED_CACHES = ("f32", "f16")
-HALF_KL = 5e-6
 ONNX_F32 = 1e-4
 RATIO = 1.1
 """A seed of the full-precision model on quantized weights: no more error than those weights make without any patch."""
 
 REQUANTIZED_RATIO = 1.75
 """Where the virtual tokens themselves pass through quantized weights or lie in a quantized cache, their error comes on top."""
-
-ACTIVE = 0.3
-"""The divergence must stay below this share of what losing the patch would make."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +35,18 @@ class Floor:
 
 def floors_of(row: Row) -> list[Floor]:
     """What a measured row must reach."""
-    active = Floor("active", "kl", ACTIVE * row["kl_no_patch"])
+    wanted = architecture(row["architecture"])
+    active = Floor("active", "kl", wanted.active_share * row["kl_no_patch"])
     if row["runtime"] == "onnx":
-        limits = {"fp32": ("max_abs_dlogit", ONNX_F32), "fp16": ("kl", HALF_KL)}
+        limits = {"fp32": ("max_abs_dlogit", ONNX_F32), "fp16": ("kl", wanted.half_kl)}
         if row["quantization"] in limits:
             return [Floor(f"ONNX {row['quantization']}", *limits[row["quantization"]]), active]
         return [Floor("stored seed, quantized weights", "kl", RATIO * row["kl_bare"]), active]
     weights, cache = row["quantization"], row["kv_type"]
     if weights in ("F32", "F16") and cache in UNQUANTIZED_CACHES:
-        found = [Floor("float16 somewhere", "kl", HALF_KL), active]
+        found = [Floor("float16 somewhere", "kl", wanted.half_kl), active]
         if (weights, cache, row["flash_attention"]) == ("F32", "f32", False):
-            found.insert(0, Floor("float32 throughout", "max_abs_dlogit", architecture(row["architecture"]).f32_floor))
+            found.insert(0, Floor("float32 throughout", "max_abs_dlogit", wanted.f32_floor))
         return found
     if row["route"] == "b" and cache in UNQUANTIZED_CACHES:
         return [Floor("stored seed, quantized weights", "kl", RATIO * row["kl_bare"]), active]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from edgepatch.bench.parity import floors
-from edgepatch.bench.parity.models import ARCHITECTURES, GGUF_TYPES, REAL_MODEL
+from edgepatch.bench.parity.models import ACTIVE_SHARE, ARCHITECTURES, GGUF_TYPES, HALF_KL, REAL_MODEL
 from edgepatch.bench.parity.rows import KV_TYPES, ONNX_PRECISIONS, ROUTES
 from edgepatch.patch.canary import tolerance
 
@@ -43,13 +43,13 @@ A row below its floor makes the command fail.
 
 | rows | floor |
 |---|---|
-| F32 weights, f32 cache, no flash attention: float32 throughout | max \\|Δ\\| ≤ 5e-5 (Gemma 5e-3: llama.cpp looks GELU up in a float16 table) |
-| F32 or F16 weights, f32 or f16 cache: flash attention, F16 weights and an f16 cache each round to float16 | KL ≤ {floors.HALF_KL:.0e} against the *unrounded* float32 model |
+| F32 weights, f32 cache, no flash attention: float32 throughout | max \\|Δ\\| ≤ 5e-5 (Gemma 5e-3: llama.cpp looks GELU up in a float16 table; {REAL_MODEL.name} {REAL_MODEL.f32_floor:.0e}) |
+| F32 or F16 weights, f32 or f16 cache: flash attention, F16 weights and an f16 cache each round to float16 | KL ≤ {HALF_KL:.0e} against the *unrounded* float32 model ({REAL_MODEL.name} {REAL_MODEL.half_kl:.0e}) |
 | ONNX fp32 | max \\|Δ\\| ≤ {floors.ONNX_F32:.0e} |
-| ONNX fp16 | KL ≤ {floors.HALF_KL:.0e} |
+| ONNX fp16 | KL ≤ {HALF_KL:.0e} ({REAL_MODEL.name} {REAL_MODEL.half_kl:.0e}) |
 | quantized weights, f32 or f16 cache, route b; ONNX int8 and int4 | ratio ≤ {floors.RATIO} |
 | quantized cache, or route c on quantized weights: the virtual tokens are rounded too | ratio ≤ {floors.REQUANTIZED_RATIO} |
-| every row | KL ≤ {floors.ACTIVE} of what losing the patch would make |
+| every row | KL ≤ {ACTIVE_SHARE} of what losing the patch would make ({REAL_MODEL.name}: {REAL_MODEL.active_share}) |
 
 Every patch carries its canary, and every load was proven by it; the largest deviation and what is allowed stand in the tables.
 """

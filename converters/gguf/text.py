@@ -161,7 +161,8 @@ class GGUFTokenizer:
         self._types = list(header.metadata.get("tokenizer.ggml.token_type", []))
         self._idle = threading.Condition()
         self._num_calls, self._is_closed = 0, False
-        self.bound = self._measure()
+        # llama.cpp's vocabulary is read here and within `_tokenize`, and nowhere else: it may be freed in between.
+        self.bound, self._missing_end = self._measure(), self._find_missing_end() if self._kind != NONE else ""
 
     def encode(self, text: str, ends: bool, trusted: bool) -> list[int]:
         """Token ids.
@@ -215,20 +216,22 @@ class GGUFTokenizer:
 
     # What llama.cpp takes for granted.
 
-    def _require_ends(self, ends: bool) -> None:
-        """llama.cpp ends the process where a vocabulary wants a token around every text and names none."""
+    def _find_missing_end(self) -> str:
+        """What the vocabulary wants around every text and has no token for; llama.cpp ends the process at such a text."""
         lib, vocab = self._lib, self._vocab
-        if self._kind == NONE:
-            raise InputError("the model has no vocabulary", hint="pass token ids, or use another file")
         wanted = {
             "BOS": (lib.llama_vocab_get_add_bos(vocab) or self._kind == WPM, lib.llama_vocab_bos(vocab)),
             "EOS": (lib.llama_vocab_get_add_eos(vocab), lib.llama_vocab_eos(vocab)),
-            "separator": (self._kind == WPM, lib.llama_vocab_sep(vocab)),
+            "a separator": (self._kind == WPM, lib.llama_vocab_sep(vocab)),
         }
-        missing = next((name for name, (is_wanted, token) in wanted.items() if ends and is_wanted and token < 0), None)
-        if missing is not None:
+        return next((name for name, (is_wanted, token) in wanted.items() if is_wanted and token < 0), "")
+
+    def _require_ends(self, ends: bool) -> None:
+        if self._kind == NONE:
+            raise InputError("the model has no vocabulary", hint="pass token ids, or use another file")
+        if ends and self._missing_end:
             raise InputError(
-                f"the vocabulary puts {missing} around a text but has no such token", hint="use another file"
+                f"the vocabulary puts {self._missing_end} around a text but has no such token", hint="use another file"
             )
 
     def _judge(self, text: str) -> int:

@@ -43,7 +43,7 @@ class SlowReader(Paced):
 
     def tokens(self, prompt, tools=None):
         if "slow" in str(prompt):
-            time.sleep(1.5)
+            time.sleep(5)
         return self._runtime.tokens(prompt, tools)
 
 
@@ -108,7 +108,7 @@ def test_reading_a_prompt_counts_into_the_time_of_the_request(load):
         slow.join()
         assert quick.status_code == 200  # though the other is still being read
         [(status, code, taken_s)] = codes
-        assert (status, code) == (504, "request_timeout") and taken_s < 1.4
+        assert (status, code) == (504, "request_timeout") and taken_s < 4
 
 
 def test_long_texts_wait_for_long_ones_alone(load):

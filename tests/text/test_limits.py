@@ -161,6 +161,9 @@ def test_a_vocabulary_waits_for_its_readers_before_it_is_freed(tmp_path):
     runtime.close()
     reader.join()
     assert lengths == [600_000]
+    for _ in range(100):  # freed memory must not even be looked at
+        with pytest.raises(EdgepatchError, match="the model is closed"):
+            runtime.encode("a")
 
 
 def test_an_error_of_the_deep_thread_is_the_callers():
