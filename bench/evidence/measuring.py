@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgepatch.bench import likelihoods
 from edgepatch.bench.baselines import load_lora
 from edgepatch.bench.columns import TORCH, Column, columns
 from edgepatch.bench.evidence.cells import (
@@ -25,18 +26,18 @@ from edgepatch.bench.evidence.cells import (
     read_cell,
     write_cell,
 )
-from edgepatch.bench.safety import retained
+from edgepatch.bench.safety import domain, retained
 from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.judges import refusals, scorers
 from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.runtimes.base import Runtime
 
 if TYPE_CHECKING:
     from edgepatch.bench.safety.gender import GenderDomain
 
-HERE = Path(__file__).parent.parent
-JUDGES = HERE / "judges"
-COMMON_CODE = tuple(HERE / name for name in ("domains/base.py", "likelihoods.py", "scorers.py", "refusals.py"))
+SAFETY, JUDGES = Path(domain.__file__).parent, Path(scorers.__file__).parent
+COMMON_CODE = tuple(Path(str(module.__file__)) for module in (domain, likelihoods, scorers, refusals))
 NUM_SEQUENCES = 25
 CONTEXT_LENGTH = 512
 NUM_SENTENCE_PAIRS = 100
@@ -101,8 +102,8 @@ def column_of(key: CellKey) -> Column:
 def measure_code(key: CellKey) -> list[Path]:
     """Modules whose change makes a cell be measured again."""
     if key.measure == "retained":
-        return [HERE / "domains" / "retained.py", HERE / "domains" / "harm.py", *COMMON_CODE]
-    return [HERE / "domains" / f"{key.domain}.py", *COMMON_CODE]
+        return [SAFETY / "retained.py", SAFETY / "harm.py", *COMMON_CODE]
+    return [SAFETY / f"{key.domain}.py", *COMMON_CODE]
 
 
 def cell_inputs(place: Workplace, key: CellKey, config: EvidenceConfig) -> dict[str, Any]:

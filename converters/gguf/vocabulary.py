@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from edgepatch.converters import first_contact
 from edgepatch.converters.first_contact import Contact, Report
 from edgepatch.converters.gguf import library
-from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.library import library_errors, load_library
 from edgepatch.converters.gguf.text import GGUFTokenizer
 from edgepatch.errors import InputError
@@ -22,7 +22,7 @@ SPARE_NAMES = re.compile(r"reserved|unused|extra_id|spare|dummy|placeholder|cont
 """Tokens that vocabularies set aside."""
 
 UNKNOWN, UNUSED, CONTROL, USER_DEFINED = 1, 2, 8, 16  # llama.cpp's token attributes
-WORD = b"word"
+TEXTS = ("word", "a  b", "4 \u00bd, 1234", "\u00e9\u4e2d\U0001f642", "\n\tit's")
 MAX_PIECES_BYTES = 64 * 2**20
 
 
@@ -72,8 +72,8 @@ def read_token_facts(lib: Any, vocabulary: Any) -> TokenFacts:
     )
 
 
-def try_vocabulary(lib: Any, vocabulary: Any, report: Report) -> None:
-    """In a child: all that is ever asked of a vocabulary: each token's facts and bytes, and the tokens of a word."""
+def try_vocabulary(lib: Any, vocabulary: Any, header: GGUFHeader, report: Report) -> None:
+    """In a child: all that is ever asked of a vocabulary: each token's facts and bytes, and the tokens of some texts."""
     report("reading its vocabulary")
     size = read_token_facts(lib, vocabulary).size
     ids = (lib.llama_token * size)(*range(size))
@@ -82,10 +82,12 @@ def try_vocabulary(lib: Any, vocabulary: Any, report: Report) -> None:
         if 0 < length <= MAX_PIECES_BYTES:
             buffer = ctypes.create_string_buffer(length)
             lib.llama_detokenize(vocabulary, ids, size, buffer, length, False, special)
-    report("tokenizing a word")
-    tokens = (lib.llama_token * (len(WORD) + 8))()
-    for around, special in ((True, False), (False, True)):
-        lib.llama_tokenize(vocabulary, WORD, len(WORD), tokens, len(tokens), around, special)
+    report("tokenizing a text")
+    tokenizer = GGUFTokenizer(lib, vocabulary, header)
+    for text in TEXTS:
+        for around, special in ((True, False), (False, True)):
+            with suppress(InputError):  # of some texts the guard knows that the vocabulary has no tokens for them
+                tokenizer.encode(text, around, special)
 
 
 class Vocabulary:
@@ -184,7 +186,7 @@ def try_file(paths: Sequence[Path], _: object, report: Report) -> dict[str, Any]
     """In a child: reads a file's vocabulary as ``Vocabulary`` does."""
     report("loading its vocabulary")
     with Vocabulary(paths[0]) as vocabulary:
-        try_vocabulary(vocabulary._lib, vocabulary._vocab, report)
+        try_vocabulary(vocabulary._lib, vocabulary._vocab, vocabulary._header, report)
         report("reading its vocabulary")
         vocabulary.spare_tokens()
     return {}

@@ -265,7 +265,7 @@ def test_a_library_that_dies_is_an_error_with_an_exit_code(name: str, outcomes):
     else:
         assert process.returncode == UnfitModelError.exit_code, said
         assert "Traceback" not in said and said.count("error:") == 1 and "SIGSEGV" in said, said
-    assert process.stdout == "" and not list(folder.iterdir())
+    assert process.stdout == "" and not [path for path in folder.iterdir() if path.suffix != ".log"]
 
 
 def test_a_library_that_dies_with_repacked_weights_is_used_without_them(
@@ -351,15 +351,15 @@ def test_the_smallest_contexts_end_no_process(length: int, sequences: int, model
 # No way around the proof.
 
 GUARDED = {
-    "llama_model_load_from_file": {"Vocabulary._open", "LlamaModel.__init__"},
+    "llama_model_load_from_file": {"Vocabulary._open", "LlamaModel.__init__", "opened_context"},
     "llama_load_model_from_file": set(),
     "llama_model_quantize": {"quantize_here"},
     "quantize_here": set(),
     "LlamaModel": {"open_model.opening", "try_model"},
-    "InferenceSession": {"new_session"},
+    "InferenceSession": {"new_session", "deviation"},
     "new_session": {"open_session", "try_graph", "try_session"},
 }
-"""What hands a file to a C library -> the only functions that call it: behind a proof, or in a child."""
+"""What hands a file to a C library -> the only functions that call it: behind a proof, or in a child, as all of the doctor's."""
 
 
 def calls(tree: ast.AST, place: tuple[str, ...] = ()) -> list[tuple[str, str]]:

@@ -101,7 +101,9 @@ def test_a_device_asks_the_whole_canary_once_and_again_when_what_it_rests_on_has
     assert whole > 1
     assert [load(patches[0]) for _ in range(2)] == [[whole, whole], [1, whole]]
     assert load(patches[1]) == load(patches[0], kv_type="q8_0") == [whole, whole]
-    [known] = [file for file in tmp_path.rglob("*.json") if len(json.loads(file.read_text())["proved"]) == 2]
+    [known] = [
+        file for file in tmp_path.rglob("calibration/*.json") if len(json.loads(file.read_text())["proved"]) == 2
+    ]
     kept = json.loads(known.read_text())
     known.write_text(json.dumps({**kept, "layout": {**kept["layout"], "key_block": 32}}))
     with pytest.raises(InactivePatchError, match="canary"):

@@ -23,6 +23,7 @@ from edgepatch.converters.hf import folders, seeds
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.patch.file import Patch
+from edgepatch.progress import silent
 from edgepatch.prompts.sets import load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.reference import TorchRuntime
@@ -117,7 +118,7 @@ def write_gemma(folder, target):
     safetensors.torch.save_file({name: w + shift[name] for name, w in weights.items()}, shifted / "model.safetensors")
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(rope.ROTATES_NEIGHBOURS, "gemma", False)
-        writer._write_model(target, shifted, folders.read_config(folder), folders.read_spec(folder), "F32")
+        writer._write_model(target, shifted, folders.read_config(folder), folders.read_spec(folder), "F32", silent)
 
 
 @pytest.fixture(scope="module", params=["mistral", "qwen2", "qwen3", "gemma"])

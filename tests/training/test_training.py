@@ -17,6 +17,7 @@ import torch
 from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError, MissingExtraError, TrainingError
 from edgepatch.patch.file import read_patch, write_patch
+from edgepatch.progress import silent
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training import losses, parallel, runs
 from edgepatch.training.forward import FrozenModels
@@ -190,7 +191,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(tiny_folder):
     gradients = []
     for size in (0, 1, 3):
         trainer, policy = make_trainer(FrozenModels([tiny_folder], small(micro_batch_size=size)))
-        trainer._reference = trainer._reference_table()
+        trainer._reference = trainer._reference_table(silent)
         for stage in ("SFT", "DPO"):
             trainer._step(stage, 1, policy.parameters())
             gradients.append(policy.parameters()[0].grad.clone())
@@ -232,7 +233,7 @@ def test_references_of_dpo_differ_and_the_safer_model_needs_a_name(tiny_folder):
         policy = make_trainer(FrozenModels([tiny_folder], small()))[1]
         other = tiny_folder if reference == "model" else None
         trainer = Trainer(models, policy, [make_pairs(12)], BENIGN, reference=other)
-        start[reference] = trainer._reference_table()[0]
+        start[reference] = trainer._reference_table(silent)[0]
     assert torch.equal(start["base"], start["model"])  # here the safer model is the base itself
     assert not torch.allclose(start["base"], start["sft"], atol=1e-2)
     with pytest.raises(InputError, match="missing"):

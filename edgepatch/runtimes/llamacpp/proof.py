@@ -18,6 +18,7 @@ from edgepatch import compilation
 from edgepatch.converters import first_contact
 from edgepatch.converters.first_contact import Contact, Failure, Proof, Report, Way
 from edgepatch.converters.gguf import library, vocabulary
+from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.machine_identity import cpu_facts
 from edgepatch.errors import EdgepatchError, UnfitModelError
 from edgepatch.runtimes.llamacpp.context import ContextSettings, LlamaContext, LlamaModel
@@ -125,7 +126,7 @@ def try_model(paths: Sequence[Path], settings: dict[str, Any], report: Report) -
     used = {name: settings[name] for name in REPACKED}
     report("loading it")
     model = LlamaModel(paths[0], settings["num_gpu_layers"], **used)
-    vocabulary.try_vocabulary(model.lib, model.vocab, report)
+    vocabulary.try_vocabulary(model.lib, model.vocab, read_header(paths[0]), report)
     report("making a context")
     context = LlamaContext(model, _settings(settings))
     _try_tokens(context, report)

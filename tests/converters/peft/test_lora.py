@@ -213,7 +213,7 @@ def test_forms_are_made_once_and_belong_to_one_model(llama, tmp_path, monkeypatc
     monkeypatch.setattr(columns, "columns", lambda: few)
     told: list[tuple[str, int, int]] = []
     first = columns.convert_model(llama.base, tmp_path / "forms", lambda *step: told.append(step))
-    assert told == [(column.name, done, 4) for done, column in enumerate(few, 1)]
+    assert [step for step in told if step[0] == "convert"] == [("convert", done, 4) for done in range(5)]
     times = {name: path.stat().st_mtime_ns for name, path in first.items()}
     (tmp_path / "forms" / "Q8_0.gguf").unlink()
     again = columns.convert_model(llama.base, tmp_path / "forms")
