@@ -105,9 +105,7 @@ def measure(task: str, model: Path, stage: Stage, steps: int, threads: int, plan
     return found
 
 
-def compare(
-    name: str, model: Path, stage: Stage, repeats: int, threads: int, progress: Progress
-) -> dict[str, Any]:
+def compare(name: str, model: Path, stage: Stage, repeats: int, threads: int, progress: Progress) -> dict[str, Any]:
     """Interleaved measurements of both on one job."""
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as folder:
