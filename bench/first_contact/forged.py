@@ -27,7 +27,7 @@ from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 SETTINGS = {"num_gpu_layers": 0, "kv_type": "f16", "flash_attention": True, "num_threads": 1}
 WAYS = (proof.REPACKED, proof.NOT_REPACKED)
-BATCH_DEADLINE_S = 900.0
+BATCH, BATCH_DEADLINE_S = 150, 900.0
 TRY, LOAD = f"{__name__}:try_many", f"{__name__}:load_many"
 UNCAUGHT, DIED = "uncaught exception", "ended the process"
 
@@ -84,8 +84,9 @@ def _in_batches(trial: str, paths: Sequence[Path], given: Sequence[Any], folder:
     answers: list[dict[str, Any]] = []
     while len(answers) < len(paths):
         first, log = len(answers), folder / f"answers-{len(answers)}.jsonl"
-        settings = {"given": list(given[first:]), "log": str(log)}
-        found = try_apart(Contact("llama_cpp", trial, tuple(paths[first:])), settings, BATCH_DEADLINE_S)
+        batch = slice(first, first + BATCH)
+        settings = {"given": list(given[batch]), "log": str(log)}
+        found = try_apart(Contact("llama_cpp", trial, tuple(paths[batch])), settings, BATCH_DEADLINE_S)
         answers += [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else []
         if isinstance(found, Failure):
             answers.append({"failure": found.words, "signal": found.signal, "stage": found.stage})

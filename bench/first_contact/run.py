@@ -25,12 +25,12 @@ from edgepatch.bench.first_contact.forged import DIED, UNCAUGHT, judge, table
 from edgepatch.converters.machine_identity import CACHE_VARIABLE
 from edgepatch.patch.file import write_atomically
 
-GOAL = 1.5
+COMMAND = "python -m edgepatch.bench.first_contact --forged --model SmolLM2-135M-Instruct.Q4_1.gguf"
 LOAD = """
 import json, sys, time
 from pathlib import Path
 from edgepatch.converters import first_contact
-from edgepatch.runtimes import llamacpp, llamacpp_proof
+from edgepatch.runtimes.llamacpp import proof as llamacpp_proof, runtime as llamacpp
 def unproved(path, layers, settings):
     contact = llamacpp_proof.contact(path, layers, settings)
     return first_contact.Proof(contact, contact.signature(), json.loads(sys.argv[4]))
@@ -131,17 +131,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("bench/results/first_contact.json"))
     arguments = parser.parse_args()
-    document = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
-    document["command"] = "python -m edgepatch.bench.first_contact --forged --model SmolLM2-135M-Instruct.Q4_1.gguf"
-    document["platform"] = {
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-    }
+    measured: dict[str, Any] = {}
     if arguments.model:
-        document["price"] = price(arguments.model, arguments.threads, arguments.rounds)
-        print(json.dumps(document["price"], indent=1))
+        measured["price"] = price(arguments.model, arguments.threads, arguments.rounds)
     if arguments.forged:
-        document["forged"] = forged()
-        print(json.dumps(document["forged"], indent=1))
+        measured["forged"] = forged()
+    print(json.dumps(measured, indent=1))
+    known = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
+    facts = {"platform": platform.platform(), "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)}
+    document = {**known, "command": COMMAND, "platform": facts, **measured}
     write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
