@@ -259,7 +259,8 @@ def _document(path: Path, content: dict[str, Any]) -> Recognised:
         raise InputError(f"{path} holds the settings of a PEFT adapter: expected its folder", f"name {path.parent}")
     if str(content.get("format", "")).startswith("edgepatch-pairs/"):
         return Recognised(Kind.PROVENANCE, content=content)
-    if content.keys() & {"rows", "cells", "figures", "readers"} or {"command", "created"} <= content.keys():
+    is_measured = "command" in content and content.keys() & {"created", "platform"}
+    if content.keys() & {"rows", "cells", "figures", "readers"} or is_measured:
         return Recognised(Kind.RESULTS, content=content)
     if content.keys() & {"messages", "prompt"}:
         return Recognised(Kind.PROMPTS, content=content)

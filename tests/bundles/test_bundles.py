@@ -721,7 +721,9 @@ def test_wheels_are_pinned_and_listed(registry, tmp_path, monkeypatch):
     ]
     subprocess.run(install, cwd=tmp_path, check=True)
     assert (target / "edgepatch" / "bundles" / "archive.py").read_bytes() == Path(archive.__file__).read_bytes()
-    assert (target / "edgepatch" / "converters" / "hf.py").is_file() and not (target / "edgepatch" / "tests").exists()
+    assert (target / "edgepatch" / "converters" / "hf" / "folders.py").is_file() and not (
+        target / "edgepatch" / "tests"
+    ).exists()
     require_valid_sbom((tmp_path / "out" / contents.SBOM).read_bytes(), len(manifest.wheels) + 1)
     note = (tmp_path / "out" / contents.INSTALL).read_text()
     assert "edgepatch[gguf]" in note and "--require-hashes -r bundle/requirements.txt" in note
