@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.errors import InputError
-from edgepatch.known_models import find
 from edgepatch.patch.file import Patch
 from edgepatch.tensors import SoftPrompt
+from kit.real_model import smollm2_file
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun.",
@@ -39,13 +37,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file: that of ``make smollm2``, or the one that ``EDGEPATCH_SMOLLM2`` names."""
-    named = os.environ.get("EDGEPATCH_SMOLLM2")
-    if named:
-        return Path(named)
-    try:
-        return find("smollm2")
-    except InputError as error:
-        pytest.skip(f"{error}; {error.hint}")
+    return smollm2_file()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import InputError
+from edgepatch.known_models import find
 
 VOCAB_SIZE = 512
 CONTEXT_LENGTH = 512
@@ -209,9 +210,14 @@ REAL_MODEL_VARIABLE = "EDGEPATCH_SMOLLM2"
 
 
 def real_model_file() -> Path | None:
-    """The GGUF file of the real model; ``None`` where it is not at hand."""
-    named = os.environ.get(REAL_MODEL_VARIABLE, "")
-    return Path(named) if named and Path(named).is_file() else None
+    """The GGUF file of the real model, the one that a variable names or that of ``make smollm2``; ``None`` where it is not at hand."""
+    named = os.environ.get(REAL_MODEL_VARIABLE)
+    if named:
+        return Path(named)
+    try:
+        return find("smollm2")
+    except InputError:
+        return None
 
 
 def measured() -> list[Architecture]:

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from edgepatch.errors import InputError
+from edgepatch.known_models import find
+
 
 def smollm2_file() -> Path:
-    """The GGUF file; the calling test is skipped where there is none."""
-    named = os.environ.get("EDGEPATCH_SMOLLM2", "")
-    if not named or not Path(named).is_file():
-        pytest.skip("no SmolLM2: EDGEPATCH_SMOLLM2 names no file")
-    return Path(named)
+    """The GGUF file that ``EDGEPATCH_SMOLLM2`` names, or that of ``make smollm2``; the calling test is skipped where there is none."""
+    named = os.environ.get("EDGEPATCH_SMOLLM2")
+    if named:
+        return Path(named)
+    try:
+        return find("smollm2")
+    except InputError as error:
+        pytest.skip(f"{error}; {error.hint}")
