@@ -271,6 +271,23 @@ class FolderTokenizer:
         encode = partial(self.encode, bos=False)
         return encode_chat(self._template, messages, self._bos, self._eos, self._added, encode, tools, require_fit)
 
+    def turn_tokens(self) -> tuple[int, ...]:
+        """The special token that opens the assistant's turn in the chat template; empty where it opens with plain text, or none is there.
+
+        The opening is what two conversations of different last messages end in alike.
+        """
+        try:
+            first, second = (self.encode_chat([{"role": "user", "content": text}]) for text in ("Red.", "7 blue birds"))
+        except InputError:
+            return ()
+        special = {self._tokenizer.token_to_id(name) for name in self._added.special} - self.end_token_ids
+        opening: list[int] = []
+        for one, other in zip(reversed(first), reversed(second), strict=False):
+            if one != other:
+                break
+            opening.append(one)
+        return next(((token,) for token in reversed(opening) if token in special), ())
+
     @cached_property
     def _looks_through_numbers(self) -> bool:
         return looks_through_numbers(json.loads(self.definition))

@@ -29,6 +29,10 @@ class TrainConfig:
         kl_weight: weight of the KL term to the bare model on benign text, in both stages; 0 leaves it out.
         kl_batch_size: benign texts a step.
         max_tokens: prompt and answer together; a longer prompt loses its start, a longer answer its end.
+        block: W: the seed moves on every so many tokens of a text; 0 does not.
+        turns: it moves to the opening of each turn of a conversation, where the model's chat template marks one by a special token.
+        front_tokens: half of the pairs stand behind a text of 20 to so many tokens, a quarter in a later turn of a conversation, and an
+            answer in four has been begun; benign texts are of the same lengths. 0 trains on pairs as they are.
         held_out: share of the pairs and of the benign texts kept for the checks.
         check_every: steps of stage 2 between two checks on what is held out.
         patience: stage 2 ends after so many checks without a better one; the best one's state is what training gives. A check is as good
@@ -53,6 +57,9 @@ class TrainConfig:
     kl_weight: float = 1.0
     kl_batch_size: int = 4
     max_tokens: int = 96
+    block: int = 0
+    turns: bool = False
+    front_tokens: int = 0
     held_out: float = 0.1
     check_every: int = 25
     patience: int = 0
@@ -63,7 +70,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_virtual_tokens", "batch_size", "kl_batch_size", "check_every", "max_tokens"):
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        for name in ("sft_steps", "dpo_steps", "micro_batch_size", "patience", "beta"):
+        for name in ("sft_steps", "dpo_steps", "micro_batch_size", "patience", "beta", "block", "front_tokens"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
         for name, known in (("dpo_reference", REFERENCES), ("dtype", DTYPES), ("init", INITIALISATIONS)):

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepatch.converters.hf import folders as hf_folders
-from edgepatch.converters.hf import seeds
+from edgepatch.converters.hf import rotary, seeds
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.seeds.anchoring import Anchoring
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import FolderTokenizer
 from edgepatch.training.config import TrainConfig
@@ -74,12 +76,26 @@ class FrozenModels:
                 )  # PyTorch's fused attention is slower there, forth and back, at lengths of training
             if config.gradient_checkpointing:
                 _checkpoint_activations(base)
+        self.anchoring, self.rotation = self._read_anchoring(), None
+        if self.anchoring is not None:
+            if not self.packs:
+                raise InputError(
+                    f"{self.spec.model_type}: a seed that moves is trained on models with full attention in every layer, without gradient checkpointing",
+                    hint="train with block 0 and without turns",
+                )
+            self.rotation = rotary.read_rotation(self.base)
         self._kept_logits: dict[tuple[int, int], torch.Tensor] = {}
 
     @property
     def base(self) -> PreTrainedModel:
         """The first frozen model."""
         return self.bases[0]
+
+    def _read_anchoring(self) -> Anchoring | None:
+        turn_tokens = self.tokenizer.turn_tokens() if self.config.turns else ()
+        if not self.config.block and not turn_tokens:
+            return None
+        return Anchoring(self.config.block, turn_tokens)
 
     def settle(self, dtype: str) -> None:
         """Takes the models, loaded with dtype "auto", to the type that was chosen: "float32" or "bfloat16"."""
@@ -123,7 +139,7 @@ class FrozenModels:
         )
         if not all(answers):
             raise InputError(f"an answer to {str(pair.prompt)[:60]!r} has no token", hint="leave the pair out")
-        return Example(prompt, answers).cut(self.config.max_tokens)
+        return Example(prompt, answers).cut(self.config.max_tokens + self.config.front_tokens)
 
     def benign_example(self, text: BenignText) -> Example:
         """A benign text as a row whose tokens are all predicted but those of a conversation's earlier turns."""
@@ -133,9 +149,9 @@ class FrozenModels:
                 raise InputError(
                     f"benign text {text[:60]!r}: expected two tokens or more, found {len(ids)}", hint="leave it out"
                 )
-            return Example(ids[:1], (ids[1:],)).cut(self.config.max_tokens)
+            return Example(ids[:1], (ids[1:],)).cut(self.config.max_tokens + self.config.front_tokens)
         answer = tuple(self.tokenizer.encode(str(text[-1]["content"]), bos=False))
-        return Example(self.encode_prompt(text[:-1]), (answer,)).cut(self.config.max_tokens)
+        return Example(self.encode_prompt(text[:-1]), (answer,)).cut(self.config.max_tokens + self.config.front_tokens)
 
     # Forward passes.
 
@@ -158,22 +174,28 @@ class FrozenModels:
         return logits
 
     def _packed_inputs(self, model: Any, batch: Batch, memory: Memory) -> dict[str, Any]:
-        num_virtual = memory[0][0].shape[2] if memory else 0
+        num_virtual, num_copies = (memory[0][0].shape[2], batch.anchors.shape[1]) if memory else (0, 1)
         inputs: dict[str, Any] = {
             "input_ids": batch.ids,
             "position_ids": batch.positions + num_virtual,
-            "attention_mask": attention_mask(batch.segments, num_virtual, self.base.dtype),
+            "attention_mask": attention_mask(batch.segments, batch.copies, num_copies, num_virtual, self.base.dtype),
         }
         if not memory:
             return {**inputs, "use_cache": False}
         cache = seeds.new_cache(self.base)
-        for layer, tensors in enumerate(memory):
-            cache.update(*(t.expand(len(batch.ids), -1, -1, -1) for t in tensors), layer)
+        for layer, (keys, values) in enumerate(memory):
+            cache.update(self._copied_keys(keys, layer, batch.anchors), _copied(values, batch.anchors), layer)
         return {**inputs, "past_key_values": cache}
+
+    def _copied_keys(self, keys: torch.Tensor, layer: int, anchors: torch.Tensor) -> torch.Tensor:
+        """(B, K, C * P, H): each row's copies of (1, K, P, H) keys, turned to where they stand."""
+        if self.rotation is None:
+            return _copied(keys, anchors)
+        return turned_copies(keys, self.rotation, layer, anchors)
 
     def _examples(self, examples: Sequence[Example]) -> Batch:
         rows = examples if self.packs else [row for example in examples for row in example.unpacked()]
-        return make_batch(rows, self.device)
+        return make_batch(rows, self.device, self.anchoring)
 
     def log_probabilities(
         self, model: Any, examples: Sequence[Example], memory: Memory, embeddings: torch.Tensor | None = None
@@ -202,6 +224,40 @@ class FrozenModels:
             if sum(t.numel() * t.element_size() for t in self._kept_logits.values()) < KEPT_LOGIT_BYTES:
                 self._kept_logits[which, key] = kept
         return kept
+
+
+def _copied(tensors: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """(B, K, C * P, H): C copies for each row of (1, K, P, H)."""
+    return tensors.repeat(1, 1, anchors.shape[1], 1).expand(len(anchors), -1, -1, -1)
+
+
+def turned_copies(keys: torch.Tensor, rotation: Rotation, layer: int, anchors: torch.Tensor) -> torch.Tensor:
+    """Copies of keys, each turned by its anchor, with a graph to the keys; the arithmetic of ``Rotation.turned``.
+
+    Args:
+        keys: (1, K, P, H).
+        rotation: of the model.
+        layer: of the model.
+        anchors: (B, C) int64.
+
+    Returns:
+        (B, K, C * P, H).
+    """
+    import torch
+
+    table = rotation.layers[layer]
+    if table is None:
+        return _copied(keys, anchors)
+    frequencies = torch.tensor(rotation.tables[table], dtype=torch.float64, device=keys.device)
+    angles = (anchors[..., None].double() * frequencies)[:, None, :, None]  # (B, 1, C, 1, R/2)
+    cos, sin = angles.cos().to(keys.dtype), angles.sin().to(keys.dtype)
+    first_half, second_half = rotation.halves(len(frequencies))
+    copies = keys[:, :, None]  # (1, K, 1, P, H)
+    first, second = copies[..., first_half], copies[..., second_half]
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1 if rotation.neighbours else -2)
+    turned = turned.flatten(-2)
+    rest = copies[..., 2 * len(frequencies) :].expand(*turned.shape[:-1], -1)
+    return torch.cat([turned, rest], dim=-1).flatten(2, 3)
 
 
 @contextmanager

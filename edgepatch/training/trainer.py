@@ -16,6 +16,7 @@ from edgepatch.interrupts import held_back
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.training import parallel
 from edgepatch.training.config import History
+from edgepatch.training.contexts import Contexts
 from edgepatch.training.forward import BenignText, FrozenModels
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import Memory, Policy
@@ -77,9 +78,11 @@ class Trainer:
         self.run, self.history = run or Run(None), History()
         self._tasks = [self._split(pairs, f"task {i}") for i, pairs in enumerate(tasks)]
         texts, held_out = self._split(benign_texts, "benign", HELD_OUT_TEXTS) if config.kl_weight else ([], [])
-        self._benign, self._held_benign = ([models.benign_example(t) for t in part] for part in (texts, held_out))
-        self._pairs = [[models.pair_example(p) for p in kept] for kept, _ in self._tasks]
-        self._held_pairs = [models.pair_example(p) for _, held in self._tasks for p in held]
+        self._contexts = self._new_contexts(texts)
+        self._benign, self._held_benign = (self._benign_examples(part) for part in (texts, held_out))
+        examples = iter(self._pair_examples(models))
+        self._pairs = [[next(examples) for _ in kept] for kept, _ in self._tasks]
+        self._held_pairs = list(examples)
         self._reference: list[torch.Tensor] = []
         self._best: dict[str, torch.Tensor] = {}
         self._best_check, self._checks_since = -np.inf, 0
@@ -90,6 +93,27 @@ class Trainer:
         order = random.Random(f"{self.config.rng_seed}-{name}").sample(list(items), len(items))
         count = min(most, max(1, int(len(order) * self.config.held_out))) if len(order) > 1 else 0
         return order[count:], order[:count]
+
+    def _new_contexts(self, benign_texts: Sequence[BenignText]) -> Contexts | None:
+        if not self.config.front_tokens:
+            return None
+        kept = [pair for pairs, _ in self._tasks for pair in pairs]
+        return Contexts(kept, benign_texts, self.config.front_tokens, self.config.rng_seed)
+
+    def _benign_examples(self, texts: Sequence[BenignText]) -> list[Example]:
+        contexts = self._contexts
+        placed = [contexts.benign(text, i) for i, text in enumerate(texts)] if contexts else texts
+        return [self.models.benign_example(text) for text in placed]
+
+    def _pair_examples(self, models: FrozenModels) -> list[Example]:
+        """All pairs in their places: those of each task, then the held-out ones."""
+        pairs = [p for kept, _ in self._tasks for p in kept] + [p for _, held in self._tasks for p in held]
+        contexts = self._contexts
+        if contexts is None:
+            return [models.pair_example(pair) for pair in pairs]
+        return [
+            contexts.begun(models.pair_example(contexts.pair(pair, i)), i) for i, pair in enumerate(pairs)
+        ]
 
     def train(self, progress: Progress = silent) -> None:
         """SFT, then DPO; the result is in the policy. Goes on from the run's checkpoint where it has one.
@@ -297,9 +321,7 @@ class Trainer:
             assert self.reference is not None  # checked at the start
             with stage(progress, "load reference"):
                 other = FrozenModels([self.reference], self.config, self.models.device, self.models.trusted)
-            pairs = [p for kept, _ in self._tasks for p in kept] + [p for _, held in self._tasks for p in held]
-            examples = [other.pair_example(p) for p in pairs]
-            return [self._table(other, examples, 0, patched=False, progress=progress)] * len(self.models.bases)
+            return [self._table(other, self._pair_examples(other), 0, patched=False, progress=progress)] * len(self.models.bases)
         patched = self.config.dpo_reference == "sft"
         return [
             self._table(self.models, self._all_examples(), which, patched, progress)

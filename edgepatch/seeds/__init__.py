@@ -1,0 +1,1 @@
+"""Seeds that move with the text, and seeds that stand side by side."""

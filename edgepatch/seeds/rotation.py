@@ -1,0 +1,144 @@
+"""How a model's keys turn with their position, and what follows: a seed can be put anywhere, and beside others.
+
+A cached key is a vector that the rotary embedding has turned by its position. A seed depends on nothing in front of it, so turning
+its keys by the distance gives exactly the seed that the model would compute at the new place. A softmax over cells has no order,
+so seeds that were computed apart may end at the same place: none sees, and none shields, another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepatch.errors import InputError, PatchFormatError
+from edgepatch.tensors import KVSeed
+
+MAX_TABLES = 8
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The rotary embedding of a model, layer by layer.
+
+    Attributes:
+        tables: different sets of frequencies, (R/2,) radians a position each; the first R of a head's H dimensions turn.
+        layers: L numbers of tables; ``None`` for a layer without positions (NoPE), whose keys never turn.
+        neighbours: whether dimension ``2j`` turns together with ``2j + 1`` (Cohere), and not ``j`` with ``j + R/2``.
+    """
+
+    tables: tuple[tuple[float, ...], ...]
+    layers: tuple[int | None, ...]
+    neighbours: bool = False
+
+    def __post_init__(self) -> None:
+        used = {i for i in self.layers if i is not None}
+        if not self.layers or used != set(range(len(self.tables))) or len(self.tables) > MAX_TABLES:
+            raise InputError(f"rotation: expected a table for each of the layers' numbers, found {len(self.tables)}")
+        if not all(table and all(isfinite(f) for f in table) for table in self.tables):
+            raise InputError("rotation: expected frequencies that are finite numbers")
+
+    def cos_sin(self, table: int, shift: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(R/2,) float32 cosines and sines of the angles by which ``shift`` positions turn a key."""
+        angles = np.asarray(self.tables[table], dtype=np.float64) * shift
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def turned(self, keys: NDArray[Any], layer: int, shift: int) -> NDArray[np.float32]:
+        """Keys of a layer as they are ``shift`` positions further on.
+
+        Args:
+            keys: (..., H), in Transformers' order.
+            layer: of the model.
+            shift: may be negative.
+
+        Returns:
+            The same shape, float32.
+        """
+        table, turned = self.layers[layer], np.array(keys, dtype=np.float32)
+        if table is None or not shift:
+            return turned
+        cos, sin = self.cos_sin(table, shift)
+        first_half, second_half = self.halves(len(cos))
+        first, second = turned[..., first_half].copy(), turned[..., second_half].copy()
+        turned[..., first_half] = first * cos - second * sin
+        turned[..., second_half] = second * cos + first * sin
+        return turned
+
+    def halves(self, count: int) -> tuple[slice, slice]:
+        """Which dimensions are the first, and which the second, of the ``count`` pairs that turn together."""
+        if self.neighbours:
+            return slice(0, 2 * count, 2), slice(1, 2 * count, 2)
+        return slice(0, count), slice(count, 2 * count)
+
+    def moved(self, seed: KVSeed, shift: int) -> KVSeed:
+        """A seed ``shift`` positions further on, in float32."""
+        keys = tuple(self.turned(key, layer, shift) for layer, key in enumerate(seed.keys))
+        return KVSeed(keys, tuple(np.asarray(value, dtype=np.float32) for value in seed.values))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"tables": [list(table) for table in self.tables], "layers": list(self.layers), "neighbours": self.neighbours}
+
+    @classmethod
+    def from_dict(cls, values: Any, num_layers: int, head_dim: int) -> Rotation:
+        """The inverse of ``as_dict``.
+
+        Args:
+            values: of a manifest.
+            num_layers: L.
+            head_dim: H.
+
+        Raises:
+            PatchFormatError: a field is missing, unknown or of another type or size.
+        """
+        if not isinstance(values, dict) or set(values) != {"tables", "layers", "neighbours"}:
+            raise PatchFormatError(f"rotation: expected an object with tables, layers, neighbours, found {values!r:.80}")
+        if not isinstance(values["neighbours"], bool):
+            raise PatchFormatError(f"rotation: neighbours: expected true or false, found {values['neighbours']!r:.80}")
+        tables, layers = values["tables"], values["layers"]
+        if not isinstance(layers, list) or len(layers) != num_layers or not all(_is_number(i) for i in layers):
+            raise PatchFormatError(f"rotation: layers: expected {num_layers} numbers of tables, found {layers!r:.80}")
+        if not isinstance(tables, list) or not all(_is_table(table, head_dim) for table in tables):
+            raise PatchFormatError(f"rotation: tables: expected lists of at most {head_dim // 2} numbers")
+        try:
+            return cls(tuple(tuple(map(float, table)) for table in tables), tuple(layers), values["neighbours"])
+        except InputError as error:
+            raise PatchFormatError(str(error)) from None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _is_table(table: Any, head_dim: int) -> bool:
+    return (
+        isinstance(table, list)
+        and len(table) <= head_dim // 2
+        and all(isinstance(f, (int, float)) and not isinstance(f, bool) for f in table)
+    )
+
+
+def side_by_side(seeds: Sequence[KVSeed], rotation: Rotation) -> KVSeed:
+    """Seeds that were computed apart as one, each ending directly in front of the text.
+
+    The text's own positions begin behind all cells, so every seed is turned by the cells of the others. The order of the arguments
+    is the order of the cells; what a model computes does not depend on it but for rounding, so callers sort by digest.
+
+    Args:
+        seeds: L keys and values (K, P_i, H) each, at positions 0 .. P_i - 1.
+        rotation: of their model.
+
+    Returns:
+        L keys and values (K, sum P_i, H), float32.
+    """
+    total = sum(seed.num_virtual_tokens for seed in seeds)
+    moved = [rotation.moved(seed, total - seed.num_virtual_tokens) for seed in seeds]
+    keys, values = (
+        tuple(np.concatenate(layer, axis=1) for layer in zip(*(getattr(seed, kind) for seed in moved), strict=True))
+        for kind in ("keys", "values")
+    )
+    return KVSeed(keys, values)
