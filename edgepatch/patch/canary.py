@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.errors import InactivePatchError
+from edgepatch.seeds.anchoring import LEAST_TURN, Anchoring
 from edgepatch.tensors import Canary, CanaryPrompt
 
 NUM_LOGITS = 64
@@ -58,8 +59,25 @@ def canary_prompts(vocab_size: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(ids[a:b]) for a, b in pairwise(starts))
 
 
+def long_prompt(vocab_size: int, anchoring: Anchoring) -> tuple[int, ...]:
+    """Token ids behind which only a seed that moves has its effect: longer than two blocks, or a later turn of a conversation."""
+    length = 2 * anchoring.block + 2 if anchoring.block else 4 * LEAST_TURN
+    ids = [int(vocab_size * ((0.25 + i * 0.6180339887498949) % 1.0)) for i in range(length)]
+    if not anchoring.block:
+        ids[-2] = anchoring.turn_tokens[0]
+    return tuple(ids)
+
+
+Logits = Callable[[Sequence[int]], NDArray[Any]]
+"""Token ids of a prompt -> (V,) logits after it."""
+
+
 def make_canary(
-    vocab_size: int, bare: Callable[[Sequence[int]], NDArray[Any]], patched: Callable[[Sequence[int]], NDArray[Any]]
+    vocab_size: int,
+    bare: Logits,
+    patched: Logits,
+    anchoring: Anchoring | None = None,
+    without_part: Sequence[Logits] = (),
 ) -> Canary:
     """A canary from the full-precision model.
 
@@ -68,19 +86,51 @@ def make_canary(
 
     Args:
         vocab_size: V.
-        bare: prompt -> (V,) logits after it, without the patch.
-        patched: the same with the patch.
+        bare: without the patch.
+        patched: with the patch.
+        anchoring: of the patch; where its seed moves, a long prompt proves that it does.
+        without_part: for each part of a composed patch, with all parts but this one. Each part gets a prompt and logits that it moves itself,
+            so that a patch whose part is missing fails.
     """
-    made = []
-    for tokens in canary_prompts(vocab_size):
-        without, with_patch = (np.asarray(f(tokens), dtype=np.float64) for f in (bare, patched))
-        effect = (with_patch - with_patch.mean()) - (without - without.mean())
-        ids = np.sort(np.argsort(-np.abs(effect), kind="stable")[: min(NUM_LOGITS, len(effect))])
-        before, after = (tuple(round(float(x), 4) for x in centred(logits, ids)) for logits in (without, with_patch))
-        length = float(np.linalg.norm(np.subtract(before, after)))
-        made.append((length, CanaryPrompt(tokens, tuple(int(i) for i in ids), before, after) if length else None))
-    least = LEAST_EFFECT * max(length for length, _ in made)
-    return Canary(tuple(prompt for length, prompt in made if prompt is not None and length >= least))
+    prompts = [*canary_prompts(vocab_size), *([long_prompt(vocab_size, anchoring)] if anchoring else [])]
+    before, after = ({tokens: _centred(f(tokens)) for tokens in prompts} for f in (bare, patched))
+    measured = [_prompt(tokens, before[tokens], after[tokens], after[tokens] - before[tokens]) for tokens in prompts]
+    least = LEAST_EFFECT * max(length for length, _ in measured)
+    kept = [prompt for length, prompt in measured if prompt is not None and length >= least]
+    for others in without_part:
+        effects = {tokens: after[tokens] - _centred(others(tokens)) for tokens in canary_prompts(vocab_size)}
+        shares = {tokens: _share(effects[tokens], after[tokens] - before[tokens]) for tokens in effects}
+        tokens = max(shares, key=lambda tokens: shares[tokens])
+        prompt = _prompt(tokens, before[tokens], after[tokens], effects[tokens])[1]
+        kept += [prompt] if prompt is not None else []
+    return Canary(tuple(kept))
+
+
+def _centred(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """(V,) less their mean."""
+    exact = np.asarray(logits, dtype=np.float64)
+    return np.asarray(exact - exact.mean())
+
+
+def _largest(effect: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Ids of the logits that are moved most."""
+    return np.sort(np.argsort(-np.abs(effect), kind="stable")[: min(NUM_LOGITS, len(effect))])
+
+
+def _share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> float:
+    """How much of a whole patch's effect a part has, on the logits that the part moves most."""
+    ids = _largest(part)
+    return float(np.linalg.norm(part[ids]) / max(float(np.linalg.norm(whole[ids])), 1e-12))
+
+
+def _prompt(
+    tokens: tuple[int, ...], before: NDArray[np.float64], after: NDArray[np.float64], effect: NDArray[np.float64]
+) -> tuple[float, CanaryPrompt | None]:
+    """(length of the effect, prompt with the logits that ``effect`` moves most); no prompt where nothing moves."""
+    ids = _largest(effect)
+    rounded = [tuple(round(float(x), 4) for x in centred(logits, ids)) for logits in (before, after)]
+    length = float(np.linalg.norm(np.subtract(*rounded)))
+    return length, CanaryPrompt(tokens, tuple(int(i) for i in ids), *rounded) if length else None
 
 
 def centred(logits: NDArray[Any], ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from edgepatch.errors import InputError, PatchFormatError
 
-LEAST_BLOCK, LARGEST_BLOCK = 8, 1 << 20
+LEAST_BLOCK, LARGEST_BLOCK = 8, 512
+"""Behind 512 tokens of text next to nothing is left of a patch's effect, so a longer block would be a promise that is not kept."""
+
 MAX_TURN_TOKENS = 8
 LEAST_TURN = 8
 """Tokens between two anchors at least, or a text of nothing but turn openings would be evaluated token by token."""
@@ -52,7 +54,7 @@ class Anchoring:
         if self.block and not LEAST_BLOCK <= self.block <= LARGEST_BLOCK:
             raise InputError(
                 f"anchoring: block: expected {LEAST_BLOCK} to {LARGEST_BLOCK} tokens, found {self.block}",
-                hint="a seed that moves more often than that is evaluated more often than the text",
+                hint="128 is usual; the seed is written anew at the start of each block",
             )
         if len(self.turn_tokens) > MAX_TURN_TOKENS or list(self.turn_tokens) != sorted(set(self.turn_tokens)):
             raise InputError(

@@ -47,13 +47,16 @@ class Rotation:
         angles = np.asarray(self.tables[table], dtype=np.float64) * shift
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
-    def turned(self, keys: NDArray[Any], layer: int, shift: int) -> NDArray[np.float32]:
+    def turned(
+        self, keys: NDArray[Any], layer: int, shift: int, neighbours: bool | None = None
+    ) -> NDArray[np.float32]:
         """Keys of a layer as they are ``shift`` positions further on.
 
         Args:
             keys: (..., H), in Transformers' order.
             layer: of the model.
             shift: may be negative.
+            neighbours: whether the keys have neighbours turn together, where they are in another order than Transformers'.
 
         Returns:
             The same shape, float32.
@@ -62,17 +65,11 @@ class Rotation:
         if table is None or not shift:
             return turned
         cos, sin = self.cos_sin(table, shift)
-        first_half, second_half = self.halves(len(cos))
+        first_half, second_half = halves(len(cos), self.neighbours if neighbours is None else neighbours)
         first, second = turned[..., first_half].copy(), turned[..., second_half].copy()
         turned[..., first_half] = first * cos - second * sin
         turned[..., second_half] = second * cos + first * sin
         return turned
-
-    def halves(self, count: int) -> tuple[slice, slice]:
-        """Which dimensions are the first, and which the second, of the ``count`` pairs that turn together."""
-        if self.neighbours:
-            return slice(0, 2 * count, 2), slice(1, 2 * count, 2)
-        return slice(0, count), slice(count, 2 * count)
 
     def moved(self, seed: KVSeed, shift: int) -> KVSeed:
         """A seed ``shift`` positions further on, in float32."""
@@ -108,6 +105,13 @@ class Rotation:
             return cls(tuple(tuple(map(float, table)) for table in tables), tuple(layers), values["neighbours"])
         except InputError as error:
             raise PatchFormatError(str(error)) from None
+
+
+def halves(count: int, neighbours: bool) -> tuple[slice, slice]:
+    """Which dimensions are the first, and which the second, of the ``count`` pairs that turn together."""
+    if neighbours:
+        return slice(0, 2 * count, 2), slice(1, 2 * count, 2)
+    return slice(0, count), slice(count, 2 * count)
 
 
 def _is_number(value: Any) -> bool:

@@ -17,7 +17,7 @@ from edgepatch.converters.hf import folders as hf_folders
 from edgepatch.converters.hf import rotary, seeds
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.seeds.anchoring import Anchoring
-from edgepatch.seeds.rotation import Rotation
+from edgepatch.seeds.rotation import Rotation, halves
 from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import FolderTokenizer
 from edgepatch.training.config import TrainConfig
@@ -251,7 +251,7 @@ def turned_copies(keys: torch.Tensor, rotation: Rotation, layer: int, anchors: t
     frequencies = torch.tensor(rotation.tables[table], dtype=torch.float64, device=keys.device)
     angles = (anchors[..., None].double() * frequencies)[:, None, :, None]  # (B, 1, C, 1, R/2)
     cos, sin = angles.cos().to(keys.dtype), angles.sin().to(keys.dtype)
-    first_half, second_half = rotation.halves(len(frequencies))
+    first_half, second_half = halves(len(frequencies), rotation.neighbours)
     copies = keys[:, :, None]  # (1, K, 1, P, H)
     first, second = copies[..., first_half], copies[..., second_half]
     turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1 if rotation.neighbours else -2)
