@@ -71,6 +71,54 @@ def seeded_cache(model: PreTrainedModel, seed: KVSeed) -> DynamicCache:
     return cache
 
 
+def replace_keys(cache: DynamicCache, keys: Sequence[NDArray[np.float32]]) -> None:
+    """Puts a seed's keys, turned to another place, in place of those in a cache.
+
+    Args:
+        cache: of one row, which begins with the seed.
+        keys: L arrays (K, P, H).
+    """
+    import torch
+
+    for layer, key in zip(cache.layers, keys, strict=True):
+        turned = torch.from_numpy(key).to(layer.keys.device, layer.keys.dtype)[None]
+        layer.keys = torch.cat([turned, layer.keys[:, :, turned.shape[2] :]], dim=2)
+
+
+def masks_behind(model: PreTrainedModel, num_virtual: int, anchor: int, held: int, length: int) -> Any:
+    """Attention masks under which layers with a sliding window see a seed at its place, and not where its cells stand in the cache.
+
+    Args:
+        model: attention only.
+        num_virtual: P.
+        anchor: text position that the seed stands in front of.
+        held: tokens of text in the cache.
+        length: T, tokens to be evaluated.
+
+    Returns:
+        What the model takes as ``attention_mask``: additive (1, 1, T, P + held + T) masks by kind of layer, or one where all are
+        of one kind; ``None`` where no layer has a window.
+    """
+    import torch
+
+    config = text_config(model.config)
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"]))
+    if "sliding_attention" not in kinds or not window:
+        return None
+    queries = num_virtual + torch.arange(held, held + length)[:, None]
+    keys = torch.cat([torch.arange(num_virtual) + anchor, num_virtual + torch.arange(held + length)])[None]
+    is_seed = torch.arange(num_virtual + held + length)[None] < num_virtual
+    seen = {"full_attention": is_seed | (keys <= queries)}
+    seen["sliding_attention"] = seen["full_attention"] & (queries - keys < window)
+    masks = {
+        kind: torch.zeros(seen[kind].shape, dtype=model.dtype).masked_fill_(~seen[kind], torch.finfo(model.dtype).min)
+        for kind in kinds
+    }
+    masks = {kind: mask[None, None].to(model.device) for kind, mask in masks.items()}
+    return masks if hasattr(config, "layer_types") and len(kinds) > 1 else masks["sliding_attention"]
+
+
 def compute_kv_seed(
     model: PreTrainedModel, soft_prompt: SoftPrompt, dtype: type[np.floating[Any]] = np.float32
 ) -> KVSeed:
