@@ -27,8 +27,8 @@ from edgepatch.converters.gguf.specs import spec_of
 from edgepatch.converters.gguf.writer import quantize
 from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import CONFIG_KEY, Origin
-from edgepatch.converters.outputs import folder_beside, replacing_folder, require_space, unwritable
 from edgepatch.errors import InputError
+from edgepatch.files.writing import folder_beside, replacing_folder, require_space, unwritable
 from edgepatch.tensors import ModelSpec
 
 NORMALLY_F16_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}

@@ -20,16 +20,9 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import architectures
 from edgepatch.errors import InputError, MissingExtraError, PatchFormatError, UntrustedError
-from edgepatch.patch.canonical import canonical_json, parse_json
-from edgepatch.patch.file import (
-    MAX_FILE_BYTES,
-    METADATA_KEY,
-    SIGNATURES_KEY,
-    Patch,
-    parse_patch,
-    patch_bytes,
-    write_atomically,
-)
+from edgepatch.files.canonical import canonical_json, parse_json
+from edgepatch.files.writing import write_atomically
+from edgepatch.patch.file import MAX_FILE_BYTES, METADATA_KEY, SIGNATURES_KEY, Patch, parse_patch, patch_bytes
 from edgepatch.trust.signatures import Signature
 
 SOFT_PROMPT, KV_SEED = "edgepatch.soft_prompt", "edgepatch.kv_seed"
