@@ -19,8 +19,9 @@ from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.errors import InputError
+from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
-from edgepatch.patch.file import Patch, write_atomically, write_patch
+from edgepatch.patch.file import Patch, write_patch
 from edgepatch.progress import Progress, silent, stage, within
 from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
 from edgepatch.runtimes.reference import TorchRuntime

@@ -62,7 +62,7 @@ def read_memory(file: Path) -> dict[str, Any]:
 
 def keep_memory(file: Path, known: dict[str, Any]) -> None:
     """Remembers a JSON object, where the device can: on one that cannot be written to it is found out each time."""
-    from edgepatch.patch.file import write_atomically  # a child, whose start is paid for, keeps nothing
+    from edgepatch.files.writing import write_atomically  # a child, whose start is paid for, keeps nothing
 
     with contextlib.suppress(InputError):
         write_atomically(file, json.dumps(known).encode())

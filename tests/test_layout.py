@@ -19,6 +19,7 @@ LAYERS = {
     "edgepatch.errors": 0,
     "edgepatch.compilation": 1,
     "edgepatch.cores": 1,
+    "edgepatch.files": 1,
     "edgepatch.interrupts": 1,
     "edgepatch.known_models": 1,
     "edgepatch.pages": 1,

@@ -15,7 +15,7 @@ from typing import Any
 from edgepatch.bench.columns import Column, columns
 from edgepatch.bench.safety.retained import Sizes
 from edgepatch.errors import InputError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 
 DOMAINS = ("toxicity", "gender", "harm")
 UNTRAINED_ARMS = ("bare", "safe_prompt", "reference")

@@ -30,7 +30,7 @@ from edgepatch.bench.evidence.workers import measure_cells
 from edgepatch.bench.report.evidence_page import render_page
 from edgepatch.bench.report.evidence_tables import write_tables
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 from edgepatch.progress import OF_STREAM, Lines, Progress, logged, silent
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -23,7 +23,7 @@ from typing import Any
 from edgepatch.bench.first_contact.corpus import corpus
 from edgepatch.bench.first_contact.forged import DIED, UNCAUGHT, judge, table
 from edgepatch.converters.machine_identity import CACHE_VARIABLE
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 
 COMMAND = "python -m edgepatch.bench.first_contact --forged --model SmolLM2-135M-Instruct.Q4_1.gguf"
 LOAD = """

@@ -9,8 +9,8 @@ from typing import Any
 from edgepatch.bench.evidence.cells import GOAL_COLUMNS, REFERENCE_COLUMN
 from edgepatch.bench.report.evidence_plots import ARM_NAMES, scaled
 from edgepatch.errors import InputError
+from edgepatch.files.writing import write_atomically
 from edgepatch.pages import format_number
-from edgepatch.patch.file import write_atomically
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]

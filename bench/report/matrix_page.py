@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edgepatch.errors import InputError
+from edgepatch.files.writing import write_atomically
 from edgepatch.pages import STYLE, as_number, curve_chart, facts, format_number, section
-from edgepatch.patch.file import write_atomically
 
 Document = Mapping[str, Any]
 Cell = Mapping[str, Any]

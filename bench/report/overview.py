@@ -18,8 +18,8 @@ from edgepatch.bench.report.evidence_tables import fill_markers
 from edgepatch.bench.report.files import RESULT_FILES, Document, ResultFile, latency_runs
 from edgepatch.bench.report.parts import Block, Section, code, paragraph, table
 from edgepatch.errors import InputError
+from edgepatch.files.writing import write_atomically
 from edgepatch.pages import STYLE, facts
-from edgepatch.patch.file import write_atomically
 
 TITLE = "edgepatch: what a patch gives, and what it costs"
 OWN_STYLE = """

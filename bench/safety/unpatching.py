@@ -23,8 +23,9 @@ import edgepatch
 from edgepatch.bench.likelihoods import tokens_behind
 from edgepatch.bench.metrics import expected_max_toxicity, paired_bootstrap_difference
 from edgepatch.decoding.sampling import Sampling
+from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
-from edgepatch.patch.file import read_patch, write_atomically
+from edgepatch.patch.file import read_patch
 from edgepatch.prompts.sets import load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.base import Runtime

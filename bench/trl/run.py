@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.bench.trl.contestants import OwnContestant, Stage, TrlContestant, config_of, make_pairs
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 from edgepatch.progress import OF_STREAM, Lines, Progress, logged
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training.pairs.preferences import Pair

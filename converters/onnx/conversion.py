@@ -32,9 +32,9 @@ from edgepatch.converters.onnx.graphs import quantization, recognise
 from edgepatch.converters.onnx.identity import QUANTIZATIONS, identity, stamp
 from edgepatch.converters.onnx.precision import reduce
 from edgepatch.converters.onnx.sessions import open_session, prove_session
-from edgepatch.converters.outputs import replacing_folder, unwritable
 from edgepatch.converters.peft.lora import merge_lora
 from edgepatch.errors import InputError
+from edgepatch.files.writing import replacing_folder, unwritable
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import ModelSpec
 from edgepatch.text.tokenizers import FolderTokenizer

@@ -30,7 +30,8 @@ from edgepatch.converters.peft.settings import (
     read_config,
 )
 from edgepatch.errors import InputError, MismatchError
-from edgepatch.patch.file import MAX_FILE_BYTES, PROMPT_TENSOR, Patch, write_atomically
+from edgepatch.files.writing import write_atomically
+from edgepatch.patch.file import MAX_FILE_BYTES, PROMPT_TENSOR, Patch
 from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -25,7 +25,7 @@ from edgepatch.converters.hf import folders
 from edgepatch.converters.peft.adapters import CONFIG_FILE, TENSOR_FILE
 from edgepatch.converters.peft.settings import MAX_CONFIG_BYTES, read_capped
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 
 IGNORED = frozenset(
     {

@@ -21,7 +21,8 @@ from typing import BinaryIO
 from edgepatch.bundles import archive, contents
 from edgepatch.bundles.contents import Manifest, Member
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
-from edgepatch.patch.file import PAYLOAD_TYPE, Patch, parse_patch, write_atomically
+from edgepatch.files.writing import write_atomically
+from edgepatch.patch.file import PAYLOAD_TYPE, Patch, parse_patch
 from edgepatch.store.device import NOTHING_ALLOWED, Change, Store
 from edgepatch.store.policy import Allowances
 from edgepatch.tensors import ModelSpec

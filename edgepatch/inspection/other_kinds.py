@@ -15,9 +15,9 @@ from edgepatch.converters.peft.adapters import CONFIG_FILE, PICKLES, TENSOR_FILE
 from edgepatch.converters.peft.settings import PEFT_TYPES
 from edgepatch.converters.weight_tables import read_table
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
+from edgepatch.files.canonical import parse_json
 from edgepatch.inspection.facts import told
 from edgepatch.inspection.kinds import Kind, Recognised
-from edgepatch.patch.canonical import parse_json
 
 MAX_MANIFEST_BYTES = 2**20
 BLOCK_BYTES = 512

@@ -9,10 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import stat
-import tempfile
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -23,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.errors import InputError, PatchFormatError, UntrustedError
-from edgepatch.patch.canonical import MAX_WHOLE, canonical_json, parse_json
+from edgepatch.files.canonical import MAX_WHOLE, canonical_json, parse_json
+from edgepatch.files.reading import read_bounded
+from edgepatch.files.writing import write_atomically
 from edgepatch.patch.sketches import Sketch
 from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt
 from edgepatch.trust.signatures import MANIFEST_TYPE, MAX_SIGNATURES, Signature
@@ -312,29 +311,6 @@ def patch_bytes(patch: Patch) -> bytes:
     return data
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it has the old or the new content, never a part.
-
-    Raises:
-        InputError: the folder cannot be written or the disk is full; the old file stays.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}", hint="free space or name another folder") from error
-
-
 def write_patch(patch: Patch, path: Path | str) -> str:
     """Writes the patch file and returns the patch's digest.
 
@@ -355,28 +331,29 @@ def read_patch(path: Path | str) -> Patch:
         InputError: the file is missing, no regular file, or cannot be read.
         PatchFormatError: the file is not a patch, is damaged, or is of an unknown version.
     """
-    path = Path(path)
+    return parse_patch_file(Path(path), read_patch_bytes(Path(path)))
+
+
+def read_patch_bytes(path: Path) -> bytes:
+    """The bytes of what should be a patch file.
+
+    Raises:
+        InputError: the file is missing, no regular file, or cannot be read.
+        PatchFormatError: it is too large.
+    """
+    return read_bounded(path, MAX_FILE_BYTES, "patch", oversize=PatchFormatError)
+
+
+def parse_patch_file(path: Path, data: bytes) -> Patch:
+    """As ``parse_patch``; errors name the file.
+
+    Raises:
+        PatchFormatError: the bytes break the format.
+    """
     try:
-        return parse_patch(_read_bounded(path))
+        return parse_patch(data)
     except PatchFormatError as error:
         raise PatchFormatError(f"{path}: {error}", error.hint or "get the file again from its vendor") from None
-
-
-def _read_bounded(path: Path) -> bytes:
-    """The whole file through one handle; its kind and size are known before anything is read, and no more is read than that."""
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        try:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"cannot read patch {path}: it is no regular file", hint="name the patch file itself")
-            _check_size(status.st_size)
-            with open(handle, "rb", closefd=False) as file:
-                return file.read(status.st_size + 1)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise InputError(f"cannot read patch {path}: {error.strerror}", hint="check the path") from error
 
 
 def _check_size(size: int) -> None:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from edgepatch.errors import InputError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 from edgepatch.runtimes.base import Runtime
 
 FORMAT = "edgepatch-conversation-1"

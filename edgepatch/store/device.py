@@ -15,8 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
-from edgepatch.patch.file import DIGEST, MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch
+from edgepatch.errors import EdgepatchError, InputError, UntrustedError
+from edgepatch.patch.file import DIGEST, MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch_file, read_patch_bytes
 from edgepatch.store import files
 from edgepatch.store.changes import Change as Change
 from edgepatch.store.changes import RootChange as RootChange
@@ -81,11 +81,8 @@ class Store(StoreReader):
             MismatchError: it was made for another model.
             EdgepatchError: the base is held, another change takes too long, or the disk fails. The old patch stays active.
         """
-        data = files.read_patch_file(path, MAX_FILE_BYTES)
-        try:
-            patch = parse_patch(data)
-        except PatchFormatError as error:
-            raise PatchFormatError(f"{path}: {error}", error.hint or "get the file again from its vendor") from None
+        data = read_patch_bytes(path)
+        patch = parse_patch_file(path, data)
         with self._changing() as (state, trust):
             signed_by = self._check(patch, allowances, model, channel, state, trust)
             return self._activate(patch, data, allowances, signed_by, state, trust)

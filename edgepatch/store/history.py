@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgepatch.errors import UntrustedError
+from edgepatch.files.canonical import canonical_json, parse_canonical
 from edgepatch.store.records import NO_LINE, HistoryMark
-from edgepatch.trust.signatures import canonical_json, parse_canonical
 
 MAX_HISTORY_BYTES = 64 * 1024 * 1024
 

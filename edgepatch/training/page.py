@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from edgepatch.files.writing import write_atomically
 from edgepatch.pages import STYLE, curve_chart, facts, section
-from edgepatch.patch.file import write_atomically
 from edgepatch.training.config import History
 
 TITLES = {

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from attacks.mutations import mutated_bytes, mutated_patch
 from edgepatch.errors import PatchFormatError
+from edgepatch.files.canonical import canonical_json
 from edgepatch.patch import file as patches
-from edgepatch.patch.canonical import canonical_json
 from edgepatch.patch.file import PAYLOAD_TYPE, parse_patch, patch_bytes, read_patch
 from edgepatch.trust.roots import read_root
 from edgepatch.trust.verification import verify_threshold

@@ -20,7 +20,8 @@ import pytest
 
 from attacks.mutations import assembled
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
-from edgepatch.patch.canonical import canonical_json, parse_json
+from edgepatch.files.canonical import canonical_json, parse_json
+from edgepatch.files.writing import write_atomically
 from edgepatch.patch.file import (
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
@@ -34,7 +35,6 @@ from edgepatch.patch.file import (
     patch_bytes,
     read_patch,
     signed,
-    write_atomically,
     write_patch,
 )
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, SoftPrompt

@@ -35,6 +35,16 @@ def require_space(target: Path, num_bytes: int) -> None:
         )
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that it has the old or the new content, never a part.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full; the old file stays.
+    """
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """A temporary file beside ``target`` that takes its place when the block succeeds, and is removed otherwise.
@@ -67,7 +77,7 @@ def unwritable(target: Path, error: OSError) -> InputError:
 
 @contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk as ``target``, removed at the end."""
+    """A temporary folder on the same disk as ``target``, made with the folders above it, and removed at the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         yield Path(folder)
