@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.converters.hf import seeds
+from edgepatch.converters.hf import caches
 from edgepatch.converters.hf.folders import text_config
 from edgepatch.errors import InputError
 from edgepatch.seeds.rotation import Rotation
@@ -39,7 +39,7 @@ def read_rotation(model: PreTrainedModel) -> Rotation:
         InputError: keys of this model cannot be turned; why.
     """
     kind = model.config.model_type
-    if not seeds.is_attention_only(model):
+    if not caches.is_attention_only(model):
         raise InputError(
             f"{kind} has recurrent layers: their memory has no place, so its seeds cannot move",
             hint="leave the patch at the start of the text",
@@ -86,7 +86,7 @@ def _keys_at(model: PreTrainedModel, first: int) -> list[NDArray[np.float32]]:
     vocab_size = int(text_config(model.config).vocab_size)
     ids = torch.tensor([[(i * vocab_size) // (NUM_TOKENS + 1) for i in range(1, NUM_TOKENS + 1)]], device=model.device)
     positions = torch.arange(first, first + NUM_TOKENS, device=model.device)[None]
-    cache = seeds.new_cache(model)
+    cache = caches.new_cache(model)
     with torch.inference_mode():
         model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     return [layer.keys[0].float().cpu().numpy() for layer in cache.layers]

@@ -14,110 +14,16 @@ from numpy.typing import NDArray
 from edgepatch.errors import InputError
 from edgepatch.patch import canary
 from edgepatch.patch.file import Patch
+from edgepatch.seeds.anchoring import Anchoring, Span
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import Canary, KVSeed, SoftPrompt
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
+from edgepatch.converters.hf.caches import is_attention_only, masks_behind, new_cache, prefill, replace_keys, seeded_cache
 from edgepatch.converters.hf.folders import load_model, read_spec, text_config
-
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-
-
-def is_attention_only(model: PreTrainedModel) -> bool:
-    """Whether every layer remembers by keys and values alone, so that a seed can hold all of its memory."""
-    return set(getattr(text_config(model.config), "layer_types", None) or ()) <= ATTENTION_LAYERS
-
-
-def has_full_attention(model: PreTrainedModel) -> bool:
-    """Whether every layer sees all that stands before a token: no sliding window, no recurrent layer."""
-    config = text_config(model.config)
-    layers = getattr(config, "layer_types", None)
-    if layers:
-        return set(layers) == {"full_attention"}
-    return not getattr(config, "sliding_window", None)
-
-
-def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache that forgets nothing.
-
-    Transformers' own choice for a model with sliding windows drops what lies behind the window, so that it could not be cut
-    back; recurrent layers need the configured kind.
-    """
-    from transformers import DynamicCache
-
-    return DynamicCache() if is_attention_only(model) else DynamicCache(config=model.config)
-
-
-def prefill(model: PreTrainedModel, soft_prompt: SoftPrompt) -> DynamicCache:
-    """The model's memory of the virtual tokens."""
-    import torch
-
-    cache = new_cache(model)
-    embeddings = torch.tensor(soft_prompt.embeddings, device=model.device)[None]  # (1, P, D)
-    with torch.inference_mode():
-        model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
-    return cache
-
-
-def seeded_cache(model: PreTrainedModel, seed: KVSeed) -> DynamicCache:
-    """A cache that holds a seed, in float32."""
-    import torch
-
-    cache = new_cache(model)
-    for layer, (key, value) in enumerate(zip(seed.keys, seed.values, strict=True)):
-        tensors = [torch.tensor(t.astype(np.float32), device=model.device)[None] for t in (key, value)]
-        cache.update(*tensors, layer)  # (1, K, P, H)
-    return cache
-
-
-def replace_keys(cache: DynamicCache, keys: Sequence[NDArray[np.float32]]) -> None:
-    """Puts a seed's keys, turned to another place, in place of those in a cache.
-
-    Args:
-        cache: of one row, which begins with the seed.
-        keys: L arrays (K, P, H).
-    """
-    import torch
-
-    for layer, key in zip(cache.layers, keys, strict=True):
-        turned = torch.from_numpy(key).to(layer.keys.device, layer.keys.dtype)[None]
-        layer.keys = torch.cat([turned, layer.keys[:, :, turned.shape[2] :]], dim=2)
-
-
-def masks_behind(model: PreTrainedModel, num_virtual: int, anchor: int, held: int, length: int) -> Any:
-    """Attention masks under which layers with a sliding window see a seed at its place, and not where its cells stand in the cache.
-
-    Args:
-        model: attention only.
-        num_virtual: P.
-        anchor: text position that the seed stands in front of.
-        held: tokens of text in the cache.
-        length: T, tokens to be evaluated.
-
-    Returns:
-        What the model takes as ``attention_mask``: additive (1, 1, T, P + held + T) masks by kind of layer, or one where all are
-        of one kind; ``None`` where no layer has a window.
-    """
-    import torch
-
-    config = text_config(model.config)
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"]))
-    if "sliding_attention" not in kinds or not window:
-        return None
-    queries = num_virtual + torch.arange(held, held + length)[:, None]
-    keys = torch.cat([torch.arange(num_virtual) + anchor, num_virtual + torch.arange(held + length)])[None]
-    is_seed = torch.arange(num_virtual + held + length)[None] < num_virtual
-    seen = {"full_attention": is_seed | (keys <= queries)}
-    seen["sliding_attention"] = seen["full_attention"] & (queries - keys < window)
-    masks = {
-        kind: torch.zeros(seen[kind].shape, dtype=model.dtype).masked_fill_(~seen[kind], torch.finfo(model.dtype).min)
-        for kind in kinds
-    }
-    masks = {kind: mask[None, None].to(model.device) for kind, mask in masks.items()}
-    return masks if hasattr(config, "layer_types") and len(kinds) > 1 else masks["sliding_attention"]
-
+from edgepatch.converters.hf.rotary import read_rotation
 
 def compute_kv_seed(
     model: PreTrainedModel, soft_prompt: SoftPrompt, dtype: type[np.floating[Any]] = np.float32
@@ -145,42 +51,92 @@ def compute_kv_seed(
     return KVSeed(keys, values)
 
 
-def compute_canary(model: PreTrainedModel, soft_prompt: SoftPrompt | None, seed: KVSeed | None = None) -> Canary:
+def compute_canary(
+    model: PreTrainedModel,
+    soft_prompt: SoftPrompt | None,
+    seed: KVSeed | None = None,
+    rotation: Rotation | None = None,
+    anchoring: Anchoring | None = None,
+) -> Canary:
     """The full-precision model's answer to the canary's prompts, without and with the patch.
 
     Args:
         model: the full-precision base.
         soft_prompt: the patch's; where it has none, its seed is used.
         seed: a trained K/V prefix.
+        rotation: of the model's keys, where the seed moves.
+        anchoring: where the seed stands; ``None`` leaves it at the start.
     """
-    import torch
-
-    if soft_prompt is not None:
-        memory = prefill(model, soft_prompt)
-    else:
+    if soft_prompt is None:
         assert seed is not None  # a patch has one of them
         memory = seeded_cache(model, seed)
-
-    def answer(tokens: Sequence[int], cache: DynamicCache) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            output = model(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache)
-        logits: NDArray[np.float32] = output.logits[0, -1].float().cpu().numpy()
-        return logits
-
+    else:
+        memory = prefill(model, soft_prompt)
     vocab_size = int(text_config(model.config).vocab_size)
     return canary.make_canary(
         vocab_size,
-        lambda tokens: answer(tokens, new_cache(model)),
-        lambda tokens: answer(tokens, copy.deepcopy(memory)),
+        lambda tokens: logits_behind(model, new_cache(model), tokens),
+        lambda tokens: logits_behind(model, copy.deepcopy(memory), tokens, rotation, anchoring),
+        anchoring,
     )
 
 
+def logits_behind(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    tokens: Sequence[int],
+    rotation: Rotation | None = None,
+    anchoring: Anchoring | None = None,
+) -> NDArray[np.float32]:
+    """(V,) logits after a text.
+
+    Args:
+        model: the full-precision base.
+        cache: holds nothing or a seed at the start; it takes the text in.
+        tokens: T ids.
+        rotation: of the model's keys, where the seed moves.
+        anchoring: where the seed stands.
+    """
+    import torch
+
+    num_virtual = cache.get_seq_length()
+    at_start = [layer.keys[0].float().cpu().numpy() for layer in cache.layers] if anchoring else []
+    spans = list(anchoring.spans(tokens)) if anchoring else [Span(0, len(tokens), 0)]
+    for start, end, anchor in spans:
+        masks: dict[str, Any] = {}
+        if anchor:
+            assert rotation is not None  # a patch with an anchoring has one
+            replace_keys(cache, [rotation.turned(key, layer, anchor) for layer, key in enumerate(at_start)])
+            masks = {"attention_mask": masks_behind(model, num_virtual, anchor, start, end - start)}
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens[start:end])], device=model.device)
+            output = model(input_ids=ids, past_key_values=cache, **masks)
+    logits: NDArray[np.float32] = output.logits[0, -1].float().cpu().numpy()
+    return logits
+
+
 def complete(patch: Patch, model: PreTrainedModel) -> Patch:
-    """The patch with what its full-precision model can tell: a float16 seed of its soft prompt, and a canary."""
+    """The patch with what its full-precision model can tell: a float16 seed of its soft prompt, how its keys turn, and a canary.
+
+    Raises:
+        InputError: its seed shall move, and keys of this model do not turn.
+    """
     seed = patch.kv_seed
     if patch.soft_prompt is not None and is_attention_only(model):
         seed = compute_kv_seed(model, patch.soft_prompt, np.float16)
-    return replace(patch, kv_seed=seed, canary=compute_canary(model, patch.soft_prompt, seed))
+    rotation = _rotation_of(patch, model)
+    measured = compute_canary(model, patch.soft_prompt, seed, rotation, patch.anchoring)
+    return replace(patch, kv_seed=seed, rotation=rotation, canary=measured)
+
+
+def _rotation_of(patch: Patch, model: PreTrainedModel) -> Rotation | None:
+    """``None`` where keys of the model do not turn and the seed stays."""
+    try:
+        return read_rotation(model)
+    except InputError:
+        if patch.anchoring is not None:
+            raise
+        return None
 
 
 def with_kv_seed(patch: Patch, folder: Path) -> Patch:

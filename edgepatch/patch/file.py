@@ -24,10 +24,14 @@ from edgepatch.files.canonical import MAX_WHOLE, canonical_json, parse_json
 from edgepatch.files.reading import read_bounded
 from edgepatch.files.writing import write_atomically
 from edgepatch.patch.sketches import Sketch
+from edgepatch.seeds.anchoring import Anchoring
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt
 from edgepatch.trust.signatures import MANIFEST_TYPE, MAX_SIGNATURES, Signature
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""A patch whose seed can move is of version 2; one whose seed stays is written as version 1, which older devices read."""
+
 METADATA_KEY = "edgepatch.manifest"
 SIGNATURES_KEY = "edgepatch.signatures"
 PAYLOAD_TYPE = MANIFEST_TYPE
@@ -74,6 +78,8 @@ class Patch:
         chat_template: SHA-256 of the chat template that it was trained with, or "".
         supersedes: digests of the patches that it replaces.
         parts: digests of the patches that it was composed of, in order.
+        rotation: how the keys of its base turn with their place; ``None`` where its seed cannot be moved, or nobody has said how.
+        anchoring: where its seed stands in a text; ``None`` leaves it at the start of all.
         signatures: over ``manifest``; not part of the digest.
     """
 
@@ -95,6 +101,8 @@ class Patch:
     chat_template: str = ""
     supersedes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    rotation: Rotation | None = None
+    anchoring: Anchoring | None = None
     signatures: tuple[Signature, ...] = ()
 
     def __post_init__(self) -> None:
@@ -103,6 +111,7 @@ class Patch:
         _check_tensors(self)
         _check_bounds(_tensors(self))
         _check_values(self)
+        _check_movement(self)
         for prompt in self.canary.prompts if self.canary else ():
             if not all(0 <= i < self.base.vocab_size for i in (*prompt.tokens, *prompt.token_ids)):
                 raise PatchFormatError(f"canary: expected ids below the vocabulary's {self.base.vocab_size}")
@@ -141,6 +150,21 @@ def _check_tensors(patch: Patch) -> None:
         if layers != patch.base.num_hidden_layers or patch.kv_seed.keys[0].shape != shape:
             found = f"{layers} layers of {patch.kv_seed.keys[0].shape}"
             raise PatchFormatError(f"KV seed: expected {patch.base.num_hidden_layers} layers of {shape}, found {found}")
+
+
+def _check_movement(patch: Patch) -> None:
+    rotation, anchoring = patch.rotation, patch.anchoring
+    if anchoring is not None and rotation is None:
+        raise PatchFormatError("manifest: anchoring: expected a rotation as well, found none: nobody says how keys turn")
+    if rotation is not None:
+        longest = 2 * max(map(len, rotation.tables), default=0)
+        if len(rotation.layers) != patch.base.num_hidden_layers or longest > patch.base.head_dim:
+            raise PatchFormatError(
+                f"manifest: rotation: expected {patch.base.num_hidden_layers} layers of at most {patch.base.head_dim} dimensions, "
+                f"found {len(rotation.layers)} of {longest}"
+            )
+    if anchoring is not None and not all(token < patch.base.vocab_size for token in anchoring.turn_tokens):
+        raise PatchFormatError(f"anchoring: expected turn tokens below the vocabulary's {patch.base.vocab_size}")
 
 
 def _check_values(patch: Patch) -> None:
@@ -215,8 +239,12 @@ def _tensors(patch: Patch) -> dict[str, NDArray[Any]]:
 
 
 def _manifest_of(patch: Patch) -> dict[str, Any]:
+    moves: dict[str, Any] = {}
+    if patch.rotation is not None:
+        anchoring = patch.anchoring.as_dict() if patch.anchoring else None
+        moves = {"rotation": patch.rotation.as_dict(), "anchoring": anchoring}
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if moves else 1,
         "name": patch.name,
         "version": patch.version,
         "channel": patch.channel,
@@ -235,6 +263,7 @@ def _manifest_of(patch: Patch) -> dict[str, Any]:
         "canary": patch.canary.as_dict() if patch.canary else None,
         "supersedes": list(patch.supersedes),
         "parts": list(patch.parts),
+        **moves,
     }
 
 
@@ -259,7 +288,10 @@ MANIFEST_KINDS: dict[str, type | tuple[type, ...]] = {
     "supersedes": list,
     "parts": list,
 }
-"""The closed set of the manifest's keys, with what each holds."""
+"""The closed set of the keys of a manifest of version 1, with what each holds."""
+
+MOVEMENT_KINDS: dict[str, type | tuple[type, ...]] = {"rotation": dict, "anchoring": (dict, type(None))}
+"""What version 2 adds."""
 
 
 # Writing.
@@ -387,14 +419,15 @@ def _read_manifest(metadata: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise PatchFormatError("not an edgepatch file: it has no readable manifest")
     version = manifest["format_version"]
-    if isinstance(version, bool) or version != FORMAT_VERSION:
-        raise PatchFormatError(f"format version: expected {FORMAT_VERSION}, found {version!r:.40}", "update edgepatch")
-    if set(manifest) != set(MANIFEST_KINDS):
-        differing = sorted(set(manifest) ^ set(MANIFEST_KINDS))
+    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
         raise PatchFormatError(
-            f"manifest: expected the keys {sorted(MANIFEST_KINDS)}; unknown or missing: {differing!r:.200}"
+            f"format version: expected 1 or {FORMAT_VERSION}, found {version!r:.40}", "update edgepatch"
         )
-    for key, kind in MANIFEST_KINDS.items():
+    kinds = MANIFEST_KINDS if version == 1 else MANIFEST_KINDS | MOVEMENT_KINDS
+    if set(manifest) != set(kinds):
+        differing = sorted(set(manifest) ^ set(kinds))
+        raise PatchFormatError(f"manifest: expected the keys {sorted(kinds)}; unknown or missing: {differing!r:.200}")
+    for key, kind in kinds.items():
         if not isinstance(manifest[key], kind) or isinstance(manifest[key], bool):
             raise PatchFormatError(f"manifest: {key}: a {type(manifest[key]).__name__} is out of place")
     return manifest
@@ -508,14 +541,17 @@ def _assemble(manifest: dict[str, Any], tensors: dict[str, NDArray[Any]], signat
         "summary",
         "chat_template",
     )
+    base, rotation, anchoring = ModelSpec.from_dict(manifest["base"]), manifest.get("rotation"), manifest.get("anchoring")
     patch = Patch(
-        base=ModelSpec.from_dict(manifest["base"]),
+        base=base,
         soft_prompt=prompt,
         kv_seed=seed,
         canary=None if canary is None else Canary.from_dict(canary),
         weight_sketch=None if sketch is None else Sketch.from_dict(sketch),
         supersedes=tuple(manifest["supersedes"]),
         parts=tuple(manifest["parts"]),
+        rotation=None if rotation is None else Rotation.from_dict(rotation, base.num_hidden_layers, base.head_dim),
+        anchoring=None if anchoring is None else Anchoring.from_dict(anchoring),
         signatures=signatures,
         **{key: manifest[key] for key in plain},
     )

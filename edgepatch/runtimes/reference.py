@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import weight_sketches
-from edgepatch.converters.hf import folders, seeds
+from edgepatch.converters.hf import caches, folders
 from edgepatch.decoding.replies import drain
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.patch.file import Patch
@@ -58,7 +58,7 @@ class TorchRuntime(Runtime):
         self.model = folders.load_model(folder, device)
         self.num_positions = int(folders.text_config(self.model.config).max_position_embeddings)
         self._caches: list[Any] = [None] * num_sequences
-        self._is_croppable = seeds.is_attention_only(self.model)
+        self._is_croppable = caches.is_attention_only(self.model)
         self._load_patch(patch)
 
     def _check_weights(self, patch: Patch) -> None:
@@ -71,13 +71,13 @@ class TorchRuntime(Runtime):
 
     def _install(self, patch: Patch | None) -> SeedRoute:
         if patch is None:
-            self._memory = seeds.new_cache(self.model)
+            self._memory = caches.new_cache(self.model)
         elif patch.soft_prompt is not None:
             # A stored seed is rounded to float16 for shipping; the oracle wants the soft prompt's own float32 seed.
-            self._memory = seeds.prefill(self.model, patch.soft_prompt)
+            self._memory = caches.prefill(self.model, patch.soft_prompt)
         else:
             assert patch.kv_seed is not None  # a patch has one of them
-            self._memory = seeds.seeded_cache(self.model, patch.kv_seed)
+            self._memory = caches.seeded_cache(self.model, patch.kv_seed)
         for sequence in range(self.num_sequences):
             self._rewind(sequence, 0)
         if patch is None:

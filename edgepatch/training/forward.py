@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepatch.converters.hf import folders as hf_folders
-from edgepatch.converters.hf import rotary, seeds
+from edgepatch.converters.hf import caches, rotary
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.seeds.rotation import Rotation, halves
@@ -68,7 +68,7 @@ class FrozenModels:
         with hf_folders.tokenizer_folder(self.folders[0]) as folder:
             self.tokenizer = FolderTokenizer(folder)
         self._context = int(hf_folders.text_config(self.base.config).max_position_embeddings)
-        self.packs = seeds.has_full_attention(self.base) and not config.gradient_checkpointing
+        self.packs = caches.has_full_attention(self.base) and not config.gradient_checkpointing
         for base in self.bases:
             if self.device == "cpu":
                 base.set_attn_implementation(
@@ -182,7 +182,7 @@ class FrozenModels:
         }
         if not memory:
             return {**inputs, "use_cache": False}
-        cache = seeds.new_cache(self.base)
+        cache = caches.new_cache(self.base)
         for layer, (keys, values) in enumerate(memory):
             cache.update(self._copied_keys(keys, layer, batch.anchors), _copied(values, batch.anchors), layer)
         return {**inputs, "past_key_values": cache}

@@ -238,6 +238,8 @@ class PatchTraining:
             training=record,
             weight_sketch=sketch,
             chat_template=self.models.tokenizer.chat_template_digest,
+            rotation=self.models.rotation,
+            anchoring=self.models.anchoring,
         )
         # Loaded afresh: training may have changed how the model in memory attends, and with it the last bits of the seed.
         with stage(progress, "seed and canary"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepatch.converters.hf import seeds
+from edgepatch.converters.hf import caches
 from edgepatch.errors import InputError
 from edgepatch.tensors import KVSeed, SoftPrompt
 
@@ -109,7 +109,7 @@ class SoftPromptPolicy(Policy):
         return torch.cat([self._segments[i] for i in self.order])
 
     def memory(self, base: PreTrainedModel) -> Memory:
-        cache = seeds.new_cache(base)
+        cache = caches.new_cache(base)
         base(
             inputs_embeds=self.embeddings().to(base.dtype)[None],
             past_key_values=cache,

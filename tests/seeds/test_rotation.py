@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from edgepatch.bench.parity import models as parity_models
-from edgepatch.converters.hf import folders, rotary, seeds
+from edgepatch.converters.hf import caches, folders, rotary, seeds
 from edgepatch.errors import InputError, PatchFormatError
 from edgepatch.seeds.rotation import Rotation, side_by_side
 from edgepatch.tensors import KVSeed, SoftPrompt
@@ -32,7 +32,7 @@ def build(name, folder, **settings):
 
 def seed_at(model, embeddings, first):
     """What the model itself computes for the virtual tokens from position ``first`` on."""
-    cache = seeds.new_cache(model)
+    cache = caches.new_cache(model)
     positions = torch.arange(first, first + len(embeddings))[None]
     with torch.inference_mode():
         model(inputs_embeds=torch.tensor(embeddings)[None], position_ids=positions, past_key_values=cache, use_cache=True)
@@ -130,7 +130,7 @@ def test_side_by_side_has_no_order(tmp_path):
         seed = side_by_side([parts[i] for i in order], rotation)
         assert seed.num_virtual_tokens == 18
         with torch.inference_mode():
-            cache = seeds.seeded_cache(model, seed)
+            cache = caches.seeded_cache(model, seed)
             logits.append(model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache).logits[0, -1])
     assert max((logits[0] - other).abs().max() for other in logits[1:]) < 1e-4
     last = side_by_side(parts, rotation)

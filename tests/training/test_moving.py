@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.converters.hf import folders, rotary, seeds
+from edgepatch.converters.hf import caches, folders, rotary, seeds
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
 from edgepatch.seeds.anchoring import Anchoring
@@ -31,7 +31,7 @@ def model():
 
 def plain_logits(model, seed, anchoring, tokens):
     """(T, V): the seed is put in front of each span in the cache of a plain forward pass."""
-    rotation, cache = rotary.read_rotation(model), seeds.seeded_cache(model, seed)
+    rotation, cache = rotary.read_rotation(model), caches.seeded_cache(model, seed)
     rows = []
     for start, end, anchor in anchoring.spans(tokens):
         moved = rotation.moved(seed, anchor)

@@ -1,0 +1,107 @@
+"""Patches side by side as one: each part computed alone, all ending directly in front of the text.
+
+Whoever composes, a vendor or a device, gets the same seed: parts are sorted by digest, so their order on a command line or in a store
+changes not a bit. Attention is a softmax over all cells, so no part sees another, and none shields another; they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgepatch.errors import InputError
+from edgepatch.patch.file import Patch
+from edgepatch.seeds.anchoring import Anchoring
+from edgepatch.seeds.rotation import Rotation, side_by_side
+from edgepatch.tensors import KVSeed
+
+MIN_PARTS, MAX_PARTS = 2, 12
+METHOD = "side by side"
+
+
+def in_order(parts: Sequence[Patch]) -> list[Patch]:
+    """The parts as they stand in a composition.
+
+    Raises:
+        InputError: fewer than two, too many, or two of one name.
+        MismatchError: they are for different bases; the fields are named.
+    """
+    if not MIN_PARTS <= len(parts) <= MAX_PARTS:
+        raise InputError(f"parts: expected {MIN_PARTS} to {MAX_PARTS} patches, found {len(parts)}")
+    for part in parts:
+        parts[0].base.require_same(part.base)
+    names = [part.name for part in parts]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"parts: expected patches of different names, found {twice} twice",
+            hint="two versions of one patch do not add up: name one of them",
+        )
+    return sorted(parts, key=lambda part: part.digest)
+
+
+def composed_seed(parts: Sequence[Patch], rotation: Rotation | None = None) -> KVSeed:
+    """The seed of patches side by side.
+
+    Args:
+        parts: as ``in_order`` gives them.
+        rotation: of their base, where a part does not say it itself.
+
+    Returns:
+        L keys and values (K, sum P_i, H), float16.
+
+    Raises:
+        InputError: a part has no seed, or nobody says how keys of the base turn.
+    """
+    seeds = []
+    for part in parts:
+        rotation = rotation or part.rotation
+        if part.kv_seed is None:
+            raise InputError(
+                f"{part.name} {part.version} ({part.digest[:12]}): expected a KV seed, found a soft prompt alone",
+                hint="add the seed first: edgepatch convert seed",
+            )
+        seeds.append(part.kv_seed)
+    if rotation is None:
+        raise InputError(
+            f"{parts[0].name} {parts[0].version}: its seed cannot be moved beside another's: it does not say how keys of its base turn",
+            hint="add that first, where keys of the base do turn: edgepatch convert seed",
+        )
+    together = side_by_side(seeds, rotation)
+    keys, values = (tuple(t.astype(np.float16) for t in kind) for kind in (together.keys, together.values))
+    return KVSeed(keys, values)
+
+
+def composed_anchoring(parts: Sequence[Patch]) -> Anchoring | None:
+    """Where a composition stands: at every anchor of a part, so that none is outrun; ``None`` where all stay at the start."""
+    rules = [part.anchoring for part in parts if part.anchoring is not None]
+    if not rules:
+        return None
+    blocks = [rule.block for rule in rules if rule.block]
+    turn_tokens = sorted({token for rule in rules for token in rule.turn_tokens})
+    return Anchoring(min(blocks, default=0), tuple(turn_tokens))
+
+
+def compose_on_device(parts: Sequence[Patch]) -> Patch:
+    """What a device runs where several patches are active: unsigned, and without a canary, for each part is proven by its own.
+
+    Args:
+        parts: verified patches of one base.
+
+    Raises:
+        InputError: they cannot stand side by side.
+        MismatchError: they are for different bases.
+    """
+    parts = in_order(parts)
+    return Patch(
+        ".".join(sorted(part.name for part in parts))[:64].rstrip("."),
+        "1.0.0",
+        parts[0].base,
+        None,
+        composed_seed(parts),
+        training={"method": METHOD},
+        parts=tuple(part.digest for part in parts),
+        rotation=next(part.rotation for part in parts if part.rotation is not None),
+        anchoring=composed_anchoring(parts),
+    )
