@@ -60,22 +60,23 @@ class Sequences:
         held = {sequence: self._evaluated[sequence] for sequence in texts}
         for sequence in texts:
             self._evaluated[sequence] = []  # stays empty if the runtime fails half-way
-        rows = [s for s, tokens in texts.items() if count == 1 and held[s] and held[s] == list(tokens[:-1])]
-        logits = {s: self._evaluate_rest(s, held[s], tokens, count) for s, tokens in texts.items() if s not in rows}
-        if rows:
-            together = self._runtime.forward_rows(rows, [texts[sequence][-1] for sequence in rows])
-            logits |= {sequence: together[i : i + 1] for i, sequence in enumerate(rows)}
+        one_behind = [s for s, tokens in texts.items() if count == 1 and held[s] and held[s] == list(tokens[:-1])]
+        logits = {}
+        for sequence, tokens in texts.items():
+            if sequence not in one_behind:
+                reused = self._rewind(sequence, held[sequence], tokens, count)
+                logits[sequence] = self._runtime.forward(sequence, tokens[reused:], every=count > 1)[-count:]
+        if one_behind:
+            rows = self._runtime.forward_rows(one_behind, [texts[sequence][-1] for sequence in one_behind])
+            logits |= {sequence: rows[i : i + 1] for i, sequence in enumerate(one_behind)}
         for sequence, tokens in texts.items():
             self._evaluated[sequence] = list(tokens)
         return logits
 
-    def _evaluate_rest(
-        self, sequence: int, held: Sequence[int], tokens: Sequence[int], count: int
-    ) -> NDArray[np.float32]:
+    def _rewind(self, sequence: int, held: Sequence[int], tokens: Sequence[int], count: int) -> int:
+        """Cuts a sequence back to what it shares with a text, all but the last ``count`` of it; how many tokens are kept."""
         shared = _common_prefix(held, tokens, len(tokens) - count)
-        if shared < len(held) or not shared:
-            shared = self._runtime.rewind(sequence, shared)
-        return self._runtime.forward(sequence, tokens[shared:], every=count > 1)[-count:]
+        return self._runtime.rewind(sequence, shared) if shared < len(held) or not shared else shared
 
     def _require_room(self, sequence: int, tokens: Sequence[int]) -> None:
         self.require(sequence)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from edgepatch.decoding.replies import (
     Continuation,
     Piece,
-    Reply,
     ReplyMaker,
     evaluate_batches,
     next_pieces,
@@ -155,7 +155,7 @@ class Session(AbstractContextManager["Session"]):
         Raises:
             InputError: the prompt is longer than the context, or a setting does not fit the model.
         """
-        reply = self._new_reply(sampling, tokens)
+        reply = self._replies.new(sampling, tokens, self.context_length, self.end_token_ids)
         return Continuation(sequence, reply, self.sequences.evaluate({sequence: tokens})[sequence][-1])
 
     def advance(self, continuations: Sequence[Continuation]) -> list[Piece | Exception]:
@@ -235,7 +235,8 @@ class Session(AbstractContextManager["Session"]):
 
     def _continue_all(self, jobs: Sequence[Job]) -> list[str]:
         """The texts of continuations; what has ended makes room for the next."""
-        texts, seats = [""] * len(jobs), Seats(self.backend, self.sequences, jobs, self._new_reply)
+        new_reply = partial(self._replies.new, context_length=self.context_length, end_token_ids=self.end_token_ids)
+        texts, seats = [""] * len(jobs), Seats(self.backend, self.sequences, jobs, new_reply)
         running = seats.admit(0)
         while running:
             events = self.advance(list(running.values()))
@@ -249,9 +250,6 @@ class Session(AbstractContextManager["Session"]):
     def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> str:
         """The assistant's reply to a conversation."""
         return self.generate(messages, sampling)
-
-    def _new_reply(self, sampling: Sampling, tokens: Sequence[int]) -> Reply:
-        return self._replies.new(sampling, tokens, self.context_length, self.end_token_ids)
 
     def close(self) -> None:
         """Frees the model."""

@@ -149,8 +149,8 @@ class Scheduler:
             Refusal: 503, the server is loading or stopping.
         """
         if self.state != "ok":
-            words = {"loading": "the model is loading", "stopping": "the server is stopping"}
-            raise Refusal(503, words.get(self.state, "the server has failed"), code=f"server_{self.state}")
+            reasons = {"loading": "the model is loading", "stopping": "the server is stopping"}
+            raise Refusal(503, reasons.get(self.state, "the server has failed"), code=f"server_{self.state}")
 
     # On the scheduler's own thread.
 
@@ -173,9 +173,12 @@ class Scheduler:
         if not stopped:
             self._on_ready()
         while self._wait():
-            self._answer(session)
+            while self._calls:
+                self._calls.popleft()(session)
             self._admit(session)
-            self._drop_cancelled()
+            for running in [running for running in self._running if running.generation.cancelled]:
+                self._metrics.count("generations_cancelled")
+                self._release(running)
             prepared = [running for running in self._running if running.continuation is not None]
             for running in [running for running in self._running if running.continuation is None]:
                 self._prepare(running)
@@ -189,10 +192,6 @@ class Scheduler:
             if self._deadline is None:
                 return True
             return bool(self._calls or self._waiting or self._running) and time.monotonic() < self._deadline
-
-    def _answer(self, session: Session) -> None:
-        while self._calls:
-            self._calls.popleft()(session)
 
     def _admit(self, session: Session) -> None:
         while self._free and (generation := self._next_waiting()):
@@ -211,11 +210,6 @@ class Scheduler:
             if group:
                 self._waiting.append(group)
             return generation
-
-    def _drop_cancelled(self) -> None:
-        for running in [running for running in self._running if running.generation.cancelled]:
-            self._metrics.count("generations_cancelled")
-            self._release(running)
 
     def _prepare(self, running: _Running) -> None:
         """One step before the first token, or behind the last."""
@@ -247,19 +241,10 @@ class Scheduler:
                 running.continuation = None
 
     def _tell(self, running: _Running, event: Event) -> None:
-        self._note(event, len(running.generation.tokens))
+        _count(self._metrics, event, len(running.generation.tokens))
         _emit(running.generation, event)
         if isinstance(event, Finished):
             self._release(running)
-
-    def _note(self, event: Event, num_tokens: int) -> None:
-        if isinstance(event, Started):
-            self._metrics.count("prompt_tokens", num_tokens)
-            self._metrics.count("cached_prompt_tokens", event.cached_tokens)
-        elif isinstance(event, Piece):
-            self._metrics.count("completion_tokens")
-        elif isinstance(event, Finished):
-            self._metrics.count("generations_failed" if event.error else "generations_finished")
 
     def _release(self, running: _Running) -> None:
         running.steps.close()  # type: ignore[attr-defined]  # a generator
@@ -300,6 +285,17 @@ def _num_kept(session: Session, tokens: Sequence[int], sequence: int) -> int:
     """What a prompt finds in a sequence; nothing where it would throw away most of what another conversation left."""
     cached = session.sequences.num_cached(tokens, sequence)
     return cached if 2 * cached > len(session.sequences.evaluated(sequence)) else 0
+
+
+def _count(metrics: Metrics, event: Event, num_tokens: int) -> None:
+    """Counts what an event of a generation with so many tokens in its prompt stands for."""
+    if isinstance(event, Started):
+        metrics.count("prompt_tokens", num_tokens)
+        metrics.count("cached_prompt_tokens", event.cached_tokens)
+    elif isinstance(event, Piece):
+        metrics.count("completion_tokens")
+    elif isinstance(event, Finished):
+        metrics.count("generations_failed" if event.error else "generations_finished")
 
 
 def _emit(generation: Generation, event: Event) -> None:
