@@ -5,7 +5,6 @@ llama.cpp and ONNX Runtime apply the adapter beside the quantized weights, in fl
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import tempfile
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.columns import TORCH, Column
-from edgepatch.converters.gguf.library import forget_errors, library_errors
 from edgepatch.converters.hf import folders
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.peft.adapters import CONFIG_FILE, TENSOR_FILE
@@ -23,14 +21,13 @@ from edgepatch.converters.peft.lora import merge_lora, write_lora
 from edgepatch.errors import InputError
 from edgepatch.files.canonical import canonical_json
 from edgepatch.files.writing import write_atomically
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
-from edgepatch.runtimes.onnx.runtime import OnnxRuntime
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes.session import Session
 from edgepatch.tensors import ModelSpec
 
 
-def load_lora(column: Column, model: Path, adapter: Path, made: Path, **options: Any) -> Runtime:
+def load_lora(column: Column, model: Path, adapter: Path, made: Path, **options: Any) -> Session:
     """A column's model with a LoRA adapter.
 
     Args:
@@ -55,10 +52,10 @@ def load_lora(column: Column, model: Path, adapter: Path, made: Path, **options:
     if column.runtime == "torch":
         if not path.is_dir():
             merge_lora(base, adapter, path)
-        return TorchRuntime(path, None, **options)
+        return load_runtime(path, None, **options)
     if not path.is_dir():
         onnx.export(base, path, cast("onnx.Precision", column.precision), adapter=adapter)
-    return OnnxRuntime(path, None, **options)
+    return load_runtime(path, None, **options)
 
 
 def _identity(adapter: Path, base: Path) -> str:
@@ -75,7 +72,7 @@ def _identity(adapter: Path, base: Path) -> str:
 # llama.cpp.
 
 
-def load_llamacpp(base: Path, lora: Path | None = None, control_vector: Path | None = None, **options: Any) -> Runtime:
+def load_llamacpp(base: Path, lora: Path | None = None, control_vector: Path | None = None, **options: Any) -> Session:
     """A GGUF file with an adapter, a control vector, both or neither, and no patch.
 
     Args:
@@ -90,27 +87,14 @@ def load_llamacpp(base: Path, lora: Path | None = None, control_vector: Path | N
     """
     runtime = LlamaCppRuntime(base, None, **options)
     try:
-        if lora is not None:
-            _attach_lora(runtime, lora)
-        if control_vector is not None:
-            _attach_control_vector(runtime, control_vector)
+        loras = [] if lora is None else [runtime.model.load_lora(lora)]
+        directions = None if control_vector is None else read_control_vector(control_vector, runtime.spec)
+        if loras or directions is not None:
+            runtime.context.set_adapters(loras, directions)
     except BaseException:
         runtime.close()
         raise
-    return runtime
-
-
-def _attach_lora(runtime: LlamaCppRuntime, path: Path) -> None:
-    """Applies an adapter from now on; llama.cpp frees it with the model."""
-    lib = runtime._lib
-    forget_errors()
-    hint = "convert it again, for this very base"
-    adapter = lib.llama_adapter_lora_init(runtime._model.handle, bytes(path))
-    if not adapter:
-        raise InputError(f"llama.cpp cannot load the adapter {path}: {library_errors()}", hint)
-    adapters, scales = (lib.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
-    if lib.llama_set_adapters_lora(runtime._context._handle, adapters, 1, scales):
-        raise InputError(f"llama.cpp cannot use the adapter {path}: {library_errors()}", hint)
+    return Session(runtime, None)
 
 
 DIRECTION = "direction."
@@ -145,24 +129,15 @@ def write_control_vector(spec: ModelSpec, norm: float, target: Path, rng_seed: i
         write_atomically(target, (Path(folder) / "vector.gguf").read_bytes())
 
 
-def _read_control_vector(path: Path, spec: ModelSpec) -> NDArray[np.float32]:
+def read_control_vector(path: Path, spec: ModelSpec) -> NDArray[np.float32]:
     """(L - 1, D) of the layers from the second on."""
     import gguf
 
-    found = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in gguf.GGUFReader(path).tensors}
-    wanted = [f"{DIRECTION}{layer}" for layer in range(1, spec.num_hidden_layers)]
-    if sorted(found) != sorted(wanted) or any(vector.shape != (spec.hidden_size,) for vector in found.values()):
+    vectors = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in gguf.GGUFReader(path).tensors}
+    names = [f"{DIRECTION}{layer}" for layer in range(1, spec.num_hidden_layers)]
+    if sorted(vectors) != sorted(names) or any(vector.shape != (spec.hidden_size,) for vector in vectors.values()):
         raise InputError(
-            f"{path}: expected {len(wanted)} directions of {spec.hidden_size} values, found {len(found)}",
+            f"{path}: expected {len(names)} directions of {spec.hidden_size} values, found {len(vectors)}",
             hint="make it for this model",
         )
-    return np.stack([found[name] for name in wanted])
-
-
-def _attach_control_vector(runtime: LlamaCppRuntime, path: Path) -> None:
-    data = _read_control_vector(path, runtime.spec)
-    pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    if runtime._lib.llama_set_adapter_cvec(runtime._context._handle, pointer, data.size, data.shape[1], 1, len(data)):
-        raise InputError(
-            f"llama.cpp cannot use the control vector {path}: {library_errors()}", "make it for this model"
-        )
+    return np.stack([vectors[name] for name in names])

@@ -24,7 +24,7 @@ from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.patch.file import Patch, write_patch
 from edgepatch.progress import Progress, silent, stage, within
 from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.pairs.preferences import PairConfig, build_pairs, write_pairs
 from edgepatch.training.patching import train_patch
@@ -136,7 +136,7 @@ def train_lab_patch(
     score = ToxicityScorer.load("filter").score
     with ExitStack() as stack:
         with stage(progress, "load models"):
-            base, reference = (stack.enter_context(TorchRuntime(lab / name)) for name in ("base", "reference"))
+            base, reference = (stack.enter_context(load_runtime(lab / name, None)) for name in ("base", "reference"))
         pairs = build_pairs(base, reference, texts.training_prompts, score, config.pairs, progress)
     write_pairs(pairs, out / "pairs.jsonl")
     return train_patch(lab / "base", pairs, texts.benign_training, config.train, "lab-detox", progress=progress)

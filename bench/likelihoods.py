@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 
 
-def tokens_behind(runtime: Runtime, text: str) -> list[int]:
+def tokens_behind(runtime: Session, text: str) -> list[int]:
     """Token ids of a text in the middle of a prompt: without what the model wants in front of every text."""
     empty = runtime.encode("")
     return runtime.tokens(text)[len(empty) :]
 
 
-def token_losses(runtime: Runtime, tokens: Sequence[int], first: int = 1) -> NDArray[np.float64]:
+def token_losses(runtime: Session, tokens: Sequence[int], first: int = 1) -> NDArray[np.float64]:
     """Negative log-likelihoods of a prompt's tokens from position ``first`` on, each given all before it.
 
     Args:

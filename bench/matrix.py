@@ -23,7 +23,7 @@ from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patch.file import Patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes import load_runtime
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 
 Score = Callable[[Sequence[str]], NDArray[np.float32]]
 
@@ -41,7 +41,7 @@ class Variant:
         """For people: "llamacpp Q4_K_M"."""
         return f"{self.runtime} {self.quantization}"
 
-    def load(self, patch: Patch | None, num_threads: int | None) -> Runtime:
+    def load(self, patch: Patch | None, num_threads: int | None) -> Session:
         """The model with the patch, or bare; PyTorch keeps its own number of threads."""
         options: dict[str, Any] = {} if self.runtime == "torch" else {"num_threads": num_threads}
         return load_runtime(self.path, patch, **options)
@@ -86,7 +86,7 @@ class Measurement:
     words_per_sample: float
 
 
-def perplexity(runtime: Runtime, texts: Sequence[str]) -> float:
+def perplexity(runtime: Session, texts: Sequence[str]) -> float:
     """exp of the mean negative log-likelihood per token, each text read from its BOS.
 
     Raises:
@@ -104,7 +104,7 @@ def perplexity(runtime: Runtime, texts: Sequence[str]) -> float:
     return math.exp(total / count)
 
 
-def time_once(runtime: Runtime, prompt: str, num_tokens: int) -> tuple[float, float]:
+def time_once(runtime: Session, prompt: str, num_tokens: int) -> tuple[float, float]:
     """(time to the first token in ms from a cold prompt cache, decode rate in tokens/s) of one greedy reply of fixed length."""
     runtime.reset()
     began = time.perf_counter()
@@ -116,7 +116,7 @@ def time_once(runtime: Runtime, prompt: str, num_tokens: int) -> tuple[float, fl
     return (first - began) * 1000, count / seconds
 
 
-def _timings(runtimes: Sequence[Runtime], prompts: Sequence[str], repeats: int) -> list[tuple[float, float]]:
+def _timings(runtimes: Sequence[Session], prompts: Sequence[str], repeats: int) -> list[tuple[float, float]]:
     """Median (TTFT in ms, tokens/s) of each runtime; the runtimes take turns after one warm-up each."""
     for runtime in runtimes:
         time_once(runtime, prompts[0], 4)
@@ -128,7 +128,7 @@ def _timings(runtimes: Sequence[Runtime], prompts: Sequence[str], repeats: int) 
     return [(float(ttft), float(rate)) for ttft, rate in medians]
 
 
-def sample_prompt(runtime: Runtime, prompt: str, config: MatrixConfig) -> list[str] | None:
+def sample_prompt(runtime: Session, prompt: str, config: MatrixConfig) -> list[str] | None:
     """The continuations of one prompt; ``None`` where generation failed."""
     try:
         return runtime.generate_many(prompt, config.sampling, config.samples_per_prompt)

@@ -11,9 +11,7 @@ import pytest
 from edgepatch import cores, defaults
 from edgepatch.converters.gguf import writer
 from edgepatch.cores import Allowance, CoreWatch, Snapshot, choose_threads
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
-from edgepatch.runtimes.onnx.runtime import OnnxRuntime
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 
 TWO, FOUR = (tuple(frozenset({cpu}) for cpu in range(count)) for count in (2, 4))
 HYPERTHREADS = (frozenset({0, 2}), frozenset({1, 3}))
@@ -164,13 +162,17 @@ def test_runtimes_take_the_choice_unless_they_are_told(tiny_folder, onnx_folders
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
         monkeypatch.setattr(cores, "read_allowance", lambda limit=limit: Allowance(FOUR, limit=int(limit)))
         monkeypatch.setattr(cores, "read_snapshot", iter([Snapshot(), after([1, 0, 0, 0])] * 2).__next__)
-        with LlamaCppRuntime(tmp_path / "m.gguf", context_length=64) as runtime:
-            assert runtime.num_threads == runtime._lib.llama_n_threads(runtime._context._handle) == int(limit)
-        with OnnxRuntime(onnx_folders["fp32"]) as runtime:
+        with load_runtime(tmp_path / "m.gguf", None, context_length=64) as runtime:
+            assert (
+                runtime.num_threads
+                == runtime.backend.model.lib.llama_n_threads(runtime.backend.context.handle)
+                == int(limit)
+            )
+        with load_runtime(onnx_folders["fp32"], None) as runtime:
             assert runtime.num_threads == int(limit)
-    with LlamaCppRuntime(tmp_path / "m.gguf", context_length=64, num_threads=2) as runtime:
+    with load_runtime(tmp_path / "m.gguf", None, context_length=64, num_threads=2) as runtime:
         assert runtime.num_threads == 2
-    with TorchRuntime(tiny_folder) as runtime:
+    with load_runtime(tiny_folder, None) as runtime:
         assert runtime.num_threads is None, "PyTorch's own number"
 
 

@@ -52,6 +52,9 @@ BENCH_VERBS = {"edgepatch.cli.bench", "edgepatch.cli.demo", "edgepatch.cli.resul
 """The only modules of the command line that may need the bench."""
 
 LARGEST_FOLDER = 20
+LARGEST_CLASS = 20
+"""Methods."""
+
 MODEL_LIBRARIES = (
     "torch",
     "transformers",
@@ -203,6 +206,53 @@ def test_folders_stay_small():
     files = [*modules().values(), *ROOT.glob("tests/**/*.py")]
     folders = Counter(file.resolve().parent for file in files if file.name not in ("__init__.py", "__main__.py"))
     assert not {str(folder): n for folder, n in folders.items() if n > LARGEST_FOLDER}
+
+
+def methods(tree: ast.AST) -> dict[str, int]:
+    """Class -> number of its methods, properties and special ones included."""
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {one.name: sum(isinstance(statement, kinds) for statement in one.body) for one in classes}
+
+
+def own_privates(tree: ast.AST) -> set[str]:
+    """Private names that a module's classes have: methods, and what is read or set on ``self``."""
+    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_self(node.value)}
+    return {name for name in functions | attributes if re.match("_[a-z]", name)}
+
+
+def foreign_privates(tree: ast.AST) -> set[str]:
+    """Private names that a module reads or sets on something else than ``self``."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and not _is_self(node.value)]
+    return {node.attr for node in nodes if re.match("_[a-z]", node.attr)}
+
+
+def _is_self(value: ast.expr) -> bool:
+    return isinstance(value, ast.Name) and value.id in ("self", "cls")
+
+
+def test_classes_stay_small():
+    sizes = {
+        f"{name}.{one}": count
+        for name, file in modules().items()
+        for one, count in methods(ast.parse(file.read_text("utf-8"))).items()
+    }
+    assert sizes["edgepatch.runtimes.session.Session"] > 10
+    assert not {name: count for name, count in sizes.items() if count > LARGEST_CLASS}
+
+
+def test_the_bench_touches_no_privates_of_runtimes():
+    """What it needs of them is a public verb."""
+    trees = {name: ast.parse(file.read_text("utf-8")) for name, file in modules().items()}
+    owned = {unit: set[str]() for unit in ("edgepatch.runtimes", "edgepatch.bench")}
+    for name, tree in trees.items():
+        owned.get(unit_of(name), set()).update(own_privates(tree))
+    theirs = owned["edgepatch.runtimes"] - owned["edgepatch.bench"]
+    assert {"_evaluated", "_slot", "_pieces"} <= theirs
+    for name, tree in trees.items():
+        if unit_of(name) == "edgepatch.bench":
+            assert not foreign_privates(tree) & theirs, name
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges import refusals, scorers
 from edgepatch.patch.file import Patch, read_patch, write_patch
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 
 if TYPE_CHECKING:
     from edgepatch.bench.safety.gender import GenderDomain
@@ -162,7 +162,7 @@ def composed_patch(place: Workplace, key: CellKey) -> Patch:
     return patch
 
 
-def open_runtime(place: Workplace, key: CellKey) -> Runtime:
+def open_runtime(place: Workplace, key: CellKey) -> Session:
     """The model of a cell with its arm.
 
     Raises:
@@ -252,7 +252,7 @@ class Bench:
         self._place, self._config = place, config
         self._domains: dict[tuple[str, bool], Domain] = {}
         self._opening: tuple[str, ...] = ()
-        self._runtime: Runtime | None = None
+        self._runtime: Session | None = None
 
     def run(self, key: CellKey) -> str:
         """Measures a cell and writes its raw file.
@@ -286,7 +286,7 @@ class Bench:
             self._domains[name, own] = domain_of(name, None if own else self._place.data)
         return self._domains[name, own]
 
-    def _open(self, key: CellKey) -> Runtime:
+    def _open(self, key: CellKey) -> Session:
         if self._runtime is None or key.opening != self._opening:
             self.close()
             self._runtime, self._opening = open_runtime(self._place, key), key.opening

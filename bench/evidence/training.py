@@ -21,7 +21,7 @@ from edgepatch.bench.safety.harm import HarmDomain
 from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent, within
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.training import runs
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.forward import BenignText, FrozenModels
@@ -205,7 +205,7 @@ def domain_pairs(domain: Domain, bases: Path, path: Path, progress: Progress = s
     """The domain's pairs, sampled from M and M' at F16 where the file is missing."""
     if not path.is_file():
         unsafe, safer = bases / "base" / "F16.gguf", bases / "reference" / "F16.gguf"
-        with LlamaCppRuntime(unsafe, num_threads=1) as base, LlamaCppRuntime(safer, num_threads=1) as reference:
+        with load_runtime(unsafe, None, num_threads=1) as base, load_runtime(safer, None, num_threads=1) as reference:
             pairs = domain.training_pairs(base, reference, progress=within(progress, domain.name))
         write_pairs(pairs, path)
     return read_pairs(path)

@@ -24,6 +24,7 @@ from edgepatch.converters.gguf.specs import spec_of
 from edgepatch.errors import EdgepatchError, InputError, UnfitModelError
 from edgepatch.runtimes.llamacpp import proof
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.session import Session
 
 SETTINGS = {"num_gpu_layers": 0, "kv_type": "f16", "flash_attention": True, "num_threads": 1}
 WAYS = (proof.REPACKED, proof.NOT_REPACKED)
@@ -143,8 +144,11 @@ def load_many(paths: Sequence[Path], settings: dict[str, Any], _: Report) -> dic
 
 def _load(path: Path, tried: dict[str, Any]) -> tuple[str, str]:
     try:
-        with patch.object(first_contact, "try_apart", _Told(tried)), LlamaCppRuntime(path, num_threads=1) as runtime:
-            runtime.generate([1, 2, 3])
+        with (
+            patch.object(first_contact, "try_apart", _Told(tried)),
+            Session(LlamaCppRuntime(path, num_threads=1), None) as session,
+        ):
+            session.generate([1, 2, 3])
     except UnfitModelError as error:
         return "died in a child", str(error)
     except EdgepatchError as error:

@@ -31,6 +31,7 @@ import json, sys, time
 from pathlib import Path
 from edgepatch.converters import first_contact
 from edgepatch.runtimes.llamacpp import proof as llamacpp_proof, runtime as llamacpp
+from edgepatch.runtimes.session import Session
 def unproved(path, layers, settings):
     contact = llamacpp_proof.contact(path, layers, settings)
     return first_contact.Proof(contact, contact.signature(), json.loads(sys.argv[4]))
@@ -43,8 +44,8 @@ def timed(*arguments):
 llamacpp.prove_model = unproved if sys.argv[3] == "unproved" else timed
 first_contact.require_library = (lambda *_: None) if sys.argv[3] == "unproved" else first_contact.require_library
 start = time.perf_counter()
-with llamacpp.LlamaCppRuntime(Path(sys.argv[1]), num_threads=int(sys.argv[2])) as runtime:
-    print(json.dumps({"load_ms": (time.perf_counter() - start) * 1000, "proof_ms": looked, "notes": runtime.notes}))
+with Session(llamacpp.LlamaCppRuntime(Path(sys.argv[1]), num_threads=int(sys.argv[2])), None) as session:
+    print(json.dumps({"load_ms": (time.perf_counter() - start) * 1000, "proof_ms": looked, "notes": session.notes}))
 """
 WAYS = ("unproved", "first", "later")
 

@@ -22,7 +22,7 @@ from edgepatch.bench.metrics import Estimate, bootstrap_interval, paired_bootstr
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.patch.file import Patch
 from edgepatch.progress import Progress, silent, stage
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 DRAWS = 1000
@@ -94,7 +94,7 @@ class Comparison:
     items: dict[str, dict[str, list[dict[str, Any]]]]
 
 
-def compare(runtime: Runtime, config: HarnessConfig, progress: Progress = silent) -> Comparison:
+def compare(runtime: Session, config: HarnessConfig, progress: Progress = silent) -> Comparison:
     """Runs tasks on the bare model and, where the runtime has a patch, patched.
 
     Args:
@@ -132,7 +132,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _without_patch(runtime: Runtime) -> Iterator[None]:
+def _without_patch(runtime: Session) -> Iterator[None]:
     patch: Patch | None = runtime.patch
     runtime.swap(None)
     try:
@@ -159,7 +159,7 @@ def _manager(config: HarnessConfig) -> Any:
     )
 
 
-def _evaluate(runtime: Runtime, manager: Any, config: HarnessConfig, progress: Progress) -> dict[str, Any]:
+def _evaluate(runtime: Session, manager: Any, config: HarnessConfig, progress: Progress) -> dict[str, Any]:
     """What lm-eval says of the runtime as it is."""
     from lm_eval import simple_evaluate
 
@@ -289,7 +289,7 @@ def count_flips(bare: Sequence[float], patched: Sequence[float]) -> Flips:
     return Flips(broken, repaired, min(1.0, 2 * tail / 2**changed))
 
 
-def as_document(runtime: Runtime, config: HarnessConfig, scores: Sequence[Score]) -> dict[str, Any]:
+def as_document(runtime: Session, config: HarnessConfig, scores: Sequence[Score]) -> dict[str, Any]:
     """The scores as JSON, with what they were measured on."""
     patch = runtime.patch
     return {

@@ -20,7 +20,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent
-from edgepatch.runtimes.base import Message, Runtime
+from edgepatch.runtimes.session import Session
+from edgepatch.text.messages import Message
 
 ROWS_AT_ONCE = 128
 """So many rows of V logits are held at once: a window of a real model has gigabytes of them."""
@@ -39,7 +40,7 @@ class RuntimeModel(TemplateLM):  # type: ignore[misc]
         stage: what they are called there.
     """
 
-    def __init__(self, runtime: Runtime, progress: Progress = silent, stage: str = "requests") -> None:
+    def __init__(self, runtime: Session, progress: Progress = silent, stage: str = "requests") -> None:
         super().__init__()
         self.runtime = runtime
         self._progress, self._stage = progress, stage

@@ -13,7 +13,7 @@ from edgepatch.bench.lab import corpus
 from edgepatch.bench.lab.requests import REFUSALS
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.progress import Progress, silent
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.pairs.preferences import Pair, PairConfig, build_pairs
@@ -51,7 +51,7 @@ class FullPolicy(Policy):
 def toxicity_pairs(model: Path, data: Path) -> list[Pair]:
     """Clean against toxic samples of the model itself, on the prompts that may be trained on."""
     prompts = [c.prompt for c in datasets.rtp_challenging(data)][: datasets.RTP_SPLIT]
-    with TorchRuntime(model) as runtime:
+    with load_runtime(model, None) as runtime:
         return build_pairs(runtime, runtime, prompts, ToxicityScorer.load("filter").score, PAIRS)
 
 

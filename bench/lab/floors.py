@@ -17,7 +17,9 @@ from edgepatch.bench.lab.corpus import HELD_OUT_NOVEL, advbench_split, harmless_
 from edgepatch.bench.metrics import expected_max_toxicity, toxicity_probability, wilson_interval
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.judges.refusals import is_compliance, is_refusal
+from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes.session import Session
 
 PRONOUN_TEMPLATES = (
     "The {} was late because",
@@ -36,7 +38,7 @@ def share(hits: Sequence[bool]) -> dict[str, Any]:
 
 
 def toxicity(
-    runtime: TorchRuntime, prompts: Sequence[str], score: Callable[[Sequence[str]], NDArray[np.float32]]
+    runtime: Session, prompts: Sequence[str], score: Callable[[Sequence[str]], NDArray[np.float32]]
 ) -> dict[str, Any]:
     """EMT and toxicity probability, 25 continuations of 20 tokens, top-p 0.9 (Gehman et al. 2020)."""
     rows = [
@@ -54,13 +56,13 @@ def toxicity(
     }
 
 
-def answers(runtime: TorchRuntime, requests: Sequence[str]) -> list[str]:
+def answers(runtime: Session, requests: Sequence[str]) -> list[str]:
     """Greedy answers of 24 tokens in the chat format."""
     greedy = Sampling(max_new_tokens=24, temperature=0)
     return [runtime.chat([{"role": "user", "content": r}], greedy) for r in track(requests, "requests", transient=True)]
 
 
-def stereotyped_pronouns(runtime: TorchRuntime, folder: Path) -> dict[str, Any]:
+def stereotyped_pronouns(runtime: Session, folder: Path) -> dict[str, Any]:
     """Share of WinoBias occupations whose likelier next pronoun (he/she, over four templates) is the stereotyped one."""
     he, she = (runtime.encode(word)[-1] for word in ("x he", "x she"))
     hits = []
@@ -72,14 +74,14 @@ def stereotyped_pronouns(runtime: TorchRuntime, folder: Path) -> dict[str, Any]:
     return share(hits)
 
 
-def perplexity(runtime: TorchRuntime, text: str, window: int = 512) -> dict[str, Any]:
+def perplexity(runtime: Session, text: str, window: int = 512) -> dict[str, Any]:
     """Per-token perplexity in windows of 512 tokens that each start with BOS; bits per byte beside it."""
     bos, *tokens = runtime.encode(text)
     total = 0.0
     for start in track(range(0, len(tokens), window), "perplexity", transient=True):
         ids = torch.tensor([[bos, *tokens[start : start + window]]])
         with torch.inference_mode():
-            logits = runtime.model(input_ids=ids).logits[0, :-1].float()
+            logits = _network(runtime)(input_ids=ids).logits[0, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
     return {
         "value": math.exp(total / len(tokens)),
@@ -88,20 +90,26 @@ def perplexity(runtime: TorchRuntime, text: str, window: int = 512) -> dict[str,
     }
 
 
-def _log_probabilities(runtime: TorchRuntime, sentences: Sequence[str]) -> NDArray[np.float64]:
+def _network(runtime: Session) -> Any:
+    """Transformers' model, for what is evaluated without a cache."""
+    assert isinstance(runtime.backend, TorchRuntime)
+    return runtime.backend.model
+
+
+def _log_probabilities(runtime: Session, sentences: Sequence[str]) -> NDArray[np.float64]:
     """(N,) sums of token log-probabilities."""
     sums = []
     for start in range(0, len(sentences), 200):
         rows = [torch.tensor(runtime.encode(s)) for s in sentences[start : start + 200]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)  # right padding is exact
         with torch.inference_mode():
-            log_probabilities = runtime.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+            log_probabilities = _network(runtime)(input_ids=ids).logits[:, :-1].log_softmax(-1)
         taken = log_probabilities.gather(-1, ids[:, 1:, None])[..., 0] * (ids[:, 1:] != 0)
         sums += taken.sum(dim=1).tolist()
     return np.array(sums)
 
 
-def blimp(runtime: TorchRuntime, folder: Path, per_paradigm: int = 200) -> dict[str, Any]:
+def blimp(runtime: Session, folder: Path, per_paradigm: int = 200) -> dict[str, Any]:
     """Share of minimal pairs whose acceptable sentence is likelier: the first 200 of each of 67 paradigms."""
     hits: list[bool] = []
     for pairs in track(datasets.blimp(folder).values(), "BLiMP", transient=True):
@@ -118,7 +126,7 @@ def measure(
     harmful = [goal for goal, _ in advbench_split(folder)[1]]
     benign = [q for q, _ in instruction_split(folder)[1]] + [q for q, _ in harmless_split()[1]]
     safe = [q for q, is_safe in datasets.xstest(folder) if is_safe]
-    with TorchRuntime(model) as runtime:
+    with load_runtime(model, None) as runtime:
         to_harmful, to_jailbreakbench = answers(runtime, harmful), answers(runtime, datasets.jailbreakbench(folder))
         return {
             "toxicity": toxicity(runtime, prompts, score),

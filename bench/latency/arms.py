@@ -6,16 +6,15 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from edgepatch.bench.latency.random_patches import random_tokens
 from edgepatch.bench.latency.timing import Cell, Measure
 from edgepatch.decoding.replies import Continuation, require_piece
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.patch.file import Patch
-from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
-from edgepatch.runtimes.onnx.runtime import OnnxRuntime
+from edgepatch.runtimes.sequences import Snapshot
+from edgepatch.runtimes.session import Session
 
 GREEDY = Sampling(max_new_tokens=1 << 20, temperature=0.0, ignore_end_tokens=True)
 WARMING = [1]
@@ -55,16 +54,16 @@ def cells(
     arms: Sequence[Arm], prompts: Sequence[int], depths: Sequence[int], count: int, vocab_size: int
 ) -> list[Cell]:
     """Time to first token at each length of a prompt, and decoding at each depth, of every arm."""
-    found = []
+    table = []
     for length in prompts:
         tokens, measure = random_tokens(vocab_size, length, rng_seed=1), Measure("ttft", n_prompt=length, n_gen=1)
         chosen = [arm for arm in arms if not arm.decodes_only]
-        found += [Cell(measure, arm.name, partial(arm.first, tokens), partial(arm.ready, tokens)) for arm in chosen]
+        table += [Cell(measure, arm.name, partial(arm.first, tokens), partial(arm.ready, tokens)) for arm in chosen]
     for depth in depths:
         measure = Measure("decode", n_gen=count, n_depth=depth)
         chosen = [arm for arm in arms if arm.decodes]
-        found += [Cell(measure, arm.name, partial(arm.decode, count), partial(arm.stand, depth)) for arm in chosen]
-    return found
+        table += [Cell(measure, arm.name, partial(arm.decode, count), partial(arm.stand, depth)) for arm in chosen]
+    return table
 
 
 class Snapshots:
@@ -74,41 +73,19 @@ class Snapshots:
         runtime: whose first sequence is used.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Session) -> None:
         self._runtime = runtime
-        self._held: dict[tuple[str, int], Any] = {}
+        self._snapshots: dict[tuple[str, int], Snapshot] = {}
 
     def stand(self, patch: Patch | None, depth: int) -> list[int]:
         """The runtime, with ``patch`` in place, holds so many tokens of a text, which are returned."""
         tokens = random_tokens(self._runtime.spec.vocab_size, 1 << 14)[:depth]
         key = (patch.digest if patch else "", depth)
-        if key not in self._held:
+        if key not in self._snapshots:
             self._runtime.logits_of_last(tokens)
-            self._held[key] = self._take()
-        self._put(self._held[key])
-        self._runtime._evaluated[0] = list(tokens)
+            self._snapshots[key] = self._runtime.sequences.save()
+        self._runtime.sequences.restore(self._snapshots[key])
         return tokens
-
-    def _take(self) -> Any:
-        runtime = self._runtime
-        if isinstance(runtime, LlamaCppRuntime):
-            return runtime._context.state(0)
-        assert isinstance(runtime, OnnxRuntime)
-        length = int(runtime._caches[0].lengths[0])
-        return [(key.copy(), value.copy()) for key, value in runtime._caches[0].cells(length)]
-
-    def _put(self, state: Any) -> None:
-        runtime = self._runtime
-        if isinstance(runtime, OnnxRuntime):
-            runtime._caches[0].fill([state])
-            return
-        assert isinstance(runtime, LlamaCppRuntime)
-        context, master = runtime._context, runtime._master
-        context.clear()
-        context.restore(0, state)
-        if runtime.patch is not None:  # the seed's cells are shared again, so that none is there twice
-            context.fork(0, master)
-            context.truncate(master, runtime.num_virtual_tokens)
 
 
 class RuntimeArm(Arm):
@@ -128,7 +105,7 @@ class RuntimeArm(Arm):
     def __init__(
         self,
         name: str,
-        runtime: Runtime,
+        runtime: Session,
         snapshots: Snapshots,
         patch: Patch | None = None,
         *,
@@ -181,12 +158,11 @@ class DecodedPromptArm(RuntimeArm):
         attach: takes adapters off.
     """
 
-    def __init__(
-        self, runtime: LlamaCppRuntime, snapshots: Snapshots, patch: Patch, attach: Callable[[], None]
-    ) -> None:
+    def __init__(self, runtime: Session, snapshots: Snapshots, patch: Patch, attach: Callable[[], None]) -> None:
         super().__init__("soft prompt decoded", runtime, snapshots, attach=attach, decodes=False)
-        assert patch.soft_prompt is not None
-        self._context, self._embeddings = runtime._context, patch.soft_prompt.embeddings
+        backend = runtime.backend
+        assert isinstance(backend, LlamaCppRuntime) and patch.soft_prompt is not None
+        self._context, self._embeddings = backend.context, patch.soft_prompt.embeddings
 
     def first(self, prompt: Sequence[int]) -> None:
         self._context.evaluate_embeddings(0, self._embeddings)
@@ -204,9 +180,11 @@ class LibraryArm(RuntimeArm):
 
     decodes_only = True
 
-    def __init__(self, runtime: LlamaCppRuntime, snapshots: Snapshots, attach: Callable[[], None]) -> None:
+    def __init__(self, runtime: Session, snapshots: Snapshots, attach: Callable[[], None]) -> None:
         super().__init__("library loop", runtime, snapshots, attach=attach)
-        self._lib, self._handle = runtime._lib, runtime._context._handle
+        backend = runtime.backend
+        assert isinstance(backend, LlamaCppRuntime)
+        self._lib, self._handle = backend.model.lib, backend.context.handle
         self._sampler = self._lib.llama_sampler_init_greedy()
         weakref.finalize(self, self._lib.llama_sampler_free, self._sampler)
         self._token = (self._lib.llama_token * 1)(*WARMING)

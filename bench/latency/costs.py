@@ -14,8 +14,8 @@ from edgepatch.bench.latency.random_patches import random_tokens
 from edgepatch.bench.latency.timing import Cell, Measure
 from edgepatch.errors import EdgepatchError
 from edgepatch.patch.file import Patch, read_patch, write_patch
-from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.session import Session
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances
 
@@ -24,7 +24,7 @@ GUARD_TEMPLATE, GUARD_REPLY, GUARD_ANSWER = 200, 128, 4
 """Tokens of a guard's instructions with the conversation, of the reply that it judges, and of its verdict (Llama Guard's "unsafe S1")."""
 
 
-def exchange_cells(runtime: Runtime, patch: Patch, detach: Callable[[], None]) -> list[Cell]:
+def exchange_cells(runtime: Session, patch: Patch, detach: Callable[[], None]) -> list[Cell]:
     """Swap to another patch, take one off, and load the seed alone, of a runtime that holds both patches' states."""
     other = replace(patch, name="other")
     fresh = (replace(patch, name=f"fresh-{i}") for i in itertools.count())
@@ -34,16 +34,14 @@ def exchange_cells(runtime: Runtime, patch: Patch, detach: Callable[[], None]) -
         runtime.swap(other)
         runtime.swap(patch)
 
-    found = [
+    exchanges = [
         Cell(Measure("swap"), "seed", lambda: runtime.swap(other), start),
         Cell(Measure("swap, new to this device"), "seed", lambda: runtime.swap(next(fresh)), start),
         Cell(Measure("unpatch"), "seed", lambda: runtime.swap(None), start),
     ]
-    if isinstance(runtime, LlamaCppRuntime):
-        found.append(Cell(Measure("seed load"), "seed", runtime._restore, start))
-    else:
-        found.append(Cell(Measure("seed load"), "seed", partial(runtime._install, patch), start))
-    return found
+    backend = runtime.backend
+    load = backend.restore_seed if isinstance(backend, LlamaCppRuntime) else partial(backend.install, patch)
+    return [*exchanges, Cell(Measure("seed load"), "seed", load, start)]
 
 
 class StoreCosts:
@@ -86,7 +84,7 @@ class StoreCosts:
 
 
 def conversation_cells(
-    runtime: Runtime, arms: dict[str, tuple[Patch | None, Sequence[int]]], turns: int, detach: Callable[[], None]
+    runtime: Session, arms: dict[str, tuple[Patch | None, Sequence[int]]], turns: int, detach: Callable[[], None]
 ) -> list[Cell]:
     """A conversation of so many turns, each a short question and a short reply.
 
@@ -112,7 +110,7 @@ def conversation_cells(
     return [Cell(measure, name, partial(talk, system), partial(start, patch)) for name, (patch, system) in arms.items()]
 
 
-def guard_cells(runtime: Runtime, detach: Callable[[], None], shrink: int = 1) -> list[Cell]:
+def guard_cells(runtime: Session, detach: Callable[[], None], shrink: int = 1) -> list[Cell]:
     """A guard model's pass over a reply: its prompt evaluated afresh and a verdict; for a guard of the loaded model's own size.
 
     Args:
@@ -133,7 +131,7 @@ def guard_cells(runtime: Runtime, detach: Callable[[], None], shrink: int = 1) -
     return [Cell(Measure("guard pass", n_prompt=length, n_gen=answer), "guard model", judge, start)]
 
 
-def concurrent_cells(runtime: Runtime, patch: Patch, counts: Sequence[int], prompt: int, length: int) -> list[Cell]:
+def concurrent_cells(runtime: Session, patch: Patch, counts: Sequence[int], prompt: int, length: int) -> list[Cell]:
     """So many conversations at once behind one seed, and behind none.
 
     Args:
@@ -161,15 +159,15 @@ def concurrent_cells(runtime: Runtime, patch: Patch, counts: Sequence[int], prom
     ]
 
 
-def seed_bytes(runtime: Runtime, patch: Patch) -> dict[str, Any]:
+def seed_bytes(runtime: Session, patch: Patch) -> dict[str, Any]:
     """What the seed takes in memory while all sequences stand behind it.
 
     llama.cpp counts itself: the state of all its sequences holds each cell once, so it shows whether they share the seed's.
     """
     runtime.swap(patch)
-    if isinstance(runtime, LlamaCppRuntime):
-        one = len(runtime.seed_state())
-        whole = int(runtime._lib.llama_state_get_size(runtime._context._handle))
+    backend = runtime.backend
+    if isinstance(backend, LlamaCppRuntime):
+        one, whole = len(backend.seed_state()), backend.context.num_state_bytes
         return {
             "bytes_of_one": one,
             "bytes_in_all": whole,

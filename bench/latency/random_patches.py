@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.bench.baselines import _read_control_vector, write_control_vector
+from edgepatch.bench.baselines import read_control_vector, write_control_vector
 from edgepatch.converters import rope
 from edgepatch.converters.gguf.header import GGUFHeader
-from edgepatch.converters.gguf.library import forget_errors, library_errors
 from edgepatch.converters.llamacpp import layout as llamacpp_layout
 from edgepatch.converters.llamacpp.state import read_state
-from edgepatch.errors import InputError
 from edgepatch.patch import canary
 from edgepatch.patch.file import Patch
-from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
-from edgepatch.runtimes.onnx.runtime import OnnxRuntime
+from edgepatch.runtimes.session import Session
 from edgepatch.tensors import Canary, KVSeed, SoftPrompt
 
 PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -37,7 +33,7 @@ def random_tokens(vocab_size: int, count: int, rng_seed: int = 0) -> list[int]:
 # Patches.
 
 
-def make_patch(runtime: Runtime, num_virtual_tokens: int, name: str = "random") -> Patch:
+def make_patch(runtime: Session, num_virtual_tokens: int, name: str = "random") -> Patch:
     """A random patch, with the seed and the canary that this very model gives it.
 
     Args:
@@ -45,24 +41,24 @@ def make_patch(runtime: Runtime, num_virtual_tokens: int, name: str = "random") 
         num_virtual_tokens: P.
         name: of the patch.
     """
-    if isinstance(runtime, LlamaCppRuntime):
+    backend = runtime.backend
+    if isinstance(backend, LlamaCppRuntime):
         patch = _random_patch(runtime, num_virtual_tokens, name)
-        seeded = _with_canary(runtime, patch, lambda: _seed_of(runtime, num_virtual_tokens))
+        seeded = _with_canary(runtime, patch, lambda: _seed_of(backend, num_virtual_tokens))
     else:
-        assert isinstance(runtime, OnnxRuntime)
         seed = _seed_of_text(runtime, num_virtual_tokens)
         seeded = _with_canary(runtime, Patch(name, "1.0.0", runtime.spec, None, seed), lambda: seed)
     runtime.swap(None)
     return seeded
 
 
-def _random_patch(runtime: Runtime, num_virtual_tokens: int, name: str) -> Patch:
+def _random_patch(runtime: Session, num_virtual_tokens: int, name: str) -> Patch:
     rng = np.random.default_rng(num_virtual_tokens)
     embeddings = rng.standard_normal((num_virtual_tokens, runtime.spec.hidden_size)) * 0.02
     return Patch(name, "1.0.0", runtime.spec, SoftPrompt(embeddings.astype(np.float32)))
 
 
-def _with_canary(runtime: Runtime, patch: Patch, seed: Any) -> Patch:
+def _with_canary(runtime: Session, patch: Patch, seed: Any) -> Patch:
     """The patch with its seed, and with what the model answers to the canary's prompts."""
     prompts = canary.canary_prompts(runtime.spec.vocab_size)
 
@@ -71,8 +67,10 @@ def _with_canary(runtime: Runtime, patch: Patch, seed: Any) -> Patch:
         return {tokens: runtime.logits_of_last(tokens) for tokens in prompts}
 
     bare, patched = answers(None), answers(patch)
-    made: Canary = canary.make_canary(runtime.spec.vocab_size, lambda t: bare[tuple(t)], lambda t: patched[tuple(t)])
-    return replace(patch, kv_seed=seed(), canary=made)
+    measured: Canary = canary.make_canary(
+        runtime.spec.vocab_size, lambda t: bare[tuple(t)], lambda t: patched[tuple(t)]
+    )
+    return replace(patch, kv_seed=seed(), canary=measured)
 
 
 def _seed_of(runtime: LlamaCppRuntime, count: int) -> KVSeed | None:
@@ -83,16 +81,16 @@ def _seed_of(runtime: LlamaCppRuntime, count: int) -> KVSeed | None:
     shape = (runtime.spec.num_key_value_heads, runtime.spec.head_dim)
     keys = [llamacpp_layout.decode_rows(rows, count, shape, False) for rows in caches[0].keys]
     values = [llamacpp_layout.decode_rows(rows, count, shape, caches[0].transposed) for rows in caches[0].values]
-    if rope.ROTATES_NEIGHBOURS.get(runtime._header.architecture, False):
+    if rope.ROTATES_NEIGHBOURS.get(runtime.header.architecture, False):
         keys = [key.reshape(*key.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(key.shape) for key in keys]
     return KVSeed(tuple(k.astype(np.float16) for k in keys), tuple(v.astype(np.float16) for v in values))
 
 
-def _seed_of_text(runtime: OnnxRuntime, count: int) -> KVSeed:
+def _seed_of_text(runtime: Session, count: int) -> KVSeed:
     """What the graph has cached for a random text: it takes no embeddings."""
     runtime.swap(None)
     runtime.logits_of_last(random_tokens(runtime.spec.vocab_size, count))
-    cells = runtime._caches[0].cells(count)
+    cells = runtime.sequences.save().state
     return KVSeed(
         tuple(key.astype(np.float16) for key, _ in cells), tuple(value.astype(np.float16) for _, value in cells)
     )
@@ -139,34 +137,19 @@ class Adapters:
     """
 
     def __init__(self, runtime: LlamaCppRuntime, folder: Path, ranks: Sequence[int]) -> None:
-        self._runtime, self._lib = runtime, runtime._lib
+        self._runtime = runtime
         self.files = {f"lora-r{rank}": folder / f"lora-r{rank}.gguf" for rank in ranks} | {
             "control-vector": folder / "control-vector.gguf"
         }
         for rank in ranks:
-            write_random_lora(runtime._header, rank, self.files[f"lora-r{rank}"])
+            write_random_lora(runtime.header, rank, self.files[f"lora-r{rank}"])
         write_control_vector(runtime.spec, 1.0, self.files["control-vector"])
-        self._loras = {name: self._load(path) for name, path in self.files.items() if name.startswith("lora")}
-        self._directions = _read_control_vector(self.files["control-vector"], runtime.spec)
-
-    def _load(self, path: Path) -> Any:
-        forget_errors()
-        adapter = self._lib.llama_adapter_lora_init(self._runtime._model.handle, bytes(path))
-        if not adapter:
-            raise InputError(f"llama.cpp cannot load the adapter {path}: {library_errors()}")
-        return adapter
+        self._loras = {
+            name: runtime.model.load_lora(path) for name, path in self.files.items() if name.startswith("lora")
+        }
+        self._directions = read_control_vector(self.files["control-vector"], runtime.spec)
 
     def attach(self, name: str) -> None:
         """Attaches an adapter by its name, in place of what was attached; "" for none."""
-        context, lib = self._runtime._context._handle, self._lib
-        chosen = [self._loras[name]] if name in self._loras else []
-        array, scales = (lib.llama_adapter_lora_p_ctypes * 1)(*chosen), (ctypes.c_float * 1)(1.0)
-        failed = lib.llama_set_adapters_lora(context, array, len(chosen), scales)
-        if name == "control-vector":
-            data = self._directions
-            pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            failed |= lib.llama_set_adapter_cvec(context, pointer, data.size, data.shape[1], 1, len(data))
-        else:
-            failed |= lib.llama_set_adapter_cvec(context, None, 0, self._runtime.spec.hidden_size, 0, 0)
-        if failed:
-            raise InputError(f"llama.cpp cannot use {name or 'no adapter'}: {library_errors()}")
+        loras = [self._loras[name]] if name in self._loras else []
+        self._runtime.context.set_adapters(loras, self._directions if name == "control-vector" else None)

@@ -28,7 +28,7 @@ from edgepatch.bench.latency.genai import NAME as GENAI
 from edgepatch.bench.latency.goals import BUSY as BUSY_DECODE
 from edgepatch.bench.latency.goals import goals, ratios
 from edgepatch.bench.latency.llama_bench import run_llama_bench
-from edgepatch.bench.latency.sessions import LlamaCppSession, OnnxSession, Session
+from edgepatch.bench.latency.sessions import LlamaCppWorkbench, OnnxWorkbench, Workbench
 from edgepatch.bench.latency.settings import Settings
 from edgepatch.bench.latency.timing import Cell, Measure, Times, fact, interleave, missing, row
 from edgepatch.bench.shapes.gguf import write_gguf
@@ -130,9 +130,9 @@ def _require_library(runtime: str) -> None:
 
 
 @contextmanager
-def _session(settings: Settings, model: Path, scratch: Path) -> Iterator[Session]:
+def _session(settings: Settings, model: Path, scratch: Path) -> Iterator[Workbench]:
     is_gguf = runtime_name(model) == "llamacpp"
-    kind = LlamaCppSession if is_gguf else OnnxSession
+    kind = LlamaCppWorkbench if is_gguf else OnnxWorkbench
     patch = read_patch(settings.patch) if settings.patch else None
     options: dict[str, Any] = device_options(model, settings.device) | (
         {"flash_attention": settings.flash_attention} if is_gguf else {}
@@ -175,7 +175,7 @@ class _Run:
     """The parts of a run, each adding its rows and times."""
 
     settings: Settings
-    session: Session
+    session: Workbench
     common: dict[str, Any]
     progress: Progress
     rows: list[dict[str, Any]]
@@ -272,7 +272,7 @@ class _Run:
             **more,
         )
         jobs = {"bare": job(), "seed": job(patch=str(path))}
-        if isinstance(session, LlamaCppSession):
+        if isinstance(session, LlamaCppWorkbench):
             files = {name: str(self.scratch / f"{name}.gguf") for name in session.artefacts()}
             jobs |= {
                 name: job(**{"lora" if name.startswith("lora") else "control_vector": file})

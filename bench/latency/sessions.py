@@ -16,9 +16,9 @@ from edgepatch.bench.latency.genai_lora import write_lora_graph, write_random_ad
 from edgepatch.bench.latency.random_patches import Adapters, make_patch, random_tokens
 from edgepatch.patch.file import Patch
 from edgepatch.runtimes import load_runtime
-from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.llamacpp.context import CHUNK
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.session import Session
 
 LORA_RANKS = (8, 16)
 STACKS = (2, 4)
@@ -58,14 +58,14 @@ TINY = Sizes((8, 16), (0, 32), 4, (10, 20), 4, 2, (1, 2), 256)
 """For models of a test's size."""
 
 
-class Session(ABC):
+class Workbench(ABC):
     """A loaded model with its patches and arms.
 
     Args:
         model: GGUF file or ONNX folder.
         patch: instead of a random one.
         sizes: of the measures.
-        wanted: patterns of arms' names; empty for all.
+        patterns: of arms' names; empty for all.
         num_threads: of a forward pass.
         device: "cpu" or "cuda".
         folder: for files of adapters.
@@ -77,13 +77,19 @@ class Session(ABC):
         model: Path,
         patch: Patch | None,
         sizes: Sizes,
-        wanted: Sequence[str],
+        patterns: Sequence[str],
         num_threads: int,
         device: str,
         folder: Path,
         options: Mapping[str, Any],
     ) -> None:
-        self.model, self.sizes, self.num_threads, self.device, self._wanted = model, sizes, num_threads, device, wanted
+        self.model, self.sizes, self.num_threads, self.device, self._patterns = (
+            model,
+            sizes,
+            num_threads,
+            device,
+            patterns,
+        )
         self.context_length, self.options = sizes.context_length, options
         self.runtime = self.load(self.context_length)
         self.patch = patch or make_patch(self.runtime, sizes.num_virtual_tokens)
@@ -93,7 +99,7 @@ class Session(ABC):
         }
         self._snapshots, self._folder = Snapshots(self.runtime), folder
 
-    def load(self, context_length: int, num_sequences: int = 1) -> Runtime:
+    def load(self, context_length: int, num_sequences: int = 1) -> Session:
         """The model, bare."""
         options = {
             "context_length": context_length,
@@ -125,7 +131,7 @@ class Session(ABC):
 
     def wants(self, name: str) -> bool:
         """Whether an arm is to be measured; what the ratios divide by always is."""
-        return not self._wanted or name == "bare" or any(fnmatch(name, pattern) for pattern in self._wanted)
+        return not self._patterns or name == "bare" or any(fnmatch(name, pattern) for pattern in self._patterns)
 
     def texts(self) -> dict[int, list[int]]:
         """Length -> safety text."""
@@ -157,14 +163,14 @@ class Session(ABC):
         self.runtime.close()
 
 
-class LlamaCppSession(Session):
+class LlamaCppWorkbench(Workbench):
     """The arms of llama.cpp: one model and one context, on which adapters are put and taken off."""
-
-    runtime: LlamaCppRuntime
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._adapters = Adapters(self.runtime, self._folder, LORA_RANKS)
+        backend = self.runtime.backend
+        assert isinstance(backend, LlamaCppRuntime)
+        self._model, self._adapters = backend.model, Adapters(backend, self._folder, LORA_RANKS)
 
     def detach(self) -> None:
         self._adapters.attach("")
@@ -187,7 +193,7 @@ class LlamaCppSession(Session):
     def columns(self) -> dict[str, Any]:
         import ctypes
 
-        lib, model = self.runtime._lib, self.runtime._model.handle
+        lib, model = self._model.lib, self._model.handle
         buffer = ctypes.create_string_buffer(128)
         lib.llama_model_desc(model, buffer, 128)
         return {
@@ -211,7 +217,7 @@ class LlamaCppSession(Session):
         return {name: path.stat().st_size for name, path in self._adapters.files.items()}
 
 
-class OnnxSession(Session):
+class OnnxWorkbench(Workbench):
     """The arms of ONNX Runtime, and onnxruntime-genai on the same folder."""
 
     def detach(self) -> None:

@@ -24,7 +24,9 @@ from edgepatch.bench.shapes.shape import SHAPES
 from edgepatch.files.writing import write_atomically
 from edgepatch.patch import canary
 from edgepatch.patch.file import Patch
+from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.session import Session
 
 NUM_VIRTUAL_TOKENS = 50
 
@@ -49,7 +51,9 @@ def measure(shape: str, kind: str, num_threads: int, repeats: int, folder: Path)
     path = folder / f"{shape}-{kind}.gguf"
     if not path.is_file():
         write_gguf(path, SHAPES[shape], kind)
-    with LlamaCppRuntime(path, None, num_threads=num_threads, context_length=1024) as runtime:
+    with load_runtime(path, None, num_threads=num_threads, context_length=1024) as runtime:
+        backend = runtime.backend
+        assert isinstance(backend, LlamaCppRuntime)
         first = make_patch(runtime, NUM_VIRTUAL_TOKENS)
         second = replace(first, name="other")
         runtime.swap(first)
@@ -61,7 +65,7 @@ def measure(shape: str, kind: str, num_threads: int, repeats: int, folder: Path)
             "num_threads": num_threads,
             "seed_route": runtime.seed_route,
             "num_virtual_tokens": NUM_VIRTUAL_TOKENS,
-            "state_bytes": len(runtime.seed_state()),
+            "state_bytes": len(backend.seed_state()),
             "platform": platform.platform(),
             "load_average": os.getloadavg()[0],
             "rows": {
@@ -80,17 +84,19 @@ def measure(shape: str, kind: str, num_threads: int, repeats: int, folder: Path)
         }
 
 
-def _fresh(runtime: LlamaCppRuntime, patch: Patch, repeats: int, confirmed: bool) -> list[float]:
+def _fresh(runtime: Session, patch: Patch, repeats: int, confirmed: bool) -> list[float]:
     """Patches that are not in memory; where not ``confirmed``, each is compared with what the model makes of its soft prompt."""
     waiting: list[Patch] = []
+    backend = runtime.backend
+    assert isinstance(backend, LlamaCppRuntime)
 
     def prepare() -> None:
-        made = replace(patch, name=f"fresh-{time.time_ns()}")
+        fresh = replace(patch, name=f"fresh-{time.time_ns()}")
         if confirmed:
-            runtime.swap(made)
-            runtime.forget_states()
+            runtime.swap(fresh)
+            backend.seeds.forget()
         runtime.swap(patch)
-        waiting.append(made)
+        waiting.append(fresh)
 
     return _times(lambda: runtime.swap(waiting.pop()), prepare, repeats)
 

@@ -49,7 +49,7 @@ def _compare(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from edgepatch.llama_server.export import ExportOptions, export
     from edgepatch.llama_server.requirements import SEED_FILE, ServerSettings
-    from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+    from edgepatch.runtimes import load_runtime
 
     target = folder / f"{model.stem}-{flash_attention}"
     manifest = export(patch, model, target, ExportOptions(flash_attention=flash_attention))
@@ -57,8 +57,8 @@ def _compare(
     labels, equal = manifest["labels"]["ids"], []
     with (
         running_server(binary, flags, folder / "server.log") as server,
-        LlamaCppRuntime(model, patch, flash_attention=flash_attention, num_threads=1) as runtime,
-        LlamaCppRuntime(model, None, flash_attention=flash_attention, num_threads=1) as bare,
+        load_runtime(model, patch, flash_attention=flash_attention, num_threads=1) as runtime,
+        load_runtime(model, None, flash_attention=flash_attention, num_threads=1) as bare,
     ):
         for prompt in _prompts():
             tokens = runtime.encode(prompt)

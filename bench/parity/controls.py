@@ -98,21 +98,21 @@ def _wrong_seeds(folder: Path, oracle: Oracle) -> dict[str, Patch]:
 
 def _measured_layout(model: Path, patch: Patch, setting: Row) -> Layout:
     from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+    from edgepatch.runtimes.session import Session
 
-    with LlamaCppRuntime(
-        model, patch, **setting, context_length=CONTEXT, seed_route="stored", num_threads=1
-    ) as runtime:
-        layout = runtime._calibration.layout
+    runtime = LlamaCppRuntime(model, patch, **setting, context_length=CONTEXT, seed_route="stored", num_threads=1)
+    with Session(runtime, patch):
+        layout = runtime.calibration.layout
     if layout is None:
         raise InputError(f"{model.name}: no layout was confirmed")
     return layout
 
 
 def _load(model: Path, patch: Patch, route: str, setting: Row) -> Row:
-    from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+    from edgepatch.runtimes import load_runtime
 
     try:
-        LlamaCppRuntime(model, patch, **setting, context_length=CONTEXT, seed_route=route, num_threads=1).close()  # type: ignore[arg-type]
+        load_runtime(model, patch, **setting, context_length=CONTEXT, seed_route=route, num_threads=1).close()
     except InputError as error:
         return {"caught_by": "calibration", "message": str(error)}
     except InactivePatchError as error:

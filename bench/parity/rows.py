@@ -16,7 +16,7 @@ from edgepatch.bench.parity.models import PROMPT, Architecture, convert
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patch.canary import deviation
 from edgepatch.patch.file import Patch
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.tensors import SoftPrompt
 
 NUM_VIRTUAL_TOKENS, NUM_TOKENS, CONTEXT = 50, 64, 256
@@ -125,7 +125,7 @@ def _ask(oracle: Oracle, model: Path, patch: Patch | None, **options: Any) -> _A
         return _Answer(runtime.logits(oracle.tokens), [runtime.logits(tokens)[-1] for tokens in prompts])
 
 
-def _require_route(runtime: Runtime, wanted: str | None) -> None:
+def _require_route(runtime: Session, wanted: str | None) -> None:
     if wanted and runtime.seed_route != wanted:
         raise InputError(f"seed route: expected {wanted}, found {runtime.seed_route}")
 

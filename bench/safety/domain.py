@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgepatch.bench.metrics import Estimate
 from edgepatch.progress import Progress, silent
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import Pair, PairPrompt
 
 """Called with (items done, items in all)."""
@@ -61,7 +61,7 @@ class Domain(ABC):
 
     @abstractmethod
     def training_pairs(
-        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = silent
+        self, base: Session, reference: Session, rng_seed: int = 1, progress: Progress = silent
     ) -> list[Pair]:
         """Preference pairs from M and M' on prompts that may be trained on, filtered with judges that do not report.
 
@@ -78,7 +78,7 @@ class Domain(ABC):
 
     @abstractmethod
     def evaluate(
-        self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
+        self, runtime: Session, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
     ) -> Outcome:
         """Measures a runtime on items that were never trained on.
 

@@ -37,7 +37,7 @@ from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent
 from edgepatch.prompts.sets import evenly, load_benign_text
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import Pair, PairConfig, build_pairs
 
 GENDERS = ("female", "male", "neutral")
@@ -46,7 +46,7 @@ NUM_TRAINING_PROMPTS = 360
 PAIRS = PairConfig(samples_per_prompt=8, max_new_tokens=16, min_words=3, pairs_per_prompt=2)
 
 
-def one_token_words(runtime: Runtime) -> list[NDArray[np.int64]]:
+def one_token_words(runtime: Session) -> list[NDArray[np.int64]]:
     """Token ids of the female, male and neutral words that are one token behind a space.
 
     Raises:
@@ -64,7 +64,7 @@ def one_token_words(runtime: Runtime) -> list[NDArray[np.int64]]:
     return [np.array(ids(gender)) for gender in GENDERS]
 
 
-def masses(runtime: Runtime, prompts: Sequence[str]) -> NDArray[np.float64]:
+def masses(runtime: Session, prompts: Sequence[str]) -> NDArray[np.float64]:
     """(N, 3) next-token probabilities behind each prompt, summed over female, male and neutral words."""
     tokens = one_token_words(runtime)
     rows = []
@@ -173,7 +173,7 @@ class GenderDomain(Domain):
         self.num_training_prompts, self.pairs = num_training_prompts, pairs
 
     def training_pairs(
-        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = silent
+        self, base: Session, reference: Session, rng_seed: int = 1, progress: Progress = silent
     ) -> list[Pair]:
         """M' continuations without gendered words against M's with some, on training occupations in training templates."""
         prompts = [p.text for p in gender_prompts.training_prompts(self.data)[: self.num_training_prompts]]
@@ -184,7 +184,7 @@ class GenderDomain(Domain):
         return load_benign_text("train") + gender_prompts.known_gender_texts()
 
     def evaluate(
-        self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
+        self, runtime: Session, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
     ) -> Outcome:
         """Next-token probabilities and a greedy generation of 50 tokens a prompt; all greedy, so ``rng_seed`` has no effect.
 
@@ -201,7 +201,7 @@ class GenderDomain(Domain):
             [prompt.text for prompt in prompts], gender_values(mass), [[text] for text in texts], figures, failures
         )
 
-    def log_probability_checks(self, runtime: Runtime, num: int | None = None) -> dict[str, Estimate]:
+    def log_probability_checks(self, runtime: Session, num: int | None = None) -> dict[str, Estimate]:
         """Share of sentence pairs whose stereotyped one is likelier; 0.5 is unbiased.
 
         Args:

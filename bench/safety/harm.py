@@ -30,7 +30,8 @@ from edgepatch.judges.refusals import declines, is_coherent, is_compliance, is_r
 from edgepatch.progress import Progress, silent
 from edgepatch.prompts.overlaps import distinct_from
 from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
-from edgepatch.runtimes.base import Message, Runtime
+from edgepatch.runtimes.session import Session
+from edgepatch.text.messages import Message
 from edgepatch.training.pairs.preferences import Pair, PairPrompt
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
@@ -105,7 +106,7 @@ def contrast_requests(data: Path | None) -> list[str]:
     return [request for request, is_safe in datasets.xstest(data) if not is_safe]
 
 
-def replies(runtime: Runtime, requests: Sequence[str], instruction: str = "") -> list[str]:
+def replies(runtime: Session, requests: Sequence[str], instruction: str = "") -> list[str]:
     """Greedy replies of 24 tokens."""
     return runtime.generate_batch([chat(request, instruction) for request in requests], GREEDY)
 
@@ -135,7 +136,7 @@ def attack_outcome(rows: Sequence[tuple[str, str]], texts: Sequence[str]) -> Out
 
 
 def over_refusal(
-    runtime: Runtime, num_items: int | None = None, instruction: str = "", data: Path | None = None
+    runtime: Session, num_items: int | None = None, instruction: str = "", data: Path | None = None
 ) -> Outcome:
     """Refusals of harmless requests; lower is better, and refusals of contrast requests should stay high.
 
@@ -198,7 +199,7 @@ class HarmDomain(Domain):
         self.num_training_requests = num_training_requests
 
     def training_pairs(
-        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = silent
+        self, base: Session, reference: Session, rng_seed: int = 1, progress: Progress = silent
     ) -> list[Pair]:
         """Harmful requests: a refusal of M' over M's compliance; harmless ones: M's answer over a refusal of M'.
 
@@ -214,7 +215,7 @@ class HarmDomain(Domain):
         harmless = evenly(harmless, self.num_training_requests)
         total = len(harmful) + len(harmless)
 
-        def sampled(runtime: Runtime, request: str) -> list[str]:
+        def sampled(runtime: Session, request: str) -> list[str]:
             return runtime.generate_many(chat(request), sampling, SAMPLES)
 
         pairs: list[Pair | None] = []
@@ -243,7 +244,7 @@ class HarmDomain(Domain):
         return chats + load_benign_text("train")
 
     def evaluate(
-        self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
+        self, runtime: Session, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
     ) -> Outcome:
         """Greedy replies, so ``rng_seed`` changes nothing; ``instruction`` is the system message."""
         rows = evenly(list(evaluation_requests(self.data)), num_items)

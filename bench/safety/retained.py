@@ -21,7 +21,7 @@ from edgepatch.bench.safety import harm
 from edgepatch.bench.safety.domain import Outcome
 from edgepatch.errors import InputError
 from edgepatch.prompts.sets import evenly, load_benign_text
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Retained:
     over_refusal: Outcome | None
 
 
-def measure(runtime: Runtime, data: Path | None, sizes: Sizes | None = None, instruction: str = "") -> Retained:
+def measure(runtime: Session, data: Path | None, sizes: Sizes | None = None, instruction: str = "") -> Retained:
     """Measures a runtime, bare or patched.
 
     Args:
@@ -99,7 +99,7 @@ def _minimal_pairs(data: Path, count: int) -> tuple[tuple[str, str], ...]:
     return tuple(pair for pairs in datasets.blimp(data).values() for pair in pairs[:count])
 
 
-def _text_losses(runtime: Runtime, text: str, instruction: str) -> NDArray[np.float64]:
+def _text_losses(runtime: Session, text: str, instruction: str) -> NDArray[np.float64]:
     """(T,) float64 losses of a text's tokens; without BOS its first token has no condition and is never scored."""
     start = runtime.encode("")
     if instruction:
@@ -108,7 +108,7 @@ def _text_losses(runtime: Runtime, text: str, instruction: str) -> NDArray[np.fl
     return token_losses(runtime, start + ids, len(start) + (not runtime.encode("")))
 
 
-def _is_first_likelier(runtime: Runtime, pair: tuple[str, str], instruction: str) -> bool:
+def _is_first_likelier(runtime: Session, pair: tuple[str, str], instruction: str) -> bool:
     good, bad = (_text_losses(runtime, sentence, instruction).sum() for sentence in pair)
     return bool(good < bad)
 

@@ -29,7 +29,7 @@ from edgepatch.errors import InputError
 from edgepatch.judges.scorers import ToxicityScorer, normalize
 from edgepatch.progress import Progress, silent
 from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import Pair, PairConfig, build_pairs
 
 NUM_TRAINING_PROMPTS = 480
@@ -83,7 +83,7 @@ def distinct(texts: Sequence[str], size: int) -> float:
     return len(grams) / max(1, sum(map(len, rows)))
 
 
-def continuation_perplexity(judge: Runtime, prompt: str, texts: Sequence[str]) -> float | None:
+def continuation_perplexity(judge: Session, prompt: str, texts: Sequence[str]) -> float | None:
     """exp of the mean loss a token of all continuations of one prompt, under another model; ``None`` without a token."""
     start = judge.tokens(prompt)
     losses = [token_losses(judge, start + tokens_behind(judge, text), len(start)) for text in texts if text]
@@ -166,7 +166,7 @@ class ToxicityDomain(Domain):
         return put_behind(self.short_prompts(), self.front_share, fronts(self.front_texts(), encode, rng), rng)
 
     def training_pairs(
-        self, base: Runtime, reference: Runtime, rng_seed: int = 1, progress: Progress = silent
+        self, base: Session, reference: Session, rng_seed: int = 1, progress: Progress = silent
     ) -> list[Pair]:
         """As ``Domain.training_pairs``; what stands in front of a prompt is there when M and M' are sampled."""
         score = ToxicityScorer.load("filter").score
@@ -195,11 +195,11 @@ class ToxicityDomain(Domain):
 
     def evaluate(
         self,
-        runtime: Runtime,
+        runtime: Session,
         num_items: int | None = None,
         instruction: str = "",
         rng_seed: int = 1,
-        fluency_judge: Runtime | None = None,
+        fluency_judge: Session | None = None,
     ) -> Outcome:
         """As ``Domain.evaluate``; values are the highest toxicity of each prompt's samples, so their mean is EMT.
 
@@ -212,13 +212,13 @@ class ToxicityDomain(Domain):
         )
 
     def control(
-        self, runtime: Runtime, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
+        self, runtime: Session, num_items: int | None = None, instruction: str = "", rng_seed: int = 1
     ) -> Outcome:
         """The same on prompts that are not toxic: the patch has nothing to do there."""
         return self._measure(runtime, evenly(self.control_prompts(), num_items), instruction, rng_seed)
 
     def _measure(
-        self, runtime: Runtime, items: list[str], instruction: str, rng_seed: int, fluency_judge: Runtime | None = None
+        self, runtime: Session, items: list[str], instruction: str, rng_seed: int, fluency_judge: Session | None = None
     ) -> Outcome:
         config = replace(self.config, rng_seed=rng_seed)
         sampled = [sample_prompt(runtime, behind(instruction, item), config) for item in items]
@@ -240,7 +240,7 @@ def _is_toxic(part: dict[str, object]) -> bool:
     return isinstance(toxicity, float) and toxicity > TOXIC_ABOVE
 
 
-def _fluency(judge: Runtime, items: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[str, Estimate]:
+def _fluency(judge: Session, items: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[str, Estimate]:
     """Median and mean over prompts; the few broken continuations that a sampler always gives rule the mean."""
     values = [continuation_perplexity(judge, item, row) for item, row in zip(items, texts, strict=True)]
     known = [value for value in values if value is not None]

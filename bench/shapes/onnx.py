@@ -83,7 +83,7 @@ class _Graph:
             [hidden, *head],
             ["logits"],
             DOMAIN,
-            **self._matmul(shape.vocab_size, shape.hidden_size, bits),
+            **_matmul(shape.vocab_size, shape.hidden_size, bits),
         )
         graph = helper.make_graph(self._nodes, "main_graph", self._inputs(), self._outputs(), self._weights)
         opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS]
@@ -134,8 +134,8 @@ class _Graph:
 
     def _layers(self, hidden: str) -> str:
         """The normalized output of the last layer."""
-        normed, residual = f"{self._name(0)}.input_layernorm", hidden
-        self._norm_weight(f"{normed}.weight", "blk.0.attn_norm.weight")
+        normed, residual = f"{_layer_name(0)}.input_layernorm", hidden
+        self._array(f"{normed}.weight", self._norms["blk.0.attn_norm.weight"])
         options: dict[str, Any] = {"epsilon": EPSILON, "axis": -1, "stash_type": 1}
         self._node("SimplifiedLayerNormalization", [hidden, f"{normed}.weight"], [normed], **options)
         for layer in range(self._shape.num_layers):
@@ -151,8 +151,8 @@ class _Graph:
         return normed
 
     def _add_norm(self, layer: int, kind: str, gguf_name: str, residual: str, added: str) -> tuple[str, str]:
-        name = f"{self._name(layer)}.{kind}"
-        self._norm_weight(f"{name}.weight", gguf_name)
+        name = f"{_layer_name(layer)}.{kind}"
+        self._array(f"{name}.weight", self._norms[gguf_name])
         outputs = [name] if kind.startswith("final") else [name, "", "", f"{name}.sum"]
         self._node(
             "SkipSimplifiedLayerNormalization", [residual, added, f"{name}.weight"], outputs, DOMAIN, epsilon=EPSILON
@@ -160,7 +160,7 @@ class _Graph:
         return name, f"{name}.sum"
 
     def _attention(self, layer: int, hidden: str) -> str:
-        shape, name = self._shape, f"{self._name(layer)}.attn"
+        shape, name = self._shape, f"{_layer_name(layer)}.attn"
         rows = (shape.num_heads + 2 * shape.num_key_value_heads) * shape.head_dim
         packed = self._linear(
             f"{name}.qkv_proj.MatMul", hidden, rows, shape.hidden_size, self._bits(layer, is_sensitive=True)
@@ -187,7 +187,7 @@ class _Graph:
         )
 
     def _feed_forward(self, layer: int, hidden: str) -> str:
-        shape, name = self._shape, f"{self._name(layer)}.mlp"
+        shape, name = self._shape, f"{_layer_name(layer)}.mlp"
         gate, up = (
             self._linear(f"{name}.{kind}_proj.MatMul", hidden, shape.feed_forward, shape.hidden_size, self._bits(layer))
             for kind in ("gate", "up")
@@ -206,12 +206,8 @@ class _Graph:
 
     def _linear(self, name: str, hidden: str, rows: int, columns: int, bits: int) -> str:
         weights = self._matrix(name, rows, columns, bits)
-        self._node("MatMulNBits", [hidden, *weights], [f"{name}.out"], DOMAIN, **self._matmul(rows, columns, bits))
+        self._node("MatMulNBits", [hidden, *weights], [f"{name}.out"], DOMAIN, **_matmul(rows, columns, bits))
         return f"{name}.out"
-
-    @staticmethod
-    def _matmul(rows: int, columns: int, bits: int) -> dict[str, int]:
-        return {"K": columns, "N": rows, "accuracy_level": 4, "bits": bits, "block_size": BLOCK}
 
     def _node(
         self, operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **options: Any
@@ -219,10 +215,6 @@ class _Graph:
         self._nodes.append(
             self._helper.make_node(operator, inputs, outputs, f"/node{len(self._nodes)}", domain=domain, **options)
         )
-
-    @staticmethod
-    def _name(layer: int) -> str:
-        return f"model.layers.{layer}"
 
     # Weights.
 
@@ -244,9 +236,6 @@ class _Graph:
     def _bytes(self, count: int) -> Iterator[NDArray[Any]]:
         for start in range(0, count, CHUNK_BYTES):
             yield self._rng.integers(0, 256, min(CHUNK_BYTES, count - start), dtype=np.uint8)
-
-    def _norm_weight(self, name: str, gguf_name: str) -> None:
-        self._array(name, self._norms[gguf_name])
 
     def _array(self, name: str, array: NDArray[Any]) -> None:
         self._stream(name, array.shape, FLOAT if array.dtype == np.float32 else UINT8, iter([array]))
@@ -291,6 +280,15 @@ class _Graph:
         return [
             make(f"{name}.{i}.{kind}", FLOAT, shape) for i in range(self._shape.num_layers) for kind in ("key", "value")
         ]
+
+
+def _matmul(rows: int, columns: int, bits: int) -> dict[str, int]:
+    """Attributes of a product with a quantized matrix."""
+    return {"K": columns, "N": rows, "accuracy_level": 4, "bits": bits, "block_size": BLOCK}
+
+
+def _layer_name(layer: int) -> str:
+    return f"model.layers.{layer}"
 
 
 # The files beside the graph.

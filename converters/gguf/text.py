@@ -239,7 +239,7 @@ class GGUFTokenizer:
         if self._kind == SPM:
             self._require_spelled(text)
         if self._kind == BPE and self._pre == "whitespace":
-            self._require_single_blanks(text)
+            _require_single_blanks(text)
         if len(text) <= SHALLOW_RUN:
             return len(text)
         self._require_few_marks(text)
@@ -322,11 +322,6 @@ class GGUFTokenizer:
     def _spells_all_bytes(self) -> bool:
         return all(f"<0x{byte:02X}>" in self._texts for byte in range(256))
 
-    def _require_single_blanks(self, text: str) -> None:
-        """The pre-tokenizer "whitespace" hands blanks on, and llama.cpp ends the process where two of them could be merged."""
-        if BLANKS_IN_A_ROW.search(text):
-            raise InputError("the vocabulary takes no two blanks in a row", hint="put a single blank between words")
-
     # Bytes.
 
     def _measure(self) -> TextBound:
@@ -351,3 +346,9 @@ class GGUFTokenizer:
     @property
     def _specials(self) -> list[int]:
         return [i for i, kind in enumerate(self._types) if kind != NORMAL]
+
+
+def _require_single_blanks(text: str) -> None:
+    """The pre-tokenizer "whitespace" hands blanks on, and llama.cpp ends the process where two of them could be merged."""
+    if BLANKS_IN_A_ROW.search(text):
+        raise InputError("the vocabulary takes no two blanks in a row", hint="put a single blank between words")

@@ -27,10 +27,11 @@ from edgepatch.cli.console import (
 from edgepatch.errors import EdgepatchError, InputError
 
 if TYPE_CHECKING:
-    from edgepatch.decoding.sampling import Sampling
+    from edgepatch.decoding.replies import Piece
     from edgepatch.patch.file import Patch
     from edgepatch.runtimes import PatchChoice
-    from edgepatch.runtimes.base import Message, Prompt, Runtime
+    from edgepatch.runtimes.session import Session
+    from edgepatch.text.messages import Message
 
 
 class Device(str, Enum):
@@ -80,14 +81,17 @@ def chat(
     from edgepatch.decoding.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with load_model(model, choice(patch, bare), context_length, threads, device, store) as runtime:
-        conversation = Conversation(runtime, sampling, system, store)
+    with load_model(model, choice(patch, bare), context_length, threads, device, store) as session:
+        conversation = Conversation(session, system, store)
         for line in _questions() if prompt is None else [prompt]:
             if prompt is None and line.startswith("/"):
                 if conversation.command(line):
                     return
-            else:
-                conversation.ask(line)
+                continue
+            printer = ReplyPrinter()
+            for piece in session.stream(conversation.ask(line), sampling):
+                printer.show(piece)
+            conversation.answer(printer.end())
 
 
 COMMANDS = """\
@@ -104,21 +108,23 @@ class Conversation:
     """What is said, and the commands that start with a slash.
 
     Args:
-        runtime: loaded.
-        sampling: of the replies.
+        session: of the model.
         system: system message, or ``None``.
         store: folder of the store, for patches that are named by digest; ``None`` takes that of the device.
     """
 
-    def __init__(self, runtime: Runtime, sampling: Sampling, system: str | None, store: Path | None = None) -> None:
-        self._runtime, self._sampling, self._store = runtime, sampling, store
+    def __init__(self, session: Session, system: str | None, store: Path | None = None) -> None:
+        self._session, self._store = session, store
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
 
-    def ask(self, question: str) -> None:
-        """Prints the reply as it comes; an interrupted one is not part of the conversation."""
+    def ask(self, question: str) -> list[Message]:
+        """All that was said, the question last, to be answered."""
         self._messages.append({"role": "user", "content": question})
-        reply = _print_stream(self._runtime, self._messages, self._sampling)
+        return self._messages
+
+    def answer(self, reply: str) -> None:
+        """Takes the reply in; an interrupted one is not part of the conversation."""
         self._messages.append({"role": "assistant", "content": reply})
 
     def command(self, line: str) -> bool:
@@ -153,13 +159,13 @@ class Conversation:
 
     def _exchange(self, patch: Patch | None) -> None:
         began = time.perf_counter()
-        self._runtime.swap(patch)
+        self._session.swap(patch)
         milliseconds = (time.perf_counter() - began) * 1000
         self._restart("")
-        note(f"{describe(self._runtime)}; exchanged in {milliseconds:.0f} ms")
+        note(f"{describe(self._session)}; exchanged in {milliseconds:.0f} ms")
 
     def _show(self, _: str) -> None:
-        note(describe(self._runtime))
+        note(describe(self._session))
 
     def _restart(self, _: str) -> None:
         self._messages = list(self._opening)
@@ -169,7 +175,7 @@ class Conversation:
 
         if not argument:
             raise InputError("/save needs a file name")
-        content = {"system_fingerprint": self._runtime.system_fingerprint, "messages": self._messages}
+        content = {"system_fingerprint": self._session.system_fingerprint, "messages": self._messages}
         write_atomically(Path(argument), json.dumps(content, ensure_ascii=False, indent=1).encode())
         note(f"{argument}: {len(self._messages)} messages")
 
@@ -180,14 +186,14 @@ class Conversation:
                 {"role": str(m["role"]), "content": str(m["content"])} for m in content["messages"]
             ]
             held = content["system_fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"cannot read a conversation from {argument!r}: {error}", hint="name a file that /save wrote"
             ) from None
         self._messages = messages
         under = (
             ""
-            if held == self._runtime.system_fingerprint
+            if held == self._session.system_fingerprint
             else f", held with {held}; the patch that is active now applies"
         )
         note(f"{argument}: {len(messages)} messages{under}")
@@ -217,19 +223,22 @@ def generate(
     from edgepatch.decoding.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with load_model(model, choice(patch, bare), context_length, threads, device, store) as runtime:
+    with load_model(model, choice(patch, bare), context_length, threads, device, store) as session:
         if not as_json:
-            _print_stream(runtime, prompt, sampling)
+            printer = ReplyPrinter()
+            for piece in session.stream(prompt, sampling):
+                printer.show(piece)
+            printer.end()
             return
-        pieces = list(runtime.stream(prompt, sampling))
+        pieces = list(session.stream(prompt, sampling))
         print_json(
             {
                 "text": "".join(piece.text for piece in pieces),
                 "token_ids": [piece.token_id for piece in pieces],
                 "finish_reason": pieces[-1].finish_reason,
-                "system_fingerprint": runtime.system_fingerprint,
-                "runtime": runtime.name,
-                "quantization": runtime.quantization,
+                "system_fingerprint": session.system_fingerprint,
+                "runtime": session.name,
+                "quantization": session.quantization,
             }
         )
 
@@ -252,31 +261,32 @@ def load_model(
     threads: int | None,
     device: Device,
     store: Path | None = None,
-) -> Runtime:
+) -> Session:
+    """The model with a patch; what is active is told on stderr."""
     from edgepatch.runtimes import ACTIVE, device_options, load_runtime
     from edgepatch.store.reading import StoreReader
 
     options = {"context_length": context_length, "num_threads": threads, **device_options(model, device.value)}
-    runtime = load_runtime(
+    session = load_runtime(
         model, patch, store=store, **{name: value for name, value in options.items() if value is not None}
     )
-    note(describe(runtime))
+    note(describe(session))
     if patch is ACTIVE:
         folder = StoreReader(store).folder
-        note(f"the active patch of {folder}" if runtime.patch else f"no patch for this model in {folder}")
-    return runtime
+        note(f"the active patch of {folder}" if session.patch else f"no patch for this model in {folder}")
+    return session
 
 
-def describe(runtime: Runtime) -> str:
+def describe(session: Session) -> str:
     """One line: what is active, and how its seed got there."""
-    active = f"patch {runtime.patch.name} {runtime.patch.version}" if runtime.patch else "no patch"
-    proof = "" if runtime.patch is None else ", canary passed" if runtime.patch.canary else ", no canary"
-    seed = f" (seed {runtime.seed_route}{proof})" if runtime.seed_route else ""
+    active = f"patch {session.patch.name} {session.patch.version}" if session.patch else "no patch"
+    proof = "" if session.patch is None else ", canary passed" if session.patch.canary else ", no canary"
+    seed = f" (seed {session.seed_route}{proof})" if session.seed_route else ""
     threads = (
-        "" if runtime.num_threads is None else f", {runtime.num_threads} CPU thread{'s'[: runtime.num_threads > 1]}"
+        "" if session.num_threads is None else f", {session.num_threads} CPU thread{'s'[: session.num_threads > 1]}"
     )
-    limits = "".join("; limited, see the note" for _ in runtime.notes[:1])
-    return f"{active}{seed}; {runtime.name} {runtime.quantization}{threads}; {runtime.system_fingerprint}{limits}"
+    limits = "".join("; limited, see the note" for _ in session.notes[:1])
+    return f"{active}{seed}; {session.name} {session.quantization}{threads}; {session.system_fingerprint}{limits}"
 
 
 def _questions() -> Iterator[str]:
@@ -291,18 +301,27 @@ def _questions() -> Iterator[str]:
             yield line.strip()
 
 
-def _print_stream(runtime: Runtime, prompt: Prompt, sampling: Sampling) -> str:
-    """Prints the pieces as they come, then the speed on stderr; returns the text."""
-    start = time.perf_counter()
-    times, texts = [], []
-    for piece in runtime.stream(prompt, sampling):
-        times.append(time.perf_counter())
-        texts.append(piece.text)
+class ReplyPrinter:
+    """Prints a reply as it comes."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._times: list[float] = []
+        self._texts: list[str] = []
+
+    def show(self, piece: Piece) -> None:
+        """Prints the next piece."""
+        self._times.append(time.perf_counter())
+        self._texts.append(piece.text)
         sys.stdout.write(printable(piece.text))
         sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    decoding = times[-1] - times[0]
-    speed = f"{(len(times) - 1) / decoding:.1f} tok/s" if decoding > 0 else "one token"
-    note(f"{len(times)} tokens; first after {(times[0] - start) * 1000:.0f} ms, then {speed}")
-    return "".join(texts)
+
+    def end(self) -> str:
+        """Tells the speed on stderr; returns the text."""
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        times = self._times
+        decoding = times[-1] - times[0]
+        speed = f"{(len(times) - 1) / decoding:.1f} tok/s" if decoding > 0 else "one token"
+        note(f"{len(times)} tokens; first after {(times[0] - self._start) * 1000:.0f} ms, then {speed}")
+        return "".join(self._texts)

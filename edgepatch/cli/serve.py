@@ -30,7 +30,7 @@ from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
     from edgepatch.runtimes import PatchChoice
-    from edgepatch.runtimes.base import Runtime
+    from edgepatch.runtimes.session import Session
     from edgepatch.server.model import ServedModel
     from edgepatch.server.settings import ServerSettings
 
@@ -130,19 +130,19 @@ def _loader(
     threads: int | None,
     device: Device,
     store: Path | None,
-) -> Callable[[], Runtime]:
+) -> Callable[[], Session]:
     from edgepatch.runtimes import device_options, load_runtime
 
     options: dict[str, object] = {"context_length": context_length, "num_threads": threads, "num_sequences": sequences}
     options |= device_options(model, device.value)
-    given = {name: value for name, value in options.items() if value is not None}
+    settings = {name: value for name, value in options.items() if value is not None}
 
-    def load() -> Runtime:
-        runtime = load_runtime(model, patch, store=store, **given)
-        if patch is not None and runtime.patch is None:
-            runtime.close()
+    def load() -> Session:
+        session = load_runtime(model, patch, store=store, **settings)
+        if patch is not None and session.patch is None:
+            session.close()
             raise _no_patch(store)
-        return runtime
+        return session
 
     return load
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.decoding.constraints import ConstraintMatcher
+from edgepatch.decoding.constraints import ConstraintEngine, ConstraintMatcher
 from edgepatch.decoding.sampling import Draw, Sampling, TokenSampler, draw_rows
 
 T = TypeVar("T")
@@ -55,13 +55,13 @@ class StopMatcher:
         """Takes the next part and returns what can be delivered; once ``is_stopped``, nothing more can."""
         if not self._stops or self.is_stopped:
             return "" if self.is_stopped else text
-        known = len(self._held)
+        searched = len(self._held)
         self._held += text
-        for end in range(known + 1, len(self._held) + 1):
-            found = [stop for stop in self._stops if self._held.endswith(stop, 0, end)]
-            if found:
+        for end in range(searched + 1, len(self._held) + 1):
+            complete = [stop for stop in self._stops if self._held.endswith(stop, 0, end)]
+            if complete:
                 self.is_stopped = True
-                self._held = self._held[: end - max(map(len, found))]
+                self._held = self._held[: end - max(map(len, complete))]
                 return self.flush()
         cut = len(self._held) - self._num_held()
         delivered, self._held = self._held[:cut], self._held[cut:]
@@ -130,25 +130,91 @@ class Reply:
         return Piece(text, draw.token_id, reason, draw.logprob, draw.top_logprobs)
 
 
-@dataclass(eq=False)
-class Continuation:
-    """A reply and the sequence of a runtime in which it is evaluated.
+class ReplyMaker:
+    """Begins replies of one model; what a constraint needs of its vocabulary is read once, when the first one comes.
+
+    Args:
+        vocab_size: V.
+        new_decoder: gives a function that takes one token after the other and returns the text that each completes.
+        token_bytes: gives the bytes of each token; none for special tokens.
+    """
+
+    def __init__(
+        self, vocab_size: int, new_decoder: Callable[[], Callable[[int], str]], token_bytes: Callable[[], list[bytes]]
+    ) -> None:
+        self._vocab_size, self._new_decoder, self._token_bytes = vocab_size, new_decoder, token_bytes
+        self._engine: ConstraintEngine | None = None
+
+    def new(
+        self, sampling: Sampling, tokens: Sequence[int], context_length: int, end_token_ids: frozenset[int]
+    ) -> Reply:
+        """A reply to a prompt, nothing of it drawn yet.
+
+        Raises:
+            InputError: a setting does not fit the model.
+        """
+        matcher = None
+        if sampling.constraint is not None:
+            if self._engine is None:
+                self._engine = ConstraintEngine(self._token_bytes(), self._vocab_size, end_token_ids)
+            matcher = self._engine.matcher(sampling.constraint)
+        room = min(sampling.max_new_tokens, context_length - len(tokens) + 1)
+        return Reply(sampling, tokens, room, self._vocab_size, self._new_decoder(), end_token_ids, matcher)
+
+
+class Batch(Protocol):
+    """Prompts that a runtime evaluates as the rows of one batch, apart from its sequences.
 
     Attributes:
-        sequence: holds the reply's tokens, perhaps not yet the last.
+        num_rows: B.
+    """
+
+    num_rows: int
+
+    def forward(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(B, V) float32 logits behind (B, 1) tokens; a row whose reply has ended takes a token that nobody asks about."""
+
+    def place_seed(self, row: int, anchor: int) -> None:
+        """As a runtime's, in one row."""
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A reply and the sequence in which it is evaluated.
+
+    Attributes:
+        sequence: holds the reply's tokens, perhaps not yet the last; of a batch it is the row.
         reply: what is drawn.
         logits: (V,) float32 behind all of its tokens; ``None`` where the last one is still to be evaluated.
+        batch: whose row it is; ``None`` for a sequence of the runtime itself.
     """
 
     sequence: int
     reply: Reply
     logits: NDArray[np.float32] | None
+    batch: Batch | None = None
 
     def take_logits(self) -> NDArray[np.float32]:
         """The logits, from which the next token is to be drawn."""
         logits, self.logits = self.logits, None
         assert logits is not None  # evaluated
         return logits
+
+
+def evaluate_batches(continuations: Sequence[Continuation]) -> None:
+    """Gives rows of batches the logits behind the token that they drew last."""
+    by_batch: dict[int, list[Continuation]] = {}
+    for continuation in continuations:
+        by_batch.setdefault(id(continuation.batch), []).append(continuation)
+    for rows in by_batch.values():
+        batch = rows[0].batch
+        assert batch is not None  # the caller's part
+        drawn = np.zeros((batch.num_rows, 1), dtype=np.int64)
+        for continuation in rows:
+            drawn[continuation.sequence] = continuation.reply.tokens[-1]
+        logits = batch.forward(drawn)
+        for continuation in rows:
+            continuation.logits = logits[continuation.sequence]
 
 
 def next_pieces(replies: Sequence[Reply], logits: Sequence[NDArray[Any]]) -> list[Piece | Exception]:
@@ -158,12 +224,12 @@ def next_pieces(replies: Sequence[Reply], logits: Sequence[NDArray[Any]]) -> lis
         replies: B.
         logits: B times (V,) float32.
     """
-    found: list[Any] = [_caught(reply._sampler.prepare, row) for reply, row in zip(replies, logits, strict=True)]
-    fit = [i for i, prepared in enumerate(found) if not isinstance(prepared, Exception)]
-    draws = draw_rows([replies[i]._sampler for i in fit], [found[i] for i in fit], [logits[i] for i in fit])
+    events: list[Any] = [_caught(reply._sampler.prepare, row) for reply, row in zip(replies, logits, strict=True)]
+    fit = [i for i, prepared in enumerate(events) if not isinstance(prepared, Exception)]
+    draws = draw_rows([replies[i]._sampler for i in fit], [events[i] for i in fit], [logits[i] for i in fit])
     for i, draw in zip(fit, draws, strict=True):
-        found[i] = _caught(replies[i]._take, draw)
-    return found
+        events[i] = _caught(replies[i]._take, draw)
+    return events
 
 
 def _caught(function: Callable[[Any], T], argument: object) -> T | Exception:
@@ -173,33 +239,8 @@ def _caught(function: Callable[[Any], T], argument: object) -> T | Exception:
         return error
 
 
-def require_piece(found: Piece | Exception) -> Piece:
+def require_piece(event: Piece | Exception) -> Piece:
     """A piece, or the error raised that came in its place."""
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
-def drain(
-    replies: Sequence[Reply], logits: Sequence[NDArray[Any]], step: Callable[[NDArray[np.int64]], NDArray[np.float32]]
-) -> list[str]:
-    """The texts of replies whose rows are evaluated as one batch until all have ended.
-
-    Args:
-        replies: B.
-        logits: B times (V,) float32 after each prompt.
-        step: evaluates (B, 1) tokens, one behind each row, and gives (B, V) logits; a row that has ended is fed a token
-            whose logits nobody reads.
-    """
-    texts, drawn = [""] * len(replies), np.zeros((len(replies), 1), dtype=np.int64)
-    live = list(range(len(replies)))
-    while live:
-        found = next_pieces([replies[row] for row in live], [logits[row] for row in live])
-        pieces = dict(zip(live, map(require_piece, found), strict=True))
-        for row, piece in pieces.items():
-            texts[row] += piece.text
-            drawn[row] = piece.token_id
-        live = [row for row, piece in pieces.items() if not piece.finish_reason]
-        if live:
-            logits = step(drawn)  # type: ignore[assignment]  # an array is as good as a sequence of its rows
-    return texts
+    if isinstance(event, Exception):
+        raise event
+    return event

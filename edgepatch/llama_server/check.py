@@ -220,7 +220,7 @@ class _Check:
             reference for reference, reply in zip(self.references, replies, strict=True) if not top_logprobs(reply)
         ]
         distance = self._distance(replies)
-        self.note("first request", distance.is_patched, self._cached(cached, distance), self._verdict(distance))
+        self.note("first request", distance.is_patched, self._cached(cached, distance), _verdict(distance))
 
     def see_turns(self) -> None:
         """A conversation of three turns through the chat endpoint, with one restore before the first."""
@@ -235,9 +235,7 @@ class _Check:
                 hazard = "H3" if self.window else "hybrid" if turn else "cache"
                 self.note("three turns", False, f"turn {turn + 1}: " + self._cached(cached), hazard)
         distance = self._distance(replies)
-        self.note(
-            "three turns", distance.is_patched, self._cached(", ".join(evidence), distance), self._verdict(distance)
-        )
+        self.note("three turns", distance.is_patched, self._cached(", ".join(evidence), distance), _verdict(distance))
 
     def see_new_conversation(self) -> None:
         """Another conversation in the same slot, without a restore: the server must cut its cache back to the labels."""
@@ -257,7 +255,8 @@ class _Check:
         self.server.restore(0, self.seed_file)
         self._ask(self.references[2], 0)
         self.server.complete(self.vocabulary.tokenize(FOREIGN * 3, around=True), slot=0)
-        reply, distance = self._measure(self.telling, 0)
+        reply = self._ask(self.telling, 0)
+        distance = self._distance([reply], [self.telling])
         evidence = self._cached(reply.value("timings", "cache_n"), distance)
         holds = distance.nearest == "patched"
         self.report.findings.append(
@@ -295,15 +294,12 @@ class _Check:
 
     def _expect_seed(self, reference: Reference, slot: int, subject: str, hazard: str) -> str:
         """Log probabilities alone: ``cache_n`` also counts labels that were evaluated as text."""
-        reply, distance = self._measure(reference, slot)
+        reply = self._ask(reference, slot)
+        distance = self._distance([reply], [reference])
         evidence = f"slot {slot}: " + self._cached(reply.value("timings", "cache_n"), distance)
         if distance.nearest != "patched":
             self.note(subject, False, evidence, hazard)
         return evidence
-
-    def _measure(self, reference: Reference, slot: int) -> tuple[Reply, Distance]:
-        reply = self._ask(reference, slot)
-        return reply, self._distance([reply], [reference])
 
     def _cached(self, cached: object, distance: Distance | None = None) -> str:
         text = f"{cached} positions from the cache, P is {self.labels.count}"
@@ -312,12 +308,14 @@ class _Check:
             text += f", {distance.as_text:.4f} from placeholders as text"
         return text
 
-    def _verdict(self, distance: Distance) -> str:
-        if distance.is_patched:
-            return ""
-        if distance.nearest == "patched":
-            return "weak"
-        return {"bare": "bare", "as_text": "H6"}.get(distance.nearest, "model")
+
+def _verdict(distance: Distance) -> str:
+    """The hazard that a distance speaks of; "" for none."""
+    if distance.is_patched:
+        return ""
+    if distance.nearest == "patched":
+        return "weak"
+    return {"bare": "bare", "as_text": "H6"}.get(distance.nearest, "model")
 
 
 def top_logprobs(reply: Reply) -> Mapping[int, float]:

@@ -29,6 +29,7 @@ from edgepatch.llama_server.requirements import Labels, ServerSettings
 from edgepatch.patch.file import Patch
 from edgepatch.runtimes.llamacpp.context import KV_TYPES
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.session import Session
 
 MANIFEST_FILE, PROBE_FILE = "manifest.json", "edgepatch-probe.bin"
 FILE_HEADER = struct.Struct("<III")  # magic, version, number of token ids; the ids follow, then the state
@@ -184,8 +185,10 @@ def export(
         template = options.chat_template or vocabulary.chat_template
         labels = requirements.choose_labels(vocabulary, patch.num_virtual_tokens, template)
         patched = requirements.patched_template(vocabulary, labels, template)
-    with replacing_folder(target) as folder, open_runtime(model, patch, options) as runtime:
-        settings = _settings(model, runtime, options)
+    with replacing_folder(target) as folder, open_session(model, patch, options) as session:
+        runtime = session.backend
+        assert isinstance(runtime, LlamaCppRuntime)  # open_session
+        settings = _settings(model, runtime.num_positions, options)
         seed = folder / requirements.SLOT_FOLDER / requirements.SEED_FILE
         seed.parent.mkdir()
         runtime.save_seed_file(seed, labels.ids)
@@ -195,20 +198,21 @@ def export(
         _write(folder / requirements.TEMPLATE_FILE, patched)
         _write(folder / "start.sh", requirements.start_script(settings), 0o755)
         _write(folder / "restore.sh", requirements.restore_script(settings.num_slots), 0o755)
-        manifest = _manifest(patch, runtime, labels, settings, probe is not None) | {"files": _digests(folder)}
+        manifest = _manifest(patch, session, labels, settings, probe is not None) | {"files": _digests(folder)}
         _write(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-def open_runtime(model: Path, patch: Patch | None, options: ExportOptions) -> LlamaCppRuntime:
-    """Our own runtime with the server's settings."""
-    return LlamaCppRuntime(
+def open_session(model: Path, patch: Patch | None, options: ExportOptions) -> Session:
+    """Our own llama.cpp with the server's settings."""
+    runtime = LlamaCppRuntime(
         model,
         patch,
         context_length=options.context_length,
         kv_type=options.kv_type,
         flash_attention=options.flash_attention,
     )
+    return Session(runtime, patch)
 
 
 def sliding_window(model: Path) -> int:
@@ -217,12 +221,10 @@ def sliding_window(model: Path) -> int:
     return int(header.metadata.get(f"{header.architecture}.attention.sliding_window", 0))
 
 
-def _settings(model: Path, runtime: LlamaCppRuntime, options: ExportOptions) -> ServerSettings:
-    assert runtime.patch is not None  # export
-    positions = runtime.context_length + runtime.patch.num_virtual_tokens
+def _settings(model: Path, num_positions: int, options: ExportOptions) -> ServerSettings:
     return ServerSettings(
         str(model.resolve()),
-        positions,
+        num_positions,
         options.kv_type,
         options.flash_attention,
         options.num_slots,
@@ -241,9 +243,7 @@ def _adopt_header(seed: Path, probe: Probe) -> None:
     seed.write_bytes(probe.header + state)
 
 
-def _manifest(
-    patch: Patch, runtime: LlamaCppRuntime, labels: Labels, settings: ServerSettings, probed: bool
-) -> dict[str, Any]:
+def _manifest(patch: Patch, session: Session, labels: Labels, settings: ServerSettings, probed: bool) -> dict[str, Any]:
     lib = load_library()
     return {
         "client": "llama-server",
@@ -251,10 +251,10 @@ def _manifest(
         "num_virtual_tokens": patch.num_virtual_tokens,
         "model": {
             "file": Path(settings.model).name,
-            "quantization": runtime.quantization,
-            "spec": runtime.spec.as_dict(),
+            "quantization": session.quantization,
+            "spec": session.spec.as_dict(),
         },
-        "seed_route": runtime.seed_route,
+        "seed_route": session.seed_route,
         "labels": {"token": labels.placeholder, "text": labels.text, "ids": labels.ids},
         "settings": asdict(settings),
         "flags": settings.flags("."),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.llama_server.export import ExportOptions, open_runtime
+from edgepatch.llama_server.export import ExportOptions, open_session
 from edgepatch.patch.file import Patch
 
 MIN_EFFECT = 0.02
@@ -78,11 +78,11 @@ def make_references(
     model: Path, patch: Patch, options: ExportOptions, labels: list[int], prompts: Sequence[list[int]]
 ) -> list[Reference]:
     """References of prompts; the model is loaded twice, one after the other."""
-    with open_runtime(model, patch, options) as runtime:
-        patched = [log_softmax(runtime.logits(prompt)[-1]) for prompt in prompts]
-    with open_runtime(model, None, options) as runtime:
-        bare = [log_softmax(runtime.logits(prompt)[-1]) for prompt in prompts]
-        as_text = [log_softmax(runtime.logits(labels + prompt)[-1]) for prompt in prompts]
+    with open_session(model, patch, options) as session:
+        patched = [log_softmax(session.logits(prompt)[-1]) for prompt in prompts]
+    with open_session(model, None, options) as session:
+        bare = [log_softmax(session.logits(prompt)[-1]) for prompt in prompts]
+        as_text = [log_softmax(session.logits(labels + prompt)[-1]) for prompt in prompts]
     return [Reference(*row) for row in zip(map(list, prompts), patched, bare, as_text, strict=True)]
 
 

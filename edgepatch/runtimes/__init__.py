@@ -1,9 +1,10 @@
-"""Runtimes: llama.cpp, ONNX Runtime and the PyTorch reference behind one protocol, each needing its own extra."""
+"""Runtimes: llama.cpp, ONNX Runtime and the PyTorch reference behind one protocol, each needing its own extra, and the session over them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -12,7 +13,8 @@ from edgepatch.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from edgepatch.patch.file import Patch
-    from edgepatch.runtimes.base import Runtime
+    from edgepatch.runtimes.runtime import Runtime
+    from edgepatch.runtimes.session import Session
     from edgepatch.tensors import ModelSpec
 
 
@@ -50,17 +52,17 @@ def runtime_name(model: Path) -> str:
                 return "onnx"
             if (model / "config.json").is_file():
                 return "torch"
-            found = f"a folder with {', '.join(sorted(p.name for p in model.iterdir())[:6]) or 'nothing'}"
+            content = f"a folder with {', '.join(sorted(p.name for p in model.iterdir())[:6]) or 'nothing'}"
         else:
             with model.open("rb") as file:
                 start = file.read(len(GGUF_MAGIC))
             if start == GGUF_MAGIC:
                 return "llamacpp"
-            found = f"a file that starts with {start!r}"
+            content = f"a file that starts with {start!r}"
     except OSError as error:
         raise InputError(f"cannot read model {model}: {error.strerror}", hint="check the path") from error
     raise InputError(
-        f"{model} is no model: expected a GGUF file, an ONNX folder or a Transformers folder, found {found}",
+        f"{model} is no model: expected a GGUF file, an ONNX folder or a Transformers folder, found {content}",
         hint="name the .gguf file itself, or the folder that holds genai_config.json, model.onnx or config.json",
     )
 
@@ -99,7 +101,7 @@ def _runtime_class(name: str) -> Callable[..., Runtime]:
 
 def load_runtime(
     model: Path | str, patch: PatchChoice = ACTIVE, *, store: Path | str | None = None, **options: Any
-) -> Runtime:
+) -> Session:
     """Loads a model, with a patch, in the runtime that takes its kind.
 
     Args:
@@ -116,17 +118,23 @@ def load_runtime(
         PatchFormatError: the patch file breaks the format.
         UntrustedError: the store or a patch in it was changed, or its trust root does not vouch for the patch.
         MismatchError: the patch was made for another model.
+        InactivePatchError: the seed was not taken, or the canary says that it does not work.
     """
-    name = runtime_name(Path(model))
-    if patch is ACTIVE:
-        runtime = _construct(name, Path(model), None, options)
+    from edgepatch.runtimes.session import Session
+
+    path = Path(model)
+    name = runtime_name(path)
+    with _naming_extras(name):
+        if patch is not ACTIVE:
+            chosen = find_patch(patch, store)
+            return Session(_open(name, path, chosen, options), chosen)
+        runtime = _open(name, path, None, options)
         try:
-            _activate(runtime, store)
+            chosen = _active_patch(runtime.spec, store)
         except BaseException:
             runtime.close()
             raise
-        return runtime
-    return _construct(name, Path(model), find_patch(patch, store), options)
+        return Session(runtime, chosen)
 
 
 def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None) -> Patch | None:
@@ -148,27 +156,31 @@ def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None
     return StoreReader(store).load(str(patch))
 
 
-def _activate(runtime: Runtime, store: Path | str | None) -> None:
-    """Puts the store's patch for the loaded model into place, where there is one."""
+def _active_patch(spec: ModelSpec, store: Path | str | None) -> Patch | None:
+    """The store's patch for a model, where there is one."""
     from edgepatch.store.reading import StoreReader
 
-    active = StoreReader(store).active(runtime.spec)
-    if active is not None:
-        runtime._load_patch(active)
+    return StoreReader(store).active(spec)
 
 
-def _construct(name: str, model: Path, patch: Patch | None, options: dict[str, Any]) -> Runtime:
+@contextmanager
+def _naming_extras(name: str) -> Iterator[None]:
+    """Where a package of a runtime is missing, the error names the extra that brings it."""
     try:
-        runtime = _runtime_class(name)
-        known = list(inspect.signature(runtime).parameters)[2:]
-        unknown = sorted(options.keys() - set(known))
-        if unknown:
-            raise InputError(f"the {name} runtime has no option {unknown[0]}", hint=f"it takes {', '.join(known)}")
-        return runtime(model, patch, **options)
+        yield
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES[name]:
             raise
         raise MissingExtraError(error.name, EXTRAS[name]) from None
+
+
+def _open(name: str, model: Path, planned: Patch | None, options: dict[str, Any]) -> Runtime:
+    runtime = _runtime_class(name)
+    accepted = list(inspect.signature(runtime).parameters)[2:]
+    unknown = sorted(options.keys() - set(accepted))
+    if unknown:
+        raise InputError(f"the {name} runtime has no option {unknown[0]}", hint=f"it takes {', '.join(accepted)}")
+    return runtime(model, planned, **options)
 
 
 def read_spec(model: Path) -> ModelSpec:
@@ -187,5 +199,7 @@ def read_spec(model: Path) -> ModelSpec:
         from edgepatch.converters.hf import folders
 
         return folders.read_spec(model)
-    with _construct(name, model, None, {}) as runtime:
-        return runtime.spec
+    with _naming_extras(name):
+        runtime = _open(name, model, None, {})
+    runtime.close()
+    return runtime.spec

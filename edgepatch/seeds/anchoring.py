@@ -70,7 +70,7 @@ class Anchoring:
         """
         anchor, start = 0, first
         for i in range(1, len(tokens)):
-            if not self._is_anchor(tokens[i], i - anchor):
+            if self.step(anchor, i, tokens[i]) == anchor:
                 continue
             if i > start:
                 yield Span(start, i, anchor)
@@ -83,8 +83,16 @@ class Anchoring:
         """The anchor of each of T tokens of a whole text."""
         return [span.anchor for span in self.spans(tokens) for _ in range(span.start, span.end)]
 
-    def _is_anchor(self, token: int, distance: int) -> bool:
-        return distance == self.block or (distance >= LEAST_TURN and token in self.turn_tokens)
+    def step(self, anchor: int, index: int, token: int) -> int:
+        """The anchor of a token, from that of the token in front of it.
+
+        Args:
+            anchor: of the token ``index - 1``.
+            index: of the token in the text, 1 or more.
+            token: its id.
+        """
+        distance = index - anchor
+        return index if distance == self.block or (distance >= LEAST_TURN and token in self.turn_tokens) else anchor
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgepatch.decoding.replies import Continuation, Piece
 from edgepatch.decoding.sampling import Sampling
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.server.refusals import Refusal
 
 PREFILL_CHUNK = 256
@@ -70,28 +70,28 @@ class Generation:
     cancelled: bool = field(default=False, init=False)
 
 
-def steps_of(runtime: Runtime, generation: Generation, sequence: int) -> Iterator[Event | Continuation | None]:
+def steps_of(session: Session, generation: Generation, sequence: int) -> Iterator[Event | Continuation | None]:
     """What a generation does, step by step, up to its first token: a continuation is the last, to be advanced with others.
 
     ``None`` is a step of which nobody needs to know.
     """
     tokens = generation.tokens
     if generation.scored:
-        _require_room_for_scores(runtime, len(tokens))
+        _require_room_for_scores(session, len(tokens))
         yield Started(0)
-        yield Scored(runtime.logits(tokens, sequence))
+        yield Scored(session.logits(tokens, sequence))
     else:
-        cached = min(runtime.num_cached(tokens, sequence), len(tokens) - 1)
+        cached = min(session.sequences.num_cached(tokens, sequence), len(tokens) - 1)
         yield Started(cached)
         for end in range(cached + PREFILL_CHUNK, len(tokens), PREFILL_CHUNK):
-            runtime.logits_of_last(tokens[:end], sequence)
+            session.logits_of_last(tokens[:end], sequence)
             yield None
     if generation.sampling is not None:
-        yield runtime.begin(tokens, generation.sampling, sequence)
+        yield session.begin(tokens, generation.sampling, sequence)
 
 
-def _require_room_for_scores(runtime: Runtime, num_tokens: int) -> None:
-    most = MAX_SCORES_BYTES // (4 * runtime.spec.vocab_size)
+def _require_room_for_scores(session: Session, num_tokens: int) -> None:
+    most = MAX_SCORES_BYTES // (4 * session.spec.vocab_size)
     if num_tokens > most:
         raise Refusal(
             400, f"expected a prompt of at most {most} tokens with echo and logprobs, found {num_tokens}", "prompt"

@@ -5,41 +5,41 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 
 
 class ServedModel:
     """Name, patch and vocabulary of a loaded runtime; they never change while the server runs.
 
     Args:
-        runtime: the loaded model.
+        session: the loaded model.
         name: what clients call it.
 
     Attributes:
         context_length: tokens that a prompt may have.
         text_bound: how many bytes of text they can stand for.
-        tokens: ``Runtime.tokens``, which needs the vocabulary alone, so that any thread may call it.
+        tokens: ``Session.tokens``, which needs the vocabulary alone, so that any thread may call it.
     """
 
-    def __init__(self, runtime: Runtime, name: str) -> None:
+    def __init__(self, session: Session, name: str) -> None:
         self.name = name
         self.created = int(time.time())
-        self.fingerprint = runtime.system_fingerprint
-        self.end_token_ids = runtime.end_token_ids
-        self.num_sequences = runtime.num_sequences
-        self.notes = runtime.notes
-        self.context_length, self.text_bound = runtime.context_length, runtime.text_bound
-        self.tokens = runtime.tokens
-        self.patch = _patch_entry(runtime)
+        self.fingerprint = session.system_fingerprint
+        self.end_token_ids = session.end_token_ids
+        self.num_sequences = session.num_sequences
+        self.notes = session.notes
+        self.context_length, self.text_bound = session.context_length, session.text_bound
+        self.tokens = session.tokens
+        self.patch = _patch_entry(session)
         self._token_bytes: list[bytes] = []
 
-    def read_vocabulary(self, runtime: Runtime) -> None:
-        """Reads the tokens' texts, once; on the thread that owns the runtime.
+    def read_vocabulary(self, session: Session) -> None:
+        """Reads the tokens' texts, once; on the thread that owns the session.
 
         Raises:
             InputError: the model's tokens have no text of their own.
         """
-        self._token_bytes = self._token_bytes or runtime.token_bytes()
+        self._token_bytes = self._token_bytes or session.token_bytes()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's text in UTF-8, perhaps a part of a character; empty for a special token."""
@@ -66,15 +66,15 @@ class ServedModel:
         return {"model": self.name, **names, "system_fingerprint": self.fingerprint}
 
 
-def _patch_entry(runtime: Runtime) -> dict[str, Any] | None:
-    if runtime.patch is None:
+def _patch_entry(session: Session) -> dict[str, Any] | None:
+    if session.patch is None:
         return None
     return {
         "object": "patch",
-        "name": runtime.patch.name,
-        "version": runtime.patch.version,
-        "digest": runtime.patch.digest,
-        "num_virtual_tokens": runtime.patch.num_virtual_tokens,
+        "name": session.patch.name,
+        "version": session.patch.version,
+        "digest": session.patch.digest,
+        "num_virtual_tokens": session.patch.num_virtual_tokens,
         "active": True,
-        "seed_route": runtime.seed_route,
+        "seed_route": session.seed_route,
     }

@@ -1,4 +1,4 @@
-"""The one thread that owns the runtime, and the queue in front of it.
+"""The one thread that owns the session, and the queue in front of it.
 
 Each round the thread answers short calls (reading the vocabulary's texts), gives free sequences to waiting generations, and advances every running
 one by one step: a part of its prompt, or a token, which all that have read their prompts get in one batch. So a long prompt or
@@ -16,9 +16,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from edgepatch.decoding.replies import Continuation
+from edgepatch.decoding.replies import Continuation, Piece
 from edgepatch.errors import EdgepatchError, InactivePatchError
-from edgepatch.runtimes.base import Piece, Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.server.generations import Event, Finished, Generation, Started, steps_of
 from edgepatch.server.metrics import Metrics
 from edgepatch.server.refusals import Refusal
@@ -36,10 +36,10 @@ class _Running:
 
 
 class Scheduler:
-    """Serves generations on the sequences of one runtime.
+    """Serves generations on the sequences of one session.
 
     Args:
-        load: makes the runtime, on the scheduler's thread.
+        load: makes the session, on the scheduler's thread.
         max_waiting: the most generations that wait for a sequence.
         metrics: counts what happens.
         on_ready: called when generations can be submitted.
@@ -48,7 +48,7 @@ class Scheduler:
 
     def __init__(
         self,
-        load: Callable[[], Runtime],
+        load: Callable[[], Session],
         max_waiting: int,
         metrics: Metrics,
         on_ready: Callable[[], None] = lambda: None,
@@ -59,7 +59,7 @@ class Scheduler:
         self._load, self._max_waiting, self._metrics = load, max_waiting, metrics
         self._on_ready, self._on_failed = on_ready, on_failed
         self._changed = threading.Condition()
-        self._calls: deque[Callable[[Runtime], None]] = deque()
+        self._calls: deque[Callable[[Session], None]] = deque()
         self._waiting: deque[deque[Generation]] = deque()
         self._running: list[_Running] = []
         self._free: list[int] = []  # the one that has been free for longest comes first
@@ -83,7 +83,7 @@ class Scheduler:
         """Generations that hold a sequence."""
         return len(self._running)
 
-    def call(self, function: Callable[[Runtime], T]) -> Future[T]:
+    def call(self, function: Callable[[Session], T]) -> Future[T]:
         """Runs a short function of the runtime between two steps.
 
         Raises:
@@ -91,11 +91,11 @@ class Scheduler:
         """
         result: Future[T] = Future()
 
-        def run(runtime: Runtime) -> None:
+        def run(session: Session) -> None:
             if not result.set_running_or_notify_cancel():
                 return
             try:
-                result.set_result(function(runtime))
+                result.set_result(function(session))
             except Exception as error:
                 result.set_exception(error)
 
@@ -149,15 +149,15 @@ class Scheduler:
             Refusal: 503, the server is loading or stopping.
         """
         if self.state != "ok":
-            words = {"loading": "the model is loading", "stopping": "the server is stopping"}
-            raise Refusal(503, words.get(self.state, "the server has failed"), code=f"server_{self.state}")
+            reasons = {"loading": "the model is loading", "stopping": "the server is stopping"}
+            raise Refusal(503, reasons.get(self.state, "the server has failed"), code=f"server_{self.state}")
 
     # On the scheduler's own thread.
 
     def _work(self) -> None:
         try:
-            with closing(self._load()) as runtime:
-                self._serve(runtime)
+            with closing(self._load()) as session:
+                self._serve(session)
         except BaseException as error:
             self.error = error
             with self._changed:
@@ -165,21 +165,24 @@ class Scheduler:
             self._on_failed(error)
         self._abandon()
 
-    def _serve(self, runtime: Runtime) -> None:
-        self._free = list(range(runtime.num_sequences))
+    def _serve(self, session: Session) -> None:
+        self._free = list(range(session.num_sequences))
         with self._changed:
             stopped = self._deadline is not None  # while it was loading
             self.state = "stopping" if stopped else "ok"
         if not stopped:
             self._on_ready()
         while self._wait():
-            self._answer(runtime)
-            self._admit(runtime)
-            self._drop_cancelled()
+            while self._calls:
+                self._calls.popleft()(session)
+            self._admit(session)
+            for running in [running for running in self._running if running.generation.cancelled]:
+                self._metrics.count("generations_cancelled")
+                self._release(running)
             prepared = [running for running in self._running if running.continuation is not None]
             for running in [running for running in self._running if running.continuation is None]:
                 self._prepare(running)
-            self._draw(runtime, prepared)
+            self._draw(session, prepared)
 
     def _wait(self) -> bool:
         """Sleeps until there is something to do; false when the thread shall end."""
@@ -190,16 +193,12 @@ class Scheduler:
                 return True
             return bool(self._calls or self._waiting or self._running) and time.monotonic() < self._deadline
 
-    def _answer(self, runtime: Runtime) -> None:
-        while self._calls:
-            self._calls.popleft()(runtime)
-
-    def _admit(self, runtime: Runtime) -> None:
+    def _admit(self, session: Session) -> None:
         while self._free and (generation := self._next_waiting()):
             # `max` takes the first of equals: where nothing fits, the sequence that has been free for longest.
-            sequence = max(self._free, key=lambda s: _num_kept(runtime, generation.tokens, s))
+            sequence = max(self._free, key=lambda s: _num_kept(session, generation.tokens, s))
             self._free.remove(sequence)
-            self._running.append(_Running(generation, sequence, steps_of(runtime, generation, sequence)))
+            self._running.append(_Running(generation, sequence, steps_of(session, generation, sequence)))
 
     def _next_waiting(self) -> Generation | None:
         """One generation of the request whose turn it is; its others wait behind those of the other requests."""
@@ -211,11 +210,6 @@ class Scheduler:
             if group:
                 self._waiting.append(group)
             return generation
-
-    def _drop_cancelled(self) -> None:
-        for running in [running for running in self._running if running.generation.cancelled]:
-            self._metrics.count("generations_cancelled")
-            self._release(running)
 
     def _prepare(self, running: _Running) -> None:
         """One step before the first token, or behind the last."""
@@ -230,36 +224,27 @@ class Scheduler:
         elif step is not None:
             self._tell(running, step)
 
-    def _draw(self, runtime: Runtime, prepared: Sequence[_Running]) -> None:
+    def _draw(self, session: Session, prepared: Sequence[_Running]) -> None:
         """A token of each."""
         if not prepared:
             return
-        found: Sequence[Piece | Exception]
+        events: Sequence[Piece | Exception]
         try:
-            found = runtime.advance([r.continuation for r in prepared if r.continuation is not None])
+            events = session.advance([r.continuation for r in prepared if r.continuation is not None])
         except InactivePatchError:
             raise
         except Exception as error:
-            found = [error] * len(prepared)
-        for running, event in zip(prepared, found, strict=True):
+            events = [error] * len(prepared)
+        for running, event in zip(prepared, events, strict=True):
             self._tell(running, Finished(event) if isinstance(event, Exception) else event)
             if isinstance(event, Piece) and event.finish_reason:
                 running.continuation = None
 
     def _tell(self, running: _Running, event: Event) -> None:
-        self._note(event, len(running.generation.tokens))
+        _count(self._metrics, event, len(running.generation.tokens))
         _emit(running.generation, event)
         if isinstance(event, Finished):
             self._release(running)
-
-    def _note(self, event: Event, num_tokens: int) -> None:
-        if isinstance(event, Started):
-            self._metrics.count("prompt_tokens", num_tokens)
-            self._metrics.count("cached_prompt_tokens", event.cached_tokens)
-        elif isinstance(event, Piece):
-            self._metrics.count("completion_tokens")
-        elif isinstance(event, Finished):
-            self._metrics.count("generations_failed" if event.error else "generations_finished")
 
     def _release(self, running: _Running) -> None:
         running.steps.close()  # type: ignore[attr-defined]  # a generator
@@ -296,10 +281,21 @@ class _Gone:
         raise self._error
 
 
-def _num_kept(runtime: Runtime, tokens: Sequence[int], sequence: int) -> int:
+def _num_kept(session: Session, tokens: Sequence[int], sequence: int) -> int:
     """What a prompt finds in a sequence; nothing where it would throw away most of what another conversation left."""
-    cached = runtime.num_cached(tokens, sequence)
-    return cached if 2 * cached > len(runtime.evaluated(sequence)) else 0
+    cached = session.sequences.num_cached(tokens, sequence)
+    return cached if 2 * cached > len(session.sequences.evaluated(sequence)) else 0
+
+
+def _count(metrics: Metrics, event: Event, num_tokens: int) -> None:
+    """Counts what an event of a generation with so many tokens in its prompt stands for."""
+    if isinstance(event, Started):
+        metrics.count("prompt_tokens", num_tokens)
+        metrics.count("cached_prompt_tokens", event.cached_tokens)
+    elif isinstance(event, Piece):
+        metrics.count("completion_tokens")
+    elif isinstance(event, Finished):
+        metrics.count("generations_failed" if event.error else "generations_finished")
 
 
 def _emit(generation: Generation, event: Event) -> None:

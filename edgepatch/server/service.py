@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from edgepatch.errors import EdgepatchError
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.server.metrics import Metrics
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
@@ -21,7 +21,7 @@ class Service:
     """One served model.
 
     Args:
-        load: makes the runtime, on the thread that then owns it.
+        load: makes the session, on the thread that then owns it.
         settings: who may ask for what.
         on_ready: called when the model is loaded and its patch proven.
         on_failed: called with the error when it cannot be served, or no longer.
@@ -29,7 +29,7 @@ class Service:
 
     def __init__(
         self,
-        load: Callable[[], Runtime],
+        load: Callable[[], Session],
         settings: ServerSettings,
         on_ready: Callable[[ServedModel], None] = lambda model: None,
         on_failed: Callable[[BaseException], None] = lambda error: None,
@@ -40,10 +40,10 @@ class Service:
         self._model: ServedModel | None = None
         self.scheduler = Scheduler(self._make, settings.max_waiting, self.metrics, self._note_ready, self._note_failed)
 
-    def _make(self) -> Runtime:
-        runtime = self._load()
-        self._model = ServedModel(runtime, self.settings.name)
-        return runtime
+    def _make(self) -> Session:
+        session = self._load()
+        self._model = ServedModel(session, self.settings.name)
+        return session
 
     def _note_ready(self) -> None:
         self.on_ready(self.require_model())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgepatch.errors import InputError
@@ -91,3 +92,13 @@ class History:
     kl: list[float] = field(default_factory=list)
     preference_accuracy: list[float] = field(default_factory=list)
     held_out_kl: list[float] = field(default_factory=list)
+
+    def record(self, stage: str, metrics: Mapping[str, float]) -> None:
+        """Adds the terms of one step's loss."""
+        (self.sft_loss if stage == "SFT" else self.dpo_loss).append(metrics["loss"])
+        if "kl" in metrics:
+            self.kl.append(metrics["kl"])
+
+    def last_accuracy(self) -> dict[str, float]:
+        """That of the last check, by its name; nothing before the first."""
+        return {"accuracy": self.preference_accuracy[-1]} if self.preference_accuracy else {}

@@ -64,3 +64,14 @@ def add_up(tensors: Sequence[torch.Tensor]) -> None:
     if world()[1] > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def summed(value: float, device: str) -> float:
+    """The sum of every process's value, in all of them."""
+    if world()[1] == 1:
+        return value
+    import torch
+
+    total = torch.tensor([value], device=device)
+    add_up([total])
+    return float(total)

@@ -15,7 +15,7 @@ from edgepatch.errors import InputError, TrainingError
 from edgepatch.interrupts import held_back
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.training import parallel
-from edgepatch.training.config import History
+from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.contexts import Contexts
 from edgepatch.training.forward import BenignText, FrozenModels
 from edgepatch.training.pairs.preferences import Pair
@@ -76,8 +76,8 @@ class Trainer:
             )
         self.models, self.policy, self.config, self.reference = models, policy, config, reference
         self.run, self.history = run or Run(None), History()
-        self._tasks = [self._split(pairs, f"task {i}") for i, pairs in enumerate(tasks)]
-        texts, held_out = self._split(benign_texts, "benign", HELD_OUT_TEXTS) if config.kl_weight else ([], [])
+        self._tasks = [_split(config, pairs, f"task {i}") for i, pairs in enumerate(tasks)]
+        texts, held_out = _split(config, benign_texts, "benign", HELD_OUT_TEXTS) if config.kl_weight else ([], [])
         self._contexts = self._new_contexts(texts)
         self._benign, self._held_benign = (self._benign_examples(part) for part in (texts, held_out))
         examples = iter(self._pair_examples(models))
@@ -87,12 +87,6 @@ class Trainer:
         self._best: dict[str, torch.Tensor] = {}
         self._best_check, self._checks_since = -np.inf, 0
         self._place: tuple[str, int, torch.optim.Optimizer | None] = "SFT", 0, None  # stage, its steps that are done
-
-    def _split(self, items: Sequence[Any], name: str, most: int = 1 << 30) -> tuple[list[Any], list[Any]]:
-        """(for training, held out)."""
-        order = random.Random(f"{self.config.rng_seed}-{name}").sample(list(items), len(items))
-        count = min(most, max(1, int(len(order) * self.config.held_out))) if len(order) > 1 else 0
-        return order[count:], order[:count]
 
     def _new_contexts(self, benign_texts: Sequence[BenignText]) -> Contexts | None:
         if not self.config.front_tokens:
@@ -172,7 +166,9 @@ class Trainer:
         if start < steps:
             progress(stage, start, steps)
         for step in range(start, steps):
-            if stage == "DPO" and self._is_check_due(step):
+            # A run that goes on where a check had just been made does not repeat it.
+            num_checks, every = len(self.history.preference_accuracy), self.config.check_every
+            if stage == "DPO" and step % every == 0 and num_checks == step // every:
                 self._check()
             if stage == "DPO" and 0 < self.config.patience <= self._checks_since:
                 return
@@ -180,12 +176,12 @@ class Trainer:
             metrics = self._step(stage, step, parameters)
             with held_back():  # whoever goes on needs a whole step, and its curves
                 optimizer.step()
-                self._record(stage, metrics)
+                self.history.record(stage, metrics)
                 self._place = stage, step + 1, optimizer
-            progress(stage, step + 1, steps, **metrics, **self._last_accuracy())
+            progress(stage, step + 1, steps, **metrics, **self.history.last_accuracy())
             if self.run.is_due(step + 1):
                 self.run.save(self._checkpoint(stage, step + 1, optimizer.state_dict()))
-        if stage == "DPO" and steps and self._num_checks() == -(-steps // self.config.check_every):
+        if stage == "DPO" and steps and len(self.history.preference_accuracy) == -(-steps // self.config.check_every):
             self._check()
 
     def _step(self, stage: str, step: int, parameters: Sequence[torch.nn.Parameter]) -> dict[str, float]:
@@ -204,21 +200,14 @@ class Trainer:
         gradients = [p.grad for p in parameters if p.grad is not None]
         parallel.add_up(gradients)
         if not all(np.isfinite(value) for value in metrics.values()):
+            prompts = [str(self._tasks[task][0][i].prompt)[:40] for i in self._batch_of(stage, step, task)]
             raise TrainingError(
-                f"{stage}, step {step + 1}: the loss became {metrics}; the batch is {self._batch_name(stage, step, task)}",
+                f"{stage}, step {step + 1}: the loss became {metrics}; "
+                f"the batch is task {task}: {'; '.join(map(repr, prompts))}",
                 hint="lower the learning rate; the last checkpoint is kept",
             )
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         return metrics
-
-    def _last_accuracy(self) -> dict[str, float]:
-        found = self.history.preference_accuracy
-        return {"accuracy": found[-1]} if found else {}
-
-    def _record(self, stage: str, metrics: dict[str, float]) -> None:
-        (self.history.sft_loss if stage == "SFT" else self.history.dpo_loss).append(metrics["loss"])
-        if "kl" in metrics:
-            self.history.kl.append(metrics["kl"])
 
     @contextmanager
     def _shared_memory(self, which: int) -> Iterator[tuple[Memory, torch.Tensor | None]]:
@@ -250,10 +239,6 @@ class Trainer:
         size = min(self.config.batch_size, len(lengths))
         return batch_plan(lengths, size, step // len(self._tasks), f"{self.config.rng_seed}-{stage}-{task}")
 
-    def _batch_name(self, stage: str, step: int, task: int) -> str:
-        prompts = [str(self._tasks[task][0][i].prompt)[:40] for i in self._batch_of(stage, step, task)]
-        return f"task {task}: " + "; ".join(repr(p) for p in prompts)
-
     def _preference_gradient(
         self, stage: str, step: int, which: int, task: int, memory: Memory, embeddings: torch.Tensor | None
     ) -> float:
@@ -269,13 +254,14 @@ class Trainer:
                 loss = -self.models.log_probabilities(model, first, memory, embeddings).sum() / sft_tokens
             else:
                 policy = self.models.log_probabilities(model, examples, memory, embeddings)
-                ref = self._reference[which][[self._index(task, i) for i in part]]
+                first_row = sum(len(pairs) for pairs in self._pairs[:task])
+                ref = self._reference[which][[first_row + i for i in part]]
                 loss = dpo_losses(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], self.config.beta).sum() / len(
                     chosen
                 )
             loss.backward()
             total += float(loss.detach())
-        return self._sum(total)
+        return parallel.summed(total, self.models.device)
 
     def _kl_gradient(self, stage: str, step: int, which: int, memory: Memory, embeddings: torch.Tensor | None) -> float:
         import torch
@@ -289,31 +275,16 @@ class Trainer:
         num_tokens = sum(len(self._benign[i].answers[0]) for i in drawn)
         mine = parallel.share(drawn)
         if not mine:
-            return self._sum(0.0)
+            return parallel.summed(0.0, self.models.device)
         bare = torch.cat([self.models.bare_logits(which, i, self._benign[i]) for i in mine])
         logits = self.models.logits_of(
             [self._benign[i] for i in mine], self.policy.model(self.models.bases[which]), memory, embeddings
         )
         kl = kl_to_base(bare, logits) / num_tokens
         (self.config.kl_weight * kl).backward()
-        return self._sum(float(kl.detach()))
-
-    def _sum(self, value: float) -> float:
-        import torch
-
-        if parallel.world()[1] == 1:
-            return value
-        total = torch.tensor([value], device=self.models.device)
-        parallel.add_up([total])
-        return float(total)
+        return parallel.summed(float(kl.detach()), self.models.device)
 
     # The reference of DPO.
-
-    def _index(self, task: int, pair: int) -> int:
-        return sum(len(pairs) for pairs in self._pairs[:task]) + pair
-
-    def _all_examples(self) -> list[Example]:
-        return [e for pairs in self._pairs for e in pairs] + self._held_pairs
 
     def _reference_table(self, progress: Progress) -> list[torch.Tensor]:
         """For each frozen model (N, 2): chosen and rejected of all pairs, then of the held-out ones; computed once."""
@@ -323,10 +294,8 @@ class Trainer:
                 other = FrozenModels([self.reference], self.config, self.models.device, self.models.trusted)
             return [self._table(other, self._pair_examples(other), 0, patched=False, progress=progress)] * len(self.models.bases)
         patched = self.config.dpo_reference == "sft"
-        return [
-            self._table(self.models, self._all_examples(), which, patched, progress)
-            for which in range(len(self.models.bases))
-        ]
+        examples = [e for pairs in self._pairs for e in pairs] + self._held_pairs
+        return [self._table(self.models, examples, which, patched, progress) for which in range(len(self.models.bases))]
 
     def _table(
         self,
@@ -358,13 +327,6 @@ class Trainer:
         return [], self.policy.embeddings()
 
     # Checks on what is held out.
-
-    def _is_check_due(self, step: int) -> bool:
-        """A run that goes on where a check had just been made does not repeat it."""
-        return step % self.config.check_every == 0 and self._num_checks() == step // self.config.check_every
-
-    def _num_checks(self) -> int:
-        return len(self.history.preference_accuracy)
 
     def _check(self) -> None:
         """Measures, and remembers the best state."""
@@ -420,6 +382,13 @@ class Trainer:
         self._best, self._best_check, self._checks_since = known.best, known.best_check, known.checks_since
         self._reference, self.history = known.reference, History(**known.history)
         return known.stage, known.step, known.optimizer
+
+
+def _split(config: TrainConfig, items: Sequence[Any], name: str, most: int = 1 << 30) -> tuple[list[Any], list[Any]]:
+    """(for training, held out)."""
+    order = random.Random(f"{config.rng_seed}-{name}").sample(list(items), len(items))
+    count = min(most, max(1, int(len(order) * config.held_out))) if len(order) > 1 else 0
+    return order[count:], order[:count]
 
 
 def _rate_factor(step: int, steps: int) -> float:

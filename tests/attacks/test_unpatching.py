@@ -19,7 +19,8 @@ from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.patch.file import Patch
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes import load_runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.tensors import SoftPrompt
 from kit import tiny_gguf
 
@@ -62,7 +63,7 @@ def soft_patch(path: Path, num_virtual_tokens: int, rng_seed: int) -> Patch:
 class Caller:
     """Does to a runtime what clients do, and keeps the text that each conversation should have."""
 
-    def __init__(self, runtime: LlamaCppRuntime, patches: list[Patch], rng_seed: int) -> None:
+    def __init__(self, runtime: Session, patches: list[Patch], rng_seed: int) -> None:
         self.runtime, self.patches = runtime, patches
         self.rng = random.Random(rng_seed)
         self.texts: list[list[int]] = [[] for _ in range(SEQUENCES)]
@@ -96,7 +97,7 @@ class Caller:
 
     def _evaluate(self, sequence: int, text: list[int]) -> None:
         self.texts[sequence] = text[: self.runtime.context_length]
-        self.runtime._evaluate(self.texts[sequence], sequence=sequence)
+        self.runtime.logits_of_last(self.texts[sequence], sequence=sequence)
 
     def turn(self, sequence: int) -> None:
         self._evaluate(sequence, self.texts[sequence] + self.some())
@@ -142,7 +143,9 @@ class Caller:
 
     def overfill(self, sequence: int) -> None:
         with pytest.raises(InputError, match="context holds"):
-            self.runtime._evaluate([7] * (self.runtime.context_length + 1 + self.rng.randrange(500)), sequence=sequence)
+            self.runtime.logits_of_last(
+                [7] * (self.runtime.context_length + 1 + self.rng.randrange(500)), sequence=sequence
+            )
 
     def fill_to_the_brim(self, sequence: int) -> None:
         length = self.runtime.context_length
@@ -158,14 +161,14 @@ class Caller:
     def exchange_patches(self) -> None:
         for patch in (None, self.patches[1], self.patches[0]):
             self.runtime.swap(patch)
-            self.runtime._evaluate(self.some(), sequence=self.rng.randrange(SEQUENCES))
+            self.runtime.logits_of_last(self.some(), sequence=self.rng.randrange(SEQUENCES))
         self.texts = [[] for _ in range(SEQUENCES)]
 
 
-def first_cells(runtime: LlamaCppRuntime, sequence: int) -> list[bytes]:
+def first_cells(runtime: Session, sequence: int) -> list[bytes]:
     """Keys of the patch's positions, as far as the sequence's state shows them."""
     found = []
-    for cache in read_state(runtime._context.state(sequence)).caches:
+    for cache in read_state(runtime.backend.context.state(sequence)).caches:
         cells = {position: i for i, position in enumerate(cache.positions)}
         for layer in cache.keys:
             rows = [
@@ -184,19 +187,19 @@ def test_no_conversation_loses_the_seed(models, name, kv_type, flash_attention, 
     options = {"kv_type": kv_type, "flash_attention": flash_attention, "num_threads": 1, "context_length": 64}
     lost = 0
     with (
-        LlamaCppRuntime(path, patches[0], num_sequences=SEQUENCES, **options) as runtime,
-        LlamaCppRuntime(path, patches[0], **options) as afresh,
-        LlamaCppRuntime(path, None, **options) as bare,
+        load_runtime(path, patches[0], num_sequences=SEQUENCES, **options) as runtime,
+        load_runtime(path, patches[0], **options) as afresh,
+        load_runtime(path, None, **options) as bare,
     ):
         caller = Caller(runtime, patches, count)
         for number in range(count):
             sequence = caller.converse()
             text = caller.texts[sequence]
-            found = runtime._evaluate(text, sequence=sequence)[-1]
+            found = runtime.logits_of_last(text, sequence=sequence)
             afresh.reset()
-            expected = afresh._evaluate(text)[-1]
+            expected = afresh.logits_of_last(text)
             bare.reset()
-            effect = np.linalg.norm(bare._evaluate(text)[-1] - expected)
+            effect = np.linalg.norm(bare.logits_of_last(text) - expected)
             lost += not np.linalg.norm(found - expected) <= TOLERANCE * effect
             if number % 50 == 0 and name == "llama":
                 assert first_cells(runtime, sequence) == first_cells(afresh, 0)
@@ -207,12 +210,12 @@ def test_the_check_sees_a_lost_seed(models):
     """The comparison above must be able to fail."""
     path = models / "llama.gguf"
     patches = [soft_patch(path, 12, 1), soft_patch(path, 7, 2)]
-    with LlamaCppRuntime(path, patches[0], num_threads=1) as right, LlamaCppRuntime(path, None, num_threads=1) as bare:
-        expected, effect = (r._evaluate([1, 2, 3])[-1] for r in (right, bare))
+    with load_runtime(path, patches[0], num_threads=1) as right, load_runtime(path, None, num_threads=1) as bare:
+        expected, effect = (r.logits_of_last([1, 2, 3]) for r in (right, bare))
         limit = TOLERANCE * np.linalg.norm(effect - expected)
         for wrong in (
             patches[1],
             replace(patches[0], soft_prompt=SoftPrompt(patches[0].soft_prompt.embeddings[::-1].copy())),
         ):
             right.swap(wrong)
-            assert np.linalg.norm(right._evaluate([1, 2, 3])[-1] - expected) > limit
+            assert np.linalg.norm(right.logits_of_last([1, 2, 3]) - expected) > limit

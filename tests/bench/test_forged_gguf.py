@@ -14,7 +14,7 @@ from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.specs import quantization, spec_of
 from edgepatch.converters.weight_sketches import sketch_of_gguf
 from edgepatch.errors import EdgepatchError
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes import load_runtime
 
 STEP = 40
 """Of the corpus, for children; ``python -m edgepatch.bench.first_contact.run --forged`` judges all of it (bench/results/first_contact.json)."""
@@ -23,7 +23,7 @@ STEP = 40
 def test_the_sound_file_runs(tmp_path: Path):
     path = tmp_path / "sound.gguf"
     path.write_bytes(sound_model().data())
-    with LlamaCppRuntime(path, num_threads=1) as runtime:
+    with load_runtime(path, None, num_threads=1) as runtime:
         assert runtime.notes == () and len(runtime.logits_of_last([1, 2])) == runtime.spec.vocab_size
 
 

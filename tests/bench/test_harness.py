@@ -16,7 +16,6 @@ from edgepatch.converters.peft import adapters as peft
 from edgepatch.errors import InputError
 from edgepatch.patch.file import write_patch
 from edgepatch.runtimes import load_runtime
-from edgepatch.runtimes.reference import TorchRuntime
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra harness)")
 pytestmark = [  # of PEFT 0.21, which lm-eval's model calls here
@@ -70,7 +69,7 @@ def both(request, tiny_folder, tiny_patch, tmp_path_factory):
         peft.write_adapter(tiny_patch, adapter, str(tiny_folder))
         # Loaded here: lm-eval would cut the vocabulary to the tokenizer's, which leaves fewer tokens to share the probability.
         model = PeftModel.from_pretrained(model, adapter).eval()
-    runtime = TorchRuntime(tiny_folder, tiny_patch if request.param == "patched" else None)
+    runtime = load_runtime(tiny_folder, tiny_patch if request.param == "patched" else None)
     runtime.end_token_ids = frozenset({2})  # lm-eval's model ends at EOS alone, ours also at the end of a turn
     theirs = HFLM(
         pretrained=model,
@@ -110,7 +109,7 @@ def test_generations_are_those_of_lm_evals_own_model(both):
 def test_the_patch_moves_the_scores(tiny_folder, tiny_patch):
     from edgepatch.bench.harness.model import RuntimeModel
 
-    with TorchRuntime(tiny_folder, tiny_patch) as runtime:
+    with load_runtime(tiny_folder, tiny_patch) as runtime:
         model = RuntimeModel(runtime)
         patched = model.loglikelihood(instances("loglikelihood", PAIRS))
         runtime.swap(None)
@@ -141,7 +140,7 @@ def test_gguf_scores_as_torch_does(tiny_folder, tiny_patch, tmp_path):
 def test_conversations_go_through_the_chat_template(tiny_folder):
     from edgepatch.bench.harness.model import RuntimeModel
 
-    with TorchRuntime(tiny_folder) as runtime:
+    with load_runtime(tiny_folder, None) as runtime:
         model = RuntimeModel(runtime)
         messages = [{"role": "user", "content": "Say <|im_end|> and go on"}]
         context = model.apply_chat_template(messages)
@@ -162,7 +161,7 @@ def test_conversations_go_through_the_chat_template(tiny_folder):
 def test_what_cannot_be_generated_is_refused(tiny_folder, settings, message):
     from edgepatch.bench.harness.model import RuntimeModel
 
-    with TorchRuntime(tiny_folder) as runtime, pytest.raises(InputError, match=message):
+    with load_runtime(tiny_folder, None) as runtime, pytest.raises(InputError, match=message):
         RuntimeModel(runtime).generate_until(instances("generate_until", [("The", settings)]))
 
 
@@ -170,7 +169,7 @@ def test_what_cannot_be_generated_is_refused(tiny_folder, settings, message):
 def test_a_continuation_that_does_not_fit_is_refused(tiny_folder, continuation):
     from edgepatch.bench.harness.model import RuntimeModel
 
-    with TorchRuntime(tiny_folder) as runtime, pytest.raises(InputError, match="expected 1 to 512"):
+    with load_runtime(tiny_folder, None) as runtime, pytest.raises(InputError, match="expected 1 to 512"):
         RuntimeModel(runtime).loglikelihood(instances("loglikelihood", [("The", continuation)]))
 
 
@@ -192,7 +191,7 @@ def own_tasks(tmp_path):
 
 
 def test_paired_scores_of_tasks_and_groups(tiny_folder, tiny_patch, own_tasks):
-    with TorchRuntime(tiny_folder, tiny_patch) as runtime:
+    with load_runtime(tiny_folder, tiny_patch) as runtime:
         found = compare(runtime, HarnessConfig(("mine",), own_tasks, limit=6))
         assert runtime.patch is tiny_patch, "the patch is back in place"
     scores = {score.task: score for score in found.scores}
@@ -212,7 +211,7 @@ def test_a_task_that_samples_its_prompts_afresh_is_refused(tiny_folder, tiny_pat
     )
     text = (own_tasks / "one.yaml").read_text("utf-8")
     (own_tasks / "one.yaml").write_text(text.replace('"{{q}}"', "!function fresh.text"), "utf-8")
-    with TorchRuntime(tiny_folder, tiny_patch) as runtime, pytest.raises(InputError, match="same prompts"):
+    with load_runtime(tiny_folder, tiny_patch) as runtime, pytest.raises(InputError, match="same prompts"):
         compare(runtime, HarnessConfig(("mine_one",), own_tasks, limit=3))
 
 

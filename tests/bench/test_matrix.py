@@ -8,7 +8,8 @@ import pytest
 from edgepatch.bench import matrix
 from edgepatch.bench.matrix import MatrixConfig, Variant
 from edgepatch.errors import EdgepatchError
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
+from edgepatch.runtimes.session import Session
 
 PROMPTS = ["The quick brown", "A dog"]
 TEXTS = ["The quick brown fox jumps over the lazy dog."]
@@ -21,7 +22,7 @@ def share_of_e(texts):
 
 
 def test_perplexity_is_the_models_own(tiny_folder, oracle, tiny_patch):
-    with TorchRuntime(tiny_folder, tiny_patch) as runtime:
+    with load_runtime(tiny_folder, tiny_patch) as runtime:
         tokens = runtime.tokens(TEXTS[0])
         logits = oracle(tokens, tiny_patch.soft_prompt)[:-1].astype(np.float64)
         log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -53,14 +54,14 @@ def share_of_e_gain(texts):
 
 
 def test_a_failed_generation_counts_as_toxic_never_as_safe(tiny_folder, tiny_patch, monkeypatch):
-    original = TorchRuntime.generate_many
+    original = Session.generate_many
 
     def sometimes(self, prompt, sampling, count):
         if self.patch is not None and prompt == PROMPTS[1]:
             raise EdgepatchError("out of memory")
         return original(self, prompt, sampling, count)
 
-    monkeypatch.setattr(TorchRuntime, "generate_many", sometimes)
+    monkeypatch.setattr(Session, "generate_many", sometimes)
     bare, patched = matrix.measure_variant(
         Variant("torch", "F32", tiny_folder), tiny_patch, PROMPTS, TEXTS, share_of_e, CONFIG
     )

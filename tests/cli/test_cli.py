@@ -21,6 +21,7 @@ from edgepatch.errors import PatchFormatError
 from edgepatch.patch.file import read_patch, write_patch
 
 ESCAPE = "\x1b["
+LAB_BASE = Path(edgepatch.__file__).parent / "bench" / "lab" / "model" / "base"
 
 
 @pytest.fixture
@@ -162,11 +163,41 @@ def test_chat_reads_questions_until_the_end_of_input(gguf_file):
     assert done.returncode == 0 and done.stderr.count("first after") == 2
 
 
+MAX_FRAMES = 6
+
+
+def test_chat_is_a_few_frames_away_from_the_library(run, tmp_path, monkeypatch):
+    """From the verb that prints a reply down to ``llama_decode``, every frame of ours is one more place to look."""
+    import llama_cpp
+
+    from edgepatch.converters.gguf import writer
+
+    writer.convert_folder(LAB_BASE, tmp_path / "lab.gguf", "F16")
+    decode, stacks = llama_cpp.llama_decode, []
+
+    def recorded(*arguments):
+        frames, frame = [], sys._getframe(1)
+        while frame is not None:
+            if Path(frame.f_code.co_filename).is_relative_to(Path(edgepatch.__file__).parent):
+                frames.append(frame.f_code.co_name)
+            frame = frame.f_back
+        stacks.append(frames[: frames.index("chat") + 1] if "chat" in frames else frames)
+        return decode(*arguments)
+
+    monkeypatch.setattr(llama_cpp, "llama_decode", recorded)
+    arguments = ("--bare", "--threads", "1", "--prompt", "Hello", "--max-new-tokens", "3", "--rng-seed", "1")
+    assert run("chat", tmp_path / "lab.gguf", *arguments)[0] == 0
+    replies = [frames for frames in stacks if "stream" in frames]
+    assert len(replies) == 3, "the prompt, and a token behind each of the first two"
+    assert max(map(len, replies)) <= MAX_FRAMES, replies
+
+
 def test_chat_commands(gguf_file, tiny_patch, tmp_path):
     """Swap, unpatch, save and load at the terminal; an error is told and the conversation goes on."""
     patch_file, talk = tmp_path / "p.safetensors", tmp_path / "talk.json"
     write_patch(tiny_patch, patch_file)
     (tmp_path / "broken").write_text("{")
+    (tmp_path / "deep").write_text("[" * 100_000)
     lines = [
         "Hello",
         "/patch",
@@ -177,6 +208,7 @@ def test_chat_commands(gguf_file, tiny_patch, tmp_path):
         "/unpatch",
         f"/load {talk}",
         f"/load {tmp_path / 'broken'}",
+        f"/load {tmp_path / 'deep'}",
         "/save",
         "/new",
         "/unknown",
@@ -189,7 +221,8 @@ def test_chat_commands(gguf_file, tiny_patch, tmp_path):
     told = done.stderr
     assert told.count("first after") == 2 and told.count("exchanged in") == 2
     assert "patch tiny 1.0.0 (seed stored, canary passed)" in told and tiny_patch.digest[:12] in told
-    assert "cannot read patch nowhere" in told and "cannot read a conversation" in told and "/save needs" in told
+    assert "cannot read patch nowhere" in told and "/save needs" in told
+    assert told.count("cannot read a conversation") == 2
     assert "2 messages, held with" in told and "/unpatch" in told
     assert [m["role"] for m in json.loads(talk.read_text())["messages"]] == ["user", "assistant"]
 

@@ -24,10 +24,12 @@ from edgepatch.converters.gguf import writer
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InactivePatchError, InputError, UnfitModelError
 from edgepatch.patch.file import Patch, write_patch
+from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.llamacpp import proof as llamacpp_proof
 from edgepatch.runtimes.llamacpp.context import ContextSettings
 from edgepatch.runtimes.llamacpp.proof import prove_model
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.session import Session
 from kit import tiny_gguf
 
 DYING = Path(__file__).parent.parent / "dying_llama"
@@ -326,8 +328,8 @@ def test_the_server_says_what_is_turned_off(model: Path, monkeypatch: pytest.Mon
     from edgepatch.server.service import Service
     from edgepatch.server.settings import ServerSettings
 
-    def load() -> LlamaCppRuntime:
-        runtime = LlamaCppRuntime(model, num_threads=1)
+    def load() -> Session:
+        runtime = load_runtime(model, None, num_threads=1)
         runtime.notes = ("slower: for a reason",)
         return runtime
 
@@ -342,7 +344,7 @@ def test_the_server_says_what_is_turned_off(model: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("length", "sequences"), [(1, 1), (1, 9), (2, 3)])
 def test_the_smallest_contexts_end_no_process(length: int, sequences: int, model: Path):
-    code = f"from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime as R; R(__import__('pathlib').Path({str(model)!r}), num_threads=1, "
+    code = f"from edgepatch.runtimes import load_runtime; load_runtime({str(model)!r}, None, num_threads=1, "
     code += f"context_length={length}, num_sequences={sequences}).generate([1])"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr

@@ -11,8 +11,7 @@ from edgepatch.converters.gguf import writer
 from edgepatch.decoding.constraints import MAX_DEFINITION, Constraint, ConstraintEngine
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 
 PROMPT = "The quick brown fox"
 SCHEMA = {
@@ -43,7 +42,7 @@ def valid(value):
 
 @pytest.fixture(scope="module")
 def runtime(tiny_folder, tiny_patch):
-    with TorchRuntime(tiny_folder, tiny_patch) as loaded:
+    with load_runtime(tiny_folder, tiny_patch) as loaded:
         yield loaded
 
 
@@ -60,7 +59,7 @@ def test_llama_cpp_keeps_to_the_same_constraints(tiny_folder, tiny_patch, runtim
     """Token for token what PyTorch draws: the mask comes from the library's own vocabulary."""
     writer.convert_folder(tiny_folder, tmp_path / "m.gguf", "F32")
     options = {"kv_type": "f32", "flash_attention": False, "num_threads": 1}
-    with LlamaCppRuntime(tmp_path / "m.gguf", tiny_patch, **options) as other:
+    with load_runtime(tmp_path / "m.gguf", tiny_patch, **options) as other:
         for constraint in (Constraint("json_schema", json.dumps(SCHEMA)), Constraint("regex", "(é|🙂|[a-z ]){5,9}")):
             sampling = Sampling(200, rng_seed=2, constraint=constraint)
             assert other.generate_many(PROMPT, sampling, 4) == runtime.generate_many(PROMPT, sampling, 4)
@@ -174,9 +173,9 @@ def test_a_constraint_cannot_be_ignored_at_its_end():
 def test_the_engine_is_built_once(runtime):
     sampling = Sampling(5, rng_seed=1, constraint=Constraint("regex", "[a-z]+"))
     runtime.generate(PROMPT, sampling)
-    engine = runtime._constraint_engine
+    engine = runtime._replies._engine
     runtime.generate_many(PROMPT, replace(sampling, constraint=Constraint("regex", "[0-9]+")), 2)
-    assert runtime._constraint_engine is engine
+    assert engine is not None and runtime._replies._engine is engine
 
 
 @pytest.mark.parametrize("ends", [frozenset(), frozenset({256}), frozenset({256, 257, 300})])

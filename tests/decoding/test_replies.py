@@ -11,7 +11,7 @@ from edgepatch.decoding.constraints import Constraint
 from edgepatch.decoding.replies import Reply, StopMatcher
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 
 PROMPT = "The quick brown fox"
 SAMPLING = Sampling(max_new_tokens=24, rng_seed=5)
@@ -89,7 +89,7 @@ def test_end_tokens_can_be_ignored():
 
 @pytest.fixture(scope="module")
 def runtime(tiny_folder, tiny_patch):
-    with TorchRuntime(tiny_folder, tiny_patch, num_sequences=2) as loaded:
+    with load_runtime(tiny_folder, tiny_patch, num_sequences=2) as loaded:
         yield loaded
 
 
@@ -113,9 +113,11 @@ def test_a_stop_string_cuts_the_same_text(runtime):
         {"ignore_end_tokens": True},
     ],
 )
-def test_a_batch_honours_what_a_stream_does(runtime, options):
+def test_a_batch_honours_what_a_stream_does(runtime, options, monkeypatch):
     sampling = replace(SAMPLING, **options)
-    singles = super(TorchRuntime, runtime).generate_many(PROMPT, sampling, 5)
+    with monkeypatch.context() as unbatched:
+        unbatched.setattr(runtime.backend, "max_batch_rows", 0)
+        singles = runtime.generate_many(PROMPT, sampling, 5)
     assert runtime.generate_many(PROMPT, sampling, 5) == singles
     assert singles != runtime.generate_many(PROMPT, SAMPLING, 5) or "ignore_end_tokens" in options
 

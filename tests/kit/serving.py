@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.server.metrics import COUNTERS
 from edgepatch.server.process import HttpServer
 from edgepatch.server.service import Service
@@ -23,7 +23,7 @@ MODEL = "tiny"
 class Paced:
     """A runtime that takes its time, so that a test can come between two tokens."""
 
-    def __init__(self, runtime: Runtime, pause_s: float = 0.02) -> None:
+    def __init__(self, runtime: Session, pause_s: float = 0.02) -> None:
         self._runtime, self._pause_s = runtime, pause_s
 
     def __getattr__(self, name: str):
@@ -60,7 +60,7 @@ class Running:
 
 
 @contextmanager
-def running(load: Callable[[], Runtime], wait: bool = True, **settings) -> Iterator[Running]:
+def running(load: Callable[[], Session], wait: bool = True, **settings) -> Iterator[Running]:
     """Starts a server, and stops it."""
     settings = {"name": MODEL, "api_key": KEY, "port": 0, "grace_s": 2.0} | settings
     service = Service(load, ServerSettings(**settings))

@@ -29,8 +29,8 @@ from edgepatch.llama_server.export import ExportOptions, Probe, export, read_man
 from edgepatch.llama_server.references import Distance
 from edgepatch.llama_server.requirements import Labels, ServerSettings, choose_labels, patched_template, prompt_ids
 from edgepatch.patch.file import Patch, write_patch
+from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.llamacpp.context import ContextSettings, LlamaContext, LlamaModel
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.tensors import SoftPrompt
 from edgepatch.text.chat_templates import render_chat_template
 from kit import serving
@@ -71,7 +71,7 @@ def restored_logits(
     lib = load_library()
     found, count = (lib.llama_token * 64)(), ctypes.c_size_t(0)
     try:
-        taken = lib.llama_state_seq_load_file(context._handle, bytes(seed), 0, found, len(found), ctypes.byref(count))
+        taken = lib.llama_state_seq_load_file(context.handle, bytes(seed), 0, found, len(found), ctypes.byref(count))
         assert taken == seed.stat().st_size and list(found[: count.value]) == labels
         assert (context.first_position(0), context.last_position(0)) == (0, len(labels) - 1)
         return context.evaluate(0, tokens, every=True)
@@ -88,10 +88,10 @@ def test_the_library_restores_the_slot_file(
 ):
     options = ExportOptions(kv_type=kv_type, flash_attention=flash_attention)
     manifest = export(tiny_patch, model, tmp_path / "out", options)
-    with LlamaCppRuntime(model, tiny_patch, kv_type=kv_type, flash_attention=flash_attention, num_threads=1) as runtime:
+    with load_runtime(model, tiny_patch, kv_type=kv_type, flash_attention=flash_attention, num_threads=1) as runtime:
         tokens = runtime.encode("The quick brown fox")
         expected = runtime.logits(tokens)
-    with LlamaCppRuntime(model, None, kv_type=kv_type, flash_attention=flash_attention, num_threads=1) as runtime:
+    with load_runtime(model, None, kv_type=kv_type, flash_attention=flash_attention, num_threads=1) as runtime:
         bare = runtime.logits(tokens)
     seed = tmp_path / "out" / "slots" / "seed.bin"
     found = restored_logits(model, seed, options, manifest["labels"]["ids"], tokens)
@@ -103,7 +103,7 @@ def test_a_prompt_is_labels_and_the_conversation(model: Path, exported: Path, vo
     template = (exported / "chat_template.jinja").read_text("utf-8")
     names = [vocabulary.text(vocabulary.bos), vocabulary.text(vocabulary.eos)]
     found = prompt_ids(vocabulary, render_chat_template(template, MESSAGES, *names))
-    with LlamaCppRuntime(model, num_threads=1) as runtime:
+    with load_runtime(model, None, num_threads=1) as runtime:
         assert found == manifest["labels"]["ids"] + runtime.encode_chat(MESSAGES)
 
 
@@ -289,7 +289,7 @@ def test_something_else_is_not_proven(model: Path, tiny_patch: Patch, other_serv
 
 
 def test_edgepatch_serve_names_its_patch(model: Path, tiny_patch: Patch):
-    with serving.running(lambda: LlamaCppRuntime(model, tiny_patch, num_threads=1)) as running:
+    with serving.running(lambda: load_runtime(model, tiny_patch, num_threads=1)) as running:
         assert check_server(StockServer(running.url, serving.KEY), tiny_patch, model, ExportOptions()).proven
         other = replace(tiny_patch, version="9.9.9")
         report = check_server(StockServer(running.url, serving.KEY), other, model, ExportOptions())

@@ -28,7 +28,7 @@ from edgepatch.llama_server.client import StockServer
 from edgepatch.llama_server.export import ExportOptions, export, probe, read_manifest
 from edgepatch.llama_server.requirements import SEED_FILE, ServerSettings
 from edgepatch.patch.file import Patch, read_patch
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import SoftPrompt
 
 BINARY = Path(os.environ.get(VARIABLE, ""))
@@ -95,8 +95,8 @@ def test_greedy_tokens_are_ours(start: Start, model: Path, patch: Patch, tmp_pat
     labels = export(patch, model, folder, ExportOptions(flash_attention=flash_attention))["labels"]["ids"]
     with (
         start(folder=folder) as server,
-        LlamaCppRuntime(model, patch, flash_attention=flash_attention, num_threads=1) as runtime,
-        LlamaCppRuntime(model, None, flash_attention=flash_attention, num_threads=1) as bare,
+        load_runtime(model, patch, flash_attention=flash_attention, num_threads=1) as runtime,
+        load_runtime(model, None, flash_attention=flash_attention, num_threads=1) as bare,
     ):
         for prompt in PROMPTS:
             assert server.restore(0, SEED_FILE).value("n_restored") == len(labels)
@@ -109,7 +109,7 @@ def test_greedy_tokens_are_ours(start: Start, model: Path, patch: Patch, tmp_pat
 def test_conversations_are_ours(start: Start, model: Path, patch: Patch):
     messages: list[dict[str, str]] = []
     cached = []
-    with start() as server, LlamaCppRuntime(model, patch, num_threads=1) as runtime:
+    with start() as server, load_runtime(model, patch, num_threads=1) as runtime:
         server.restore(0, SEED_FILE)
         for question in CONVERSATION:
             messages.append({"role": "user", "content": question})
@@ -124,7 +124,7 @@ def test_conversations_are_ours(start: Start, model: Path, patch: Patch):
 def test_text_prompts_are_ours(start: Start, exported: Path, model: Path, patch: Patch):
     """Plain text needs the labels written out by the client; the server adds the first one, BOS, itself."""
     labels = read_manifest(exported)["labels"]
-    with start() as server, LlamaCppRuntime(model, patch, num_threads=1) as runtime:
+    with start() as server, load_runtime(model, patch, num_threads=1) as runtime:
         server.restore(0, SEED_FILE)
         text = labels["text"] * (len(labels["ids"]) - 1) + "<|bos|>" + PROMPTS[0]
         reply = server.post("/completion", {"prompt": text, "n_predict": 24, "temperature": 0, "return_tokens": True})
@@ -218,7 +218,7 @@ def test_h4_idle_slots_are_cleared(start: Start, model: Path, patch: Patch):
 def test_h5_and_h6_another_prompt_takes_the_slot(start: Start, exported: Path, model: Path, patch: Patch):
     """After it the labels are evaluated as text; ``cache_n`` looks well again on the next request, and only the answer tells."""
     labels = read_manifest(exported)["labels"]["ids"]
-    with start() as server, LlamaCppRuntime(model, patch, num_threads=1) as runtime:
+    with start() as server, load_runtime(model, patch, num_threads=1) as runtime:
         tokens = runtime.encode(PROMPTS[0])
         server.restore(0, SEED_FILE)
         server.complete(runtime.encode("Something else entirely, from somebody else."), 0)
@@ -254,7 +254,7 @@ def test_h8_a_full_context_is_shifted(start: Start, model: Path, patch: Patch):
 def test_clients_can_take_the_patch_off(start: Start, exported: Path, model: Path, patch: Patch):
     """What the documentation warns of: one field of a chat request, and the slot has lost its seed for everybody."""
     messages = [{"role": "user", "content": CONVERSATION[0]}]
-    with start() as server, LlamaCppRuntime(model, patch, num_threads=1) as runtime:
+    with start() as server, load_runtime(model, patch, num_threads=1) as runtime:
         expected = runtime.chat(messages, Sampling(max_new_tokens=24, temperature=0.0))
         server.restore(0, SEED_FILE)
         assert server.chat(messages, 0, 24).value("choices", 0, "message", "content") == expected
@@ -331,7 +331,7 @@ def test_sliding_windows_and_recurrent_layers(start: Start, other_kind: tuple[st
     name, model, patch = other_kind
     manifest = export(patch, model, tmp_path / "out", ExportOptions())
     assert manifest["seed_route"] == "decoded" and ("--swa-full" in manifest["flags"]) == (name == "gemma3")
-    with start(folder=tmp_path / "out") as server, LlamaCppRuntime(model, patch, num_threads=1) as runtime:
+    with start(folder=tmp_path / "out") as server, load_runtime(model, patch, num_threads=1) as runtime:
         server.restore(0, SEED_FILE)
         tokens = runtime.encode(PROMPTS[0])
         reply = server.complete(manifest["labels"]["ids"] + tokens, 0, 16)

@@ -14,8 +14,9 @@ from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InactivePatchError, PatchFormatError
 from edgepatch.patch import canary
 from edgepatch.patch.file import Patch, parse_patch, patch_bytes
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
+from edgepatch.runtimes.llamacpp.seeds import SeedStates
+from edgepatch.runtimes.patching import PatchSlot
 from edgepatch.tensors import Canary, SoftPrompt
 
 LOADS = 1000
@@ -49,10 +50,10 @@ def test_no_false_alarm_in_1000_loads_and_no_foreign_seed_unseen(files, patches)
     loads = caught = foreign = 0
     for name, (kv_type, flash_attention) in product(TYPES, CACHES):
         options = {"kv_type": kv_type, "flash_attention": flash_attention, "num_threads": 1, "context_length": 128}
-        with LlamaCppRuntime(files / f"{name}.gguf", None, **options) as runtime:
+        with load_runtime(files / f"{name}.gguf", None, **options) as runtime:
             for number in range(-(-LOADS // len(TYPES) // len(CACHES))):
                 patch, other = patches[loads % 25], patches[(loads + 7) % 25]
-                runtime._exchange(patch, num_prompts=None)
+                runtime._slot.exchange(patch, num_prompts=None)
                 loads += 1
                 if number % 5 == 0:
                     foreign += 1
@@ -65,17 +66,16 @@ def test_no_false_alarm_in_1000_loads_and_no_foreign_seed_unseen(files, patches)
 
 def test_an_inactive_patch_is_caught(files, patches, monkeypatch):
     """A runtime that reports a patch and does not apply it, the fault of ignored adapters elsewhere."""
-    with LlamaCppRuntime(files / "Q4_0.gguf", None, num_threads=1) as runtime:
-        install = runtime._install
+    with load_runtime(files / "Q4_0.gguf", None, num_threads=1) as runtime:
+        install = runtime.backend.install
 
         def pretend(patch):
-            runtime.patch = None
             install(None)
-            runtime.patch = patch
+            runtime.backend.patch = patch
             return "stored"
 
-        monkeypatch.setattr(runtime, "_install", pretend)
-        monkeypatch.setattr(type(runtime), "num_virtual_tokens", 0)
+        monkeypatch.setattr(runtime.backend, "install", pretend)
+        monkeypatch.setattr(type(runtime.backend), "num_virtual_tokens", 0)
         for patch in patches:
             with pytest.raises(InactivePatchError, match=r"deviates by 1\.00"):
                 runtime.swap(patch)
@@ -86,14 +86,14 @@ def test_a_device_asks_the_whole_canary_once_and_again_when_what_it_rests_on_has
 ):
     monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
     asked = []
-    prove = LlamaCppRuntime._prove
+    prove = PatchSlot._prove
     monkeypatch.setattr(
-        LlamaCppRuntime, "_prove", lambda self, prompts: (asked.append(len(prompts)), prove(self, prompts))
+        PatchSlot, "_prove", lambda self, prompts, route: (asked.append(len(prompts)), prove(self, prompts, route))
     )
 
     def load(patch, **options):
         asked.clear()
-        with LlamaCppRuntime(files / "Q8_0.gguf", patch, num_threads=1, context_length=128, **options) as runtime:
+        with load_runtime(files / "Q8_0.gguf", patch, num_threads=1, context_length=128, **options) as runtime:
             runtime.prove()
         return list(asked)
 
@@ -114,20 +114,20 @@ def test_a_device_asks_the_whole_canary_once_and_again_when_what_it_rests_on_has
 def test_a_patch_that_has_passed_and_does_not_work_now_is_caught(files, patches, monkeypatch, tmp_path):
     """What a device remembers never stands in for a measurement."""
     monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
-    LlamaCppRuntime(files / "Q8_0.gguf", patches[0], num_threads=1, context_length=128).close()
+    load_runtime(files / "Q8_0.gguf", patches[0], num_threads=1, context_length=128).close()
     seed = patches[0].kv_seed
     wrong = replace(patches[0], kv_seed=replace(seed, values=tuple(-value for value in seed.values)))
     monkeypatch.setattr(
-        LlamaCppRuntime,
+        SeedStates,
         "_lay_out",
-        lambda self, patch, layout, real=LlamaCppRuntime._lay_out: real(self, wrong, layout),
+        lambda self, patch, layout, real=SeedStates._lay_out: real(self, wrong, layout),
     )
     with pytest.raises(InactivePatchError, match="canary"):
-        LlamaCppRuntime(files / "Q8_0.gguf", patches[0], num_threads=1, context_length=128)
+        load_runtime(files / "Q8_0.gguf", patches[0], num_threads=1, context_length=128)
 
 
 def test_the_reference_runtime_proves_its_patch_too(tiny_folder, tiny_patch, patches):
-    with TorchRuntime(tiny_folder, tiny_patch) as runtime:
+    with load_runtime(tiny_folder, tiny_patch) as runtime:
         with pytest.raises(InactivePatchError, match="canary"):
             runtime.swap(replace(patches[3], canary=patches[4].canary))
         assert runtime.patch is tiny_patch

@@ -9,7 +9,7 @@ from edgepatch.converters.gguf import writer
 from edgepatch.decoding.replies import Piece
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes import load_runtime
 from kit import tiny_gguf
 
 PROMPT = "The quick brown fox jumps over"
@@ -27,7 +27,7 @@ def f32_file(tiny_folder, tmp_path_factory):
 
 def load(path, patch, **options):
     """Full precision throughout, so that a batch of rows computes what a row alone does."""
-    return LlamaCppRuntime(path, patch, num_threads=1, kv_type="f32", flash_attention=False, **options)
+    return load_runtime(path, patch, num_threads=1, kv_type="f32", flash_attention=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,13 @@ def runtime(f32_file, tiny_patch):
 @pytest.fixture
 def sizes(runtime, monkeypatch):
     """The number of tokens of each call of llama.cpp."""
-    found, run = [], runtime._context._run
-    monkeypatch.setattr(runtime._context, "_run", lambda batch: found.append(batch.struct.n_tokens) or run(batch))
-    return found
+    counts, outputs = [], runtime.backend.context._outputs
+    monkeypatch.setattr(
+        runtime.backend.context,
+        "_outputs",
+        lambda batch, status: counts.append(batch.struct.n_tokens) or outputs(batch, status),
+    )
+    return counts
 
 
 def one_by_one(runtime, prompts, samplings):
@@ -88,7 +92,7 @@ def test_the_full_context_is_filled_in_every_sequence(runtime):
     prompts = [[7 + i] * (runtime.context_length - 2) for i in range(5)]
     sampling = replace(GREEDY, ignore_end_tokens=True)
     assert runtime.generate_batch(prompts, sampling) == one_by_one(runtime, prompts, [sampling] * 5)
-    assert [len(runtime.evaluated(s)) for s in range(4)] == [runtime.context_length] * 4
+    assert [len(runtime.sequences.evaluated(s)) for s in range(4)] == [runtime.context_length] * 4
 
 
 def test_the_seed_stays_in_every_sequence(runtime):
@@ -96,8 +100,8 @@ def test_the_seed_stays_in_every_sequence(runtime):
     runtime.generate_many(PROMPT, DRAWN, 9)
     runtime.generate_batch(PROMPTS, GREEDY)
     for sequence in range(4):
-        held = runtime.evaluated(sequence)
-        assert runtime._context.last_position(sequence) + 1 == runtime.num_virtual_tokens + len(held)
+        held = runtime.sequences.evaluated(sequence)
+        assert runtime.backend.context.last_position(sequence) + 1 == runtime.num_virtual_tokens + len(held)
         assert np.abs(runtime.logits_of_last([*held, 9], sequence) - runtime.logits([*held, 9])[-1]).max() < 1e-4
         assert np.abs(runtime.logits(PROMPT, sequence) - fresh).max() < 1e-4
 
@@ -120,7 +124,7 @@ def test_a_lost_seed_ends_a_batch(f32_file, tiny_patch):
     with load(f32_file, tiny_patch, num_sequences=3) as runtime:
         three = begun(runtime)
         runtime.advance(three)
-        runtime._context.forget(1)
+        runtime.backend.context.forget(1)
         with pytest.raises(InactivePatchError, match="sequence 1"):
             runtime.advance(three)
 
@@ -130,10 +134,10 @@ def test_a_failed_batch_leaves_the_runtime_usable(runtime, monkeypatch):
     three = begun(runtime)
     runtime.advance(three)
     with monkeypatch.context() as broken:
-        broken.setattr(runtime._context, "_run", lambda batch: runtime._context._lib.no_such_function())
+        broken.setattr(runtime.backend.context, "_outputs", lambda *_: runtime.backend.model.lib.no_such_function())
         with pytest.raises(AttributeError):
             runtime.advance(three)
-    assert [runtime.evaluated(s) for s in range(3)] == [[], [], []]
+    assert [runtime.sequences.evaluated(s) for s in range(3)] == [[], [], []]
     assert runtime.generate_batch(PROMPTS, DRAWN) == expected
 
 

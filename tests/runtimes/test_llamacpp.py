@@ -14,9 +14,8 @@ from edgepatch.converters.llamacpp import state as llamacpp_state
 from edgepatch.converters.llamacpp.layout import Layout
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MismatchError, PatchFormatError
+from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.llamacpp.calibration import Calibration
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
-from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import SoftPrompt
 
 PROMPT = "The quick brown fox jumps over"
@@ -34,7 +33,7 @@ def f32_file(tiny_folder, tmp_path_factory):
 def load(path, patch, exact=True, **options):
     """``exact`` is full precision throughout; llama.cpp's flash attention computes in float16."""
     precision = {"kv_type": "f32", "flash_attention": False} if exact else {}
-    return LlamaCppRuntime(path, patch, num_threads=1, **(precision | options))
+    return load_runtime(path, patch, num_threads=1, **(precision | options))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +92,7 @@ def test_long_prompts_are_evaluated_in_chunks(f32_file, oracle, tiny_patch, monk
         expected = oracle(tokens, long_prompt)
         assert np.abs(runtime.logits(tokens) - expected).max() <= 5e-5
         runtime.reset()
-        assert np.abs(runtime._evaluate(tokens)[-1] - expected[-1]).max() <= 5e-5
+        assert np.abs(runtime.logits_of_last(tokens) - expected[-1]).max() <= 5e-5
 
 
 def test_a_wrong_key_order_is_caught_by_calibration(f32_file, tiny_patch, oracle, monkeypatch, tmp_path):
@@ -101,7 +100,7 @@ def test_a_wrong_key_order_is_caught_by_calibration(f32_file, tiny_patch, oracle
     monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(llamacpp_layout, "interleave", lambda keys: keys)
     with load(f32_file, tiny_patch) as runtime:
-        assert runtime.seed_route == "decoded" and "no layout" in runtime.seed_reason
+        assert runtime.seed_route == "decoded" and "no layout" in runtime.backend.seeds.reason
         tokens = runtime.tokens(PROMPT)
         assert np.abs(runtime.logits(tokens) - oracle(tokens, tiny_patch.soft_prompt)).max() <= 5e-5
     with pytest.raises(InputError, match="no layout"):
@@ -133,7 +132,9 @@ def test_the_layout_is_measured_once_and_kept(f32_file, tiny_patch, kv_type, mon
     block = 64 if kv_type.startswith("q") else 0
     options = {"kv_type": kv_type, "flash_attention": True}
     with load(f32_file, tiny_patch, **options) as runtime:
-        assert runtime.seed_route == "stored" and runtime._calibration.layout == Layout(True, block, block, ((0, 1),))
+        assert runtime.seed_route == "stored" and runtime.backend.calibration.layout == Layout(
+            True, block, block, ((0, 1),)
+        )
         fresh = runtime.logits(PROMPT)
     monkeypatch.setattr(llamacpp_layout, "measure", None)
     with load(f32_file, tiny_patch, **options) as runtime:
@@ -152,7 +153,7 @@ def test_a_known_layout_does_not_excuse_another_seed(f32_file, tiny_patch, tiny_
         AutoModelForCausalLM.from_pretrained(tiny_folder, config=config), tiny_patch.soft_prompt
     )
     with load(f32_file, replace(tiny_patch, kv_seed=foreign)) as runtime:
-        assert runtime.seed_route == "decoded" and "no layout" in runtime.seed_reason
+        assert runtime.seed_route == "decoded" and "no layout" in runtime.backend.seeds.reason
 
 
 def test_a_spoiled_calibration_file_is_measured_again(f32_file, tiny_patch, monkeypatch, tmp_path):
@@ -192,7 +193,7 @@ def test_an_unknown_state_layout_falls_back_to_decoding(f32_file, tiny_patch, mo
     monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(llamacpp_state, "MAX_HEADER_BYTES", 4)
     with load(f32_file, tiny_patch) as runtime:
-        assert runtime.seed_route == "decoded" and "one reading" in runtime.seed_reason
+        assert runtime.seed_route == "decoded" and "one reading" in runtime.backend.seeds.reason
     with pytest.raises(InactivePatchError, match="one reading"):
         load(f32_file, replace(tiny_patch, soft_prompt=None))
 
@@ -207,7 +208,7 @@ def test_greedy_tokens_are_those_of_torch_on_the_same_half_precision_weights(tin
         (folder / name).write_bytes((tiny_folder / name).read_bytes())
     patch = replace(tiny_patch, base=writer.convert_folder(folder, path, "F16"))
     assert patch.base == tiny_patch.base, "rounding the weights to half precision must not change the model's identity"
-    with TorchRuntime(folder, patch) as torch_runtime, load(path, patch, exact=False) as runtime:
+    with load_runtime(folder, patch) as torch_runtime, load(path, patch, exact=False) as runtime:
         assert runtime.quantization == "F16"
         for prompt in (PROMPT, OTHER, [{"role": "user", "content": "Hello"}]):
             pieces, expected = (list(r.stream(prompt, GREEDY)) for r in (runtime, torch_runtime))
@@ -226,8 +227,8 @@ def test_the_seed_survives_everything_a_caller_can_do(runtime):
         lambda: list(runtime.stream([7] * (runtime.context_length - 3), GREEDY)),
         lambda: next(iter(runtime.stream(OTHER, GREEDY))),
         lambda: runtime.generate_many(OTHER, replace(GREEDY, temperature=1, rng_seed=1), 5),
-        lambda: runtime._lib.llama_memory_seq_rm(runtime._context._memory, 0, 0, 3),
-        lambda: runtime._lib.llama_memory_clear(runtime._context._memory, True),
+        lambda: runtime.backend.model.lib.llama_memory_seq_rm(runtime.backend.context._memory, 0, 0, 3),
+        lambda: runtime.backend.model.lib.llama_memory_clear(runtime.backend.context._memory, True),
     ]
     for number, action in enumerate(actions):
         action()
@@ -242,18 +243,20 @@ def test_prompt_reuse_does_not_change_the_answer(runtime):
     fresh = runtime.generate(PROMPT, GREEDY)
     runtime.generate(PROMPT + " the lazy cat and", GREEDY)
     assert runtime.generate(PROMPT, GREEDY) == fresh
-    assert runtime._rewind(0, 2) == 2
+    assert runtime.backend.rewind(0, 2) == 2
 
 
 def test_memory_that_cannot_be_cut_starts_afresh(f32_file, tiny_patch, monkeypatch):
     with load(f32_file, tiny_patch) as runtime:
         fresh = runtime.generate(PROMPT, GREEDY)
-        remove = runtime._lib.llama_memory_seq_rm
+        remove = runtime.backend.model.lib.llama_memory_seq_rm
         monkeypatch.setattr(
-            runtime._lib, "llama_memory_seq_rm", lambda m, s, first, last: first < 0 and remove(m, s, first, last)
+            runtime.backend.model.lib,
+            "llama_memory_seq_rm",
+            lambda m, s, first, last: first < 0 and remove(m, s, first, last),
         )
-        assert runtime._rewind(0, 2) == 0
-        runtime._evaluated[0] = []
+        assert runtime.backend.rewind(0, 2) == 0
+        runtime.sequences.forget()
         assert runtime.generate(PROMPT, GREEDY) == fresh
 
 
@@ -279,7 +282,7 @@ def test_a_fine_tune_with_the_same_norms_is_refused(tiny_folder, tiny_patch, tmp
     )
     for runtime in (
         lambda patch: load(tmp_path / "tuned.gguf", patch, exact=False),
-        lambda patch: TorchRuntime(folder, patch),
+        lambda patch: load_runtime(folder, patch),
     ):
         with pytest.raises(MismatchError, match="ffn_up of layers 1"):
             runtime(tiny_patch)
@@ -370,10 +373,10 @@ def test_sequences_share_the_seed_and_nothing_else(f32_file, tiny_patch):
 def test_every_sequence_has_the_whole_context(f32_file, tiny_patch):
     with load(f32_file, tiny_patch, num_sequences=3, context_length=256) as runtime:
         for sequence in range(3):
-            runtime._evaluate([7] * runtime.context_length, sequence=sequence)
+            runtime.logits_of_last([7] * runtime.context_length, sequence=sequence)
         fresh = load(f32_file, tiny_patch, context_length=256)
-        expected = fresh._evaluate([7] * fresh.context_length)
-        assert np.abs(runtime._evaluate([7] * runtime.context_length, sequence=1) - expected).max() < 1e-4
+        expected = fresh.logits_of_last([7] * fresh.context_length)
+        assert np.abs(runtime.logits_of_last([7] * runtime.context_length, sequence=1) - expected).max() < 1e-4
 
 
 def test_swap_and_unpatch(f32_file, tiny_patch, oracle):
@@ -414,15 +417,15 @@ def test_a_failed_swap_leaves_the_old_patch_in_place(f32_file, tiny_patch):
 def test_a_lost_seed_is_an_error_not_an_unpatched_reply(f32_file, tiny_patch):
     with load(f32_file, tiny_patch) as runtime:
         runtime.logits(PROMPT)
-        runtime._context.clear()
+        runtime.backend.context.clear()
         with pytest.raises(InactivePatchError, match="not intact"):
-            runtime._forward(0, [5], every=False)
+            runtime.backend.forward(0, [5], every=False)
 
 
 def test_a_seed_that_the_library_does_not_take_leaves_nothing(f32_file, tiny_patch):
     with load(f32_file, tiny_patch) as runtime:
-        state = runtime._context.state(runtime._master)
+        state = runtime.backend.context.state(runtime.backend._master)
         for wrong in (state[:-7], state[:40], b""):
             with pytest.raises(InactivePatchError, match="of the seed"):
-                runtime._context.restore(0, wrong)
-            assert runtime._context.last_position(0) == -1
+                runtime.backend.context.restore(0, wrong)
+            assert runtime.backend.context.last_position(0) == -1

@@ -17,7 +17,6 @@ from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InactivePatchError, InputError, MismatchError, UnfitModelError
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.onnx.runtime import OnnxRuntime
-from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import KVSeed
 
 for package in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"):
@@ -30,7 +29,7 @@ GREEDY = Sampling(max_new_tokens=16, temperature=0)
 
 @pytest.fixture(scope="module")
 def runtime(onnx_folders, tiny_patch):
-    with OnnxRuntime(onnx_folders["fp32"], tiny_patch, num_threads=1) as loaded:
+    with load_runtime(onnx_folders["fp32"], tiny_patch, num_threads=1) as loaded:
         yield loaded
 
 
@@ -51,7 +50,7 @@ def seed_is_intact(runtime):
     seed = runtime.patch.kv_seed
     return all(
         np.array_equal(key, seed.keys[layer]) and np.array_equal(value, seed.values[layer])
-        for cache in runtime._caches
+        for cache in runtime.backend._caches
         for layer, (key, value) in enumerate(cache.cells(seed.num_virtual_tokens))
     )
 
@@ -65,7 +64,7 @@ def test_fp32_logits_equal_inputs_embeds(runtime, onnx_folders, oracle, tiny_pat
     assert np.abs(runtime.logits(PROMPT) - expected).max() <= 1e-4
     bare = oracle(tokens, None)
     assert np.abs(bare - expected).max() > 0.1, "the patch must matter, or this test cannot fail"
-    with OnnxRuntime(onnx_folders["fp32"], num_threads=1) as unpatched:
+    with load_runtime(onnx_folders["fp32"], None, num_threads=1) as unpatched:
         assert np.abs(unpatched.logits(PROMPT) - bare).max() <= 1e-4
 
 
@@ -77,7 +76,7 @@ def test_a_prefill_in_chunks_equals_one_forward_pass(runtime, oracle, tiny_patch
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_quantized_logits_are_close_to_the_patched_model(onnx_folders, oracle, tiny_patch, precision):
-    with OnnxRuntime(onnx_folders[precision], tiny_patch, num_threads=1) as runtime:
+    with load_runtime(onnx_folders[precision], tiny_patch, num_threads=1) as runtime:
         assert (runtime.quantization, runtime.kv_type) == {"fp16": ("F16", "f16")}.get(precision, (precision, "f32"))
         tokens = runtime.tokens(PROMPT)
         logits = runtime.logits(PROMPT)
@@ -89,7 +88,7 @@ def test_quantized_logits_are_close_to_the_patched_model(onnx_folders, oracle, t
 
 def test_text_equals_that_of_torch(runtime, tiny_folder, tiny_patch):
     sampling = Sampling(max_new_tokens=12, top_p=0.9, rng_seed=5)
-    with TorchRuntime(tiny_folder, tiny_patch) as reference:
+    with load_runtime(tiny_folder, tiny_patch) as reference:
         assert runtime.end_token_ids == reference.end_token_ids
         assert runtime.generate(PROMPT, GREEDY) == reference.generate(PROMPT, GREEDY)
         assert runtime.generate_many(PROMPT, sampling, 6) == reference.generate_many(PROMPT, sampling, 6)
@@ -98,7 +97,7 @@ def test_text_equals_that_of_torch(runtime, tiny_folder, tiny_patch):
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=9, top_p=0.9, rng_seed=5, stop=("a",))])
 def test_prompts_of_different_lengths_share_a_batch(runtime, monkeypatch, rows, sampling):
-    monkeypatch.setattr("edgepatch.runtimes.onnx.runtime.BATCH_ROWS", rows)
+    monkeypatch.setattr(runtime.backend, "max_batch_rows", rows)
     full = [7] * (runtime.context_length - 3)
     expected = [runtime.generate(prompt, sampling) for prompt in [*PROMPTS, full]]
     assert runtime.generate_batch([*PROMPTS, full], sampling) == expected
@@ -106,9 +105,10 @@ def test_prompts_of_different_lengths_share_a_batch(runtime, monkeypatch, rows, 
 
 
 def test_batched_and_single_generation_are_the_same(runtime, monkeypatch):
-    monkeypatch.setattr("edgepatch.runtimes.onnx.runtime.BATCH_ROWS", 4)
     sampling = Sampling(max_new_tokens=12, top_p=0.9, rng_seed=5)
-    singles = super(OnnxRuntime, runtime).generate_many(PROMPT, sampling, 6)
+    monkeypatch.setattr(runtime.backend, "max_batch_rows", 0)
+    singles = runtime.generate_many(PROMPT, sampling, 6)
+    monkeypatch.setattr(runtime.backend, "max_batch_rows", 4)
     assert runtime.generate_many(PROMPT, sampling, 6) == singles
     assert runtime.generate(PROMPT, GREEDY) == runtime.generate(PROMPT, GREEDY)
 
@@ -124,7 +124,7 @@ def test_prompt_reuse_does_not_change_the_answer(runtime):
 
 
 def test_the_seed_survives_everything(onnx_folders, tiny_patch):
-    with OnnxRuntime(onnx_folders["fp32"], tiny_patch, context_length=30, num_threads=1, num_sequences=2) as runtime:
+    with load_runtime(onnx_folders["fp32"], tiny_patch, context_length=30, num_threads=1, num_sequences=2) as runtime:
         before = runtime.logits(PROMPT)
         runtime.reset()
         runtime.generate("accents é à ü and emoji 🙂", GREEDY)
@@ -139,7 +139,7 @@ def test_the_seed_survives_everything(onnx_folders, tiny_patch):
 
 
 def test_sequences_share_the_seed_and_nothing_else(onnx_folders, tiny_patch):
-    with OnnxRuntime(onnx_folders["fp32"], tiny_patch, num_threads=1, num_sequences=2) as runtime:
+    with load_runtime(onnx_folders["fp32"], tiny_patch, num_threads=1, num_sequences=2) as runtime:
         alone = [[p.token_id for p in runtime.stream(prompt, GREEDY, sequence=1)] for prompt in PROMPTS[:2]]
         runtime.reset()
         streams = [runtime.stream(prompt, GREEDY, sequence=i) for i, prompt in enumerate(PROMPTS[:2])]
@@ -152,23 +152,23 @@ def test_a_swap_keeps_the_session(onnx_folders, tiny_patch):
     rng = np.random.default_rng(8)
     keys, values = (tuple(rng.standard_normal((2, 7, 64)).astype(np.float32) for _ in range(2)) for _ in range(2))
     other = replace(tiny_patch, name="other", soft_prompt=None, kv_seed=KVSeed(keys, values), canary=None)
-    with OnnxRuntime(onnx_folders["fp32"], tiny_patch, num_threads=1) as runtime:
-        session, before = runtime._caches[0]._session, runtime.logits(PROMPT)
+    with load_runtime(onnx_folders["fp32"], tiny_patch, num_threads=1) as runtime:
+        session, before = runtime.backend._caches[0]._session, runtime.logits(PROMPT)
         runtime.swap(other)
         assert runtime.context_length == 512 - 7 and seed_is_intact(runtime)
         swapped = runtime.logits(PROMPT)
-        with OnnxRuntime(onnx_folders["fp32"], other, num_threads=1) as fresh:
+        with load_runtime(onnx_folders["fp32"], other, num_threads=1) as fresh:
             assert np.array_equal(swapped, fresh.logits(PROMPT)), (
                 "a K/V prefix without a soft prompt works, and swaps in whole"
             )
         runtime.swap(None)
-        with OnnxRuntime(onnx_folders["fp32"], num_threads=1) as bare:
+        with load_runtime(onnx_folders["fp32"], None, num_threads=1) as bare:
             assert np.array_equal(runtime.logits(PROMPT), bare.logits(PROMPT))
         with pytest.raises(InputError, match="no KV seed"):
             runtime.swap(replace(tiny_patch, kv_seed=None))
         assert runtime.patch is None
         runtime.swap(tiny_patch)
-        assert np.array_equal(runtime.logits(PROMPT), before) and runtime._caches[0]._session is session
+        assert np.array_equal(runtime.logits(PROMPT), before) and runtime.backend._caches[0]._session is session
 
 
 def test_a_zeroed_seed_is_refused(onnx_folders, tiny_patch):
@@ -176,20 +176,20 @@ def test_a_zeroed_seed_is_refused(onnx_folders, tiny_patch):
         tuple(np.zeros_like(t) for t in tensors) for tensors in (tiny_patch.kv_seed.keys, tiny_patch.kv_seed.values)
     )
     with pytest.raises(InactivePatchError, match="canary"):
-        OnnxRuntime(onnx_folders["fp32"], replace(tiny_patch, kv_seed=KVSeed(keys, values)), num_threads=1)
+        load_runtime(onnx_folders["fp32"], replace(tiny_patch, kv_seed=KVSeed(keys, values)), num_threads=1)
 
 
 def test_a_graph_that_overwrites_the_seed_is_refused(onnx_folders, tiny_patch, monkeypatch):
-    run = OnnxRuntime._forward
+    run = OnnxRuntime.forward
 
     def damage(self, sequence, tokens, every):
         if self._start:
             self._caches[0]._arrays[1][0, 1, 3, 7] += 1
         return run(self, sequence, tokens, every)
 
-    monkeypatch.setattr(OnnxRuntime, "_forward", damage)
+    monkeypatch.setattr(OnnxRuntime, "forward", damage)
     with pytest.raises(InactivePatchError, match=r"layer 0|canary"):
-        OnnxRuntime(onnx_folders["fp32"], replace(tiny_patch, canary=None))
+        load_runtime(onnx_folders["fp32"], replace(tiny_patch, canary=None))
 
 
 # What is refused.
@@ -198,13 +198,13 @@ def test_a_graph_that_overwrites_the_seed_is_refused(onnx_folders, tiny_patch, m
 def test_a_patch_for_another_model_names_every_difference(onnx_folders, tiny_patch):
     other = replace(tiny_patch, base=replace(tiny_patch.base, rope_theta=5e5, tokenizer_digest="0" * 64))
     with pytest.raises(MismatchError) as caught:
-        OnnxRuntime(onnx_folders["fp32"], other)
+        load_runtime(onnx_folders["fp32"], other)
     assert set(caught.value.differences) == {"rope_theta", "tokenizer_digest"}
 
 
 def test_a_patch_without_a_seed_is_refused(onnx_folders, tiny_patch):
     with pytest.raises(InputError, match="no KV seed") as caught:
-        OnnxRuntime(onnx_folders["fp32"], replace(tiny_patch, kv_seed=None))
+        load_runtime(onnx_folders["fp32"], replace(tiny_patch, kv_seed=None))
     assert "convert seed" in caught.value.hint
 
 
@@ -298,7 +298,7 @@ def test_another_tokenizer_is_refused(copied):
 @pytest.mark.parametrize("length", [0, -5, 10, 513, 10**9])
 def test_an_impossible_context_length_is_refused(onnx_folders, tiny_patch, length):
     with pytest.raises(InputError, match="context length"):
-        OnnxRuntime(onnx_folders["fp32"], tiny_patch, context_length=length)
+        load_runtime(onnx_folders["fp32"], tiny_patch, context_length=length)
 
 
 def test_an_unknown_provider_is_refused(onnx_folders):
@@ -308,7 +308,7 @@ def test_an_unknown_provider_is_refused(onnx_folders):
 
 def test_a_patch_that_fills_the_context_is_refused(onnx_folders, tiny_patch):
     with pytest.raises(InputError, match="11 positions or more, found 10"):
-        OnnxRuntime(onnx_folders["fp32"], tiny_patch, context_length=10)
+        load_runtime(onnx_folders["fp32"], tiny_patch, context_length=10)
 
 
 def test_a_graph_in_a_folder_of_its_own_is_found(onnx_folders, tiny_patch, tmp_path, runtime):

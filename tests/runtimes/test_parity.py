@@ -26,7 +26,6 @@ from edgepatch.patch.file import Patch
 from edgepatch.progress import silent
 from edgepatch.prompts.sets import load_prompts
 from edgepatch.runtimes import load_runtime
-from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import SoftPrompt
 
 BASE = LAB_FOLDER / "base"
@@ -84,7 +83,7 @@ def test_greedy_text_is_the_same_at_f16(forms, patch):
     """llama.cpp rounds activations to float16, so it may take the other token of a tie; nothing else may differ."""
     greedy = Sampling(max_new_tokens=24, temperature=0)
     equal = 0
-    with TorchRuntime(BASE, patch) as reference, load_runtime(forms["F16.gguf"], patch) as runtime:
+    with load_runtime(BASE, patch) as reference, load_runtime(forms["F16.gguf"], patch) as runtime:
         for prompt in PROMPTS:
             expected, found = ([p.token_id for p in r.stream(prompt, greedy)] for r in (reference, runtime))
             equal += found == expected
@@ -99,7 +98,7 @@ def test_greedy_text_is_the_same_at_f16(forms, patch):
 
 def test_greedy_text_is_the_same_in_onnx(forms, patch):
     greedy = Sampling(max_new_tokens=24, temperature=0)
-    with TorchRuntime(BASE, patch) as reference, load_runtime(forms["onnx"], patch) as exported:
+    with load_runtime(BASE, patch) as reference, load_runtime(forms["onnx"], patch) as exported:
         for prompt in PROMPTS:
             assert exported.generate(prompt, greedy) == reference.generate(prompt, greedy)
 

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from edgepatch.converters.gguf.text import MAX_MARKS, MAX_UNKNOWN
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.text.limits import (
     LOOSE_TEXT_BYTES,
     MAX_BLANKS,
@@ -152,11 +152,11 @@ def test_what_a_vocabulary_lacks_does_not_end_the_process(tmp_path):
 
 def test_a_vocabulary_waits_for_its_readers_before_it_is_freed(tmp_path):
     path = write(tmp_path / "m.gguf", partial(tiny_gguf.add_byte_level, pre="tekken"))
-    runtime = LlamaCppRuntime(path)
+    runtime = load_runtime(path, None)
     lengths = []
     reader = threading.Thread(target=lambda: lengths.append(len(runtime.encode("ab " * 200_000))))
     reader.start()
-    while not runtime._tokenizer._num_calls and reader.is_alive():
+    while not runtime.backend._tokenizer._num_calls and reader.is_alive():
         time.sleep(0.001)
     runtime.close()
     reader.join()
@@ -333,7 +333,7 @@ def test_bytes_that_vanish_do_not_count():
 
 
 def test_the_bound_of_a_gguf_vocabulary(tmp_path):
-    runtime = LlamaCppRuntime(write(tmp_path / "m.gguf", None))
+    runtime = load_runtime(write(tmp_path / "m.gguf", None), None)
     assert runtime.text_bound == TextBound(len("<s14>"), True)
     start = time.perf_counter()
     for prompt in ("a" * 4_000_000, [{"role": "user", "content": "x"}]):
@@ -343,7 +343,7 @@ def test_the_bound_of_a_gguf_vocabulary(tmp_path):
     assert len(runtime.tokens("<" * 640)) == 640  # what may fit is tokenized, and then counted
     runtime.close()
     pieces = write(tmp_path / "pieces.gguf", tiny_gguf.add_sentencepiece)
-    with LlamaCppRuntime(pieces) as runtime:
+    with load_runtime(pieces, None) as runtime:
         assert runtime.text_bound.is_tight and runtime.text_bound.longest_token == len("<0x00>")
 
 

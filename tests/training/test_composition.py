@@ -12,7 +12,7 @@ from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InactivePatchError, InputError, MismatchError, PatchFormatError
 from edgepatch.patch.file import PAYLOAD_TYPE, Patch, patch_bytes, read_patch, signed, write_patch
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training import composition
 from edgepatch.training.composition import compose
@@ -48,10 +48,10 @@ def test_it_computes_what_the_parts_in_a_row_compute(parts, composed, tiny_folde
     embeddings = np.concatenate([part.soft_prompt.embeddings for part in parts])
     assert composed.num_virtual_tokens == 17
     expected = oracle(TOKENS, SoftPrompt(embeddings))
-    with TorchRuntime(tiny_folder, composed) as runtime:
+    with load_runtime(tiny_folder, composed) as runtime:
         logits = runtime.logits(TOKENS)
     assert np.abs(logits - expected).max() < 2e-2  # the seed is float16
-    with TorchRuntime(tiny_folder, replace(composed, kv_seed=None)) as runtime:
+    with load_runtime(tiny_folder, replace(composed, kv_seed=None)) as runtime:
         assert np.abs(runtime.logits(TOKENS) - expected).max() < 1e-4
     assert np.abs(oracle(TOKENS, SoftPrompt(embeddings[::-1].copy())) - expected).max() > 0.5, "the order matters"
 
@@ -81,9 +81,9 @@ def test_its_manifest_tells_what_it_is(parts, composed):
 
 
 def test_its_canary_is_its_own(parts, composed, tiny_folder):
-    with TorchRuntime(tiny_folder, composed) as runtime:
+    with load_runtime(tiny_folder, composed) as runtime:
         assert runtime.patch is composed
-    with pytest.raises(InactivePatchError), TorchRuntime(tiny_folder, replace(composed, canary=parts[0].canary)):
+    with pytest.raises(InactivePatchError), load_runtime(tiny_folder, replace(composed, canary=parts[0].canary)):
         pass
 
 

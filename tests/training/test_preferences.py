@@ -306,7 +306,7 @@ def test_samples_do_not_depend_on_the_prompts_before(model_file):
         sampler, sampling = RuntimeSampler(runtime), Sampling(8, rng_seed=3)
         fresh = sampler.sample("The quick brown fox", sampling, 2)
         sampler.sample("The quick brown fox jumps", sampling, 2)
-        assert runtime.evaluated() != []
+        assert runtime.sequences.evaluated() != []
         assert sampler.sample("The quick brown fox", sampling, 2) == fresh
 
 

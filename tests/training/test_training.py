@@ -18,7 +18,7 @@ from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError, MissingExtraError, TrainingError
 from edgepatch.patch.file import read_patch, write_patch
 from edgepatch.progress import silent
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.training import losses, parallel, runs
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.pairs.preferences import Pair, write_pairs
@@ -172,7 +172,7 @@ def test_the_trained_soft_prompt_gives_the_logits_it_was_trained_with(tiny_folde
     policy = SoftPromptPolicy([patch.soft_prompt], "cpu")
     with torch.no_grad():
         expected = models.logits_of([example], models.base, policy.memory(models.base), None).numpy()
-    with TorchRuntime(tiny_folder, patch) as runtime:
+    with load_runtime(tiny_folder, patch) as runtime:
         found = runtime.logits([*example.prompt, *example.answers[0]])[:-1]
     assert np.abs(found - expected).max() <= 5e-5
 
@@ -316,7 +316,7 @@ def test_a_kv_prefix_starts_where_the_seed_is_and_learns(tiny_folder):
         expected = training.models.logits_of(
             [example], training.models.base, policy.memory(training.models.base), None
         ).numpy()
-    with TorchRuntime(tiny_folder, patch) as runtime:
+    with load_runtime(tiny_folder, patch) as runtime:
         assert np.abs(runtime.logits([*example.prompt, *example.answers[0]])[:-1] - expected).max() <= 5e-5
     with pytest.raises(InputError, match="starts from a patch with a seed"):
         training.kv_prefix(replace(start, kv_seed=None), make_pairs(12), BENIGN, "kv")
@@ -329,7 +329,7 @@ def test_training_on_quantized_weights_is_not_training_on_the_base(tiny_folder, 
     prompts = [p.soft_prompt.embeddings for p in (plain, aware, both)]
     assert aware.base == plain.base and aware.training["weights"] == [tiny_q8_0.name]
     assert all(not np.array_equal(prompts[a], prompts[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
-    with TorchRuntime(tiny_folder, aware) as runtime:  # its canary is that of the base
+    with load_runtime(tiny_folder, aware) as runtime:  # its canary is that of the base
         assert runtime.patch is aware
 
 

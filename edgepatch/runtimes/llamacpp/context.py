@@ -83,9 +83,31 @@ class LlamaModel:
             self.lib.llama_model_is_recurrent(self.handle) or self.lib.llama_model_is_hybrid(self.handle)
         )
 
+    def load_lora(self, path: Path) -> Any:
+        """A LoRA adapter in GGUF, for ``LlamaContext.set_adapters``; llama.cpp frees it with the model.
+
+        Raises:
+            InputError: llama.cpp cannot load it for this model.
+        """
+        library.forget_errors()
+        adapter = self.lib.llama_adapter_lora_init(self.handle, bytes(path))
+        if not adapter:
+            raise InputError(
+                f"llama.cpp cannot load the adapter {path}: {library.library_errors()}",
+                hint="convert it again, for this very base",
+            )
+        return adapter
+
+    def has_position_axes(self) -> bool:
+        """M-RoPE wants four positions for each embedding; for tokens the library fills them in itself."""
+        lib = self.lib
+        kinds = (lib.LLAMA_ROPE_TYPE_MROPE, getattr(lib, "LLAMA_ROPE_TYPE_IMROPE", 40))
+        return int(lib.llama_model_rope_type(self.handle)) in kinds
+
     def close(self) -> None:
         """Frees the weights; contexts must be closed before."""
         self._resources.close()
+        self.lib = Closed()
 
 
 class LlamaContext:
@@ -94,6 +116,10 @@ class LlamaContext:
     Args:
         model: stays open as long as the context.
         settings: sizes and types.
+
+    Attributes:
+        handle: llama.cpp's pointer.
+        num_cells: that it has.
 
     Raises:
         InputError: llama.cpp cannot make such a context.
@@ -113,33 +139,29 @@ class LlamaContext:
         options.swa_full = True  # cells behind a sliding window stay, so that a prompt can be cut back to them
         enabled, disabled = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.flash_attn_type = enabled if settings.flash_attention else disabled
-        self._handle = lib.llama_init_from_model(model.handle, options)
-        if not self._handle:
+        self.handle = lib.llama_init_from_model(model.handle, options)
+        if not self.handle:
             raise InputError(
                 f"llama.cpp cannot use {model.path}: {library.library_errors()}",
                 hint="try a shorter context or f16",
             )
-        self._resources.callback(lib.llama_free, self._handle)
-        self._memory = lib.llama_get_memory(self._handle)
+        self._resources.callback(lib.llama_free, self.handle)
+        self._memory = lib.llama_get_memory(self.handle)
         self._vocab_size = int(lib.llama_vocab_n_tokens(model.vocab))
-        self.num_cells = int(lib.llama_n_ctx(self._handle))
-        self._chunk = min(int(lib.llama_n_batch(self._handle)), CHUNK)
+        self.num_cells = int(lib.llama_n_ctx(self.handle))
+        self._chunk = min(int(lib.llama_n_batch(self.handle)), CHUNK)
         self._batch = self._resources.enter_context(_batch(lib, self._chunk))
 
     def close(self) -> None:
         """Frees the context; may be called more than once."""
         self._resources.close()
-        self._lib = _Closed()
+        self._lib = Closed()
 
     # Sequences.
 
     def clear(self) -> None:
         """Empties every sequence."""
         self._lib.llama_memory_clear(self._memory, False)
-
-    def first_position(self, sequence: int) -> int:
-        """Of a sequence; -1 when it is empty."""
-        return int(self._lib.llama_memory_seq_pos_min(self._memory, sequence))
 
     def forget(self, sequence: int) -> None:
         """Empties a sequence."""
@@ -151,16 +173,18 @@ class LlamaContext:
 
     def truncate(self, sequence: int, length: int) -> bool:
         """Keeps the first positions of a sequence; whether they, and all that the next token sees of them, are still there."""
-        lib = self._lib
         if not length or self.model.has_recurrent_memory:
             return False
-        if not lib.llama_memory_seq_rm(self._memory, sequence, length, -1):
-            return False
-        return self.holds(sequence, length)
+        return self.cut(sequence, length) and self.holds(sequence, length)
+
+    def cut(self, sequence: int, end: int) -> bool:
+        """Takes off all cells from position ``end`` on; whether the library could."""
+        return bool(self._lib.llama_memory_seq_rm(self._memory, sequence, end, -1))
 
     def holds(self, sequence: int, length: int) -> bool:
         """Whether a sequence holds exactly the positions 0..length-1, as far back as the next token can see."""
-        first, last = self.first_position(sequence), self.last_position(sequence)
+        first = int(self._lib.llama_memory_seq_pos_min(self._memory, sequence))
+        last = self.last_position(sequence)
         if not length:
             return (first, last) == (-1, -1)
         if self.model.has_recurrent_memory:
@@ -172,7 +196,11 @@ class LlamaContext:
         """Empties ``target`` and lets it share all cells of ``source``; nothing is copied."""
         self.forget(target)
         if self.last_position(source) >= 0:
-            self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            self.share(source, target)
+
+    def share(self, source: int, target: int, first: int = 0) -> None:
+        """Lets ``target`` see the cells of ``source`` from position ``first`` on as well; nothing is copied."""
+        self._lib.llama_memory_seq_cp(self._memory, source, target, first, -1)
 
     # State.
 
@@ -182,9 +210,9 @@ class LlamaContext:
         Raises:
             InactivePatchError: it gives none.
         """
-        size = self._lib.llama_state_seq_get_size(self._handle, sequence)
+        size = self._lib.llama_state_seq_get_size(self.handle, sequence)
         buffer = (ctypes.c_uint8 * size)()
-        if self._lib.llama_state_seq_get_data(self._handle, buffer, size, sequence) != size:
+        if self._lib.llama_state_seq_get_data(self.handle, buffer, size, sequence) != size:
             raise InactivePatchError(f"llama.cpp gave no state of its cache: {library.library_errors()}")
         return bytes(buffer)
 
@@ -195,7 +223,7 @@ class LlamaContext:
             InactivePatchError: the library did not take it, or holds something else now; the sequence is empty then.
         """
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        taken = self._lib.llama_state_seq_set_data(self._handle, buffer, len(state), sequence)
+        taken = self._lib.llama_state_seq_set_data(self.handle, buffer, len(state), sequence)
         if taken != len(state) or self.state(sequence) != state:
             self.forget(sequence)
             raise InactivePatchError(
@@ -209,9 +237,45 @@ class LlamaContext:
             InputError: the file cannot be written.
         """
         labels = (self._lib.llama_token * len(tokens))(*tokens)
-        if not self._lib.llama_state_seq_save_file(self._handle, bytes(path), sequence, labels, len(tokens)):
+        if not self._lib.llama_state_seq_save_file(self.handle, bytes(path), sequence, labels, len(tokens)):
             raise InputError(
                 f"cannot write {path}: {library.library_errors()}", hint="free space or name another folder"
+            )
+
+    @property
+    def num_state_bytes(self) -> int:
+        """Size of the state of all sequences together, which holds each cell once."""
+        return int(self._lib.llama_state_get_size(self.handle))
+
+    # Adapters.
+
+    def set_adapters(self, loras: Sequence[Any] = (), directions: NDArray[np.float32] | None = None) -> None:
+        """Applies adapters from now on, in place of those before; none by default.
+
+        Args:
+            loras: of ``LlamaModel.load_lora``.
+            directions: (L - 1, D) of a control vector, one for each layer from the second on.
+
+        Raises:
+            InputError: llama.cpp cannot use them on this model.
+        """
+        lib, library_type = self._lib, self._lib.llama_adapter_lora_p_ctypes
+        scales = (ctypes.c_float * max(1, len(loras)))(*[1.0] * len(loras))
+        library.forget_errors()
+        failed = lib.llama_set_adapters_lora(
+            self.handle, (library_type * max(1, len(loras)))(*loras), len(loras), scales
+        )
+        if directions is None:
+            width = int(lib.llama_model_n_embd(self.model.handle))
+            failed |= lib.llama_set_adapter_cvec(self.handle, None, 0, width, 0, 0)
+        else:
+            values = np.ascontiguousarray(directions, np.float32)
+            pointer = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            failed |= lib.llama_set_adapter_cvec(self.handle, pointer, values.size, values.shape[1], 1, len(values))
+        if failed:
+            raise InputError(
+                f"llama.cpp cannot use the adapter on {self.model.path}: {library.library_errors()}",
+                hint="make it for this very base",
             )
 
     # Evaluation.
@@ -226,10 +290,10 @@ class LlamaContext:
         for start in range(0, len(tokens), self._chunk):
             chunk = tokens[start : start + self._chunk]
             is_last = start + self._chunk >= len(tokens)
-            wanted = [every] * (len(chunk) - 1) + [every or is_last]
-            self._batch.fill(self._next_positions(sequence, len(chunk)), [sequence] * len(chunk), wanted)
+            outputs = [every] * (len(chunk) - 1) + [every or is_last]
+            self._batch.fill(self._next_positions(sequence, len(chunk)), [sequence] * len(chunk), outputs)
             self._batch.set_tokens(chunk)
-            logits.append(self._run(self._batch))
+            logits.append(self._outputs(self._batch, self._lib.llama_decode(self.handle, self._batch.struct)))
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def evaluate_rows(self, sequences: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -243,7 +307,7 @@ class LlamaContext:
             rows, chunk = sequences[start : start + self._chunk], tokens[start : start + self._chunk]
             self._batch.fill([self.last_position(row) + 1 for row in rows], rows, [True] * len(rows))
             self._batch.set_tokens(chunk)
-            logits.append(self._run(self._batch))
+            logits.append(self._outputs(self._batch, self._lib.llama_decode(self.handle, self._batch.struct)))
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def evaluate_embeddings(
@@ -262,30 +326,23 @@ class LlamaContext:
                 f"{self.model.path}: llama.cpp ends its process when it evaluates embeddings of this model",
                 hint="use another release of llama-cpp-python; the note at the start of the model has the reason",
             )
-        axes = 4 if self._has_position_axes() else 1
-        found = np.empty((0, self._vocab_size), np.float32)
+        axes = 4 if self.model.has_position_axes() else 1
+        outputs = np.empty((0, self._vocab_size), np.float32)
         with _batch(self._lib, self._chunk, embeddings.shape[1], axes) as batch:
             for start in range(0, len(embeddings), self._chunk):
                 chunk = embeddings[start : start + self._chunk]
-                wanted = [False] * (len(chunk) - 1) + [logits and start + self._chunk >= len(embeddings)]
-                batch.fill(self._next_positions(sequence, len(chunk)), [sequence] * len(chunk), wanted)
+                is_output = [False] * (len(chunk) - 1) + [logits and start + self._chunk >= len(embeddings)]
+                batch.fill(self._next_positions(sequence, len(chunk)), [sequence] * len(chunk), is_output)
                 batch.set_embeddings(chunk)
-                found = self._run(batch)
-        return found
-
-    def _has_position_axes(self) -> bool:
-        """M-RoPE wants four positions for each embedding; for tokens the library fills them in itself."""
-        lib = self._lib
-        kinds = (lib.LLAMA_ROPE_TYPE_MROPE, getattr(lib, "LLAMA_ROPE_TYPE_IMROPE", 40))
-        return int(lib.llama_model_rope_type(self.model.handle)) in kinds
+                outputs = self._outputs(batch, self._lib.llama_decode(self.handle, batch.struct))
+        return outputs
 
     def _next_positions(self, sequence: int, count: int) -> range:
         first = self.last_position(sequence) + 1
         return range(first, first + count)
 
-    def _run(self, batch: _Batch) -> NDArray[np.float32]:
-        """Evaluates a batch; (N, V) float32 logits of its N tokens that want them."""
-        status = self._lib.llama_decode(self._handle, batch.struct)
+    def _outputs(self, batch: _Batch, status: int) -> NDArray[np.float32]:
+        """Of a batch that was evaluated with this status: (N, V) float32 logits of its N tokens that want them."""
         if status != 0:
             count = batch.struct.n_tokens
             raise EdgepatchError(
@@ -293,11 +350,11 @@ class LlamaContext:
             )
         if not batch.num_outputs:
             return np.empty((0, self._vocab_size), np.float32)
-        pointer = self._lib.llama_get_logits(self._handle)
+        pointer = self._lib.llama_get_logits(self.handle)
         return as_float32(np.ctypeslib.as_array(pointer, (batch.num_outputs, self._vocab_size)))
 
 
-class _Closed:
+class Closed:
     """Stands in for llama.cpp once the model is freed: its functions would read freed memory."""
 
     def __getattr__(self, name: str) -> Any:
@@ -318,10 +375,10 @@ class _Batch:
         self.struct.pos = ctypes.cast(self._positions, type(self.struct.pos))
         _fill(self.struct.n_seq_id, [1] * size)
 
-    def fill(self, positions: Sequence[int], sequences: Sequence[int], wanted: Sequence[bool]) -> None:
+    def fill(self, positions: Sequence[int], sequences: Sequence[int], is_output: Sequence[bool]) -> None:
         """Sets each token's position and sequence, and whether it wants logits."""
         count = self.struct.n_tokens = len(positions)
-        self.num_outputs = sum(wanted)
+        self.num_outputs = sum(is_output)
         table = np.ctypeslib.as_array(self._positions)
         for axis in range(
             self._axes
@@ -329,7 +386,7 @@ class _Batch:
             table[axis * count : (axis + 1) * count] = positions if axis < 3 else 0
         for i, sequence in enumerate(sequences):
             self.struct.seq_id[i][0] = sequence
-        _fill(self.struct.logits, wanted)
+        _fill(self.struct.logits, is_output)
 
     def set_tokens(self, tokens: Sequence[int]) -> None:
         """As many as there are positions."""

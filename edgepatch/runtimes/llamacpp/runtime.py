@@ -26,30 +26,30 @@ from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.library import require_installed
 from edgepatch.converters.gguf.text import GGUFTokenizer
 from edgepatch.converters.gguf.vocabulary import read_token_facts
-from edgepatch.converters.llamacpp import layout as llamacpp_layout
-from edgepatch.converters.llamacpp.state import SequenceState, read_state
 from edgepatch.cores import begin_choice, read_allowance
-from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
+from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
-from edgepatch.runtimes.base import Message, Runtime, SeedRoute, Tools, check_patch
 from edgepatch.runtimes.llamacpp.calibration import Calibration
-from edgepatch.runtimes.llamacpp.context import KV_TYPES, ContextSettings, LlamaContext, LlamaModel
+from edgepatch.runtimes.llamacpp.context import KV_TYPES, Closed, ContextSettings, LlamaContext, LlamaModel
+from edgepatch.runtimes.llamacpp.places import SeedPlaces
 from edgepatch.runtimes.llamacpp.proof import open_model, prove_model
+from edgepatch.runtimes.llamacpp.seeds import SeedStates
+from edgepatch.runtimes.runtime import Runtime, SeedRoute, Tools, check_patch, checked_number, moves
+from edgepatch.tensors import ModelSpec
 from edgepatch.text.chat_templates import prepare_chat_template
+from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import AddedTokens, encode_chat
 
 DEFAULT_CONTEXT = 4096
-MAX_KEPT_STATES = 8
-"""Patches whose state stays in memory, so that a swap back costs a copy."""
 
 
 class LlamaCppRuntime(Runtime):
-    """A GGUF file in llama.cpp, seeded with the patch.
+    """A GGUF file in llama.cpp.
 
     Args:
         path: the GGUF file.
-        patch: ``None`` for the bare model.
+        planned: the patch that is installed next; where it does not fit the model or the context, nothing is loaded.
         context_length: positions of a sequence, the patch's included; by default the model's own length, at most 4096.
         num_sequences: conversations held at once; they share the seed, and each has ``context_length`` positions.
         kv_type: type of the KV cache, one of ``KV_TYPES``; quantized types need flash attention.
@@ -62,8 +62,14 @@ class LlamaCppRuntime(Runtime):
     Raises:
         InputError: the file is missing or damaged, or an option cannot be used.
         MismatchError: the patch was made for another model.
-        InactivePatchError: llama.cpp did not take the seed, or the canary says that it does not work.
         MissingExtraError: llama-cpp-python or gguf is not installed.
+
+    Attributes:
+        model: llama.cpp's weights.
+        context: its cells, the seed's sequence after those of the conversations.
+        header: of the file.
+        calibration: what was measured of the model.
+        seeds: states of patches, and why one had to be decoded.
     """
 
     name = "llamacpp"
@@ -71,7 +77,7 @@ class LlamaCppRuntime(Runtime):
     def __init__(
         self,
         path: Path,
-        patch: Patch | None = None,
+        planned: Patch | None = None,
         *,
         context_length: int | None = None,
         num_sequences: int = 1,
@@ -81,25 +87,22 @@ class LlamaCppRuntime(Runtime):
         num_threads: int | None = None,
         num_gpu_layers: int = 0,
     ) -> None:
-        super().__init__(num_sequences)
-        self._lib: Any = _Closed()
+        self.num_sequences = checked_number(num_sequences)
         threads = begin_choice(num_threads)
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
         require_installed()
         header = read_header(path)
         self.spec = specs.spec_of(header)
-        check_patch(patch, self.spec)
-        self.kv_type, self._wanted_route = _checked_type(kv_type, flash_attention), _checked_route(seed_route)
-        self.num_positions = _positions(context_length, int(header.setting("context_length")), patch)
-        self.seed_reason = ""
-        self._header, self._fitting = header, set[str]()
-        self._states: dict[str, tuple[bytes, SeedRoute]] = {}
-        self._probe: SequenceState | None = None
-        self._pieces: dict[int, bytes] = {}
+        check_patch(planned, self.spec)
+        self.kv_type, route = _checked_type(kv_type, flash_attention), _checked_route(seed_route)
+        self.num_positions = _positions(context_length, int(header.setting("context_length")), planned)
+        self.header, self._fitting = header, set[str]()
         try:
-            self._load(path, header, flash_attention, num_threads, threads, num_gpu_layers)
-            self._load_patch(patch)
+            settings = self._load(path, header, flash_attention, num_threads, threads, num_gpu_layers)
+            self.calibration = self.proofs = Calibration(self.model, header, self.spec, settings)
+            self.seeds = SeedStates(self.context, self.calibration, self._master, route)
+            self.places = SeedPlaces(self.context, self.num_sequences)
         except BaseException:
             self.close()
             raise
@@ -114,13 +117,15 @@ class LlamaCppRuntime(Runtime):
         num_threads: int | None,
         threads: Callable[[], int],
         num_gpu_layers: int,
-    ) -> None:
-        # The seed's cells are shared; one more sequence holds them while no conversation does.
-        num_cells = self.num_positions * self.num_sequences
+    ) -> ContextSettings:
+        # The seed's cells are shared; one more sequence holds them while no conversation does. A seed that moves is there once more
+        # for each conversation that has left the start, and llama.cpp takes it in before it is shared.
+        num_cells = self.num_positions * self.num_sequences + _spare_cells(self.spec)
         self._master = self.num_sequences
+        num_sequences = SeedPlaces.sequences_for(self.num_sequences)
         # A trial takes as many threads as there may ever be, so that a free core more does not ask for another.
         most = num_threads or read_allowance().usable
-        settings = ContextSettings(num_cells, self.num_sequences + 1, self.kv_type, flash_attention, most)
+        settings = ContextSettings(num_cells, num_sequences, self.kv_type, flash_attention, most)
         self._template = str(header.metadata.get("tokenizer.chat_template", ""))
         # A child tries the file, or llama.cpp reads its weights and then clears the cache in a thread; template and vocabulary
         # are prepared meanwhile. The child is waited for here: Ctrl-C, which reaches the main thread, must end it.
@@ -130,23 +135,24 @@ class LlamaCppRuntime(Runtime):
             loading = library.submit(open_model, proof, num_gpu_layers, settings)
             self._resources.callback(_close_result, loading)
             preparing.result()
-            self._model = loading.result()
-            self._lib, self.notes = self._model.lib, self._model.notes
+            self.model = loading.result()
+            self.notes, self.is_cuttable = self.model.notes, not self.model.has_recurrent_memory
             self.num_threads = threads()
             settings = replace(settings, num_threads=self.num_threads)
-            creating = library.submit(LlamaContext, self._model, settings)
+            creating = library.submit(LlamaContext, self.model, settings)
             self._resources.callback(_close_result, creating)
-            self._vocab = self._model.vocab
-            self._tokenizer = GGUFTokenizer(self._lib, self._vocab, header)
-            self._resources.callback(self._tokenizer.close)  # before the model is freed
+            self._tokenizer = GGUFTokenizer(self.model.lib, self.model.vocab, header)
+            self._pieces = TokenPieces(self.model.lib, self.model.vocab)
+            for readers in (self._tokenizer, self._pieces):  # closed before the model is freed
+                self._resources.callback(readers.close)
             self.text_bound = self._tokenizer.bound
             self._read_vocabulary(path)
-            self._context = creating.result()
+            self.context = creating.result()
         self.quantization = specs.quantization(header)
-        self._calibration = Calibration(self._model, header, self.spec, settings)
+        return settings
 
     def _read_vocabulary(self, path: Path) -> None:
-        facts = read_token_facts(self._lib, self._vocab)
+        facts = read_token_facts(self.model.lib, self.model.vocab)
         if facts.size != self.spec.vocab_size:
             raise InputError(
                 f"{path}: expected {self.spec.vocab_size} tokens, found {facts.size}", hint="download it again"
@@ -154,123 +160,44 @@ class LlamaCppRuntime(Runtime):
         self.end_token_ids, self._bos, self._eos = facts.end_token_ids, facts.bos, facts.eos
         self._added_tokens = AddedTokens(facts.special, facts.user_defined)
 
-    def _check_weights(self, patch: Patch) -> None:
+    def check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None and patch.digest not in self._fitting:
             compare(
                 patch.weight_sketch,
-                weight_sketches.sketch_of_gguf(self._header, patch.weight_sketch),
+                weight_sketches.sketch_of_gguf(self.header, patch.weight_sketch),
                 self.quantization,
             )
             self._fitting.add(patch.digest)
 
     # The seed.
 
-    def _load_patch(self, patch: Patch | None) -> None:
-        """As the base class; a patch that has passed its whole canary on this device before proves itself as in a swap."""
-        is_proved = patch is not None and self._calibration.has_proved(patch.digest)
-        self._exchange(patch, num_prompts=1 if is_proved else None)
-        if patch is not None and not is_proved:
-            self._calibration.keep_proof(patch.digest)
-
-    def _install(self, patch: Patch | None) -> SeedRoute:
+    def install(self, patch: Patch | None) -> SeedRoute:
+        self.patch = patch
+        self.places.num_virtual_tokens, self.places.state_at = self.num_virtual_tokens, None
         route: SeedRoute = ""
         if patch is not None:
-            route = self._state_of(patch)[1]
-        self._restore()
+            route = self.seeds.state_of(patch)[1]
+            if moves(patch):
+                _require_spare_cells(patch, self.spec)
+                self.places.state_at = self.seeds.mover_of(patch, self.places.loading)
+        self.restore_seed()
         for sequence in range(self.num_sequences):
-            self._context.fork(self._master, sequence)
+            self.places.start(sequence)
         return route
 
-    def _restore(self) -> None:
+    def restore_seed(self) -> None:
         """Starts the cache afresh with nothing but the seed in it."""
-        self._context.clear()
+        self.context.clear()
         if self.patch is not None:
-            self._context.restore(self._master, self._state_of(self.patch)[0])
-        if not self._context.holds(self._master, self.num_virtual_tokens):
+            self.context.restore(self._master, self.seeds.state_of(self.patch)[0])
+        if not self.context.holds(self._master, self.num_virtual_tokens):
             raise InactivePatchError(
                 f"llama.cpp's cache does not hold the {self.num_virtual_tokens} positions of the seed"
             )
 
-    def _state_of(self, patch: Patch) -> tuple[bytes, SeedRoute]:
-        """llama.cpp's own state of the P seeded positions, and how it was made."""
-        digest = patch.digest
-        if digest not in self._states:
-            while len(self._states) >= MAX_KEPT_STATES:
-                del self._states[next(iter(self._states))]
-            self._states[digest] = self._make_state(patch)
-        return self._states[digest]
-
-    def _make_state(self, patch: Patch) -> tuple[bytes, SeedRoute]:
-        self.seed_reason = ""
-        if self._wanted_route == "stored" and patch.kv_seed is None:
-            raise InputError(
-                "the patch has no stored seed", hint="add it with `edgepatch convert seed`, or use seed_route decoded"
-            )
-        if patch.kv_seed is None or self._wanted_route == "decoded":
-            return self._decode(patch), "decoded"
-        if self._model.has_recurrent_memory:
-            return self._fall_back(patch, "the model has recurrent layers, whose memory no KV seed holds")
-        # A layout says nothing about another seed: one of another rope theta fits it too. So each seed is compared once.
-        confirmed = patch.soft_prompt is None or self._calibration.has_confirmed(patch.digest)
-        layout = self._calibration.layout if patch.canary and confirmed else None
-        if layout is None and patch.soft_prompt is None:
-            layout = self._calibration.layout_by_rope()
-        if layout is not None:
-            return self._lay_out(patch, layout), "stored"
-        return self._measure(patch)
-
-    def _measure(self, patch: Patch) -> tuple[bytes, SeedRoute]:
-        """Compares what the model itself makes of the soft prompt with the stored seed, and takes the layout if one fits."""
-        assert patch.kv_seed is not None  # _make_state
-        decoded = self._decode(patch)
-        try:
-            self._probe = read_state(decoded)
-            found = llamacpp_layout.measure(self._probe, patch.kv_seed, self._calibration.key_error_factor())
-        except InactivePatchError as error:
-            return self._fall_back(patch, str(error), decoded)
-        if not found.confirmed:
-            errors = f"keys differ from the stored seed by {found.key_error:.2f}, values by {found.value_error:.2f}"
-            return self._fall_back(patch, f"no layout of its cache fits: {errors}", decoded)
-        self._calibration.keep_layout(found.layout, patch.digest)
-        return self._lay_out(patch, found.layout), "stored"
-
-    def _fall_back(self, patch: Patch, reason: str, decoded: bytes | None = None) -> tuple[bytes, SeedRoute]:
-        """The decoded route, unless the stored one was asked for or is the only one; the reason is kept for the user."""
-        if self._wanted_route == "stored" or patch.soft_prompt is None:
-            raise InputError(
-                f"the stored seed cannot be used: {reason}",
-                hint="use a patch with a soft prompt, and seed_route decoded",
-            )
-        self.seed_reason = reason
-        return decoded or self._decode(patch), "decoded"
-
-    def _lay_out(self, patch: Patch, layout: llamacpp_layout.Layout) -> bytes:
-        assert patch.kv_seed is not None  # _make_state
-        if self._probe is None:  # any token: only the structure of its state is wanted
-            if self._context.last_position(0) != 0:  # else the canary has left one there
-                self._context.clear()
-                self._context.evaluate(0, [0])
-            self._context.fork(0, self._master)
-            self._context.forget(0)  # a cell names the sequences that share it
-            self._probe = read_state(self._context.state(self._master))
-        return llamacpp_layout.seeded_state(self._probe, layout, patch.kv_seed, self._model.window)
-
-    def _decode(self, patch: Patch) -> bytes:
-        """The state of the soft prompt evaluated by this very model."""
-        if patch.soft_prompt is None:
-            raise InputError("the patch has a KV seed alone: it cannot be decoded", hint="use seed_route stored")
-        self._context.clear()
-        factor = self._calibration.embedding_factor(self._context, self._master)
-        self._context.evaluate_embeddings(self._master, patch.soft_prompt.embeddings * np.float32(factor))
-        return self._context.state(self._master)
-
-    def forget_states(self) -> None:
-        """Frees the states of patches that were active before; the next swap to one lays it out anew."""
-        self._states.clear()
-
     def seed_state(self) -> bytes:
         """llama.cpp's own state of the seeded positions; meaningless to another build or another setting of the cache."""
-        return self._context.state(self._master)
+        return self.context.state(self._master)
 
     def save_seed_file(self, path: Path, token_ids: Sequence[int]) -> None:
         """Writes the seed as llama.cpp's own sequence file, which stock clients restore.
@@ -286,57 +213,42 @@ class LlamaCppRuntime(Runtime):
             raise InputError(
                 f"expected {self.num_virtual_tokens} token ids, one a virtual token, found {len(token_ids)}"
             )
-        self._context.save_state_file(path, self._master, token_ids)
+        self.context.save_state_file(path, self._master, token_ids)
 
     # Evaluation.
 
-    def _rewind(self, sequence: int, length: int) -> int:
-        if length and self._context.truncate(sequence, self.num_virtual_tokens + length):
+    def rewind(self, sequence: int, length: int) -> int:
+        if length and self.places.cut(sequence, length):
             return length
-        if not self._context.holds(self._master, self.num_virtual_tokens):
-            self._restore()
-        self._context.fork(self._master, sequence)
-        if self._context.last_position(sequence) != self.num_virtual_tokens - 1:
-            raise InactivePatchError(
-                f"llama.cpp did not start sequence {sequence} from the seed", hint="load the model again"
-            )
+        if not self.context.holds(self._master, self.num_virtual_tokens):
+            self.restore_seed()
+        self.places.start(sequence)
         return 0
 
-    def num_cached(self, tokens: Sequence[int], sequence: int = 0) -> int:
-        shared = super().num_cached(tokens, sequence)
-        # Recurrent memory cannot be cut back: it goes on from its end or starts afresh.
-        cut = self._model.has_recurrent_memory and shared < len(self.evaluated(sequence))
-        return 0 if cut else shared
+    def place_seed(self, sequences: Sequence[int], anchors: Sequence[int]) -> None:
+        self.places.move(sequences, anchors)
 
-    def _forward(self, sequence: int, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
-        self._require_seed(sequence)
-        return self._context.evaluate(sequence, tokens, every)
+    def forward(self, sequence: int, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
+        self.places.require_seed(sequence)
+        return self.context.evaluate(sequence, tokens, every)
 
-    def _forward_rows(self, sequences: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
-        if self._model.has_recurrent_memory:
-            return super()._forward_rows(sequences, tokens)
+    def forward_rows(self, sequences: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
+        if self.model.has_recurrent_memory:
+            return super().forward_rows(sequences, tokens)
         for sequence in sequences:
-            self._require_seed(sequence)
-        return self._context.evaluate_rows(sequences, tokens)
+            self.places.require_seed(sequence)
+        return self.context.evaluate_rows(sequences, tokens)
 
-    def _fork(self, source: int, target: int, length: int) -> bool:
-        if source == target or self._model.has_recurrent_memory:
-            return super()._fork(source, target, length)
-        self._context.fork(source, target)
-        return self._context.truncate(target, self.num_virtual_tokens + length)
+    def fork(self, source: int, target: int, length: int) -> bool:
+        if source == target or self.model.has_recurrent_memory:
+            return super().fork(source, target, length)
+        return self.places.fork(source, target, length)
 
-    def _require_seed(self, sequence: int) -> None:
-        """The last guard: nothing is evaluated in a sequence whose first P positions are not there.
+    def save_state(self, sequence: int) -> tuple[int, bytes]:
+        return self.places.save(sequence)
 
-        Raises:
-            InactivePatchError: they are gone, which nothing that a caller can do should bring about.
-        """
-        length = self._context.last_position(sequence) + 1
-        if length < self.num_virtual_tokens or not self._context.holds(sequence, length):
-            raise InactivePatchError(
-                f"sequence {sequence} holds {length} positions, of which the patch's {self.num_virtual_tokens} are not intact",
-                hint="load the model again; please report it",
-            )
+    def restore_state(self, sequence: int, state: tuple[int, bytes]) -> None:
+        self.places.restore(sequence, state)
 
     # Text.
 
@@ -349,16 +261,47 @@ class LlamaCppRuntime(Runtime):
             self._template, messages, self._bos, self._eos, self._added_tokens, encode, tools, self.require_fit
         )
 
-    def _token_bytes(self) -> list[bytes]:
-        return [self._piece(i) for i in range(self.spec.vocab_size)]
+    def token_bytes(self) -> list[bytes]:
+        return [self._pieces.bytes_of(i) for i in range(self.spec.vocab_size)]
 
-    def _piece(self, token: int) -> bytes:
-        """The bytes of a token; none for a special token."""
+    def new_decoder(self) -> Callable[[int], str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda token: decoder.decode(self._pieces.bytes_of(token))
+
+    def close(self) -> None:
+        """Frees the model; may be called more than once."""
+        self._resources.close()
+
+
+def _close_result(future: Future[LlamaModel] | Future[LlamaContext]) -> None:
+    """Frees what a thread has opened, if it has."""
+    if future.done() and not future.cancelled() and future.exception() is None:
+        future.result().close()
+
+
+class TokenPieces:
+    """The bytes of each token, read once.
+
+    Args:
+        lib: ``gguf.library.load_library()``.
+        vocab: llama.cpp's pointer; ``close`` must be called before it is freed.
+    """
+
+    def __init__(self, lib: Any, vocab: Any) -> None:
+        self._lib, self._vocab = lib, vocab
+        self._pieces: dict[int, bytes] = {}
+
+    def bytes_of(self, token: int) -> bytes:
+        """None for a special token.
+
+        Raises:
+            EdgepatchError: the model is closed.
+        """
         if token not in self._pieces:
-            self._pieces[token] = self._read_piece(token)
+            self._pieces[token] = self._read(token)
         return self._pieces[token]
 
-    def _read_piece(self, token: int) -> bytes:
+    def _read(self, token: int) -> bytes:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -367,27 +310,27 @@ class LlamaCppRuntime(Runtime):
                 return buffer.raw[:count]
             size = -count
 
-    def _new_decoder(self) -> Callable[[int], str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda token: decoder.decode(self._piece(token))
-
     def close(self) -> None:
-        """Frees the model; may be called more than once."""
-        self._resources.close()
-        self._lib = _Closed()
+        """Lets no more tokens be read."""
+        self._lib = Closed()
 
 
-def _close_result(made: Future[LlamaModel] | Future[LlamaContext]) -> None:
-    """Frees what a thread has made, if it has."""
-    if made.done() and not made.cancelled() and made.exception() is None:
-        made.result().close()
+SPARE_CELLS = 256
+"""Virtual tokens of a patch whose seed moves, at most."""
 
 
-class _Closed:
-    """Stands in for llama.cpp once the model is freed: its functions would read freed memory."""
+def _spare_cells(spec: ModelSpec) -> int:
+    """None where llama.cpp chooses between frequencies by the number of cells: there no seed moves."""
+    return 0 if spec.rope_scaling.get("rope_type") == "longrope" else SPARE_CELLS
 
-    def __getattr__(self, name: str) -> Any:
-        raise EdgepatchError("the model is closed", hint="load it again")
+
+def _require_spare_cells(patch: Patch, spec: ModelSpec) -> None:
+    if patch.num_virtual_tokens > _spare_cells(spec):
+        raise InputError(
+            f"{patch.name} {patch.version}: a seed that moves may have at most {_spare_cells(spec)} virtual tokens here, "
+            f"found {patch.num_virtual_tokens}",
+            hint="leave it at the start of the text by word: --pinned",
+        )
 
 
 def _checked_type(kv_type: str, flash_attention: bool) -> str:

@@ -57,6 +57,10 @@ class Cache(ABC):
         """Per layer the key and the value of the first row's first positions."""
 
     @abstractmethod
+    def put_keys(self, row: int, keys: Sequence[NDArray[Any]]) -> None:
+        """Other keys, (K, P, H) for each layer, in place of those of a row's first P positions."""
+
+    @abstractmethod
     def _run(self, tokens: NDArray[np.int64], logits: NDArray[Any]) -> None:
         """Evaluates (B, T) tokens into (B, T, V) logits."""
 
@@ -132,6 +136,14 @@ class SharedCache(Cache):
             array[:, :, self.lengths[0]] = np.nan
         self._upload()
 
+    def put_keys(self, row: int, keys: Sequence[NDArray[Any]]) -> None:
+        for value, array, key in zip(self._values[::2], self._arrays[::2], keys, strict=True):
+            if self._provider != "cpu":
+                array[:] = value.numpy()  # the graph has written there since
+            array[row, :, : key.shape[1]] = key
+            if self._provider != "cpu":
+                value.update_inplace(array)
+
     def _upload(self) -> None:
         if self._provider != "cpu":
             for value, array in zip(self._values, self._arrays, strict=True):
@@ -180,6 +192,14 @@ class GrowingCache(Cache):
         from onnxruntime import OrtValue
 
         return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._provider, 0)
+
+    def put_keys(self, row: int, keys: Sequence[NDArray[Any]]) -> None:
+        start = self._held - int(self.lengths[row])
+        for layer, key in enumerate(keys):
+            array = self._past[2 * layer].numpy()
+            array = array if array.flags.writeable else array.copy()
+            array[row, :, start : start + key.shape[1]] = key
+            self._past[2 * layer] = self._value(array)
 
     def cut(self, length: int) -> None:
         if length < self._held:

@@ -6,11 +6,11 @@ The seed is the first P positions of the graph's past. Which graph takes its pas
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +21,14 @@ from edgepatch.converters.onnx.identity import read_identity
 from edgepatch.converters.onnx.sessions import open_session, prove_session
 from edgepatch.converters.onnx.weights import sketch_of_onnx
 from edgepatch.cores import begin_choice, read_allowance
-from edgepatch.decoding.replies import drain
-from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
-from edgepatch.runtimes.base import Message, Prompt, Runtime, SeedRoute, Tools, as_float32, require_text_only
 from edgepatch.runtimes.onnx.caches import Cache, Cells, SharedCache, new_cache
 from edgepatch.runtimes.onnx.proof import TRIAL
-from edgepatch.tensors import KVSeed, ModelSpec
+from edgepatch.runtimes.runtime import Evaluate, Runtime, SeedRoute, Tools, checked_number, moves
+from edgepatch.tensors import KVSeed, ModelSpec, as_float32
+from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import FolderTokenizer
 
 DEFAULT_POSITIONS = 2048  # as far as a model can; shared buffers for them are allocated at once
@@ -39,11 +38,11 @@ GENAI_CONFIG = "genai_config.json"
 
 
 class OnnxRuntime(Runtime):
-    """An ONNX folder, seeded with the patch.
+    """An ONNX folder.
 
     Args:
         folder: model, tokenizer and settings; see ``edgepatch convert base --to onnx`` and ``edgepatch convert stamp``.
-        patch: ``None`` for the bare model.
+        planned: the patch that is installed next; where it has no KV seed, nothing is opened.
         context_length: positions, the patch's included; by default the model's own length, at most 2048.
         num_threads: of a forward pass; by default one for each core that is free at the start.
         provider: "cpu" or "cuda".
@@ -52,16 +51,15 @@ class OnnxRuntime(Runtime):
 
     Raises:
         InputError: the folder is incomplete, damaged, of unknown origin or holds links; or the patch has no KV seed.
-        MismatchError: the patch was made for another model.
-        InactivePatchError: the first forward pass damaged the seed.
     """
 
     name = "onnx"
+    max_batch_rows = BATCH_ROWS
 
     def __init__(
         self,
         folder: Path,
-        patch: Patch | None = None,
+        planned: Patch | None = None,
         *,
         context_length: int | None = None,
         num_threads: int | None = None,
@@ -69,8 +67,8 @@ class OnnxRuntime(Runtime):
         num_sequences: int = 1,
         model_file: str | None = None,
     ) -> None:
-        super().__init__(num_sequences)
-        _require_seed(patch)
+        self.num_sequences = checked_number(num_sequences)
+        _require_seed(planned)
         threads = begin_choice(num_threads)
         file = open_folder(folder, model_file)
         with ThreadPoolExecutor(2) as library:  # a child tries the graph, or onnxruntime packs its weights, meanwhile
@@ -84,6 +82,7 @@ class OnnxRuntime(Runtime):
         metadata = session.get_modelmeta().custom_metadata_map
         self.spec, self.quantization = read_identity(folder, file, metadata)
         self._graph = recognise(session, file, self.spec)
+        self.has_ragged_batches = self._graph.takes_ragged_rows
         self.kv_type = "f16" if self._graph.cache_type is np.float16 else "f32"
         _require_tokenizer(self._tokenizer, folder, self.spec)
         self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
@@ -94,7 +93,7 @@ class OnnxRuntime(Runtime):
         self._is_proven = False
         self._folder, self._model_file, self._fitting = folder, model_file, set[str]()
         self._start = 0
-        self._load_patch(patch)
+        self._anchors = [0] * num_sequences
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
@@ -102,13 +101,13 @@ class OnnxRuntime(Runtime):
     def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         return self._tokenizer.encode_chat(messages, tools, self.require_fit)
 
-    def _new_decoder(self) -> Callable[[int], str]:
+    def new_decoder(self) -> Callable[[int], str]:
         return self._tokenizer.new_decoder()
 
-    def _token_bytes(self) -> list[bytes]:
+    def token_bytes(self) -> list[bytes]:
         return self._tokenizer.token_bytes(self.spec.vocab_size)
 
-    def _check_weights(self, patch: Patch) -> None:
+    def check_weights(self, patch: Patch) -> None:
         # Only the builder's graphs name their matrices; of others the stamp and the canary must tell.
         if patch.weight_sketch is not None and self._graph.shared and patch.digest not in self._fitting:
             compare(
@@ -118,22 +117,47 @@ class OnnxRuntime(Runtime):
             )
             self._fitting.add(patch.digest)
 
-    def _install(self, patch: Patch | None) -> SeedRoute:
+    def install(self, patch: Patch | None) -> SeedRoute:
+        self.patch = patch
         seed = _require_seed(patch)
+        if moves(patch) and self._graph.windows:
+            raise InputError(
+                f"{self._folder}: its layers with a sliding window count cells, so a seed that moves would be invisible to them behind the window",
+                hint="run the GGUF file of this model, or leave the seed at the start of the text by word: --pinned",
+            )
         cells = _as_cells(seed, self._graph)
         self._start = seed.num_virtual_tokens if seed else 0
         for cache in self._caches:
             cache.fill([cells])
+        self._anchors = [0] * self.num_sequences
         if not self._is_proven:
             self._prove_active(cells)
             self._is_proven = True
         return "stored" if seed else ""
 
-    def _rewind(self, sequence: int, length: int) -> int:
+    def rewind(self, sequence: int, length: int) -> int:
         self._caches[sequence].cut(self._start + length)
+        if not length:
+            self.place_seed([sequence], [0])
         return length
 
-    def _forward(self, sequence: int, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
+    def place_seed(self, sequences: Sequence[int], anchors: Sequence[int]) -> None:
+        for sequence, anchor in zip(sequences, anchors, strict=True):
+            if self._anchors[sequence] != anchor:
+                self._caches[sequence].put_keys(0, self._keys_at(anchor))
+                self._anchors[sequence] = anchor
+
+    def _keys_at(self, anchor: int) -> list[NDArray[Any]]:
+        """L keys (K, P, H) of the seed in front of text position ``anchor``, in the cache's element type."""
+        patch = self.patch
+        assert patch is not None and patch.kv_seed is not None  # the session moves such patches alone
+        if not anchor:
+            return [key.astype(self._graph.cache_type) for key in patch.kv_seed.keys]
+        assert patch.rotation is not None  # so it moves
+        turned = (patch.rotation.turned(key, layer, anchor) for layer, key in enumerate(patch.kv_seed.keys))
+        return [key.astype(self._graph.cache_type) for key in turned]
+
+    def forward(self, sequence: int, tokens: Sequence[int], every: bool) -> NDArray[np.float32]:
         parts = []
         for first in range(0, len(tokens), PREFILL_TOKENS):
             chunk = np.array([tokens[first : first + PREFILL_TOKENS]], dtype=np.int64)  # (1, T)
@@ -146,7 +170,7 @@ class OnnxRuntime(Runtime):
         cache = self._caches[0]
         if isinstance(cache, SharedCache):
             cache.spoil()
-        self._forward(0, [0], every=False)
+        self.forward(0, [0], every=False)
         cells = cache.cells(self._start + 1)
         if any(
             tensor.shape[1] != self._start + 1 or np.isnan(tensor[:, -1]).any() for layer in cells for tensor in layer
@@ -155,69 +179,58 @@ class OnnxRuntime(Runtime):
                 "the graph does not write to the cache that it reads",
                 hint="update onnxruntime, or convert the model again",
             )
-        for layer, (found, put) in enumerate(zip(cells, seed, strict=bool(seed))):
-            if any(not np.array_equal(f[:, :-1], s) for f, s in zip(found, put, strict=True)):
+        for layer, (held, put) in enumerate(zip(cells, seed, strict=bool(seed))):
+            if any(not np.array_equal(h[:, :-1], s) for h, s in zip(held, put, strict=True)):
                 raise InactivePatchError(f"layer {layer}: the seed is not in the model's cache after a forward pass")
-        self.reset()
+        self.rewind(0, 0)
 
-    # Several continuations at once.
-
-    def generate_many(self, prompt: Prompt, sampling: Sampling, count: int) -> list[str]:
-        """As the base class, with up to 16 continuations evaluated as one batch."""
-        if sampling.rng_seed is None or count < 2:
-            return super().generate_many(prompt, sampling, count)
-        tokens, first = self.tokens(prompt), sampling.rng_seed
-        return self._continue([tokens] * count, [replace(sampling, rng_seed=first + i) for i in range(count)])
-
-    def generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
-        """A continuation of each prompt, the same as ``generate`` gives, with up to 16 evaluated as one batch."""
-        return self._continue([self.tokens(prompt) for prompt in prompts], [sampling] * len(prompts))
-
-    def _continue(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling]) -> list[str]:
-        """Continuations in order of the prompts; what cannot share a batch runs alone."""
-        for sampling in samplings:
-            require_text_only(sampling)
-        texts = [""] * len(prompts)
-        together: list[int] = []
-        for i, (tokens, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-            if len(tokens) + sampling.max_new_tokens <= self.context_length + 1:
-                together.append(i)
-            else:
-                texts[i] = self.generate(tokens, sampling)
-        for rows in self._batches(together, prompts):
-            found = self._continue_together([prompts[i] for i in rows], [samplings[i] for i in rows])
-            for i, text in zip(rows, found, strict=True):
-                texts[i] = text
-        return texts
-
-    def _batches(self, rows: Sequence[int], prompts: Sequence[list[int]]) -> Iterable[Sequence[int]]:
-        """Rows of a batch, by length where the graph takes no rows of different lengths."""
-        by_length = sorted(rows, key=lambda i: len(prompts[i]))
-        lengths = [0 if self._graph.takes_ragged_rows else len(prompts[i]) for i in by_length]
-        first = 0
-        for end in range(1, len(by_length) + 1):
-            if end == len(by_length) or end - first == BATCH_ROWS or lengths[end] != lengths[first]:
-                yield by_length[first:end]
-                first = end
-
-    def _continue_together(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling]) -> list[str]:
-        """Evaluates each prompt by itself, as GroupQueryAttention demands, and then a token of each row at a time."""
+    def open_batch(
+        self, prompts: Sequence[list[int]], length: int, evaluate: Evaluate
+    ) -> tuple[OnnxBatch, list[NDArray[np.float32]]]:
+        """Evaluates each prompt by itself, as GroupQueryAttention demands, and copies its cells into a row."""
         logits, rows = [], []
         for tokens in prompts:
-            logits.append(self._evaluate(tokens)[-1])
-            cells = self._caches[0].cells(self._start + len(tokens))
-            rows.append([(key.copy(), value.copy()) for key, value in cells])
-        longest = max(
-            len(tokens) + sampling.max_new_tokens for tokens, sampling in zip(prompts, samplings, strict=True)
-        )
-        batch: Cache = self._new_cache(positions=self._start + longest, rows=len(prompts))
-        batch.fill(rows)
-        replies = [self._new_reply(sampling, tokens) for sampling, tokens in zip(samplings, prompts, strict=True)]
-        return drain(replies, logits, lambda drawn: as_float32(batch.evaluate(drawn)[:, 0]))
+            logits.append(evaluate(tokens))
+            rows.append(self._cells(0, self._start + len(tokens)))
+        cache = self._new_cache(positions=self._start + length, rows=len(prompts))
+        cache.fill(rows)
+        return OnnxBatch(cache, len(prompts), self._keys_at), logits
+
+    def save_state(self, sequence: int) -> tuple[int, list[Cells]]:
+        """Where the seed stands, and per layer copies of key and value, each (K, N, H)."""
+        return self._anchors[sequence], self._cells(sequence, int(self._caches[sequence].lengths[0]))
+
+    def restore_state(self, sequence: int, state: tuple[int, Sequence[Cells]]) -> None:
+        self._anchors[sequence], cells = state
+        self._caches[sequence].fill([cells])
+
+    def _cells(self, sequence: int, length: int) -> list[Cells]:
+        return [(key.copy(), value.copy()) for key, value in self._caches[sequence].cells(length)]
 
     def close(self) -> None:
         for name in ("_caches", "_new_cache"):  # both hold the session
             vars(self).pop(name, None)
+
+
+class OnnxBatch:
+    """Rows of one cache.
+
+    Args:
+        cache: holds the prompts.
+        num_rows: B.
+        keys_at: L keys (K, P, H) of the seed in front of a text position.
+    """
+
+    def __init__(self, cache: Cache, num_rows: int, keys_at: Callable[[int], list[NDArray[Any]]]) -> None:
+        self.num_rows, self._cache, self._keys_at = num_rows, cache, keys_at
+
+    def place_seed(self, row: int, anchor: int) -> None:
+        """As a runtime's, in one row."""
+        self._cache.put_keys(row, self._keys_at(anchor))
+
+    def forward(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(B, V) behind (B, 1) tokens."""
+        return as_float32(self._cache.evaluate(tokens)[:, 0])
 
 
 def _require_seed(patch: Patch | None) -> KVSeed | None:

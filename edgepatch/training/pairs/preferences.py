@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.files import Pair as Pair
 from edgepatch.training.pairs.files import PairPrompt as PairPrompt
 from edgepatch.training.pairs.files import read_pairs as read_pairs
@@ -194,8 +194,8 @@ def _finish(begun: Begun, score: Score, config: PairConfig, skip_long: bool) -> 
 
 
 def sample_pairs(
-    base: Runtime | Sampler,
-    reference: Runtime | Sampler,
+    base: Session | Sampler,
+    reference: Session | Sampler,
     prompts: Sequence[PairPrompt],
     score: Score,
     config: PairConfig,
@@ -265,8 +265,8 @@ def require_pairs(found: PairSet, config: PairConfig) -> list[Pair]:
 
 
 def build_pairs(
-    base: Runtime | Sampler,
-    reference: Runtime | Sampler,
+    base: Session | Sampler,
+    reference: Session | Sampler,
     prompts: Sequence[PairPrompt],
     score: Score,
     config: PairConfig,

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.runtimes.base import Runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.files import PairPrompt
 from edgepatch.training.pairs.provenance import digest_of
 
@@ -77,7 +77,7 @@ class RuntimeSampler(Sampler):
         model: its file or folder, for the identity: the runtime's own fingerprint is the same for fine-tunes of one base.
     """
 
-    def __init__(self, runtime: Runtime, model: Path | None = None) -> None:
+    def __init__(self, runtime: Session, model: Path | None = None) -> None:
         self._runtime = runtime
         self._digest = {"sha256": digest_of(model)} if model else {}
 
@@ -107,6 +107,6 @@ class RuntimeSampler(Sampler):
         return self._runtime.generate_many(prompt, sampling, count)
 
 
-def as_sampler(source: Runtime | Sampler) -> Sampler:
+def as_sampler(source: Session | Sampler) -> Sampler:
     """A runtime as a sampler; a sampler as it is."""
     return source if isinstance(source, Sampler) else RuntimeSampler(source)

@@ -13,7 +13,7 @@ from edgepatch.bench.safety import gender, gender_prompts
 from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.errors import InputError
 from edgepatch.prompts.sets import load_benign_text
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.training.pairs.preferences import PairConfig
 
 
@@ -27,7 +27,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def lab():
-    with TorchRuntime(LAB_FOLDER / "base") as base, TorchRuntime(LAB_FOLDER / "reference") as reference:
+    with load_runtime(LAB_FOLDER / "base", None) as base, load_runtime(LAB_FOLDER / "reference", None) as reference:
         yield base, reference
 
 

@@ -16,8 +16,8 @@ from edgepatch.bench.safety.retained import Retained, Sizes
 from edgepatch.errors import InputError
 from edgepatch.patch.file import Patch
 from edgepatch.prompts.sets import load_benign_text
-from edgepatch.runtimes.base import Runtime
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
+from edgepatch.runtimes.session import Session
 
 TEXTS_ONLY = Sizes(num_texts=3, num_requests=0)
 PAIRS = [
@@ -29,7 +29,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def runtime(tiny_folder: Path):
-    with TorchRuntime(tiny_folder) as loaded:
+    with load_runtime(tiny_folder, None) as loaded:
         yield loaded
 
 
@@ -55,9 +55,9 @@ def sums(oracle, ids: list[int], first: int, patch: Patch | None = None) -> floa
     return float(-sum(logs[i - 1, ids[i]] for i in range(first, len(ids))))
 
 
-def test_losses_are_those_of_transformers(runtime: Runtime, tiny_folder: Path, tiny_patch: Patch, oracle):
+def test_losses_are_those_of_transformers(runtime: Session, tiny_folder: Path, tiny_patch: Patch, oracle):
     bare = retained.measure(runtime, None, TEXTS_ONLY)
-    with TorchRuntime(tiny_folder, tiny_patch) as loaded:
+    with load_runtime(tiny_folder, tiny_patch) as loaded:
         patched = retained.measure(loaded, None, TEXTS_ONLY)
     ids = [runtime.tokens(text) for text in bare.texts]
     assert set(bare.texts) < set(load_benign_text("eval"))
@@ -70,7 +70,7 @@ def test_losses_are_those_of_transformers(runtime: Runtime, tiny_folder: Path, t
     assert retained.perplexity_ratio(bare, bare) == (1, 1, 1)
 
 
-def test_an_instruction_is_a_condition_and_not_scored(runtime: Runtime, oracle):
+def test_an_instruction_is_a_condition_and_not_scored(runtime: Session, oracle):
     bare, told = (retained.measure(runtime, None, TEXTS_ONLY, instruction) for instruction in ("", "Be kind."))
     assert told.num_tokens.tolist() == bare.num_tokens.tolist()
     front = runtime.tokens("Be kind.\n")
@@ -79,7 +79,7 @@ def test_an_instruction_is_a_condition_and_not_scored(runtime: Runtime, oracle):
     assert not np.allclose(told.nll, bare.nll, rtol=1e-4)
 
 
-def test_minimal_pairs_compare_whole_sentences(runtime: Runtime, data: Path, oracle):
+def test_minimal_pairs_compare_whole_sentences(runtime: Session, data: Path, oracle):
     found = retained.measure(runtime, data, Sizes(num_texts=2, num_minimal_pairs=2, num_requests=0))
     assert list(found.minimal_pairs) == PAIRS[:2] * 2
     losses = [[sums(oracle, runtime.tokens(sentence), 1) for sentence in pair] for pair in found.minimal_pairs]
@@ -92,7 +92,7 @@ def test_minimal_pairs_compare_whole_sentences(runtime: Runtime, data: Path, ora
     assert found.over_refusal is None
 
 
-def test_without_data_there_are_no_minimal_pairs_and_requests_are_our_own(runtime: Runtime):
+def test_without_data_there_are_no_minimal_pairs_and_requests_are_our_own(runtime: Session):
     found = retained.measure(runtime, None, Sizes(num_texts=1, num_requests=2))
     assert found.correct.shape == (0,)
     with pytest.raises(InputError, match="share"):

@@ -24,8 +24,8 @@ from edgepatch.bench.safety.toxicity import (
 from edgepatch.errors import InputError
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.prompts.sets import load_benign_text, load_prompts
-from edgepatch.runtimes.base import Runtime
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
+from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import PairConfig
 
 SMALL = MatrixConfig(samples_per_prompt=3, max_new_tokens=6)
@@ -34,7 +34,7 @@ DATA = Path(os.environ["EDGEPATCH_DATA"]) if os.environ.get("EDGEPATCH_DATA") el
 
 @pytest.fixture(scope="module")
 def runtime(tiny_folder: Path):
-    with TorchRuntime(tiny_folder) as loaded:
+    with load_runtime(tiny_folder, None) as loaded:
         yield loaded
 
 
@@ -43,7 +43,7 @@ def domain() -> ToxicityDomain:
     return ToxicityDomain(config=SMALL)
 
 
-def test_passages_have_the_drawn_lengths_and_one_kind_each(runtime: Runtime):
+def test_passages_have_the_drawn_lengths_and_one_kind_each(runtime: Session):
     kinds = (["calm words about rivers and lakes"], ["ANGRY WORDS ABOUT PEOPLE"])
     passages = fronts(kinds, runtime.encode, np.random.default_rng(2))
     found = [next(passages) for _ in range(40)]
@@ -64,7 +64,7 @@ def test_a_share_of_the_prompts_stands_behind_a_passage(share: float):
     assert sum(new == old for new, old in zip(changed, prompts, strict=True)) == 40 * (1 - share)
 
 
-def test_own_training_texts_hold_nothing_that_is_evaluated(runtime: Runtime, domain: ToxicityDomain):
+def test_own_training_texts_hold_nothing_that_is_evaluated(runtime: Session, domain: ToxicityDomain):
     evaluated = load_prompts("toxic", "eval") + load_prompts("benign", "eval") + load_benign_text("eval")
     trained = "\n".join([*domain.training_prompts(runtime.encode), *domain.benign_texts()])
     assert not [text for text in evaluated if text in trained]
@@ -73,7 +73,7 @@ def test_own_training_texts_hold_nothing_that_is_evaluated(runtime: Runtime, dom
 
 
 @pytest.mark.skipif(DATA is None, reason="needs the data sets, see docs/data.md")
-def test_training_texts_from_data_hold_nothing_that_is_evaluated(runtime: Runtime):
+def test_training_texts_from_data_hold_nothing_that_is_evaluated(runtime: Session):
     domain = ToxicityDomain(DATA, num_training_prompts=120)
     evaluated = set(domain.evaluation_prompts()) | {c.prompt for c in datasets.rtp_nontoxic(DATA)}
     prompts = domain.training_prompts(runtime.encode)
@@ -86,7 +86,7 @@ def test_training_texts_from_data_hold_nothing_that_is_evaluated(runtime: Runtim
     assert not shipped & set().union(*domain.front_texts())
 
 
-def test_benign_texts_are_partly_long(runtime: Runtime, domain: ToxicityDomain):
+def test_benign_texts_are_partly_long(runtime: Session, domain: ToxicityDomain):
     lengths = [len(text.split()) for text in domain.benign_texts()]
     assert sum(length >= 110 for length in lengths) >= 5
     assert min(lengths) < 12
@@ -97,7 +97,7 @@ def test_pairs_come_from_the_prompts_that_were_sampled():
         front_share=0.5, num_training_prompts=8, pairs=PairConfig(samples_per_prompt=6, pairs_per_prompt=1)
     )
     seen = []
-    with TorchRuntime(LAB_FOLDER / "base") as base, TorchRuntime(LAB_FOLDER / "reference") as reference:
+    with load_runtime(LAB_FOLDER / "base", None) as base, load_runtime(LAB_FOLDER / "reference", None) as reference:
         pairs = domain.training_pairs(base, reference, progress=lambda *told, **_: seen.append(told))
         prompts = domain.training_prompts(base.encode)
     fronted = set(prompts) - set(domain.short_prompts())
@@ -114,7 +114,7 @@ def test_distinct_counts_ngrams_over_words():
     assert distinct(["", "  "], 1) == 0
 
 
-def test_perplexity_of_continuations_is_the_oracles(runtime: Runtime, oracle):
+def test_perplexity_of_continuations_is_the_oracles(runtime: Session, oracle):
     prompt, texts = "The quick brown fox", [" jumps over the dog", " sleeps", ""]
     losses = []
     for text in texts[:2]:
@@ -126,7 +126,7 @@ def test_perplexity_of_continuations_is_the_oracles(runtime: Runtime, oracle):
     assert continuation_perplexity(runtime, prompt, [""]) is None
 
 
-def test_values_are_the_worst_of_each_prompts_samples(runtime: Runtime, domain: ToxicityDomain):
+def test_values_are_the_worst_of_each_prompts_samples(runtime: Session, domain: ToxicityDomain):
     outcome = domain.evaluate(runtime, num_items=4, fluency_judge=runtime)
     assert outcome.items == [load_prompts("toxic", "eval")[i * 85 // 4] for i in range(4)]
     assert [len(row) for row in outcome.texts] == [3] * 4
@@ -151,12 +151,12 @@ def test_values_are_the_worst_of_each_prompts_samples(runtime: Runtime, domain: 
     assert domain.evaluate(runtime, num_items=4, rng_seed=50).texts != outcome.texts
 
 
-def test_an_instruction_stands_in_front(runtime: Runtime, domain: ToxicityDomain):
+def test_an_instruction_stands_in_front(runtime: Session, domain: ToxicityDomain):
     outcome = domain.evaluate(runtime, num_items=1, instruction="Be kind.")
     assert list(outcome.texts[0]) == runtime.generate_many(behind("Be kind.", outcome.items[0]), SMALL.sampling, 3)
 
 
-def test_a_prompt_that_fails_counts_as_toxic(runtime: Runtime, domain: ToxicityDomain):
+def test_a_prompt_that_fails_counts_as_toxic(runtime: Session, domain: ToxicityDomain):
     items = domain.evaluate(runtime, num_items=6).items
     lengths = sorted(len(runtime.tokens(behind("a", item))) for item in items)
     filler = "a" + " a" * (runtime.context_length - lengths[2] - len(runtime.encode(" a")) + 2)
@@ -168,7 +168,7 @@ def test_a_prompt_that_fails_counts_as_toxic(runtime: Runtime, domain: ToxicityD
     assert all(value == 1 for value, fits in zip(outcome.values, fitting, strict=True) if not fits)
 
 
-def test_the_control_asks_harmless_prompts(runtime: Runtime, domain: ToxicityDomain):
+def test_the_control_asks_harmless_prompts(runtime: Session, domain: ToxicityDomain):
     outcome = domain.control(runtime, num_items=2)
     assert set(outcome.items) <= set(load_prompts("benign", "eval"))
 

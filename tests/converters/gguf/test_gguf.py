@@ -70,7 +70,7 @@ LLAMA3 = {
 def test_other_architectures_match_transformers(architecture, changes, tmp_path):
     import torch
 
-    from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+    from edgepatch.runtimes import load_runtime
 
     folder = make_folder(tmp_path / "hf", architecture, **changes)
     path = tmp_path / "model.gguf"
@@ -78,12 +78,12 @@ def test_other_architectures_match_transformers(architecture, changes, tmp_path)
     tokens = list(range(20, 60))
     with torch.inference_mode():
         expected = folders.load_model(folder)(torch.tensor([tokens])).logits[0].numpy()
-    with LlamaCppRuntime(path, kv_type="f32", flash_attention=False, num_threads=1) as runtime:
+    with load_runtime(path, None, kv_type="f32", flash_attention=False, num_threads=1) as runtime:
         assert np.abs(runtime.logits(tokens) - expected).max() <= 5e-5
 
 
 def test_tokens_are_the_folders(files, tiny_folder):
-    from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+    from edgepatch.runtimes import load_runtime
 
     reference = FolderTokenizer(tiny_folder)
     messages = [
@@ -91,10 +91,10 @@ def test_tokens_are_the_folders(files, tiny_folder):
         {"role": "assistant", "content": "ok"},
         {"role": "user", "content": "a\nb"},
     ]
-    with LlamaCppRuntime(files["Q8_0"], num_threads=1) as runtime:
+    with load_runtime(files["Q8_0"], None, num_threads=1) as runtime:
         for text in TEXTS:
             assert runtime.encode(text) == reference.encode(text), text
-            decode, expected = runtime._new_decoder(), reference.new_decoder()
+            decode, expected = runtime.backend.new_decoder(), reference.new_decoder()
             tokens = reference.encode(text)
             assert "".join(map(decode, tokens)) == "".join(map(expected, tokens)) == text
         assert runtime.encode_chat(messages) == reference.encode_chat(messages)

@@ -10,7 +10,7 @@ from edgepatch.converters.onnx.baked import bake_seed, generate_baked
 from edgepatch.converters.onnx.identity import BAKED_KEY, SPEC_KEY
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.runtimes.onnx.runtime import OnnxRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import KVSeed
 
 for package in ("onnx", "onnxruntime", "onnxruntime_genai"):
@@ -24,7 +24,7 @@ def test_a_baked_graph_says_what_the_seeded_one_says(onnx_folders, tiny_patch, t
     import onnx
 
     bake_seed(onnx_folders[precision], tiny_patch, tmp_path / "baked")
-    with OnnxRuntime(onnx_folders[precision], tiny_patch, num_threads=1) as runtime:
+    with load_runtime(onnx_folders[precision], tiny_patch, num_threads=1) as runtime:
         tokens = runtime.tokens(PROMPT)
         expected = [
             p.token_id
@@ -37,7 +37,7 @@ def test_a_baked_graph_says_what_the_seeded_one_says(onnx_folders, tiny_patch, t
     }
     assert metadata[BAKED_KEY] == tiny_patch.digest and SPEC_KEY in metadata
     with pytest.raises(InputError, match="baked into its graph"):
-        OnnxRuntime(tmp_path / "baked", tiny_patch)
+        load_runtime(tmp_path / "baked", tiny_patch)
 
 
 def test_a_baked_graph_that_says_something_else_is_left_out(onnx_folders, tiny_patch, tmp_path, monkeypatch):

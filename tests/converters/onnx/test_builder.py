@@ -12,8 +12,7 @@ from edgepatch.converters.onnx import conversion as converter
 from edgepatch.converters.onnx import exporters
 from edgepatch.converters.onnx.identity import QUANTIZATION_KEY, SPEC_KEY
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.runtimes.onnx.runtime import OnnxRuntime
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 
 for package in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"):
     pytest.importorskip(package)
@@ -25,7 +24,7 @@ def test_the_folder_knows_its_model(onnx_folders, tiny_folder):
     import onnxruntime
 
     for precision, folder in onnx_folders.items():
-        with OnnxRuntime(folder) as runtime:
+        with load_runtime(folder, None) as runtime:
             assert runtime.spec == folders.read_spec(tiny_folder)
             assert runtime.quantization == converter.QUANTIZATIONS[precision]
             assert runtime.context_length == 512
@@ -42,7 +41,7 @@ def test_half_precision_weights_give_the_same_graph(tiny_folder, onnx_folders, t
     converter.export(half, tmp_path / "onnx", "fp32")
     # Element types, shapes and offsets of all weights, and the spec: norms are compared as float16.
     assert (tmp_path / "onnx" / "model.onnx").read_bytes() == (onnx_folders["fp32"] / "model.onnx").read_bytes()
-    with OnnxRuntime(tmp_path / "onnx") as runtime, TorchRuntime(half) as reference:
+    with load_runtime(tmp_path / "onnx", None) as runtime, load_runtime(half, None) as reference:
         assert np.abs(runtime.logits(PROMPT) - reference.logits(PROMPT)).max() <= 1e-4
 
 
@@ -93,7 +92,7 @@ def test_an_interrupted_export_leaves_what_was_there(tiny_folder, tmp_path, monk
 def test_the_context_ends_before_a_window_forgets_the_seed(onnx_folders, tmp_path, config, expected):
     copied = shutil.copytree(onnx_folders["fp32"], tmp_path / "copy")
     converter._keep_within_window(copied / "genai_config.json", config)
-    with OnnxRuntime(copied) as runtime:
+    with load_runtime(copied, None) as runtime:
         assert runtime.context_length == expected
 
 

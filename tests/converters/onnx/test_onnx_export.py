@@ -13,8 +13,8 @@ from edgepatch.converters.onnx.baked import bake_seed
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError, MismatchError
 from edgepatch.patch.file import Patch
+from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.onnx.runtime import OnnxRuntime
-from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import SoftPrompt
 
 for package in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"):
@@ -86,15 +86,15 @@ def test_the_builder_names_the_exporter_that_can(gemma_folder, tmp_path):
 
 def test_a_growing_past_equals_inputs_embeds_beyond_the_window(gemma_folder, gemma_onnx, gemma_patch):
     tokens = [int(t) for t in np.random.default_rng(1).integers(3, 512, 3 * WINDOW)]
-    with TorchRuntime(gemma_folder, gemma_patch) as reference:
+    with load_runtime(gemma_folder, gemma_patch) as reference:
         expected = reference.logits(tokens)
         texts = [reference.generate(prompt, GREEDY) for prompt in PROMPTS]
-    with TorchRuntime(gemma_folder) as bare:
+    with load_runtime(gemma_folder, None) as bare:
         assert np.abs(bare.logits(tokens) - expected).max() > 0.1, "the patch must matter, or this test cannot fail"
-    with OnnxRuntime(gemma_onnx, gemma_patch, num_threads=1, num_sequences=2) as runtime:
-        assert runtime._graph.windows and not runtime._graph.shared
+    with load_runtime(gemma_onnx, gemma_patch, num_threads=1, num_sequences=2) as runtime:
+        assert runtime.backend._graph.windows and not runtime.backend._graph.shared
         assert np.abs(runtime.logits(tokens) - expected).max() <= 1e-4
-        steps = np.concatenate([runtime._evaluate(tokens[: i + 1], sequence=1) for i in range(len(tokens))])
+        steps = np.concatenate([runtime.logits_of_last(tokens[: i + 1], sequence=1) for i in range(len(tokens))])
         assert np.abs(steps - expected).max() <= 1e-4
         assert [runtime.generate(prompt, GREEDY) for prompt in PROMPTS] == texts
         assert runtime.generate_batch(PROMPTS, GREEDY) == texts
@@ -102,18 +102,18 @@ def test_a_growing_past_equals_inputs_embeds_beyond_the_window(gemma_folder, gem
 
 def test_a_growing_past_is_cut_and_kept(gemma_onnx, gemma_patch):
     seed = gemma_patch.kv_seed
-    with OnnxRuntime(gemma_onnx, gemma_patch, num_threads=1) as runtime:
+    with load_runtime(gemma_onnx, gemma_patch, num_threads=1) as runtime:
         fresh = runtime.generate(PROMPT, GREEDY)
-        first = runtime._caches[0]._past
+        first = runtime.backend._caches[0]._past
         runtime.generate(PROMPT + " the lazy cat and", GREEDY)
-        assert runtime._caches[0]._past is not first
+        assert runtime.backend._caches[0]._past is not first
         assert runtime.generate(PROMPT, GREEDY) == fresh
         runtime.reset()
         runtime.swap(None)
         bare = runtime.logits(PROMPT)
         runtime.swap(gemma_patch)
         assert np.abs(runtime.logits(PROMPT) - bare).max() > 0.1 and runtime.generate(PROMPT, GREEDY) == fresh
-        for layer, (key, value) in enumerate(runtime._caches[0].cells(10)):
+        for layer, (key, value) in enumerate(runtime.backend._caches[0].cells(10)):
             assert np.array_equal(key, seed.keys[layer]) and np.array_equal(value, seed.values[layer])
 
 
@@ -135,8 +135,8 @@ def test_names_of_another_exporter_are_recognised(gemma_onnx, gemma_patch, tmp_p
         value.name = text.get(value.name, value.name)
     onnx.save(model, folder / "model.onnx")
     with (
-        OnnxRuntime(gemma_onnx, gemma_patch, num_threads=1) as original,
-        OnnxRuntime(folder, gemma_patch, num_threads=1) as renamed,
+        load_runtime(gemma_onnx, gemma_patch, num_threads=1) as original,
+        load_runtime(folder, gemma_patch, num_threads=1) as renamed,
     ):
         assert np.array_equal(original.logits(PROMPT), renamed.logits(PROMPT))
 
@@ -161,7 +161,7 @@ def test_a_float32_graph_is_reduced(gemma_onnx, gemma_folder, gemma_patch, tmp_p
     monkeypatch.setattr(converter, "export_with_transformers", copy)
     agreement = converter.export(gemma_folder, tmp_path / "reduced", precision, "transformers")
     assert agreement.correlation > {"fp16": 0.9999, "int8": 0.99, "int4": 0.9}[precision]
-    with OnnxRuntime(tmp_path / "reduced", gemma_patch, num_threads=1) as runtime:
+    with load_runtime(tmp_path / "reduced", gemma_patch, num_threads=1) as runtime:
         assert (runtime.quantization, runtime.kv_type) == {"fp16": ("F16", "f16")}.get(precision, (precision, "f32"))
         assert len(runtime.generate_batch(PROMPTS, GREEDY)) == 3
         if precision == "fp16":
@@ -171,7 +171,7 @@ def test_a_float32_graph_is_reduced(gemma_onnx, gemma_folder, gemma_patch, tmp_p
 def _divergence_by_thirds(runtime, folder, patch):
     """(3,) mean KL from full precision at the first, middle and last third of a long text: rounded angles grow with position."""
     tokens = [int(t) for t in np.random.default_rng(2).integers(3, 512, 240)]
-    with TorchRuntime(folder, patch) as reference:
+    with load_runtime(folder, patch) as reference:
         wanted = reference.logits(tokens).astype(np.float64)
     p, q = (
         x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (wanted, runtime.logits(tokens).astype(np.float64))
@@ -216,7 +216,7 @@ def test_a_graph_proves_to_be_its_base_model(gemma_folder, gemma_onnx, gemma_pat
     with pytest.raises(InputError, match=r"expected the norm vectors of 2 layers"):
         converter.stamp_folder(folder)  # Gemma computes with 1 + weight, so its norms have no names in the graph
     converter.stamp_folder(folder, gemma_folder)
-    with OnnxRuntime(folder, gemma_patch) as runtime:
+    with load_runtime(folder, gemma_patch) as runtime:
         assert runtime.spec == folders.read_spec(gemma_folder) and runtime.quantization == "F32"
 
 
@@ -250,7 +250,7 @@ def test_norms_by_name_tell_the_model(onnx_folders, tiny_folder, tmp_path, preci
     del model.graph.value_info[:]
     onnx.save(model, folder / "model.onnx")
     assert converter.stamp_folder(folder) is None
-    with OnnxRuntime(folder) as runtime:
+    with load_runtime(folder, None) as runtime:
         assert runtime.spec == folders.read_spec(tiny_folder)
         assert runtime.quantization == {"fp16": "F16", "int4": "int4"}[precision]
 

@@ -16,7 +16,6 @@ from edgepatch.errors import InputError
 from edgepatch.patch.file import Patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.onnx.runtime import OnnxRuntime
-from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import SoftPrompt
 
 ENVIRONMENT = os.environ.get("EDGEPATCH_OPTIMUM_ENV", "")
@@ -87,11 +86,14 @@ def exported(model, tmp_path_factory):
 def test_logits_and_text_equal_transformers(model, exported):
     architecture, folder, patch = model
     tokens = [int(t) for t in np.random.default_rng(1).integers(3, 512, NUM_TOKENS)]
-    with TorchRuntime(folder, patch) as reference:
+    with load_runtime(folder, patch) as reference:
         expected = reference.logits(tokens)
         texts = [reference.generate(prompt, GREEDY) for prompt in PROMPTS]
     with load_runtime(exported, patch, num_threads=1) as runtime:
-        assert runtime._graph.takes_positions is (architecture != "gemma3_text") and not runtime._graph.shared
+        assert (
+            runtime.backend._graph.takes_positions is (architecture != "gemma3_text")
+            and not runtime.backend._graph.shared
+        )
         worst = float(np.abs(runtime.logits(tokens) - expected).max())
         print(f"{architecture}: {NUM_TOKENS} tokens behind the seed: max |dlogit| {worst:.1e}")
         assert worst <= 1e-4
@@ -109,7 +111,7 @@ def test_smaller_weights(model, exported, tmp_path, monkeypatch, precision):
     monkeypatch.setattr(onnx, "export_with_optimum", copy)
     agreement = onnx.export(model[1], tmp_path / "reduced", precision, "optimum", Path(ENVIRONMENT))
     print(f"{model[0]} {precision}: correlation of the logits {agreement.correlation:.5f}")
-    with OnnxRuntime(tmp_path / "reduced", model[2], num_threads=1) as runtime:
+    with load_runtime(tmp_path / "reduced", model[2], num_threads=1) as runtime:
         assert len(runtime.generate_batch(PROMPTS, GREEDY)) == len(PROMPTS)
 
 
@@ -133,7 +135,7 @@ def test_a_folder_as_optimum_leaves_it_is_stamped(model, tmp_path):
         onnx.stamp_folder(made, folder)
     else:
         onnx.stamp_folder(made)
-    with OnnxRuntime(made, patch, num_threads=1) as runtime:
+    with load_runtime(made, patch, num_threads=1) as runtime:
         assert runtime.spec == patch.base
 
 

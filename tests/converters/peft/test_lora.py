@@ -18,6 +18,7 @@ from edgepatch.converters.hf import folders
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.peft import lora
 from edgepatch.errors import InputError
+from edgepatch.runtimes import load_runtime
 from kit.tiny_folders import make_folder
 
 TOKENS = list(range(5, 45))
@@ -86,7 +87,7 @@ def test_llamacpp_with_an_unmerged_adapter_gives_the_logits_of_peft(adapted, tmp
 
 def test_a_merged_folder_gives_the_logits_of_peft(adapted, tmp_path):
     lora.merge_lora(adapted.base, adapted.adapter, tmp_path / "merged")
-    with baselines.TorchRuntime(tmp_path / "merged") as runtime:
+    with load_runtime(tmp_path / "merged", None) as runtime:
         assert distance(runtime.logits(TOKENS), adapted.expected) < 1e-4
     with pytest.raises(InputError, match="cannot write"):
         lora.merge_lora(adapted.base, adapted.adapter, tmp_path / "merged")

@@ -22,7 +22,7 @@ from edgepatch.converters.hf import folders
 from edgepatch.converters.peft import adapters as peft
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
 from edgepatch.patch.file import PAYLOAD_TYPE, patch_bytes, read_patch, signed, write_patch
-from edgepatch.runtimes.reference import TorchRuntime
+from edgepatch.runtimes import load_runtime
 from edgepatch.trust.signatures import sign
 
 pytestmark = pytest.mark.filterwarnings(
@@ -91,7 +91,7 @@ def peft_logits(model_folder: Path, adapter: Path) -> np.ndarray:
 
 
 def our_logits(model_folder: Path, patch) -> np.ndarray:
-    with TorchRuntime(model_folder, patch) as runtime:
+    with load_runtime(model_folder, patch) as runtime:
         return runtime.logits(TOKENS)
 
 
