@@ -41,7 +41,6 @@ class Session(AbstractContextManager["Session"]):
     Attributes:
         backend: what evaluates, with the verbs that one kind of runtime alone has.
         sequences: what each conversation has evaluated, its snapshots included.
-        patch: the active patch, or ``None`` for the bare model.
         seed_route: how the seed got into the cache: "stored" in the patch, "decoded" from the soft prompt by this very
             model, or "" for the bare model.
 
@@ -68,12 +67,11 @@ class Session(AbstractContextManager["Session"]):
         except BaseException:
             runtime.close()
             raise
-        self.patch = patch
 
     @property
-    def num_virtual_tokens(self) -> int:
-        """P of the active patch; 0 for the bare model."""
-        return self.backend.num_virtual_tokens
+    def patch(self) -> Patch | None:
+        """The active patch; ``None`` for the bare model."""
+        return self.backend.patch
 
     @property
     def context_length(self) -> int:
@@ -112,7 +110,6 @@ class Session(AbstractContextManager["Session"]):
             InactivePatchError: the seed was not taken, or the canary says that it does not work as it should.
         """
         self.seed_route = self._slot.exchange(patch, num_prompts=1)
-        self.patch = patch
 
     def prove(self) -> None:
         """Asks the whole canary of the active patch again, where it has one.
