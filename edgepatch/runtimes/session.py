@@ -49,12 +49,8 @@ class Session(AbstractContextManager["Session"]):
     """
 
     def __init__(self, runtime: Runtime, patch: Patch | None) -> None:
-        self.backend, self.spec, self.name, self.quantization = (
-            runtime,
-            runtime.spec,
-            runtime.name,
-            runtime.quantization,
-        )
+        self.backend = runtime
+        self.spec, self.name, self.quantization = runtime.spec, runtime.name, runtime.quantization
         self.kv_type, self.num_threads, self.notes = runtime.kv_type, runtime.num_threads, runtime.notes
         self.num_positions, self.num_sequences = runtime.num_positions, runtime.num_sequences
         self.end_token_ids, self.text_bound = runtime.end_token_ids, runtime.text_bound
