@@ -196,17 +196,17 @@ class ChatWriter(ReplyWriter):
             if reason:
                 rest, calls = stream.finish()
                 text += rest
-        found = []
+        chunks = []
         if text or logprobs:
-            found.append(
+            chunks.append(
                 self._chunk(choice, delta={"content": text}, logprobs=self._logprobs(logprobs), finish_reason=None)
             )
         if calls:
             delta = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
-            found.append(self._chunk(choice, delta=delta, logprobs=None, finish_reason=None))
+            chunks.append(self._chunk(choice, delta=delta, logprobs=None, finish_reason=None))
         if reason:
-            found.append(self._chunk(choice, delta={}, logprobs=None, finish_reason="tool_calls" if calls else reason))
-        return found
+            chunks.append(self._chunk(choice, delta={}, logprobs=None, finish_reason="tool_calls" if calls else reason))
+        return chunks
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._order.num_logprobs is None:

@@ -1,305 +1,331 @@
-"""JSON Schemas of requests and replies. The request schemas are closed: a field that is not here is refused.
+"""What requests may hold. The models are closed and strict: a field that is not here is refused, and text is no number.
 
 No field names a place in the cache, and none ever may: the patch lies in front of everything a client can address.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 INT32 = 2**31 - 1
 
 
-def _object(properties: dict[str, Any], required: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(required),
-        "additionalProperties": False,
-        **more,
+def _problem(kind: str, expected: str, **context: str) -> PydanticCustomError:
+    """A problem that pydantic has no check for; `edgepatch.server.validation` puts its sentence together."""
+    # pydantic cannot carry halves of characters, which a field's name may hold.
+    safe = {name: text.encode("utf-8", "backslashreplace").decode("utf-8") for name, text in context.items()}
+    return PydanticCustomError(kind, expected, safe)
+
+
+class RequestModel(BaseModel):
+    """An object in a request. What a client adds is looked for first, so that many unknown fields are no more work than one."""
+
+    # Built by `build_models`, not at import: a server that starts needs none of them yet.
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_known_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        names, tags = _fields_of(cls)
+        for name, tag in tags.items():
+            # A wrong tag says that another kind of object was meant, whose fields are no surprise then.
+            if name in value and value[name] != tag:
+                raise _problem(f"wrong_{name}", repr(tag))
+        unknown = next((name for name in value if name not in names), None)
+        if unknown is not None:
+            raise _problem("unknown_field", f"one of {', '.join(names)}", field=unknown)
+        return value
+
+
+@cache
+def _fields_of(model: type[RequestModel]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names of an object's fields, and the values of those that tell it from other objects."""
+    fields = model.model_fields
+    tags = {
+        name: get_args(field.annotation)[0] for name, field in fields.items() if get_origin(field.annotation) is Literal
     }
+    return tuple(field.alias or name for name, field in fields.items()), tags
 
 
-def _optional(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema, or null, which is the same as leaving the field out."""
-    if "anyOf" in schema:
-        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
-    more = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
-    return {**schema, **more, "type": [schema["type"], "null"]}
+def _require_unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _problem("string_unicode", "valid Unicode") from None
+    return text
 
 
-def _number(least: float, most: float, description: str = "") -> dict[str, Any]:
-    return _optional({"type": "number", "minimum": least, "maximum": most, "description": description})
+def as_integer(value: object) -> object:
+    """JSON has one kind of number: 1.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _integer(least: int, most: int, description: str = "") -> dict[str, Any]:
-    return _optional({"type": "integer", "minimum": least, "maximum": most, "description": description})
+def _require_few_biases(value: object) -> object:
+    """Before each of them is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise _problem("too_many", f"at most {MAX_BIASES} entries")
+    return value
 
 
-TEXT = {"type": "string"}
-FLAG = _optional({"type": "boolean"})
-NAME = {"type": "string", "minLength": 1, "maxLength": 256}
-TOKEN_IDS = {
-    "type": "array",
-    "minItems": 1,
-    "maxItems": 2**18,
-    "items": {"type": "integer", "minimum": 0, "maximum": INT32},
-}
-
-# Requests.
-
-TEXT_PART = _object({"type": {"const": "text"}, "text": TEXT}, ("type", "text"))
-CONTENT = {"anyOf": [TEXT, {"type": "array", "minItems": 1, "maxItems": 1024, "items": TEXT_PART}]}
-TOOL_CALL = _object(
-    {
-        "id": NAME,
-        "type": {"const": "function"},
-        "function": _object(
-            {"name": NAME, "arguments": {**TEXT, "description": "A JSON object as text."}}, ("name", "arguments")
-        ),
-    },
-    ("id", "type", "function"),
-)
+def _tag_of_content(value: object) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-def _message(role: str, **more: Any) -> dict[str, Any]:
-    properties = {"role": {"const": role}, "content": CONTENT, "name": _optional(NAME), **more}
-    required = [name for name in ("role", "content", "tool_call_id") if name in properties]
-    return _object(properties, tuple(r for r in required if role != "assistant" or r == "role"))
+def _tag_of_prompt(value: object) -> str | None:
+    if not isinstance(value, list) or not value:
+        return _tag_of_content(value)
+    return "<texts>" if isinstance(value[0], str) else "<lists>" if isinstance(value[0], list) else "<list>"
 
 
-MESSAGE = {
-    "anyOf": [
-        _message("system"),
-        _message("developer"),  # OpenAI's newer word for "system"
-        _message("user"),
-        _message(
-            "assistant",
-            content=_optional(CONTENT),
-            tool_calls=_optional({"type": "array", "minItems": 1, "maxItems": 128, "items": TOOL_CALL}),
-            refusal={"type": "null"},
-        ),
-        _message("tool", tool_call_id=NAME),
-    ]
-}
-TOOL = _object(
-    {
-        "type": {"const": "function"},
-        "function": _object(
-            {
-                "name": {"type": "string", "pattern": r"^[A-Za-z0-9_-]{1,64}$"},
-                "description": _optional(TEXT),
-                "parameters": _optional({"type": "object"}),
-                "strict": FLAG,
-            },
-            ("name",),
-        ),
-    },
-    ("type", "function"),
-)
-JSON_SCHEMA_FORMAT = _object(
-    {"name": NAME, "description": _optional(TEXT), "schema": {"type": "object"}, "strict": FLAG}, ("name", "schema")
-)
-RESPONSE_FORMAT = {
-    "anyOf": [
-        _object({"type": {"const": "text"}}, ("type",)),
-        _object({"type": {"const": "json_object"}}, ("type",)),
-        _object({"type": {"const": "json_schema"}, "json_schema": JSON_SCHEMA_FORMAT}, ("type", "json_schema")),
-    ]
-}
-STOP = {"anyOf": [NAME, {"type": "array", "maxItems": 16, "items": NAME}]}
-
-SAMPLING_FIELDS: dict[str, Any] = {
-    "temperature": _number(0, 2, "0 takes the most likely token. Default 1."),
-    "top_p": _optional({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
-    "top_k": _integer(0, INT32, "Extension: keep the k likeliest tokens; 0 keeps all."),
-    "min_p": _number(0, 1, "Extension: keep tokens of at least this share of the likeliest one's probability."),
-    "repetition_penalty": _optional(
-        {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "maximum": 2,
-            "description": "Extension: above 1 makes repeated tokens less likely.",
-        }
-    ),
-    "presence_penalty": _number(-2, 2),
-    "frequency_penalty": _number(-2, 2),
-    "logit_bias": _optional(
-        {
-            "type": "object",
-            "propertyNames": {"pattern": r"^[0-9]{1,9}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-            "maxProperties": 1024,
-        }
-    ),
-    "seed": _integer(-(2**63), 2**63 - 1, "Makes the draw repeatable."),
-    "stop": _optional(STOP),
-    "n": _integer(1, MAX_CHOICES),
-    "response_format": _optional(RESPONSE_FORMAT),
-    "grammar": _optional(
-        {"type": "string", "minLength": 1, "maxLength": 65536, "description": "Extension: a grammar the reply follows."}
-    ),
-    "stream": FLAG,
-    "stream_options": _optional(_object({"include_usage": FLAG})),
-    "user": _optional({"type": "string", "maxLength": 1024, "description": "Accepted and not used."}),
-}
-
-CHAT_REQUEST = _object(
-    {
-        "model": NAME,
-        "messages": {"type": "array", "minItems": 1, "maxItems": 4096, "items": MESSAGE},
-        "max_tokens": _integer(1, INT32, "Default: as many as the context holds."),
-        "max_completion_tokens": _integer(1, INT32, "The same as max_tokens."),
-        "logprobs": FLAG,
-        "top_logprobs": _integer(0, MAX_LOGPROBS),
-        "tools": _optional({"type": "array", "minItems": 1, "maxItems": 128, "items": TOOL}),
-        "tool_choice": _optional({"type": "string", "enum": ["auto", "none"]}),
-        **SAMPLING_FIELDS,
-    },
-    ("model", "messages"),
-)
-COMPLETION_REQUEST = _object(
-    {
-        "model": NAME,
-        "prompt": {
-            "description": "Text, token ids, or a list of either. No chat template is applied.",
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                TOKEN_IDS,
-                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {"type": "string", "minLength": 1}},
-                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": TOKEN_IDS},
-            ],
-        },
-        "max_tokens": _integer(0, INT32, "Default 16; 0 only with echo."),
-        "logprobs": _integer(0, MAX_LOGPROBS),
-        "echo": _optional(
-            {"type": "boolean", "description": "Put the prompt, and its logprobs if asked for, in front of the reply."}
-        ),
-        **SAMPLING_FIELDS,
-    },
-    ("model", "prompt"),
-)
-
-# Replies.
-
-COUNT = {"type": "integer", "minimum": 0}
-FINISH_REASON = {"type": ["string", "null"], "enum": ["stop", "length", "tool_calls", None]}
-USAGE = _object(
-    {
-        "prompt_tokens": COUNT,
-        "completion_tokens": COUNT,
-        "total_tokens": COUNT,
-        "prompt_tokens_details": _object({"cached_tokens": COUNT}, ("cached_tokens",)),
-    },
-    ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"),
-)
+def _by_shape(choose: Callable[[object], str | None]) -> Discriminator:
+    """Alternatives that are told apart by what kind of value they are. Tags are in brackets, as no field's name is."""
+    return Discriminator(choose, "wrong_shape", "text or a list")
 
 
-def _token_logprob(**more: Any) -> dict[str, Any]:
-    values = {"token": TEXT, "logprob": {"type": "number"}, "bytes": {"type": "array", "items": COUNT}, **more}
-    return _object(values, tuple(values))
+def _by_tag(field: str, *tags: str) -> Discriminator:
+    """Objects that are told apart by the value of one field."""
+
+    def choose(value: object) -> str | None:
+        tag = value.get(field) if isinstance(value, dict) else None
+        return f"<{tag}>" if isinstance(tag, str) and tag in tags else None
+
+    return Discriminator(choose, f"wrong_{field}", " or ".join(map(repr, tags)))
 
 
-CHAT_LOGPROBS = _object(
-    {"content": {"type": "array", "items": _token_logprob(top_logprobs={"type": "array", "items": _token_logprob()})}},
-    ("content",),
-)
-REPLY_TOOL_CALL = _object({**TOOL_CALL["properties"], "index": COUNT}, ("id", "type", "function"))
-REPLY_MESSAGE = _object(
-    {
-        "role": {"const": "assistant"},
-        "content": {"type": ["string", "null"]},
-        "tool_calls": {"type": "array", "items": REPLY_TOOL_CALL},
-    },
-    ("role", "content"),
-)
-COMPLETION_LOGPROBS = _object(
-    {
-        "tokens": {"type": "array", "items": TEXT},
-        "token_logprobs": {"type": "array", "items": {"type": ["number", "null"]}},
-        "top_logprobs": {
-            "type": "array",
-            "items": {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
-        },
-        "text_offset": {"type": "array", "items": COUNT},
-    },
-    ("tokens", "token_logprobs", "top_logprobs", "text_offset"),
-)
-DELTA = {**REPLY_MESSAGE, "required": []}
+WHOLE = BeforeValidator(as_integer)
+Text = Annotated[str, AfterValidator(_require_unicode)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+MaxTokens = Annotated[int, Field(ge=1, le=INT32), WHOLE]
+TokenId = Annotated[int, Field(ge=0, le=INT32), WHOLE]
+Prompt = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)]
 
 
-def _reply(kind: str, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
-    properties = {
-        "id": TEXT,
-        "object": {"const": kind},
-        "created": COUNT,
-        "model": TEXT,
-        "system_fingerprint": {"type": "string", "pattern": "^[0-9a-f]{12}[+]([0-9a-f]{12}|bare)$"},
-        "choices": {
-            "type": "array",
-            "items": _object({"index": COUNT, "finish_reason": FINISH_REASON, **choice}, ("index", *choice)),
-        },
-        **more,
-    }
-    return _object(properties, tuple(properties))
+class TextPart(RequestModel):
+    """A part of a message; there is no other kind."""
+
+    type: Literal["text"]
+    text: Text
 
 
-def _chunk(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-    reply = _reply(kind, choice, usage=_optional(USAGE))
-    return {**reply, "required": [name for name in reply["required"] if name != "usage"]}
+TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
+Content = Annotated[Annotated[Text, Tag("<text>")] | Annotated[TextParts, Tag("<list>")], _by_shape(_tag_of_content)]
 
 
-CHAT_REPLY = _reply("chat.completion", {"message": REPLY_MESSAGE, "logprobs": _optional(CHAT_LOGPROBS)}, usage=USAGE)
-CHAT_CHUNK = _chunk("chat.completion.chunk", {"delta": DELTA, "logprobs": _optional(CHAT_LOGPROBS)})
-COMPLETION_REPLY = _reply("text_completion", {"text": TEXT, "logprobs": _optional(COMPLETION_LOGPROBS)}, usage=USAGE)
-COMPLETION_CHUNK = _chunk("text_completion", {"text": TEXT, "logprobs": _optional(COMPLETION_LOGPROBS)})
-ERROR = _object(
-    {
-        "error": _object(
-            {
-                "message": TEXT,
-                "type": TEXT,
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            ("message", "type", "param", "code"),
-        )
-    },
-    ("error",),
-)
-MODEL = _object(
-    {"id": TEXT, "object": {"const": "model"}, "created": COUNT, "owned_by": TEXT},
-    ("id", "object", "created", "owned_by"),
-)
-PATCH = _object(
-    {
-        "object": {"const": "patch"},
-        "name": TEXT,
-        "version": TEXT,
-        "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
-        "num_virtual_tokens": COUNT,
-        "active": {"type": "boolean"},
-        "seed_route": TEXT,
-    },
-    ("object", "name", "version", "digest", "num_virtual_tokens", "active", "seed_route"),
-)
+class CalledFunction(RequestModel):
+    """A function that the model called, with its arguments."""
+
+    name: Name
+    arguments: Annotated[Text, Field(description="A JSON object as text.")]
 
 
-def _listing(item: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return _object(
-        {"object": {"const": "list"}, "data": {"type": "array", "items": item}, **more}, ("object", "data", *more)
+class ToolCall(RequestModel):
+    """A call that the model made in an earlier turn."""
+
+    id: Name
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class SystemMessage(RequestModel):
+    """What holds for the whole conversation."""
+
+    role: Literal["system"]
+    content: Content
+    name: Name | None = None
+
+
+class DeveloperMessage(RequestModel):
+    """OpenAI's newer word for a system message."""
+
+    role: Literal["developer"]
+    content: Content
+    name: Name | None = None
+
+
+class UserMessage(RequestModel):
+    """A turn of the user."""
+
+    role: Literal["user"]
+    content: Content
+    name: Name | None = None
+
+
+class AssistantMessage(RequestModel):
+    """An earlier turn of the model."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
+    refusal: None = None
+
+
+class ToolMessage(RequestModel):
+    """What a called function returned."""
+
+    role: Literal["tool"]
+    content: Content
+    name: Name | None = None
+    tool_call_id: Name
+
+
+ChatMessage = Annotated[
+    Annotated[SystemMessage, Tag("<system>")]
+    | Annotated[DeveloperMessage, Tag("<developer>")]
+    | Annotated[UserMessage, Tag("<user>")]
+    | Annotated[AssistantMessage, Tag("<assistant>")]
+    | Annotated[ToolMessage, Tag("<tool>")],
+    _by_tag("role", "system", "developer", "user", "assistant", "tool"),
+]
+
+
+class OfferedFunction(RequestModel):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(RequestModel):
+    """A tool that the model may use."""
+
+    type: Literal["function"]
+    function: OfferedFunction
+
+
+class TextFormat(RequestModel):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(RequestModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(RequestModel):
+    """A JSON schema with a name."""
+
+    name: Name
+    description: Text | None = None
+    definition: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(RequestModel):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
+    _by_tag("type", "text", "json_object", "json_schema"),
+]
+StopTexts = Annotated[list[Name], Field(max_length=16, fail_fast=True)]
+Stop = Annotated[Annotated[Name, Tag("<text>")] | Annotated[StopTexts, Tag("<list>")], _by_shape(_tag_of_content)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(_require_few_biases),
+]
+
+
+class StreamOptions(RequestModel):
+    """What a stream brings beside its text."""
+
+    include_usage: bool | None = None
+
+
+class SampledRequest(RequestModel):
+    """What both kinds of requests take. A field that is null is the same as one that is left out."""
+
+    model: Name
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description="0 takes the most likely token. Default 1."
     )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = Field(
+        None, description="Extension: keep the k likeliest tokens; 0 keeps all."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Extension: keep tokens of at least this share of the likeliest one's probability."
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = Field(
+        None, description="Extension: above 1 makes repeated tokens less likely."
+    )
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = Field(
+        None, description="Makes the draw repeatable."
+    )
+    stop: Stop | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
+    response_format: ResponseFormat | None = None
+    grammar: Annotated[str, Field(min_length=1, max_length=65536)] | None = Field(
+        None, description="Extension: a grammar the reply follows."
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = Field(None, description="Accepted and not used.")
 
 
-MODELS = _listing(MODEL)
-PATCHES = _listing(PATCH, system_fingerprint=TEXT)
-HEALTH = _object(
-    {
-        "status": {"type": "string", "enum": ["loading", "ok", "stopping", "failed"]},
-        "notes": {"type": "array", "items": {"type": "string"}},
-    },
-    ("status",),
-)
+class ChatCompletionRequest(SampledRequest):
+    """A request to ``/v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    max_tokens: MaxTokens | None = Field(None, description="Default: as many as the context holds.")
+    max_completion_tokens: MaxTokens | None = Field(None, description="The same as max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+
+
+class CompletionRequest(SampledRequest):
+    """A request to ``/v1/completions``."""
+
+    prompt: Annotated[
+        Annotated[Prompt, Tag("<text>")]
+        | Annotated[TokenIds, Tag("<list>")]
+        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<lists>")],
+        _by_shape(_tag_of_prompt),
+    ] = Field(description="Text, token ids, or a list of either. No chat template is applied.")
+    max_tokens: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = Field(
+        None, description="Default 16; 0 only with echo."
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+    echo: bool | None = Field(None, description="Put the prompt, and its logprobs if asked for, in front of the reply.")
+
+
+_building = threading.Lock()
+
+
+def build_models() -> None:
+    """Builds the validators, once, at the first request; two threads must not do it at the same time."""
+    with _building:
+        for model in (ChatCompletionRequest, CompletionRequest):
+            model.model_rebuild()

@@ -1,180 +1,99 @@
-"""The part of JSON Schema that the request schemas use, so that what is published is what is checked."""
+"""Checks requests, and says in one sentence which field cannot be used, what was expected there and what was found."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-Schema = Mapping[str, Any]
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-    "null": type(None),
+from edgepatch.server.refusals import Refusal
+from edgepatch.server.schemas import RequestModel, as_integer, build_models
+
+Model = TypeVar("Model", bound=RequestModel)
+
+EXPECTED = {
+    "string_type": "text",
+    "string_unicode": "valid Unicode",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "a boolean",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "none_required": "null",
+    "literal_error": "{expected}",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "greater_than": "more than {gt}",
+    "string_pattern_mismatch": "text like {pattern}",
+    "string_too_short": "at least {min_length} characters",
+    "string_too_long": "at most {max_length} characters",
+    "too_long": "at most {max_length} entries",
+    "too_short": "at least {min_length} entries",
 }
-NAMES = {
+"""The kinds of problems that pydantic finds -> what was expected; those that the schemas raise bring it along."""
+
+TAGS = {"wrong_role": "role", "wrong_type": "type"}
+"""Kinds of problems with the field that tells one kind of object from others -> that field."""
+
+LENGTHS = ("string_too_short", "string_too_long", "too_short", "too_long", "too_many")
+KINDS = {
     dict: "an object",
     list: "a list",
-    str: "text",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
-    type(None): "null",
 }
-MAX_SHOWN = 60
-NESTED_FIT = 2
+MAX_EXCERPT = 60
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The first thing that is wrong with a value.
+def checked(model: type[Model], values: dict[str, Any]) -> Model:
+    """The request that a body holds.
 
-    Attributes:
-        path: where it lies ("messages.0.role").
-        message: expected and found.
-        code: "unknown_field", "missing_field" or "invalid_value".
-        kind: a wrong "type" or "tag" (a ``const``) says that another alternative was meant; anything else is a wrong "value".
+    Raises:
+        Refusal: a field is unknown, missing or cannot be used; the first one is named.
     """
+    build_models()
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        # There are few, whatever a client sends: an unknown field is looked for first, and lists end with their first problem.
+        raise _refusal(error.errors(include_url=False)[0]) from None
 
-    path: str
-    message: str
-    code: str = "invalid_value"
-    kind: Literal["type", "tag", "value"] = "value"
 
-
-def shown(value: object) -> str:
+def excerpt(value: object) -> str:
     """A value as an error message names it: short, and without what a client might have put there in bulk."""
     if isinstance(value, (dict, list)):
-        return f"{NAMES[type(value)]} of {len(value)}"
+        return f"{KINDS[type(value)]} of {len(value)}"
     text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return text if len(text) <= MAX_EXCERPT else f"{text[:MAX_EXCERPT]}..."
 
 
-def first_problem(value: object, schema: Schema, path: str = "") -> Problem | None:
-    """What is wrong with a value, or ``None``."""
-    return next(_problems(value, schema, path), None)
+def _refusal(problem: ErrorDetails) -> Refusal:
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    field, expected = context.get("field", ""), EXPECTED.get(kind, problem["msg"])
+    if kind in TAGS and isinstance(value, dict):
+        field = TAGS[kind]
+    elif kind in TAGS:
+        expected = "an object"
+    path = _path([*problem["loc"], field] if field else problem["loc"])
+    if kind == "missing" or (kind in TAGS and field and field not in value):
+        return Refusal(400, f"{path}: the field {path} is missing", path, "missing_field")
+    if kind == "unknown_field":
+        return Refusal(400, f"{path}: unknown field {excerpt(field)}: expected {expected}", path, kind)
+    bounds = {name: as_integer(bound) for name, bound in context.items()}  # "at most 2", not "2.0"
+    message = f"expected {expected.format(**bounds)}, found {_found(kind, value[field] if field else value)}"
+    return Refusal(400, f"{path}: {message}" if path else message, path, "invalid_value")
 
 
-def _matches(value: object, name: str) -> bool:
-    if name in ("integer", "number") and isinstance(value, bool):
-        return False
-    if name == "integer" and isinstance(value, float):
-        return value.is_integer()  # JSON has one kind of number: 1.0 is an integer
-    return isinstance(value, TYPES[name])
+def _found(kind: str, value: Any) -> str:
+    if kind == "string_unicode":
+        return "an unpaired surrogate"
+    if kind in LENGTHS:
+        return str(len(value) or "none: it is empty")
+    return excerpt(value)
 
 
-def _problems(value: object, schema: Schema, path: str) -> Iterator[Problem]:
-    if "anyOf" in schema:
-        yield from _of_alternatives(value, schema["anyOf"], path)
-        return
-    if "const" in schema and value != schema["const"]:
-        yield Problem(path, f"expected {schema['const']!r}, found {shown(value)}", kind="tag")
-    if "enum" in schema and value not in schema["enum"]:
-        wanted = ", ".join(repr(v) for v in schema["enum"] if v is not None)
-        yield Problem(path, f"expected one of {wanted}, found {shown(value)}")
-    names = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type", [])
-    if names and not any(_matches(value, name) for name in names):
-        yield Problem(
-            path, f"expected {' or '.join(n for n in names if n != 'null')}, found {shown(value)}", kind="type"
-        )
-    elif isinstance(value, dict):
-        yield from _of_object(value, schema, path)
-    elif isinstance(value, list):
-        yield from _of_list(value, schema, path)
-    elif isinstance(value, str):
-        yield from _of_text(value, schema, path)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield from _of_number(value, schema, path)
-
-
-def _of_alternatives(value: object, schemas: list[Schema], path: str) -> Iterator[Problem]:
-    problems = [first_problem(value, schema, path) for schema in schemas]
-    found = [problem for problem in problems if problem is not None]
-    if len(found) < len(schemas):
-        return
-    best = max(_fit(problem, path) for problem in found)
-    meant = [problem for problem in found if _fit(problem, path) == best]
-    if best >= NESTED_FIT:
-        yield meant[0]
-        return
-    wanted = dict.fromkeys(p.message.removeprefix("expected ").split(", found ")[0] for p in meant)
-    last = meant[0].message.split(", found ")[-1]
-    yield Problem(meant[0].path, f"expected {' or '.join(wanted)}, found {last}", kind=meant[0].kind)
-
-
-def _fit(problem: Problem, path: str) -> int:
-    """How near a value comes to the alternative in which it has this problem."""
-    depth = problem.path.count(".") - path.count(".") + (not path and bool(problem.path))
-    if problem.kind == "type":
-        return NESTED_FIT if depth else 0
-    return 1 if problem.kind == "tag" and depth <= 1 else NESTED_FIT + 1
-
-
-def _of_object(value: dict[str, object], schema: Schema, path: str) -> Iterator[Problem]:
-    properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-    tags = [name for name in properties if "const" in properties[name]]
-    for name in [*tags, *(n for n in value if n not in tags)]:
-        inner = f"{path}.{name}" if path else name
-        if name in properties:
-            if name in value:
-                yield from _problems(value[name], properties[name], inner)
-            continue
-        if others is False:
-            yield Problem(
-                inner, f"unknown field {shown(name)}: expected one of {', '.join(properties)}", "unknown_field"
-            )
-            continue
-        pattern = schema.get("propertyNames", {}).get("pattern")
-        if pattern and not re.search(pattern, name):
-            yield Problem(inner, f"expected a name like {pattern}, found {shown(name)}")
-        if isinstance(others, Mapping):
-            yield from _problems(value[name], others, inner)
-    for name in schema.get("required", ()):
-        if name not in value:
-            inner = f"{path}.{name}" if path else name
-            yield Problem(inner, f"the field {inner} is missing", "missing_field")
-    if len(value) > schema.get("maxProperties", math.inf):
-        yield Problem(path, f"expected at most {schema['maxProperties']} entries, found {len(value)}")
-
-
-def _of_list(value: list[object], schema: Schema, path: str) -> Iterator[Problem]:
-    yield from _of_length(len(value), "Items", "entries", schema, path)
-    for i, entry in enumerate(value if "items" in schema else ()):
-        yield from _problems(entry, schema["items"], f"{path}.{i}" if path else str(i))
-
-
-def _of_length(length: int, suffix: str, unit: str, schema: Schema, path: str) -> Iterator[Problem]:
-    least, most = schema.get(f"min{suffix}", 0), schema.get(f"max{suffix}", math.inf)
-    if length < least:
-        yield Problem(path, f"expected at least {least} {unit}, found {length or 'none: it is empty'}")
-    if length > most:
-        yield Problem(path, f"expected at most {most} {unit}, found {length}")
-
-
-def _of_text(value: str, schema: Schema, path: str) -> Iterator[Problem]:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        yield Problem(path, "expected valid Unicode, found an unpaired surrogate")
-    yield from _of_length(len(value), "Length", "characters", schema, path)
-    if "pattern" in schema and not re.search(schema["pattern"], value):
-        yield Problem(path, f"expected text like {schema['pattern']}, found {shown(value)}")
-
-
-def _of_number(value: float, schema: Schema, path: str) -> Iterator[Problem]:
-    if not math.isfinite(value):
-        yield Problem(path, f"expected a finite number, found {value}")
-    least, most, above = (schema.get(key) for key in ("minimum", "maximum", "exclusiveMinimum"))
-    if least is not None and value < least:
-        yield Problem(path, f"expected at least {least}, found {value}")
-    if most is not None and value > most:
-        yield Problem(path, f"expected at most {most}, found {value}")
-    if above is not None and value <= above:
-        yield Problem(path, f"expected more than {above}, found {value}")
+def _path(parts: Any) -> str:
+    """Names and places from the body down ("messages.0.role"), without the marks of pydantic's own: tags, and "[key]"."""
+    names = [str(part) for part in parts if not (isinstance(part, str) and part[:1] + part[-1:] in ("<>", "[]"))]
+    return ".".join(name if len(name) <= MAX_EXCERPT else f"{name[:MAX_EXCERPT]}..." for name in names)
