@@ -41,12 +41,9 @@ class TopLogprob(TypedDict):
 
 
 @with_config(CLOSED)
-class ChatTokenLogprob(TypedDict):
+class ChatTokenLogprob(TopLogprob):
     """A token that the model drew."""
 
-    token: str
-    logprob: float
-    bytes: list[Count]
     top_logprobs: list[TopLogprob]
 
 

@@ -1,4 +1,4 @@
-"""What requests may hold. The models are closed and strict: a field that is not here is refused, and text is no number.
+"""What requests may hold: a field that is not here is refused, and text is no number.
 
 No field names a place in the cache, and none ever may: the patch lies in front of everything a client can address.
 """
@@ -6,12 +6,11 @@ No field names a place in the cache, and none ever may: the patch lies in front 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, Tag
+
+from edgepatch.server.request_models import WHOLE, RequestModel, Text, by_shape, by_tag, problem
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
@@ -20,62 +19,10 @@ MAX_BIASES = 1024
 INT32 = 2**31 - 1
 
 
-def _problem(kind: str, expected: str, **context: str) -> PydanticCustomError:
-    """A problem that pydantic has no check for; `edgepatch.server.validation` puts its sentence together."""
-    # pydantic cannot carry halves of characters, which a field's name may hold.
-    safe = {name: text.encode("utf-8", "backslashreplace").decode("utf-8") for name, text in context.items()}
-    return PydanticCustomError(kind, expected, safe)
-
-
-class RequestModel(BaseModel):
-    """An object in a request. What a client adds is looked for first, so that many unknown fields are no more work than one."""
-
-    # Built by `build_models`, not at import: a server that starts needs none of them yet.
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _require_known_fields(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        names, tags = _fields_of(cls)
-        for name, tag in tags.items():
-            # A wrong tag says that another kind of object was meant, whose fields are no surprise then.
-            if name in value and value[name] != tag:
-                raise _problem(f"wrong_{name}", repr(tag))
-        unknown = next((name for name in value if name not in names), None)
-        if unknown is not None:
-            raise _problem("unknown_field", f"one of {', '.join(names)}", field=unknown)
-        return value
-
-
-@cache
-def _fields_of(model: type[RequestModel]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The names of an object's fields, and the values of those that tell it from other objects."""
-    fields = model.model_fields
-    tags = {
-        name: get_args(field.annotation)[0] for name, field in fields.items() if get_origin(field.annotation) is Literal
-    }
-    return tuple(field.alias or name for name, field in fields.items()), tags
-
-
-def _require_unicode(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _problem("string_unicode", "valid Unicode") from None
-    return text
-
-
-def as_integer(value: object) -> object:
-    """JSON has one kind of number: 1.0 is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _require_few_biases(value: object) -> object:
     """Before each of them is looked at."""
     if isinstance(value, dict) and len(value) > MAX_BIASES:
-        raise _problem("too_many", f"at most {MAX_BIASES} entries")
+        raise problem("too_many", f"at most {MAX_BIASES} entries")
     return value
 
 
@@ -89,23 +36,6 @@ def _tag_of_prompt(value: object) -> str | None:
     return "<texts>" if isinstance(value[0], str) else "<lists>" if isinstance(value[0], list) else "<list>"
 
 
-def _by_shape(choose: Callable[[object], str | None]) -> Discriminator:
-    """Alternatives that are told apart by what kind of value they are. Tags are in brackets, as no field's name is."""
-    return Discriminator(choose, "wrong_shape", "text or a list")
-
-
-def _by_tag(field: str, *tags: str) -> Discriminator:
-    """Objects that are told apart by the value of one field."""
-
-    def choose(value: object) -> str | None:
-        tag = value.get(field) if isinstance(value, dict) else None
-        return f"<{tag}>" if isinstance(tag, str) and tag in tags else None
-
-    return Discriminator(choose, f"wrong_{field}", " or ".join(map(repr, tags)))
-
-
-WHOLE = BeforeValidator(as_integer)
-Text = Annotated[str, AfterValidator(_require_unicode)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 MaxTokens = Annotated[int, Field(ge=1, le=INT32), WHOLE]
 TokenId = Annotated[int, Field(ge=0, le=INT32), WHOLE]
@@ -121,7 +51,7 @@ class TextPart(RequestModel):
 
 
 TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
-Content = Annotated[Annotated[Text, Tag("<text>")] | Annotated[TextParts, Tag("<list>")], _by_shape(_tag_of_content)]
+Content = Annotated[Annotated[Text, Tag("<text>")] | Annotated[TextParts, Tag("<list>")], by_shape(_tag_of_content)]
 
 
 class CalledFunction(RequestModel):
@@ -139,26 +69,10 @@ class ToolCall(RequestModel):
     function: CalledFunction
 
 
-class SystemMessage(RequestModel):
-    """What holds for the whole conversation."""
+class PlainMessage(RequestModel):
+    """A turn of the user, or what holds for the whole conversation; "developer" is OpenAI's newer word for "system"."""
 
-    role: Literal["system"]
-    content: Content
-    name: Name | None = None
-
-
-class DeveloperMessage(RequestModel):
-    """OpenAI's newer word for a system message."""
-
-    role: Literal["developer"]
-    content: Content
-    name: Name | None = None
-
-
-class UserMessage(RequestModel):
-    """A turn of the user."""
-
-    role: Literal["user"]
+    role: Literal["system", "developer", "user"]
     content: Content
     name: Name | None = None
 
@@ -182,13 +96,12 @@ class ToolMessage(RequestModel):
     tool_call_id: Name
 
 
+ROLES = dict.fromkeys(("system", "developer", "user"), "<plain>") | {"assistant": "<assistant>", "tool": "<tool>"}
 ChatMessage = Annotated[
-    Annotated[SystemMessage, Tag("<system>")]
-    | Annotated[DeveloperMessage, Tag("<developer>")]
-    | Annotated[UserMessage, Tag("<user>")]
+    Annotated[PlainMessage, Tag("<plain>")]
     | Annotated[AssistantMessage, Tag("<assistant>")]
     | Annotated[ToolMessage, Tag("<tool>")],
-    _by_tag("role", "system", "developer", "user", "assistant", "tool"),
+    by_tag("role", ROLES),
 ]
 
 
@@ -240,10 +153,10 @@ ResponseFormat = Annotated[
     Annotated[TextFormat, Tag("<text>")]
     | Annotated[JsonObjectFormat, Tag("<json_object>")]
     | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
-    _by_tag("type", "text", "json_object", "json_schema"),
+    by_tag("type", {"text": "<text>", "json_object": "<json_object>", "json_schema": "<json_schema>"}),
 ]
 StopTexts = Annotated[list[Name], Field(max_length=16, fail_fast=True)]
-Stop = Annotated[Annotated[Name, Tag("<text>")] | Annotated[StopTexts, Tag("<list>")], _by_shape(_tag_of_content)]
+Stop = Annotated[Annotated[Name, Tag("<text>")] | Annotated[StopTexts, Tag("<list>")], by_shape(_tag_of_content)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
@@ -312,7 +225,7 @@ class CompletionRequest(SampledRequest):
         | Annotated[TokenIds, Tag("<list>")]
         | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<lists>")],
-        _by_shape(_tag_of_prompt),
+        by_shape(_tag_of_prompt),
     ] = Field(description="Text, token ids, or a list of either. No chat template is applied.")
     max_tokens: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = Field(
         None, description="Default 16; 0 only with echo."

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from edgepatch.server.refusals import Refusal
-from edgepatch.server.schemas import RequestModel, as_integer, build_models
+from edgepatch.server.request_models import RequestModel, as_integer
+from edgepatch.server.schemas import build_models
 
 Model = TypeVar("Model", bound=RequestModel)
 
