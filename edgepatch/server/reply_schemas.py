@@ -7,22 +7,23 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict  # pydantic reads `typing`'s own only from Python 3.12 on
 
-CLOSED = ConfigDict(extra="forbid")
-
 Count = Annotated[int, Field(ge=0)]
 FinishReason = Literal["stop", "length", "tool_calls"] | None
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{12}[+]([0-9a-f]{12}|bare)$")]
 
 
-@with_config(CLOSED)
-class PromptTokensDetails(TypedDict):
+@with_config(ConfigDict(extra="forbid"))
+class Reply(TypedDict):
+    """What all have in common: they are closed."""
+
+
+class PromptTokensDetails(Reply):
     """Of the tokens of the prompts, those that were not evaluated again."""
 
     cached_tokens: Count
 
 
-@with_config(CLOSED)
-class Usage(TypedDict):
+class Usage(Reply):
     """Tokens that were read and generated."""
 
     prompt_tokens: Count
@@ -31,8 +32,7 @@ class Usage(TypedDict):
     prompt_tokens_details: PromptTokensDetails
 
 
-@with_config(CLOSED)
-class TopLogprob(TypedDict):
+class TopLogprob(Reply):
     """A token that the model could have drawn."""
 
     token: str
@@ -40,22 +40,19 @@ class TopLogprob(TypedDict):
     bytes: list[Count]
 
 
-@with_config(CLOSED)
 class ChatTokenLogprob(TopLogprob):
     """A token that the model drew."""
 
     top_logprobs: list[TopLogprob]
 
 
-@with_config(CLOSED)
-class ChatLogprobs(TypedDict):
+class ChatLogprobs(Reply):
     """Log-probabilities of the reply's tokens."""
 
     content: list[ChatTokenLogprob]
 
 
-@with_config(CLOSED)
-class CompletionLogprobs(TypedDict):
+class CompletionLogprobs(Reply):
     """Log-probabilities of the tokens of reply and prompt, a list for each property of theirs."""
 
     tokens: list[str]
@@ -64,16 +61,14 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[Count]
 
 
-@with_config(CLOSED)
-class ReplyFunction(TypedDict):
+class ReplyFunction(Reply):
     """A function with its arguments."""
 
     name: str
     arguments: Annotated[str, Field(description="A JSON object as text.")]
 
 
-@with_config(CLOSED)
-class ReplyToolCall(TypedDict):
+class ReplyToolCall(Reply):
     """A call of a tool; chunks number them."""
 
     id: str
@@ -82,8 +77,7 @@ class ReplyToolCall(TypedDict):
     index: NotRequired[Count]
 
 
-@with_config(CLOSED)
-class ReplyMessage(TypedDict):
+class ReplyMessage(Reply):
     """The model's turn."""
 
     role: Literal["assistant"]
@@ -91,8 +85,7 @@ class ReplyMessage(TypedDict):
     tool_calls: NotRequired[list[ReplyToolCall]]
 
 
-@with_config(CLOSED)
-class Delta(TypedDict, total=False):
+class Delta(Reply, total=False):
     """What a chunk adds to the model's turn."""
 
     role: Literal["assistant"]
@@ -100,8 +93,7 @@ class Delta(TypedDict, total=False):
     tool_calls: list[ReplyToolCall]
 
 
-@with_config(CLOSED)
-class ChatChoice(TypedDict):
+class ChatChoice(Reply):
     """One of the model's turns."""
 
     index: Count
@@ -110,8 +102,7 @@ class ChatChoice(TypedDict):
     finish_reason: NotRequired[FinishReason]
 
 
-@with_config(CLOSED)
-class ChatChunkChoice(TypedDict):
+class ChatChunkChoice(Reply):
     """What a chunk adds to one of the model's turns."""
 
     index: Count
@@ -120,8 +111,7 @@ class ChatChunkChoice(TypedDict):
     finish_reason: NotRequired[FinishReason]
 
 
-@with_config(CLOSED)
-class CompletionChoice(TypedDict):
+class CompletionChoice(Reply):
     """One continuation, or what a chunk adds to it."""
 
     index: Count
@@ -130,7 +120,7 @@ class CompletionChoice(TypedDict):
     finish_reason: NotRequired[FinishReason]
 
 
-class Envelope(TypedDict):
+class Envelope(Reply):
     """What all replies begin with."""
 
     id: str
@@ -139,7 +129,6 @@ class Envelope(TypedDict):
     system_fingerprint: Fingerprint
 
 
-@with_config(CLOSED)
 class ChatCompletion(Envelope):
     """A reply of ``/v1/chat/completions``."""
 
@@ -148,7 +137,6 @@ class ChatCompletion(Envelope):
     usage: Usage
 
 
-@with_config(CLOSED)
 class ChatCompletionChunk(Envelope):
     """An event of a streamed reply of ``/v1/chat/completions``."""
 
@@ -157,7 +145,6 @@ class ChatCompletionChunk(Envelope):
     usage: NotRequired[Usage | None]
 
 
-@with_config(CLOSED)
 class Completion(Envelope):
     """A reply of ``/v1/completions``."""
 
@@ -166,7 +153,6 @@ class Completion(Envelope):
     usage: Usage
 
 
-@with_config(CLOSED)
 class CompletionChunk(Envelope):
     """An event of a streamed reply of ``/v1/completions``."""
 
@@ -175,8 +161,7 @@ class CompletionChunk(Envelope):
     usage: NotRequired[Usage | None]
 
 
-@with_config(CLOSED)
-class ErrorDetails(TypedDict):
+class ErrorDetails(Reply):
     """Why a request is not served."""
 
     message: str
@@ -185,15 +170,13 @@ class ErrorDetails(TypedDict):
     code: str | None
 
 
-@with_config(CLOSED)
-class Error(TypedDict):
+class Error(Reply):
     """The reply to a request that is not served."""
 
     error: ErrorDetails
 
 
-@with_config(CLOSED)
-class Model(TypedDict):
+class Model(Reply):
     """The served model."""
 
     id: str
@@ -202,16 +185,14 @@ class Model(TypedDict):
     owned_by: str
 
 
-@with_config(CLOSED)
-class Models(TypedDict):
+class Models(Reply):
     """The list of the one served model."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-@with_config(CLOSED)
-class Patch(TypedDict):
+class Patch(Reply):
     """A patch, and how its seed came into the cache."""
 
     object: Literal["patch"]
@@ -223,8 +204,7 @@ class Patch(TypedDict):
     seed_route: str
 
 
-@with_config(CLOSED)
-class Patches(TypedDict):
+class Patches(Reply):
     """The active patch, or none."""
 
     object: Literal["list"]
@@ -232,8 +212,7 @@ class Patches(TypedDict):
     system_fingerprint: str
 
 
-@with_config(CLOSED)
-class Health(TypedDict):
+class Health(Reply):
     """Whether the server can answer."""
 
     status: Literal["loading", "ok", "stopping", "failed"]
