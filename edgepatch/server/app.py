@@ -43,12 +43,21 @@ def _lifespan(service: Service) -> Callable[[Starlette], Any]:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.scheduler.start()
+        building = asyncio.get_running_loop().run_in_executor(None, _build_models)
         yield
+        await building
         service.text_threads.close()
         service.scheduler.drain(0)
         service.scheduler.join(JOIN_S)
 
     return lifespan
+
+
+def _build_models() -> None:
+    """While the model loads: pydantic is no part of the way to the first `/health`."""
+    from edgepatch.server import schemas
+
+    schemas.build_models()
 
 
 def _document() -> dict[str, Any]:

@@ -20,7 +20,7 @@ def problem(kind: str, expected: str, **context: str) -> PydanticCustomError:
 class RequestModel(BaseModel):
     """An object in a request. What a client adds is looked for first, so that many unknown fields are no more work than one."""
 
-    # Built by `build_models`, not at import: a server that starts needs none of them yet.
+    # Built by `build_models`, which the server calls while the model loads, or at the first use.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="before")

@@ -8,25 +8,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepatch.decoding.constraints import Constraint
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
+from edgepatch.server.limits import INT32, MAX_PROMPTS
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
-from edgepatch.server.schemas import (
-    INT32,
-    MAX_PROMPTS,
-    ChatCompletionRequest,
-    CompletionRequest,
-    JsonObjectFormat,
-    JsonSchemaFormat,
-    SampledRequest,
-)
-from edgepatch.server.validation import checked
 from edgepatch.text.limits import TooLongError
 from edgepatch.text.messages import texts_in
+
+if TYPE_CHECKING:
+    from edgepatch.server.schemas import SampledRequest
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for ``/v1/completions``."""
@@ -186,7 +180,9 @@ def parse_chat(values: dict[str, Any]) -> Order:
     Raises:
         Refusal: a field is unknown or cannot be used, named with what was expected.
     """
-    request = checked(ChatCompletionRequest, values)
+    from edgepatch.server import schemas, validation
+
+    request = validation.checked(schemas.ChatCompletionRequest, values)
     limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise _refuse("max_completion_tokens", "expected the same value as max_tokens, or one of them alone")
@@ -205,7 +201,9 @@ def parse_completion(values: dict[str, Any]) -> Order:
     Raises:
         Refusal: a field is unknown or cannot be used, named with what was expected.
     """
-    request = checked(CompletionRequest, values)
+    from edgepatch.server import schemas, validation
+
+    request = validation.checked(schemas.CompletionRequest, values)
     prompt, max_new_tokens = request.prompt, request.max_tokens
     if max_new_tokens is None:
         max_new_tokens = COMPLETION_TOKENS
@@ -256,9 +254,9 @@ def _constraint(request: SampledRequest) -> Constraint | None:
         raise _refuse("grammar", f"expected it alone, found it beside response_format {reply.type}")
     if request.grammar is not None:
         return Constraint("grammar", request.grammar)
-    if isinstance(reply, JsonSchemaFormat):
+    if reply is not None and reply.type == "json_schema":
         return Constraint("json_schema", json.dumps(reply.json_schema.definition, ensure_ascii=False))
-    return Constraint("json_object") if isinstance(reply, JsonObjectFormat) else None
+    return Constraint("json_object") if reply is not None and reply.type == "json_object" else None
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

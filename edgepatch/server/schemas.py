@@ -10,13 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
+from edgepatch.server.limits import INT32, MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
 from edgepatch.server.request_models import WHOLE, RequestModel, Text, by_shape, by_tag, problem
-
-MAX_CHOICES = 8
-MAX_PROMPTS = 64
-MAX_LOGPROBS = 20
-MAX_BIASES = 1024
-INT32 = 2**31 - 1
 
 
 def _require_few_biases(value: object) -> object:
@@ -238,7 +233,7 @@ _building = threading.Lock()
 
 
 def build_models() -> None:
-    """Builds the validators, once, at the first request; two threads must not do it at the same time."""
+    """Builds the validators, once; two threads must not do it at the same time."""
     with _building:
         for model in (ChatCompletionRequest, CompletionRequest):
             model.model_rebuild()

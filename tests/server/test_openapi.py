@@ -16,8 +16,9 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 from edgepatch.runtimes import load_runtime
 from edgepatch.server import openapi
 from edgepatch.server.app import routes
+from edgepatch.server.limits import MAX_BIASES
 from edgepatch.server.refusals import Refusal
-from edgepatch.server.schemas import MAX_BIASES, ChatCompletionRequest, CompletionRequest
+from edgepatch.server.schemas import ChatCompletionRequest, CompletionRequest
 from edgepatch.server.validation import checked
 from kit.serving import KEY, MODEL, running
 
