@@ -55,13 +55,13 @@ def _lifespan(service: Service) -> Callable[[Starlette], Any]:
 
 def _build_models() -> None:
     """While the model loads: pydantic is no part of the way to the first `/health`."""
-    from edgepatch.server import schemas
+    from edgepatch.server.schemas.requests import build_models
 
-    schemas.build_models()
+    build_models()
 
 
 def _document() -> dict[str, Any]:
-    from edgepatch.server import openapi  # what makes the document is needed when somebody asks for it
+    from edgepatch.server.schemas import openapi  # what makes the document is needed when somebody asks for it
 
     return openapi.document()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgepatch.runtimes.base import Runtime
 
 if TYPE_CHECKING:
-    from edgepatch.server.reply_schemas import Model, Patch
+    from edgepatch.server.schemas.replies import Model, Patch
 
 
 class ServedModel:

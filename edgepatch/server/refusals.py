@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgepatch.errors import EdgepatchError, InputError
 
 if TYPE_CHECKING:
-    from edgepatch.server.reply_schemas import Error, ErrorDetails
+    from edgepatch.server.schemas.replies import Error, ErrorDetails
 
 KINDS = {
     400: "invalid_request_error",

@@ -19,7 +19,7 @@ from edgepatch.server.requests import Order
 from edgepatch.server.tool_streams import ToolStream
 
 if TYPE_CHECKING:
-    from edgepatch.server.reply_schemas import CompletionLogprobs, Usage
+    from edgepatch.server.schemas.replies import CompletionLogprobs, Usage
 
 DONE = b"data: [DONE]\n\n"
 

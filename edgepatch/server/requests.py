@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from edgepatch.decoding.constraints import Constraint
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.server.limits import INT32, MAX_PROMPTS
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
+from edgepatch.server.schemas.limits import INT32, MAX_PROMPTS
 from edgepatch.text.limits import TooLongError
 from edgepatch.text.messages import texts_in
 
 if TYPE_CHECKING:
-    from edgepatch.server.schemas import SampledRequest
+    from edgepatch.server.schemas.requests import SampledRequest
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for ``/v1/completions``."""
@@ -180,9 +180,9 @@ def parse_chat(values: dict[str, Any]) -> Order:
     Raises:
         Refusal: a field is unknown or cannot be used, named with what was expected.
     """
-    from edgepatch.server import schemas, validation
+    from edgepatch.server.schemas import requests, validation
 
-    request = validation.checked(schemas.ChatCompletionRequest, values)
+    request = validation.checked(requests.ChatCompletionRequest, values)
     limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise _refuse("max_completion_tokens", "expected the same value as max_tokens, or one of them alone")
@@ -201,9 +201,9 @@ def parse_completion(values: dict[str, Any]) -> Order:
     Raises:
         Refusal: a field is unknown or cannot be used, named with what was expected.
     """
-    from edgepatch.server import schemas, validation
+    from edgepatch.server.schemas import requests, validation
 
-    request = validation.checked(schemas.CompletionRequest, values)
+    request = validation.checked(requests.CompletionRequest, values)
     prompt, max_new_tokens = request.prompt, request.max_tokens
     if max_new_tokens is None:
         max_new_tokens = COMPLETION_TOKENS

@@ -14,12 +14,12 @@ from schemathesis.specs.openapi import checks
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
 from edgepatch.runtimes import load_runtime
-from edgepatch.server import openapi
 from edgepatch.server.app import routes
-from edgepatch.server.limits import MAX_BIASES
 from edgepatch.server.refusals import Refusal
-from edgepatch.server.schemas import ChatCompletionRequest, CompletionRequest
-from edgepatch.server.validation import checked
+from edgepatch.server.schemas import openapi
+from edgepatch.server.schemas.limits import MAX_BIASES
+from edgepatch.server.schemas.requests import ChatCompletionRequest, CompletionRequest
+from edgepatch.server.schemas.validation import checked
 from kit.serving import KEY, MODEL, running
 
 EXAMPLES = 40

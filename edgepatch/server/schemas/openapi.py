@@ -9,21 +9,21 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 
 import edgepatch
-from edgepatch.server import reply_schemas, schemas
 from edgepatch.server.refusals import KINDS
+from edgepatch.server.schemas import replies, requests
 
 COMPONENTS = (
-    schemas.ChatCompletionRequest,
-    reply_schemas.ChatCompletion,
-    reply_schemas.ChatCompletionChunk,
-    schemas.CompletionRequest,
-    reply_schemas.Completion,
-    reply_schemas.CompletionChunk,
-    reply_schemas.Error,
-    reply_schemas.Health,
-    reply_schemas.Model,
-    reply_schemas.Models,
-    reply_schemas.Patches,
+    requests.ChatCompletionRequest,
+    replies.ChatCompletion,
+    replies.ChatCompletionChunk,
+    requests.CompletionRequest,
+    replies.Completion,
+    replies.CompletionChunk,
+    replies.Error,
+    replies.Health,
+    replies.Model,
+    replies.Models,
+    replies.Patches,
 )
 """Types of whole bodies; what they hold comes along."""
 
@@ -58,7 +58,7 @@ def json_schemas(ref_template: str = "#/components/schemas/{model}") -> dict[str
     Args:
         ref_template: how they refer to each other.
     """
-    schemas.build_models()
+    requests.build_models()
     adapters: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = [
         (body.__name__, "validation", TypeAdapter(body)) for body in COMPONENTS
     ]

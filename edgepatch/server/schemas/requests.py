@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
-from edgepatch.server.limits import INT32, MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
-from edgepatch.server.request_models import WHOLE, RequestModel, Text, by_shape, by_tag, problem
+from edgepatch.server.schemas.base import WHOLE, RequestModel, Text, by_shape, by_tag, problem
+from edgepatch.server.schemas.limits import INT32, MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
 
 
 def _require_few_biases(value: object) -> object:

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 
 def problem(kind: str, expected: str, **context: str) -> PydanticCustomError:
-    """A problem that pydantic has no check for; `edgepatch.server.validation` puts its sentence together."""
+    """A problem that pydantic has no check for; `edgepatch.server.schemas.validation` puts its sentence together."""
     # pydantic cannot carry halves of characters, which a field's name may hold.
     safe = {name: text.encode("utf-8", "backslashreplace").decode("utf-8") for name, text in context.items()}
     return PydanticCustomError(kind, expected, safe)

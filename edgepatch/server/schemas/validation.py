@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from edgepatch.server.refusals import Refusal
-from edgepatch.server.request_models import RequestModel, as_integer
-from edgepatch.server.schemas import build_models
+from edgepatch.server.schemas.base import RequestModel, as_integer
+from edgepatch.server.schemas.requests import build_models
 
 Model = TypeVar("Model", bound=RequestModel)
 
@@ -82,11 +82,11 @@ def _refusal(problem: ErrorDetails) -> Refusal:
     if kind == "unknown_field":
         return Refusal(400, f"{path}: unknown field {excerpt(field)}: expected {expected}", path, kind)
     bounds = {name: as_integer(bound) for name, bound in context.items()}  # "at most 2", not "2.0"
-    message = f"expected {expected.format(**bounds)}, found {_found(kind, value[field] if field else value)}"
+    message = f"expected {expected.format(**bounds)}, found {_actual(kind, value[field] if field else value)}"
     return Refusal(400, f"{path}: {message}" if path else message, path, "invalid_value")
 
 
-def _found(kind: str, value: Any) -> str:
+def _actual(kind: str, value: Any) -> str:
     if kind == "string_unicode":
         return "an unpaired surrogate"
     if kind in LENGTHS:
