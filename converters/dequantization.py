@@ -107,9 +107,9 @@ def _write_folder(header: GGUFHeader, spec: ModelSpec, folder: Path, dtype: str,
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(origin), encoding="utf-8")
     write_weights(folder, tensors, dtype, progress)
-    found = folders.read_spec(folder)
-    if found != spec:
-        wrong = [name for name, value in spec.as_dict().items() if found.as_dict()[name] != value]
+    actual = folders.read_spec(folder)
+    if actual != spec:
+        wrong = [name for name, value in spec.as_dict().items() if actual.as_dict()[name] != value]
         raise InputError(
             f"{header.path}: the Transformers folder would be another model: {', '.join(wrong)} would differ",
             hint="take the Transformers folder that the file was made from",

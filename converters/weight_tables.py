@@ -155,8 +155,8 @@ def weight_files(folder: Path) -> list[Path]:
         names = [SINGLE_FILE] if single else sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        found = f", found the pickle {pickles[0]}, which can run code when it is read" if pickles else ""
-        raise InputError(f"no safetensors weights in {folder}{found}", hint="save the model with safetensors")
+        pickle_note = f", found the pickle {pickles[0]}, which can run code when it is read" if pickles else ""
+        raise InputError(f"no safetensors weights in {folder}{pickle_note}", hint="save the model with safetensors")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(

@@ -122,8 +122,8 @@ def _pattern(step: dict[str, Any]) -> str | None:
     """The regular expression that a step splits by; ``None`` for a step of another kind."""
     kind, behavior, inverted = step.get("type"), step.get("behavior"), bool(step.get("invert"))
     if kind == "Split" and (behavior, inverted) in (("Isolated", False), ("Removed", True)):
-        found: str | None = step["pattern"].get("Regex")
-        return found
+        pattern: str | None = step["pattern"].get("Regex")
+        return pattern
     if kind == "Digits":
         return pre_tokenizers.DIGIT if step.get("individual_digits") else pre_tokenizers.DIGITS
     return pre_tokenizers.PUNCTUATION if kind == "Punctuation" and behavior == "Contiguous" else None
@@ -265,13 +265,17 @@ def _more_ends(reader: FolderTokenizer, eos: int | None, tokens: list[str]) -> l
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Name -> template, "default" first."""
-    given = config.get("chat_template")
-    named = {e.get("name"): e.get("template") for e in given if isinstance(e, dict)} if isinstance(given, list) else {}
-    found = {"default": given} if isinstance(given, str) else named
+    template = config.get("chat_template")
+    named = (
+        {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+        if isinstance(template, list)
+        else {}
+    )
+    templates = {"default": template} if isinstance(template, str) else named
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    found |= {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-    texts = {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+    templates |= {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+    texts = {name: text for name, text in templates.items() if isinstance(name, str) and isinstance(text, str)}
     return dict(sorted(texts.items(), key=lambda entry: entry[0] != "default"))
 
 

@@ -172,8 +172,8 @@ def _norms(file: GraphFile, folder: Path) -> dict[str, NDArray[Any]]:
     Raises:
         InputError: some are missing: exporters rename what they compute with, such as the 1 + weight of Gemma.
     """
-    found = {t.name: file.values(t) for t in file.tensors if NORM.search(t.name) and len(t.shape) == 1}
-    norms = {name: values for name, values in found.items() if values is not None}
+    vectors = {t.name: file.values(t) for t in file.tensors if NORM.search(t.name) and len(t.shape) == 1}
+    norms = {name: values for name, values in vectors.items() if values is not None}
     layers = Counter(int(match[1]) for name in norms if (match := LAYER.search(name)))
     num_layers = int(folders.read_config(folder).get("num_hidden_layers", 0))
     if "model.norm.weight" not in norms or set(layers) != set(range(num_layers)) or len(set(layers.values())) != 1:

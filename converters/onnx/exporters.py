@@ -176,15 +176,15 @@ def export_with_optimum(folder: Path, target: Path, environment: Path) -> None:
         InputError: the environment has no optimum and cannot be made, or the export fails.
     """
     python = optimum_python(environment)
-    with tempfile.TemporaryDirectory() as copy, tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as copy, tempfile.TemporaryDirectory() as exported:
         _write_for_transformers_4(folder, Path(copy))
-        done = _run(str(python), OPTIMUM, [copy, made])
-        if done.returncode or not (Path(made) / MODEL_FILE).is_file():
+        done = _run(str(python), OPTIMUM, [copy, exported])
+        if done.returncode or not (Path(exported) / MODEL_FILE).is_file():
             raise InputError(
                 f"optimum cannot export {folders.read_config(folder).get('architectures')}: {_last_line(done)}",
                 hint="use Transformers' own exporter (--exporter transformers)",
             )
-        for file in Path(made).glob(f"{MODEL_FILE}*"):  # the rest is settings and tokenizer as version 4 sees them
+        for file in Path(exported).glob(f"{MODEL_FILE}*"):  # the rest is settings and tokenizer as version 4 sees them
             shutil.move(str(file), target / file.name)
 
 
@@ -201,11 +201,11 @@ def _write_for_transformers_4(folder: Path, copy: Path) -> None:
 
 def rope_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with its rotary settings where Transformers 4 looks for them."""
-    given = config.get("rope_parameters")
-    if not given:
+    parameters = config.get("rope_parameters")
+    if not parameters:
         return dict(config)
-    full = dict(given.get("full_attention", given))
-    local = given.get("sliding_attention")
+    full = dict(parameters.get("full_attention", parameters))
+    local = parameters.get("sliding_attention")
     rewritten = {key: value for key, value in config.items() if key != "rope_parameters"}
     if "rope_theta" in full:
         rewritten["rope_theta"] = full.pop("rope_theta")

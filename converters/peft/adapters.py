@@ -136,9 +136,9 @@ def _model_settings(peft_type: str, spec: ModelSpec) -> dict[str, int]:
 
 
 def _require_shape_of(config: AdapterConfig, spec: ModelSpec) -> None:
-    wanted = {key: (getattr(config, key), have) for key, have in _model_settings(config.peft_type, spec).items()}
+    settings = {key: (getattr(config, key), have) for key, have in _model_settings(config.peft_type, spec).items()}
     differences: dict[str, tuple[object, object]] = {
-        k: v for k, v in wanted.items() if v[0] is not None and v[0] != v[1]
+        k: v for k, v in settings.items() if v[0] is not None and v[0] != v[1]
     }
     if differences:
         raise MismatchError(differences)
@@ -147,15 +147,15 @@ def _require_shape_of(config: AdapterConfig, spec: ModelSpec) -> None:
 def _read_tensor(path: Path, data: bytes, shape: tuple[int, int]) -> NDArray[Any]:
     """The one tensor; the parser checks that header and file agree before anything is made of either."""
     try:
-        found: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+        tensors: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is damaged or truncated: {error}", hint="get the adapter again") from None
-    if [name for name, _ in found] != [PROMPT_TENSOR]:
-        names = ", ".join(sorted(name for name, _ in found)[:4]) or "none"
+    if [name for name, _ in tensors] != [PROMPT_TENSOR]:
+        names = ", ".join(sorted(name for name, _ in tensors)[:4]) or "none"
         raise InputError(
             f"{path}: expected the tensor {PROMPT_TENSOR} alone, found {names}", hint="get the adapter again"
         )
-    tensor = found[0][1]
+    tensor = tensors[0][1]
     if (found_shape := tuple(tensor["shape"])) != shape:
         raise InputError(
             f"{path}: {PROMPT_TENSOR}: expected {shape}, found {found_shape}", hint="get the adapter again"
@@ -204,8 +204,8 @@ def write_adapter(patch: Patch, folder: Path, base_model_name: str | None = None
 def _source(patch: Patch) -> dict[str, Any]:
     """The record that ``read_adapter`` left, or nothing."""
     source = patch.training.get("source")
-    known = isinstance(source, dict) and source.get("format") == "peft" and source.get("peft_type") in PEFT_TYPES
-    return dict(source) if known and isinstance(source, dict) else {}
+    is_peft = isinstance(source, dict) and source.get("format") == "peft" and source.get("peft_type") in PEFT_TYPES
+    return dict(source) if is_peft and isinstance(source, dict) else {}
 
 
 def _flat_tensor(patch: Patch, peft_type: str) -> NDArray[Any]:

@@ -122,7 +122,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[tuple[str, str], NDArray[np.float32]]:
     """(module, "A" or "B") -> matrix."""
-    found = {}
+    factors = {}
     for name, tensor in _opened(path):
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
@@ -133,10 +133,10 @@ def _read_tensors(path: Path) -> dict[tuple[str, str], NDArray[np.float32]]:
         matrix = np.ascontiguousarray(tensor[:].float().numpy())
         if not np.isfinite(matrix).all():
             raise InputError(f"{path}: {name} holds NaN or infinity", hint="train the adapter again")
-        found[match[1], match[2]] = matrix
-    if not found:
+        factors[match[1], match[2]] = matrix
+    if not factors:
         raise InputError(f"{path}: it holds no tensors", hint="save the adapter again")
-    return found
+    return factors
 
 
 def _shapes(base: Path) -> dict[str, tuple[int, ...]]:
@@ -169,10 +169,10 @@ def _require_fits(folder: Path, lora: LoRA, shapes: Mapping[str, tuple[int, ...]
                 f"{folder}: the base has no weight of its own for {module}", hint="take the base that it was trained on"
             )
         rows, columns = shapes[module]
-        expected, found = ((lora.rank, columns), (rows, lora.rank)), (down.shape, up.shape)
-        if found != expected:
+        expected, actual = ((lora.rank, columns), (rows, lora.rank)), (down.shape, up.shape)
+        if actual != expected:
             raise InputError(
-                f"{folder}: {module}: expected factors {expected}, found {found}",
+                f"{folder}: {module}: expected factors {expected}, found {actual}",
                 hint="take the base that it was trained on",
             )
 

@@ -110,7 +110,7 @@ def _break_up(value: Any, tokens: Sequence[str], mark: str, fence: str) -> Any:
 
     def break_up(value: Any) -> Any:
         if isinstance(value, str):
-            return start.sub(lambda found: fence + found[1] + fence if found[1] in spelled else found[1] + mark, value)
+            return start.sub(lambda match: fence + match[1] + fence if match[1] in spelled else match[1] + mark, value)
         if isinstance(value, Mapping):
             return {break_up(key): break_up(item) for key, item in value.items()}
         return [break_up(item) for item in value] if isinstance(value, list) else value
@@ -280,11 +280,11 @@ class FolderTokenizer:
         """How many bytes of text a token stands for."""
         return measure_bound(json.loads(self.definition))
 
-    def _refuse_disguised(self, given: Any) -> None:
+    def _refuse_disguised(self, messages: Any) -> None:
         """Some special tokens are looked for in normalized text, where another spelling may become one."""
         if not self._special_in_normalized or self._tokenizer.normalizer is None:
             return
-        for text in texts_in(given):
+        for text in texts_in(messages):
             normalized = self._tokenizer.normalizer.normalize_str(text)
             hidden = next(
                 (token for token in self._special_in_normalized if token in normalized and token not in text), None

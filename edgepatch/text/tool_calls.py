@@ -40,8 +40,8 @@ def parse_tool_calls(text: str, names: Collection[str] | None = None) -> tuple[s
     if not 0 < len(bodies) <= MAX_CALLS:
         return text, []
     calls = [_call(body, names) for body in bodies]
-    found = [call for call in calls if call is not None]
-    return (content, found) if len(found) == len(calls) else (text, [])
+    complete = [call for call in calls if call is not None]
+    return (content, complete) if len(complete) == len(calls) else (text, [])
 
 
 def _call(body: str, names: Collection[str] | None) -> dict[str, Any] | None:

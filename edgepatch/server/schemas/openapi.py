@@ -1,12 +1,31 @@
-"""The OpenAPI document, made of the schemas that the requests are checked with."""
+"""The OpenAPI document, made of the models that the requests are checked with and of the types of the replies."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
+
 import edgepatch
-from edgepatch.server import schemas
 from edgepatch.server.refusals import KINDS
+from edgepatch.server.schemas import replies, requests
+
+COMPONENTS = (
+    requests.ChatCompletionRequest,
+    replies.ChatCompletion,
+    replies.ChatCompletionChunk,
+    requests.CompletionRequest,
+    replies.Completion,
+    replies.CompletionChunk,
+    replies.Error,
+    replies.Health,
+    replies.Model,
+    replies.Models,
+    replies.Patches,
+)
+"""Types of whole bodies; what they hold comes along."""
 
 REASONS = {
     400: "The request cannot be used; the message names the field, and what was expected and found.",
@@ -26,10 +45,37 @@ EVERYWHERE = (403, 405, 431, 500)
 GENERATING = (400, 401, 404, 408, 413, 415, 503, 504)
 
 
+class _WithoutTitles(GenerateJsonSchema):
+    """A title that only repeats the name of a field says nothing."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schemas(ref_template: str = "#/components/schemas/{model}") -> dict[str, Any]:
+    """JSON Schemas of all bodies and what they hold, by name.
+
+    Args:
+        ref_template: how they refer to each other.
+    """
+    requests.build_models()
+    adapters: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = [
+        (body.__name__, "validation", TypeAdapter(body)) for body in COMPONENTS
+    ]
+    _, document = TypeAdapter.json_schemas(adapters, ref_template=ref_template, schema_generator=_WithoutTitles)
+    return dict(document["$defs"])
+
+
+@cache
 def document() -> dict[str, Any]:
     """OpenAPI 3.1 of the whole server."""
     chat, completion = ("ChatCompletionRequest", "ChatCompletion"), ("CompletionRequest", "Completion")
-    model_path = {"name": "model", "in": "path", "required": True, "schema": schemas.NAME}
+    model_path = {
+        "name": "model",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "minLength": 1, "maxLength": 256},
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -50,19 +96,7 @@ def document() -> dict[str, Any]:
         },
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            "schemas": {
-                "ChatCompletionRequest": schemas.CHAT_REQUEST,
-                "ChatCompletion": schemas.CHAT_REPLY,
-                "ChatCompletionChunk": schemas.CHAT_CHUNK,
-                "CompletionRequest": schemas.COMPLETION_REQUEST,
-                "Completion": schemas.COMPLETION_REPLY,
-                "CompletionChunk": schemas.COMPLETION_CHUNK,
-                "Error": schemas.ERROR,
-                "Health": schemas.HEALTH,
-                "Model": schemas.MODEL,
-                "Models": schemas.MODELS,
-                "Patches": schemas.PATCHES,
-            },
+            "schemas": json_schemas(),
         },
     }
 
