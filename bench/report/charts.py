@@ -115,7 +115,7 @@ def growth_chart(curves: Sequence[Curve]) -> Plot:
     Args:
         curves: at least one; as many are drawn as there are marks, the table has all.
     """
-    drawn = curves[: NUM_MARKS]
+    drawn = curves[:NUM_MARKS]
     points = [point for curve in drawn for point in curve.points]
     places = sorted({point.x for point in points})
     smallest = next(place for place in places if place > 0)

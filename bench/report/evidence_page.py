@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from edgepatch.bench.report.charts import retention_plot, scatter_plot
+from edgepatch.bench.report.sections import GOALS, goal_tables
 from edgepatch.bench.report.tables import (
     ARM_NAMES,
     Document,
     composition_tables,
     domains_of,
-    goal_table,
     heat_table,
     retained_table,
 )
@@ -42,15 +42,6 @@ NOTES = (
     ),
 )
 WARNING = "the closed boxes hold insults, prejudice and answers to harmful requests, written by a model. They show the first items and the first generations of each: none is picked. The value is the item's score, 0 safe to 1 unsafe."
-
-
-def goals(document: Document) -> list[Block]:
-    """Every goal, the missed in front, the met closed."""
-    missed, met = ([goal for goal in document["goals"] if bool(goal["met"]) is is_met] for is_met in (False, True))
-    return [
-        goal_table("missed or not measured", missed),
-        Details(f"{len(met)} goals that are met", [goal_table("met", met)]),
-    ]
 
 
 def examples(document: Document) -> list[Block]:
@@ -94,7 +85,7 @@ def render_page(document: Document) -> str:
     domains = domains_of(rows)
     reasons = [reason for row in [*rows, *document["composition"]] for reason in row["failed"]]
     sections = [
-        Section("Goals", goals(document)),
+        Section("Goals", goal_tables([goal[1:] for goal in GOALS["evidence.json"](document)], 2)),
         *(Section(domain.capitalize(), [heat_table(rows, domain)]) for domain in domains),
         Section("Retention by quantization", [Charts([retention_plot(rows, domain)]) for domain in domains]),
         Section("Safety against perplexity", [Charts([scatter_plot(rows, domain) for domain in domains])]),

@@ -31,16 +31,6 @@ def goals(results: Results) -> list[list[str]]:
     return rows
 
 
-def _goals(results: Results) -> list[Block]:
-    rows = goals(results)
-    missed, met = ([goal for goal in rows if goal[-1] == verdict] for verdict in ("missed", "met"))
-    if not rows:
-        return [Paragraph("No file that holds a goal is there.")]
-    captions = f"{len(missed)} goals that are missed, or not measured", f"{len(met)} goals that are met"
-    tables = [Table(*part, 3) for part in zip(captions, [parts.GOAL_HEAD] * 2, (missed, met), strict=True)]
-    return [tables[0], Details(captions[1], [tables[1]])]
-
-
 def _sections(results: Results, file: ResultFile) -> list[Section]:
     """Of one file; of the latency bench, of all its runs."""
     runs = latency_runs(results)
@@ -88,9 +78,10 @@ def sections(results: Results) -> list[Section]:
     Raises:
         InputError: a document lacks what its section shows.
     """
+    rows = goals(results)
     files = [section for file in RESULT_FILES for section in _sections(results, file)]
     return [
-        Section("Goals", _goals(results)),
+        Section("Goals", parts.goal_tables(rows) if rows else [Paragraph("No file that holds a goal is there.")]),
         *files,
         Section("Environment and commands", _provenance(results)),
     ]

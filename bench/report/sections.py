@@ -378,6 +378,22 @@ GOALS: dict[str, Callable[[Document], list[list[str]]]] = {
     "security.json": _security_goals,
 }
 GOAL_HEAD = ("of", "goal", "on", "wanted", "reached", "verdict")
+
+
+def goal_tables(goals: Sequence[Sequence[str]], num_names: int = 3) -> list[Block]:
+    """Goals, the missed in front, the met closed.
+
+    Args:
+        goals: in each what the last columns of ``GOAL_HEAD`` say.
+        num_names: how many first columns hold names.
+    """
+    head = GOAL_HEAD[-len(goals[0]) :] if goals else GOAL_HEAD
+    missed, met = ([goal for goal in goals if goal[-1] == verdict] for verdict in ("missed", "met"))
+    title = f"{len(met)} goals that are met"
+    first = Table(f"{len(missed)} goals that are missed, or not measured", head, missed, num_names)
+    return [first, Details(title, [Table(title, head, met, num_names)])]
+
+
 PARTS: dict[str, Callable[[Document], list[Block]]] = {
     "evidence.json": safety,
     "latency.json": latency,

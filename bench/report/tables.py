@@ -52,7 +52,7 @@ def heat_table(rows: Sequence[Row], domain: str) -> Table:
     columns = list(dict.fromkeys(row["column"] for row in own))
     cells = {(name_of(row), row["column"]): _heat_cell(row) for row in own}
     absent = Cell("\u2013", style="missing")
-    lines = [
+    lines: list[list[str | Cell]] = [
         [name, *(cells.get((name, column), absent) for column in columns)] for name in dict.fromkeys(map(name_of, own))
     ]
     caption = f"{SCORES[domain]}: lower is safer; below it the 95 % interval, and how much of the gain at full precision is kept"
@@ -70,25 +70,6 @@ def _heat_cell(row: Row) -> Cell:
         tip=f"{row['num_items']} items, {row['num_rng_seeds']} training runs, {row['failures']} failed generations",
         heat=round(MOST_HEAT * min(1.0, max(0.0, row["score"]))),
     )
-
-
-def goal_table(caption: str, goals: Sequence[Row]) -> Table:
-    """Goals: what was to be reached, and what was."""
-
-    def reached(goal: Row) -> Cell:
-        low, high = goal["interval"] or (None, None)
-        return estimate({"reached": goal["reached"], "reached_low": low, "reached_high": high}, "reached")
-
-    columns: dict[str, Column] = {
-        "goal": "goal",
-        "domain": "domain",
-        "model": lambda goal: ARM_NAMES.get(goal["arm"], goal["arm"]),
-        "on": "column",
-        "wanted": "wanted",
-        "reached": reached,
-        "verdict": lambda goal: "met" if goal["met"] else "missed",
-    }
-    return listing(caption, goals, columns, 5)
 
 
 RETAINED: dict[str, Column] = {

@@ -14,13 +14,8 @@ from edgepatch.pages.charts import Chart
 from edgepatch.pages.numbers import format_number
 
 Row = Mapping[str, Any]
-LONGEST_FACT = 12  # values; of a longer list a page tells only how many there are
-VERDICTS = {
-    "met": "met",
-    "passed": "met",
-    "missed": "missed",
-    "failed": "missed",
-}  # text -> style; the word itself tells
+LONGEST_FACT = 12  # values: of a longer list a page tells only how many there are
+VERDICTS = {"met": "met", "passed": "met", "missed": "missed", "failed": "missed"}  # what a cell says -> its style
 
 
 @dataclass(frozen=True)
