@@ -31,6 +31,7 @@ from edgepatch.pages.blocks import (
     Section,
     figure,
     listing,
+    number,
 )
 from edgepatch.pages.charts import Axis, Bar, Bars, Plot, Point, Series, categories, curve
 from edgepatch.pages.numbers import as_number, format_number
@@ -183,11 +184,11 @@ CELL_COLUMNS: dict[str, Column] = {
     "model": _side,
     "EMT": figure("emt"),
     "share above 0.5": figure("toxicity_probability"),
-    "perplexity": lambda cell: format_number(cell.get("perplexity"), 2),
-    "TTFT ms": lambda cell: format_number(cell.get("ttft_ms"), 1),
-    "decode tokens/s": lambda cell: format_number(cell.get("decode_tokens_per_s"), 1),
-    "words a sample": lambda cell: format_number(cell.get("words_per_sample"), 1),
-    "prompts": lambda cell: format_number(cell.get("num_prompts"), 0),
+    "perplexity": number("perplexity", 2),
+    "TTFT ms": number("ttft_ms", 1),
+    "decode tokens/s": number("decode_tokens_per_s", 1),
+    "words a sample": number("words_per_sample", 1),
+    "prompts": number("num_prompts", 0),
     "failures": _failures,
 }
 
@@ -195,14 +196,14 @@ CELL_COLUMNS: dict[str, Column] = {
 def _examples(document: Document) -> list[Block]:
     examples = document.get("examples") or []
     blocks: list[Block] = [Paragraph(WARNING, "Content warning:")] if examples else []
-    for number, example in enumerate(examples, 1):
+    for i, example in enumerate(examples, 1):
         place = f"{example.get('runtime', '')} {example.get('quantization', '')}".strip()
         sides = [
             (side, f"score {format_number(example.get(f'{side}_score'), 2)}", [str(example.get(side, ""))])
             for side in ("bare", "patched")
         ]
         prompt = Paragraph(f"{example.get('prompt', '')} \u2026")
-        blocks.append(Details(f"Example {number} ({place})", [prompt, Answers(sides)]))
+        blocks.append(Details(f"Example {i} ({place})", [prompt, Answers(sides)]))
     return blocks
 
 

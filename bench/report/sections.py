@@ -11,7 +11,7 @@ from edgepatch.bench.report.charts import bar_chart, growth_chart, measure_name,
 from edgepatch.bench.report.files import Document
 from edgepatch.bench.report.tables import ARM_NAMES, domains_of, heat_table, retained_table
 from edgepatch.bench.shapes.machine import decode_ceiling
-from edgepatch.pages.blocks import Block, Charts, Column, Details, Paragraph, Row, Table, listing
+from edgepatch.pages.blocks import Block, Charts, Column, Details, Paragraph, Row, Table, listing, number
 from edgepatch.pages.numbers import format_number
 
 
@@ -27,10 +27,6 @@ def repeated(repeats: Row, digits: int = 2) -> str:
     """ "1.20 (1.10 to 1.30)": the median of repeats, from the least to the most."""
     median, least, most = (format_number(repeats[name], digits) for name in ("median", "min", "max"))
     return f"{median} ({least} to {most})"
-
-
-def _number(field: str, digits: int) -> Callable[[Row], str]:
-    return lambda row: format_number(row.get(field), digits)
 
 
 def _verdict(is_met: object) -> str:
@@ -57,9 +53,9 @@ def retention(document: Document) -> list[Block]:
 
 # Measure -> head and figure of its column in the table of arms.
 ARM_COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
-    "ttft": ("first token, ms, {n_prompt}", lambda row: format_number(row["median_ms"], 0)),
-    "decode": ("tokens/s, {n_depth}", lambda row: format_number(row["median_ts"], 1)),
-    "decode, one core busy": ("tokens/s, one core busy", lambda row: format_number(row["median_ts"], 1)),
+    "ttft": ("first token, ms, {n_prompt}", number("median_ms", 0)),
+    "decode": ("tokens/s, {n_depth}", number("median_ts", 1)),
+    "decode, one core busy": ("tokens/s, one core busy", number("median_ts", 1)),
     "peak memory": ("peak memory, MB", lambda row: format_number(row["value"] / 1e6, 0)),
     "artefact": ("artefact, MB", lambda row: format_number(row["value"] / 1e6, 2)),
 }
@@ -185,7 +181,7 @@ def limits(machine: Document, rows: Sequence[Row]) -> list[Block]:
         {"kernel": "reading", **machine["read_gb_s"]},
         {"kernel": "STREAM triad", **machine["triad_gb_s"]},
     ]
-    bandwidth: dict[str, Column] = {"kernel": "kernel", **{n: _number(n, 1) for n in ("best", "median", "worst")}}
+    bandwidth: dict[str, Column] = {"kernel": "kernel", **{n: number(n, 1) for n in ("best", "median", "worst")}}
     decoded = [
         {
             **row,
@@ -199,10 +195,10 @@ def limits(machine: Document, rows: Sequence[Row]) -> list[Block]:
     ceilings: dict[str, Column] = {
         "model": model_name,
         "arm": "arm",
-        "MB a token": _number("megabytes", 0),
-        "billion operations a token": _number("operations", 2),
-        "ceiling, tokens/s": _number("ceiling", 1),
-        "reached, tokens/s": _number("median_ts", 1),
+        "MB a token": number("megabytes", 0),
+        "billion operations a token": number("operations", 2),
+        "ceiling, tokens/s": number("ceiling", 1),
+        "reached, tokens/s": number("median_ts", 1),
         "of the ceiling": lambda row: f"{row['median_ts'] / row['ceiling']:.0%}",
     }
     caption = f"Memory bandwidth in GB/s, {machine['num_threads']} threads, load average {machine['load_average']:.1f}"
@@ -218,9 +214,9 @@ def swap(document: Document) -> list[Block]:
     caption = f"{document['shape']} {document['type']}, {document['num_threads']} threads, P {document['num_virtual_tokens']}; milliseconds"
     columns: dict[str, Column] = {
         "act": "act",
-        "median": _number("median_ms", 2),
-        "fastest": _number("min_ms", 2),
-        "slowest": _number("max_ms", 2),
+        "median": number("median_ms", 2),
+        "fastest": number("min_ms", 2),
+        "slowest": number("max_ms", 2),
         "repeats": "repeats",
     }
     return [listing(caption, [{"act": act, **row} for act, row in document["rows"].items()], columns)]
@@ -315,11 +311,11 @@ def fuzz(document: Document) -> list[Block]:
     """Inputs and crashes of every reader of foreign bytes."""
     columns: dict[str, Column] = {
         "reader": "reader",
-        "inputs": _number("inputs", 0),
-        "accepted": _number("accepted", 0),
+        "inputs": number("inputs", 0),
+        "accepted": number("accepted", 0),
         "crashes": lambda row: str(len(row["crashes"])),
-        "slowest, ms": _number("slowest_ms", 1),
-        "peak, MB": _number("peak_mb", 1),
+        "slowest, ms": number("slowest_ms", 1),
+        "peak, MB": number("peak_mb", 1),
     }
     rows = [{"reader": reader, **row} for reader, row in document["readers"].items()]
     return [listing(f"Fuzzed with {document['engine']}", rows, columns)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgepatch.pages.blocks import Block, Cell, Column, Details, Row, Table, estimate, figure, listing
+from edgepatch.pages.blocks import Block, Cell, Column, Details, Row, Table, estimate, figure, listing, number
 from edgepatch.pages.numbers import format_number
 
 Document = Mapping[str, Any]
@@ -76,7 +76,7 @@ RETAINED: dict[str, Column] = {
     "model": name_of,
     "on": "column",
     "retention": figure("retention", 2),
-    "perplexity": lambda row: format_number(row.get("perplexity"), 2),
+    "perplexity": number("perplexity", 2),
     "change in %": figure("perplexity_change", 2),
     "over-refusal in %": figure("over_refusal", 1, 100),
     "change in points": figure("over_refusal_change", 1, 100),
@@ -104,8 +104,8 @@ def composition_tables(document: Document) -> list[Block]:
         **{"set" if head == "order" else head: column for head, column in orders.items()},
         "orders": "num_orders",
         "order sensitivity": figure("order_sensitivity"),
-        "by chance": lambda row: format_number(row["chance"]),
-        "p value": lambda row: format_number(row["p_value"]),
+        "by chance": number("chance"),
+        "p value": number("p_value"),
     }
     figures: dict[str, Column] = {
         "score": figure("score"),

@@ -197,6 +197,11 @@ def figure(field: str, digits: int = 3, scale: float = 1) -> Callable[[Row], Cel
     return lambda row: estimate(row, field, digits, scale)
 
 
+def number(field: str, digits: int = 3) -> Callable[[Row], str]:
+    """A column of numbers without intervals."""
+    return lambda row: format_number(row.get(field), digits)
+
+
 def listing(caption: str, rows: Sequence[Row], columns: Mapping[str, Column], num_names: int = 1) -> Table:
     """A table with a line for each row.
 
