@@ -44,6 +44,8 @@ def report(
 
     files = read_results(results)
     page = out or results / "report.html"
+    if page in (document or []):
+        raise InputError(f"--out and --document: expected two files, found {page} in both")
     texts = {page: render_html(files), **{path: filled(path, files) for path in document or []}}
     for path, text in texts.items():
         write_atomically(path, text.encode())

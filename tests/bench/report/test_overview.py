@@ -536,6 +536,7 @@ def test_wrong_use_is_2_and_writes_nothing(run, results, tmp_path):
     for arguments in (
         *(["--document", tmp_path / f"{name}.md"] for name in texts),
         ["--document", tmp_path / "nothing.md"],
+        ["--document", tmp_path / "r.html"],
         ["--results", tmp_path / "no"],
     ):
         code, _, err = run("--results", results, "--out", tmp_path / "r.html", *arguments)
