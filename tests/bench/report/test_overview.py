@@ -526,6 +526,7 @@ def test_the_command_writes_the_page_and_fills_documents(run, results, tmp_path)
 
 def test_wrong_use_is_2_and_writes_nothing(run, results, tmp_path):
     texts = {
+        "good": MARKED,
         "plain": "no markers",
         "open": "<!-- growth -->\n",
         "closed": "<!-- /growth -->\n",
@@ -534,9 +535,9 @@ def test_wrong_use_is_2_and_writes_nothing(run, results, tmp_path):
     for name, text in texts.items():
         (tmp_path / f"{name}.md").write_text(text)
     for arguments in (
-        *(["--document", tmp_path / f"{name}.md"] for name in texts),
+        *(["--document", tmp_path / f"{name}.md"] for name in texts if name != "good"),
         ["--document", tmp_path / "nothing.md"],
-        ["--document", tmp_path / "r.html"],
+        ["--document", tmp_path / "good.md", "--out", tmp_path / "good.md"],
         ["--results", tmp_path / "no"],
     ):
         code, _, err = run("--results", results, "--out", tmp_path / "r.html", *arguments)
