@@ -23,46 +23,39 @@ RESULTS = Path("bench") / "results"
 def report(
     results: ResultsOption = RESULTS,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="HTML file; the Markdown stands beside it. Default: report.html with the results."
-        ),
+        Path | None, typer.Option("--out", "-o", help="HTML file. Default: report.html with the results.")
     ] = None,
     document: Annotated[
-        Path | None,
-        typer.Option(help="Markdown file with markers, such as docs/performance.md, whose tables are written anew."),
+        list[Path] | None,
+        typer.Option(
+            help="Markdown file in which the sections between markers such as <!-- growth --> are written anew; may be given several times."
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make one HTML page and one Markdown file from all results: safety, speed, growth, goals, environment, commands.
+    """Make one HTML page from all results: safety, speed, growth, goals, environment, commands.
 
-    Example: `edgepatch bench report --results bench/results --document docs/performance.md`
+    Example: `edgepatch bench report --results bench/results`
     """
+    from edgepatch.bench.report.documents import filled
     from edgepatch.bench.report.files import RESULT_FILES, read_results
-    from edgepatch.bench.report.overview import fill_document, goals, headline, write_overview
+    from edgepatch.bench.report.overview import goals, headline, render_html
     from edgepatch.patch.file import write_atomically
 
-    found = read_results(results)
+    files = read_results(results)
     page = out or results / "report.html"
-    filled = None if document is None else fill_document(_text(document), found)
-    markdown = write_overview(found, page)
-    if document is not None and filled is not None:
-        write_atomically(document, filled.encode())
+    if page in (document or []):
+        raise InputError(f"--out and --document: expected two files, found {page} in both")
+    texts = {page: render_html(files), **{path: filled(path, files) for path in document or []}}
+    for path, text in texts.items():
+        write_atomically(path, text.encode())
     if as_json:
-        judged = [
-            dict(zip(("of", "goal", "on", "wanted", "reached", "verdict"), goal, strict=True)) for goal in goals(found)
-        ]
-        missing = [file.name for file in RESULT_FILES if file.name not in found]
-        print_json({"html": str(page), "markdown": str(markdown), "goals": judged, "missing": missing})
+        names = ("of", "goal", "on", "wanted", "reached", "verdict")
+        judged = [dict(zip(names, goal, strict=True)) for goal in goals(files)]
+        missing = [file.name for file in RESULT_FILES if file.name not in files]
+        print_json({"html": str(page), "goals": judged, "missing": missing})
     else:
-        stdout().print(f"{cell(headline(found))}\n{cell(page)}\n{cell(markdown)}", soft_wrap=True)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        stdout().print(f"{cell(headline(files))}\n{cell(page)}", soft_wrap=True)
 
 
 @bench_app.command()
