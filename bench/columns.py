@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from edgepatch.bench.demo import LAB_FOLDER
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.peft.lora import new_folder

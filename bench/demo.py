@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 from edgepatch.bench import datasets, matrix
+from edgepatch.bench.environment import environment
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.matrix import MatrixConfig, Variant
 from edgepatch.bench.report.matrix_page import write_report
 from edgepatch.converters.gguf import writer
@@ -28,10 +28,8 @@ from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.pairs.preferences import PairConfig, build_pairs, write_pairs
 from edgepatch.training.patching import train_patch
 
-LAB_FOLDER = Path(__file__).parent / "lab" / "model"
 GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
 ONNX_PRECISIONS = {"fp32": "F32", "int8": "int8", "int4": "int4"}
-PACKAGES = ("torch", "transformers", "peft", "llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
 @dataclass(frozen=True)
@@ -106,26 +104,6 @@ def convert_base(base: Path, out: Path, progress: Progress = silent) -> list[Var
         variants.append(Variant("onnx", kind, folder))
     progress("convert", total, total)
     return variants
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu_name(), **versions}
-
-
-def cpu_name() -> str:
-    """The processor as the operating system calls it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def train_lab_patch(

@@ -94,7 +94,7 @@ class EvidenceConfig:
         retained: how much of what must stay, in a core cell and in any other.
         examples: prompts of the cells whose texts are shown in public.
         rng_seeds: of the training runs.
-        domains, columns, arms: those that are wanted.
+        domains, columns, arms: those that are measured; no column means all.
         composition: whether compositions are measured.
     """
 
@@ -108,6 +108,10 @@ class EvidenceConfig:
     composition: bool = True
 
     def __post_init__(self) -> None:
+        names = {"domain": DOMAINS, "arm": ARMS, "column": tuple(column.name for column in columns())}
+        for kind, chosen in (("domain", self.domains), ("arm", self.arms), ("column", self.columns)):
+            if unknown := [name for name in chosen if name not in names[kind]]:
+                raise InputError(f"{kind}: there is no {unknown[0]!r}", hint=f"one of {', '.join(names[kind])}")
         for domain, counts in self.items.items():
             for more, fewer in pairwise(counts):
                 if fewer < 1 or more % fewer:

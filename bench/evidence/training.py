@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgepatch.bench.demo import LAB_FOLDER
 from edgepatch.bench.evidence.cells import SINGLE_RUN_ARMS
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety.domain import Domain
 from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.bench.safety.harm import HarmDomain

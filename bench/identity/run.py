@@ -1,4 +1,4 @@
-"""Which models does a patch fit? ``make fingerprints`` quantizes the lab model and fine-tunes of it in every way, and compares.
+"""Which models does a patch fit? ``edgepatch bench identity`` quantizes the lab model and fine-tunes of it in every way, and compares.
 
 Three checks stand side by side: the digest of the norm vectors, the weight sketch, and the bare logits that a canary stores.
 Results in bench/results/fingerprints.json and .md.
@@ -6,7 +6,6 @@ Results in bench/results/fingerprints.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 
 import edgepatch
 from edgepatch.bench.identity import fine_tunes
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
@@ -30,7 +30,7 @@ from edgepatch.patch.sketches import Sketch
 from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import Canary, SoftPrompt
 
-BASE, REFERENCE = (Path(__file__).parent.parent / "lab" / "model" / name for name in ("base", "reference"))
+BASE, REFERENCE = LAB_FOLDER / "base", LAB_FOLDER / "reference"
 BASE_TYPES = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS")
 CHANGED_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0", "Q2_K")
 PRECISIONS = ("fp32", "int8", "int4")
@@ -116,7 +116,7 @@ def measure(work: Path) -> dict[str, Any]:
         for kind, path in _ggufs(folder, work, CHANGED_TYPES):
             thresholds.append(expected.row(path, kind, model="noise", change=change))
     return {
-        "command": "make fingerprints",
+        "command": "edgepatch bench identity",
         "edgepatch": edgepatch.__version__,
         "platform": platform.platform(),
         "sketch_bytes": len(json.dumps(expected.sketch.as_dict())),
@@ -196,15 +196,17 @@ def markdown(document: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
-    """The entry point of ``make fingerprints``; 1 when a quantization of the base is refused, or an impostor accepted."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/fingerprints.json"))
-    arguments = parser.parse_args()
+def run(out: Path) -> list[str]:
+    """Measures, and writes the results and their Markdown.
+
+    Args:
+        out: the JSON file; the Markdown stands beside it.
+
+    Returns:
+        The rows whose verdict is wrong: a quantization of the base that is refused, or an impostor that is accepted.
+    """
     with tempfile.TemporaryDirectory() as work:
         document = measure(Path(work))
-    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
-    write_atomically(arguments.out.with_suffix(".md"), markdown(document).encode())
-    missed = wrong(document)
-    print("\n".join(["wrong:", *missed]) if missed else "every verdict that is certain is right")
-    return 1 if missed else 0
+    write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(out.with_suffix(".md"), markdown(document).encode())
+    return wrong(document)

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edgepatch.bench.demo import environment
+from edgepatch.bench.environment import environment
 from edgepatch.bench.latency import costs
 from edgepatch.bench.latency import starts as processes
 from edgepatch.bench.latency.arms import Arm, cells

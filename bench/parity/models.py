@@ -297,7 +297,8 @@ def convert(wanted: Architecture, folder: Path, target: Path, type_name: str, ll
     script = llama_cpp_source / "convert_hf_to_gguf.py"
     if not script.is_file():
         raise InputError(
-            f"no llama.cpp source in {llama_cpp_source}", hint="run `make stock` once, or name it with --llama-cpp"
+            f"no llama.cpp source in {llama_cpp_source}",
+            hint="run `edgepatch bench llama-server` once, or name it with --llama-cpp",
         )
     arguments = [str(folder), "--outfile", str(target), "--outtype", type_name.lower(), "--model-name", "tiny"]
     if wanted.name == "qwen3_5":

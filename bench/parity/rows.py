@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,9 +146,7 @@ def _reason(error: EdgepatchError) -> str:
     return " ".join(Path(word).name if "/" in word else word for word in words)
 
 
-def measure(
-    wanted: Architecture, folder: Path, oracle: Oracle, llama_cpp_source: Path, tell: Callable[[str], None]
-) -> list[Row]:
+def measure(wanted: Architecture, folder: Path, oracle: Oracle, llama_cpp_source: Path) -> list[Row]:
     """All rows of an architecture; what the library refuses gives rows with its reason.
 
     Args:
@@ -156,16 +154,11 @@ def measure(
         folder: holds its Transformers folder in ``hf``, and gets the other forms.
         oracle: of that model.
         llama_cpp_source: llama.cpp's source tree.
-        tell: called with each form that is done.
     """
     rows: list[Row] = []
     for type_name, model in _gguf_forms(wanted, folder, llama_cpp_source):
         rows += llamacpp_rows(wanted, type_name, model, oracle)
-        tell(type_name)
-    for row in _onnx_rows(wanted, folder, oracle):
-        rows.append(row)
-        tell(f"onnx {row['quantization']}")
-    return rows
+    return [*rows, *_onnx_rows(wanted, folder, oracle)]
 
 
 def _gguf_forms(wanted: Architecture, folder: Path, llama_cpp_source: Path) -> Iterator[tuple[str, Path]]:

@@ -35,6 +35,7 @@ def demo(
     """
     from edgepatch.bench import demo as main_job
     from edgepatch.bench.datasets import data_folder
+    from edgepatch.bench.lab import LAB_FOLDER
     from edgepatch.bench.matrix import MatrixConfig
     from edgepatch.bench.report.matrix_page import print_table
     from edgepatch.training.config import TrainConfig
@@ -46,7 +47,7 @@ def demo(
     )
     kept = f"complete files stay in {out}, the measurements do not; the same command starts again"
     with progress_bars(log or out / "demo.log", lambda: kept) as bars:
-        document, page = main_job.run_demo(out, data_folder(data), lab or main_job.LAB_FOLDER, config, bars)
+        document, page = main_job.run_demo(out, data_folder(data), lab or LAB_FOLDER, config, bars)
     if as_json:
         print_json(document)
         return

@@ -133,13 +133,13 @@ def an_evidence() -> dict[str, Any]:
         "interval": [0.2, 0.4],
         "met": False,
     }
-    return {"command": "make evidence", "created": "2026", "environment": {}, "cells": rows, "goals": [goal]}
+    return {"command": "edgepatch bench evidence", "created": "2026", "environment": {}, "cells": rows, "goals": [goal]}
 
 
 def a_machine() -> dict[str, Any]:
     rate = {"best": 40.0, "median": 38.0, "worst": 20.0, "repeats": 9}
     return {
-        "command": "make machine",
+        "command": "edgepatch bench machine",
         "created": "2026",
         "environment": {},
         "load_average": 0.1,
@@ -529,4 +529,6 @@ def test_wrong_use_is_2_and_writes_nothing(run, results, tmp_path):
 
 def test_the_document_holds_what_the_committed_files_say():
     text = PERFORMANCE.read_text(encoding="utf-8")
-    assert overview.fill_document(text, read_results(COMMITTED)) == text, "run: make report"
+    assert overview.fill_document(text, read_results(COMMITTED)) == text, (
+        "run: edgepatch bench report --document docs/performance.md"
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgepatch.bench import datasets
-from edgepatch.bench.demo import LAB_FOLDER
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.matrix import MatrixConfig
 from edgepatch.bench.metrics import expected_max_toxicity
 from edgepatch.bench.safety.toxicity import (

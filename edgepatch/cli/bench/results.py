@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepatch.cli.bench import bench_app
+from edgepatch.cli.bench.door import RESULTS, bench_app
 from edgepatch.cli.console import JsonFlag, cell, print_json, stdout
 from edgepatch.errors import InputError
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from edgepatch.bench.report.gate import Failure
 
 ResultsOption = Annotated[Path, typer.Option(help="Folder of the JSON files that measurements left.")]
-RESULTS = Path("bench") / "results"
 
 
 @bench_app.command()

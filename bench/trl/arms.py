@@ -27,7 +27,7 @@ INIT_TEXT = "Continue in a kind, calm and respectful way, without insults or swe
 
 @dataclass
 class Course:
-    """What a contestant did.
+    """What an arm did.
 
     Attributes:
         losses: of each step, before its update.
@@ -81,7 +81,7 @@ def config_of(
     )
 
 
-class OwnContestant:
+class OwnArm:
     """Our trainer."""
 
     def __init__(
@@ -116,7 +116,7 @@ def start_of(models: FrozenModels, num_virtual_tokens: int) -> SoftPrompt:
     return initial_soft_prompt(models.base, models.tokenizer.encode(INIT_TEXT, bos=False), num_virtual_tokens)
 
 
-class TrlContestant:
+class TrlArm:
     """PEFT prompt tuning in TRL's trainers.
 
     Args:
