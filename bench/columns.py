@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,9 @@ from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.peft.lora import new_folder
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent, within
+
+COMMON_GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
+"""What most devices run."""
 
 GGUF_TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 ONNX_PRECISIONS = {"fp32": "F32", "int8": "int8", "int4": "int4"}
@@ -84,13 +88,21 @@ def convert_columns(bases: Path, lab: Path = LAB_FOLDER, progress: Progress = si
     return {model: convert_model(lab / model, bases / model, within(progress, model)) for model in MODELS}
 
 
-def convert_model(folder: Path, forms: Path, progress: Progress = silent) -> dict[str, Path]:
+def convert_model(
+    folder: Path,
+    forms: Path,
+    progress: Progress = silent,
+    chosen: Sequence[Column] = (),
+    is_kept: bool = True,
+) -> dict[str, Path]:
     """Every form of one model; what is there already stays as it is, so that a run that was killed goes on.
 
     Args:
         folder: Transformers folder of the model.
         forms: gets one file or folder for each form.
         progress: told of every form, and of every tensor of one.
+        chosen: the columns, full precision first; all where none is named.
+        is_kept: whether a form that is there stays; else it is converted anew.
 
     Returns:
         Column -> path.
@@ -100,15 +112,15 @@ def convert_model(folder: Path, forms: Path, progress: Progress = silent) -> dic
         MissingExtraError: a package of the extras "convert" and "gguf" is missing.
     """
     _require_same_model(folder, forms)
-    found: dict[str, Path] = {}
-    for column in columns():
+    paths, chosen = dict[str, Path](), chosen or columns()
+    for column in chosen:
         path = column.path(forms)
-        progress("convert", len(found), len(columns()))
-        if not path.exists():
+        progress("convert", len(paths), len(chosen))
+        if not path.exists() or not (is_kept or column is TORCH):  # the copied folder is the same, or was refused
             _convert(folder, column, path, within(progress, column.name))
-        found[column.name] = path
-    progress("convert", len(found), len(columns()))
-    return found
+        paths[column.name] = path
+    progress("convert", len(paths), len(chosen))
+    return paths
 
 
 def _convert(folder: Path, column: Column, path: Path, progress: Progress) -> None:

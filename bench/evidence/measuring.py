@@ -14,7 +14,6 @@ from edgepatch.bench.baselines import load_lora
 from edgepatch.bench.columns import TORCH, Column, columns
 from edgepatch.bench.evidence.cells import (
     LORA_ARMS,
-    NUM_TEXTS_KEPT,
     RNG_SEED,
     CellKey,
     EvidenceConfig,
@@ -27,6 +26,7 @@ from edgepatch.bench.evidence.cells import (
     write_cell,
 )
 from edgepatch.bench.safety import domain, retained
+from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges import refusals, scorers
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 SAFETY, JUDGES = Path(domain.__file__).parent, Path(scorers.__file__).parent
 COMMON_CODE = tuple(Path(str(module.__file__)) for module in (domain, likelihoods, scorers, refusals))
-NUM_SEQUENCES = 25
-CONTEXT_LENGTH = 512
 NUM_SENTENCE_PAIRS = 100
 """Of WinoBias and of CrowS-Pairs."""
 SOFT_ARM_FILE, ADAPTER_FOLDER = "patch.safetensors", "adapter"
@@ -61,6 +59,11 @@ class Workplace:
     def cells(self) -> Path:
         """Folder of the raw files."""
         return self.out / "cells"
+
+    @property
+    def bases(self) -> Path:
+        """Folder of the folders of M's forms, and of those of M'."""
+        return self.out / "bases"
 
     def reason(self, error: Exception) -> str:
         """Why a cell failed, without the place where the folder lies."""
@@ -88,7 +91,7 @@ class Workplace:
 
     def base(self, key: CellKey) -> Path:
         """Folder of the model's forms, M or M'."""
-        return self.out / "bases" / ("reference" if key.arm == "reference" else "base")
+        return self.bases / ("reference" if key.arm == "reference" else "base")
 
 
 def column_of(key: CellKey) -> Column:
@@ -162,7 +165,7 @@ def composed_patch(place: Workplace, key: CellKey) -> Patch:
     return patch
 
 
-def open_runtime(place: Workplace, key: CellKey) -> Runtime:
+def open_runtime(place: Workplace, key: CellKey, config: EvidenceConfig) -> Runtime:
     """The model of a cell with its arm.
 
     Raises:
@@ -173,8 +176,8 @@ def open_runtime(place: Workplace, key: CellKey) -> Runtime:
     if column.runtime == "llamacpp":
         options = {
             "num_threads": 1,
-            "num_sequences": NUM_SEQUENCES,
-            "context_length": CONTEXT_LENGTH,
+            "num_sequences": config.num_sequences,
+            "context_length": config.context_length,
             "kv_type": column.kv_type,
         }
         options |= {"seed_route": key.route} if key.route else {}
@@ -194,17 +197,19 @@ def open_runtime(place: Workplace, key: CellKey) -> Runtime:
 # Measuring.
 
 
-def domain_of(name: str, data: Path | None) -> Domain:
+def domain_of(name: str, data: Path | None, samples: SampleConfig) -> Domain:
     """A domain by its name."""
     from edgepatch.bench.safety.gender import GenderDomain
     from edgepatch.bench.safety.harm import HarmDomain
     from edgepatch.bench.safety.toxicity import ToxicityDomain
 
-    known: dict[str, type[Domain]] = {"toxicity": ToxicityDomain, "gender": GenderDomain, "harm": HarmDomain}
-    return known[name](data)
+    if name == "toxicity":
+        return ToxicityDomain(data, config=samples)
+    others: dict[str, type[Domain]] = {"gender": GenderDomain, "harm": HarmDomain}
+    return others[name](data)
 
 
-def safety_raw(outcome: Outcome) -> dict[str, Any]:
+def safety_raw(outcome: Outcome, num_texts_kept: int) -> dict[str, Any]:
     """What is kept of a measured domain; texts of the first items alone."""
     ids = item_ids(outcome.items)
     shown = zip(outcome.items, outcome.texts, outcome.values, strict=True)
@@ -215,7 +220,7 @@ def safety_raw(outcome: Outcome) -> dict[str, Any]:
         "failures": outcome.failures,
         "texts": [
             {"item": item, "texts": list(texts), "value": float(value)}
-            for item, texts, value in islice(shown, NUM_TEXTS_KEPT)
+            for item, texts, value in islice(shown, num_texts_kept)
         ],
     }
 
@@ -262,14 +267,19 @@ class Bench:
         """
         began, worked = time.monotonic(), time.process_time()
         try:
-            raw = {"inputs": inputs_digest(cell_inputs(self._place, key, self._config)), **self._measure(key)}
+            raw = {"inputs": inputs_digest(cell_inputs(self._place, key, self._config)), **self.measure(key)}
         except Exception as error:  # whatever goes wrong in one cell is that cell's result, not the end of the run
             raw = {"failed": self._place.reason(error)}
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - worked
         write_cell(self._place.cells, key, {**raw, "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)})
         return str(raw.get("failed", ""))
 
-    def _measure(self, key: CellKey) -> dict[str, Any]:
+    def measure(self, key: CellKey) -> dict[str, Any]:
+        """The raw result of a cell.
+
+        Raises:
+            EdgepatchError: its model cannot be loaded, or does not answer.
+        """
         runtime = self._open(key)
         instruction = self._domain(key.domain, key).instruction if key.arm == "safe_prompt" else ""
         if key.measure == "retained":
@@ -278,18 +288,18 @@ class Bench:
         outcome = domain.evaluate(runtime, self._config.num_items(key), instruction, RNG_SEED)
         if key.domain == "gender" and key.measure == "safety" and is_core(key) and domain.data is not None:
             outcome.figures.update(cast("GenderDomain", domain).log_probability_checks(runtime, NUM_SENTENCE_PAIRS))
-        return safety_raw(outcome)
+        return safety_raw(outcome, self._config.num_texts_kept)
 
     def _domain(self, name: str, key: CellKey) -> Domain:
         own = key.measure == "examples"
         if (name, own) not in self._domains:
-            self._domains[name, own] = domain_of(name, None if own else self._place.data)
+            self._domains[name, own] = domain_of(name, None if own else self._place.data, self._config.samples)
         return self._domains[name, own]
 
     def _open(self, key: CellKey) -> Runtime:
         if self._runtime is None or key.opening != self._opening:
             self.close()
-            self._runtime, self._opening = open_runtime(self._place, key), key.opening
+            self._runtime, self._opening = open_runtime(self._place, key, self._config), key.opening
         return self._runtime
 
     def close(self) -> None:

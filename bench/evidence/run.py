@@ -157,7 +157,7 @@ def run(
     began, config = time.monotonic(), config or EvidenceConfig()
     place, keys = Workplace(out, data), plan(config)
     if is_measured:
-        convert_columns(place.out / "bases", progress=progress)
+        convert_columns(place.bases, progress=progress)
         if is_trained:
             from edgepatch.bench.evidence.training import train_missing
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgepatch.bench.columns import COMMON_GGUF_TYPES
 from edgepatch.errors import InputError
 from edgepatch.known_models import find
 
 VOCAB_SIZE = 512
 CONTEXT_LENGTH = 512
-GGUF_TYPES = ("F32", "F16", "Q8_0", "Q4_K_M", "Q4_0")
+GGUF_TYPES = ("F32", *COMMON_GGUF_TYPES)
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun until the evening.",

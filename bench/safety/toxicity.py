@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from edgepatch.bench import datasets
 from edgepatch.bench.likelihoods import token_losses, tokens_behind
-from edgepatch.bench.matrix import MatrixConfig, sample_prompt, score_rows
 from edgepatch.bench.metrics import (
     Estimate,
     bootstrap_interval,
@@ -24,6 +23,7 @@ from edgepatch.bench.metrics import (
     expected_max_toxicity,
     toxicity_probability,
 )
+from edgepatch.bench.safety.continuations import SampleConfig, sample_prompt, score_rows
 from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.errors import InputError
 from edgepatch.judges.scorers import ToxicityScorer, normalize
@@ -128,13 +128,13 @@ class ToxicityDomain(Domain):
         front_share: float = FRONT_SHARE,
         num_training_prompts: int = NUM_TRAINING_PROMPTS,
         pairs: PairConfig | None = None,
-        config: MatrixConfig | None = None,
+        config: SampleConfig | None = None,
     ) -> None:
         super().__init__(data)
         if not 0 <= front_share <= 1:
             raise InputError(f"front_share: expected 0 to 1, found {front_share}")
         self.front_share, self.num_training_prompts = front_share, num_training_prompts
-        self.pairs, self.config = pairs or PairConfig(pairs_per_prompt=2), config or MatrixConfig()
+        self.pairs, self.config = pairs or PairConfig(pairs_per_prompt=2), config or SampleConfig()
 
     def short_prompts(self) -> list[str]:
         """Training prompts, none behind other text."""

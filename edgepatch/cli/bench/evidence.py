@@ -52,10 +52,10 @@ def evidence(
     use_one_thread()
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.evidence import run as matrix
-    from edgepatch.bench.evidence.cells import ARMS, DOMAINS, EvidenceConfig
+    from edgepatch.bench.evidence.cells import ARMS, DEFAULT_ITEMS, DOMAINS, EvidenceConfig
 
     config = EvidenceConfig(
-        **({"items": dict.fromkeys(DOMAINS, prompts)} if prompts else {}),
+        items=dict.fromkeys(DOMAINS, prompts or DEFAULT_ITEMS),
         domains=tuple(domain or DOMAINS),
         arms=tuple(arm or ARMS),
         columns=tuple(column or ()),

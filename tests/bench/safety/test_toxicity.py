@@ -10,8 +10,8 @@ import pytest
 
 from edgepatch.bench import datasets
 from edgepatch.bench.lab import LAB_FOLDER
-from edgepatch.bench.matrix import MatrixConfig
 from edgepatch.bench.metrics import expected_max_toxicity
+from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.toxicity import (
     FRONT_TOKENS,
     ToxicityDomain,
@@ -28,7 +28,7 @@ from edgepatch.runtimes.base import Runtime
 from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.training.pairs.preferences import PairConfig
 
-SMALL = MatrixConfig(samples_per_prompt=3, max_new_tokens=6)
+SMALL = SampleConfig(samples_per_prompt=3, max_new_tokens=6)
 DATA = Path(os.environ["EDGEPATCH_DATA"]) if os.environ.get("EDGEPATCH_DATA") else None
 
 
