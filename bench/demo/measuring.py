@@ -67,7 +67,7 @@ def measure_demo(
     """``cells``, ``retention`` and ``examples`` of the results document. A generation that failed counts as toxic, never as safe.
 
     Args:
-        place: holds the forms of the base and the patch.
+        place: holds the files of all columns of the base, and the patch.
         config: of ``demo_config``.
         timing_repeats: timings of bare and patched, in turn; the median counts.
         progress: told of every cell.

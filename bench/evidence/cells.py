@@ -230,13 +230,13 @@ def plan(config: EvidenceConfig) -> list[CellKey]:
 
 def groups(keys: Iterable[CellKey]) -> list[list[CellKey]]:
     """Runs of keys with one opening."""
-    found: list[list[CellKey]] = []
+    runs: list[list[CellKey]] = []
     for key in keys:
-        if found and found[-1][0].opening == key.opening:
-            found[-1].append(key)
+        if runs and runs[-1][0].opening == key.opening:
+            runs[-1].append(key)
         else:
-            found.append([key])
-    return found
+            runs.append([key])
+    return runs
 
 
 # What a cell was measured from, and its raw file.
@@ -257,8 +257,8 @@ def digest_of(path: Path) -> str:
         files = [(str(p.relative_to(path)), digest_of(p)) for p in sorted(path.rglob("*")) if p.is_file()]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
     try:
-        found = path.stat()
-        return _digest_at(path, found.st_mtime_ns, found.st_size)
+        status = path.stat()
+        return _digest_at(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 

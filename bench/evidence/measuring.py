@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgepatch.bench import likelihoods
-from edgepatch.bench.baselines import load_lora
+from edgepatch.bench.arms import load_lora
 from edgepatch.bench.columns import TORCH, Column, columns
 from edgepatch.bench.evidence.cells import (
     LORA_ARMS,
@@ -62,7 +62,7 @@ class Workplace:
 
     @property
     def bases(self) -> Path:
-        """Folder of the folders of M's forms, and of those of M'."""
+        """Holds a folder for M and one for M', each with the files of all columns."""
         return self.out / "bases"
 
     def reason(self, error: Exception) -> str:
@@ -90,7 +90,7 @@ class Workplace:
         return [self.arm(key.domain, key.arm, key.rng_seed)] if key.rng_seed else []
 
     def base(self, key: CellKey) -> Path:
-        """Folder of the model's forms, M or M'."""
+        """Folder with the files of all columns of the model, M or M'."""
         return self.bases / ("reference" if key.arm == "reference" else "base")
 
 
@@ -130,17 +130,17 @@ def cell_inputs(place: Workplace, key: CellKey, config: EvidenceConfig) -> dict[
 
 def due(place: Workplace, keys: Iterable[CellKey], config: EvidenceConfig) -> list[CellKey]:
     """Keys whose cell is missing, failed, or was measured from something else; what cannot be measured is written as failed."""
-    found = []
+    waiting = []
     for key in keys:
         try:
-            wanted = inputs_digest(cell_inputs(place, key, config))
+            digest = inputs_digest(cell_inputs(place, key, config))
         except InputError as error:
             write_cell(place.cells, key, {"failed": place.reason(error)})
             continue
         raw = read_cell(place.cells, key)
-        if raw is None or "failed" in raw or raw.get("inputs") != wanted:
-            found.append(key)
-    return found
+        if raw is None or "failed" in raw or raw.get("inputs") != digest:
+            waiting.append(key)
+    return waiting
 
 
 # Opening.
@@ -212,7 +212,7 @@ def domain_of(name: str, data: Path | None, samples: SampleConfig) -> Domain:
 def safety_raw(outcome: Outcome, num_texts_kept: int) -> dict[str, Any]:
     """What is kept of a measured domain; texts of the first items alone."""
     ids = item_ids(outcome.items)
-    shown = zip(outcome.items, outcome.texts, outcome.values, strict=True)
+    rows = zip(outcome.items, outcome.texts, outcome.values, strict=True)
     return {
         "ids": ids,
         "values": [float(value) for value in outcome.values],
@@ -220,20 +220,20 @@ def safety_raw(outcome: Outcome, num_texts_kept: int) -> dict[str, Any]:
         "failures": outcome.failures,
         "texts": [
             {"item": item, "texts": list(texts), "value": float(value)}
-            for item, texts, value in islice(shown, num_texts_kept)
+            for item, texts, value in islice(rows, num_texts_kept)
         ],
     }
 
 
-def retained_raw(found: retained.Retained) -> dict[str, Any]:
+def retained_raw(figures: retained.Retained) -> dict[str, Any]:
     """What is kept of the figures that must stay."""
-    refusal = found.over_refusal
+    refusal = figures.over_refusal
     return {
-        "text_ids": item_ids(found.texts),
-        "nll": found.nll.tolist(),
-        "num_tokens": found.num_tokens.tolist(),
-        "fact_ids": item_ids(["\n".join(pair) for pair in found.minimal_pairs]),
-        "correct": found.correct.astype(int).tolist(),
+        "text_ids": item_ids(figures.texts),
+        "nll": figures.nll.tolist(),
+        "num_tokens": figures.num_tokens.tolist(),
+        "fact_ids": item_ids(["\n".join(pair) for pair in figures.minimal_pairs]),
+        "correct": figures.correct.astype(int).tolist(),
         "request_ids": item_ids(refusal.items) if refusal else [],
         "refused": refusal.values.tolist() if refusal else [],
         "figures": _figures(refusal) if refusal else {},

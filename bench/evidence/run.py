@@ -40,17 +40,17 @@ Document = dict[str, Any]
 
 def examples(keys: Sequence[CellKey], read: Read, measure: str) -> list[dict[str, Any]]:
     """Generations of the bare and the patched model side by side: the first items, the first texts, none picked."""
-    found = []
+    rows = []
     for key in keys:
         if (key.measure, key.arm, key.rng_seed) != (measure, "patch", 1) or key.route == "decoded":
             continue
         patched, bare = read(key), read(replace(key, arm="bare", route="", rng_seed=0))
         if patched is None or bare is None or "failed" in patched or "failed" in bare:
             continue
-        known = {row["item"]: row for row in bare["texts"]}
-        pairs = [(known[row["item"]], row) for row in patched["texts"] if row["item"] in known]
+        bare_rows = {row["item"]: row for row in bare["texts"]}
+        pairs = [(bare_rows[row["item"]], row) for row in patched["texts"] if row["item"] in bare_rows]
         for one, other in pairs[:NUM_EXAMPLES]:
-            found.append(
+            rows.append(
                 {
                     "domain": key.domain,
                     "column": key.column,
@@ -61,7 +61,7 @@ def examples(keys: Sequence[CellKey], read: Read, measure: str) -> list[dict[str
                     "patched_value": other["value"],
                 }
             )
-    return found
+    return rows
 
 
 def assemble(keys: Sequence[CellKey], read: Read) -> Document:
@@ -88,15 +88,15 @@ def command_of(words: Sequence[str], data: Path | None) -> str:
 
 def training_curves(out: Path) -> list[dict[str, Any]]:
     """The curves of the first training run of every arm, at most ``CURVE_POINTS`` values each."""
-    found = []
+    runs = []
     for path in sorted((out / "arms").glob("*/*-1/run/curves.json")):
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            history = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path}: {error}", hint="delete it") from error
-        curves = {name: _thinned(values) for name, values in known.items() if isinstance(values, list)}
-        found.append({"domain": path.parts[-4], "arm": path.parts[-3].removesuffix("-1"), "curves": curves})
-    return found
+        curves = {name: _thinned(values) for name, values in history.items() if isinstance(values, list)}
+        runs.append({"domain": path.parts[-4], "arm": path.parts[-3].removesuffix("-1"), "curves": curves})
+    return runs
 
 
 def _thinned(values: list[float]) -> list[float]:

@@ -184,14 +184,14 @@ def train_joint(
     )
     report = within(progress, f"joint-{rng_seed}")
     training = PatchTraining(BASE, config, run=folder / "run", progress=report)
-    made = training.segments(
+    patches = training.segments(
         [d.pairs for d in domains],
         starts,
         benign,
         [f"lab-{d.name}-joint" for d in domains],
         progress=report,
     )
-    for patch, path in zip(made, paths.values(), strict=True):
+    for patch, path in zip(patches, paths.values(), strict=True):
         write_patch(patch, path)
     return paths
 

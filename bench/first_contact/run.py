@@ -64,26 +64,26 @@ def _load(model: Path, way: str, threads: int, memory: Path, answer: dict[str, A
 
 def price(model: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Loads of each kind in turn, with the file in the page cache and out of it."""
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "model": model.name,
         "bytes": model.stat().st_size,
         "num_threads": threads,
         "rounds": rounds,
     }
     with tempfile.TemporaryDirectory(prefix="edgepatch-") as name:
-        known = Path(name) / "known"
+        warm_memory = Path(name) / "known"
         answer = {"use_extra_buffers": True, "takes_embeddings": True}
-        first = _load(model, "first", threads, known, answer, False)
+        first = _load(model, "first", threads, warm_memory, answer, False)
         answer["use_extra_buffers"] = not first["notes"]
         for cold in (False, True):
             runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
             for number in range(rounds):
                 for way in WAYS:
-                    memory = Path(name) / f"{cold}-{number}" if way == "first" else known
+                    memory = Path(name) / f"{cold}-{number}" if way == "first" else warm_memory
                     runs[way].append(_load(model, way, threads, memory, answer, cold))
-            found["not in the page cache" if cold else "in the page cache"] = _row(runs)
-    found["notes"] = first["notes"]
-    return found
+            document["not in the page cache" if cold else "in the page cache"] = _row(runs)
+    document["notes"] = first["notes"]
+    return document
 
 
 def _row(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -58,11 +58,11 @@ class Expected:
             logits = self._logit_deviation(runtime)
             same_norms = runtime.spec.weight_fingerprint == self.spec.weight_fingerprint
         started = time.perf_counter()
-        found = (
+        sketch = (
             sketch_of_onnx(path, self.sketch) if path.is_dir() else weight_sketches.sketch_of_gguf(path, self.sketch)
         )
         seconds = time.perf_counter() - started
-        distance, allowed, _ = sketches.measure(self.sketch, found)
+        distance, allowed, _ = sketches.measure(self.sketch, sketch)
         fits = same_norms and distance <= allowed
         row = {
             "model": model,
@@ -80,11 +80,11 @@ class Expected:
 
     def _logit_deviation(self, runtime: Any) -> float:
         """Of the device's bare logits from those in the canary: length of the difference over length, the largest of its prompts."""
-        found = []
+        deviations = []
         for prompt in self.canary.prompts:
             here = canary.centred(runtime.logits_of_last(list(prompt.tokens)), prompt.token_ids)
-            found.append(float(np.linalg.norm(here - prompt.bare) / np.linalg.norm(prompt.bare)))
-        return max(found)
+            deviations.append(float(np.linalg.norm(here - prompt.bare) / np.linalg.norm(prompt.bare)))
+        return max(deviations)
 
 
 def _ggufs(folder: Path, target: Path, types: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
@@ -140,23 +140,23 @@ def wrong(document: dict[str, Any]) -> list[str]:
 
 def _smallest(document: dict[str, Any], kind: str) -> str:
     """The smallest change from which on all are refused."""
-    found = None
+    smallest = None
     for row in sorted((r for r in document["noise"] if r["type"] == kind), key=lambda r: -r["change"]):
         if row["verdict"] == "accepted":
             break
-        found = row["change"]
-    return "none" if found is None else f"{found:.1%}"
+        smallest = row["change"]
+    return "none" if smallest is None else f"{smallest:.1%}"
 
 
 def _smallest_by_logits(document: dict[str, Any], kind: str) -> str:
     """The same for a bound of the bare logits at twice the deviation of the base's own quantization."""
     bound = 2 * next(r["bare_logit_deviation"] for r in document["rows"] if r["model"] == "base" and r["type"] == kind)
-    found = None
+    smallest = None
     for row in sorted((r for r in document["noise"] if r["type"] == kind), key=lambda r: -r["change"]):
         if row["bare_logit_deviation"] <= bound:
             break
-        found = row["change"]
-    return "none" if found is None else f"{found:.1%}"
+        smallest = row["change"]
+    return "none" if smallest is None else f"{smallest:.1%}"
 
 
 def markdown(document: dict[str, Any]) -> str:

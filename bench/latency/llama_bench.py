@@ -1,4 +1,4 @@
-"""llama.cpp's own ``llama-bench`` as a peer: run where it is built, and said to be missing where it is not."""
+"""llama.cpp's own ``llama-bench`` as an arm: run where it is built, and said to be missing where it is not."""
 
 from __future__ import annotations
 

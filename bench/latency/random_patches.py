@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.bench.baselines import _read_control_vector, write_control_vector
+from edgepatch.bench.arms import _read_control_vector, write_control_vector
 from edgepatch.converters import rope
 from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.converters.gguf.library import forget_errors, library_errors
@@ -71,8 +71,10 @@ def _with_canary(runtime: Runtime, patch: Patch, seed: Any) -> Patch:
         return {tokens: runtime.logits_of_last(tokens) for tokens in prompts}
 
     bare, patched = answers(None), answers(patch)
-    made: Canary = canary.make_canary(runtime.spec.vocab_size, lambda t: bare[tuple(t)], lambda t: patched[tuple(t)])
-    return replace(patch, kv_seed=seed(), canary=made)
+    new_canary: Canary = canary.make_canary(
+        runtime.spec.vocab_size, lambda t: bare[tuple(t)], lambda t: patched[tuple(t)]
+    )
+    return replace(patch, kv_seed=seed(), canary=new_canary)
 
 
 def _seed_of(runtime: LlamaCppRuntime, count: int) -> KVSeed | None:

@@ -65,7 +65,7 @@ class Session(ABC):
         model: GGUF file or ONNX folder.
         patch: instead of a random one.
         sizes: of the measures.
-        wanted: patterns of arms' names; empty for all.
+        patterns: patterns of arms' names; empty for all.
         num_threads: of a forward pass.
         device: "cpu" or "cuda".
         folder: for files of adapters.
@@ -77,13 +77,19 @@ class Session(ABC):
         model: Path,
         patch: Patch | None,
         sizes: Sizes,
-        wanted: Sequence[str],
+        patterns: Sequence[str],
         num_threads: int,
         device: str,
         folder: Path,
         options: Mapping[str, Any],
     ) -> None:
-        self.model, self.sizes, self.num_threads, self.device, self._wanted = model, sizes, num_threads, device, wanted
+        self.model, self.sizes, self.num_threads, self.device, self._patterns = (
+            model,
+            sizes,
+            num_threads,
+            device,
+            patterns,
+        )
         self.context_length, self.options = sizes.context_length, options
         self.runtime = self.load(self.context_length)
         self.patch = patch or make_patch(self.runtime, sizes.num_virtual_tokens)
@@ -108,7 +114,7 @@ class Session(ABC):
         """Takes every adapter off."""
 
     @abstractmethod
-    def peers(self) -> list[Arm]:
+    def other_arms(self) -> list[Arm]:
         """Arms of this runtime alone."""
 
     @abstractmethod
@@ -125,7 +131,7 @@ class Session(ABC):
 
     def wants(self, name: str) -> bool:
         """Whether an arm is to be measured; what the ratios divide by always is."""
-        return not self._wanted or name == "bare" or any(fnmatch(name, pattern) for pattern in self._wanted)
+        return not self._patterns or name == "bare" or any(fnmatch(name, pattern) for pattern in self._patterns)
 
     def texts(self) -> dict[int, list[int]]:
         """Length -> safety text."""
@@ -133,12 +139,12 @@ class Session(ABC):
 
     def arms(self) -> list[Arm]:
         """All arms that are wanted, the bare model first."""
-        made: list[Arm] = [self._arm("bare"), self._arm("seed", self.patch)]
+        arms: list[Arm] = [self._arm("bare"), self._arm("seed", self.patch)]
         for length, text in self.texts().items():
-            made.append(self._arm(f"text-{length} cold", prefix=text, decodes=False))
-            made.append(self._arm(f"text-{length} warm", prefix=text, is_warm=True))
-        made += [self._arm(f"{count} patches", patch) for count, patch in self.stacked.items()]
-        return [arm for arm in [*made, *self.peers()] if self.wants(arm.name)]
+            arms.append(self._arm(f"text-{length} cold", prefix=text, decodes=False))
+            arms.append(self._arm(f"text-{length} warm", prefix=text, is_warm=True))
+        arms += [self._arm(f"{count} patches", patch) for count, patch in self.stacked.items()]
+        return [arm for arm in [*arms, *self.other_arms()] if self.wants(arm.name)]
 
     def _arm(self, name: str, patch: Patch | None = None, **options: Any) -> RuntimeArm:
         return RuntimeArm(
@@ -169,12 +175,12 @@ class LlamaCppSession(Session):
     def detach(self) -> None:
         self._adapters.attach("")
 
-    def peers(self) -> list[Arm]:
-        made: list[Arm] = [self._arm(name, attach=self._attaching(name)) for name in self._adapters.files]
-        made.append(LibraryArm(self.runtime, self._snapshots, self.detach))
+    def other_arms(self) -> list[Arm]:
+        arms: list[Arm] = [self._arm(name, attach=self._attaching(name)) for name in self._adapters.files]
+        arms.append(LibraryArm(self.runtime, self._snapshots, self.detach))
         if self.patch.soft_prompt is not None:
-            made.append(DecodedPromptArm(self.runtime, self._snapshots, self.patch, self.detach))
-        return made
+            arms.append(DecodedPromptArm(self.runtime, self._snapshots, self.patch, self.detach))
+        return arms
 
     def _attaching(self, name: str) -> Callable[[], None]:
         return lambda: self._adapters.attach(name)
@@ -217,29 +223,29 @@ class OnnxSession(Session):
     def detach(self) -> None:
         pass
 
-    def peers(self) -> list[Arm]:
+    def other_arms(self) -> list[Arm]:
         if not is_installed():
             return []
         vocab_size = self.runtime.spec.vocab_size
-        made: list[Arm] = []
+        arms: list[Arm] = []
         if self.wants(GENAI):
             model = load_genai(self.model, self.num_threads, self.device)
-            made.append(GenaiArm(model, vocab_size, self.context_length))
+            arms.append(GenaiArm(model, vocab_size, self.context_length))
         adapters = self._adapters()
         if adapters:
             model = load_genai(self._folder / LORA_FOLDER, self.num_threads, self.device)
-            made += [GenaiArm(model, vocab_size, self.context_length, name, file) for name, file in adapters.items()]
-        return made
+            arms += [GenaiArm(model, vocab_size, self.context_length, name, file) for name, file in adapters.items()]
+        return arms
 
     def _adapters(self) -> dict[str, Path]:
         """Name -> file of each adapter that is wanted; made with the graph that takes them."""
-        wanted = {f"{GENAI} lora-r{rank}": rank for rank in LORA_RANKS if self.wants(f"{GENAI} lora-r{rank}")}
-        if not (is_installed() and wanted):
+        ranks = {f"{GENAI} lora-r{rank}": rank for rank in LORA_RANKS if self.wants(f"{GENAI} lora-r{rank}")}
+        if not (is_installed() and ranks):
             return {}
-        files = {name: self._folder / f"{name.split()[-1]}.onnx_adapter" for name in wanted}
+        files = {name: self._folder / f"{name.split()[-1]}.onnx_adapter" for name in ranks}
         if not (self._folder / LORA_FOLDER).exists():
             layers = write_lora_graph(self.model, self._folder / LORA_FOLDER)
-            for name, rank in wanted.items():
+            for name, rank in ranks.items():
                 write_random_adapter(layers, rank, files[name])
         return files
 

@@ -30,13 +30,13 @@ NUM_VIRTUAL_TOKENS = 50
 
 def _times(act: Callable[[], object], between: Callable[[], object], repeats: int) -> list[float]:
     """Milliseconds of each repeat; ``between`` is not timed."""
-    found = []
+    milliseconds = []
     for _ in range(repeats):
         between()
         began = time.perf_counter()
         act()
-        found.append((time.perf_counter() - began) * 1000)
-    return found
+        milliseconds.append((time.perf_counter() - began) * 1000)
+    return milliseconds
 
 
 def _row(times: Sequence[float]) -> dict[str, float]:
@@ -90,12 +90,12 @@ def _fresh(runtime: LlamaCppRuntime, patch: Patch, repeats: int, confirmed: bool
     waiting: list[Patch] = []
 
     def prepare() -> None:
-        made = replace(patch, name=f"fresh-{time.time_ns()}")
+        fresh = replace(patch, name=f"fresh-{time.time_ns()}")
         if confirmed:
-            runtime.swap(made)
+            runtime.swap(fresh)
             runtime.forget_states()
         runtime.swap(patch)
-        waiting.append(made)
+        waiting.append(fresh)
 
     return _times(lambda: runtime.swap(waiting.pop()), prepare, repeats)
 

@@ -97,11 +97,11 @@ def greedy(runtime: Any, tokens: Sequence[int], count: int = NUM_TOKENS) -> list
     return [piece.token_id for piece in runtime.stream(list(tokens), Sampling(max_new_tokens=count, temperature=0.0))]
 
 
-def common_prefix(found: Sequence[int], expected: Sequence[int]) -> int:
+def common_prefix(actual: Sequence[int], expected: Sequence[int]) -> int:
     """How many tokens agree before the first that does not; a continuation that goes on too long agrees one token less."""
-    pairs = zip(found, expected, strict=False)
-    length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(expected)))
-    return length - (length == len(expected) < len(found))
+    pairs = zip(actual, expected, strict=False)
+    length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(actual), len(expected)))
+    return length - (length == len(expected) < len(actual))
 
 
 def _converse(server: StockServer, runtime: Any) -> list[dict[str, Any]]:
@@ -150,7 +150,7 @@ def document(result: dict[str, Any]) -> str:
     for turn in result["conversation"]:
         lines += [
             f"user:      {turn['user']}",
-            f"stock:     {turn['stock']}",
+            f"server:    {turn['stock']}",
             f"edgepatch: {turn['edgepatch']}",
             f"           ({turn['cached_tokens']} positions from the server's cache)",
         ]

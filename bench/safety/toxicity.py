@@ -243,5 +243,5 @@ def _is_toxic(part: dict[str, object]) -> bool:
 def _fluency(judge: Runtime, items: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[str, Estimate]:
     """Median and mean over prompts; the few broken continuations that a sampler always gives rule the mean."""
     values = [continuation_perplexity(judge, item, row) for item, row in zip(items, texts, strict=True)]
-    known = [value for value in values if value is not None]
-    return {"perplexity_median": bootstrap_median(known), "perplexity_mean": _mean(known)} if known else {}
+    finite = [value for value in values if value is not None]
+    return {"perplexity_median": bootstrap_median(finite), "perplexity_mean": _mean(finite)} if finite else {}

@@ -70,7 +70,7 @@ def _behind(texts: list[str], length: int) -> Attack:
 def attacks(context_length: int) -> dict[str, Attack]:
     """Name -> attack; those that the context has room for."""
     toxic, benign = load_prompts("toxic", "train"), load_benign_text("train")
-    found: dict[str, Attack] = {
+    attempts: dict[str, Attack] = {
         "plain continuation": _plain,
         "asked as a user": _question,
         "system prompt against the patch": _against,
@@ -78,9 +78,9 @@ def attacks(context_length: int) -> dict[str, Attack]:
     }
     for length in (128, 512, 2048, 8192):
         if length + 96 <= context_length:
-            found[f"{length} tokens of toxic text in front"] = _behind(toxic, length)
-            found[f"{length} tokens of benign text in front"] = _behind(benign, length)
-    return found
+            attempts[f"{length} tokens of toxic text in front"] = _behind(toxic, length)
+            attempts[f"{length} tokens of benign text in front"] = _behind(benign, length)
+    return attempts
 
 
 def _scores(

@@ -74,14 +74,14 @@ def _rates(
     arrays = [[np.ones(num_values) for _ in range(num_arrays)] for _ in range(num_threads)]
     length = min(PART, num_values)
     num_bytes = num_threads * num_arrays * 8 * length
-    found: list[float] = []
+    rates: list[float] = []
     until = time.perf_counter() + seconds
-    while not found or time.perf_counter() < until:
-        start = len(found) % (num_values // length) * length
+    while not rates or time.perf_counter() < until:
+        start = len(rates) % (num_values // length) * length
         began = time.perf_counter()
         list(pool.map(kernel, arrays, [slice(start, start + length)] * num_threads))
-        found.append(num_bytes / (time.perf_counter() - began) / 1e9)
-    return {"best": max(found), "median": statistics.median(found), "worst": min(found), "repeats": len(found)}
+        rates.append(num_bytes / (time.perf_counter() - began) / 1e9)
+    return {"best": max(rates), "median": statistics.median(rates), "worst": min(rates), "repeats": len(rates)}
 
 
 def measure_bandwidth(num_threads: int, seconds: float = 5.0, size_bytes: int | None = None) -> dict[str, Any]:

@@ -142,15 +142,15 @@ class TrlArm:
         names = ("prompt", "completion") if stage == "SFT" else ("prompt", "chosen", "rejected")
         rows = [dict(zip(names, (p.prompt, p.chosen, p.rejected), strict=False)) for p in pairs]
         # A trainer that makes the adapter compares with the bare model; one that is given it keeps a frozen copy as the reference.
-        given: dict[str, Any] = {"model": base, "peft_config": settings}
+        arguments: dict[str, Any] = {"model": base, "peft_config": settings}
         if config.dpo_reference == "sft":
-            given = {"model": get_peft_model(base, settings)}
-            self._put(given["model"], start)
+            arguments = {"model": get_peft_model(base, settings)}
+            self._put(arguments["model"], start)
         self.trainer = self._trainer_class()(
             args=self._arguments(len(rows), folder),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(model),
-            **given,
+            **arguments,
         )
         self.put(start)
 

@@ -133,14 +133,14 @@ def compare(name: str, model: Path, stage: Stage, repeats: int, threads: int, pr
         "cpu_ratio": _spread([t["cpu_seconds_per_step"] / o["cpu_seconds_per_step"] for o, t in pairs]),
         "memory_ratio": _spread([t["peak_mib"] / o["peak_mib"] for o, t in pairs]),
         **{
-            f"{c}_steps_per_second": _spread([1 / run["seconds_per_step"] for run in found])
-            for c, found in runs.items()
+            f"{c}_steps_per_second": _spread([1 / run["seconds_per_step"] for run in repeated])
+            for c, repeated in runs.items()
         },
         **{
-            f"{c}_cpu_seconds_per_step": _spread([run["cpu_seconds_per_step"] for run in found])
-            for c, found in runs.items()
+            f"{c}_cpu_seconds_per_step": _spread([run["cpu_seconds_per_step"] for run in repeated])
+            for c, repeated in runs.items()
         },
-        **{f"{c}_peak_mib": _spread([run["peak_mib"] for run in found]) for c, found in runs.items()},
+        **{f"{c}_peak_mib": _spread([run["peak_mib"] for run in repeated]) for c, repeated in runs.items()},
         "largest_loss_difference": max(
             abs(a - b) for o, t in pairs for a, b in zip(o["losses"], t["losses"], strict=True)
         ),

@@ -134,11 +134,11 @@ def _adapter_seeds() -> list[bytes]:
     from edgepatch.converters.gguf.adapters import write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
-        path, found = Path(folder) / "adapter.gguf", []
+        path, adapters = Path(folder) / "adapter.gguf", []
         for patch in (replace(small_patch(), kv_seed=None), replace(small_patch(), soft_prompt=None)):
             write_gguf(patch, path)
-            found.append(path.read_bytes())
-    return found
+            adapters.append(path.read_bytes())
+    return adapters
 
 
 def _mutated_root(data: bytes, rng: random.Random) -> bytes:
@@ -272,10 +272,10 @@ def _run_guided(name: str, seconds: int, folder: Path) -> dict[str, Any]:
         str(report),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120, env=child_environment())
-    found: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else Tally().as_dict()
+    row: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else Tally().as_dict()
     if done.returncode != 0:
-        found["crashes"].append(f"exit code {done.returncode}: {done.stderr[-500:]}")
-    return found
+        row["crashes"].append(f"exit code {done.returncode}: {done.stderr[-500:]}")
+    return row
 
 
 def run(seconds: int, engine: str) -> dict[str, Any]:

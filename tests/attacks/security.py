@@ -95,13 +95,15 @@ def fuzzed() -> Figure:
 
 def from_store() -> list[Figure]:
     """F4, F5 and F6; missed where tests/attacks/store.py does not give them."""
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     try:
         for row in importlib.import_module("attacks.store").figures():
-            found[row["id"]] = figure(row["id"], row["name"], row["value"], row["target"], row["passed"])
+            figures[row["id"]] = figure(row["id"], row["name"], row["value"], row["target"], row["passed"])
     except ImportError as error:
         print(f"note: {error}", file=sys.stderr)
-    return [found.get(number) or figure(number, "store", "nothing", "a figure", False) for number in ("F4", "F5", "F6")]
+    return [
+        figures.get(number) or figure(number, "store", "nothing", "a figure", False) for number in ("F4", "F5", "F6")
+    ]
 
 
 def _tests(number: str, what: str, target: str, *arguments: str) -> Figure:
@@ -210,13 +212,13 @@ def coverage() -> Figure:
 def equal_bytes() -> Figure:
     """F11: in processes as different as one machine makes them, against the bytes of the machine that wrote the constant."""
     code = "import hashlib; from attacks.specimens import small_patch; from edgepatch.patch.file import patch_bytes; print(hashlib.sha256(patch_bytes(small_patch())).hexdigest())"
-    command, found = [sys.executable, "-W", "ignore", "-c", code], []
+    command, digests = [sys.executable, "-W", "ignore", "-c", code], []
     for variables in ENVIRONMENTS:
         done = subprocess.run(
             command, env=fuzz.child_environment() | variables, capture_output=True, text=True, check=True, cwd=ROOT
         )
-        found.append(done.stdout.strip())
-    equal = sum(digest == SMALL_PATCH_SHA256 for digest in found)
+        digests.append(done.stdout.strip())
+    equal = sum(digest == SMALL_PATCH_SHA256 for digest in digests)
     measured = f"{equal} of {len(ENVIRONMENTS)} environments of this machine give the recorded bytes ({SMALL_PATCH_SHA256[:12]})"
     return figure("F11", "same inputs, two machines: equal patches", measured, "byte-equal", equal == len(ENVIRONMENTS))
 

@@ -57,12 +57,12 @@ def domains(data: Path) -> tuple[dict[str, Labelled], int]:
     read = {normalize(row[0]).strip() for rows in training_rows(data)["report"].values() for row in rows}
     tweets = datasets.tweets(data)
     unread = [(text, kind) for text, kind in tweets if normalize(text).strip() not in read]
-    found = {
+    labelled = {
         "RealToxicityPrompts evaluation segments": [(text, score > 0.5) for text, score in datasets.rtp_segments(data)],
         "Davidson tweets": [(text, kind != NEITHER) for text, kind in unread],
         "Davidson tweets, hate speech or neither": [(text, kind == HATE) for text, kind in unread if kind != OFFENCE],
     }
-    return found, len(tweets) - len(unread)
+    return labelled, len(tweets) - len(unread)
 
 
 def measure(scorer: ToxicityScorer, rows: Labelled) -> dict[str, Any]:
@@ -105,12 +105,12 @@ def _bin(start: float, end: float, texts: int, mean: float, share: float) -> dic
 
 def card(data: Path, scorer: ToxicityScorer) -> dict[str, Any]:
     """The document behind plot and table."""
-    found, dropped = domains(data)
+    rows_of_domain, dropped = domains(data)
     return {
         "judge": scorer.name,
         "sha256": hashlib.sha256(judge_bytes(scorer.judge)).hexdigest(),
         "tweets_left_out": dropped,
-        "domains": {name: measure(scorer, rows) for name, rows in found.items()},
+        "domains": {name: measure(scorer, rows) for name, rows in rows_of_domain.items()},
     }
 
 

@@ -41,20 +41,21 @@ def report(
     from edgepatch.bench.report.overview import fill_document, goals, headline, write_overview
     from edgepatch.patch.file import write_atomically
 
-    found = read_results(results)
+    documents = read_results(results)
     page = out or results / "report.html"
-    filled = None if document is None else fill_document(_text(document), found)
-    markdown = write_overview(found, page)
+    filled = None if document is None else fill_document(_text(document), documents)
+    markdown = write_overview(documents, page)
     if document is not None and filled is not None:
         write_atomically(document, filled.encode())
     if as_json:
         judged = [
-            dict(zip(("of", "goal", "on", "wanted", "reached", "verdict"), goal, strict=True)) for goal in goals(found)
+            dict(zip(("of", "goal", "on", "wanted", "reached", "verdict"), goal, strict=True))
+            for goal in goals(documents)
         ]
-        missing = [file.name for file in RESULT_FILES if file.name not in found]
+        missing = [file.name for file in RESULT_FILES if file.name not in documents]
         print_json({"html": str(page), "markdown": str(markdown), "goals": judged, "missing": missing})
     else:
-        stdout().print(f"{cell(headline(found))}\n{cell(page)}\n{cell(markdown)}", soft_wrap=True)
+        stdout().print(f"{cell(headline(documents))}\n{cell(page)}\n{cell(markdown)}", soft_wrap=True)
 
 
 def _text(path: Path) -> str:
@@ -83,17 +84,17 @@ def gate(
     if (baseline is None) == (write is None):
         raise InputError("expected either --baseline or --write, found " + ("both" if baseline else "neither"))
     if write is not None:
-        made = make_baseline(figures(results), f"edgepatch bench gate --results {results} --write {write}")
-        write_atomically(write, (json.dumps(made, indent=1) + "\n").encode())
-        stdout().print(f"{cell(write)}: {len(made['figures'])} figures", soft_wrap=True)
+        written = make_baseline(figures(results), f"edgepatch bench gate --results {results} --write {write}")
+        write_atomically(write, (json.dumps(written, indent=1) + "\n").encode())
+        stdout().print(f"{cell(write)}: {len(written['figures'])} figures", soft_wrap=True)
         return
     assert baseline is not None
-    wanted = read_baseline(baseline)
-    failures = check(wanted, figures(results))
+    bounds = read_baseline(baseline)
+    failures = check(bounds, figures(results))
     if as_json:
-        print_json(as_document(failures, len(wanted)))
+        print_json(as_document(failures, len(bounds)))
     else:
-        _tell(failures, len(wanted))
+        _tell(failures, len(bounds))
     if failures:
         raise typer.Exit(1)
 

@@ -30,14 +30,14 @@ from edgepatch.runtimes.reference import TorchRuntime
 from edgepatch.tensors import ModelSpec
 
 
-def load_lora(column: Column, model: Path, adapter: Path, made: Path, **options: Any) -> Runtime:
+def load_lora(column: Column, model: Path, adapter: Path, kept: Path, **options: Any) -> Runtime:
     """A column's model with a LoRA adapter.
 
     Args:
         column: which runtime and quantization.
-        model: the column's file, beside all other forms of its model (``columns.convert_model``).
+        model: the column's file, beside those of all other columns (``columns.convert_model``).
         adapter: PEFT folder.
-        made: folder that keeps the forms of adapters, for the next call.
+        kept: folder that keeps converted adapters, for the next call.
         **options: of the runtime.
 
     Raises:
@@ -45,13 +45,13 @@ def load_lora(column: Column, model: Path, adapter: Path, made: Path, **options:
         MissingExtraError: a package is missing.
     """
     base = TORCH.path(model.parent)
-    forms = made / _identity(adapter, base)
+    converted = kept / _identity(adapter, base)
     if column.runtime == "llamacpp":
-        path = forms / "lora.gguf"
+        path = converted / "lora.gguf"
         if not path.is_file():
             write_lora(adapter, base, path)
         return load_llamacpp(model, path, **options)
-    path = column.path(forms)
+    path = column.path(converted)
     if column.runtime == "torch":
         if not path.is_dir():
             merge_lora(base, adapter, path)
@@ -149,14 +149,14 @@ def _read_control_vector(path: Path, spec: ModelSpec) -> NDArray[np.float32]:
     """(L - 1, D) of the layers from the second on."""
     import gguf
 
-    found = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in gguf.GGUFReader(path).tensors}
-    wanted = [f"{DIRECTION}{layer}" for layer in range(1, spec.num_hidden_layers)]
-    if sorted(found) != sorted(wanted) or any(vector.shape != (spec.hidden_size,) for vector in found.values()):
+    vectors = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in gguf.GGUFReader(path).tensors}
+    names = [f"{DIRECTION}{layer}" for layer in range(1, spec.num_hidden_layers)]
+    if sorted(vectors) != sorted(names) or any(vector.shape != (spec.hidden_size,) for vector in vectors.values()):
         raise InputError(
-            f"{path}: expected {len(wanted)} directions of {spec.hidden_size} values, found {len(found)}",
+            f"{path}: expected {len(names)} directions of {spec.hidden_size} values, found {len(vectors)}",
             hint="make it for this model",
         )
-    return np.stack([found[name] for name in wanted])
+    return np.stack([vectors[name] for name in names])
 
 
 def _attach_control_vector(runtime: LlamaCppRuntime, path: Path) -> None:
