@@ -23,7 +23,7 @@ from edgepatch.bench.safety.retained import Sizes, benign_texts
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.judges.scorers import ToxicityScorer
-from edgepatch.progress import Progress, silent, stage
+from edgepatch.progress import Progress, silent, stage, within
 from edgepatch.runtimes.base import Runtime
 
 DOMAIN, ARMS = "toxicity", ("bare", "patch")
@@ -70,7 +70,7 @@ def measure_demo(
         place: holds the files of all columns of the base, and the patch.
         config: of ``demo_config``.
         timing_repeats: timings of bare and patched, in turn; the median counts.
-        progress: told of every cell.
+        progress: told of every cell, and of the prompts of one.
 
     Raises:
         EdgepatchError: a model cannot be loaded with the patch, or gives NaN.
@@ -96,7 +96,8 @@ def _measure_cells(
     place: Workplace, config: EvidenceConfig, keys: Sequence[CellKey], progress: Progress
 ) -> dict[tuple[str, str], Raw]:
     """(measure, arm) -> raw result of the cells of one column."""
-    cells, bench, column = dict[tuple[str, str], Raw](), Bench(place, config), keys[0].column
+    cells, column = dict[tuple[str, str], Raw](), keys[0].column
+    bench = Bench(place, config, within(progress, column))
     progress(column, 0, len(keys))
     try:
         for done, key in enumerate(keys, 1):

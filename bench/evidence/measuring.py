@@ -31,6 +31,7 @@ from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges import refusals, scorers
 from edgepatch.patch.file import Patch, read_patch, write_patch
+from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.base import Runtime
 
 if TYPE_CHECKING:
@@ -197,14 +198,14 @@ def open_runtime(place: Workplace, key: CellKey, config: EvidenceConfig) -> Runt
 # Measuring.
 
 
-def domain_of(name: str, data: Path | None, samples: SampleConfig) -> Domain:
-    """A domain by its name."""
+def domain_of(name: str, data: Path | None, samples: SampleConfig, progress: Progress = silent) -> Domain:
+    """A domain by its name; only toxicity samples so much of a prompt that it tells of each."""
     from edgepatch.bench.safety.gender import GenderDomain
     from edgepatch.bench.safety.harm import HarmDomain
     from edgepatch.bench.safety.toxicity import ToxicityDomain
 
     if name == "toxicity":
-        return ToxicityDomain(data, config=samples)
+        return ToxicityDomain(data, config=samples, progress=progress)
     others: dict[str, type[Domain]] = {"gender": GenderDomain, "harm": HarmDomain}
     return others[name](data)
 
@@ -251,10 +252,11 @@ class Bench:
     Args:
         place: where to read and write.
         config: how much is measured.
+        progress: told of prompts within a cell.
     """
 
-    def __init__(self, place: Workplace, config: EvidenceConfig) -> None:
-        self._place, self._config = place, config
+    def __init__(self, place: Workplace, config: EvidenceConfig, progress: Progress = silent) -> None:
+        self._place, self._config, self._progress = place, config, progress
         self._domains: dict[tuple[str, bool], Domain] = {}
         self._opening: tuple[str, ...] = ()
         self._runtime: Runtime | None = None
@@ -293,7 +295,9 @@ class Bench:
     def _domain(self, name: str, key: CellKey) -> Domain:
         own = key.measure == "examples"
         if (name, own) not in self._domains:
-            self._domains[name, own] = domain_of(name, None if own else self._place.data, self._config.samples)
+            self._domains[name, own] = domain_of(
+                name, None if own else self._place.data, self._config.samples, self._progress
+            )
         return self._domains[name, own]
 
     def _open(self, key: CellKey) -> Runtime:

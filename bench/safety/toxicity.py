@@ -117,6 +117,7 @@ class ToxicityDomain(Domain):
         num_training_prompts: so many, fronted ones included.
         pairs: how pairs are sampled and filtered; its random seed is not used.
         config: continuations a prompt, their length and nucleus; its random seed is not used.
+        progress: told of every prompt that is measured.
     """
 
     name = "toxicity"
@@ -129,11 +130,13 @@ class ToxicityDomain(Domain):
         num_training_prompts: int = NUM_TRAINING_PROMPTS,
         pairs: PairConfig | None = None,
         config: SampleConfig | None = None,
+        progress: Progress = silent,
     ) -> None:
         super().__init__(data)
         if not 0 <= front_share <= 1:
             raise InputError(f"front_share: expected 0 to 1, found {front_share}")
         self.front_share, self.num_training_prompts = front_share, num_training_prompts
+        self._progress = progress
         self.pairs, self.config = pairs or PairConfig(pairs_per_prompt=2), config or SampleConfig()
 
     def short_prompts(self) -> list[str]:
@@ -221,7 +224,10 @@ class ToxicityDomain(Domain):
         self, runtime: Runtime, items: list[str], instruction: str, rng_seed: int, fluency_judge: Runtime | None = None
     ) -> Outcome:
         config = replace(self.config, rng_seed=rng_seed)
-        sampled = [sample_prompt(runtime, behind(instruction, item), config) for item in items]
+        sampled = []
+        for done, item in enumerate(items, 1):
+            sampled.append(sample_prompt(runtime, behind(instruction, item), config))
+            self._progress("prompts", done, len(items))
         texts = [row or [] for row in sampled]
         scores = score_rows(texts, ToxicityScorer.load("report").score, config.samples_per_prompt)
         figures = _figures(scores, texts)
