@@ -55,16 +55,16 @@ def cells(
     arms: Sequence[Arm], prompts: Sequence[int], depths: Sequence[int], count: int, vocab_size: int
 ) -> list[Cell]:
     """Time to first token at each length of a prompt, and decoding at each depth, of every arm."""
-    planned = []
+    table = []
     for length in prompts:
         tokens, measure = random_tokens(vocab_size, length, rng_seed=1), Measure("ttft", n_prompt=length, n_gen=1)
         chosen = [arm for arm in arms if not arm.decodes_only]
-        planned += [Cell(measure, arm.name, partial(arm.first, tokens), partial(arm.ready, tokens)) for arm in chosen]
+        table += [Cell(measure, arm.name, partial(arm.first, tokens), partial(arm.ready, tokens)) for arm in chosen]
     for depth in depths:
         measure = Measure("decode", n_gen=count, n_depth=depth)
         chosen = [arm for arm in arms if arm.decodes]
-        planned += [Cell(measure, arm.name, partial(arm.decode, count), partial(arm.stand, depth)) for arm in chosen]
-    return planned
+        table += [Cell(measure, arm.name, partial(arm.decode, count), partial(arm.stand, depth)) for arm in chosen]
+    return table
 
 
 class Snapshots:

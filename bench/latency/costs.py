@@ -34,16 +34,16 @@ def exchange_cells(runtime: Runtime, patch: Patch, detach: Callable[[], None]) -
         runtime.swap(other)
         runtime.swap(patch)
 
-    cells = [
+    exchanges = [
         Cell(Measure("swap"), "seed", lambda: runtime.swap(other), start),
         Cell(Measure("swap, new to this device"), "seed", lambda: runtime.swap(next(fresh)), start),
         Cell(Measure("unpatch"), "seed", lambda: runtime.swap(None), start),
     ]
     if isinstance(runtime, LlamaCppRuntime):
-        cells.append(Cell(Measure("seed load"), "seed", runtime._restore, start))
+        exchanges.append(Cell(Measure("seed load"), "seed", runtime._restore, start))
     else:
-        cells.append(Cell(Measure("seed load"), "seed", partial(runtime._install, patch), start))
-    return cells
+        exchanges.append(Cell(Measure("seed load"), "seed", partial(runtime._install, patch), start))
+    return exchanges
 
 
 class StoreCosts:

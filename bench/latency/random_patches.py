@@ -71,10 +71,10 @@ def _with_canary(runtime: Runtime, patch: Patch, seed: Any) -> Patch:
         return {tokens: runtime.logits_of_last(tokens) for tokens in prompts}
 
     bare, patched = answers(None), answers(patch)
-    new_canary: Canary = canary.make_canary(
+    measured: Canary = canary.make_canary(
         runtime.spec.vocab_size, lambda t: bare[tuple(t)], lambda t: patched[tuple(t)]
     )
-    return replace(patch, kv_seed=seed(), canary=new_canary)
+    return replace(patch, kv_seed=seed(), canary=measured)
 
 
 def _seed_of(runtime: LlamaCppRuntime, count: int) -> KVSeed | None:

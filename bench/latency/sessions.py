@@ -65,7 +65,7 @@ class Session(ABC):
         model: GGUF file or ONNX folder.
         patch: instead of a random one.
         sizes: of the measures.
-        patterns: patterns of arms' names; empty for all.
+        patterns: of arms' names; empty for all.
         num_threads: of a forward pass.
         device: "cpu" or "cuda".
         folder: for files of adapters.
