@@ -52,11 +52,11 @@ def _losses(log: Path) -> str:
 
 def _preference_tuning(curves: Path) -> str:
     """The DPO of M' in a line."""
-    found = json.loads(curves.read_text(encoding="utf-8"))
+    history = json.loads(curves.read_text(encoding="utf-8"))
     return (
-        f"DPO of all weights on {found['pairs']:,} pairs (its own clean against its own toxic samples, and refusals against "
-        f"compliance), {found['config']['dpo_steps']} steps of {found['config']['batch_size']}, beta {found['config']['beta']}; "
-        f"held-out preference accuracy {found['preference_accuracy'][-1]:.2f}"
+        f"DPO of all weights on {history['pairs']:,} pairs (its own clean against its own toxic samples, and refusals against "
+        f"compliance), {history['config']['dpo_steps']} steps of {history['config']['batch_size']}, beta {history['config']['beta']}; "
+        f"held-out preference accuracy {history['preference_accuracy'][-1]:.2f}"
     )
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own ``llama-bench`` as a peer: run where it is built, and said to be missing where it is not."""
+"""llama.cpp's own ``llama-bench`` as an arm: run where it is built, and said to be missing where it is not."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 NAME = "llama-bench"
 BEHIND = "prompt behind positions"
 VARIABLE = "EDGEPATCH_LLAMA_BENCH"
-BUILT = Path("out/stock/build/bin/llama-bench")
+BUILT = Path("out/llama-server/build/bin/llama-bench")
 TIMEOUT_S = 3600
 
 
 def find_llama_bench(which: Callable[[str], str | None]) -> str | None:
-    """The program: what ``EDGEPATCH_LLAMA_BENCH`` names, the one beside the stock server, or one on the path."""
+    """The program: what ``EDGEPATCH_LLAMA_BENCH`` names, the one beside the llama-server that we build, or one on the path."""
     named = os.environ.get(VARIABLE)
     if named:
         return named
@@ -35,7 +35,7 @@ def run_llama_bench(
     """Its rows, or one that says why there are none. It runs after the arms, not in turn with them."""
     program = find_llama_bench(which)
     if program is None:
-        hint = f"build it beside the stock server (ninja -C {BUILT.parent.parent} {NAME}), or name it in {VARIABLE}"
+        hint = f"build it beside llama-server (ninja -C {BUILT.parent.parent} {NAME}), or name it in {VARIABLE}"
         return [missing("decode", NAME, "not installed", hint, common)]
     sizes, held = settings.sizes, settings.sizes.num_virtual_tokens
     shared = [

@@ -148,7 +148,7 @@ def cold_start_cells(
         device,
     ]
     arguments = [str(model), str(context_length), str(num_threads), "-1" if device == "cuda" else "0", QUESTION]
-    peers = (
+    others = (
         {"llama_cpp.Llama": LLAMA_CLASS, "llama.cpp calls": LLAMA_CALLS}
         if runtime == "llamacpp"
         else {"onnxruntime-genai": GENAI}
@@ -156,7 +156,7 @@ def cold_start_cells(
     commands = {
         "edgepatch chat, patched": [*ours, "--patch", str(patch)],
         "edgepatch chat, bare": [*ours, "--bare"],
-    } | {name: [sys.executable, "-c", program, *arguments] for name, program in peers.items()}
+    } | {name: [sys.executable, "-c", program, *arguments] for name, program in others.items()}
     starts = [(name, _Start(command)) for name, command in commands.items()]
     return [Cell(Measure("cold start"), name, start.act, finish=start.finish) for name, start in starts]
 
@@ -245,7 +245,7 @@ def _generate(job: Job) -> None:
     if not job.flash_attention:
         options["flash_attention"] = False
     if job.lora or job.control_vector:
-        from edgepatch.bench.baselines import load_llamacpp
+        from edgepatch.bench.arms import load_llamacpp
 
         runtime = load_llamacpp(
             Path(job.model), *(Path(file) if file else None for file in (job.lora, job.control_vector)), **options

@@ -15,10 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edgepatch import compilation
+from edgepatch.bench.checkout import ROOT
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.llama_server.client import StockServer
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDER = ROOT / "out" / "llama-server"
 VARIABLE = "EDGEPATCH_LLAMA_SERVER"
 PACKAGE = "llama_cpp_python"
 CMAKE_FLAGS = [

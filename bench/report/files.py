@@ -32,17 +32,17 @@ class ResultFile:
 
 
 RESULT_FILES = (
-    ResultFile("evidence.json", "Safety", "make evidence"),
+    ResultFile("evidence.json", "Safety", "edgepatch bench evidence --publish"),
     ResultFile("latency.json", "Latency", "edgepatch bench latency --out bench/results/latency.json"),
-    ResultFile("machine.json", "Limits of the machine", "make machine"),
-    ResultFile("swap.json", "Swap", "make swap"),
-    ResultFile("trl.json", "Training speed", "make trl"),
-    ResultFile("security.json", "Security", "make security"),
-    ResultFile("parity.json", "Parity", "make parity"),
-    ResultFile("fingerprints.json", "Which models a patch accepts", "make fingerprints"),
-    ResultFile("unpatching.json", "Writing against the patch", "make unpatch"),
-    ResultFile("stock.json", "Stock llama-server", "make stock"),
-    ResultFile("fuzz.json", "Fuzzing", "make fuzz"),
+    ResultFile("machine.json", "Limits of the machine", "edgepatch bench machine"),
+    ResultFile("swap.json", "Swap", "edgepatch bench swap"),
+    ResultFile("trl.json", "Training speed", "edgepatch bench trl"),
+    ResultFile("security.json", "Security", "edgepatch bench security"),
+    ResultFile("parity.json", "Parity", "edgepatch bench parity"),
+    ResultFile("fingerprints.json", "Which models a patch accepts", "edgepatch bench identity"),
+    ResultFile("unpatching.json", "Writing against the patch", "edgepatch bench unpatch"),
+    ResultFile("stock.json", "Stock llama-server", "edgepatch bench llama-server"),
+    ResultFile("fuzz.json", "Fuzzing", "edgepatch bench fuzz"),
 )
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from edgepatch.bench.columns import TORCH, columns
-from edgepatch.bench.demo import LAB_FOLDER
 from edgepatch.bench.evidence import run as evidence
 from edgepatch.bench.evidence import workers
 from edgepatch.bench.evidence.cells import (
@@ -37,6 +36,7 @@ from edgepatch.bench.evidence.cells import (
 )
 from edgepatch.bench.evidence.measuring import Bench, Workplace, due
 from edgepatch.bench.evidence.statistics import spread
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.report.evidence_page import render_page
 from edgepatch.bench.safety.retained import Sizes
 from edgepatch.errors import InputError
@@ -61,7 +61,7 @@ REQUIRED = (
     "num_rng_seeds",
 )
 Q4 = "llamacpp Q4_K_M"
-HEAD = {"command": "make evidence", "created": "2026", "environment": {}, "settings": {}, "curves": []}
+HEAD = {"command": "edgepatch bench evidence", "created": "2026", "environment": {}, "settings": {}, "curves": []}
 
 
 # The plan.

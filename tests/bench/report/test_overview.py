@@ -142,13 +142,13 @@ def an_evidence() -> dict[str, Any]:
         "interval": [0.2, 0.4],
         "met": False,
     }
-    return {"command": "make evidence", "created": "2026", "environment": {}, "cells": rows, "goals": [goal]}
+    return {"command": "edgepatch bench evidence", "created": "2026", "environment": {}, "cells": rows, "goals": [goal]}
 
 
 def a_machine() -> dict[str, Any]:
     rate = {"best": 40.0, "median": 38.0, "worst": 20.0, "repeats": 9}
     return {
-        "command": "make machine",
+        "command": "edgepatch bench machine",
         "created": "2026",
         "environment": {},
         "load_average": 0.1,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from edgepatch.bench import datasets
-from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.bench.matrix import MatrixConfig
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.metrics import expected_max_toxicity
+from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.toxicity import (
     FRONT_TOKENS,
     ToxicityDomain,
@@ -28,7 +28,7 @@ from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import PairConfig
 
-SMALL = MatrixConfig(samples_per_prompt=3, max_new_tokens=6)
+SMALL = SampleConfig(samples_per_prompt=3, max_new_tokens=6)
 DATA = Path(os.environ["EDGEPATCH_DATA"]) if os.environ.get("EDGEPATCH_DATA") else None
 
 

@@ -118,7 +118,7 @@ def test_a_growing_past_is_cut_and_kept(gemma_onnx, gemma_patch):
 
 
 def test_names_of_another_exporter_are_recognised(gemma_onnx, gemma_patch, tmp_path):
-    """The same graph under optimum's names for the past. `make optimum` tests a graph of optimum itself."""
+    """The same graph under optimum's names for the past. `edgepatch bench optimum` tests a graph of optimum itself."""
     import onnx
 
     folder = shutil.copytree(gemma_onnx, tmp_path / "renamed")

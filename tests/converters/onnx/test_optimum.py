@@ -1,4 +1,4 @@
-"""Graphs of Hugging Face optimum, exported in its own environment: `make optimum`."""
+"""Graphs of Hugging Face optimum, exported in its own environment: `edgepatch bench optimum`."""
 
 import json
 import os
@@ -19,7 +19,9 @@ from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.tensors import SoftPrompt
 
 ENVIRONMENT = os.environ.get("EDGEPATCH_OPTIMUM_ENV", "")
-pytestmark = pytest.mark.skipif(not ENVIRONMENT, reason="optimum needs an environment of its own: make optimum")
+pytestmark = pytest.mark.skipif(
+    not ENVIRONMENT, reason="optimum needs an environment of its own: edgepatch bench optimum"
+)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 PROMPTS = ["The quick", "A", "Numbers 1234, accents, and a text that is longer than those of the other rows", "B"]

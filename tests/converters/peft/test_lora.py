@@ -1,4 +1,4 @@
-"""Baselines in place of a patch: LoRA adapters and control vectors in every runtime, against what PEFT computes."""
+"""Arms in place of a patch: LoRA adapters and control vectors in every runtime, against what PEFT computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.bench import baselines, columns
+from edgepatch.bench import arms, columns
 from edgepatch.converters import rope
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
@@ -74,7 +74,7 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def llamacpp_logits(model: Path, adapter: Path | None = None, vector: Path | None = None) -> np.ndarray:
-    with baselines.load_llamacpp(model, adapter, vector, **EXACT) as runtime:
+    with arms.load_llamacpp(model, adapter, vector, **EXACT) as runtime:
         return runtime.logits(TOKENS)
 
 
@@ -119,7 +119,7 @@ def test_every_runtime_loads_an_adapter_by_its_column(llama, tmp_path):
     writer.quantize(llama.full, tmp_path / "forms" / "Q8_0.gguf", "Q8_0", num_threads=1)
     for name in ("torch F32", "llamacpp Q8_0", "onnx int4"):
         column = next(column for column in columns.columns() if column.name == name)
-        with baselines.load_lora(column, column.path(tmp_path / "forms"), llama.adapter, tmp_path / "made") as runtime:
+        with arms.load_lora(column, column.path(tmp_path / "forms"), llama.adapter, tmp_path / "made") as runtime:
             closeness = np.corrcoef(runtime.logits(TOKENS).ravel(), llama.expected.ravel())[0, 1]
             assert (runtime.name, runtime.quantization) == (column.runtime, column.quantization)
             assert closeness > 0.9, name
@@ -185,7 +185,7 @@ def test_an_adapter_of_another_base_is_refused(llama, tmp_path):
 
 def test_llamacpp_refuses_a_file_that_is_no_adapter(llama):
     with pytest.raises(InputError, match=r"general\.type"):
-        baselines.load_llamacpp(llama.full, llama.full, **EXACT)
+        arms.load_llamacpp(llama.full, llama.full, **EXACT)
 
 
 def test_only_the_builder_takes_adapters(llama, tmp_path):
@@ -196,11 +196,11 @@ def test_only_the_builder_takes_adapters(llama, tmp_path):
 def test_a_control_vector_moves_the_logits_by_its_norm(llama, tmp_path):
     spec, moved = folders.read_spec(llama.base), []
     for norm in (0.0, 0.5, 5.0):
-        baselines.write_control_vector(spec, norm, tmp_path / "vector.gguf")
+        arms.write_control_vector(spec, norm, tmp_path / "vector.gguf")
         moved.append(distance(llamacpp_logits(llama.full, vector=tmp_path / "vector.gguf"), llama.bare))
     assert moved[0] < 1e-4 < 0.05 < moved[1] < moved[2]
     other = folders.read_spec(make_folder(tmp_path / "other", "llama", num_hidden_layers=3))
-    baselines.write_control_vector(other, 1.0, tmp_path / "vector.gguf")
+    arms.write_control_vector(other, 1.0, tmp_path / "vector.gguf")
     with pytest.raises(InputError, match="expected 1 directions of 64 values, found 2"):
         llamacpp_logits(llama.full, vector=tmp_path / "vector.gguf")
 

@@ -27,7 +27,7 @@ INIT_TEXT = "Continue in a kind, calm and respectful way, without insults or swe
 
 @dataclass
 class Course:
-    """What a contestant did.
+    """What an arm did.
 
     Attributes:
         losses: of each step, before its update.
@@ -81,7 +81,7 @@ def config_of(
     )
 
 
-class OwnContestant:
+class OwnArm:
     """Our trainer."""
 
     def __init__(
@@ -116,7 +116,7 @@ def start_of(models: FrozenModels, num_virtual_tokens: int) -> SoftPrompt:
     return initial_soft_prompt(models.base, models.tokenizer.encode(INIT_TEXT, bos=False), num_virtual_tokens)
 
 
-class TrlContestant:
+class TrlArm:
     """PEFT prompt tuning in TRL's trainers.
 
     Args:
@@ -142,15 +142,15 @@ class TrlContestant:
         names = ("prompt", "completion") if stage == "SFT" else ("prompt", "chosen", "rejected")
         rows = [dict(zip(names, (p.prompt, p.chosen, p.rejected), strict=False)) for p in pairs]
         # A trainer that makes the adapter compares with the bare model; one that is given it keeps a frozen copy as the reference.
-        given: dict[str, Any] = {"model": base, "peft_config": settings}
+        arguments: dict[str, Any] = {"model": base, "peft_config": settings}
         if config.dpo_reference == "sft":
-            given = {"model": get_peft_model(base, settings)}
-            self._put(given["model"], start)
+            arguments = {"model": get_peft_model(base, settings)}
+            self._put(arguments["model"], start)
         self.trainer = self._trainer_class()(
             args=self._arguments(len(rows), folder),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(model),
-            **given,
+            **arguments,
         )
         self.put(start)
 

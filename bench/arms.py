@@ -27,14 +27,14 @@ from edgepatch.runtimes.session import Session
 from edgepatch.tensors import ModelSpec
 
 
-def load_lora(column: Column, model: Path, adapter: Path, made: Path, **options: Any) -> Session:
+def load_lora(column: Column, model: Path, adapter: Path, kept: Path, **options: Any) -> Session:
     """A column's model with a LoRA adapter.
 
     Args:
         column: which runtime and quantization.
-        model: the column's file, beside all other forms of its model (``columns.convert_model``).
+        model: the column's file, beside those of all other columns (``columns.convert_model``).
         adapter: PEFT folder.
-        made: folder that keeps the forms of adapters, for the next call.
+        kept: folder that keeps converted adapters, for the next call.
         **options: of the runtime.
 
     Raises:
@@ -42,13 +42,13 @@ def load_lora(column: Column, model: Path, adapter: Path, made: Path, **options:
         MissingExtraError: a package is missing.
     """
     base = TORCH.path(model.parent)
-    forms = made / _identity(adapter, base)
+    converted = kept / _identity(adapter, base)
     if column.runtime == "llamacpp":
-        path = forms / "lora.gguf"
+        path = converted / "lora.gguf"
         if not path.is_file():
             write_lora(adapter, base, path)
         return load_llamacpp(model, path, **options)
-    path = column.path(forms)
+    path = column.path(converted)
     if column.runtime == "torch":
         if not path.is_dir():
             merge_lora(base, adapter, path)

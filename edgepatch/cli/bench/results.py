@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepatch.cli.bench import bench_app
+from edgepatch.cli.bench.door import RESULTS, bench_app
 from edgepatch.cli.console import JsonFlag, cell, print_json, stdout
 from edgepatch.errors import InputError
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from edgepatch.bench.report.gate import Failure
 
 ResultsOption = Annotated[Path, typer.Option(help="Folder of the JSON files that measurements left.")]
-RESULTS = Path("bench") / "results"
 
 
 @bench_app.command()
@@ -77,17 +76,17 @@ def gate(
     if (baseline is None) == (write is None):
         raise InputError("expected either --baseline or --write, found " + ("both" if baseline else "neither"))
     if write is not None:
-        made = make_baseline(figures(results), f"edgepatch bench gate --results {results} --write {write}")
-        write_atomically(write, (json.dumps(made, indent=1) + "\n").encode())
-        stdout().print(f"{cell(write)}: {len(made['figures'])} figures", soft_wrap=True)
+        written = make_baseline(figures(results), f"edgepatch bench gate --results {results} --write {write}")
+        write_atomically(write, (json.dumps(written, indent=1) + "\n").encode())
+        stdout().print(f"{cell(write)}: {len(written['figures'])} figures", soft_wrap=True)
         return
     assert baseline is not None
-    wanted = read_baseline(baseline)
-    failures = check(wanted, figures(results))
+    bounds = read_baseline(baseline)
+    failures = check(bounds, figures(results))
     if as_json:
-        print_json(as_document(failures, len(wanted)))
+        print_json(as_document(failures, len(bounds)))
     else:
-        _tell(failures, len(wanted))
+        _tell(failures, len(bounds))
     if failures:
         raise typer.Exit(1)
 
