@@ -11,8 +11,8 @@ from typing import cast
 from edgepatch.bench.demo import LAB_FOLDER
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.onnx import conversion as onnx
-from edgepatch.converters.peft.lora import new_folder
 from edgepatch.errors import InputError
+from edgepatch.files.writing import new_folder
 from edgepatch.progress import Progress, silent, within
 
 GGUF_TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")

@@ -28,7 +28,7 @@ from edgepatch.converters.gguf.writer import quantize
 from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import CONFIG_KEY, Origin
 from edgepatch.errors import InputError
-from edgepatch.files.writing import folder_beside, replacing_folder, require_space, unwritable
+from edgepatch.files.writing import folder_beside, replacing_folder, require_space
 from edgepatch.tensors import ModelSpec
 
 NORMALLY_F16_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
@@ -73,12 +73,8 @@ def dequantize(
     spec = spec_of(header)
     gguf_weights.require_readable(header)
     require_space(target, _folder_bytes(header, dtype))
-    try:
-        with replacing_folder(target) as folder:
-            origin = _write_folder(header, spec, folder, dtype, progress)
-    except OSError as error:
-        raise unwritable(target, error) from error
-    return origin
+    with replacing_folder(target) as folder:
+        return _write_folder(header, spec, folder, dtype, progress)
 
 
 def _folder_bytes(header: GGUFHeader, dtype: str) -> int:
@@ -196,10 +192,7 @@ def requantize(source: Path, target: Path, type_name: str, progress: Progress = 
     require_space(target, int(num_weights(header) * per_weight))
     with folder_beside(target) as beside:
         full = beside / "F32.gguf"
-        try:
-            _write_full(header, origin, full, progress)
-        except OSError as error:
-            raise unwritable(target, error) from error
+        _write_full(header, origin, full, progress)
         quantize(full, target, type_name)
     return origin
 

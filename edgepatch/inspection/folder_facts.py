@@ -12,6 +12,7 @@ from edgepatch.converters.hf import specs
 from edgepatch.converters.hf.specs import FolderHeader
 from edgepatch.converters.peft.adapters import PICKLES
 from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.files.reading import read_bounded
 from edgepatch.inspection.facts import (
     CacheFacts,
     ChatTemplate,
@@ -227,10 +228,7 @@ def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemp
 def _read_text(path: Path) -> str:
     if not path.is_file():
         return ""
-    with path.open("rb") as file:
-        data = file.read(MAX_TEMPLATE_BYTES + 1)
-    if len(data) > MAX_TEMPLATE_BYTES:
-        raise InputError(f"{path}: expected at most {MAX_TEMPLATE_BYTES} bytes", hint="download the model again")
+    data = read_bounded(path, MAX_TEMPLATE_BYTES, "chat template", hint="download the model again")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

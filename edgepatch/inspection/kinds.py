@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -16,6 +15,7 @@ from typing import Any
 from edgepatch.converters.gguf.header import GGUFHeader, read_any_header
 from edgepatch.converters.peft.adapters import CONFIG_FILE, PICKLES
 from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.files import strict_json
 from edgepatch.patch.file import METADATA_KEY, PROMPT_TENSOR
 
 START_BYTES = 4096
@@ -237,8 +237,8 @@ def _json(path: Path, size: int) -> Recognised:
 
 def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(data) if data else None
-    except (ValueError, RecursionError):
+        return strict_json.loads(data) if data else None
+    except ValueError:
         return None
 
 
