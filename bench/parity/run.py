@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from datetime import date
@@ -29,6 +28,7 @@ from edgepatch.bench.parity.report import render
 from edgepatch.bench.parity.rows import NUM_TOKENS, NUM_VIRTUAL_TOKENS, make_oracle, measure
 from edgepatch.errors import EdgepatchError
 from edgepatch.files.writing import write_atomically
+from edgepatch.processes.programs import run_program
 from edgepatch.progress import OF_STREAM, Lines, Progress, logged
 
 Found = dict[str, list[dict[str, Any]]]
@@ -83,14 +83,9 @@ def measure_apart(name: str, work: Path, llama_cpp: Path, digest: str) -> Found:
         "HF_HUB_OFFLINE": "1",
     }
     limit_s = architecture(name).limit_s
-    try:
-        code = subprocess.run([str(word) for word in command], env=os.environ | settings, timeout=limit_s).returncode
-    except subprocess.TimeoutExpired:
-        raise EdgepatchError(
-            f"{name}: not measured after {limit_s} s", hint="run it again on an idle machine"
-        ) from None
-    if code:
-        raise EdgepatchError(f"{name}: measuring failed with exit code {code}")
+    done = run_program(command, environment=settings, deadline_s=limit_s, is_shown=True)
+    if done.failure:
+        raise EdgepatchError(f"{name}: measuring {done.failure}", hint="run it again on an idle machine")
     found: Found = json.loads((work / f"{name}.found.json").read_text(encoding="utf-8"))
     write_atomically(kept, json.dumps({"digest": digest, "found": found}).encode())
     return found

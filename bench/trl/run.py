@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -20,6 +18,7 @@ from typing import Any
 
 from edgepatch.bench.trl.contestants import OwnContestant, Stage, TrlContestant, config_of, make_pairs
 from edgepatch.files.writing import write_atomically
+from edgepatch.processes.programs import run_program
 from edgepatch.progress import OF_STREAM, Lines, Progress, logged
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training.pairs.preferences import Pair
@@ -97,11 +96,11 @@ def measure(task: str, model: Path, stage: Stage, steps: int, threads: int, plan
         str(steps),
         str(plan_file),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = run_program(command, environment=environment)
+    if done.failure:
+        raise RuntimeError(f"{' '.join(command)} {done.failure}:\n{done.complaints}")
+    found: dict[str, Any] = json.loads(done.output.splitlines()[-1])
     return found
 
 
