@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from edgepatch.bundles.contents import BUNDLE_TYPE, INSTALL, MANIFEST, REQUIREMENTS, ROOT, SIGNATURES
 from edgepatch.bundles.wheels import name_and_version
-from edgepatch.patch.file import UNPRINTABLE, Patch
+from edgepatch.patch.file import Patch
+from edgepatch.patch.manifest import UNPRINTABLE
 from edgepatch.trust.roots import Root
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import EdgepatchError, InputError, UntrustedError
-from edgepatch.patch.file import DIGEST, MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch_file, read_patch_bytes
+from edgepatch.patch.file import MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch_file, read_patch_bytes
+from edgepatch.patch.manifest import DIGEST
 from edgepatch.store import files
 from edgepatch.store.changes import Change as Change
 from edgepatch.store.changes import RootChange as RootChange

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from edgepatch.errors import InputError, MismatchError, UntrustedError
-from edgepatch.patch.file import UNPRINTABLE, Patch
+from edgepatch.patch.file import Patch
+from edgepatch.patch.manifest import UNPRINTABLE
 from edgepatch.store.records import Seen
 from edgepatch.tensors import ModelSpec
 from edgepatch.trust.roots import TIME_FORMAT

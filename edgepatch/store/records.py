@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from edgepatch.errors import PatchFormatError, UntrustedError
 from edgepatch.files import strict_json
 from edgepatch.files.canonical import MAX_DEPTH, canonical_json, parse_canonical
-from edgepatch.patch.file import CHANNEL, DIGEST, MAX_SEQUENCE, Patch, is_timestamp
+from edgepatch.patch.file import Patch
+from edgepatch.patch.manifest import CHANNEL, DIGEST, MAX_SEQUENCE, is_timestamp
 from edgepatch.tensors import ModelSpec
 
 STATE_FORMAT = 2

@@ -207,6 +207,8 @@ def guided(name: str, seconds: int, report: Path) -> None:
         "files.reading",
         "files.strict_json",
         "patch.file",
+        "patch.manifest",
+        "patch.patch",
         "tensors",
         "patch.sketches",
         "trust.signatures",

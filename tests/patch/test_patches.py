@@ -25,18 +25,17 @@ from edgepatch.files.writing import write_atomically
 from edgepatch.patch.file import (
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
-    MAX_SEQUENCE,
     METADATA_KEY,
     PAYLOAD_TYPE,
     SIGNATURES_KEY,
     Patch,
-    is_timestamp,
     parse_patch,
     patch_bytes,
     read_patch,
     signed,
     write_patch,
 )
+from edgepatch.patch.manifest import MAX_SEQUENCE, is_timestamp
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, SoftPrompt
 from edgepatch.trust.signatures import Signature, sign
 from edgepatch.trust.verification import verify_threshold
