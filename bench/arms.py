@@ -19,8 +19,8 @@ from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.peft.adapters import CONFIG_FILE, TENSOR_FILE
 from edgepatch.converters.peft.lora import merge_lora, write_lora
 from edgepatch.errors import InputError
-from edgepatch.patch.canonical import canonical_json
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.canonical import canonical_json
+from edgepatch.files.writing import write_atomically
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.runtimes.session import Session

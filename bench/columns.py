@@ -12,8 +12,8 @@ from typing import cast
 from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.onnx import conversion as onnx
-from edgepatch.converters.peft.lora import new_folder
 from edgepatch.errors import InputError
+from edgepatch.files.writing import new_folder
 from edgepatch.progress import Progress, silent, within
 
 COMMON_GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")

@@ -23,7 +23,7 @@ from edgepatch.compilation.compilers import toolchain, uses_amx
 from edgepatch.doctor import cpu
 from edgepatch.doctor.llamacpp_types import opened_context
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 
 SHAPE = Shape(
     1024, 10, 16, 4, 64, 3072, 32000, 2048

@@ -7,7 +7,6 @@ be larger than it.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,17 +17,18 @@ from typing import Any
 import numpy as np
 
 from edgepatch.converters.checkpoints import DTYPES, CheckpointTensor, Progress, write_weights
+from edgepatch.converters.gguf import encoding, vocabularies
 from edgepatch.converters.gguf import models as gguf_models
-from edgepatch.converters.gguf import vocabularies
 from edgepatch.converters.gguf import weights as gguf_weights
 from edgepatch.converters.gguf.configs import as_saved, config_of, is_plain
+from edgepatch.converters.gguf.encoding import TensorEntry
 from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.specs import spec_of
 from edgepatch.converters.gguf.writer import quantize
 from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import CONFIG_KEY, Origin
-from edgepatch.converters.outputs import folder_beside, replacing_folder, require_space, unwritable
 from edgepatch.errors import InputError
+from edgepatch.files.writing import folder_beside, replacing_folder, require_space
 from edgepatch.tensors import ModelSpec
 
 NORMALLY_F16_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
@@ -73,12 +73,8 @@ def dequantize(
     spec = spec_of(header)
     gguf_weights.require_readable(header)
     require_space(target, _folder_bytes(header, dtype))
-    try:
-        with replacing_folder(target) as folder:
-            origin = _write_folder(header, spec, folder, dtype, progress)
-    except OSError as error:
-        raise unwritable(target, error) from error
-    return origin
+    with replacing_folder(target) as folder:
+        return _write_folder(header, spec, folder, dtype, progress)
 
 
 def _folder_bytes(header: GGUFHeader, dtype: str) -> int:
@@ -196,10 +192,7 @@ def requantize(source: Path, target: Path, type_name: str, progress: Progress = 
     require_space(target, int(num_weights(header) * per_weight))
     with folder_beside(target) as beside:
         full = beside / "F32.gguf"
-        try:
-            _write_full(header, origin, full, progress)
-        except OSError as error:
-            raise unwritable(target, error) from error
+        _write_full(header, origin, full, progress)
         quantize(full, target, type_name)
     return origin
 
@@ -209,17 +202,16 @@ def _write_full(header: GGUFHeader, origin: Origin, target: Path, progress: Prog
     added: dict[str, str | int] = {**origin.metadata(), "general.file_type": 0}
     alignment = int(header.metadata.get("general.alignment", 32))
     entries = [b for key, b in _entries(header) if key not in added]
-    entries += [_entry(key, value) for key, value in added.items()]
+    entries += [encoding.entry(key, value) for key, value in added.items()]
     total, done = num_weights(header) * 4, 0
+    tensors = {name: TensorEntry(info.shape, 0, prod(info.shape) * 4) for name, info in header.tensors.items()}
     with target.open("wb") as stream:
-        stream.write(b"GGUF" + struct.pack("<IQQ", 3, len(header.tensors), len(entries)) + b"".join(entries))
-        stream.write(_tensor_table(header, alignment))
-        stream.write(bytes(-stream.tell() % alignment))
+        stream.write(encoding.file_start(entries, tensors, alignment))
         for name in header.tensors:
             for piece in gguf_weights.pieces(header, name):
                 done += stream.write(np.ascontiguousarray(piece, "<f4").tobytes())
                 progress("dequantize", done, total)
-            stream.write(bytes(-stream.tell() % alignment))
+            stream.write(encoding.padding(stream.tell(), alignment))
 
 
 def _entries(header: GGUFHeader) -> Iterator[tuple[str, bytes]]:
@@ -228,27 +220,3 @@ def _entries(header: GGUFHeader) -> Iterator[tuple[str, bytes]]:
         for key, (start, end) in header.spans.items():
             file.seek(start)
             yield key, file.read(end - start)
-
-
-def _string(text: str) -> bytes:
-    data = text.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
-
-
-def _entry(key: str, value: str | int) -> bytes:
-    kind = 4 if isinstance(value, int) else 8  # uint32, string
-    return (
-        _string(key)
-        + struct.pack("<I", kind)
-        + (struct.pack("<I", value) if isinstance(value, int) else _string(value))
-    )
-
-
-def _tensor_table(header: GGUFHeader, alignment: int) -> bytes:
-    table, offset = b"", 0
-    for name, info in header.tensors.items():
-        dimensions = info.shape[::-1]
-        table += _string(name) + struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
-        table += struct.pack("<IQ", 0, offset)
-        offset += -(-prod(info.shape) * 4 // alignment) * alignment
-    return table

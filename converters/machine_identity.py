@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import InputError
+from edgepatch.files.strict_json import read_json
 
 CACHE_VARIABLE = "EDGEPATCH_CACHE_DIR"
 SETTLED_S = 4.0
@@ -54,18 +55,17 @@ def digest_of(facts: Any) -> str:
 def read_memory(file: Path) -> dict[str, Any]:
     """A remembered JSON object; empty where there is none, or none that can be read."""
     try:
-        memory = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except InputError:
         return {}
-    return memory if isinstance(memory, dict) else {}
 
 
-def keep_memory(file: Path, memory: dict[str, Any]) -> None:
+def keep_memory(file: Path, facts: dict[str, Any]) -> None:
     """Remembers a JSON object, where the device can: on one that cannot be written to it is found out each time."""
-    from edgepatch.patch.file import write_atomically  # a child, whose start is paid for, keeps nothing
+    from edgepatch.files.writing import write_atomically  # a child, whose start is paid for, keeps nothing
 
     with contextlib.suppress(InputError):
-        write_atomically(file, json.dumps(memory).encode())
+        write_atomically(file, json.dumps(facts).encode())
 
 
 def signature(files: Sequence[Path]) -> list[list[Any]]:

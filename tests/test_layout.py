@@ -17,8 +17,8 @@ import edgepatch
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "edgepatch.errors": 0,
-    "edgepatch.compilation": 1,
     "edgepatch.cores": 1,
+    "edgepatch.files": 1,
     "edgepatch.interrupts": 1,
     "edgepatch.known_models": 1,
     "edgepatch.pages": 1,
@@ -26,6 +26,7 @@ LAYERS = {
     "edgepatch.progress": 1,
     "edgepatch.prompts": 1,
     "edgepatch.tensors": 1,
+    "edgepatch.compilation": 2,
     "edgepatch.decoding": 2,
     "edgepatch.defaults": 2,
     "edgepatch.judges": 2,

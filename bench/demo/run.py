@@ -20,8 +20,9 @@ from edgepatch.bench.report.matrix_page import write_report
 from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
+from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
-from edgepatch.patch.file import Patch, write_atomically, write_patch
+from edgepatch.patch.file import Patch, write_patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime

@@ -16,7 +16,7 @@ from edgepatch.bench.columns import Column, columns
 from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.retained import Sizes
 from edgepatch.errors import InputError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 
 DOMAINS = ("toxicity", "gender", "harm")
 MEASURES = ("safety", "retained", "examples")

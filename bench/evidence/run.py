@@ -27,7 +27,7 @@ from edgepatch.bench.evidence.statistics import Matrix, Read
 from edgepatch.bench.evidence.workers import measure_cells
 from edgepatch.bench.report.evidence_page import render_page
 from edgepatch.errors import InputError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 from edgepatch.progress import Progress, silent
 
 RESULTS = ROOT / "bench" / "results"

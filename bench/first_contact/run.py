@@ -11,7 +11,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,9 @@ from typing import Any
 from edgepatch.bench.first_contact.corpus import corpus
 from edgepatch.bench.first_contact.forged import DIED, UNCAUGHT, judge, table
 from edgepatch.converters.machine_identity import CACHE_VARIABLE
-from edgepatch.patch.file import write_atomically
+from edgepatch.errors import EdgepatchError
+from edgepatch.files.writing import write_atomically
+from edgepatch.processes.programs import run_program
 
 COMMAND = "edgepatch bench first-contact --forged --model SmolLM2-135M-Instruct.Q4_1.gguf"
 LOAD = """
@@ -54,13 +55,14 @@ def _load(model: Path, way: str, threads: int, memory: Path, answer: dict[str, A
     if cold:
         with model.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    environment = {**os.environ, CACHE_VARIABLE: str(memory)}
     command = [sys.executable, "-c", LOAD, str(model), str(threads), way, json.dumps(answer)]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = run_program(command, environment={CACHE_VARIABLE: str(memory)})
+    if done.failure:
+        raise EdgepatchError(f"loading {model.name} {done.failure}")
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"s": seconds, "cpu_s": cpu, **json.loads(done.stdout.splitlines()[-1])}
+    return {"s": seconds, "cpu_s": cpu, **json.loads(done.output.splitlines()[-1])}
 
 
 def price(model: Path, threads: int, rounds: int) -> dict[str, Any]:

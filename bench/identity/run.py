@@ -24,8 +24,8 @@ from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.onnx.weights import sketch_of_onnx
+from edgepatch.files.writing import write_atomically
 from edgepatch.patch import canary, sketches
-from edgepatch.patch.file import write_atomically
 from edgepatch.patch.sketches import Sketch
 from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import Canary, SoftPrompt

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from edgepatch.bench.lab import LAB_FOLDER, corpus, detoxify, floors, trainer
 from edgepatch.bench.lab.card import render_card
 from edgepatch.bench.lab.tokenizer import train_tokenizer
+from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
-from edgepatch.patch.file import write_atomically
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
 

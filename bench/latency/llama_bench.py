@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepatch.bench.latency.timing import missing
+from edgepatch.processes.programs import run_program
 
 if TYPE_CHECKING:
     from edgepatch.bench.latency.settings import Settings
@@ -65,11 +65,11 @@ def run_llama_bench(
     }
     rows = []
     for measure, arguments in runs.items():
+        done = run_program([*shared, *arguments], deadline_s=TIMEOUT_S)
         try:
-            done = subprocess.run([*shared, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
-            rows += [_row(measure, entry, common) for entry in json.loads(done.stdout)]
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            rows.append(missing(measure, NAME, "failed", f"{error}"[:300], common))
+            rows += [_row(measure, entry, common) for entry in json.loads(done.output)]
+        except ValueError as error:
+            rows.append(missing(measure, NAME, "failed", (done.failure or f"{error}")[:300], common))
     return rows
 
 

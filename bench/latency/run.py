@@ -37,7 +37,8 @@ from edgepatch.bench.shapes.onnx import write_onnx
 from edgepatch.bench.shapes.shape import SHAPES
 from edgepatch.doctor import gpus
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.patch.file import Patch, read_patch, write_atomically, write_patch
+from edgepatch.files.writing import write_atomically
+from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes import EXTRAS, device_options, read_spec, runtime_name
 

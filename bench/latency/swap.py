@@ -21,8 +21,9 @@ from edgepatch.bench.latency.random_patches import make_patch
 from edgepatch.bench.shapes.gguf import write_gguf
 from edgepatch.bench.shapes.shape import SHAPES
 from edgepatch.errors import InputError
+from edgepatch.files.writing import write_atomically
 from edgepatch.patch import canary
-from edgepatch.patch.file import Patch, write_atomically
+from edgepatch.patch.file import Patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.runtimes.session import Session

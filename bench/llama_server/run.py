@@ -13,7 +13,7 @@ from edgepatch.bench.checkout import run_tests
 from edgepatch.bench.llama_server.server import FOLDER, VARIABLE, find_server
 from edgepatch.bench.llama_server.transcript import document, transcribe
 from edgepatch.errors import EdgepatchError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 
 
 def run(results: Path, folder: Path = FOLDER, is_tested: bool = True) -> str:

@@ -8,7 +8,6 @@ quantized cache of such heads only.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 from edgepatch.bench.columns import COMMON_GGUF_TYPES
 from edgepatch.errors import InputError
 from edgepatch.known_models import find
+from edgepatch.processes.programs import run_program
 
 VOCAB_SIZE = 512
 CONTEXT_LENGTH = 512
@@ -304,15 +304,12 @@ def convert(spec: Architecture, folder: Path, target: Path, type_name: str, llam
     arguments = [str(folder), "--outfile", str(target), "--outtype", type_name.lower(), "--model-name", "tiny"]
     if spec.name == "qwen3_5":
         arguments.append("--no-mtp")  # the tiny model has no layer for multi-token prediction
-    done = subprocess.run(
-        [sys.executable, "-c", FOREIGN_CONVERTER, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode != 0 or not target.is_file():
-        raise InputError(f"llama.cpp's converter failed on {spec.name}: {' | '.join(done.stderr.splitlines()[-3:])}")
+    command = [sys.executable, "-c", FOREIGN_CONVERTER, script, *arguments]
+    done = run_program(command, environment={"OMP_NUM_THREADS": "1"})
+    if done.failure or not target.is_file():
+        raise InputError(
+            f"llama.cpp's converter failed on {spec.name}: {' | '.join(done.complaints.splitlines()[-3:])}"
+        )
 
 
 FOREIGN_CONVERTER = """

@@ -26,7 +26,7 @@ from edgepatch.bench.parity.models import architecture, build_folder, measured
 from edgepatch.bench.parity.report import render
 from edgepatch.bench.parity.rows import NUM_TOKENS, NUM_VIRTUAL_TOKENS, make_oracle, measure
 from edgepatch.errors import EdgepatchError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 from edgepatch.processes import run_apart
 from edgepatch.progress import Progress, silent
 

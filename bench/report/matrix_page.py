@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from edgepatch.errors import InputError
+from edgepatch.files.writing import write_atomically
 from edgepatch.pages.blocks import (
     Answers,
     Block,
@@ -36,7 +37,6 @@ from edgepatch.pages.blocks import (
 from edgepatch.pages.charts import Axis, Bar, Bars, Plot, Point, Series, categories, curve
 from edgepatch.pages.numbers import as_number, format_number
 from edgepatch.pages.rendering import render
-from edgepatch.patch.file import write_atomically
 
 Document = Mapping[str, Any]
 

@@ -23,8 +23,9 @@ from edgepatch.bench.likelihoods import tokens_behind
 from edgepatch.bench.metrics import expected_max_toxicity, paired_bootstrap_difference
 from edgepatch.converters.gguf import writer
 from edgepatch.decoding.sampling import Sampling
+from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
-from edgepatch.patch.file import read_patch, write_atomically
+from edgepatch.patch.file import read_patch
 from edgepatch.progress import command_line
 from edgepatch.prompts.sets import load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime

@@ -26,7 +26,7 @@ from edgepatch.bench.environment import environment
 from edgepatch.bench.shapes.memory import gguf_weight_bytes
 from edgepatch.bench.shapes.shape import Shape
 from edgepatch.errors import InputError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 
 CACHE_FILES = "cpu0/cache/index*/size"
 UNKNOWN_CACHE_BYTES = 32 << 20

@@ -17,7 +17,7 @@ from typing import Any
 from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.trl.arms import OwnArm, Stage, TrlArm, config_of, make_pairs
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 from edgepatch.processes import run_apart
 from edgepatch.progress import Progress, silent
 from edgepatch.tensors import SoftPrompt

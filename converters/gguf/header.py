@@ -99,9 +99,9 @@ class GGUFHeader:
             raise self._refuse(name, f"{num_layers} counts", value.tolist()[:8])
         return [int(v) for v in value[:num_layers]]
 
-    def _refuse(self, name: str, expected: str, found: object) -> InputError:
+    def _refuse(self, name: str, expected: str, actual: object) -> InputError:
         key = f"{self.architecture}.{name}"
-        return InputError(f"{self.path}: {key}: expected {expected}, found {found}", hint="get the model again")
+        return InputError(f"{self.path}: {key}: expected {expected}, found {actual}", hint="get the model again")
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A one-dimensional float tensor, as float32.
@@ -162,7 +162,7 @@ class _Cursor:
 
     SCALARS = "BbHhIif?sAQqd"  # by GGUF value type; "s" string, "A" array
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: bytes | mmap.mmap) -> None:
         self.data = data
         self.position = 0
 
@@ -192,15 +192,15 @@ class _Cursor:
 
     def _strings(self, count: int) -> list[str]:
         """As ``string``, many times: vocabularies are the most of a header, and every start of a program waits for them."""
-        data, position, end, found = self.data, self.position, len(self.data), []
+        data, position, end, strings = self.data, self.position, len(self.data), []
         for _ in range(count):
             start = position + LENGTH.size
             position = start + (LENGTH.unpack_from(data, position)[0] if start <= end else 0)
             if position > end or start > end:
                 raise ValueError(f"a string expected at {start}, the file ends at {end}")
-            found.append(data[start:position].decode("utf-8"))
+            strings.append(data[start:position].decode("utf-8"))
         self.position = position
-        return found
+        return strings
 
     def _code(self) -> str:
         kind = self.number("I")
@@ -235,7 +235,12 @@ def _place_tensors(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: i
     return placed
 
 
-def _parse_header(path: Path, data: mmap.mmap) -> GGUFHeader:
+def parse_header(path: Path, data: bytes | mmap.mmap) -> GGUFHeader:
+    """The header of a GGUF file whose content is at hand.
+
+    Raises:
+        ValueError, TypeError: it is truncated, damaged, or no GGUF file.
+    """
     cursor = _Cursor(data)
     magic, version = cursor.take(4), cursor.number("I")
     if magic != b"GGUF" or version not in (2, 3):
@@ -296,7 +301,7 @@ def read_any_header(path: Path) -> GGUFHeader:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse_header(path, data)
+            return parse_header(path, data)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", hint="name a GGUF file") from error
     except (ValueError, TypeError) as error:

@@ -20,6 +20,7 @@ from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.files import strict_json
 from edgepatch.text.tokenizers import FolderTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of GGUF
@@ -49,20 +50,6 @@ _PREPEND = {"type": "Prepend", "prepend": SPACE}
 def refuse(folder: Path, what: str) -> InputError:
     """The error for a model that the conversion here would get wrong."""
     return InputError(f"{folder}: {what}", hint="convert it with llama.cpp's convert_hf_to_gguf.py and use that file")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder.
-
-    Raises:
-        InputError: it is missing or not JSON.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", hint="name a complete model folder") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", hint="download the model again") from None
 
 
 @dataclass
@@ -238,7 +225,7 @@ def _ends_added(folder: Path, reader: FolderTokenizer, special: dict[str, int | 
 
 
 def _add_special(writer: Any, folder: Path, reader: FolderTokenizer, tokens: list[str]) -> None:
-    config = read_json(folder / "tokenizer_config.json")
+    config = strict_json.read_json(folder / "tokenizer_config.json", hint="name a complete model folder", infinite=True)
     special: dict[str, int | None] = {}
     for name in ("bos", "eos", "pad", "unk"):
         value = config.get(f"{name}_token")

@@ -25,8 +25,8 @@ from edgepatch.converters.gguf.specs import read_spec
 from edgepatch.converters.gguf.tokenizers import add_tokenizer, refuse, require_same_tokenizer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import Origin
-from edgepatch.converters.outputs import replacing_file
 from edgepatch.errors import InputError, MissingExtraError, UnfitModelError
+from edgepatch.files.writing import replacing_file
 from edgepatch.progress import Progress, silent
 from edgepatch.tensors import ModelSpec
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgepatch.converters.onnx.files import GraphFile
 from edgepatch.errors import InputError, PatchFormatError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 from edgepatch.tensors import ModelSpec
 
 SPEC_KEY = "edgepatch.model_spec"

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,12 @@ from edgepatch.converters.peft.settings import (
     PREFIX_TUNING,
     PROMPT_TUNING,
     AdapterConfig,
-    read_capped,
     read_config,
 )
 from edgepatch.errors import InputError, MismatchError
-from edgepatch.patch.file import MAX_FILE_BYTES, PROMPT_TENSOR, Patch, write_atomically
+from edgepatch.files.reading import read_bounded
+from edgepatch.files.writing import new_folder
+from edgepatch.patch.file import MAX_FILE_BYTES, PROMPT_TENSOR, Patch
 from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -59,7 +58,7 @@ def read_adapter(folder: Path, spec: ModelSpec, name: str = "", version: str = "
     """
     _require_folder(folder)
     config = read_config(folder / CONFIG_FILE)
-    data = read_capped(folder / TENSOR_FILE, MAX_FILE_BYTES)
+    data = read_bounded(folder / TENSOR_FILE, MAX_FILE_BYTES, "tensors", hint="name a PEFT adapter folder")
     _require_shape_of(config, spec)
     embeddings = _read_tensor(folder / TENSOR_FILE, data, (config.num_virtual_tokens, _width(config.peft_type, spec)))
     record = {
@@ -197,7 +196,9 @@ def write_adapter(patch: Patch, folder: Path, base_model_name: str | None = None
         CONFIG_FILE: json.dumps(settings, indent=2, sort_keys=True).encode("ascii"),
         TENSOR_FILE: safetensors.numpy.save({PROMPT_TENSOR: tensor}, metadata={"format": "pt"}),
     }
-    _write_folder(folder, files)
+    with new_folder(folder) as unfinished:
+        for name, data in files.items():
+            (unfinished / name).write_bytes(data)
     return peft_type
 
 
@@ -251,22 +252,3 @@ def _settings(patch: Patch, peft_type: str, base_model_name: str | None) -> dict
         **own[peft_type],
         **_model_settings(peft_type, patch.base),
     }
-
-
-def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    try:
-        if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is not an empty folder", hint="name a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            for name, data in files.items():
-                write_atomically(beside / name, data)
-            beside.chmod(0o755)
-            beside.replace(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {folder}: {error.strerror}", hint="free space or name another folder"
-        ) from error

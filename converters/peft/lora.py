@@ -5,12 +5,10 @@ They are what a user would take in place of a patch. Source of the file's form: 
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -23,9 +21,10 @@ from edgepatch.converters import rope
 from edgepatch.converters.gguf.writer import CONVERTED
 from edgepatch.converters.hf import folders
 from edgepatch.converters.peft.adapters import CONFIG_FILE, TENSOR_FILE
-from edgepatch.converters.peft.settings import MAX_CONFIG_BYTES, read_capped
+from edgepatch.converters.peft.settings import MAX_CONFIG_BYTES
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.strict_json import read_json
+from edgepatch.files.writing import new_folder, write_atomically
 
 IGNORED = frozenset(
     {
@@ -101,7 +100,7 @@ def read_lora(folder: Path, base: Path) -> LoRA:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(read_capped(path, MAX_CONFIG_BYTES))
+        settings = read_json(path, MAX_CONFIG_BYTES, what="settings", hint="name a PEFT adapter folder")
         kind, rank, alpha = (settings[key] for key in ("peft_type", "r", "lora_alpha"))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -273,23 +272,3 @@ def merge_lora(base: Path, folder: Path, target: Path) -> LoRA:
                 shutil.copyfile(file, unfinished / file.name)
         model.save_pretrained(unfinished)
     return lora
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes it when the block succeeds, and vanishes otherwise.
-
-    Raises:
-        InputError: the target exists, or cannot be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
-            unfinished = Path(beside) / "new"
-            unfinished.mkdir()
-            yield unfinished
-            unfinished.rename(target)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {target}: {error.strerror or error}", hint="name a new folder, or free space"
-        ) from error

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from edgepatch.errors import PatchFormatError, UntrustedError
-from edgepatch.patch.canonical import canonical_json, parse_json
+from edgepatch.files.canonical import canonical_json, parse_json
 from edgepatch.patch.file import MAX_FILE_BYTES
 from edgepatch.trust.roots import MAX_ROOT_BYTES
 from edgepatch.trust.signatures import MAX_SIGNATURES, Signature

@@ -15,11 +15,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgepatch.bundles import archive, contents, inventory, notes, wheels
 from edgepatch.bundles.contents import Manifest, Member
-from edgepatch.errors import InputError
+from edgepatch.errors import InputError, UntrustedError
+from edgepatch.files.reading import read_bounded
 from edgepatch.patch.card import model_card
-from edgepatch.patch.file import MAX_FILE_BYTES, Patch, parse_patch
+from edgepatch.patch.file import Patch, parse_patch_file, read_patch_bytes
 from edgepatch.trust.roots import MAX_ROOT_BYTES, Root, parse_root
-from edgepatch.trust.signatures import read_bounded, sign
+from edgepatch.trust.signatures import sign
 from edgepatch.trust.verification import require_signed
 
 
@@ -53,9 +54,11 @@ def create(sources: Sources, target: Path) -> Manifest:
         UntrustedError: the trust root is not signed by its own keys.
         EdgepatchError: pip failed.
     """
-    data = read_bounded(sources.patch, MAX_FILE_BYTES, "patch")
-    patch = parse_patch(data)
-    root_data = read_bounded(sources.root, MAX_ROOT_BYTES, "trust root") if sources.root else b""
+    data = read_patch_bytes(sources.patch)
+    patch = parse_patch_file(sources.patch, data)
+    root_data = (
+        read_bounded(sources.root, MAX_ROOT_BYTES, "trust root", oversize=UntrustedError) if sources.root else b""
+    )
     root = parse_root(root_data, str(sources.root)) if sources.root else None
     if root:
         require_signed(root)

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import edgepatch
-from edgepatch.patch.canonical import canonical_json
+from edgepatch.files.canonical import canonical_json
 from edgepatch.patch.file import Patch
 
 SPEC_VERSION = "1.6"

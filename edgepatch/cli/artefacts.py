@@ -82,8 +82,9 @@ def card(
 
     Example: `edgepatch card detox-1.1.0.safetensors --base-model org/model -o README.md`
     """
+    from edgepatch.files.writing import write_atomically
     from edgepatch.patch.card import model_card
-    from edgepatch.patch.file import read_patch, write_atomically
+    from edgepatch.patch.file import read_patch
 
     patch = read_patch(patch_file)
     text = model_card(patch, base_model)

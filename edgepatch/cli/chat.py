@@ -171,7 +171,7 @@ class Conversation:
         self._messages = list(self._opening)
 
     def _save(self, argument: str) -> None:
-        from edgepatch.patch.file import write_atomically
+        from edgepatch.files.writing import write_atomically
 
         if not argument:
             raise InputError("/save needs a file name")

@@ -136,7 +136,7 @@ def _convert_gguf(source: Path, target: Path, kind: str, progress: Progress) -> 
     from edgepatch.converters.gguf import header as gguf_header
     from edgepatch.converters.gguf import library, writer
     from edgepatch.converters.origins import is_quantized
-    from edgepatch.converters.outputs import folder_beside
+    from edgepatch.files.writing import folder_beside
 
     if kind not in library.quantization_types():
         known = ", ".join(sorted(library.quantization_types()))

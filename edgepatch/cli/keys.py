@@ -45,14 +45,14 @@ def read_passphrase(file: Path | None, unencrypted: bool, confirm: bool) -> str 
         InputError: none of the three is there, or the two times it was typed differ.
         UntrustedError: others may read the passphrase file.
     """
-    from edgepatch.trust.signatures import read_bounded
+    from edgepatch.files.reading import read_bounded
 
     if unencrypted:
         if file:
             raise InputError("expected --passphrase-file or --unencrypted, found both")
         return None
     if file:
-        data = read_bounded(file, MAX_PASSPHRASE_BYTES, "passphrase file", private=True)
+        data = read_bounded(file, MAX_PASSPHRASE_BYTES, "passphrase file", private=True, oversize=UntrustedError)
         return data.decode(errors="surrogateescape").split("\n")[0].removesuffix("\r")
     if PASSPHRASE_VARIABLE in os.environ:
         return os.environ[PASSPHRASE_VARIABLE]
@@ -154,7 +154,7 @@ def create(
     Examples: `edgepatch root create --key vendor.pub --key site.pub --threshold 2 --root-key officer.pub --expires 365 -o root.json`,
     `edgepatch root create --from root.json --revoke vendor.pub --key vendor2.pub -o root-2.json`
     """
-    from edgepatch.patch.file import write_atomically
+    from edgepatch.files.writing import write_atomically
     from edgepatch.trust.drafts import new_root, next_root
     from edgepatch.trust.roots import read_root
 
@@ -198,7 +198,7 @@ def sign_root(
 
     Example: `edgepatch root sign root.json officer.key`
     """
-    from edgepatch.patch.file import write_atomically
+    from edgepatch.files.writing import write_atomically
     from edgepatch.trust.keys import read_private_key
     from edgepatch.trust.roots import read_root
     from edgepatch.trust.signatures import key_id, raw_public_key
@@ -225,7 +225,7 @@ def rotate_root(
 
     Example: `edgepatch root rotate root.json root-2.json -o root.json`
     """
-    from edgepatch.patch.file import write_atomically
+    from edgepatch.files.writing import write_atomically
     from edgepatch.trust.roots import read_root
     from edgepatch.trust.verification import rotate
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from edgepatch.errors import InputError, PatchFormatError
+from edgepatch.files import strict_json
 
 METADATA_KEY = "edgepatch-judge"
 FORMAT_VERSION = 1
@@ -194,8 +195,8 @@ def _manifest(text: str | None) -> tuple[str, FeatureSpec, object]:
     """(name, n-grams, digests of the tensors as found)."""
     keys = {"bucket_bits", "char_ngrams", "format_version", "name", "sha256", "word_ngrams"}
     try:
-        manifest = json.loads(text or "")
-    except json.JSONDecodeError:
+        manifest = strict_json.loads((text or "").encode())
+    except ValueError:
         raise PatchFormatError(f"judge: the metadata key {METADATA_KEY} is missing or not JSON") from None
     if not isinstance(manifest, dict) or set(manifest) != keys:
         raise PatchFormatError(f"judge manifest: expected exactly the keys {sorted(keys)}")

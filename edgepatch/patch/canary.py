@@ -71,16 +71,16 @@ def make_canary(
         bare: prompt -> (V,) logits after it, without the patch.
         patched: the same with the patch.
     """
-    made = []
+    measured = []
     for tokens in canary_prompts(vocab_size):
         without, with_patch = (np.asarray(f(tokens), dtype=np.float64) for f in (bare, patched))
         effect = (with_patch - with_patch.mean()) - (without - without.mean())
         ids = np.sort(np.argsort(-np.abs(effect), kind="stable")[: min(NUM_LOGITS, len(effect))])
         before, after = (tuple(round(float(x), 4) for x in centred(logits, ids)) for logits in (without, with_patch))
         length = float(np.linalg.norm(np.subtract(before, after)))
-        made.append((length, CanaryPrompt(tokens, tuple(int(i) for i in ids), before, after) if length else None))
-    least = LEAST_EFFECT * max(length for length, _ in made)
-    return Canary(tuple(prompt for length, prompt in made if prompt is not None and length >= least))
+        measured.append((length, CanaryPrompt(tokens, tuple(int(i) for i in ids), before, after) if length else None))
+    least = LEAST_EFFECT * max(length for length, _ in measured)
+    return Canary(tuple(prompt for length, prompt in measured if prompt is not None and length >= least))
 
 
 def centred(logits: NDArray[Any], ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
@@ -101,8 +101,8 @@ def deviation(prompt: CanaryPrompt, bare: NDArray[Any], patched: NDArray[Any]) -
         Length of the difference over the length of the expected effect: 0 for the same effect, 1 for none.
     """
     expected = np.asarray(prompt.patched) - np.asarray(prompt.bare)
-    found = centred(patched, prompt.token_ids) - centred(bare, prompt.token_ids)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    actual = centred(patched, prompt.token_ids) - centred(bare, prompt.token_ids)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def tolerance(quantization: str, kv_type: str = "f32", is_decoded: bool = False) -> float:
@@ -124,10 +124,10 @@ def require_active(prompt: CanaryPrompt, bare: NDArray[Any], patched: NDArray[An
     Raises:
         InactivePatchError: the deviation is beyond ``allowed``, or not a number.
     """
-    found = deviation(prompt, bare, patched)
-    if not found <= allowed:  # NaN fails too
+    distance = deviation(prompt, bare, patched)
+    if not distance <= allowed:  # NaN fails too
         raise InactivePatchError(
-            f"canary: the patch's effect on this model deviates by {found:.2f} from that at full precision, allowed is {allowed:.2f}"
+            f"canary: the patch's effect on this model deviates by {distance:.2f} from that at full precision, allowed is {allowed:.2f}"
             " (0 is the same effect, 1 is none)",
             hint="the seed is not what the patch's maker measured: check model file and runtime version, convert the seed again",
         )

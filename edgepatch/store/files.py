@@ -11,29 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
+from edgepatch.errors import EdgepatchError, UntrustedError
 
 TEMPORARY = ".tmp-"
 LOCK = "lock"
 POLL_S = 0.05
 
 
-def read_file(path: Path, limit: int, what: str, *, follow: bool = False) -> bytes:
-    """A whole file of a bounded size, through one handle; its kind and size are known before anything is read.
+def read_file(path: Path, limit: int, what: str) -> bytes:
+    """A whole file of the store, through one handle; its kind and size are known before anything is read.
 
     Args:
         path: the file.
         limit: bytes that it may have.
         what: names it in errors.
-        follow: whether it may be a link; nothing in a store is one.
 
     Raises:
         OSError: it cannot be read.
         UntrustedError: it is a link, no regular file, or too large.
     """
-    link = 0 if follow else os.O_NOFOLLOW
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | link)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -61,24 +59,6 @@ def _read_all(handle: int, size: int) -> bytes:
         parts.append(part)
         size -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def read_patch_file(path: Path, limit: int) -> bytes:
-    """The bytes of a patch file that somebody names.
-
-    Raises:
-        InputError: it cannot be read, or is no regular file.
-        PatchFormatError: it is too large.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"cannot read patch {path}: it is no regular file", hint="name the patch file itself")
-        return read_file(path, limit, "patch", follow=True)
-    except OSError as error:
-        raise InputError(f"cannot read patch {path}: {error.strerror}", hint="check the path") from error
-    except UntrustedError as error:
-        raise PatchFormatError(str(error)) from None
 
 
 def make_root(path: Path) -> None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from edgepatch.errors import PatchFormatError, UntrustedError
-from edgepatch.patch import canonical
-from edgepatch.patch.file import CHANNEL, DIGEST, MAX_SEQUENCE, Patch, is_timestamp
+from edgepatch.files import strict_json
+from edgepatch.files.canonical import MAX_DEPTH, canonical_json, parse_canonical
+from edgepatch.patch.file import Patch
+from edgepatch.patch.manifest import CHANNEL, DIGEST, MAX_SEQUENCE, is_timestamp
 from edgepatch.tensors import ModelSpec
-from edgepatch.trust.signatures import canonical_json, parse_canonical
 
-FORMAT_VERSION = 1
+STATE_FORMAT = 2
+"""Format 1 is read as well: it spelled numbers as Python does (``10000.0``, ``1e+16``), where RFC 8785 has ``10000``."""
+
+TRUST_FORMAT = 1  # whole numbers and texts alone, which both spell alike
+STATE_DEPTH = MAX_DEPTH + 4  # a model spec lies deeper in a state than in the manifest that brought it
+PYTHON_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 NO_LINE = "0" * 64
 """What stands for the digest of the line before the first one."""
 
@@ -22,9 +29,7 @@ RecordT = TypeVar("RecordT")
 
 def base_id(spec: ModelSpec) -> str:
     """The name of a base model: SHA-256 of all that a patch must match."""
-    return hashlib.sha256(
-        canonical.canonical_json(spec.as_dict())
-    ).hexdigest()  # as in the manifest: 8 and 8.0 are one number
+    return hashlib.sha256(canonical_json(spec.as_dict())).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class State:
 
     def to_bytes(self) -> bytes:
         """The file."""
-        return canonical_json({"format": FORMAT_VERSION, **_plain(asdict(self))})
+        return canonical_json({"format": STATE_FORMAT, **asdict(self)}, STATE_DEPTH)
 
 
 @dataclass(frozen=True)
@@ -141,14 +146,7 @@ class TrustState:
 
     def to_bytes(self) -> bytes:
         """The file."""
-        return canonical_json({"format": FORMAT_VERSION, **_plain(asdict(self))})
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return canonical_json({"format": TRUST_FORMAT, **asdict(self)})
 
 
 # Reading. A store is written by this package alone, so anything else in it was changed by somebody.
@@ -162,16 +160,16 @@ def _object(value: object, what: str) -> dict[str, Any]:
 
 def _fields(kind: type, value: object, what: str) -> dict[str, Any]:
     """An object with exactly the fields of a dataclass; the plain ones are of their types."""
-    found = _object(value, what)
+    values = _object(value, what)
     expected = {f.name: f for f in fields(kind)}
-    if found.keys() != expected.keys():
-        raise UntrustedError(what, ", ".join(sorted(expected)), ", ".join(sorted(found))[:200] or "nothing")
+    if values.keys() != expected.keys():
+        raise UntrustedError(what, ", ".join(sorted(expected)), ", ".join(sorted(values))[:200] or "nothing")
     kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,)}
-    for name, entry in found.items():
+    for name, entry in values.items():
         allowed = kinds.get(str(expected[name].type))
         if allowed and type(entry) not in allowed:  # not isinstance: True is an int
             raise UntrustedError(f"{what}: {name}", allowed[0].__name__, type(entry).__name__)
-    return found
+    return values
 
 
 def _record(kind: type[RecordT], value: object, what: str) -> RecordT:
@@ -184,31 +182,39 @@ def _digest(value: object, what: str) -> str:
     return value
 
 
-def _document(data: bytes, what: str) -> dict[str, Any]:
-    value = _object(parse_canonical(data, what), what)
-    if value.get("format") != FORMAT_VERSION or type(value["format"]) is not int:  # not 1.0, not True
-        raise UntrustedError(
-            f"format of the {what}",
-            FORMAT_VERSION,
-            repr(value.get("format"))[:80],
-            hint="a newer edgepatch may read it",
-        )
-    return {name: entry for name, entry in value.items() if name != "format"}
+def _state_document(data: bytes) -> Any:
+    """The value of a state's file, which must be as this package writes it, now or in format 1."""
+    try:
+        value = strict_json.loads(data, max_depth=STATE_DEPTH)
+        is_first = isinstance(value, dict) and value.get("format") == 1 and PYTHON_JSON.encode(value).encode() == data
+    except ValueError as error:
+        raise UntrustedError("state", "canonical JSON", str(error)[:120]) from None
+    return value if is_first else parse_canonical(data, "state", STATE_DEPTH)
+
+
+def _without_format(value: object, what: str, versions: tuple[int, ...]) -> dict[str, Any]:
+    values = _object(value, what)
+    version = values.get("format")
+    if type(version) is not int or version not in versions:  # not 1.0, not True
+        hint = "a newer edgepatch may read it" if type(version) is int and version > versions[-1] else ""
+        raise UntrustedError(f"format of the {what}", " or ".join(map(str, versions)), repr(version)[:80], hint=hint)
+    return {name: entry for name, entry in values.items() if name != "format"}
 
 
 def _base(value: object, name: str) -> BaseRecord:
-    found = dict(_object(value, "base"))
-    previous = found.get("previous")
+    values = dict(_object(value, "base"))
+    previous = values.get("previous")
     if not isinstance(previous, list):
         raise UntrustedError("previous patches of a base", "a list", type(previous).__name__)
-    record = _record(BaseRecord, {**found, "previous": tuple(previous)}, "base")
+    record = _record(BaseRecord, {**values, "previous": tuple(previous)}, "base")
     try:
-        actual = base_id(ModelSpec.from_dict(record.spec))
+        spec = ModelSpec.from_dict(record.spec)
+        actual = base_id(spec)
     except PatchFormatError as error:
         raise UntrustedError("base", "a model spec", str(error)[:200]) from None
     if actual != name:
         raise UntrustedError("id of a base", actual, name[:80])
-    return record
+    return replace(record, spec=spec.as_dict())
 
 
 def parse_state(data: bytes) -> State:
@@ -217,22 +223,22 @@ def parse_state(data: bytes) -> State:
     Raises:
         UntrustedError: it is damaged.
     """
-    found = _fields(State, _document(data, "state"), "state")
-    patches = _object(found["patches"], "patches")
+    values = _fields(State, _without_format(_state_document(data), "state", (1, STATE_FORMAT)), "state")
+    patches = _object(values["patches"], "patches")
     return State(
         {_digest(name, "digest of a patch"): _record(StoredPatch, value, "patch") for name, value in patches.items()},
-        {name: _base(value, name) for name, value in _object(found["bases"], "bases").items()},
-        _digest(found["trust"], "digest of the trust state") if found["trust"] else "",
-        _record(HistoryMark, found["history"], "history mark"),
+        {name: _base(value, name) for name, value in _object(values["bases"], "bases").items()},
+        _digest(values["trust"], "digest of the trust state") if values["trust"] else "",
+        _record(HistoryMark, values["history"], "history mark"),
     )
 
 
 def _seen(value: object) -> Seen:
-    found = _record(Seen, value, "newest patch seen")
-    if not 1 <= found.sequence <= MAX_SEQUENCE:
-        raise UntrustedError("sequence seen", f"1 to {MAX_SEQUENCE}", found.sequence)
-    _digest(found.digest, "digest of the newest patch seen")
-    return found
+    seen = _record(Seen, value, "newest patch seen")
+    if not 1 <= seen.sequence <= MAX_SEQUENCE:
+        raise UntrustedError("sequence seen", f"1 to {MAX_SEQUENCE}", seen.sequence)
+    _digest(seen.digest, "digest of the newest patch seen")
+    return seen
 
 
 def parse_trust(data: bytes) -> TrustState:
@@ -241,14 +247,16 @@ def parse_trust(data: bytes) -> TrustState:
     Raises:
         UntrustedError: it is damaged.
     """
-    found = _fields(TrustState, _document(data, "trust state"), "trust state")
-    if found["floor"] and not is_timestamp(found["floor"]):
-        raise UntrustedError("latest time seen", "a time like 2030-01-31T23:59:59Z", found["floor"][:80])
+    values = _fields(
+        TrustState, _without_format(parse_canonical(data, "trust state"), "trust state", (TRUST_FORMAT,)), "trust state"
+    )
+    if values["floor"] and not is_timestamp(values["floor"]):
+        raise UntrustedError("latest time seen", "a time like 2030-01-31T23:59:59Z", values["floor"][:80])
     seen: dict[str, dict[str, Seen]] = {}
-    for base, channels in _object(found["seen"], "newest patches seen").items():
+    for base, channels in _object(values["seen"], "newest patches seen").items():
         seen[_digest(base, "id of a base")] = {
             name: _seen(value) for name, value in _object(channels, "channels").items()
         }
         if not all(CHANNEL.fullmatch(name) for name in channels):
             raise UntrustedError("channel seen", "lower-case letters, digits and -", ", ".join(channels)[:80])
-    return TrustState(found["root"], seen, found["floor"])
+    return TrustState(values["root"], seen, values["floor"])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.files.strict_json import read_json
 from edgepatch.tensors import tokenizer_digest
 from edgepatch.text.chat_templates import render
 from edgepatch.text.limits import DIGITS, TextBound, require_short_runs, utf8
@@ -177,10 +178,10 @@ class FolderTokenizer:
     def __init__(self, folder: Path) -> None:
         try:
             self._tokenizer = _read_definition(folder)
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            config = read_json(folder / "tokenizer_config.json", hint="name a complete model folder", infinite=True)
             generation = folder / "generation_config.json"
             model = folder / "config.json"
-            settings = [json.loads(p.read_text(encoding="utf-8")) for p in (generation, model) if p.is_file()]
+            settings = [read_json(path, infinite=True) for path in (generation, model) if path.is_file()]
             template_file = folder / "chat_template.jinja"
             template = template_file.read_text(encoding="utf-8") if template_file.is_file() else ""
         except OSError as error:

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from edgepatch.files.writing import write_atomically
 from edgepatch.pages.blocks import Charts, Facts, Page, Section
 from edgepatch.pages.charts import curve
 from edgepatch.pages.rendering import render
-from edgepatch.patch.file import write_atomically
 from edgepatch.training.config import History
 
 TITLES = {

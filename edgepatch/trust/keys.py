@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from edgepatch.errors import InputError, UntrustedError
-from edgepatch.trust.signatures import read_bounded
+from edgepatch.files.reading import read_bounded
 
 MAX_KEY_FILE_BYTES = 4096
 MIN_PASSPHRASE_LENGTH = 12
@@ -139,12 +139,12 @@ def create_key_pair(folder: Path, name: str, passphrase: str | None) -> tuple[Pa
 
 def _label(data: bytes, path: Path) -> str:
     """What a file says it is; it holds exactly one PEM block."""
-    found = re.fullmatch(
+    block = re.fullmatch(
         rb"-----BEGIN ([A-Z ]+)-----\n[A-Za-z0-9+/=\n]+\n-----END \1-----\n?", data.replace(b"\r\n", b"\n")
     )
-    if not found:
+    if not block:
         raise InputError(f"{path}: expected one key in PEM, found something else", hint="`edgepatch keygen` makes keys")
-    return found[1].decode()
+    return block[1].decode()
 
 
 def read_private_key(path: Path, passphrase: str | None) -> Ed25519PrivateKey:
@@ -158,7 +158,7 @@ def read_private_key(path: Path, passphrase: str | None) -> Ed25519PrivateKey:
         InputError: no such file, no Ed25519 key, the wrong passphrase, or encrypted where it should not be.
         UntrustedError: others may read the file, it is too large, or not encrypted where it should be.
     """
-    data = read_bounded(path, MAX_KEY_FILE_BYTES, "private key", private=True)
+    data = read_bounded(path, MAX_KEY_FILE_BYTES, "private key", private=True, oversize=UntrustedError)
     label = _label(data, path)
     if label not in (ENCRYPTED, PLAIN):
         raise InputError(f"{path}: expected a private key, found {label}", hint="it ends in .key")
@@ -184,7 +184,7 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
         InputError: no such file, or no Ed25519 public key.
         UntrustedError: the file is too large.
     """
-    data = read_bounded(path, MAX_KEY_FILE_BYTES, "public key")
+    data = read_bounded(path, MAX_KEY_FILE_BYTES, "public key", oversize=UntrustedError)
     label = _label(data, path)
     if label != PUBLIC:
         raise InputError(

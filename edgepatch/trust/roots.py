@@ -13,16 +13,15 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgepatch.errors import UntrustedError
+from edgepatch.files.canonical import canonical_json, parse_canonical
+from edgepatch.files.reading import read_bounded
 from edgepatch.trust.signatures import (
     MAX_SIGNATURES,
     PUBLIC_KEY_BYTES,
     ROOT_TYPE,
     Signature,
-    canonical_json,
     from_hex,
     key_id,
-    parse_canonical,
-    read_bounded,
     require_digest,
     sign,
 )
@@ -174,8 +173,8 @@ def _object(value: object, keys: Iterable[str], what: str) -> dict[str, Any]:
     """A JSON object with exactly these keys."""
     expected = set(keys)
     if not isinstance(value, dict) or value.keys() != expected:
-        found = ", ".join(sorted(value))[:80] if isinstance(value, dict) else type(value).__name__
-        raise UntrustedError(what, ", ".join(sorted(expected)), found or "nothing")
+        actual = ", ".join(sorted(value))[:80] if isinstance(value, dict) else type(value).__name__
+        raise UntrustedError(what, ", ".join(sorted(expected)), actual or "nothing")
     return value
 
 
@@ -250,4 +249,4 @@ def read_root(path: Path) -> Root:
         InputError: no such file.
         UntrustedError: it breaks the format.
     """
-    return parse_root(read_bounded(path, MAX_ROOT_BYTES, "trust root"), str(path))
+    return parse_root(read_bounded(path, MAX_ROOT_BYTES, "trust root", oversize=UntrustedError), str(path))

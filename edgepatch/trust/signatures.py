@@ -1,4 +1,4 @@
-"""Canonical bytes, and Ed25519 signatures over them.
+"""Ed25519 signatures.
 
 A signature covers DSSE's pre-authentication encoding: the payload together with its type, so that a signature under one
 kind of document never fits another kind. A key is named by the SHA-256 of its 32 raw bytes.
@@ -7,19 +7,14 @@ kind of document never fits another kind. A key is named by the SHA-256 of its 3
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
-import stat
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from edgepatch.errors import InputError, UntrustedError
+from edgepatch.errors import UntrustedError
 
 MANIFEST_TYPE = "application/vnd.edgepatch.manifest+json"
 ROOT_TYPE = "application/vnd.edgepatch.root+json"
@@ -85,74 +80,6 @@ def from_hex(value: object, what: str) -> bytes:
     if not isinstance(value, str) or not re.fullmatch(r"([0-9a-f]{2})*", value):
         raise UntrustedError(what, "lower-case hex", repr(value)[:80])
     return bytes.fromhex(value)
-
-
-def canonical_json(value: object) -> bytes:
-    """JSON with sorted keys, without white space, in UTF-8, nothing escaped that need not be: one content, one form.
-
-    Raises:
-        ValueError: NaN, an infinity, or half a surrogate pair.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def parse_canonical(data: bytes, what: str) -> Any:
-    """The value of canonical JSON.
-
-    Encoding it again must give the same bytes. That alone refuses duplicate keys, white space, needless escapes, other
-    spellings of a number, NaN, and bytes before or behind the document.
-
-    Args:
-        data: bytes of bounded size; the caller sets the bound.
-        what: names them in errors.
-
-    Raises:
-        UntrustedError: not JSON, or not in canonical form.
-    """
-    try:
-        value = json.loads(data.decode())
-        again = canonical_json(value)
-    except (ValueError, RecursionError) as error:
-        raise UntrustedError(what, "canonical JSON", f"{type(error).__name__}: {str(error)[:120]}") from None
-    if again != data:
-        at = next(i for i in range(len(data) + 1) if again[i : i + 1] != data[i : i + 1])
-        raise UntrustedError(what, "canonical JSON (sorted unique keys, no white space)", f"another form at byte {at}")
-    return value
-
-
-def read_bounded(path: Path, limit: int, what: str, *, private: bool = False) -> bytes:
-    """Content of a regular file of at most ``limit`` bytes.
-
-    Args:
-        path: the file; a pipe or device is refused before it can block.
-        limit: no more is ever read, whatever size the file claims.
-        what: names the file in errors ("trust root").
-        private: refuse a file that its group or others have any right to. The open file is examined, not its name.
-
-    Raises:
-        InputError: it cannot be read, or is no regular file.
-        UntrustedError: it is larger, or ``private`` and others have rights.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: expected a {what}, found no regular file")
-            if private and stat.S_IMODE(status.st_mode) & 0o077:
-                mode = f"{stat.S_IMODE(status.st_mode):04o}"
-                raise UntrustedError(
-                    f"rights of {path}", "none for group and others (0600)", mode, hint=f"chmod 600 {path}"
-                )
-            with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(limit + 1)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise InputError(f"cannot read the {what} {path}: {error.strerror}", hint="check the path") from error
-    if len(data) > limit:
-        raise UntrustedError(f"size of {path}", f"at most {limit} bytes", "more", hint=f"this is no {what}")
-    return data
 
 
 def pre_authentication_encoding(payload: bytes, payload_type: str) -> bytes:

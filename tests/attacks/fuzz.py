@@ -142,7 +142,7 @@ def _adapter_seeds() -> list[bytes]:
 
 
 def _mutated_root(data: bytes, rng: random.Random) -> bytes:
-    from edgepatch.trust.signatures import canonical_json
+    from edgepatch.files.canonical import canonical_json
 
     if rng.random() < 0.3:
         return mutated_bytes(data, rng)
@@ -205,8 +205,12 @@ def guided(name: str, seconds: int, report: Path) -> None:
 
     target, tally = TARGETS[name], Tally()
     for module in (
-        "patch.canonical",
+        "files.canonical",
+        "files.reading",
+        "files.strict_json",
         "patch.file",
+        "patch.manifest",
+        "patch.patch",
         "tensors",
         "patch.sketches",
         "trust.signatures",

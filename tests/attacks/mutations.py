@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 from edgepatch.errors import PatchFormatError
-from edgepatch.patch.canonical import canonical_json, parse_json
+from edgepatch.files.canonical import canonical_json, parse_json
 from edgepatch.patch.file import METADATA_KEY, SIGNATURES_KEY
 
 VALUES: tuple[Any, ...] = (

@@ -30,8 +30,8 @@ VERIFY_MS, VERIFY_RATIO = 200, 3
 SMALL_PATCH_SHA256 = "6539edb633cb3fdef2eed6fae77bdef0c0c6b71460b0219a795d5886ea3b366a"
 """Of the small specimen's file, as the machine wrote it that this line comes from."""
 
-COVERED = ("patch.canonical", "patch.file", "trust", "store")
-COVERING_TESTS = ("patch/test_canonical.py", "patch/test_format.py", "patch/test_patches.py", "trust", "store")
+COVERED = ("files", "patch.file", "patch.manifest", "patch.patch", "trust", "store")
+COVERING_TESTS = ("files", "patch/test_format.py", "patch/test_patches.py", "trust", "store")
 ENVIRONMENTS: tuple[dict[str, str], ...] = (
     {"PYTHONHASHSEED": "0", "LC_ALL": "C"},
     {"PYTHONHASHSEED": "1", "LC_ALL": "C.UTF-8"},

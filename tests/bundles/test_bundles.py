@@ -24,7 +24,7 @@ from edgepatch.bundles import acceptance, archive, contents, creation, inventory
 from edgepatch.bundles.acceptance import accept, opened, unpack
 from edgepatch.cli import main
 from edgepatch.errors import EdgepatchError, InputError, MismatchError, PatchFormatError, UntrustedError
-from edgepatch.patch.canonical import canonical_json
+from edgepatch.files.canonical import canonical_json
 from edgepatch.patch.file import patch_bytes, write_patch
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances

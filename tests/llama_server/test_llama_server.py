@@ -26,11 +26,12 @@ from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.llama_server.check import Report, check_server
 from edgepatch.llama_server.client import StockServer
-from edgepatch.llama_server.export import ExportOptions, export, probe, read_manifest
+from edgepatch.llama_server.export import ExportOptions, export, probe
 from edgepatch.llama_server.requirements import SEED_FILE, ServerSettings
 from edgepatch.patch.file import Patch, read_patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import SoftPrompt
+from kit.exports import read_manifest
 
 BINARY = Path(os.environ.get(VARIABLE, ""))
 SOURCES = next(FOLDER.glob(f"{PACKAGE}-*/vendor/llama.cpp"), Path("none"))

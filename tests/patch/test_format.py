@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from attacks.mutations import mutated_bytes, mutated_patch
 from edgepatch.errors import PatchFormatError
+from edgepatch.files.canonical import canonical_json
 from edgepatch.patch import file as patches
-from edgepatch.patch.canonical import canonical_json
+from edgepatch.patch import manifest as manifest_fields
 from edgepatch.patch.file import PAYLOAD_TYPE, parse_patch, patch_bytes, read_patch
 from edgepatch.trust.roots import read_root
 from edgepatch.trust.verification import verify_threshold
@@ -68,7 +69,7 @@ def test_golden_files_are_untouched(name):
 
 
 def test_every_format_version_has_a_golden_file():
-    assert {f"patch-v{version}.safetensors" for version in range(1, patches.FORMAT_VERSION + 1)} <= {
+    assert {f"patch-v{version}.safetensors" for version in range(1, manifest_fields.FORMAT_VERSION + 1)} <= {
         p.name for p in golden_patches.FOLDER.iterdir()
     }
 
@@ -210,7 +211,7 @@ def test_the_hexdump_is_that_of_the_golden_file():
 
 
 def test_the_document_names_every_key_and_bound():
-    for key in patches.MANIFEST_KINDS:
+    for key in manifest_fields.MANIFEST_KINDS:
         assert f"| `{key}` |" in DOCUMENT, key
     for name in (
         "head_dim",
@@ -225,7 +226,7 @@ def test_the_document_names_every_key_and_bound():
         "weight_fingerprint",
     ):
         assert f"| `{name}` |" in DOCUMENT, name
-    for bound in (patches.MAX_FILE_BYTES, patches.MAX_HEADER_BYTES, patches.MAX_SEQUENCE):
+    for bound in (patches.MAX_FILE_BYTES, patches.MAX_HEADER_BYTES, manifest_fields.MAX_SEQUENCE):
         assert f"{bound:,}" in DOCUMENT
     assert f"DSSEv1 SP {len(patches.PAYLOAD_TYPE)} SP {patches.PAYLOAD_TYPE} SP LEN SP MANIFEST" in DOCUMENT
     assert golden_patches.full().digest in DOCUMENT and golden_patches.minimal().digest in DOCUMENT

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from edgepatch.errors import EdgepatchError, InputError, MismatchError, PatchFormatError, UntrustedError
+from edgepatch.files.canonical import MAX_DEPTH
 from edgepatch.patch.file import patch_bytes
 from edgepatch.store import audit
 from edgepatch.store.device import Store
@@ -380,10 +382,14 @@ def test_tampered_state(store, tmp_path):
         b"{}",
         b"",
         b"[]",
+        b'{"format":1}',
         b'{"format":2}',
+        b'{"format":3}',
         b'{"format":true}',
         good + b" ",
-        good.replace(b'"format":1', b'"format":1.0'),
+        good.replace(b'"format":2', b'"format":2.0'),
+        good.replace(b'"format":2', b'"format":"2"'),
+        good.replace(b'"rope_theta":10000', b'"rope_theta":10000.0'),
         good.replace(b'"sequence":1', b'"sequence":true'),
         good.replace(b'"is_held":false', b'"is_held":0'),
         good.replace(b'"hidden_size":8', b'"hidden_size":9'),
@@ -404,6 +410,92 @@ def test_tampered_state(store, tmp_path):
             store.apply(write(tmp_path, 3))
     state.write_bytes(good)
     assert active(store) == 2
+
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "store-v1"
+OTHER = spec(
+    rope_theta=500000.0,
+    rope_scaling={"factor": 8.0, "rope_type": "llama3", "low": 1e-7, "high": 1e16, "original": 8192},
+)
+
+
+@pytest.fixture
+def old_store(tmp_path):
+    """A store whose state is of format 1, as a past release left it."""
+    shutil.copytree(GOLDEN, tmp_path / "old")
+    return Store(tmp_path / "old", clock=Clock(NOW + timedelta(days=3)))
+
+
+def test_a_state_of_format_1_is_read_and_left_as_it_is(old_store):
+    before = snapshot(old_store.folder)
+    assert b'"format":1' in before[Path("state.json")] and b'"rope_theta":10000.0' in before[Path("state.json")]
+    assert (active(old_store), old_store.active(OTHER).name) == (2, "other")
+    assert actions(old_store) == ["trust", "apply", "apply", "apply", "hold"]
+    assert not [finding for finding in audit.verify(old_store) if finding.level == "error"]
+    assert snapshot(old_store.folder) == before  # reading needs no right to write
+
+
+def test_a_device_with_a_state_of_format_1_goes_on_without_loss(old_store, tmp_path):
+    state, trust = old_store.read()
+    lines = (old_store.folder / "history.jsonl").read_bytes()
+    assert old_store.apply(write(tmp_path, 3)).before == make_patch(2).digest
+    data = (old_store.folder / "state.json").read_bytes()
+    assert b'"format":2' in data and b'"rope_theta":10000,' in data and b'"high":10000000000000000,' in data
+    new, new_trust = old_store.read()
+    held = base_id(OTHER)
+    assert new.bases[held] == state.bases[held] and new.bases[held].is_held
+    assert new.patches.items() > state.patches.items() and new_trust.root == trust.root
+    assert new_trust.seen[held] == trust.seen[held]
+    assert (old_store.folder / "history.jsonl").read_bytes().startswith(lines)
+    assert not [finding for finding in audit.verify(old_store) if finding.level == "error"]
+    with pytest.raises(EdgepatchError, match="bis Mai: geprüft"):
+        old_store.apply(write(tmp_path, 2, base=OTHER), model=OTHER)
+    with pytest.raises(UntrustedError, match="sequence"):
+        old_store.apply(write(tmp_path, 1))
+    old_store.rollback(base_id(spec()))
+    old_store.rollback(base_id(spec()))
+    assert active(old_store) == 1
+
+
+def test_both_formats_say_the_same(old_store):
+    state = old_store.read()[0]
+    assert parse_state(state.to_bytes()) == state
+    assert parse_state(state.to_bytes()).to_bytes() == state.to_bytes()
+
+
+def test_a_changed_state_of_format_1_is_refused(old_store):
+    good = (old_store.folder / "state.json").read_bytes()
+    for bad in (
+        good + b" ",
+        good.replace(b'"format":1', b'"format":2'),
+        good.replace(b'"format":1', b'"format":1.0'),
+        good.replace(b'"format":1', b'"format":true'),
+        good.replace(b'"sequence":2', b'"sequence":3'),
+        good.replace(b'"is_held":true,', b'"is_held":true,"is_held":true,'),
+        good.replace("\U0001f642".encode(), b"\\ud83d\\ude42"),
+        good.replace("\U0001f642".encode(), b"\\ud83d"),
+    ):
+        assert bad != good
+        (old_store.folder / "state.json").write_bytes(bad)
+        with pytest.raises(UntrustedError):
+            pytest.fail(f"taken: {bad!r}: {old_store.active(spec())}")
+
+
+def test_a_newer_format_is_told_as_such(store):
+    path = store.folder / "state.json"
+    path.write_bytes(path.read_bytes().replace(b'"format":2', b'"format":3'))
+    with pytest.raises(UntrustedError, match="format of the state: expected 1 or 2, found 3") as caught:
+        store.active(spec())
+    assert caught.value.hint == "a newer edgepatch may read it"
+
+
+def test_a_spec_as_deep_as_a_manifest_may_be_is_stored(store, tmp_path):
+    nested: dict = {}
+    for _ in range(MAX_DEPTH - 3):  # the manifest, the base and the scaling itself are levels as well
+        nested = {"x": nested}
+    deep = spec(rope_scaling=nested)
+    store.apply(write(tmp_path, 1, base=deep), model=deep)
+    assert store.active(deep).base == deep
 
 
 def test_tampered_trust_state(store, tmp_path):

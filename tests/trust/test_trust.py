@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from edgepatch.errors import InputError, UntrustedError
 from edgepatch.trust.drafts import new_root, next_root
 from edgepatch.trust.roots import MAX_ROOT_BYTES, Key, Role, Root, parse_root, read_root
-from edgepatch.trust.signatures import MANIFEST_TYPE, ROOT_TYPE, Signature, canonical_json, raw_public_key, sign
+from edgepatch.trust.signatures import MANIFEST_TYPE, ROOT_TYPE, Signature, raw_public_key, sign
 from edgepatch.trust.verification import require_current, require_signed, rotate, trusted_time, verify_threshold
 
 NOW = datetime(2030, 6, 1, 12, tzinfo=timezone.utc)
@@ -290,6 +290,11 @@ def test_every_truncation_of_a_root_file_is_refused():
     assert not holds(data + b"\n")
 
 
+def plain_json(value: object) -> bytes:
+    """Sorted and without white space; what canonical JSON has not, such as 1.0 or NaN, is written as it is."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
 def change(path: str, value: object) -> bytes:
     """ROOT with one value replaced, or added; signed anew so that only the form is at fault."""
     document = body()
@@ -303,10 +308,10 @@ def change(path: str, value: object) -> bytes:
         place[last] = value
     if path.startswith("signed."):
         document["signatures"] = [
-            sign(canonical_json(document["signed"]), ROOT_TYPE, private(n)).as_dict() for n in ("officer", "deputy")
+            sign(plain_json(document["signed"]), ROOT_TYPE, private(n)).as_dict() for n in ("officer", "deputy")
         ]
         document["signatures"].sort(key=lambda s: s["key_id"])
-    return canonical_json(document)
+    return plain_json(document)
 
 
 VENDOR = public("vendor")[0]
@@ -328,7 +333,7 @@ OFFICER = public("officer")[0]
         ("signed.version", -1, "root version"),
         ("signed.version", 2**31 + 1, "root version"),
         ("signed.version", True, "root version: expected int, found bool"),
-        ("signed.version", 1.0, "root version: expected int, found float"),
+        ("signed.version", 1.0, r"canonical JSON \(RFC 8785\), found another form at byte"),
         ("signed.version", "1", "root version: expected int, found str"),
         ("signed.created", 1893456000, "creation of the root: expected str, found int"),
         ("signed.created", "2030-01-01", "creation of the root: expected a time like"),

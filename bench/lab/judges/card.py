@@ -23,8 +23,8 @@ from edgepatch.bench.lab.judges.figures import auc_interval, reliability
 from edgepatch.bench.lab.judges.rows import training_rows
 from edgepatch.bench.metrics import bootstrap_interval, wilson_interval
 from edgepatch.errors import InputError
+from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer, judge_bytes, normalize
-from edgepatch.patch.file import write_atomically
 
 FOLDER = Path(__file__).parent.parent.parent.parent / "judges"
 BEGIN, END = "<!-- judge_card: begin -->", "<!-- judge_card: end -->"

@@ -20,8 +20,8 @@ from edgepatch.bench import datasets
 from edgepatch.bench.lab.judges import card as judge_card
 from edgepatch.bench.lab.judges.figures import auc_interval, kappa, reliability
 from edgepatch.bench.lab.judges.rows import SPECS, Rows, as_rows, is_held_out, paradetox_rows, training_rows, tweet_rows
+from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import FeatureCounter, FeatureSpec, JudgeWeights, ToxicityScorer, judge_bytes
-from edgepatch.patch.file import write_atomically
 
 FOLDS = 5
 INVERSE_REGULARISATION = 64.0

@@ -61,7 +61,7 @@ def harness(
     Example: `edgepatch bench harness model.gguf --patch detox.safetensors --tasks mmlu_astronomy,gsm8k --limit 200`
     """
     from edgepatch.bench.harness.comparison import OWN_TASKS, HarnessConfig, as_document, compare
-    from edgepatch.patch.file import write_atomically
+    from edgepatch.files.writing import write_atomically
     from edgepatch.runtimes import ACTIVE, load_runtime
 
     if bare and patch is not None:

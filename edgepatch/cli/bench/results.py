@@ -39,7 +39,7 @@ def report(
     from edgepatch.bench.report.documents import filled
     from edgepatch.bench.report.files import RESULT_FILES, read_results
     from edgepatch.bench.report.overview import goals, headline, render_html
-    from edgepatch.patch.file import write_atomically
+    from edgepatch.files.writing import write_atomically
 
     files = read_results(results)
     page = out or results / "report.html"
@@ -71,7 +71,7 @@ def gate(
     Examples: `edgepatch bench gate --baseline baseline.json`, `edgepatch bench gate --write baseline.json`
     """
     from edgepatch.bench.report.gate import as_document, check, figures, make_baseline, read_baseline
-    from edgepatch.patch.file import write_atomically
+    from edgepatch.files.writing import write_atomically
 
     if (baseline is None) == (write is None):
         raise InputError("expected either --baseline or --write, found " + ("both" if baseline else "neither"))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from edgepatch.errors import InputError
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.writing import write_atomically
 from edgepatch.text.messages import Message, plain_messages
 from edgepatch.training.pairs.json_lines import read_rows
 

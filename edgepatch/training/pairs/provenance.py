@@ -13,8 +13,8 @@ from typing import Any
 
 import edgepatch
 from edgepatch.errors import InputError
-from edgepatch.patch.canonical import canonical_json
-from edgepatch.patch.file import write_atomically
+from edgepatch.files.canonical import canonical_json
+from edgepatch.files.writing import write_atomically
 
 FORMAT = "edgepatch-pairs/1"
 DISTRIBUTIONS = ("httpx", "llama-cpp-python", "numpy", "onnxruntime", "peft", "torch", "transformers")

@@ -1,8 +1,4 @@
-"""Work that may end its process, done in a child: what a C library does with a file, a CPU or a text that it has never met.
-
-A child is a fresh interpreter, never a fork: threads and locks of a library that is loaded already do not survive one. It answers over a
-pipe of its own, so nothing that a library prints can be taken for an answer.
-"""
+"""A child that is kept, for work that is too short for a process of its own."""
 
 from __future__ import annotations
 
@@ -12,185 +8,20 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from edgepatch import errors
-from edgepatch.errors import EdgepatchError
+from edgepatch.processes import Outcome, answered, command_line, death, end, harden, read_answer
 
-ERROR_CHARACTERS = 400
 START_DEADLINE_S = 10.0
 WAITING = 6
 """So much longer than its computing time may a kept child take on a busy machine."""
 
 WARM_UP_BYTES = 2**16  # fits into a socket's buffer
 LENGTH_BYTES = 8
-FIRST_TO_GO = "1000"  # of -1000 to 1000: where memory runs out, the system ends the child and not its parent
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a child ended.
-
-    Attributes:
-        value: what it answered; ``None`` where it did not.
-        failure: why there is no answer, as the end of a sentence that starts with "it": "died of SIGSEGV"; "" where there is one.
-        signal: the name of the signal that ended it, else "".
-        error: what the work itself raised on purpose; it counts as an answer, and its words are the child's.
-    """
-
-    value: Any = None
-    failure: str = ""
-    signal: str = ""
-    error: EdgepatchError | None = None
-
-
-def run_apart(
-    target: str,
-    request: Any,
-    *,
-    deadline_s: float,
-    environment: dict[str, str] | None = None,
-    pass_fds: tuple[int, ...] = (),
-) -> Outcome:
-    """Calls a function in a child process.
-
-    Whatever ends the wait early (Ctrl-C, a signal that raises) ends the child too, and a child never outlives its parent.
-
-    Args:
-        target: "package.module:function", a function of one JSON value that returns one.
-        request: the value.
-        deadline_s: the child is ended when it has not answered by then.
-        environment: variables set for the child, besides those of this process.
-        pass_fds: open files that the child shall have under the same numbers.
-    """
-    module, _, function = target.partition(":")
-    reading, writing = os.pipe()
-    try:
-        child = subprocess.Popen(
-            _command(f"processes.answer({module!r}, {function!r}, {writing})"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=(writing, *pass_fds),
-            env={**os.environ, **(environment or {}), "PYTHONFAULTHANDLER": ""},
-            start_new_session=True,  # Ctrl-C reaches the parent, which decides
-        )
-    except OSError as error:
-        os.close(reading)
-        return Outcome(failure=f"could not be started: {error.strerror}")
-    finally:
-        os.close(writing)
-    answer: list[bytes] = []
-    reader = threading.Thread(target=lambda: answer.append(_read_all(reading)), daemon=True)
-    reader.start()
-    try:
-        _, printed = child.communicate(json.dumps(request).encode(), timeout=deadline_s)
-    except subprocess.TimeoutExpired:
-        return Outcome(failure=f"did not answer within {deadline_s:.0f} s")
-    finally:
-        _end(child)
-        reader.join()
-    return _outcome(child.returncode, answer[0], printed)
-
-
-def _command(call: str) -> list[str]:
-    """A Python that calls a function of this module."""
-    # The child finds what this process would find, and nothing in the folder where it happens to run.
-    paths = [path or os.getcwd() for path in sys.path]
-    return [sys.executable, "-c", f"import sys; sys.path[:] = {paths!r}; from edgepatch import processes; {call}"]
-
-
-def _read_all(descriptor: int) -> bytes:
-    with os.fdopen(descriptor, "rb") as pipe:
-        return pipe.read()
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Ends a child and whatever it started."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.kill()
-    child.wait()
-    for stream in (child.stdin, child.stderr):
-        if stream is not None:
-            with suppress(OSError):
-                stream.close()
-
-
-def _outcome(code: int, answer: bytes, printed: bytes) -> Outcome:
-    if code == 0:
-        with suppress(ValueError, TypeError, KeyError):
-            return _read_answer(answer)
-    lines = printed.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
-    if code < 0:
-        return _death(code)
-    return Outcome(failure=f"failed (exit code {code}): {lines[-1][:ERROR_CHARACTERS]}")
-
-
-def _read_answer(answer: bytes) -> Outcome:
-    found = json.loads(answer)
-    return Outcome(error=_rebuilt(**found["error"])) if "error" in found else Outcome(found["value"])
-
-
-def _death(code: int) -> Outcome:
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    return Outcome(failure=f"died of {name}", signal=name)
-
-
-def _rebuilt(kind: str, message: str, hint: str) -> EdgepatchError:
-    """An error of the child; a class that is made of other values than a message becomes the one that it descends from."""
-    found = getattr(errors, kind, EdgepatchError)
-    if not (isinstance(found, type) and issubclass(found, EdgepatchError)):
-        found = EdgepatchError
-    rebuilt = EdgepatchError(message, hint) if found.__init__ is not EdgepatchError.__init__ else found(message, hint)
-    return rebuilt
-
-
-def answer(module: str, function: str, descriptor: int) -> None:
-    """In the child: calls the function with the request on standard input and writes what it returns."""
-    _harden()
-    _die_with_parent()
-    request = json.load(sys.stdin)
-    document = _answered(getattr(import_module(module), function), request)
-    with os.fdopen(descriptor, "wb") as pipe:
-        pipe.write(document)
-    # A library that dies while it tears itself down has answered already.
-    os._exit(0)
-
-
-def _answered(work: Callable[[Any], Any], request: Any) -> bytes:
-    try:
-        document = {"value": work(request)}
-    except EdgepatchError as error:
-        document = {"error": {"kind": type(error).__name__, "message": str(error), "hint": error.hint}}
-    return json.dumps(document).encode()
-
-
-def _harden() -> None:
-    """No core files, and first to be ended where memory runs out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write(FIRST_TO_GO)
-
-
-def _die_with_parent() -> None:
-    """The kernel ends this process together with the *thread* that started it, which waits for the answer."""
-    with suppress(OSError, AttributeError):
-        import ctypes
-
-        parent_death = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death, signal.SIGKILL, 0, 0, 0)
 
 
 class KeptChild:
@@ -244,7 +75,7 @@ class KeptChild:
         try:
             self._make_ready()
             self._send(data, deadline_s)
-            return _read_answer(self._receive(WAITING * deadline_s))
+            return read_answer(self._receive(WAITING * deadline_s))
         except TimeoutError:
             self._drop()
             return Outcome(failure=f"did not answer within {WAITING * deadline_s:g} s")
@@ -252,7 +83,7 @@ class KeptChild:
             code = self._drop()
             if code == -signal.SIGPROF:
                 return Outcome(failure=f"used more than {deadline_s:g} s of computing time", signal="SIGPROF")
-            return _death(code) if code < 0 else Outcome(failure=f"could not be asked: {error.strerror or error}")
+            return death(code) if code < 0 else Outcome(failure=f"could not be asked: {error.strerror or error}")
 
     def _make_ready(self) -> None:
         """A child that has answered everything before; where one cannot, a request of old is to blame, and a fresh one is started."""
@@ -278,7 +109,9 @@ class KeptChild:
         ours, theirs = socket.socketpair()
         try:
             self._child = subprocess.Popen(
-                _command(f"processes.serve({module!r}, {function!r}, {theirs.fileno()}, {self._memory_bytes})"),
+                command_line(
+                    f"from edgepatch.processes import kept; kept.serve({module!r}, {function!r}, {theirs.fileno()}, {self._memory_bytes})"
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -312,7 +145,7 @@ class KeptChild:
         if self._child is not None and self._owner == os.getpid():
             with suppress(subprocess.TimeoutExpired):
                 code = self._child.wait(0.2)  # one that has just died is not yet known to be dead
-            _end(self._child)
+            end(self._child)
         self._child, self._channel, self._unread = None, None, []
         return code
 
@@ -355,7 +188,7 @@ def _receive_exactly(channel: socket.socket, size: int, end: float | None) -> by
 
 def serve(module: str, function: str, descriptor: int, memory_bytes: int) -> None:
     """In a kept child: answers requests until the parent is gone."""
-    _harden()
+    harden()
     channel = socket.socket(fileno=descriptor)
     work = getattr(import_module(module), function)
     _limit_memory(memory_bytes)
@@ -368,7 +201,7 @@ def serve(module: str, function: str, descriptor: int, memory_bytes: int) -> Non
             # The system ends it, whatever a library is doing; also where the parent has died meanwhile.
             signal.setitimer(signal.ITIMER_PROF, request["deadline_s"])
             signal.setitimer(signal.ITIMER_REAL, WAITING * request["deadline_s"] + 1)
-            document = _answered(work, request["request"])
+            document = answered(work, request["request"])
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
     os._exit(0)

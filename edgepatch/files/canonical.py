@@ -11,40 +11,46 @@ import math
 from decimal import Decimal
 from typing import Any
 
-from edgepatch.errors import PatchFormatError
+from edgepatch.errors import PatchFormatError, UntrustedError
+from edgepatch.files import strict_json
 
 MAX_DEPTH = 16
 MAX_WHOLE = 2**53 - 1
 """The largest whole number that every JSON reader keeps."""
 
 
-def canonical_json(value: object) -> bytes:
+def canonical_json(value: object, max_depth: int = MAX_DEPTH) -> bytes:
     """The canonical form.
+
+    Args:
+        value: None, a bool, text, number, list or tuple, or dict with texts as keys.
+        max_depth: levels of nesting.
 
     Raises:
         PatchFormatError: a value that JSON has not (NaN, an infinity, half a surrogate pair, a key that is no text), a whole
-            number beyond ``MAX_WHOLE``, or nesting deeper than ``MAX_DEPTH``.
+            number beyond ``MAX_WHOLE``, or deeper nesting.
     """
     try:
-        return _text(value, 0).encode("utf-8")
+        return _text(value, max_depth).encode("utf-8")
     except UnicodeEncodeError:
         raise PatchFormatError("JSON: expected Unicode text, found half a surrogate pair") from None
 
 
-def _text(value: object, depth: int) -> str:
+def _text(value: object, levels: int) -> str:
+    """Args: levels: of nesting that are left."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, (int, float)):
         return _number(value)
-    if depth == MAX_DEPTH:
-        raise PatchFormatError(f"JSON: expected at most {MAX_DEPTH} levels of nesting")
+    if levels == 0:
+        raise PatchFormatError("JSON: nested too deeply: expected fewer levels of nesting")
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         keys = sorted(value, key=lambda key: key.encode("utf-16-be"))
-        return "{" + ",".join(f"{_text(key, 0)}:{_text(value[key], depth + 1)}" for key in keys) + "}"
+        return "{" + ",".join(f"{_text(key, 0)}:{_text(value[key], levels - 1)}" for key in keys) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(_text(entry, depth + 1) for entry in value) + "]"
+        return "[" + ",".join(_text(entry, levels - 1) for entry in value) + "]"
     raise PatchFormatError(f"JSON: expected texts, numbers, lists and objects with texts as keys, found {value!r:.80}")
 
 
@@ -61,8 +67,11 @@ def _number(value: int | float) -> str:
     if value == 0:
         return "0"  # also of minus zero
     sign, digits, exponent = Decimal(float.__repr__(value)).normalize().as_tuple()
-    shown, point = "".join(map(str, digits)), len(digits) + int(exponent)  # the value is 0.SHOWN times 10**point
-    return "-" * sign + _place(shown, point)
+    significand, point = (
+        "".join(map(str, digits)),
+        len(digits) + int(exponent),
+    )  # the value is 0.SIGNIFICAND times 10**point
+    return "-" * sign + _place(significand, point)
 
 
 def _place(digits: str, point: int) -> str:
@@ -80,7 +89,7 @@ def _place(digits: str, point: int) -> str:
 
 
 def parse_json(data: bytes, what: str) -> Any:
-    """The value of bounded JSON in UTF-8, canonical or not.
+    """The value of a patch's or bundle's JSON, canonical or not.
 
     Args:
         data: bytes of bounded size; the caller sets the bound.
@@ -90,45 +99,35 @@ def parse_json(data: bytes, what: str) -> Any:
         PatchFormatError: no JSON, a key twice in an object, a number that is no double, or nesting deeper than ``MAX_DEPTH``.
     """
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_no_duplicates,
-            parse_constant=_finite,
-            parse_float=_finite,
-            parse_int=_whole,
-        )
-    except PatchFormatError as error:
-        raise PatchFormatError(f"{what}: {error}") from None
-    except (ValueError, RecursionError):
-        raise PatchFormatError(f"not an edgepatch file: {what} is no readable JSON") from None
-    if _depth(value) > MAX_DEPTH:
-        raise PatchFormatError(f"{what}: expected at most {MAX_DEPTH} levels of nesting")
+        return strict_json.loads(data, max_depth=MAX_DEPTH, whole=_whole)
+    except ValueError as error:
+        raise PatchFormatError(f"not an edgepatch file: {what} is no readable JSON: {str(error)[:120]}") from None
+
+
+def parse_canonical(data: bytes, what: str, max_depth: int = MAX_DEPTH) -> Any:
+    """The value of JSON that must be in canonical form: writing it again must give the same bytes.
+
+    Args:
+        data: bytes of bounded size; the caller sets the bound.
+        what: names them in errors.
+        max_depth: levels of nesting.
+
+    Raises:
+        UntrustedError: not JSON, or in another form: somebody else than its maker wrote it.
+    """
+    try:
+        value = strict_json.loads(data, max_depth=max_depth, whole=_whole)
+        canonical = canonical_json(value, max_depth)
+    except (ValueError, PatchFormatError) as error:
+        raise UntrustedError(what, "canonical JSON", str(error)[:120]) from None
+    if canonical != data:
+        place = next(i for i in range(len(data) + 1) if canonical[i : i + 1] != data[i : i + 1])
+        raise UntrustedError(what, "canonical JSON (RFC 8785)", f"another form at byte {place}")
     return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({k for k, _ in pairs}) != len(pairs):
-        raise PatchFormatError("a key appears twice")
-    return dict(pairs)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise PatchFormatError(f"expected finite numbers, found {text:.40}")
-    return float(text)
 
 
 def _whole(text: str) -> int | float:
     """Digits alone are the same number as any other spelling of that double: 10 and 10.0 are one value."""
     if len(text) > 17 or abs(int(text)) > MAX_WHOLE:
-        return _finite(text)
+        return strict_json.finite(text)
     return int(text)
-
-
-def _depth(value: Any) -> int:
-    """Levels of nesting; without recursion, because a file says how deep it is."""
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, (dict, list))]:
-        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]
-        depth += 1
-    return depth

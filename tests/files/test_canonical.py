@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgepatch.errors import PatchFormatError
-from edgepatch.patch.canonical import MAX_DEPTH, MAX_WHOLE, canonical_json, parse_json
+from edgepatch.errors import PatchFormatError, UntrustedError
+from edgepatch.files.canonical import MAX_DEPTH, MAX_WHOLE, canonical_json, parse_canonical, parse_json
 
 JSON = st.recursive(
     st.none()
@@ -88,6 +88,7 @@ def test_round_trip(value):
     data = canonical_json(value)
     assert parse_json(data, "x") == value
     assert canonical_json(parse_json(data, "x")) == data
+    assert parse_canonical(data, "x") == value
     assert json.loads(data, parse_int=float) == value
 
 
@@ -150,3 +151,83 @@ def test_the_deepest_nesting_is_accepted():
 def test_what_is_not_read(data, match):
     with pytest.raises(PatchFormatError, match=match):
         parse_json(data, "it")
+
+
+# --- documents that must be in canonical form
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b'{"a":1,"a":1}', "a key appears twice"),
+        (b'{"a": 1}', "another form at byte 5"),
+        (b'{"b":1,"a":1}', "another form at byte 2"),
+        (b'{"a":1}\n', "another form at byte 7"),
+        (b' {"a":1}', "another form at byte 0"),
+        (b'"\\u0041"', "another form at byte 1"),
+        (b'"\\/"', "another form at byte 1"),
+        (b"1.0e0", "another form at byte 1"),
+        (b"1.0", "another form at byte 1"),
+        (b"1e-07", "another form at byte 3"),
+        (b"9007199254740993", "another form at byte 15"),
+        (b"[1,]", "line 1 column"),
+        (b"", "line 1 column"),
+        (b"NaN", "finite"),
+        (b"-Infinity", "finite"),
+        (b"1e999", "finite"),
+        (b'"\\ud800"', "surrogate"),
+        (b"\xff", "can't decode"),
+        (b"\xef\xbb\xbf1", "BOM"),
+        (b"[" * 100_000, "levels of nesting"),
+        (b"1" * 5000, "finite"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_what_is_not_canonical_is_refused(data, found):
+    with pytest.raises(UntrustedError, match=f"the file: expected canonical JSON.*found.*{found}"):
+        parse_canonical(data, "the file")
+
+
+# --- the rule that trust roots and the store went by before format 2 of the store's state
+
+
+def by_the_old_rule(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+ASCII_KEYS = st.text(st.characters(max_codepoint=0x7F))
+SIGNED = st.recursive(
+    st.none() | st.booleans() | st.integers(-MAX_WHOLE, MAX_WHOLE) | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ASCII_KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+"""Of what trust roots, trust states and the history are made: texts, whole numbers, and keys in ASCII."""
+
+
+@given(SIGNED)
+def test_both_rules_agree_on_what_trust_roots_and_the_history_are_made_of(value):
+    assert canonical_json(value) == by_the_old_rule(value)
+
+
+@given(JSON)
+def test_the_rules_differ_in_numbers_with_a_point_and_in_the_order_of_keys_alone(value):
+    """What is read back is the same value, so nothing is lost on the way from one to the other."""
+    assert parse_json(by_the_old_rule(value), "x") == parse_json(canonical_json(value), "x")
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "new"),
+    [
+        (10000.0, b"10000.0", b"10000"),
+        (1e16, b"1e+16", b"10000000000000000"),
+        (1e-7, b"1e-07", b"1e-7"),
+        (-0.0, b"-0.0", b"0"),
+        (
+            {"\ufb33": 1, "\U0001f642": 2},
+            '{"\ufb33":1,"\U0001f642":2}'.encode(),
+            '{"\U0001f642":2,"\ufb33":1}'.encode(),
+        ),
+    ],
+)
+def test_where_the_rules_differ(value, old, new):
+    assert (by_the_old_rule(value), canonical_json(value)) == (old, new)
