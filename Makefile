@@ -33,7 +33,7 @@ lab: $(STAMP) ## rebuild the lab model and its judges from the public data in $E
 	@test -n "$$EDGEPATCH_DATA" || { echo "EDGEPATCH_DATA must name the folder of the data sets" >&2; exit 2; }
 	$(BIN)/python -m edgepatch.bench.lab --data "$$EDGEPATCH_DATA" --out out/lab
 
-parity: $(STAMP) ## compare every runtime, quantization and cache with Transformers; docs/parity.md and bench/results/parity.json
+parity: $(STAMP) ## compare every runtime, quantization and cache with Transformers; bench/results/parity.json and .md
 	OMP_NUM_THREADS=1 $(BIN)/python -m edgepatch.bench.parity
 
 stock: $(STAMP) ## build an unmodified llama-server (20 minutes, once), test patches on it; bench/results/stock.md
@@ -78,8 +78,8 @@ bench: machine ## time everything side by side at a real size, on a quiet machin
 machine: $(STAMP) ## measure the memory bandwidth, on a quiet machine; bench/results/machine.json
 	$(BIN)/python -m edgepatch.bench.shapes.machine
 
-report: $(STAMP) ## one page of all results: bench/results/report.html and .md, and the tables of docs/performance.md
-	$(BIN)/edgepatch bench report --document docs/performance.md
+report: $(STAMP) ## one page of all results: bench/results/report.html and .md
+	$(BIN)/edgepatch bench report
 
 SECONDS := 600
 fuzz: $(STAMP) ## fuzz every reader of foreign bytes for SECONDS=600, guided by atheris where it installs; bench/results/fuzz.json

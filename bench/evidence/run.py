@@ -28,13 +28,12 @@ from edgepatch.bench.evidence.measuring import Workplace, due
 from edgepatch.bench.evidence.statistics import Matrix, Read
 from edgepatch.bench.evidence.workers import measure_cells
 from edgepatch.bench.report.evidence_page import render_page
-from edgepatch.bench.report.evidence_tables import write_tables
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patch.file import write_atomically
 from edgepatch.progress import OF_STREAM, Lines, Progress, logged, silent
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS, DOCUMENT = ROOT / "bench" / "results", ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "bench" / "results"
 NUM_EXAMPLES, TEXTS_OF_EXAMPLE = 6, 2
 CURVE_POINTS = 100
 KEPT = "what is trained and measured is kept; the same command goes on from there"
@@ -137,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("CORE", "COMPOSED", "REST"),
         help="of every domain, in each kind of cell",
     )
-    parser.add_argument("--publish", action="store_true", help="write bench/results and docs/evidence.md too")
+    parser.add_argument("--publish", action="store_true", help="write bench/results too")
     return parser
 
 
@@ -198,7 +197,6 @@ def run(arguments: argparse.Namespace, progress: Progress = silent) -> int:
     write_document(document, place.out, examples=examples(keys, read, "safety"))
     if arguments.publish:
         write_document(document, RESULTS)
-        write_tables(document, DOCUMENT)
     return _tell(document)
 
 

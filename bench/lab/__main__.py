@@ -32,7 +32,7 @@ def main() -> int:
         if data is None:
             raise InputError(
                 "the lab models are trained on public data: no data folder was named",
-                hint="set EDGEPATCH_DATA or pass --data; docs/data.md lists the files",
+                hint="set EDGEPATCH_DATA or pass --data; bench/data.md lists the files",
             )
         figures = build(data, arguments.out)
     except EdgepatchError as error:

@@ -1,6 +1,6 @@
 """``make parity``: proves on every architecture, runtime, quantization and cache that a seed does exactly what it should.
 
-Writes bench/results/parity.json and docs/parity.md; ends with 1 and the rows' names when a floor is missed. An architecture that
+Writes bench/results/parity.json and .md; ends with 1 and the rows' names when a floor is missed. An architecture that
 is already measured with the same code and libraries is not measured again.
 """
 
@@ -34,7 +34,7 @@ from edgepatch.progress import OF_STREAM, Lines, Progress, logged
 Found = dict[str, list[dict[str, Any]]]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS, DOCUMENT = ROOT / "bench" / "results" / "parity.json", ROOT / "docs" / "parity.md"
+RESULTS, DOCUMENT = ROOT / "bench" / "results" / "parity.json", ROOT / "bench" / "results" / "parity.md"
 COMMAND = "make parity"
 LIBRARIES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "numpy")
 KEPT = "what is measured is kept; the same command goes on from there"

@@ -1,12 +1,12 @@
 """All results on one page: ``edgepatch bench report``; report.html and report.md from the JSON files that are there.
 
 The page needs no network and no script. A file that is missing has a section that says so, with the command that makes it; it never is
-an empty picture. The tables of docs/performance.md are written from the same files, so that no figure in it is typed by hand.
+an empty picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 from edgepatch.bench.report import sections as parts
 from edgepatch.bench.report.evidence_page import PAGE_STYLE
-from edgepatch.bench.report.evidence_tables import fill_markers
 from edgepatch.bench.report.files import RESULT_FILES, Document, ResultFile, latency_runs
 from edgepatch.bench.report.parts import Block, Section, code, paragraph, table
 from edgepatch.errors import InputError
@@ -178,48 +177,6 @@ def render_markdown(results: Mapping[str, Document]) -> str:
     """
     made = [f"# {TITLE}", "Made by `edgepatch bench report`; the pictures are in report.html.", headline(results)]
     return "\n\n".join([*made, *(section.markdown for section in sections(results))]) + "\n"
-
-
-def slots(results: Mapping[str, Document]) -> dict[str, str]:
-    """The tables of docs/performance.md by the names of their markers."""
-    made = {section.title: section for section in sections(results)}
-
-    def below(title: str) -> str:
-        return "\n\n".join(block.markdown for block in made[title].blocks if block.markdown)
-
-    ratios = [[name, *row] for name, run in latency_runs(results).items() for row in _ratios(run)]
-    head = ("file", "ratio", "value [95 % interval]")
-    runs = list(latency_runs(results).values())
-    speed = [goal[1:] for goal in goals(results) if goal[0] == "latency"]
-    latency = next(file for file in RESULT_FILES if file.name == "latency.json")
-    return {
-        "limits": below("Limits of the machine"),
-        "growth": below("Growth"),
-        "ratios": table("Ratios within one run", head, ratios, 2).markdown if ratios else _text(missing(latency)),
-        "speed-goals": table("Goals", parts.GOAL_HEAD[1:], speed, 2).markdown if speed else _text(missing(latency)),
-        "arms": _text([parts.arm_table(run) for run in runs] or missing(latency)),
-        "behind": _text([parts.behind_table(run) for run in runs[:1]]),
-        "acts": _text([parts.act_table(run) for run in runs[:1]] or missing(latency)),
-    }
-
-
-def _ratios(run: Document) -> Sequence[list[str]]:
-    return [
-        [name, parts.spread(figure)] for name, figure in run["ratios"].items() if name.endswith("_patched_over_bare")
-    ]
-
-
-def _text(blocks: Sequence[Block]) -> str:
-    return "\n\n".join(block.markdown for block in blocks)
-
-
-def fill_document(text: str, results: Mapping[str, Document]) -> str:
-    """A Markdown text with the tables between its markers written anew.
-
-    Raises:
-        InputError: a marker is missing, or as ``sections``.
-    """
-    return fill_markers(text, slots(results))
 
 
 def write_overview(results: Mapping[str, Document], page: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A session with the openai client; docs/server.md shows what it prints."""
+"""A session with the openai client; docs/guide/serving.md shows what it prints."""
 
 import json
 import sys

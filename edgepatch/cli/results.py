@@ -28,26 +28,18 @@ def report(
             "--out", "-o", help="HTML file; the Markdown stands beside it. Default: report.html with the results."
         ),
     ] = None,
-    document: Annotated[
-        Path | None,
-        typer.Option(help="Markdown file with markers, such as docs/performance.md, whose tables are written anew."),
-    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make one HTML page and one Markdown file from all results: safety, speed, growth, goals, environment, commands.
 
-    Example: `edgepatch bench report --results bench/results --document docs/performance.md`
+    Example: `edgepatch bench report --results bench/results`
     """
     from edgepatch.bench.report.files import RESULT_FILES, read_results
-    from edgepatch.bench.report.overview import fill_document, goals, headline, write_overview
-    from edgepatch.patch.file import write_atomically
+    from edgepatch.bench.report.overview import goals, headline, write_overview
 
     found = read_results(results)
     page = out or results / "report.html"
-    filled = None if document is None else fill_document(_text(document), found)
     markdown = write_overview(found, page)
-    if document is not None and filled is not None:
-        write_atomically(document, filled.encode())
     if as_json:
         judged = [
             dict(zip(("of", "goal", "on", "wanted", "reached", "verdict"), goal, strict=True)) for goal in goals(found)
@@ -56,13 +48,6 @@ def report(
         print_json({"html": str(page), "markdown": str(markdown), "goals": judged, "missing": missing})
     else:
         stdout().print(f"{cell(headline(found))}\n{cell(page)}\n{cell(markdown)}", soft_wrap=True)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
 
 
 @bench_app.command()

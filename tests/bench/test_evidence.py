@@ -38,7 +38,6 @@ from edgepatch.bench.evidence.cells import (
 from edgepatch.bench.evidence.measuring import Bench, Workplace, due
 from edgepatch.bench.evidence.statistics import spread
 from edgepatch.bench.report.evidence_page import render_page
-from edgepatch.bench.report.evidence_tables import with_tables
 from edgepatch.bench.safety.retained import Sizes
 from edgepatch.errors import InputError
 
@@ -273,7 +272,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_the_tables_find_their_markers():
+def test_the_page_is_whole():
     cells = by_hand() | composed({("toxicity", "harm"): 0.5, ("harm", "toxicity"): 0.53})
     example = {
         "domain": "toxicity",
@@ -291,11 +290,6 @@ def test_the_page_is_whole_and_the_tables_find_their_markers():
     tags.feed(page)
     assert not tags.open and tags.found["svg"] >= 4 and not tags.found["script"] and not tags.found["link"]
     assert "&lt;b&gt;" in page and "<b>" not in page
-    text = evidence.DOCUMENT.read_text(encoding="utf-8")
-    written = with_tables(text, document)
-    assert "0.75 [" in written and with_tables(written, document) == written
-    with pytest.raises(InputError, match="markers"):
-        with_tables("nothing", document)
 
 
 # Raw files.

@@ -31,7 +31,6 @@ from edgepatch.pages import STYLE
 
 ROOT = Path(__file__).parent.parent.parent.parent
 COMMITTED = ROOT / "bench" / "results"
-PERFORMANCE = ROOT / "docs" / "performance.md"
 VOID = {"meta", "br", "circle", "path", "rect", "polyline", "line", "img", "input", "hr", "link"}
 TEXT_CONTRAST, MARK_CONTRAST = 4.5, 3.0  # WCAG 2.2, 1.4.3 and 1.4.11
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -495,10 +494,8 @@ def run(monkeypatch, capfd):
     return call
 
 
-def test_the_command_writes_both_forms_and_fills_the_document(run, results, tmp_path):
-    document = tmp_path / "performance.md"
-    shutil.copy(PERFORMANCE, document)
-    code, out, _ = run("--results", results, "--out", tmp_path / "r.html", "--document", document, "--json")
+def test_the_command_writes_both_forms(run, results, tmp_path):
+    code, out, _ = run("--results", results, "--out", tmp_path / "r.html", "--json")
     told = json.loads(out)
     assert (
         code == 0
@@ -508,25 +505,16 @@ def test_the_command_writes_both_forms_and_fills_the_document(run, results, tmp_
     assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>") and (
         tmp_path / "r.md"
     ).read_text().startswith("# ")
-    text = document.read_text()
+    text = (tmp_path / "r.md").read_text()
     assert "57.6" in text and "1.005 [0.990, 1.020]" in text and "positions of context" in text
     assert "goals are met" in run("--results", results, "--out", tmp_path / "r.html")[1]
 
 
 def test_wrong_use_is_2_and_writes_nothing(run, results, tmp_path):
-    plain = tmp_path / "plain.md"
-    plain.write_text("no markers")
     for arguments in (
-        ["--document", plain],
-        ["--document", tmp_path / "nothing.md"],
         ["--out", tmp_path / "page.md"],
         ["--results", tmp_path / "no"],
     ):
         code, _, err = run("--results", results, "--out", tmp_path / "r.html", *arguments)
         assert code == 2 and "Traceback" not in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.md"]
-
-
-def test_the_document_holds_what_the_committed_files_say():
-    text = PERFORMANCE.read_text(encoding="utf-8")
-    assert overview.fill_document(text, read_results(COMMITTED)) == text, "run: make report"
+    assert not list(tmp_path.iterdir())
