@@ -19,6 +19,8 @@ RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = sorted((ROOT / "docs" / "results").glob("*.md"))
 SLOT = re.compile(r"<!-- table: ([\w -]+) -->\n((?:\|.*\n)*)")
 DASH = "\u2013"
+# Of a bar in the picture, for a toxicity of 1.
+BAR_WIDTH = 150
 DOMAINS = ("toxicity", "gender", "harm")
 ARMS = {
     "bare": "bare model",
@@ -225,6 +227,21 @@ def test_tables_say_what_the_files_say(file: Path):
     for name, text in tables_of(file.read_text("utf-8")).items():
         expected = TABLES[name]()
         assert text == expected, f"{file.name}, {name}: put this table there\n{expected}"
+
+
+def test_the_picture_says_what_the_files_say():
+    picture = (ROOT / "docs" / "picture.svg").read_text("utf-8")
+    forms = {"torch": "F32", "llamacpp": "Q4_K_M", "onnx": "int4"}
+    cells = {
+        (row["runtime"], row["quantization"], row["patched"]): row["emt"] for row in document("rtp/results")["cells"]
+    }
+    for runtime, quantization in forms.items():
+        (group,) = re.findall(rf'<g id="{runtime}">(.*?)</g>', picture, re.DOTALL)
+        values = [cells[runtime, quantization, patched] for patched in (False, True)]
+        assert re.findall(r">(\d\.\d+)<", group) == [f"{value:.3f}" for value in values]
+        bars = re.findall(r'width="(\d+)" height="12"', group)
+        assert bars == [f"{BAR_WIDTH * value:.0f}" for value in values], "a bar has another length than its figure"
+        assert f"from {values[0]:.3f} to {values[1]:.3f}" in picture  # what a screen reader says
 
 
 def test_a_changed_figure_is_noticed():
