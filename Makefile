@@ -36,7 +36,7 @@ bench: $(STAMP) ## time everything side by side at a real size, on a quiet machi
 	$(BIN)/edgepatch bench machine
 	$(BIN)/edgepatch bench latency --out bench/results/latency.json
 	$(BIN)/edgepatch bench latency --quantization int4 --out bench/results/latency-llama-3.2-1b-int4.json
-	$(BIN)/edgepatch bench report --document docs/performance.md
+	$(BIN)/edgepatch bench report
 
 clean: ## remove the demo's result, builds and caches; keep .venv, out/lab, out/llama-server and out/optimum-env
 	rm -rf out/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -224,7 +224,7 @@ def _unfit(contact: Contact, tried: Sequence[Way], failures: Sequence[Failure]) 
     for way, failure in zip(tried[1:], failures[1:], strict=True):
         words.append(f"{way.words} too" if failure.words == failures[0].words else f"{way.words} it {failure.words}")
     last = failures[-1]
-    hint = "get it again; where that does not help, see docs/runtimes.md: the first time that a file meets this machine"
+    hint = "get it again; where that does not help, see docs/reference/runtimes.md, The first time that a file meets a machine"
     if last.is_passing:
         hint = "the system may have ended it for want of memory: free some, or take a smaller model"
     elif last.is_late:

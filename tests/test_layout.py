@@ -46,7 +46,7 @@ LAYERS = {
     "edgepatch.cli": 8,
     "edgepatch": 8,
 }
-"""The table of docs/architecture.md: folders, and the few modules beside them. A unit imports units of lower layers, and itself."""
+"""The table of docs/reference/architecture.md: folders, and the few modules beside them. A unit imports units of lower layers, and itself."""
 
 BENCH_VERBS = ("edgepatch.cli.bench", "edgepatch.cli.demo")
 """The only modules of the command line that may need the bench."""
@@ -155,7 +155,9 @@ def test_every_module_has_a_layer():
 
 
 def test_the_documented_table_is_this_table():
-    rows = re.findall(r"^\| (\d) \| `([\w/.]+)`", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\d) \| `([\w/.]+)`", (ROOT / "docs" / "reference" / "architecture.md").read_text("utf-8"), re.MULTILINE
+    )
     documented = {
         re.sub(r"\.__init__$", "", path.removesuffix(".py").strip("/").replace("/", ".")): int(n) for n, path in rows
     }

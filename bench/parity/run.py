@@ -1,7 +1,7 @@
 """``edgepatch bench parity``: proves on every architecture, runtime, quantization and cache that a seed does exactly what it should.
 
-Writes bench/results/parity.json and docs/parity.md. An architecture that is already measured with the same code and libraries is not
-measured again.
+Writes bench/results/parity.json and .md. An architecture that is already measured with the same code and libraries is not measured
+again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from edgepatch.progress import Progress, silent
 
 Measured = dict[str, list[dict[str, Any]]]
 
-RESULTS, DOCUMENT = ROOT / "bench" / "results" / "parity.json", ROOT / "docs" / "parity.md"
+RESULTS, DOCUMENT = ROOT / "bench" / "results" / "parity.json", ROOT / "bench" / "results" / "parity.md"
 WORK = ROOT / "out" / "parity"
 COMMAND = "edgepatch bench parity"
 LIBRARIES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "numpy")

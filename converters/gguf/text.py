@@ -2,7 +2,7 @@
 
 llama.cpp's tokenizer only reads the vocabulary, so any thread may call it, beside one that evaluates. But it ends the process where a
 word is too long for its stack, where a vocabulary lacks what it takes for granted, and it takes the square of some numbers in time.
-Measured with llama.cpp of llama-cpp-python 0.3.36, all of its pre-tokenizers by 43 kinds of long texts; docs/runtimes.md has the numbers.
+Measured with llama.cpp of llama-cpp-python 0.3.36, all of its pre-tokenizers by 43 kinds of long texts; docs/reference/runtimes.md has the numbers.
 """
 
 from __future__ import annotations

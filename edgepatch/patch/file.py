@@ -1,6 +1,6 @@
 """Reads and writes the patch file: one safetensors file with the manifest and its signatures in the metadata.
 
-This module alone knows the file; docs/format.md specifies it. Reading is closed and bounded: sizes are checked before anything is
+This module alone knows the file; docs/reference/format.md specifies it. Reading is closed and bounded: sizes are checked before anything is
 read, unknown keys, tensors, dtypes and versions are refused, and every digest is taken from the bytes that are used.
 """
 

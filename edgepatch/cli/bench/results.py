@@ -24,30 +24,19 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="HTML file. Default: report.html with the results.")
     ] = None,
-    document: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Markdown file in which the sections between markers such as <!-- growth --> are written anew; may be given several times."
-        ),
-    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make one HTML page from all results: safety, speed, growth, goals, environment, commands.
 
     Example: `edgepatch bench report --results bench/results`
     """
-    from edgepatch.bench.report.documents import filled
     from edgepatch.bench.report.files import RESULT_FILES, read_results
     from edgepatch.bench.report.overview import goals, headline, render_html
     from edgepatch.files.writing import write_atomically
 
     files = read_results(results)
     page = out or results / "report.html"
-    if page in (document or []):
-        raise InputError(f"--out and --document: expected two files, found {page} in both")
-    texts = {page: render_html(files), **{path: filled(path, files) for path in document or []}}
-    for path, text in texts.items():
-        write_atomically(path, text.encode())
+    write_atomically(page, render_html(files).encode())
     if as_json:
         names = ("of", "goal", "on", "wanted", "reached", "verdict")
         judged = [dict(zip(names, goal, strict=True)) for goal in goals(files)]

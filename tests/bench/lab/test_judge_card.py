@@ -43,7 +43,7 @@ def test_the_numbers_are_the_shipped_judges(committed: dict):
     assert committed["sha256"] == digest
 
 
-@pytest.mark.skipif(DATA is None, reason="needs the data sets, see docs/data.md")
+@pytest.mark.skipif(DATA is None, reason="needs the data sets, see bench/data.md")
 def test_the_data_give_the_committed_numbers(committed: dict):
     found, dropped = judge_card.domains(DATA)
     name = "RealToxicityPrompts evaluation segments"

@@ -21,28 +21,19 @@ from edgepatch import cli
 from edgepatch.bench.latency import growth
 from edgepatch.bench.latency.growth import model_name
 from edgepatch.bench.report import overview
-from edgepatch.bench.report.documents import as_markdown, fill_document
 from edgepatch.bench.report.files import RESULT_FILES, read_results
 from edgepatch.bench.report.sections import arm_table
 from edgepatch.bench.report.tables import MOST_HEAT
 from edgepatch.bench.shapes import machine
 from edgepatch.bench.shapes.shape import SHAPES
 from edgepatch.errors import InputError
+from kit.page_text import as_markdown
 
 ROOT = Path(__file__).parent.parent.parent.parent
 COMMITTED = ROOT / "bench" / "results"
 STYLE = (ROOT / "edgepatch" / "pages" / "style.css").read_text("utf-8")
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 TEXT_CONTRAST, MARK_CONTRAST = 4.5, 3.0  # WCAG 2.2, 1.4.3 and 1.4.11
-MARKED = """By hand.
-<!-- limits-of-the-machine -->
-of old
-<!-- /limits-of-the-machine -->
-Between, and <!-- other --> markers.
-<!-- growth -->
-<!-- /growth -->
-Behind.
-"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARMS = ("bare", "seed", "text-50-cold", "lora-r8")
 
@@ -486,7 +477,7 @@ def test_bandwidth_is_measured(tmp_path):
 
 
 def test_a_rate_stands_beside_its_ceiling(results):
-    markdown = fill_document(MARKED, read_results(results))
+    markdown = "\n\n".join(as_markdown(section.blocks) for section in overview.sections(read_results(results)))
     assert re.search(r"llama-3.2-1b Q4_0 llamacpp \| seed \| 695 \| 2.40 \| 57.6 \| 50.0 \| 87%", markdown)
 
 
@@ -506,40 +497,17 @@ def run(monkeypatch, capfd):
     return call
 
 
-def test_the_command_writes_the_page_and_fills_documents(run, results, tmp_path):
-    documents = [tmp_path / name for name in ("one.md", "two.md")]
-    for path in documents:
-        path.write_text(MARKED)
-    options = [word for path in documents for word in ("--document", path)]
-    code, out, _ = run("--results", results, "--out", tmp_path / "r.html", *options, "--json")
+def test_the_command_writes_the_page(run, results, tmp_path):
+    code, out, _ = run("--results", results, "--out", tmp_path / "r.html", "--json")
     output = json.loads(out)
     assert code == 0 and output["html"] == str(tmp_path / "r.html")
     assert "trl.json" in output["missing"] + [path.name for path in results.glob("*")]
-    assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
-    texts = {path.read_text() for path in documents}
-    text = texts.pop()
-    assert not texts and "57.6" in text and "positions of context" in text
-    assert text.startswith("By hand.\n") and text.endswith("Behind.\n") and "of old" not in text
-    assert fill_document(text, read_results(results)) == text
+    page = (tmp_path / "r.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "57.6" in page and "positions of context" in page
     assert "goals are met" in run("--results", results, "--out", tmp_path / "r.html")[1]
 
 
 def test_wrong_use_is_2_and_writes_nothing(run, results, tmp_path):
-    texts = {
-        "good": MARKED,
-        "plain": "no markers",
-        "open": "<!-- growth -->\n",
-        "closed": "<!-- /growth -->\n",
-        "swapped": "<!-- /growth -->\n<!-- growth -->\n",
-    }
-    for name, text in texts.items():
-        (tmp_path / f"{name}.md").write_text(text)
-    for arguments in (
-        *(["--document", tmp_path / f"{name}.md"] for name in texts if name != "good"),
-        ["--document", tmp_path / "nothing.md"],
-        ["--document", tmp_path / "good.md", "--out", tmp_path / "good.md"],
-        ["--results", tmp_path / "no"],
-    ):
-        code, _, err = run("--results", results, "--out", tmp_path / "r.html", *arguments)
-        assert code == 2 and "Traceback" not in err
-    assert {path.stem: path.read_text() for path in tmp_path.iterdir()} == texts
+    code, _, err = run("--results", tmp_path / "no", "--out", tmp_path / "r.html")
+    assert code == 2 and "Traceback" not in err
+    assert not list(tmp_path.iterdir())

@@ -72,7 +72,7 @@ def test_own_training_texts_hold_nothing_that_is_evaluated(runtime: Session, dom
     assert domain.evaluation_prompts() == load_prompts("toxic", "eval")
 
 
-@pytest.mark.skipif(DATA is None, reason="needs the data sets, see docs/data.md")
+@pytest.mark.skipif(DATA is None, reason="needs the data sets, see bench/data.md")
 def test_training_texts_from_data_hold_nothing_that_is_evaluated(runtime: Session):
     domain = ToxicityDomain(DATA, num_training_prompts=120)
     evaluated = set(domain.evaluation_prompts()) | {c.prompt for c in datasets.rtp_nontoxic(DATA)}
