@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from edgepatch.pages.blocks import Block, Cell, Code, Details, Paragraph, Table
