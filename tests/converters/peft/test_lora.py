@@ -69,8 +69,8 @@ def llama(tmp_path_factory) -> Adapted:
     return make_adapted(tmp_path_factory.mktemp("llama"), "llama", **ADAPTERS["llama"])
 
 
-def distance(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max())
+def distance(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max())
 
 
 def llamacpp_logits(model: Path, adapter: Path | None = None, vector: Path | None = None) -> np.ndarray:
@@ -103,12 +103,12 @@ def test_without_the_order_of_heads_the_adapter_is_another_one(llama, tmp_path, 
 def test_an_adapter_in_half_precision_stands_beside_quantized_weights(llama, tmp_path):
     lora.write_lora(llama.adapter, llama.base, tmp_path / "lora.gguf", "F16")
     writer.quantize(llama.full, tmp_path / "Q4_0.gguf", "Q4_0", num_threads=1)
-    found, bare = (
+    adapted, bare = (
         llamacpp_logits(tmp_path / "Q4_0.gguf", tmp_path / "lora.gguf"),
         llamacpp_logits(tmp_path / "Q4_0.gguf"),
     )
     closeness = (
-        np.corrcoef(found.ravel(), llama.expected.ravel())[0, 1],
+        np.corrcoef(adapted.ravel(), llama.expected.ravel())[0, 1],
         np.corrcoef(bare.ravel(), llama.expected.ravel())[0, 1],
     )
     assert closeness[0] > 0.85 > 0.7 > closeness[1]
@@ -123,9 +123,9 @@ def test_every_runtime_loads_an_adapter_by_its_column(llama, tmp_path):
             closeness = np.corrcoef(runtime.logits(TOKENS).ravel(), llama.expected.ravel())[0, 1]
             assert (runtime.name, runtime.quantization) == (column.runtime, column.quantization)
             assert closeness > 0.9, name
-    (made,) = (tmp_path / "made").iterdir()
-    assert sorted(path.name for path in made.iterdir()) == ["lora.gguf", "onnx-int4", "transformers"]
-    assert_unmerged(made / "onnx-int4" / "model.onnx")
+    (outputs,) = (tmp_path / "made").iterdir()
+    assert sorted(path.name for path in outputs.iterdir()) == ["lora.gguf", "onnx-int4", "transformers"]
+    assert_unmerged(outputs / "onnx-int4" / "model.onnx")
 
 
 def assert_unmerged(graph: Path) -> None:
@@ -212,9 +212,9 @@ def test_forms_are_made_once_and_belong_to_one_model(llama, tmp_path, monkeypatc
         if column.name in ("torch F32", "llamacpp F16", "llamacpp Q8_0", "llamacpp F16 kv q8_0")
     ]
     monkeypatch.setattr(columns, "columns", lambda: few)
-    told: list[tuple[str, int, int]] = []
-    first = columns.convert_model(llama.base, tmp_path / "forms", lambda *step: told.append(step))
-    assert [step for step in told if step[0] == "convert"] == [("convert", done, 4) for done in range(5)]
+    events: list[tuple[str, int, int]] = []
+    first = columns.convert_model(llama.base, tmp_path / "forms", lambda *step: events.append(step))
+    assert [step for step in events if step[0] == "convert"] == [("convert", done, 4) for done in range(5)]
     times = {name: path.stat().st_mtime_ns for name, path in first.items()}
     (tmp_path / "forms" / "Q8_0.gguf").unlink()
     again = columns.convert_model(llama.base, tmp_path / "forms")
