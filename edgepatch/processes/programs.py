@@ -29,7 +29,7 @@ class Ended:
 
 
 def run_program(
-    command: Sequence[str | Path],
+    command: Sequence[object],
     *,
     deadline_s: float | None = None,
     environment: Mapping[str, str] | None = None,
@@ -56,13 +56,13 @@ def run_program(
         return Ended(failure=f"was not done within {deadline_s:g} s")
     finally:
         end(child)
-    texts = [(data or b"").decode("utf-8", "replace") for data in (output, complaints)]
-    words = "its output is above" if is_shown else texts[1]
-    return Ended(*texts, failure=ending(child.returncode, words).failure if child.returncode else "")
+    printed, complained = ((data or b"").decode("utf-8", "replace") for data in (output, complaints))
+    words = "its output is above" if is_shown else complained
+    return Ended(printed, complained, ending(child.returncode, words).failure if child.returncode else "")
 
 
 @contextmanager
-def running(command: Sequence[str | Path], log: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: Sequence[object], log: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A program that runs beside this process and is ended with the block.
 
     Args:
@@ -80,7 +80,7 @@ def running(command: Sequence[str | Path], log: IO[bytes] | None = None) -> Iter
 
 
 def _start(
-    command: Sequence[str | Path],
+    command: Sequence[object],
     output: IO[bytes] | int | None,
     complaints: int | None,
     environment: Mapping[str, str] | None,
