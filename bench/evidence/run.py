@@ -147,7 +147,7 @@ def run(
         num_workers: processes, one thread each.
         is_trained: whether arms that are missing are trained; else what is trained already is measured.
         is_measured: whether cells that are due are measured; else what is measured already is assembled.
-        is_published: whether bench/results and docs/evidence.md are written too.
+        is_published: whether bench/results and docs/results/safety.md are written too.
         progress: told of every step and cell.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Tables of the evidence matrix, as the pages and docs/evidence.md show them."""
+"""Tables of the evidence matrix, as the pages and docs/results/safety.md show them."""
 
 from __future__ import annotations
 

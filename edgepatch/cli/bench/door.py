@@ -51,7 +51,7 @@ def require_data(folder: Path | None) -> Path:
     if data is None:
         raise InputError(
             "no data folder was named",
-            hint=f"set {DATA_VARIABLE} or pass --data; docs/data.md lists the files",
+            hint=f"set {DATA_VARIABLE} or pass --data; bench/data.md lists the files",
         )
     return data
 

@@ -32,7 +32,7 @@ def parity(
     ] = None,
     log: LogOption = None,
 ) -> None:
-    """Compare every architecture, runtime, quantization and cache with Transformers: bench/results/parity.json, docs/parity.md.
+    """Compare every architecture, runtime, quantization and cache with Transformers: bench/results/parity.json, bench/results/parity.md.
 
     Example: `edgepatch bench parity --only llama`
     """
