@@ -42,7 +42,9 @@ def evidence(
         tuple[int, int, int] | None,
         typer.Option(metavar="CORE COMPOSED REST", help="Prompts of every domain, in each kind of cell."),
     ] = None,
-    publish: Annotated[bool, typer.Option("--publish", help="Write bench/results and docs/results/safety.md too.")] = False,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Write bench/results and docs/results/safety.md too.")
+    ] = False,
     log: LogOption = None,
 ) -> None:
     """Does the gain hold after quantization? Every arm on every runtime and quantization (hours; it goes on where it stopped).
