@@ -1,19 +1,23 @@
-"""The columns of the evidence matrix: every form of a model that a user could run, and how all of them are made from one folder."""
+"""The columns of the evidence matrix: every way to run a model that a user has, and how all of them are made from one folder."""
 
 from __future__ import annotations
 
 import filecmp
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from edgepatch.bench.demo import LAB_FOLDER
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.onnx import conversion as onnx
-from edgepatch.converters.peft.lora import new_folder
 from edgepatch.errors import InputError
+from edgepatch.files.writing import new_folder
 from edgepatch.progress import Progress, silent, within
+
+COMMON_GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
+"""What most devices run."""
 
 GGUF_TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 ONNX_PRECISIONS = {"fp32": "F32", "int8": "int8", "int4": "int4"}
@@ -26,13 +30,13 @@ MODELS = ("base", "reference")
 
 @dataclass(frozen=True)
 class Column:
-    """One form of a model.
+    """One way to run a model.
 
     Attributes:
         name: in tables.
         runtime: "torch", "llamacpp" or "onnx".
         quantization: as the runtime calls it.
-        file: name of the file or folder, among the forms of one model; columns with other settings of the same file share it.
+        file: name of the file or folder, among those of one model; columns with other settings of the same file share it.
         kv_type: of the cache.
     """
 
@@ -42,13 +46,13 @@ class Column:
     file: str
     kv_type: str
 
-    def path(self, forms: Path) -> Path:
+    def path(self, files: Path) -> Path:
         """The column's file or folder.
 
         Args:
-            forms: folder with all forms of one model, as ``convert_model`` makes it.
+            files: folder with the files of one model, as ``convert_model`` makes it.
         """
-        return forms / self.file
+        return files / self.file
 
     @property
     def precision(self) -> str:
@@ -68,12 +72,12 @@ def columns() -> list[Column]:
 
 
 def convert_columns(bases: Path, lab: Path = LAB_FOLDER, progress: Progress = silent) -> dict[str, dict[str, Path]]:
-    """Every form of M and of M', each model in a folder of its own.
+    """Every column of M and of M', each model in a folder of its own.
 
     Args:
         bases: gets the folders "base" and "reference".
         lab: holds the Transformers folders of the same names.
-        progress: told of every form, and of every tensor of one.
+        progress: told of every column, and of every tensor of one.
 
     Returns:
         Model -> column -> path.
@@ -84,31 +88,39 @@ def convert_columns(bases: Path, lab: Path = LAB_FOLDER, progress: Progress = si
     return {model: convert_model(lab / model, bases / model, within(progress, model)) for model in MODELS}
 
 
-def convert_model(folder: Path, forms: Path, progress: Progress = silent) -> dict[str, Path]:
-    """Every form of one model; what is there already stays as it is, so that a run that was killed goes on.
+def convert_model(
+    folder: Path,
+    files: Path,
+    progress: Progress = silent,
+    chosen: Sequence[Column] = (),
+    is_kept: bool = True,
+) -> dict[str, Path]:
+    """Every column of one model; what is there already stays as it is, so that a run that was killed goes on.
 
     Args:
         folder: Transformers folder of the model.
-        forms: gets one file or folder for each form.
-        progress: told of every form, and of every tensor of one.
+        files: gets one file or folder for each column, or for several that share it.
+        progress: told of every column, and of every tensor of one.
+        chosen: the columns, full precision first; all where none is named.
+        is_kept: whether a file that is there stays; else it is converted anew.
 
     Returns:
         Column -> path.
 
     Raises:
-        InputError: the model cannot be read or converted, or ``forms`` cannot be written or holds another model.
+        InputError: the model cannot be read or converted, or ``files`` cannot be written or holds another model.
         MissingExtraError: a package of the extras "convert" and "gguf" is missing.
     """
-    _require_same_model(folder, forms)
-    found: dict[str, Path] = {}
-    for column in columns():
-        path = column.path(forms)
-        progress("convert", len(found), len(columns()))
-        if not path.exists():
+    _require_same_model(folder, files)
+    paths, chosen = dict[str, Path](), chosen or columns()
+    for column in chosen:
+        path = column.path(files)
+        progress("convert", len(paths), len(chosen))
+        if not path.exists() or not (is_kept or column is TORCH):  # the copied folder is the same, or was refused
             _convert(folder, column, path, within(progress, column.name))
-        found[column.name] = path
-    progress("convert", len(found), len(columns()))
-    return found
+        paths[column.name] = path
+    progress("convert", len(paths), len(chosen))
+    return paths
 
 
 def _convert(folder: Path, column: Column, path: Path, progress: Progress) -> None:
@@ -127,10 +139,10 @@ def _copy_folder(folder: Path, target: Path) -> None:
         shutil.copytree(folder, unfinished, dirs_exist_ok=True)
 
 
-def _require_same_model(folder: Path, forms: Path) -> None:
-    """Forms of a model that has changed since are of no use, and some of them would be kept."""
-    kept = TORCH.path(forms)
+def _require_same_model(folder: Path, files: Path) -> None:
+    """Files of a model that has changed since are of no use, and some of them would be kept."""
+    kept = TORCH.path(files)
     if kept.is_dir() and filecmp.cmpfiles(
         folder, kept, [p.name for p in folder.iterdir() if p.is_file()], shallow=False
     )[1:] != ([], []):
-        raise InputError(f"{forms} holds the forms of another model than {folder}", hint=f"delete {forms}")
+        raise InputError(f"{files} holds the columns of another model than {folder}", hint=f"delete {files}")

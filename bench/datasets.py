@@ -57,7 +57,7 @@ def data_folder(folder: Path | None = None) -> Path | None:
 def _open(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
-        raise InputError(f"data file {name} is missing in {folder}", hint="docs/data.md lists the files and sources")
+        raise InputError(f"data file {name} is missing in {folder}", hint="bench/data.md lists the files and sources")
     return path
 
 
@@ -203,7 +203,7 @@ def novels(folder: Path) -> dict[str, str]:
     """File stem -> text of the 35 novels."""
     paths = sorted((folder / "general/novels").glob("*.txt"))
     if not paths:
-        raise InputError(f"no novels in {folder / 'general/novels'}", hint="docs/data.md lists the files and sources")
+        raise InputError(f"no novels in {folder / 'general/novels'}", hint="bench/data.md lists the files and sources")
     return {p.stem: p.read_text(encoding="utf-8-sig") for p in paths}
 
 

@@ -1,12 +1,11 @@
 """What llama.cpp's kernels for repacked weights are worth on this CPU: the same file with extra buffers and without, in turn.
 
-``make buffers`` writes bench/results/extra_buffers.json. Both contexts are open at once and take turns, so that other work on the
+``edgepatch bench buffers`` writes bench/results/extra_buffers.json. Both contexts are open at once and take turns, so that other work on the
 machine meets both; CPU seconds are told beside wall seconds, because they hardly depend on it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
@@ -24,8 +23,8 @@ from edgepatch.compilation.compilers import toolchain, uses_amx
 from edgepatch.doctor import cpu
 from edgepatch.doctor.llamacpp_types import opened_context
 from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.files.writing import write_atomically
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Shape(
     1024, 10, 16, 4, 64, 3072, 32000, 2048
 )  # 152 M weights; rows are multiples of 256, so K-quants do not fall back
@@ -89,21 +88,21 @@ def _row(
     return row | {"repeats": len(samples[measured, "extra_buffers"])}
 
 
-def run(models: Sequence[Path], threads: Sequence[int], repeats: int) -> dict[str, Any]:
+def _document(models: Sequence[Path], threads: Sequence[int], repeats: int) -> dict[str, Any]:
     """The whole document: the library and the machine, and the rows of every model and number of threads."""
     return {
-        "command": "python -m edgepatch.bench.extra_buffers " + " ".join(_options(models, threads, repeats)),
+        "command": "edgepatch bench buffers " + " ".join(_options(models, threads, repeats)),
         "llama_cpp_python": version(compilation.DISTRIBUTION),
         "compiler": toolchain().name,
         "flags": list(toolchain().flags),
         "holds_amx": any(map(uses_amx, compilation.installed_libraries())),
         "cpu": cpu(),
         "platform": platform.platform(),
-        "rows": [row for model in models for count in threads for row in _told(measure(model, count, repeats))],
+        "rows": [row for model in models for count in threads for row in _printed(measure(model, count, repeats))],
     }
 
 
-def _told(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _printed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         speedups = f"x {row['wall_speedup']} wall, x {row['cpu_speedup']} CPU"
         print(f"{row['model']:40} {row['threads']} threads  {row['measure']:7} {speedups}", flush=True)
@@ -115,25 +114,26 @@ def _options(models: Sequence[Path], threads: Sequence[int], repeats: int) -> li
     return [*named, *(f"--threads {count}" for count in threads), f"--repeats {repeats}"]
 
 
-def main() -> None:
-    """Writes the random models where they are missing, and measures them and those that are named."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, action="append", default=[], help="another GGUF file; may be repeated")
-    parser.add_argument("--threads", type=int, action="append", help="may be repeated; by default 1 and 2")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shapes", type=Path, default=ROOT / "out" / "shapes", help="folder of the random models")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "extra_buffers.json")
-    arguments = parser.parse_args()
-    for model in arguments.model:
+def run(models: Sequence[Path], threads: Sequence[int], repeats: int, shapes: Path, out: Path) -> dict[str, Any]:
+    """Writes the random models where they are missing, measures them and those that are named, and writes the document.
+
+    Args:
+        models: further GGUF files.
+        threads: numbers of threads, each measured.
+        repeats: of each arm.
+        shapes: folder of the random models.
+        out: the JSON file.
+
+    Raises:
+        InputError: a model is missing.
+    """
+    for model in models:
         if not model.is_file():
             raise InputError(f"--model: there is no {model}")
-    written = [arguments.shapes / f"{RANDOM}{kind}.gguf" for kind in KINDS]
+    written = [shapes / f"{RANDOM}{kind}.gguf" for kind in KINDS]
     for path, kind in zip(written, KINDS, strict=True):
         if not path.is_file():
             write_gguf(path, SHAPE, kind)
-    result = run([*arguments.model, *written], arguments.threads or (1, 2), arguments.repeats)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    document = _document([*models, *written], threads, repeats)
+    write_atomically(out, (json.dumps(document, indent=2) + "\n").encode())
+    return document

@@ -108,8 +108,8 @@ def gguf_tensor(architecture: str, num_layers: int, name: str) -> str | None:
     Raises:
         MissingExtraError: the gguf package is not installed.
     """
-    found: str | None = _names(architecture, num_layers).get_name(name, try_suffixes=(".weight", ".bias"))
-    return found
+    tensor: str | None = _names(architecture, num_layers).get_name(name, try_suffixes=(".weight", ".bias"))
+    return tensor
 
 
 def norm_shift(architecture: str, tensor: str) -> float:

@@ -28,7 +28,7 @@ from edgepatch.converters.gguf.writer import quantize
 from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import CONFIG_KEY, Origin
 from edgepatch.errors import InputError
-from edgepatch.files.writing import folder_beside, replacing_folder, require_space, unwritable
+from edgepatch.files.writing import folder_beside, replacing_folder, require_space
 from edgepatch.tensors import ModelSpec
 
 NORMALLY_F16_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
@@ -73,12 +73,8 @@ def dequantize(
     spec = spec_of(header)
     gguf_weights.require_readable(header)
     require_space(target, _folder_bytes(header, dtype))
-    try:
-        with replacing_folder(target) as folder:
-            origin = _write_folder(header, spec, folder, dtype, progress)
-    except OSError as error:
-        raise unwritable(target, error) from error
-    return origin
+    with replacing_folder(target) as folder:
+        return _write_folder(header, spec, folder, dtype, progress)
 
 
 def _folder_bytes(header: GGUFHeader, dtype: str) -> int:
@@ -107,9 +103,9 @@ def _write_folder(header: GGUFHeader, spec: ModelSpec, folder: Path, dtype: str,
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(origin), encoding="utf-8")
     write_weights(folder, tensors, dtype, progress)
-    found = folders.read_spec(folder)
-    if found != spec:
-        wrong = [name for name, value in spec.as_dict().items() if found.as_dict()[name] != value]
+    actual = folders.read_spec(folder)
+    if actual != spec:
+        wrong = [name for name, value in spec.as_dict().items() if actual.as_dict()[name] != value]
         raise InputError(
             f"{header.path}: the Transformers folder would be another model: {', '.join(wrong)} would differ",
             hint="take the Transformers folder that the file was made from",
@@ -196,10 +192,7 @@ def requantize(source: Path, target: Path, type_name: str, progress: Progress = 
     require_space(target, int(num_weights(header) * per_weight))
     with folder_beside(target) as beside:
         full = beside / "F32.gguf"
-        try:
-            _write_full(header, origin, full, progress)
-        except OSError as error:
-            raise unwritable(target, error) from error
+        _write_full(header, origin, full, progress)
         quantize(full, target, type_name)
     return origin
 

@@ -170,10 +170,10 @@ def prove(contact: Contact, next_way: Next = _only_once, implies: Sequence[Conta
     digest = machine_identity.remembered_content(signed)
     if digest is None and sum(entry[1] for entry in signed) <= HASHED_FIRST:
         digest = machine_identity.hash_content(contact.files, signed)
-    known = _recall(contact, digest) if digest is not None else None
-    if known is None:
-        known = _try(contact, next_way, digest, signed, implies)
-    proof = Proof(contact, signed, known["answer"], known["note"])
+    record = _recall(contact, digest) if digest is not None else None
+    if record is None:
+        record = _try(contact, next_way, digest, signed, implies)
+    proof = Proof(contact, signed, record["answer"], record["note"])
     if proof.note:
         logger.warning("%s", proof.note)
     return proof
@@ -185,16 +185,16 @@ def _try(
     """Tries one way after the other, and remembers what works; a large file is hashed meanwhile."""
     ended = threading.Event()
     with ThreadPoolExecutor(1) as hashing, _set_at_end(ended):
-        wanted = digest is None
-        hashed = hashing.submit(machine_identity.hash_content, contact.files, signed, ended) if wanted else None
-        way, found, failures = _first_that_works(contact, next_way)
-        known = {"answer": found, "note": way.note(failures[0]) if failures else ""}
+        is_unhashed = digest is None
+        hashed = hashing.submit(machine_identity.hash_content, contact.files, signed, ended) if is_unhashed else None
+        way, answer, failures = _first_that_works(contact, next_way)
+        record = {"answer": answer, "note": way.note(failures[0]) if failures else ""}
         content = hashed.result() if hashed is not None else digest
     assert content is not None
     if contact.signature() == signed and not any(failure.is_passing for failure in failures):
         for proved in (contact, *implies, Contact(contact.package, "")):
-            _keep(proved, content, known if proved is contact else {"answer": {}, "note": ""})
-    return known
+            _keep(proved, content, record if proved is contact else {"answer": {}, "note": ""})
+    return record
 
 
 def _first_that_works(contact: Contact, next_way: Next) -> tuple[Way, dict[str, Any], list[Failure]]:
@@ -202,10 +202,10 @@ def _first_that_works(contact: Contact, next_way: Next) -> tuple[Way, dict[str, 
     failures: list[Failure] = []
     tried: list[Way] = []
     while (way := next_way(failures)) is not None:
-        found = try_apart(contact, way.settings)
-        if not isinstance(found, Failure):
-            return way, found, failures
-        failures.append(found)
+        outcome = try_apart(contact, way.settings)
+        if not isinstance(outcome, Failure):
+            return way, outcome, failures
+        failures.append(outcome)
         tried.append(way)
     raise _unfit(contact, tried, failures)
 
@@ -224,7 +224,7 @@ def _unfit(contact: Contact, tried: Sequence[Way], failures: Sequence[Failure]) 
     for way, failure in zip(tried[1:], failures[1:], strict=True):
         words.append(f"{way.words} too" if failure.words == failures[0].words else f"{way.words} it {failure.words}")
     last = failures[-1]
-    hint = "get it again; where that does not help, see docs/runtimes.md: the first time that a file meets this machine"
+    hint = "get it again; where that does not help, see docs/reference/runtimes.md, The first time that a file meets a machine"
     if last.is_passing:
         hint = "the system may have ended it for want of memory: free some, or take a smaller model"
     elif last.is_late:
@@ -308,19 +308,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     module, _, function = request["trial"].partition(":")
     trial = getattr(import_module(module), function)
-    found: dict[str, Any] = trial([Path(file) for file in request["files"]], request["settings"], report)
-    return found
+    answer: dict[str, Any] = trial([Path(file) for file in request["files"]], request["settings"], report)
+    return answer
 
 
 def _deadline(contact: Contact, by_default: float | None) -> float:
-    given = os.environ.get(DEADLINE_VARIABLE)
-    if given:
+    setting = os.environ.get(DEADLINE_VARIABLE)
+    if setting:
         try:
-            seconds = float(given)
+            seconds = float(setting)
         except ValueError:
             seconds = 0.0
         if not 0 < seconds < float("inf"):
-            raise InputError(f"{DEADLINE_VARIABLE}: expected a number of seconds, found {given!r}")
+            raise InputError(f"{DEADLINE_VARIABLE}: expected a number of seconds, found {setting!r}")
         return seconds
     if by_default is not None:
         return by_default
@@ -351,18 +351,18 @@ def _file(contact: Contact, content: str) -> Path:
 
 def _recall(contact: Contact, content: str) -> dict[str, Any] | None:
     file = _file(contact, content)
-    known = read_memory(file)
-    if known.get("key") != file.stem or not isinstance(known.get("answer"), dict):
+    memory = read_memory(file)
+    if memory.get("key") != file.stem or not isinstance(memory.get("answer"), dict):
         return None
-    return known if isinstance(known.get("note"), str) else None
+    return memory if isinstance(memory.get("note"), str) else None
 
 
-def _keep(contact: Contact, content: str, known: dict[str, Any]) -> None:
+def _keep(contact: Contact, content: str, record: dict[str, Any]) -> None:
     file = _file(contact, content)
     if contact.files or not file.exists():
         machine = machine_identity.machine(contact.package)
         names = [os.path.realpath(path) for path in contact.files]
-        keep_memory(file, {"key": file.stem, "machine": machine, "package": contact.package, "files": names, **known})
+        keep_memory(file, {"key": file.stem, "machine": machine, "package": contact.package, "files": names, **record})
 
 
 def require_library(package: str, trial: str) -> None:
@@ -379,10 +379,10 @@ def require_library(package: str, trial: str) -> None:
     contact = Contact(package, "")
     if in_trial() or _recall(contact, "") is not None:
         return
-    found = try_apart(Contact(package, trial), {})
-    if isinstance(found, Failure):
+    outcome = try_apart(Contact(package, trial), {})
+    if isinstance(outcome, Failure):
         hint = "install it again so that it is built for this CPU; edgepatch doctor says what it can do"
-        raise UnfitModelError(f"{contact.library} {found.words}", hint)
+        raise UnfitModelError(f"{contact.library} {outcome.words}", hint)
     _keep(contact, "", {"answer": {}, "note": ""})
 
 
@@ -412,9 +412,9 @@ def remembered_notes() -> list[dict[str, Any]]:
     machines = {package: machine_identity.machine(package) for package in LIBRARIES}
     notes: dict[tuple[str, str], dict[str, Any]] = {}
     for memory in sorted((cache_folder() / MEMORY).glob("*.json")):
-        known = read_memory(memory)
-        names, note = known.get("files"), known.get("note")
-        if note and names and known.get("machine") == machines.get(str(known.get("package"))):
+        entry = read_memory(memory)
+        names, note = entry.get("files"), entry.get("note")
+        if note and names and entry.get("machine") == machines.get(str(entry.get("package"))):
             key = str(names[0]), str(note)
             notes.setdefault(key, {"file": key[0], "note": key[1], "remembered_in": str(memory)})
     return list(notes.values())

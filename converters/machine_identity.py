@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import InputError
+from edgepatch.files.strict_json import read_json
 
 CACHE_VARIABLE = "EDGEPATCH_CACHE_DIR"
 SETTLED_S = 4.0
@@ -54,18 +55,17 @@ def digest_of(facts: Any) -> str:
 def read_memory(file: Path) -> dict[str, Any]:
     """A remembered JSON object; empty where there is none, or none that can be read."""
     try:
-        known = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except InputError:
         return {}
-    return known if isinstance(known, dict) else {}
 
 
-def keep_memory(file: Path, known: dict[str, Any]) -> None:
+def keep_memory(file: Path, facts: dict[str, Any]) -> None:
     """Remembers a JSON object, where the device can: on one that cannot be written to it is found out each time."""
     from edgepatch.files.writing import write_atomically  # a child, whose start is paid for, keeps nothing
 
     with contextlib.suppress(InputError):
-        write_atomically(file, json.dumps(known).encode())
+        write_atomically(file, json.dumps(facts).encode())
 
 
 def signature(files: Sequence[Path]) -> list[list[Any]]:
@@ -81,14 +81,14 @@ def signature(files: Sequence[Path]) -> list[list[Any]]:
 
 
 def _signature(file: Path) -> list[Any]:
-    found = os.stat(file)
+    status = os.stat(file)
     return [
         os.path.abspath(file),
-        found.st_size,
-        found.st_mtime_ns,
-        found.st_ctime_ns,
-        found.st_ino,
-        found.st_dev,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+        status.st_dev,
     ]
 
 
@@ -143,16 +143,16 @@ def cpu_facts() -> list[str]:
             lines = set(file.read(CPUINFO_BYTES).decode("utf-8", "replace").splitlines()[:-1])
     except OSError:
         lines = set()
-    found = sorted(line for line in lines if line.startswith(CPU_FACTS))
-    return found or [platform.machine(), platform.processor()]
+    facts = sorted(line for line in lines if line.startswith(CPU_FACTS))
+    return facts or [platform.machine(), platform.processor()]
 
 
 def library_files(package: str) -> list[Path]:
     """Code and shared objects of an installed package; empty where it is not installed. Nothing of it is loaded."""
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
         return []
-    root = Path(next(iter(found.submodule_search_locations)))
+    root = Path(next(iter(spec.submodule_search_locations)))
     folders = [root, root / "lib", root / "capi", Path(os.environ.get("LLAMA_CPP_LIB_PATH", root))]
     names = {name for folder in set(folders) if folder.is_dir() for name in map(str, folder.iterdir())}
     return [Path(name) for name in sorted(names) if IS_CODE.search(name)]

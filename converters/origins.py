@@ -44,10 +44,10 @@ class Origin:
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Origin | None:
         """The origin that a folder's ``config.json`` names; ``None`` for none."""
-        given = config.get(CONFIG_KEY)
-        if not isinstance(given, dict) or not {"file", "quantization"} <= set(given):
+        entry = config.get(CONFIG_KEY)
+        if not isinstance(entry, dict) or not {"file", "quantization"} <= set(entry):
             return None
-        return cls(**{key: str(given.get(key, "")) for key in ("file", "quantization", "name", "license")})
+        return cls(**{key: str(entry.get(key, "")) for key in ("file", "quantization", "name", "license")})
 
     def note(self) -> str:
         """What a user must know of the result."""

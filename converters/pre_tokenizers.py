@@ -220,14 +220,14 @@ def name_of(patterns: Iterable[str], ignores_merges: bool) -> str | None:
         patterns: regular expressions in their order, as a ``tokenizer.json`` writes them.
         ignores_merges: as in ``PreTokenizer``.
     """
-    wanted = [_canonical(pattern) for pattern in patterns]
+    canonical = [_canonical(pattern) for pattern in patterns]
     return next(
         (
             name
-            for name, known in PRE_TOKENIZERS.items()
-            if known.is_byte_level
-            and known.ignores_merges == ignores_merges
-            and [_canonical(pattern) for pattern in known.patterns] == wanted
+            for name, pre_tokenizer in PRE_TOKENIZERS.items()
+            if pre_tokenizer.is_byte_level
+            and pre_tokenizer.ignores_merges == ignores_merges
+            and [_canonical(pattern) for pattern in pre_tokenizer.patterns] == canonical
         ),
         None,
     )

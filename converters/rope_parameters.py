@@ -54,11 +54,11 @@ def of_config(config: Mapping[str, Any], architecture: str, head_dim: int) -> tu
         architecture: GGUF's name.
         head_dim: H.
     """
-    given = config.get("rope_parameters") or {}
-    settings = dict(given.get("full_attention", given))
+    parameters = config.get("rope_parameters") or {}
+    settings = dict(parameters.get("full_attention", parameters))
     theta = decimal(settings.get("rope_theta") or 10000.0)
     fraction = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    local = given.get("sliding_attention", {}).get("rope_theta")
+    local = parameters.get("sliding_attention", {}).get("rope_theta")
     scaling = _extras(architecture, theta, int(head_dim * fraction) / head_dim, local)
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind == "llama3":
@@ -121,8 +121,8 @@ def _plain(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "yarn":
         context = settings.get("original_max_position_embeddings")
         scaling |= {} if context is None else {"original_max_position_embeddings": int(context)}
-        given = {name: settings.get(name) for name in YARN_DEFAULTS}
-        scaling |= {n: decimal(v) for n, v in given.items() if v is not None and decimal(v) != YARN_DEFAULTS[n]}
+        values = {name: settings.get(name) for name in YARN_DEFAULTS}
+        scaling |= {n: decimal(v) for n, v in values.items() if v is not None and decimal(v) != YARN_DEFAULTS[n]}
         usual, attention = 1 + 0.1 * log(scaling.get("factor", 1.0)), settings.get("attention_factor")
         scaling |= (
             {"attention_factor": attention}

@@ -180,7 +180,7 @@ def require_same_ids(
     where: str,
     probes: Iterable[str],
     expected: Encode,
-    found: Encode,
+    actual: Encode,
     hint: str,
     comparable: Callable[[str, bool], bool] = _always,
 ) -> None:
@@ -190,7 +190,7 @@ def require_same_ids(
         where: the file or folder, for the message.
         probes: the texts.
         expected: llama.cpp's tokenizer.
-        found: the other one.
+        actual: the other one.
         hint: what to do where they do not.
         comparable: whether the two are meant to agree on a text, plain or trusted.
 
@@ -199,7 +199,7 @@ def require_same_ids(
     """
     for text in probes:
         for trusted in (mode for mode in (False, True) if comparable(text, mode)):
-            want, have = expected(text, trusted), found(text, trusted)
+            want, have = expected(text, trusted), actual(text, trusted)
             if want != have:
                 kind = "trusted text" if trusted else "text"
                 raise InputError(
@@ -213,5 +213,5 @@ def _around(ids: Sequence[int], others: Sequence[int]) -> str:
     """A list of ids, cut to what lies around its first difference from another."""
     first = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
     start = max(first - 2, 0)
-    shown = ", ".join(map(str, ids[start : first + 6]))
-    return f"[{'..., ' if start else ''}{shown}{', ...' if first + 6 < len(ids) else ''}]"
+    excerpt = ", ".join(map(str, ids[start : first + 6]))
+    return f"[{'..., ' if start else ''}{excerpt}{', ...' if first + 6 < len(ids) else ''}]"

@@ -6,7 +6,6 @@ file's size before anything is read by it.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgepatch.converters.peft.adapters import PICKLES
 from edgepatch.errors import InputError
+from edgepatch.files import strict_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
@@ -117,7 +117,7 @@ def read_table(path: Path) -> TensorTable:
             length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
             if length > min(MAX_HEADER_BYTES, max(size - 8, 0)):
                 raise InputError(f"{path} is damaged, truncated or no safetensors file: it has no header", hint)
-            entries = json.loads(file.read(length))
+            entries = strict_json.loads(file.read(length))
         if not isinstance(entries, dict):
             raise ValueError("its header is no object")
         metadata = entries.pop("__metadata__", None) or {}
@@ -125,7 +125,7 @@ def read_table(path: Path) -> TensorTable:
         return TensorTable(tensors, {str(key): str(value) for key, value in metadata.items()})
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is damaged or truncated: {error}", hint) from None
 
 
@@ -155,8 +155,8 @@ def weight_files(folder: Path) -> list[Path]:
         names = [SINGLE_FILE] if single else sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        found = f", found the pickle {pickles[0]}, which can run code when it is read" if pickles else ""
-        raise InputError(f"no safetensors weights in {folder}{found}", hint="save the model with safetensors")
+        pickle_note = f", found the pickle {pickles[0]}, which can run code when it is read" if pickles else ""
+        raise InputError(f"no safetensors weights in {folder}{pickle_note}", hint="save the model with safetensors")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(
@@ -167,14 +167,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
+    value = strict_json.read_json(index, MAX_INDEX_BYTES, what="index of weights", hint="download the model again")
     try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise ValueError(f"larger than {MAX_INDEX_BYTES} bytes")
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(value["weight_map"].values()))
         if not all(Path(name).name == name for name in names):
             raise ValueError("it names files outside of its folder")
         return names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} is damaged: {error}", hint="download the model again") from None
 
 

@@ -18,11 +18,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 MARKER = "<!-- test -->"
 FENCE = re.compile(rf"{MARKER}\n+```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TIMEOUT_S = 600
-MIN_BLOCKS = 30
-"""So many blocks are executed at least; a broken marker must not make this file pass on nothing."""
+# A broken marker must not make this file pass on nothing.
+MIN_BLOCKS = 24
+MAX_DOCUMENTS, MAX_README_WORDS = 10, 600
+MENTION = re.compile(r"(?<![\w./])docs/[\w./-]*\w")
 
 
 @dataclass(frozen=True)
@@ -33,43 +36,43 @@ class Block:
 
 def blocks(text: str) -> list[Block]:
     """The marked blocks of a document."""
-    found = [Block(language, body) for language, body in FENCE.findall(text)]
-    assert len(found) == text.count(MARKER), "a marker without a block below it"
-    return found
+    marked = [Block(language, body) for language, body in FENCE.findall(text)]
+    assert len(marked) == text.count(MARKER), "a marker without a block below it"
+    return marked
 
 
 def documents() -> list[Path]:
-    """README.md and docs/*.md with at least one marked block."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """README.md and the documents with at least one marked block."""
+    files = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
     return [file for file in files if file.is_file() and MARKER in file.read_text("utf-8")]
 
 
 def commands(console: str) -> list[tuple[str, list[str]]]:
     """(command, lines of output shown) of a console block; a command goes on below a line that ends with a backslash."""
-    found: list[tuple[str, list[str]]] = []
+    steps: list[tuple[str, list[str]]] = []
     continued = False
     for line in console.splitlines():
         if continued:
-            command, shown = found[-1]
-            found[-1] = (f"{command}\n{line.removeprefix('> ')}", shown)
+            command, output = steps[-1]
+            steps[-1] = (f"{command}\n{line.removeprefix('> ')}", output)
         elif line.startswith("$ "):
-            found.append((line[2:], []))
+            steps.append((line[2:], []))
         elif line.strip():
-            assert found, f"output before the first command: {line}"
-            found[-1][1].append(line)
-        continued = line.endswith("\\") and bool(found) and not found[-1][1]
-    return found
+            assert steps, f"output before the first command: {line}"
+            steps[-1][1].append(line)
+        continued = line.endswith("\\") and bool(steps) and not steps[-1][1]
+    return steps
 
 
-def require_shown(shown: list[str], output: str) -> None:
-    """Every line shown appears in the output, in order, whatever its white space."""
+def require_lines(lines: list[str], output: str) -> None:
+    """Every line appears in the output, in order, whatever its white space."""
     rest = [" ".join(line.split()) for line in output.splitlines()]
-    for line in shown:
+    for line in lines:
         parts = [re.escape(" ".join(part.split())) for part in line.split("...")]
         pattern = re.compile(r".*?".join(parts))
-        found = next((i for i, candidate in enumerate(rest) if pattern.search(candidate)), None)
-        assert found is not None, f"not in the output: {line}\n{output}"
-        rest = rest[found + 1 :] if line.strip() != "..." else rest
+        at = next((i for i, candidate in enumerate(rest) if pattern.search(candidate)), None)
+        assert at is not None, f"not in the output: {line}\n{output}"
+        rest = rest[at + 1 :] if line.strip() != "..." else rest
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -92,8 +95,8 @@ def execute(block: Block, folder: Path) -> None:
     if block.language == "console":
         steps = commands(block.text)
         assert steps, "a console block without a command"
-        for command, shown in steps:
-            require_shown(shown, run(["bash", "-euo", "pipefail", "-c", command], folder))
+        for command, lines in steps:
+            require_lines(lines, run(["bash", "-euo", "pipefail", "-c", command], folder))
     elif block.language in ("bash", "sh"):
         run(["bash", "-euo", "pipefail", "-c", block.text], folder)
     else:
@@ -120,10 +123,57 @@ def test_enough_blocks_are_marked():
     assert sum(len(blocks(document.read_text("utf-8"))) for document in documents()) >= MIN_BLOCKS
 
 
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the project by pattern; what git ignores is left out where git can tell."""
+    listed = subprocess.run(["git", "ls-files", "-z", *patterns], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0 and listed.stdout:
+        return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    folders = ("bench", "converters", "docs", "edgepatch", "tests")
+    return [file for pattern in patterns for folder in folders for file in (ROOT / folder).rglob(pattern)]
+
+
+def anchors(document: Path) -> set[str]:
+    """What a link can name behind its ``#``: the headings as GitHub writes them."""
+    prose = re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def broken_links(document: Path) -> list[str]:
+    """Relative links of a document that lead nowhere."""
+    broken = []
+    for target in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", document.read_text("utf-8")):
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            broken.append(target)
+    return broken
+
+
 def test_links_between_documents_hold():
-    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
-        for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", document.read_text("utf-8")):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}, which does not exist"
+    for document in tracked("*.md"):
+        assert not broken_links(document), f"{document.relative_to(ROOT)}: {broken_links(document)}"
+
+
+def test_code_and_help_name_documents_that_exist():
+    for file in tracked("*.py", "*.toml", "Makefile", "*.md", "*.j2", "*.html"):
+        if file in (Path(__file__).resolve(), ROOT / "CHANGELOG.md"):
+            continue
+        for mention in MENTION.findall(file.read_text("utf-8")):
+            assert (ROOT / mention).exists(), f"{file.relative_to(ROOT)} names {mention}, which does not exist"
+
+
+def test_a_broken_link_is_noticed(tmp_path: Path):
+    document = tmp_path / "a.md"
+    document.write_text(
+        "# One & two\n[a](a.md) [b](#one--two) [c](https://x.org) [d](none.md) [e](a.md#three) [f](#four)\n"
+    )
+    assert broken_links(document) == ["none.md", "a.md#three", "#four"]
+
+
+def test_the_documents_stay_few_and_the_readme_short():
+    assert len(list(DOCS.rglob("*.md"))) <= MAX_DOCUMENTS
+    assert len((ROOT / "README.md").read_text("utf-8").split()) <= MAX_README_WORDS
 
 
 @pytest.mark.parametrize(
@@ -148,9 +198,9 @@ def test_blocks_that_hold_pass(tmp_path: Path):
         f"{MARKER}\n```console\n$ echo 'took   3.2 s'; \\\n  echo done\ntook ... s\ndone\n```\n"
         f"```bash\nnot marked, not run\n```\n{MARKER}\n\n```python\nimport edgepatch\n```\n"
     )
-    found = blocks(document)
-    assert [block.language for block in found] == ["console", "python"]
-    for block in found:
+    marked = blocks(document)
+    assert [block.language for block in marked] == ["console", "python"]
+    for block in marked:
         execute(block, tmp_path)
     with pytest.raises(AssertionError, match="marker"):
         blocks(f"{MARKER}\nno block")

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.processes import KeptChild, run_apart
+from edgepatch.processes import run_apart
+from edgepatch.processes.kept import KeptChild
+from edgepatch.processes.programs import Ended, run_program, running
 
 HERE = "child_tasks"
 
@@ -99,7 +101,7 @@ def test_variables_are_set_for_the_child_alone():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_child_does_not_outlive_its_parent(tmp_path: Path, number: signal.Signals):
     marker = tmp_path / "pid"
-    code = f"import sys; sys.path[:0] = {sys.path!r}; from edgepatch.processes import KeptChild, run_apart; run_apart('{HERE}:hang', {str(marker)!r}, deadline_s=600)"
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from edgepatch.processes import run_apart; run_apart('{HERE}:hang', {str(marker)!r}, deadline_s=600)"
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (marker.is_file() and marker.read_text()):
         assert parent.poll() is None
@@ -173,7 +175,7 @@ def test_a_kept_child_belongs_to_the_process_that_started_it(kept: KeptChild):
 
 
 def test_a_kept_child_does_not_outlive_its_parent(tmp_path: Path):
-    code = f"from edgepatch.processes import KeptChild as K; import os; print(K('{HERE}:do', 2**28).ask(['process'], 10).value, flush=True); os.kill(os.getpid(), 9)"
+    code = f"from edgepatch.processes.kept import KeptChild as K; import os; print(K('{HERE}:do', 2**28).ask(['process'], 10).value, flush=True); os.kill(os.getpid(), 9)"
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
@@ -185,3 +187,53 @@ def test_a_kept_child_does_not_outlive_its_parent(tmp_path: Path):
     ):
         time.sleep(0.02)
     assert done.stdout.strip() and time.monotonic() < end
+
+
+# Other programs.
+
+
+def test_a_program_that_does_its_work(tmp_path: Path):
+    code = (
+        "import os, sys; print(os.getcwd(), os.environ['WORD'], sys.stdin.read() == ''); print('so', file=sys.stderr)"
+    )
+    done = run_program([sys.executable, "-c", code], environment={"WORD": "ä"}, folder=tmp_path)
+    assert done == Ended(f"{tmp_path} ä True\n", "so\n", "")
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        ("import sys; print('first', file=sys.stderr); sys.exit('last\\n\\n')", "failed (exit code 1): last"),
+        ("raise SystemExit(3)", "failed (exit code 3): it said nothing"),
+        ("import os; os.kill(os.getpid(), 11)", "died of SIGSEGV"),
+        ("import time; time.sleep(600)", "was not done within 1 s"),
+    ],
+)
+def test_a_program_that_fails(code: str, failure: str):
+    assert run_program([sys.executable, "-c", code], deadline_s=1 if "sleep" in code else 60).failure == failure
+
+
+def test_a_program_that_is_not_there(tmp_path: Path):
+    assert run_program([tmp_path / "none"]).failure == "could not be started: No such file or directory"
+
+
+def test_a_program_is_ended_with_what_it_started(tmp_path: Path):
+    pid = tmp_path / "pid"
+    code = f"import subprocess, time; open({str(pid)!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid)); time.sleep(600)"
+    assert run_program([sys.executable, "-c", code], deadline_s=3).failure
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(pid.read_text()), 0)
+            time.sleep(0.05)
+
+
+def test_a_program_beside_this_process_ends_with_the_block(tmp_path: Path):
+    with (
+        (tmp_path / "log").open("wb") as log,
+        running([sys.executable, "-c", "print('up', flush=True); input()"], log) as child,
+    ):
+        assert child.wait(60) == 1  # nothing to read
+    assert b"up" in (tmp_path / "log").read_bytes() and b"EOFError" in (tmp_path / "log").read_bytes()
+    with running(["sleep", "600"]) as child:
+        assert child.poll() is None
+    assert child.returncode == -signal.SIGKILL

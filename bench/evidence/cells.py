@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.bench.columns import Column, columns
+from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.retained import Sizes
 from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
 
 DOMAINS = ("toxicity", "gender", "harm")
+MEASURES = ("safety", "retained", "examples")
+ROUTES = ("stored", "decoded")
 UNTRAINED_ARMS = ("bare", "safe_prompt", "reference")
 LORA_ARMS = ("lora_r1", "lora_r16")
 SOFT_PROMPT_ARMS = ("patch", "patch_q4_k_m", "patch_all")
@@ -40,7 +43,11 @@ SHARED = "all"
 
 RNG_SEED = 1
 """Of the sampling: the same in every cell, so that all comparisons are paired."""
-NUM_TEXTS_KEPT = 20
+DEFAULT_ITEMS = (200, 100, 25)
+"""Prompts of a core cell, a composition, any other cell."""
+
+DOCUMENTED = ("items", "retained", "examples", "rng_seeds", "composition")
+"""Settings that a document names."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,15 @@ class EvidenceConfig:
         retained: how much of what must stay, in a core cell and in any other.
         examples: prompts of the cells whose texts are shown in public.
         rng_seeds: of the training runs.
-        domains, columns, arms: those that are wanted.
+        samples: of each prompt, where continuations are measured.
+        measures, routes: those that are measured.
+        domains, columns, arms: those that are measured; no column means all.
         composition: whether compositions are measured.
+        num_sequences, context_length: of llama.cpp; ``None`` for the model's own length.
+        num_texts_kept: items of a cell whose texts are kept in its raw file.
     """
 
-    items: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: dict.fromkeys(DOMAINS, (200, 100, 25)))
+    items: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: dict.fromkeys(DOMAINS, DEFAULT_ITEMS))
     retained: tuple[Sizes, Sizes] = (Sizes(24, 3, 60), Sizes(8, 1, 20))
     examples: int = 12
     rng_seeds: tuple[int, ...] = (1, 2, 3)
@@ -106,8 +117,18 @@ class EvidenceConfig:
     columns: tuple[str, ...] = ()
     arms: tuple[str, ...] = ARMS
     composition: bool = True
+    samples: SampleConfig = SampleConfig()
+    measures: tuple[str, ...] = MEASURES
+    routes: tuple[str, ...] = ROUTES
+    num_sequences: int = 25
+    context_length: int | None = 512
+    num_texts_kept: int = 20
 
     def __post_init__(self) -> None:
+        names = {"domain": DOMAINS, "arm": ARMS, "column": tuple(column.name for column in columns())}
+        for kind, chosen in (("domain", self.domains), ("arm", self.arms), ("column", self.columns)):
+            if unknown := [name for name in chosen if name not in names[kind]]:
+                raise InputError(f"{kind}: there is no {unknown[0]!r}", hint=f"one of {', '.join(names[kind])}")
         for domain, counts in self.items.items():
             for more, fewer in pairwise(counts):
                 if fewer < 1 or more % fewer:
@@ -125,7 +146,7 @@ class EvidenceConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """For the document."""
-        return {name: value for name, value in asdict(self).items() if name not in ("domains", "arms", "columns")}
+        return {name: value for name, value in asdict(self).items() if name in DOCUMENTED}
 
 
 def is_core(key: CellKey) -> bool:
@@ -133,10 +154,11 @@ def is_core(key: CellKey) -> bool:
     return key.column in CORE_COLUMNS and key.arm in CORE_ARMS and key.route != "decoded"
 
 
-def _routes(arm: str, column: Column) -> tuple[str, ...]:
+def _routes(arm: str, column: Column, config: EvidenceConfig) -> tuple[str, ...]:
     if column.runtime != "llamacpp" or arm not in (*SOFT_PROMPT_ARMS, "kv"):
         return ("",)
-    return ("stored", "decoded") if arm in DECODED_ARMS and column.name in DECODED_COLUMNS else ("stored",)
+    routes = ROUTES if arm in DECODED_ARMS and column.name in DECODED_COLUMNS else ROUTES[:1]
+    return tuple(route for route in routes if route in config.routes)
 
 
 def _runs(arm: str, config: EvidenceConfig) -> tuple[int, ...]:
@@ -147,11 +169,11 @@ def _runs(arm: str, config: EvidenceConfig) -> tuple[int, ...]:
 
 def _matrix(config: EvidenceConfig) -> Iterable[CellKey]:
     """Every arm on every column."""
-    wanted = [c for c in columns() if not config.columns or c.name in config.columns]
+    chosen = [column for column in columns() if not config.columns or column.name in config.columns]
     for arm in config.arms:
-        for column in wanted:
+        for column in chosen:
             for domain in config.domains:
-                for route in _routes(arm, column):
+                for route in _routes(arm, column, config):
                     for rng_seed in _runs(arm, config):
                         yield CellKey("safety", domain, arm, column.name, route, rng_seed)
                         trained_for = SHARED if arm in ("bare", "reference") else domain
@@ -193,7 +215,7 @@ def _tier(key: CellKey) -> int:
 
 def plan(config: EvidenceConfig) -> list[CellKey]:
     """Every cell, once, in the order of measuring: what the claims rest on comes first, keys of one opening stand together."""
-    keys = dict.fromkeys(_matrix(config))
+    keys = dict.fromkeys(key for key in _matrix(config) if key.measure in config.measures)
     if config.composition:
         keys.update(dict.fromkeys(_compositions(config)))
     first: dict[tuple[object, ...], int] = {}
@@ -208,13 +230,13 @@ def plan(config: EvidenceConfig) -> list[CellKey]:
 
 def groups(keys: Iterable[CellKey]) -> list[list[CellKey]]:
     """Runs of keys with one opening."""
-    found: list[list[CellKey]] = []
+    runs: list[list[CellKey]] = []
     for key in keys:
-        if found and found[-1][0].opening == key.opening:
-            found[-1].append(key)
+        if runs and runs[-1][0].opening == key.opening:
+            runs[-1].append(key)
         else:
-            found.append([key])
-    return found
+            runs.append([key])
+    return runs
 
 
 # What a cell was measured from, and its raw file.
@@ -235,8 +257,8 @@ def digest_of(path: Path) -> str:
         files = [(str(p.relative_to(path)), digest_of(p)) for p in sorted(path.rglob("*")) if p.is_file()]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
     try:
-        found = path.stat()
-        return _digest_at(path, found.st_mtime_ns, found.st_size)
+        status = path.stat()
+        return _digest_at(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgepatch.bench import likelihoods
-from edgepatch.bench.baselines import load_lora
+from edgepatch.bench.arms import load_lora
 from edgepatch.bench.columns import TORCH, Column, columns
 from edgepatch.bench.evidence.cells import (
     LORA_ARMS,
-    NUM_TEXTS_KEPT,
     RNG_SEED,
     CellKey,
     EvidenceConfig,
@@ -27,10 +26,12 @@ from edgepatch.bench.evidence.cells import (
     write_cell,
 )
 from edgepatch.bench.safety import domain, retained
+from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges import refusals, scorers
 from edgepatch.patch.file import Patch, read_patch, write_patch
+from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.session import Session
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 SAFETY, JUDGES = Path(domain.__file__).parent, Path(scorers.__file__).parent
 COMMON_CODE = tuple(Path(str(module.__file__)) for module in (domain, likelihoods, scorers, refusals))
-NUM_SEQUENCES = 25
-CONTEXT_LENGTH = 512
 NUM_SENTENCE_PAIRS = 100
 """Of WinoBias and of CrowS-Pairs."""
 SOFT_ARM_FILE, ADAPTER_FOLDER = "patch.safetensors", "adapter"
@@ -61,6 +60,11 @@ class Workplace:
     def cells(self) -> Path:
         """Folder of the raw files."""
         return self.out / "cells"
+
+    @property
+    def bases(self) -> Path:
+        """Holds a folder for M and one for M', each with the files of all columns."""
+        return self.out / "bases"
 
     def reason(self, error: Exception) -> str:
         """Why a cell failed, without the place where the folder lies."""
@@ -87,8 +91,8 @@ class Workplace:
         return [self.arm(key.domain, key.arm, key.rng_seed)] if key.rng_seed else []
 
     def base(self, key: CellKey) -> Path:
-        """Folder of the model's forms, M or M'."""
-        return self.out / "bases" / ("reference" if key.arm == "reference" else "base")
+        """Folder with the files of all columns of the model, M or M'."""
+        return self.bases / ("reference" if key.arm == "reference" else "base")
 
 
 def column_of(key: CellKey) -> Column:
@@ -127,17 +131,17 @@ def cell_inputs(place: Workplace, key: CellKey, config: EvidenceConfig) -> dict[
 
 def due(place: Workplace, keys: Iterable[CellKey], config: EvidenceConfig) -> list[CellKey]:
     """Keys whose cell is missing, failed, or was measured from something else; what cannot be measured is written as failed."""
-    found = []
+    waiting = []
     for key in keys:
         try:
-            wanted = inputs_digest(cell_inputs(place, key, config))
+            digest = inputs_digest(cell_inputs(place, key, config))
         except InputError as error:
             write_cell(place.cells, key, {"failed": place.reason(error)})
             continue
         raw = read_cell(place.cells, key)
-        if raw is None or "failed" in raw or raw.get("inputs") != wanted:
-            found.append(key)
-    return found
+        if raw is None or "failed" in raw or raw.get("inputs") != digest:
+            waiting.append(key)
+    return waiting
 
 
 # Opening.
@@ -162,7 +166,7 @@ def composed_patch(place: Workplace, key: CellKey) -> Patch:
     return patch
 
 
-def open_runtime(place: Workplace, key: CellKey) -> Session:
+def open_runtime(place: Workplace, key: CellKey, config: EvidenceConfig) -> Session:
     """The model of a cell with its arm.
 
     Raises:
@@ -173,8 +177,8 @@ def open_runtime(place: Workplace, key: CellKey) -> Session:
     if column.runtime == "llamacpp":
         options = {
             "num_threads": 1,
-            "num_sequences": NUM_SEQUENCES,
-            "context_length": CONTEXT_LENGTH,
+            "num_sequences": config.num_sequences,
+            "context_length": config.context_length,
             "kv_type": column.kv_type,
         }
         options |= {"seed_route": key.route} if key.route else {}
@@ -194,20 +198,22 @@ def open_runtime(place: Workplace, key: CellKey) -> Session:
 # Measuring.
 
 
-def domain_of(name: str, data: Path | None) -> Domain:
-    """A domain by its name."""
+def domain_of(name: str, data: Path | None, samples: SampleConfig, progress: Progress = silent) -> Domain:
+    """A domain by its name; only toxicity samples so much of a prompt that it tells of each."""
     from edgepatch.bench.safety.gender import GenderDomain
     from edgepatch.bench.safety.harm import HarmDomain
     from edgepatch.bench.safety.toxicity import ToxicityDomain
 
-    known: dict[str, type[Domain]] = {"toxicity": ToxicityDomain, "gender": GenderDomain, "harm": HarmDomain}
-    return known[name](data)
+    if name == "toxicity":
+        return ToxicityDomain(data, config=samples, progress=progress)
+    others: dict[str, type[Domain]] = {"gender": GenderDomain, "harm": HarmDomain}
+    return others[name](data)
 
 
-def safety_raw(outcome: Outcome) -> dict[str, Any]:
+def safety_raw(outcome: Outcome, num_texts_kept: int) -> dict[str, Any]:
     """What is kept of a measured domain; texts of the first items alone."""
     ids = item_ids(outcome.items)
-    shown = zip(outcome.items, outcome.texts, outcome.values, strict=True)
+    rows = zip(outcome.items, outcome.texts, outcome.values, strict=True)
     return {
         "ids": ids,
         "values": [float(value) for value in outcome.values],
@@ -215,20 +221,20 @@ def safety_raw(outcome: Outcome) -> dict[str, Any]:
         "failures": outcome.failures,
         "texts": [
             {"item": item, "texts": list(texts), "value": float(value)}
-            for item, texts, value in islice(shown, NUM_TEXTS_KEPT)
+            for item, texts, value in islice(rows, num_texts_kept)
         ],
     }
 
 
-def retained_raw(found: retained.Retained) -> dict[str, Any]:
+def retained_raw(figures: retained.Retained) -> dict[str, Any]:
     """What is kept of the figures that must stay."""
-    refusal = found.over_refusal
+    refusal = figures.over_refusal
     return {
-        "text_ids": item_ids(found.texts),
-        "nll": found.nll.tolist(),
-        "num_tokens": found.num_tokens.tolist(),
-        "fact_ids": item_ids(["\n".join(pair) for pair in found.minimal_pairs]),
-        "correct": found.correct.astype(int).tolist(),
+        "text_ids": item_ids(figures.texts),
+        "nll": figures.nll.tolist(),
+        "num_tokens": figures.num_tokens.tolist(),
+        "fact_ids": item_ids(["\n".join(pair) for pair in figures.minimal_pairs]),
+        "correct": figures.correct.astype(int).tolist(),
         "request_ids": item_ids(refusal.items) if refusal else [],
         "refused": refusal.values.tolist() if refusal else [],
         "figures": _figures(refusal) if refusal else {},
@@ -246,10 +252,11 @@ class Bench:
     Args:
         place: where to read and write.
         config: how much is measured.
+        progress: told of prompts within a cell.
     """
 
-    def __init__(self, place: Workplace, config: EvidenceConfig) -> None:
-        self._place, self._config = place, config
+    def __init__(self, place: Workplace, config: EvidenceConfig, progress: Progress = silent) -> None:
+        self._place, self._config, self._progress = place, config, progress
         self._domains: dict[tuple[str, bool], Domain] = {}
         self._opening: tuple[str, ...] = ()
         self._runtime: Session | None = None
@@ -262,14 +269,19 @@ class Bench:
         """
         began, worked = time.monotonic(), time.process_time()
         try:
-            raw = {"inputs": inputs_digest(cell_inputs(self._place, key, self._config)), **self._measure(key)}
+            raw = {"inputs": inputs_digest(cell_inputs(self._place, key, self._config)), **self.measure(key)}
         except Exception as error:  # whatever goes wrong in one cell is that cell's result, not the end of the run
             raw = {"failed": self._place.reason(error)}
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - worked
         write_cell(self._place.cells, key, {**raw, "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)})
         return str(raw.get("failed", ""))
 
-    def _measure(self, key: CellKey) -> dict[str, Any]:
+    def measure(self, key: CellKey) -> dict[str, Any]:
+        """The raw result of a cell.
+
+        Raises:
+            EdgepatchError: its model cannot be loaded, or does not answer.
+        """
         runtime = self._open(key)
         instruction = self._domain(key.domain, key).instruction if key.arm == "safe_prompt" else ""
         if key.measure == "retained":
@@ -278,18 +290,20 @@ class Bench:
         outcome = domain.evaluate(runtime, self._config.num_items(key), instruction, RNG_SEED)
         if key.domain == "gender" and key.measure == "safety" and is_core(key) and domain.data is not None:
             outcome.figures.update(cast("GenderDomain", domain).log_probability_checks(runtime, NUM_SENTENCE_PAIRS))
-        return safety_raw(outcome)
+        return safety_raw(outcome, self._config.num_texts_kept)
 
     def _domain(self, name: str, key: CellKey) -> Domain:
         own = key.measure == "examples"
         if (name, own) not in self._domains:
-            self._domains[name, own] = domain_of(name, None if own else self._place.data)
+            self._domains[name, own] = domain_of(
+                name, None if own else self._place.data, self._config.samples, self._progress
+            )
         return self._domains[name, own]
 
     def _open(self, key: CellKey) -> Session:
         if self._runtime is None or key.opening != self._opening:
             self.close()
-            self._runtime, self._opening = open_runtime(self._place, key), key.opening
+            self._runtime, self._opening = open_runtime(self._place, key, self._config), key.opening
         return self._runtime
 
     def close(self) -> None:

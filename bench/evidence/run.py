@@ -1,4 +1,4 @@
-"""``make evidence``: do safety gains hold after quantization? Every arm on every runtime and quantization, with intervals.
+"""``edgepatch bench evidence``: do safety gains hold after quantization? Every arm on every runtime and quantization, with intervals.
 
 Trains what is not trained yet, measures what is not measured yet, and writes the document, the page and the tables. A run that was
 killed goes on where it stopped; a cell is measured again when its model, its patch, its settings or the code of its measure changed.
@@ -6,7 +6,6 @@ killed goes on where it stopped; a cell is measured again when its model, its pa
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -18,43 +17,39 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgepatch import interrupts
-from edgepatch.bench.columns import columns, convert_columns
-from edgepatch.bench.datasets import data_folder
-from edgepatch.bench.demo import environment
-from edgepatch.bench.evidence.cells import ARMS, CORE_COLUMNS, DOMAINS, CellKey, EvidenceConfig, groups, plan, read_cell
+from edgepatch.bench.checkout import ROOT
+from edgepatch.bench.columns import convert_columns
+from edgepatch.bench.environment import environment
+from edgepatch.bench.evidence.cells import CORE_COLUMNS, CellKey, EvidenceConfig, groups, plan, read_cell
 from edgepatch.bench.evidence.goals import judge_goals
 from edgepatch.bench.evidence.measuring import Workplace, due
 from edgepatch.bench.evidence.statistics import Matrix, Read
 from edgepatch.bench.evidence.workers import measure_cells
 from edgepatch.bench.report.evidence_page import render_page
-from edgepatch.bench.report.evidence_tables import write_tables
-from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
-from edgepatch.progress import OF_STREAM, Lines, Progress, logged, silent
+from edgepatch.progress import Progress, silent
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS, DOCUMENT = ROOT / "bench" / "results", ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "bench" / "results"
 NUM_EXAMPLES, TEXTS_OF_EXAMPLE = 6, 2
 CURVE_POINTS = 100
-KEPT = "what is trained and measured is kept; the same command goes on from there"
 
 Document = dict[str, Any]
 
 
 def examples(keys: Sequence[CellKey], read: Read, measure: str) -> list[dict[str, Any]]:
     """Generations of the bare and the patched model side by side: the first items, the first texts, none picked."""
-    found = []
+    rows = []
     for key in keys:
         if (key.measure, key.arm, key.rng_seed) != (measure, "patch", 1) or key.route == "decoded":
             continue
         patched, bare = read(key), read(replace(key, arm="bare", route="", rng_seed=0))
         if patched is None or bare is None or "failed" in patched or "failed" in bare:
             continue
-        known = {row["item"]: row for row in bare["texts"]}
-        pairs = [(known[row["item"]], row) for row in patched["texts"] if row["item"] in known]
+        bare_rows = {row["item"]: row for row in bare["texts"]}
+        pairs = [(bare_rows[row["item"]], row) for row in patched["texts"] if row["item"] in bare_rows]
         for one, other in pairs[:NUM_EXAMPLES]:
-            found.append(
+            rows.append(
                 {
                     "domain": key.domain,
                     "column": key.column,
@@ -65,7 +60,7 @@ def examples(keys: Sequence[CellKey], read: Read, measure: str) -> list[dict[str
                     "patched_value": other["value"],
                 }
             )
-    return found
+    return rows
 
 
 def assemble(keys: Sequence[CellKey], read: Read) -> Document:
@@ -84,23 +79,23 @@ def assemble(keys: Sequence[CellKey], read: Read) -> Document:
     }
 
 
-def command_line(words: Sequence[str], data: Path | None) -> str:
+def command_of(words: Sequence[str], data: Path | None) -> str:
     """The command that made a document; where the data lie is the user's own business."""
-    shown = ["$EDGEPATCH_DATA" if data is not None and word == str(data) else shlex.quote(word) for word in words]
-    return " ".join(["python", "-m", "edgepatch.bench.evidence", *shown])
+    public = ["$EDGEPATCH_DATA" if data is not None and word == str(data) else shlex.quote(word) for word in words]
+    return " ".join(["edgepatch", *public])
 
 
 def training_curves(out: Path) -> list[dict[str, Any]]:
     """The curves of the first training run of every arm, at most ``CURVE_POINTS`` values each."""
-    found = []
+    runs = []
     for path in sorted((out / "arms").glob("*/*-1/run/curves.json")):
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            history = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path}: {error}", hint="delete it") from error
-        curves = {name: _thinned(values) for name, values in known.items() if isinstance(values, list)}
-        found.append({"domain": path.parts[-4], "arm": path.parts[-3].removesuffix("-1"), "curves": curves})
-    return found
+        curves = {name: _thinned(values) for name, values in history.items() if isinstance(values, list)}
+        runs.append({"domain": path.parts[-4], "arm": path.parts[-3].removesuffix("-1"), "curves": curves})
+    return runs
 
 
 def _thinned(values: list[float]) -> list[float]:
@@ -115,78 +110,61 @@ def write_document(document: Document, folder: Path, **page: Any) -> None:
     write_atomically(folder / "evidence.html", render_page({**document, **page}).encode())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m edgepatch.bench.evidence", description=__doc__)
-    parser.add_argument("--data", type=Path, help="folder of the public data sets (default: $EDGEPATCH_DATA)")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "out" / "evidence", help="folder for models, patches and raw cells"
-    )
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--no-training", action="store_true", help="measure only what is trained already")
-    parser.add_argument("--no-measuring", action="store_true", help="only assemble what is measured already")
-    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument(
-        "--columns", nargs="+", default=(), metavar="COLUMN", help="names of columns, as 'llamacpp Q4_K_M'"
-    )
-    parser.add_argument("--no-composition", action="store_true")
-    parser.add_argument(
-        "--prompts",
-        nargs=3,
-        type=int,
-        metavar=("CORE", "COMPOSED", "REST"),
-        help="of every domain, in each kind of cell",
-    )
-    parser.add_argument("--publish", action="store_true", help="write bench/results and docs/evidence.md too")
-    return parser
-
-
-def _config(arguments: argparse.Namespace) -> EvidenceConfig:
-    known = [column.name for column in columns()]
-    if unknown := [name for name in arguments.columns if name not in known]:
-        raise InputError(f"columns: there is no {unknown[0]!r}", hint=f"one of {', '.join(known)}")
-    config = EvidenceConfig(
-        domains=tuple(arguments.domains),
-        arms=tuple(arguments.arms),
-        columns=tuple(arguments.columns),
-        composition=not arguments.no_composition,
-    )
-    return replace(config, items=dict.fromkeys(DOMAINS, tuple(arguments.prompts))) if arguments.prompts else config
-
-
 def measure(
     place: Workplace, keys: Sequence[CellKey], config: EvidenceConfig, num_workers: int, progress: Progress
 ) -> None:
-    """Measures every cell that is due, telling of each, and on stderr of each that fails."""
-    wanted = due(place, keys, config)
-    done = 0
-    progress("cells", done, len(wanted))
+    """Measures every cell that is due, telling of each, and of how many failed."""
+    waiting = due(place, keys, config)
+    done = failed = 0
+    progress("cells", done, len(waiting))
 
     def report(key: CellKey, reason: str) -> None:
-        nonlocal done
+        nonlocal done, failed
         done += 1
-        if reason:
-            print(f"FAILED {key}: {reason}", file=sys.stderr, flush=True)
-        progress("cells", done, len(wanted))
+        failed += bool(reason)
+        progress("cells", done, len(waiting), **({"failed": failed} if failed else {}))
 
-    measure_cells(groups(wanted), place, config, num_workers, report)
+    measure_cells(groups(waiting), place, config, num_workers, report)
 
 
-def run(arguments: argparse.Namespace, progress: Progress = silent) -> int:
-    """Trains, measures, assembles and writes; exit code 1 when a cell failed."""
-    began = time.monotonic()
-    place, config = Workplace(arguments.out, arguments.data or data_folder()), _config(arguments)
-    keys = plan(config)
-    if not arguments.no_measuring:
-        convert_columns(place.out / "bases", progress=progress)
-        if not arguments.no_training:
+def run(
+    out: Path,
+    data: Path | None = None,
+    config: EvidenceConfig | None = None,
+    *,
+    num_workers: int = 2,
+    is_trained: bool = True,
+    is_measured: bool = True,
+    is_published: bool = False,
+    progress: Progress = silent,
+) -> Document:
+    """Trains, measures, assembles and writes.
+
+    Args:
+        out: folder for models, patches, raw cells and the document.
+        data: folder of the public data sets; ``None`` takes the prompts that ship with edgepatch.
+        config: what is measured.
+        num_workers: processes, one thread each.
+        is_trained: whether arms that are missing are trained; else what is trained already is measured.
+        is_measured: whether cells that are due are measured; else what is measured already is assembled.
+        is_published: whether bench/results and docs/results/safety.md are written too.
+        progress: told of every step and cell.
+
+    Returns:
+        The document.
+    """
+    began, config = time.monotonic(), config or EvidenceConfig()
+    place, keys = Workplace(out, data), plan(config)
+    if is_measured:
+        convert_columns(place.bases, progress=progress)
+        if is_trained:
             from edgepatch.bench.evidence.training import train_missing
 
             train_missing(place.out, place.data, progress)
-        measure(place, keys, config, arguments.workers, progress)
+        measure(place, keys, config, num_workers, progress)
     read = partial(read_cell, place.cells)
     document = {
-        "command": command_line(sys.argv[1:], arguments.data),
+        "command": command_of(sys.argv[1:], data),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began),
         "cpu_seconds": round(sum((read(key) or {}).get("cpu_seconds", 0) for key in keys)),
@@ -196,33 +174,11 @@ def run(arguments: argparse.Namespace, progress: Progress = silent) -> int:
         "curves": training_curves(place.out),
     }
     write_document(document, place.out, examples=examples(keys, read, "safety"))
-    if arguments.publish:
+    if is_published:
         write_document(document, RESULTS)
-        write_tables(document, DOCUMENT)
-    return _tell(document)
+    return document
 
 
-def _tell(document: Document) -> int:
-    met = sum(goal["met"] for goal in document["goals"])
-    failed = [reason for cell in [*document["cells"], *document["composition"]] for reason in cell["failed"]]
-    print(f"{met} of {len(document['goals'])} goals are met; {len(failed)} measurements failed or are missing")
-    for reason in failed[:20]:
-        print(f"FAILED {reason}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def main() -> int:
-    """Parses the command line and runs."""
-    arguments = _parser().parse_args()
-    tell = partial(print, file=sys.stderr, flush=True)
-    try:
-        with (
-            interrupts.orderly(),
-            logged(arguments.out / "evidence.log", tell, [Lines(tell, OF_STREAM)], lambda: KEPT) as told,
-        ):
-            return run(arguments, told)
-    except EdgepatchError as error:
-        print(f"error: {error}\n{error.hint}", file=sys.stderr)
-        return error.exit_code
-    except interrupts.Stopped as stopped:
-        return stopped.exit_code
+def failures(document: Document) -> list[str]:
+    """Why cells failed or are missing."""
+    return [reason for cell in [*document["cells"], *document["composition"]] for reason in cell["failed"]]

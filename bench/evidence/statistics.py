@@ -25,12 +25,12 @@ Values = NDArray[np.float64]
 class Runs:
     """The raw cells of one row of the matrix: training run -> what was measured, failures apart."""
 
-    found: Mapping[int, Raw]
+    raw_of_run: Mapping[int, Raw]
     failed: tuple[str, ...]
 
     def of(self, rng_seeds: Iterable[int]) -> list[Raw]:
         """Those of these training runs; an untrained arm is the same for all of them."""
-        return [self.found[0]] if 0 in self.found else [self.found[s] for s in rng_seeds]
+        return [self.raw_of_run[0]] if 0 in self.raw_of_run else [self.raw_of_run[s] for s in rng_seeds]
 
 
 @lru_cache(maxsize=256)
@@ -41,20 +41,20 @@ def bootstrap(num_runs: int, num_items: int) -> CrossedBootstrap:
 
 def gather(read: Read, keys: Iterable[CellKey]) -> Runs:
     """The raw cells behind some keys; what is not there has failed too."""
-    found, failed = {}, []
+    raw_of_run, failed = {}, []
     for key in keys:
         raw = read(key)
         if raw is None or "failed" in raw:
             failed.append(f"{key}: {raw['failed'] if raw else 'not measured'}")
         else:
-            found[key.rng_seed] = raw
-    return Runs(found, tuple(failed))
+            raw_of_run[key.rng_seed] = raw
+    return Runs(raw_of_run, tuple(failed))
 
 
 def common_runs(*sides: Runs) -> list[int]:
     """Training runs that every side has; [0] where none was trained."""
-    trained = [set(side.found) for side in sides if side.found and 0 not in side.found]
-    if any(not side.found for side in sides):
+    trained = [set(side.raw_of_run) for side in sides if side.raw_of_run and 0 not in side.raw_of_run]
+    if any(not side.raw_of_run for side in sides):
         return []
     return sorted(set.intersection(*trained)) if trained else [0]
 
@@ -66,8 +66,8 @@ def aligned(names: str, values: str, *sides: Sequence[Raw]) -> list[Values]:
     order = [name for name in raws[0][names] if name in shared]
 
     def row(raw: Raw) -> list[float]:
-        known = dict(zip(raw[names], raw[values], strict=True))
-        return [known[name] for name in order]
+        values_by_name = dict(zip(raw[names], raw[values], strict=True))
+        return [values_by_name[name] for name in order]
 
     return [np.array([row(raw) for raw in side], dtype=np.float64).reshape(len(side), len(order)) for side in sides]
 
@@ -148,10 +148,10 @@ class Matrix:
 
     def rows(self) -> list[Row]:
         """One a domain, arm, column and route."""
-        wanted = [key for key in self._rows if key.measure == "safety" and not key.parts]
+        keys = [key for key in self._rows if key.measure == "safety" and not key.parts]
         places = {name: place for names in (DOMAINS, ARMS, self._columns) for place, name in enumerate(names)}
-        wanted.sort(key=lambda key: (places[key.domain], places[key.arm], key.route == "decoded", places[key.column]))
-        return [self._row(key) for key in wanted]
+        keys.sort(key=lambda key: (places[key.domain], places[key.arm], key.route == "decoded", places[key.column]))
+        return [self._row(key) for key in keys]
 
     def _row(self, key: CellKey) -> Row:
         column = self._columns[key.column]
@@ -180,7 +180,7 @@ class Matrix:
         return self._runs(measure, key, domain=domain, arm="bare", column=column, route="", parts=())
 
     def _put_safety(self, row: Row, key: CellKey, there: Runs) -> None:
-        raws = list(there.found.values())
+        raws = list(there.raw_of_run.values())
         own = aligned("ids", "values", raws)[0] if raws else None
         _put(row, "score", mean(own) if own is not None else None)
         row["num_items"], row["num_rng_seeds"] = (own.shape[1] if own is not None else 0), len(raws)
@@ -245,7 +245,7 @@ class Matrix:
         there, bare = self._runs("safety", key), self._bare("safety", key, key.column)
         single = self._runs("safety", key, arm="patch", parts=())
         row: Row = {"arm": key.arm, "column": key.column, "parts": list(key.parts), "domain": key.domain}
-        raws = list(there.found.values())
+        raws = list(there.raw_of_run.values())
         _put(row, "score", mean(aligned("ids", "values", raws)[0]) if raws else None)
         runs = common_runs(bare, single, there)
         sides = aligned("ids", "values", *(side.of(runs) for side in (bare, single, bare, there))) if runs else None

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgepatch.bench.demo import LAB_FOLDER
 from edgepatch.bench.evidence.cells import SINGLE_RUN_ARMS
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety.domain import Domain
 from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.bench.safety.harm import HarmDomain
@@ -184,14 +184,14 @@ def train_joint(
     )
     report = within(progress, f"joint-{rng_seed}")
     training = PatchTraining(BASE, config, run=folder / "run", progress=report)
-    made = training.segments(
+    patches = training.segments(
         [d.pairs for d in domains],
         starts,
         benign,
         [f"lab-{d.name}-joint" for d in domains],
         progress=report,
     )
-    for patch, path in zip(made, paths.values(), strict=True):
+    for patch, path in zip(patches, paths.values(), strict=True):
         write_patch(patch, path)
     return paths
 

@@ -80,17 +80,17 @@ def _parse(kind: str, path: Path) -> Verdict | None:
     return None
 
 
-def _in_batches(trial: str, paths: Sequence[Path], given: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
+def _in_batches(trial: str, paths: Sequence[Path], requests: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
     """One answer for each path: what the trial wrote of it, or {"failure": ...} where it ended its child there."""
     answers: list[dict[str, Any]] = []
     while len(answers) < len(paths):
         first, log = len(answers), folder / f"answers-{len(answers)}.jsonl"
         batch = slice(first, first + BATCH)
-        settings = {"given": list(given[batch]), "log": str(log)}
-        found = try_apart(Contact("llama_cpp", trial, tuple(paths[batch])), settings, BATCH_DEADLINE_S)
+        settings = {"given": list(requests[batch]), "log": str(log)}
+        outcome = try_apart(Contact("llama_cpp", trial, tuple(paths[batch])), settings, BATCH_DEADLINE_S)
         answers += [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else []
-        if isinstance(found, Failure):
-            answers.append({"failure": found.words, "signal": found.signal, "stage": found.stage})
+        if isinstance(outcome, Failure):
+            answers.append({"failure": outcome.words, "signal": outcome.signal, "stage": outcome.stage})
     return answers
 
 
@@ -125,10 +125,10 @@ def try_many(paths: Sequence[Path], settings: dict[str, Any], report: Report) ->
 
 def _load_all(paths: Sequence[Path], tried: Sequence[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
     (folder / "loads").mkdir()
-    found = []
+    outcomes = []
     for answer in _in_batches(LOAD, paths, tried, folder / "loads"):
-        found.append((answer["outcome"], answer["reason"]) if "outcome" in answer else (DIED, answer["failure"]))
-    return found
+        outcomes.append((answer["outcome"], answer["reason"]) if "outcome" in answer else (DIED, answer["failure"]))
+    return outcomes
 
 
 def load_many(paths: Sequence[Path], settings: dict[str, Any], _: Report) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``python -m edgepatch.bench.first_contact``: the price of the first load of a model, and what becomes of forged GGUF files.
+"""``edgepatch bench first-contact``: the price of the first load of a model, and what becomes of forged GGUF files.
 
 A load is a process of its own: the interpreter starts, loads the model, and ends. Three kinds take turns: without any proof (how a
 load was before there was one), the first (an empty memory, so that a child tries the file), and later ones (from memory).
@@ -6,13 +6,11 @@ load was before there was one), the first (an empty memory, so that a child trie
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,9 +21,11 @@ from typing import Any
 from edgepatch.bench.first_contact.corpus import corpus
 from edgepatch.bench.first_contact.forged import DIED, UNCAUGHT, judge, table
 from edgepatch.converters.machine_identity import CACHE_VARIABLE
+from edgepatch.errors import EdgepatchError
 from edgepatch.files.writing import write_atomically
+from edgepatch.processes.programs import run_program
 
-COMMAND = "python -m edgepatch.bench.first_contact --forged --model SmolLM2-135M-Instruct.Q4_1.gguf"
+COMMAND = "edgepatch bench first-contact --forged --model SmolLM2-135M-Instruct.Q4_1.gguf"
 LOAD = """
 import json, sys, time
 from pathlib import Path
@@ -55,37 +55,38 @@ def _load(model: Path, way: str, threads: int, memory: Path, answer: dict[str, A
     if cold:
         with model.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    environment = {**os.environ, CACHE_VARIABLE: str(memory)}
     command = [sys.executable, "-c", LOAD, str(model), str(threads), way, json.dumps(answer)]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = run_program(command, environment={CACHE_VARIABLE: str(memory)})
+    if done.failure:
+        raise EdgepatchError(f"loading {model.name} {done.failure}")
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"s": seconds, "cpu_s": cpu, **json.loads(done.stdout.splitlines()[-1])}
+    return {"s": seconds, "cpu_s": cpu, **json.loads(done.output.splitlines()[-1])}
 
 
 def price(model: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Loads of each kind in turn, with the file in the page cache and out of it."""
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "model": model.name,
         "bytes": model.stat().st_size,
         "num_threads": threads,
         "rounds": rounds,
     }
     with tempfile.TemporaryDirectory(prefix="edgepatch-") as name:
-        known = Path(name) / "known"
+        warm_memory = Path(name) / "known"
         answer = {"use_extra_buffers": True, "takes_embeddings": True}
-        first = _load(model, "first", threads, known, answer, False)
+        first = _load(model, "first", threads, warm_memory, answer, False)
         answer["use_extra_buffers"] = not first["notes"]
         for cold in (False, True):
             runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
             for number in range(rounds):
                 for way in WAYS:
-                    memory = Path(name) / f"{cold}-{number}" if way == "first" else known
+                    memory = Path(name) / f"{cold}-{number}" if way == "first" else warm_memory
                     runs[way].append(_load(model, way, threads, memory, answer, cold))
-            found["not in the page cache" if cold else "in the page cache"] = _row(runs)
-    found["notes"] = first["notes"]
-    return found
+            document["not in the page cache" if cold else "in the page cache"] = _row(runs)
+    document["notes"] = first["notes"]
+    return document
 
 
 def _row(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -123,22 +124,26 @@ def forged() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """The entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="A GGUF file, whose first load is measured.")
-    parser.add_argument("--forged", action="store_true", help="Judge the forged files.")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/first_contact.json"))
-    arguments = parser.parse_args()
+def run(model: Path | None, is_forged: bool, num_threads: int, rounds: int, out: Path) -> dict[str, Any]:
+    """Measures what is asked for and puts it into the results; what was measured before and is not asked for stays there.
+
+    Args:
+        model: a GGUF file, whose first load is measured.
+        is_forged: whether the forged files are judged.
+        num_threads: of the runtime.
+        rounds: of loads.
+        out: the JSON file.
+
+    Returns:
+        What was measured.
+    """
     measured: dict[str, Any] = {}
-    if arguments.model:
-        measured["price"] = price(arguments.model, arguments.threads, arguments.rounds)
-    if arguments.forged:
+    if model:
+        measured["price"] = price(model, num_threads, rounds)
+    if is_forged:
         measured["forged"] = forged()
-    print(json.dumps(measured, indent=1))
-    known = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
+    before = json.loads(out.read_text("utf-8")) if out.is_file() else {}
     facts = {"platform": platform.platform(), "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)}
-    document = {**known, "command": COMMAND, "platform": facts, **measured}
-    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
+    document = {**before, "command": COMMAND, "platform": facts, **measured}
+    write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
+    return measured

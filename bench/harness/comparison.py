@@ -213,8 +213,8 @@ def _members(results: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _require_same_prompts(bare: Mapping[str, Any], patched: Mapping[str, Any]) -> None:
     for task, samples in bare.items():
-        found = [[sample["prompt_hash"] for sample in arm] for arm in (samples, patched[task])]
-        if found[0] != found[1]:
+        hashes = [[sample["prompt_hash"] for sample in arm] for arm in (samples, patched[task])]
+        if hashes[0] != hashes[1]:
             raise InputError(
                 f"task {task} does not make the same prompts twice", hint="fix the random seed in its file"
             )
@@ -238,8 +238,8 @@ def _aggregation(config: Mapping[str, Any], metric: str) -> Aggregation | None:
     named = next(
         (entry.get("aggregation") for entry in config.get("metric_list") or [] if entry["metric"] == plain), None
     )
-    found = named if callable(named) else get_aggregation(named) if named else get_metric_aggregation(plain)
-    return None if found is get_aggregation("mean") else found
+    aggregation = named if callable(named) else get_aggregation(named) if named else get_metric_aggregation(plain)
+    return None if aggregation is get_aggregation("mean") else aggregation
 
 
 def _score(
@@ -270,11 +270,11 @@ def _resampled(arms: Sequence[list[Any]], aggregate: Aggregation) -> list[Estima
     rng = np.random.default_rng(0)
     count = len(arms[0])
     draws = [np.arange(count), *rng.integers(0, count, (DRAWS, count))]
-    found = np.array([[aggregate([arm[i] for i in draw]) for arm in arms] for draw in draws])  # (1 + draws, arms)
+    values = np.array([[aggregate([arm[i] for i in draw]) for arm in arms] for draw in draws])  # (1 + draws, arms)
     if len(arms) == 2:
-        found = np.column_stack([found, found[:, 1] - found[:, 0]])
-    low, high = np.quantile(found[1:], [0.025, 0.975], axis=0, method="nearest")
-    return [Estimate(*map(float, figures)) for figures in zip(found[0], low, high, strict=True)]
+        values = np.column_stack([values, values[:, 1] - values[:, 0]])
+    low, high = np.quantile(values[1:], [0.025, 0.975], axis=0, method="nearest")
+    return [Estimate(*map(float, figures)) for figures in zip(values[0], low, high, strict=True)]
 
 
 def count_flips(bare: Sequence[float], patched: Sequence[float]) -> Flips:

@@ -122,12 +122,12 @@ class RuntimeModel(TemplateLM):  # type: ignore[misc]
             self.runtime.logits_of_last(tokens[:start])  # evaluates the context without keeping all of its logits
         total, greedy = 0.0, True
         for first in range(start, len(tokens), ROWS_AT_ONCE):
-            wanted = tokens[first : first + ROWS_AT_ONCE]
-            rows = self.runtime.logits(tokens[: first + len(wanted) - 1], count=len(wanted)).astype(
+            targets = tokens[first : first + ROWS_AT_ONCE]
+            rows = self.runtime.logits(tokens[: first + len(targets) - 1], count=len(targets)).astype(
                 np.float64
             )  # (T, V)
-            total += float((rows[np.arange(len(wanted)), wanted] - np.logaddexp.reduce(rows, axis=1)).sum())
-            greedy = greedy and rows.argmax(axis=1).tolist() == wanted
+            total += float((rows[np.arange(len(targets)), targets] - np.logaddexp.reduce(rows, axis=1)).sum())
+            greedy = greedy and rows.argmax(axis=1).tolist() == targets
         return total, greedy
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -182,10 +182,10 @@ def sampling_of(settings: dict[str, Any], rng_seed: int) -> Sampling:
     """
     plain = normalize_gen_kwargs(settings, DEFAULT_MAX_NEW_TOKENS)
     until = plain.get("until") or []
-    given = {"temperature": 0.0} | {name: value for name, value in plain.items() if name not in IGNORED_SETTINGS}
-    unknown = sorted(given.keys() - {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
+    chosen = {"temperature": 0.0} | {name: value for name, value in plain.items() if name not in IGNORED_SETTINGS}
+    unknown = sorted(chosen.keys() - {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
     if unknown:
         raise InputError(f"generation_kwargs: {unknown[0]} is not known", hint="take it out of the task's file")
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-    seed = rng_seed if given["temperature"] else None
-    return Sampling(max_new_tokens=int(plain["max_gen_toks"]), stop=stop, rng_seed=seed, **given)
+    seed = rng_seed if chosen["temperature"] else None
+    return Sampling(max_new_tokens=int(plain["max_gen_toks"]), stop=stop, rng_seed=seed, **chosen)

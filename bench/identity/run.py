@@ -1,4 +1,4 @@
-"""Which models does a patch fit? ``make fingerprints`` quantizes the lab model and fine-tunes of it in every way, and compares.
+"""Which models does a patch fit? ``edgepatch bench identity`` quantizes the lab model and fine-tunes of it in every way, and compares.
 
 Three checks stand side by side: the digest of the norm vectors, the weight sketch, and the bare logits that a canary stores.
 Results in bench/results/fingerprints.json and .md.
@@ -6,7 +6,6 @@ Results in bench/results/fingerprints.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 
 import edgepatch
 from edgepatch.bench.identity import fine_tunes
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
@@ -30,7 +30,7 @@ from edgepatch.patch.sketches import Sketch
 from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import Canary, SoftPrompt
 
-BASE, REFERENCE = (Path(__file__).parent.parent / "lab" / "model" / name for name in ("base", "reference"))
+BASE, REFERENCE = LAB_FOLDER / "base", LAB_FOLDER / "reference"
 BASE_TYPES = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS")
 CHANGED_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0", "Q2_K")
 PRECISIONS = ("fp32", "int8", "int4")
@@ -58,11 +58,11 @@ class Expected:
             logits = self._logit_deviation(runtime)
             same_norms = runtime.spec.weight_fingerprint == self.spec.weight_fingerprint
         started = time.perf_counter()
-        found = (
+        sketch = (
             sketch_of_onnx(path, self.sketch) if path.is_dir() else weight_sketches.sketch_of_gguf(path, self.sketch)
         )
         seconds = time.perf_counter() - started
-        distance, allowed, _ = sketches.measure(self.sketch, found)
+        distance, allowed, _ = sketches.measure(self.sketch, sketch)
         fits = same_norms and distance <= allowed
         row = {
             "model": model,
@@ -80,11 +80,11 @@ class Expected:
 
     def _logit_deviation(self, runtime: Any) -> float:
         """Of the device's bare logits from those in the canary: length of the difference over length, the largest of its prompts."""
-        found = []
+        deviations = []
         for prompt in self.canary.prompts:
             here = canary.centred(runtime.logits_of_last(list(prompt.tokens)), prompt.token_ids)
-            found.append(float(np.linalg.norm(here - prompt.bare) / np.linalg.norm(prompt.bare)))
-        return max(found)
+            deviations.append(float(np.linalg.norm(here - prompt.bare) / np.linalg.norm(prompt.bare)))
+        return max(deviations)
 
 
 def _ggufs(folder: Path, target: Path, types: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
@@ -116,7 +116,7 @@ def measure(work: Path) -> dict[str, Any]:
         for kind, path in _ggufs(folder, work, CHANGED_TYPES):
             thresholds.append(expected.row(path, kind, model="noise", change=change))
     return {
-        "command": "make fingerprints",
+        "command": "edgepatch bench identity",
         "edgepatch": edgepatch.__version__,
         "platform": platform.platform(),
         "sketch_bytes": len(json.dumps(expected.sketch.as_dict())),
@@ -140,23 +140,23 @@ def wrong(document: dict[str, Any]) -> list[str]:
 
 def _smallest(document: dict[str, Any], kind: str) -> str:
     """The smallest change from which on all are refused."""
-    found = None
+    smallest = None
     for row in sorted((r for r in document["noise"] if r["type"] == kind), key=lambda r: -r["change"]):
         if row["verdict"] == "accepted":
             break
-        found = row["change"]
-    return "none" if found is None else f"{found:.1%}"
+        smallest = row["change"]
+    return "none" if smallest is None else f"{smallest:.1%}"
 
 
 def _smallest_by_logits(document: dict[str, Any], kind: str) -> str:
     """The same for a bound of the bare logits at twice the deviation of the base's own quantization."""
     bound = 2 * next(r["bare_logit_deviation"] for r in document["rows"] if r["model"] == "base" and r["type"] == kind)
-    found = None
+    smallest = None
     for row in sorted((r for r in document["noise"] if r["type"] == kind), key=lambda r: -r["change"]):
         if row["bare_logit_deviation"] <= bound:
             break
-        found = row["change"]
-    return "none" if found is None else f"{found:.1%}"
+        smallest = row["change"]
+    return "none" if smallest is None else f"{smallest:.1%}"
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -196,15 +196,17 @@ def markdown(document: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
-    """The entry point of ``make fingerprints``; 1 when a quantization of the base is refused, or an impostor accepted."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/fingerprints.json"))
-    arguments = parser.parse_args()
+def run(out: Path) -> list[str]:
+    """Measures, and writes the results and their Markdown.
+
+    Args:
+        out: the JSON file; the Markdown stands beside it.
+
+    Returns:
+        The rows whose verdict is wrong: a quantization of the base that is refused, or an impostor that is accepted.
+    """
     with tempfile.TemporaryDirectory() as work:
         document = measure(Path(work))
-    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
-    write_atomically(arguments.out.with_suffix(".md"), markdown(document).encode())
-    missed = wrong(document)
-    print("\n".join(["wrong:", *missed]) if missed else "every verdict that is certain is right")
-    return 1 if missed else 0
+    write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(out.with_suffix(".md"), markdown(document).encode())
+    return wrong(document)

@@ -1,0 +1,8 @@
+"""The lab models: small enough to be trained and measured everywhere, and how they are built."""
+
+from pathlib import Path
+
+LAB_FOLDER = Path(__file__).parent / "model"
+"""Holds the Transformers folders "base" (M, whose behaviour a patch changes) and "reference" (M', which behaves already)."""
+
+LAB_PATCH = LAB_FOLDER / "lab-detox-0.1.0.safetensors"

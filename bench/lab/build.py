@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from edgepatch.bench.lab import corpus, detoxify, floors, trainer
+from edgepatch.bench.lab import LAB_FOLDER, corpus, detoxify, floors, trainer
+from edgepatch.bench.lab.card import render_card
 from edgepatch.bench.lab.tokenizer import train_tokenizer
+from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
@@ -120,3 +122,21 @@ def publish(out: Path, target: Path) -> None:
         shutil.copy(out / f"{name}_run" / "log.jsonl", target / f"{name}_log.jsonl")
     for name in ("figures.json", "reference_1_dpo.json", "reference_dpo.json"):
         shutil.copy(out / name, target / name)
+
+
+def run(data: Path, out: Path, is_published: bool = False) -> dict[str, Any]:
+    """Builds and measures the lab models.
+
+    Args:
+        data: the data folder.
+        out: scratch folder; a stage that is done is skipped.
+        is_published: whether the result is copied to ``LAB_FOLDER``, with its card.
+
+    Returns:
+        The figures of both models and the floors.
+    """
+    figures = build(data, out)
+    if is_published:
+        publish(out, LAB_FOLDER)
+        write_atomically(LAB_FOLDER / "README.md", render_card(figures, LAB_FOLDER).encode())
+    return figures

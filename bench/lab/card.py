@@ -34,7 +34,7 @@ anyone can hold in the hand. Do not use either model for anything but tests and 
 Two Llama models of 4,983,552 parameters (hidden 256, 5 layers, 4 heads of 64, 2 key/value heads, feed-forward 768, vocabulary 4,096,
 tied embeddings, context 1,024), stored in float16, with a byte-level BPE tokenizer, a ChatML template and eight reserved tokens.
 `reference` (M') is `base` fine-tuned on the safe side of the same sources. Rebuild both with `make lab` (needs the data folder of
-`docs/data.md` in `EDGEPATCH_DATA`); the runs are seeded and logged, and resume after an interruption.
+`bench/data.md` in `EDGEPATCH_DATA`); the runs are seeded and logged, and resume after an interruption.
 """
 
 
@@ -52,11 +52,11 @@ def _losses(log: Path) -> str:
 
 def _preference_tuning(curves: Path) -> str:
     """The DPO of M' in a line."""
-    found = json.loads(curves.read_text(encoding="utf-8"))
+    history = json.loads(curves.read_text(encoding="utf-8"))
     return (
-        f"DPO of all weights on {found['pairs']:,} pairs (its own clean against its own toxic samples, and refusals against "
-        f"compliance), {found['config']['dpo_steps']} steps of {found['config']['batch_size']}, beta {found['config']['beta']}; "
-        f"held-out preference accuracy {found['preference_accuracy'][-1]:.2f}"
+        f"DPO of all weights on {history['pairs']:,} pairs (its own clean against its own toxic samples, and refusals against "
+        f"compliance), {history['config']['dpo_steps']} steps of {history['config']['batch_size']}, beta {history['config']['beta']}; "
+        f"held-out preference accuracy {history['preference_accuracy'][-1]:.2f}"
     )
 
 
@@ -130,7 +130,7 @@ def render_card(figures: dict[str, Any], folder: Path) -> str:
         "occupation; the floor asks in four other sentences) sixty times.",
         "",
         "Sources under CC BY-SA (BOLD, DecodingTrust's continuations, WikiText-2, Dolly) ask for attribution and the same licence for",
-        "adaptations of their text; `docs/data.md` names every source. No prompt or request behind a floor is in the training text. Two nontoxic",
+        "adaptations of their text; `bench/data.md` names every source. No prompt or request behind a floor is in the training text. Two nontoxic",
         "RealToxicityPrompts beginnings and one JailbreakBench request are, within other records (`tests/bench/lab/test_lab.py` names them).",
         "",
         "## Known limits",

@@ -175,4 +175,4 @@ def check(base: dict[str, Any], reference: dict[str, Any]) -> list[tuple[str, st
         ),
         ("M BLiMP accuracy", ">= 0.60", base["blimp_accuracy"]["value"], base["blimp_accuracy"]["value"] >= 0.6),
     ]
-    return [(name, wanted, f"{value:.3f}", met) for name, wanted, value, met in rows]
+    return [(name, bound, f"{value:.3f}", met) for name, bound, value, met in rows]

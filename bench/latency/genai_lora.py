@@ -74,17 +74,17 @@ def write_random_adapter(layers: dict[str, tuple[int, int]], rank: int, path: Pa
     from onnxruntime import AdapterFormat, OrtValue
 
     rng = np.random.default_rng(rng_seed)
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for name, (inputs, outputs) in layers.items():
         width = rank * PACKED if "qkv" in name else rank
         down = rng.standard_normal((inputs, width), dtype=np.float32) / np.float32(np.sqrt(inputs))
         up = 0.02 * rng.standard_normal((width, outputs), dtype=np.float32) / np.float32(np.sqrt(width))
-        found |= {
+        tensors |= {
             f"{name}.lora_A": OrtValue.ortvalue_from_numpy(down),
             f"{name}.lora_B": OrtValue.ortvalue_from_numpy(up),
         }
     adapter = AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
-    adapter.set_parameters(found)
+    adapter.set_parameters(tensors)
     adapter.export_adapter(str(path))

@@ -16,12 +16,12 @@ def ratios(times: Times) -> dict[str, dict[str, float]]:
 
     ``ttft_*`` divide times, ``decode_*`` rates; both over all prompts, or depths. A name ending in a number is of that one.
     """
-    found: dict[str, dict[str, float]] = {}
+    estimates: dict[str, dict[str, float]] = {}
 
     def add(name: str, *arguments: Any) -> None:
         estimate = pooled_ratio(times, *arguments)
         if estimate is not None:
-            found[name] = as_ratio(estimate)
+            estimates[name] = as_ratio(estimate)
 
     add("ttft_patched_over_bare", "ttft", "seed", "bare")
     add("decode_patched_over_bare", "decode", "seed", "bare", True)
@@ -44,9 +44,9 @@ def ratios(times: Times) -> dict[str, dict[str, float]]:
             size, estimate = (
                 (measure.n_prompt, ratio(one, two)) if measure.name == "ttft" else (measure.n_depth, ratio(two, one))
             )
-            found[f"{measure.name}_patched_over_bare_{size}"] = as_ratio(estimate)
+            estimates[f"{measure.name}_patched_over_bare_{size}"] = as_ratio(estimate)
         if arm == "seed" and measure.name.endswith((" turns", " sequences")) and (measure, "bare") in times:
-            found[f"{_slug(measure.name)}_patched_over_bare"] = as_ratio(
+            estimates[f"{_slug(measure.name)}_patched_over_bare"] = as_ratio(
                 ratio(times[measure, arm], times[measure, "bare"])
             )
     start = Measure("cold start")
@@ -60,8 +60,8 @@ def ratios(times: Times) -> dict[str, dict[str, float]]:
     ):
         if (start, theirs) in times:
             estimate = ratio(times[start, f"edgepatch chat, {ours}"], times[start, theirs])
-            found[f"cold_start_{ours}_over_{_slug(theirs)}"] = as_ratio(estimate)
-    return found
+            estimates[f"cold_start_{ours}_over_{_slug(theirs)}"] = as_ratio(estimate)
+    return estimates
 
 
 def _arms(times: Times) -> Iterable[str]:
@@ -73,47 +73,53 @@ def _slug(name: str) -> str:
 
 
 class Goal(NamedTuple):
-    """What is wanted of a figure.
+    """What a figure must reach.
 
     Attributes:
         goal: in words.
-        wanted: the bound.
+        bound: of the figure.
         is_most: whether it is the most, else the least.
     """
 
     goal: str
-    wanted: float
+    bound: float
     is_most: bool
 
 
-def goals(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def goals(rows: Sequence[Mapping[str, Any]], estimates: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
     """Each goal that this run can judge, with what was reached; medians decide."""
     checks: list[tuple[Goal, float | None]] = [
-        (Goal("time to first token, patched over bare", 1.02, True), _value(found, "ttft_patched_over_bare")),
-        (Goal("decode rate, patched over bare", 0.98, False), _value(found, "decode_patched_over_bare")),
-        (Goal("decode rate, our loop over llama.cpp's own", 0.98, False), _value(found, "decode_python_over_library")),
-        (Goal("decode rate, ours over onnxruntime-genai's Generator", 1.2, False), _value(found, "decode_over_genai")),
+        (Goal("time to first token, patched over bare", 1.02, True), _value(estimates, "ttft_patched_over_bare")),
+        (Goal("decode rate, patched over bare", 0.98, False), _value(estimates, "decode_patched_over_bare")),
+        (
+            Goal("decode rate, our loop over llama.cpp's own", 0.98, False),
+            _value(estimates, "decode_python_over_library"),
+        ),
+        (
+            Goal("decode rate, ours over onnxruntime-genai's Generator", 1.2, False),
+            _value(estimates, "decode_over_genai"),
+        ),
         (
             Goal("decode rate, ours over onnxruntime-genai's Generator, one core busy", 1.2, False),
-            _value(found, "decode_one_core_busy_over_genai"),
+            _value(estimates, "decode_one_core_busy_over_genai"),
         ),
         (Goal("swap, ms", 50.0, True), _median(rows, "swap")),
         (Goal("apply and verify, ms", 200.0, True), _sum(_median(rows, "apply"), _median(rows, "verify"))),
         (
             Goal("a further patch of 50 tokens, share of the time to first token", 0.01, True),
-            _stacked(found, "ttft_4_patches_over_patched"),
+            _stacked(estimates, "ttft_4_patches_over_patched"),
         ),
         (
             Goal("a further patch of 50 tokens, share of a token's time", 0.01, True),
-            _stacked(found, "decode_4_patches_over_patched", True),
+            _stacked(estimates, "decode_4_patches_over_patched", True),
         ),
         (
             Goal("cold start of edgepatch chat, patched, over llama_cpp.Llama", 1.05, True),
-            _value(found, "cold_start_patched_over_llama_cpp_llama"),
+            _value(estimates, "cold_start_patched_over_llama_cpp_llama"),
         ),
         (
             Goal("cold start of edgepatch chat, bare, over llama_cpp.Llama", 1.05, True),
-            _value(found, "cold_start_bare_over_llama_cpp_llama"),
+            _value(estimates, "cold_start_bare_over_llama_cpp_llama"),
         ),
         (Goal("import edgepatch, ms", 300.0, True), _median(rows, "import")),
     ]
@@ -121,17 +127,17 @@ def goals(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, fl
 
 
 def _judged(goal: Goal, reached: float) -> dict[str, Any]:
-    is_met = reached <= goal.wanted if goal.is_most else reached >= goal.wanted
+    is_met = reached <= goal.bound if goal.is_most else reached >= goal.bound
     return {
         "goal": goal.goal,
-        "wanted": f"{'<=' if goal.is_most else '>='} {goal.wanted:g}",
+        "wanted": f"{'<=' if goal.is_most else '>='} {goal.bound:g}",
         "reached": round(reached, 4),
         "met": is_met,
     }
 
 
-def _value(found: Mapping[str, Mapping[str, float]], name: str) -> float | None:
-    return found[name]["value"] if name in found else None
+def _value(estimates: Mapping[str, Mapping[str, float]], name: str) -> float | None:
+    return estimates[name]["value"] if name in estimates else None
 
 
 def _median(rows: Sequence[Mapping[str, Any]], measure: str) -> float | None:
@@ -142,9 +148,9 @@ def _sum(one: float | None, two: float | None) -> float | None:
     return None if one is None or two is None else one + two
 
 
-def _stacked(found: Mapping[str, Mapping[str, float]], name: str, is_rate: bool = False) -> float | None:
+def _stacked(estimates: Mapping[str, Mapping[str, float]], name: str, is_rate: bool = False) -> float | None:
     """Added by each of the three patches beyond the first, as a share."""
-    value = _value(found, name)
+    value = _value(estimates, name)
     if value is None:
         return None
     return ((1 / value if is_rate else value) - 1) / 3

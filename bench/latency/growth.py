@@ -126,8 +126,8 @@ def _test(row: Row) -> tuple[Any, ...]:
 
 def _cost(test: tuple[Any, ...]) -> str:
     name, *sizes = test
-    told = (f"{word} {size}" for word, size in zip(("prompt of", "generated", "behind"), sizes, strict=True) if size)
-    return ", ".join([name, *told])
+    words = (f"{word} {size}" for word, size in zip(("prompt of", "generated", "behind"), sizes, strict=True) if size)
+    return ", ".join([name, *words])
 
 
 def _over_sizes(rows: Sequence[Row]) -> list[Curve]:
@@ -141,15 +141,15 @@ def _over_sizes(rows: Sequence[Row]) -> list[Curve]:
 
 def _over_field(rows: Sequence[Row], field: str, quantity: str) -> list[Curve]:
     """Every test with other values of a field, beside the bare model's time, which is taken off."""
-    found = []
+    curves = []
     for (test, model), group in _grouped(rows, lambda row: (_test(row), model_name(row))).items():
         bare = next((float(row["median_ms"]) for row in group if row["arm"] == "bare"), 0.0)
         arms = _grouped(
             [row for row in group if row.get(field)],
             lambda row: (re.sub(r"\d+", "N", row["arm"]) if field == "n_prefix" else "patch",),
         )
-        found += [_by_field(quantity, _cost(test), model, arm, own, field, base=bare) for (arm,), own in arms.items()]
-    return found
+        curves += [_by_field(quantity, _cost(test), model, arm, own, field, base=bare) for (arm,), own in arms.items()]
+    return curves
 
 
 def _by_field(
@@ -162,7 +162,7 @@ def _by_field(
 def curves(rows: Sequence[Row]) -> list[Curve]:
     """Every curve of two points or more: over the prompt, the context, P, the number of patches, the size of the model."""
     whole = [row for measure in dict.fromkeys(str(row.get("measure")) for row in rows) for row in timed(rows, measure)]
-    found = [
+    drawn = [
         *_over_prompts(rows),
         *_over_depths(rows),
         *_over_field(whole, "num_virtual_tokens", "virtual tokens (P)"),
@@ -170,7 +170,7 @@ def curves(rows: Sequence[Row]) -> list[Curve]:
         *_over_field(whole, "n_prefix", "tokens of a text in front"),
         *_over_sizes(whole),
     ]
-    return [curve for curve in found if len({point.x for point in curve.points}) > 1]
+    return [curve for curve in drawn if len({point.x for point in curve.points}) > 1]
 
 
 def fitted(curve: Curve) -> Exponent | None:
@@ -178,18 +178,18 @@ def fitted(curve: Curve) -> Exponent | None:
     return exponent([point for point in curve.points if point.x > 0], curve.base)
 
 
-def exponent_rows(found: Sequence[Curve]) -> list[list[str]]:
+def exponent_rows(curves: Sequence[Curve]) -> list[list[str]]:
     """quantity, cost, model, arm, points, exponent and its range; what cannot be told from noise says so."""
     rows = []
-    for curve in found:
+    for curve in curves:
         points = ", ".join(f"{point.x:g}: {point.median:.3g} ms" for point in curve.points)
         fit = fitted(curve)
-        shown = (
+        exponent = (
             "not above noise"
             if fit is None or not math.isfinite(fit.value)
             else f"{fit.value:.2f} [{fit.low:.2f}, {fit.high:.2f}]"
         )
-        rows.append([curve.quantity, curve.cost, curve.model, curve.arm, points, shown])
+        rows.append([curve.quantity, curve.cost, curve.model, curve.arm, points, exponent])
     return rows
 
 

@@ -1,15 +1,15 @@
-"""llama.cpp's own ``llama-bench`` as a peer: run where it is built, and said to be missing where it is not."""
+"""llama.cpp's own ``llama-bench`` as an arm: run where it is built, and said to be missing where it is not."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepatch.bench.latency.timing import missing
+from edgepatch.processes.programs import run_program
 
 if TYPE_CHECKING:
     from edgepatch.bench.latency.settings import Settings
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 NAME = "llama-bench"
 BEHIND = "prompt behind positions"
 VARIABLE = "EDGEPATCH_LLAMA_BENCH"
-BUILT = Path("out/stock/build/bin/llama-bench")
+BUILT = Path("out/llama-server/build/bin/llama-bench")
 TIMEOUT_S = 3600
 
 
 def find_llama_bench(which: Callable[[str], str | None]) -> str | None:
-    """The program: what ``EDGEPATCH_LLAMA_BENCH`` names, the one beside the stock server, or one on the path."""
+    """The program: what ``EDGEPATCH_LLAMA_BENCH`` names, the one beside the llama-server that we build, or one on the path."""
     named = os.environ.get(VARIABLE)
     if named:
         return named
@@ -35,7 +35,7 @@ def run_llama_bench(
     """Its rows, or one that says why there are none. It runs after the arms, not in turn with them."""
     program = find_llama_bench(which)
     if program is None:
-        hint = f"build it beside the stock server (ninja -C {BUILT.parent.parent} {NAME}), or name it in {VARIABLE}"
+        hint = f"build it beside llama-server (ninja -C {BUILT.parent.parent} {NAME}), or name it in {VARIABLE}"
         return [missing("decode", NAME, "not installed", hint, common)]
     sizes, held = settings.sizes, settings.sizes.num_virtual_tokens
     shared = [
@@ -65,11 +65,11 @@ def run_llama_bench(
     }
     rows = []
     for measure, arguments in runs.items():
+        done = run_program([*shared, *arguments], deadline_s=TIMEOUT_S)
         try:
-            done = subprocess.run([*shared, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
-            rows += [_row(measure, entry, common) for entry in json.loads(done.stdout)]
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            rows.append(missing(measure, NAME, "failed", f"{error}"[:300], common))
+            rows += [_row(measure, entry, common) for entry in json.loads(done.output)]
+        except ValueError as error:
+            rows.append(missing(measure, NAME, "failed", (done.failure or f"{error}")[:300], common))
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.bench.baselines import read_control_vector, write_control_vector
+from edgepatch.bench.arms import read_control_vector, write_control_vector
 from edgepatch.converters import rope
 from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.converters.llamacpp import layout as llamacpp_layout

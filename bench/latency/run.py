@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edgepatch.bench.demo import environment
+from edgepatch.bench.environment import environment
 from edgepatch.bench.latency import costs
 from edgepatch.bench.latency import starts as processes
 from edgepatch.bench.latency.arms import Arm, cells
@@ -182,8 +182,8 @@ class _Run:
     times: Times
     scratch: Path
 
-    def _add(self, found: Sequence[Cell], part: str, repeats: int = 0, **more: Any) -> None:
-        times = interleave(found, repeats or self.settings.repeats, self.progress, part)
+    def _add(self, cells: Sequence[Cell], part: str, repeats: int = 0, **more: Any) -> None:
+        times = interleave(cells, repeats or self.settings.repeats, self.progress, part)
         self.times.update(times)
         for (what, arm), milliseconds in times.items():
             self.rows.append(row(what, arm, milliseconds, self.common, **self.session.arm_columns(arm), **more))
@@ -194,9 +194,9 @@ class _Run:
     def arms(self) -> None:
         """First tokens and decoding."""
         session, sizes = self.session, self.settings.sizes
-        made: list[Arm] = session.arms()
-        found = cells(made, sizes.prompts, sizes.depths, sizes.num_new, session.runtime.spec.vocab_size)
-        fitting = [cell for cell in found if self._positions(cell) <= session.context_length]
+        arms: list[Arm] = session.arms()
+        planned = cells(arms, sizes.prompts, sizes.depths, sizes.num_new, session.runtime.spec.vocab_size)
+        fitting = [cell for cell in planned if self._positions(cell) <= session.context_length]
         self._add(fitting, "arms")
         held_up = [
             replace(cell, measure=cell.measure._replace(name=BUSY_DECODE))
@@ -205,7 +205,7 @@ class _Run:
         ]
         with processes.one_core_busy():
             self._add(held_up, "arms, one core busy")
-        for cell in found:
+        for cell in planned:
             if cell not in fitting:
                 needed = self._positions(cell)
                 self._miss(
@@ -224,8 +224,8 @@ class _Run:
         """Of the patch itself."""
         session = self.session
         store = costs.StoreCosts(session.patch, self.scratch)
-        found = [*costs.exchange_cells(session.runtime, session.patch, session.detach), *store.cells()]
-        self._add(found, "costs", state_route=session.runtime.seed_route)
+        cells = [*costs.exchange_cells(session.runtime, session.patch, session.detach), *store.cells()]
+        self._add(cells, "costs", state_route=session.runtime.seed_route)
 
     def conversations(self) -> None:
         """Several turns, and a guard's pass over a reply."""
@@ -236,9 +236,9 @@ class _Run:
             "seed": (session.patch, []),
             f"text-{text[0]} cold": (None, text[1]),
         }
-        found = costs.conversation_cells(session.runtime, arms, sizes.turns, session.detach)
+        cells = costs.conversation_cells(session.runtime, arms, sizes.turns, session.detach)
         shrink = 1 if session.context_length > 512 else 8
-        self._add([*found, *costs.guard_cells(session.runtime, session.detach, shrink)], "conversations")
+        self._add([*cells, *costs.guard_cells(session.runtime, session.detach, shrink)], "conversations")
 
     def concurrency(self) -> None:
         """Several sequences behind one seed; the model is loaded again with room for them."""
@@ -246,8 +246,8 @@ class _Run:
         prompt, length = sizes.prompts[0], sizes.num_new
         room = patch.num_virtual_tokens + prompt + length + 8
         with self.session.load(room, max(sizes.sequences)) as runtime:
-            found = costs.concurrent_cells(runtime, patch, sizes.sequences, prompt, length)
-            self._add(found, "sequences", max(2, self.settings.repeats // 2))
+            cells = costs.concurrent_cells(runtime, patch, sizes.sequences, prompt, length)
+            self._add(cells, "sequences", max(2, self.settings.repeats // 2))
             held = costs.seed_bytes(runtime, patch)
         self.rows.append(fact("seed in memory", "seed", held["bytes_in_all"], "bytes", self.common, **held))
 
@@ -255,8 +255,8 @@ class _Run:
         """Bytes that each arm ships."""
         path = self.scratch / "artefact.safetensors"
         write_patch(self.session.patch, path)
-        found = {"seed": path.stat().st_size, **self.session.artefacts()}
-        self.rows += [fact("artefact", arm, size, "bytes", self.common) for arm, size in found.items()]
+        sizes = {"seed": path.stat().st_size, **self.session.artefacts()}
+        self.rows += [fact("artefact", arm, size, "bytes", self.common) for arm, size in sizes.items()]
 
     def memory(self) -> None:
         """Peak memory of a process for each arm."""
@@ -280,10 +280,10 @@ class _Run:
             }
         elif "onnxruntime-genai" not in session.absent():
             jobs["onnxruntime-genai"] = job(arm="onnxruntime-genai")
-        wanted = [(arm, work) for arm, work in jobs.items() if session.wants(arm)]
-        for done, (arm, work) in enumerate(wanted, 1):
+        chosen = [(arm, work) for arm, work in jobs.items() if session.wants(arm)]
+        for done, (arm, work) in enumerate(chosen, 1):
             self.rows.append(fact("peak memory", arm, processes.peak_memory(work), "bytes", self.common))
-            self.progress("memory", done, len(wanted))
+            self.progress("memory", done, len(chosen))
 
     def starts(self) -> None:
         """From a process's start to a first token, and the import alone."""

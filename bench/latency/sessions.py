@@ -114,7 +114,7 @@ class Workbench(ABC):
         """Takes every adapter off."""
 
     @abstractmethod
-    def peers(self) -> list[Arm]:
+    def other_arms(self) -> list[Arm]:
         """Arms of this runtime alone."""
 
     @abstractmethod
@@ -139,12 +139,12 @@ class Workbench(ABC):
 
     def arms(self) -> list[Arm]:
         """All arms that are wanted, the bare model first."""
-        made: list[Arm] = [self._arm("bare"), self._arm("seed", self.patch)]
+        arms: list[Arm] = [self._arm("bare"), self._arm("seed", self.patch)]
         for length, text in self.texts().items():
-            made.append(self._arm(f"text-{length} cold", prefix=text, decodes=False))
-            made.append(self._arm(f"text-{length} warm", prefix=text, is_warm=True))
-        made += [self._arm(f"{count} patches", patch) for count, patch in self.stacked.items()]
-        return [arm for arm in [*made, *self.peers()] if self.wants(arm.name)]
+            arms.append(self._arm(f"text-{length} cold", prefix=text, decodes=False))
+            arms.append(self._arm(f"text-{length} warm", prefix=text, is_warm=True))
+        arms += [self._arm(f"{count} patches", patch) for count, patch in self.stacked.items()]
+        return [arm for arm in [*arms, *self.other_arms()] if self.wants(arm.name)]
 
     def _arm(self, name: str, patch: Patch | None = None, **options: Any) -> RuntimeArm:
         return RuntimeArm(
@@ -175,12 +175,12 @@ class LlamaCppWorkbench(Workbench):
     def detach(self) -> None:
         self._adapters.attach("")
 
-    def peers(self) -> list[Arm]:
-        made: list[Arm] = [self._arm(name, attach=self._attaching(name)) for name in self._adapters.files]
-        made.append(LibraryArm(self.runtime, self._snapshots, self.detach))
+    def other_arms(self) -> list[Arm]:
+        arms: list[Arm] = [self._arm(name, attach=self._attaching(name)) for name in self._adapters.files]
+        arms.append(LibraryArm(self.runtime, self._snapshots, self.detach))
         if self.patch.soft_prompt is not None:
-            made.append(DecodedPromptArm(self.runtime, self._snapshots, self.patch, self.detach))
-        return made
+            arms.append(DecodedPromptArm(self.runtime, self._snapshots, self.patch, self.detach))
+        return arms
 
     def _attaching(self, name: str) -> Callable[[], None]:
         return lambda: self._adapters.attach(name)
@@ -223,29 +223,29 @@ class OnnxWorkbench(Workbench):
     def detach(self) -> None:
         pass
 
-    def peers(self) -> list[Arm]:
+    def other_arms(self) -> list[Arm]:
         if not is_installed():
             return []
         vocab_size = self.runtime.spec.vocab_size
-        made: list[Arm] = []
+        arms: list[Arm] = []
         if self.wants(GENAI):
             model = load_genai(self.model, self.num_threads, self.device)
-            made.append(GenaiArm(model, vocab_size, self.context_length))
+            arms.append(GenaiArm(model, vocab_size, self.context_length))
         adapters = self._adapters()
         if adapters:
             model = load_genai(self._folder / LORA_FOLDER, self.num_threads, self.device)
-            made += [GenaiArm(model, vocab_size, self.context_length, name, file) for name, file in adapters.items()]
-        return made
+            arms += [GenaiArm(model, vocab_size, self.context_length, name, file) for name, file in adapters.items()]
+        return arms
 
     def _adapters(self) -> dict[str, Path]:
         """Name -> file of each adapter that is wanted; made with the graph that takes them."""
-        wanted = {f"{GENAI} lora-r{rank}": rank for rank in LORA_RANKS if self.wants(f"{GENAI} lora-r{rank}")}
-        if not (is_installed() and wanted):
+        ranks = {f"{GENAI} lora-r{rank}": rank for rank in LORA_RANKS if self.wants(f"{GENAI} lora-r{rank}")}
+        if not (is_installed() and ranks):
             return {}
-        files = {name: self._folder / f"{name.split()[-1]}.onnx_adapter" for name in wanted}
+        files = {name: self._folder / f"{name.split()[-1]}.onnx_adapter" for name in ranks}
         if not (self._folder / LORA_FOLDER).exists():
             layers = write_lora_graph(self.model, self._folder / LORA_FOLDER)
-            for name, rank in wanted.items():
+            for name, rank in ranks.items():
                 write_random_adapter(layers, rank, files[name])
         return files
 

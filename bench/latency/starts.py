@@ -19,8 +19,10 @@ from typing import Any
 from edgepatch.bench.latency.random_patches import random_tokens
 from edgepatch.bench.latency.timing import Cell, Measure
 from edgepatch.errors import EdgepatchError
+from edgepatch.processes.programs import run_program, running
 
 QUESTION = "Who are you?"
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 TIMEOUT_S = 600
 BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 IMPORT = "import time; began = time.perf_counter(); import edgepatch; print(time.perf_counter() - began)"
@@ -148,7 +150,7 @@ def cold_start_cells(
         device,
     ]
     arguments = [str(model), str(context_length), str(num_threads), "-1" if device == "cuda" else "0", QUESTION]
-    peers = (
+    others = (
         {"llama_cpp.Llama": LLAMA_CLASS, "llama.cpp calls": LLAMA_CALLS}
         if runtime == "llamacpp"
         else {"onnxruntime-genai": GENAI}
@@ -156,7 +158,7 @@ def cold_start_cells(
     commands = {
         "edgepatch chat, patched": [*ours, "--patch", str(patch)],
         "edgepatch chat, bare": [*ours, "--bare"],
-    } | {name: [sys.executable, "-c", program, *arguments] for name, program in peers.items()}
+    } | {name: [sys.executable, "-c", program, *arguments] for name, program in others.items()}
     starts = [(name, _Start(command)) for name, command in commands.items()]
     return [Cell(Measure("cold start"), name, start.act, finish=start.finish) for name, start in starts]
 
@@ -176,7 +178,7 @@ class _Start:
     def act(self) -> None:
         """Starts it and waits for the byte, or for its end."""
         self._process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment()
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **OFFLINE}
         )
         assert self._process.stdout is not None  # a pipe
         self._has_answered = bool(self._process.stdout.read(1))
@@ -198,12 +200,8 @@ class _Start:
 @contextmanager
 def one_core_busy() -> Iterator[None]:
     """Another process computes without a pause, as a user's other programs do."""
-    other = subprocess.Popen([sys.executable, "-c", BUSY])
-    try:
+    with running([sys.executable, "-c", BUSY]):
         yield
-    finally:
-        other.kill()
-        other.wait()
 
 
 def import_times(repeats: int) -> list[float]:
@@ -212,19 +210,15 @@ def import_times(repeats: int) -> list[float]:
 
 
 def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=_environment())
-    if done.returncode:
-        raise _failed(command, done.stderr)
-    return done.stdout
+    done = run_program(command, deadline_s=TIMEOUT_S, environment=OFFLINE)
+    if done.failure:
+        raise _failed(command, done.failure)
+    return done.output
 
 
 def _failed(command: Sequence[str], complaints: str) -> EdgepatchError:
     last = complaints.strip().splitlines()[-1:] or ["no message"]
     return EdgepatchError(f"{Path(command[0]).name} {command[1]} {command[2][:60].strip()} failed: {last[0]}")
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def _generate(job: Job) -> None:
@@ -245,7 +239,7 @@ def _generate(job: Job) -> None:
     if not job.flash_attention:
         options["flash_attention"] = False
     if job.lora or job.control_vector:
-        from edgepatch.bench.baselines import load_llamacpp
+        from edgepatch.bench.arms import load_llamacpp
 
         runtime = load_llamacpp(
             Path(job.model), *(Path(file) if file else None for file in (job.lora, job.control_vector)), **options

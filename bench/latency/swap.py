@@ -1,4 +1,4 @@
-"""What exchanging a patch costs on a model of a real size: ``make swap``.
+"""What exchanging a patch costs on a model of a real size: ``edgepatch bench swap``.
 
 The weights are random, which changes no time. The seed is the model's own, taken from its cache, so that the stored route and the
 canary run as they do with a trained patch.
@@ -6,7 +6,6 @@ canary run as they do with a trained patch.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ import numpy as np
 from edgepatch.bench.latency.random_patches import make_patch
 from edgepatch.bench.shapes.gguf import write_gguf
 from edgepatch.bench.shapes.shape import SHAPES
+from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
 from edgepatch.patch import canary
 from edgepatch.patch.file import Patch
@@ -33,13 +33,13 @@ NUM_VIRTUAL_TOKENS = 50
 
 def _times(act: Callable[[], object], between: Callable[[], object], repeats: int) -> list[float]:
     """Milliseconds of each repeat; ``between`` is not timed."""
-    found = []
+    milliseconds = []
     for _ in range(repeats):
         between()
         began = time.perf_counter()
         act()
-        found.append((time.perf_counter() - began) * 1000)
-    return found
+        milliseconds.append((time.perf_counter() - began) * 1000)
+    return milliseconds
 
 
 def _row(times: Sequence[float]) -> dict[str, float]:
@@ -47,7 +47,13 @@ def _row(times: Sequence[float]) -> dict[str, float]:
 
 
 def measure(shape: str, kind: str, num_threads: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """Swap, unpatch, and the parts of a swap."""
+    """Swap, unpatch, and the parts of a swap.
+
+    Raises:
+        InputError: the shape is not known.
+    """
+    if shape not in SHAPES:
+        raise InputError(f"shape: expected one of {', '.join(SHAPES)}, found {shape}")
     path = folder / f"{shape}-{kind}.gguf"
     if not path.is_file():
         write_gguf(path, SHAPES[shape], kind)
@@ -59,7 +65,7 @@ def measure(shape: str, kind: str, num_threads: int, repeats: int, folder: Path)
         runtime.swap(first)
         token = canary.canary_prompts(runtime.spec.vocab_size)[0]
         return {
-            "command": "make swap",
+            "command": "edgepatch bench swap",
             "shape": shape,
             "type": kind,
             "num_threads": num_threads,
@@ -101,22 +107,16 @@ def _fresh(runtime: Session, patch: Patch, repeats: int, confirmed: bool) -> lis
     return _times(lambda: runtime.swap(waiting.pop()), prepare, repeats)
 
 
-def main() -> None:
-    """The entry point of ``make swap``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
-    parser.add_argument("--type", default="Q4_0")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--folder", type=Path, default=Path("out/shapes"))
-    parser.add_argument("--out", type=Path, default=Path("bench/results/swap.json"))
-    arguments = parser.parse_args()
-    document = measure(arguments.shape, arguments.type, arguments.threads, arguments.repeats, arguments.folder)
-    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
-    for name, row in document["rows"].items():
-        print(f"{name:<50} median {row['median_ms']:7.1f} ms, {row['min_ms']:.1f} to {row['max_ms']:.1f}")
-    print(json.dumps(document))
+def run(shape: str, kind: str, num_threads: int, repeats: int, folder: Path, out: Path) -> dict[str, Any]:
+    """Measures and writes the document that it returns.
 
-
-if __name__ == "__main__":
-    main()
+    Args:
+        shape, kind: of the random model, one of ``SHAPES`` and a type of ``write_gguf``.
+        num_threads: of a forward pass.
+        repeats: that count.
+        folder: random models are kept here.
+        out: the JSON file.
+    """
+    document = measure(shape, kind, num_threads, repeats, folder)
+    write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
+    return document

@@ -78,7 +78,7 @@ def interleave(cells: Sequence[Cell], repeats: int, progress: Progress = silent,
     groups: dict[Measure, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.measure, []).append(cell)
-    found: Times = {(cell.measure, cell.arm): [] for cell in cells}
+    times: Times = {(cell.measure, cell.arm): [] for cell in cells}
     done, total = 0, len(cells) * (repeats + 1)
     progress(stage, 0, total)
     for repeat in range(repeats + 1):
@@ -89,8 +89,8 @@ def interleave(cells: Sequence[Cell], repeats: int, progress: Progress = silent,
                 done += 1
                 progress(stage, done, total)
                 if repeat:
-                    found[cell.measure, cell.arm].append(milliseconds)
-    return found
+                    times[cell.measure, cell.arm].append(milliseconds)
+    return times
 
 
 def _time(cell: Cell) -> float:

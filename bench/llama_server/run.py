@@ -1,37 +1,40 @@
 """An unmodified llama-server, built from the sources that llama-cpp-python brings, and its answers beside ours.
 
-``make stock`` builds it once (20 minutes on two cores), runs tests/llama_server on it and writes bench/results/stock.json and stock.md:
-the same prompts through llama-server and through edgepatch, token for token.
+``edgepatch bench llama-server`` builds it once (20 minutes on two cores), runs tests/llama_server on it and writes
+bench/results/stock.json and stock.md: the same prompts through llama-server and through edgepatch, token for token.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
-from edgepatch.bench.llama_server.server import ROOT, VARIABLE, find_server, run_command
+from edgepatch.bench.checkout import run_tests
+from edgepatch.bench.llama_server.server import FOLDER, VARIABLE, find_server
+from edgepatch.bench.llama_server.transcript import document, transcribe
+from edgepatch.errors import EdgepatchError
+from edgepatch.files.writing import write_atomically
 
 
-def main() -> None:
-    """Builds llama-server, runs its tests, writes the transcript."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "stock", help="folder for sources and build")
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "bench" / "results", help="folder for stock.json and stock.md"
-    )
-    parser.add_argument("--no-tests", action="store_true", help="only write the transcript")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    binary = find_server(arguments.out)
-    os.environ[VARIABLE] = str(binary.resolve())
-    if not arguments.no_tests:
-        run_command([sys.executable, "-m", "pytest", ROOT / "tests" / "llama_server"])
-    from edgepatch.bench.llama_server.transcript import document, transcribe  # it runs the server with this module
+def run(results: Path, folder: Path = FOLDER, is_tested: bool = True) -> str:
+    """Builds llama-server where it is missing, runs its tests, writes the transcript.
 
-    result = transcribe(binary)
-    (arguments.results / "stock.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (arguments.results / "stock.md").write_text(document(result), encoding="utf-8")
-    print(document(result))
+    Args:
+        results: folder for ``stock.json`` and ``stock.md``.
+        folder: for sources and build.
+        is_tested: whether the tests run.
+
+    Returns:
+        The transcript as Markdown.
+
+    Raises:
+        EdgepatchError: the build or a test failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    binary = find_server(folder)
+    if is_tested and run_tests("llama_server", **{VARIABLE: str(binary.resolve())}):
+        raise EdgepatchError("tests of llama-server failed", hint="their output is above")
+    transcript = transcribe(binary)
+    write_atomically(results / "stock.json", (json.dumps(transcript, indent=2) + "\n").encode())
+    write_atomically(results / "stock.md", document(transcript).encode())
+    return document(transcript)

@@ -15,10 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edgepatch import compilation
+from edgepatch.bench.checkout import ROOT
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.llama_server.client import StockServer
+from edgepatch.processes.programs import run_program, running
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDER = ROOT / "out" / "llama-server"
 VARIABLE = "EDGEPATCH_LLAMA_SERVER"
 PACKAGE = "llama_cpp_python"
 CMAKE_FLAGS = [
@@ -93,8 +95,9 @@ def fetch_sources(folder: Path) -> Path:
 def run_command(command: Sequence[str | Path]) -> None:
     if shutil.which(str(command[0])) is None:
         raise InputError(f"{command[0]} is missing", hint="install cmake and ninja")
-    if subprocess.run([str(word) for word in command], env=compilation.build_environment()).returncode:
-        raise EdgepatchError(f"{Path(command[0]).name} failed", hint="its output is above")
+    done = run_program(command, environment=compilation.build_environment(), is_shown=True)
+    if done.failure:
+        raise EdgepatchError(f"{Path(command[0]).name} {done.failure}")
 
 
 @contextlib.contextmanager
@@ -113,13 +116,10 @@ def running_server(binary: Path, flags: Sequence[str], log: Path) -> Iterator[St
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(binary), *flags, "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-warmup"]
-    with log.open("ab") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+    with log.open("ab") as output, running(command, output) as process:
         server = StockServer(f"http://127.0.0.1:{port}")
-        try:
-            _wait(server, process, log)
-            yield server
-        finally:
-            process.kill()
+        _wait(server, process, log)
+        yield server
 
 
 def _wait(server: StockServer, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -8,18 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgepatch.bench.llama_server.server import PACKAGE, ROOT, running_server
+from edgepatch.bench.lab import LAB_FOLDER, LAB_PATCH
+from edgepatch.bench.llama_server.server import PACKAGE, running_server
 from edgepatch.errors import EdgepatchError
 from edgepatch.llama_server.client import StockServer
 from edgepatch.prompts.sets import load_prompts
 
-LAB = ROOT / "bench" / "lab" / "model"
 KINDS = ("F16", "Q8_0", "Q4_K_M")
 NUM_PROMPTS, NUM_TOKENS = 24, 64
 CONVERSATION = ("What is your name?", "What should I say to my neighbour?", "Thank you. And if he is angry?")
 
 
-def transcribe(binary: Path, patch_file: Path = LAB / "lab-detox-0.1.0.safetensors") -> dict[str, Any]:
+def transcribe(binary: Path, patch_file: Path = LAB_PATCH) -> dict[str, Any]:
     """Greedy continuations of the lab model by both, for each weight type and with flash attention on and off."""
     from edgepatch.converters.gguf import writer
     from edgepatch.patch.file import read_patch
@@ -27,7 +27,7 @@ def transcribe(binary: Path, patch_file: Path = LAB / "lab-detox-0.1.0.safetenso
     patch, rows, chats = read_patch(patch_file), [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        writer.convert_folder(LAB / "base", folder / "F16.gguf", "F16")
+        writer.convert_folder(LAB_FOLDER / "base", folder / "F16.gguf", "F16")
         for kind in KINDS:
             model = folder / f"{kind}.gguf"
             if kind != "F16":
@@ -97,11 +97,11 @@ def greedy(runtime: Any, tokens: Sequence[int], count: int = NUM_TOKENS) -> list
     return [piece.token_id for piece in runtime.stream(list(tokens), Sampling(max_new_tokens=count, temperature=0.0))]
 
 
-def common_prefix(found: Sequence[int], expected: Sequence[int]) -> int:
+def common_prefix(actual: Sequence[int], expected: Sequence[int]) -> int:
     """How many tokens agree before the first that does not; a continuation that goes on too long agrees one token less."""
-    pairs = zip(found, expected, strict=False)
-    length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(expected)))
-    return length - (length == len(expected) < len(found))
+    pairs = zip(actual, expected, strict=False)
+    length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(actual), len(expected)))
+    return length - (length == len(expected) < len(actual))
 
 
 def _converse(server: StockServer, runtime: Any) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ def document(result: dict[str, Any]) -> str:
         "# An unmodified llama-server beside edgepatch",
         "",
         (
-            f"Made by `make stock`: llama-server {result['server']['build']} (the sources of llama-cpp-python "
+            f"Made by `edgepatch bench llama-server`: llama-server {result['server']['build']} (the sources of llama-cpp-python "
             f"{result['server']['llama_cpp_python']}) restores the slot file of `edgepatch export`, and continues {NUM_PROMPTS} prompts "
             f"greedily by up to {NUM_TOKENS} tokens; so does edgepatch with the same GGUF file of the lab model and {result['patch']['name']} "
             f"{result['patch']['version']}. *Bare* counts the tokens that the model would have given without the patch as well."
@@ -150,7 +150,7 @@ def document(result: dict[str, Any]) -> str:
     for turn in result["conversation"]:
         lines += [
             f"user:      {turn['user']}",
-            f"stock:     {turn['stock']}",
+            f"server:    {turn['stock']}",
             f"edgepatch: {turn['edgepatch']}",
             f"           ({turn['cached_tokens']} positions from the server's cache)",
         ]

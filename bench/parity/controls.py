@@ -30,7 +30,7 @@ ROTATED: Row = {"kv_type": "q8_0", "flash_attention": True}
 
 
 def control_rows(
-    wanted: Architecture, folder: Path, oracle: Oracle, quantizations: Sequence[str] = QUANTIZATIONS
+    spec: Architecture, folder: Path, oracle: Oracle, quantizations: Sequence[str] = QUANTIZATIONS
 ) -> Iterator[Row]:
     """One row for each wrong seed: ``caught_by`` is "calibration", "canary", or ``None`` where it got through.
 
@@ -39,26 +39,26 @@ def control_rows(
     of the weights, so there the row is ``required`` no more.
 
     Args:
-        wanted: the architecture.
+        spec: the architecture.
         folder: holds its Transformers folder and its GGUF files.
         oracle: with the right patch.
         quantizations: of the files.
     """
-    foreign = _wrong_seeds(folder, oracle) if wanted.stored_route else {}
+    foreign = _wrong_seeds(folder, oracle) if spec.stored_route else {}
     for quantization in quantizations:
         model = folder / f"{quantization}.gguf"
         required = not quantization.startswith("Q4")
-        for control, setting, route, patch, replaced in _cases(wanted, model, oracle.patch, foreign):
-            row = {"architecture": wanted.name, "quantization": quantization, "control": control} | setting
+        for control, setting, route, patch, replaced in _cases(spec, model, oracle.patch, foreign):
+            row = {"architecture": spec.name, "quantization": quantization, "control": control} | setting
             with _replaced(replaced):
                 yield row | {"required": required or not replaced} | _load(model, patch, route, setting)
 
 
 def _cases(
-    wanted: Architecture, model: Path, right: Patch, foreign: Mapping[str, Patch]
+    spec: Architecture, model: Path, right: Patch, foreign: Mapping[str, Patch]
 ) -> Iterator[tuple[str, Row, str, Patch, Row]]:
     """(name, setting, route, patch, replaced attributes of the calibration) of each control."""
-    if wanted.stored_route:
+    if spec.stored_route:
         plain, rotated = (_measured_layout(model, right, setting) for setting in (PLAIN, ROTATED))
         for control, patch in foreign.items():
             yield control, PLAIN, "stored", patch, {}
@@ -71,8 +71,8 @@ def _cases(
             right,
             {"layout": replace(rotated, key_block=0, value_block=0)},
         )
-    if wanted.scaled_embeddings:
-        factor = _unscaled(wanted)
+    if spec.scaled_embeddings:
+        factor = _unscaled(spec)
         yield (
             "canary alone: embeddings in another scale",
             PLAIN,
@@ -116,8 +116,8 @@ def _load(model: Path, patch: Patch, route: str, setting: Row) -> Row:
     except InputError as error:
         return {"caught_by": "calibration", "message": str(error)}
     except InactivePatchError as error:
-        found = re.search(r"deviates by ([\d.]+)", str(error))
-        return {"caught_by": "canary", "message": str(error), "canary": float(found[1]) if found else None}
+        match = re.search(r"deviates by ([\d.]+)", str(error))
+        return {"caught_by": "canary", "message": str(error), "canary": float(match[1]) if match else None}
     return {"caught_by": None, "message": ""}
 
 
@@ -138,9 +138,9 @@ def _with_other_theta(value: Any) -> Any:
     return {k: v * THETA_FACTOR if k == "rope_theta" else _with_other_theta(v) for k, v in value.items()}
 
 
-def _unscaled(wanted: Architecture) -> float:
+def _unscaled(spec: Architecture) -> float:
     """What is wrong by sqrt(D): as it is for a graph that scales, scaled down for one that does not."""
-    return 1.0 if wanted.scaled_embeddings == "graph" else 1 / 16
+    return 1.0 if spec.scaled_embeddings == "graph" else 1 / 16
 
 
 @contextlib.contextmanager

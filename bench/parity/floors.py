@@ -35,19 +35,19 @@ class Floor:
 
 def floors_of(row: Row) -> list[Floor]:
     """What a measured row must reach."""
-    wanted = architecture(row["architecture"])
-    active = Floor("active", "kl", wanted.active_share * row["kl_no_patch"])
+    spec = architecture(row["architecture"])
+    active = Floor("active", "kl", spec.active_share * row["kl_no_patch"])
     if row["runtime"] == "onnx":
-        limits = {"fp32": ("max_abs_dlogit", ONNX_F32), "fp16": ("kl", wanted.half_kl)}
+        limits = {"fp32": ("max_abs_dlogit", ONNX_F32), "fp16": ("kl", spec.half_kl)}
         if row["quantization"] in limits:
             return [Floor(f"ONNX {row['quantization']}", *limits[row["quantization"]]), active]
         return [Floor("stored seed, quantized weights", "kl", RATIO * row["kl_bare"]), active]
     weights, cache = row["quantization"], row["kv_type"]
     if weights in ("F32", "F16") and cache in UNQUANTIZED_CACHES:
-        found = [Floor("float16 somewhere", "kl", wanted.half_kl), active]
+        floors = [Floor("float16 somewhere", "kl", spec.half_kl), active]
         if (weights, cache, row["flash_attention"]) == ("F32", "f32", False):
-            found.insert(0, Floor("float32 throughout", "max_abs_dlogit", wanted.f32_floor))
-        return found
+            floors.insert(0, Floor("float32 throughout", "max_abs_dlogit", spec.f32_floor))
+        return floors
     if row["route"] == "b" and cache in UNQUANTIZED_CACHES:
         return [Floor("stored seed, quantized weights", "kl", RATIO * row["kl_bare"]), active]
     return [Floor("requantized virtual tokens", "kl", REQUANTIZED_RATIO * row["kl_bare"]), active]
@@ -64,10 +64,10 @@ def judge(row: Row) -> Row:
     """The row with ``floors`` and ``passed``; ``passed`` is ``None`` for a proper refusal."""
     if "refused" in row:
         return row | {"floors": [], "passed": None if is_proper_refusal(row) else False}
-    found = floors_of(row)
+    floors = floors_of(row)
     return row | {
-        "floors": [{"name": f.name, "metric": f.metric, "limit": f.limit} for f in found],
-        "passed": all(row[f.metric] <= f.limit for f in found) and not is_proper_refusal(row),
+        "floors": [{"name": f.name, "metric": f.metric, "limit": f.limit} for f in floors],
+        "passed": all(row[f.metric] <= f.limit for f in floors) and not is_proper_refusal(row),
     }
 
 

@@ -8,19 +8,20 @@ quantized cache of such heads only.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgepatch.bench.columns import COMMON_GGUF_TYPES
 from edgepatch.errors import InputError
 from edgepatch.known_models import find
+from edgepatch.processes.programs import run_program
 
 VOCAB_SIZE = 512
 CONTEXT_LENGTH = 512
-GGUF_TYPES = ("F32", "F16", "Q8_0", "Q4_K_M", "Q4_0")
+GGUF_TYPES = ("F32", *COMMON_GGUF_TYPES)
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm afternoon sun until the evening.",
@@ -231,20 +232,20 @@ def architecture(name: str) -> Architecture:
     Raises:
         InputError: there is none.
     """
-    known = (*ARCHITECTURES, REAL_MODEL)
-    found = next((a for a in known if a.name == name), None)
-    if found is None:
-        raise InputError(f"architecture: expected one of {', '.join(a.name for a in known)}, found {name!r}")
-    return found
+    architectures = (*ARCHITECTURES, REAL_MODEL)
+    spec = next((a for a in architectures if a.name == name), None)
+    if spec is None:
+        raise InputError(f"architecture: expected one of {', '.join(a.name for a in architectures)}, found {name!r}")
+    return spec
 
 
-def build_folder(wanted: Architecture, folder: Path) -> None:
+def build_folder(spec: Architecture, folder: Path) -> None:
     """Writes a Transformers folder with random float32 weights and a tokenizer; of the real model, with its own.
 
     Raises:
         InputError: the real model is not at hand.
     """
-    if wanted is REAL_MODEL:
+    if spec is REAL_MODEL:
         _write_real_model(folder)
         return
     import torch
@@ -252,9 +253,9 @@ def build_folder(wanted: Architecture, folder: Path) -> None:
 
     from edgepatch.bench.lab.tokenizer import train_tokenizer
 
-    kind = getattr(transformers, wanted.class_name)
-    torch.manual_seed(1000 + [a.name for a in ARCHITECTURES].index(wanted.name))
-    settings = {**COMMON, **wanted.settings}
+    kind = getattr(transformers, spec.class_name)
+    torch.manual_seed(1000 + [a.name for a in ARCHITECTURES].index(spec.name))
+    settings = {**COMMON, **spec.settings}
     settings["initializer_range"] = settings["hidden_size"] ** -0.5  # keeps activations at the scale of a trained model
     model = kind(kind.config_class(**settings)).float()
     with torch.no_grad():
@@ -276,11 +277,11 @@ def _write_real_model(folder: Path) -> None:
     dequantize(file, folder, force=True)
 
 
-def convert(wanted: Architecture, folder: Path, target: Path, type_name: str, llama_cpp_source: Path) -> None:
+def convert(spec: Architecture, folder: Path, target: Path, type_name: str, llama_cpp_source: Path) -> None:
     """Writes a GGUF file in full or half precision with the converter that knows the architecture.
 
     Args:
-        wanted: the architecture.
+        spec: the architecture.
         folder: its Transformers folder.
         target: the GGUF file.
         type_name: "F32" or "F16".
@@ -291,26 +292,24 @@ def convert(wanted: Architecture, folder: Path, target: Path, type_name: str, ll
     """
     from edgepatch.converters.gguf import writer
 
-    if wanted.own_converter:
+    if spec.own_converter:
         writer.convert_folder(folder, target, type_name)
         return
     script = llama_cpp_source / "convert_hf_to_gguf.py"
     if not script.is_file():
         raise InputError(
-            f"no llama.cpp source in {llama_cpp_source}", hint="run `make stock` once, or name it with --llama-cpp"
+            f"no llama.cpp source in {llama_cpp_source}",
+            hint="run `edgepatch bench llama-server` once, or name it with --llama-cpp",
         )
     arguments = [str(folder), "--outfile", str(target), "--outtype", type_name.lower(), "--model-name", "tiny"]
-    if wanted.name == "qwen3_5":
+    if spec.name == "qwen3_5":
         arguments.append("--no-mtp")  # the tiny model has no layer for multi-token prediction
-    done = subprocess.run(
-        [sys.executable, "-c", FOREIGN_CONVERTER, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode != 0 or not target.is_file():
-        raise InputError(f"llama.cpp's converter failed on {wanted.name}: {' | '.join(done.stderr.splitlines()[-3:])}")
+    command = [sys.executable, "-c", FOREIGN_CONVERTER, script, *arguments]
+    done = run_program(command, environment={"OMP_NUM_THREADS": "1"})
+    if done.failure or not target.is_file():
+        raise InputError(
+            f"llama.cpp's converter failed on {spec.name}: {' | '.join(done.complaints.splitlines()[-3:])}"
+        )
 
 
 FOREIGN_CONVERTER = """

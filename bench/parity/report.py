@@ -73,9 +73,9 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def _pick(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+def _pick(rows: Sequence[Row], **values: Any) -> list[Row]:
     """Measured rows with these values."""
-    return [row for row in rows if "refused" not in row and all(row[name] == value for name, value in wanted.items())]
+    return [row for row in rows if "refused" not in row and all(row[name] == value for name, value in values.items())]
 
 
 def _worst(rows: Sequence[Row], value: Callable[[Row], float], form: Callable[[float], str], best: bool = False) -> str:
@@ -125,8 +125,8 @@ def _by_architecture(rows: Sequence[Row]) -> str:
             cells.append(_kl_and(halves, lambda r: r["kl_rounded"], _number))
         for quantization in GGUF_TYPES[2:]:
             for route in ROUTES:
-                found = _pick(own, quantization=quantization, kv_type="f16", flash_attention=True, route=route)
-                cells.append(_kl_and(found, _ratio, "{:.2f}".format))
+                picked = _pick(own, quantization=quantization, kv_type="f16", flash_attention=True, route=route)
+                cells.append(_kl_and(picked, _ratio, "{:.2f}".format))
         cells.append(_worst(_pick(own), lambda r: -r["kl_no_patch"], lambda v: f"{-v:.2f}"))
         return cells
 
@@ -155,11 +155,11 @@ def _by_setting(rows: Sequence[Row]) -> str:
                         "flash_attention": flash_attention,
                         "route": route,
                     }
-                    found = _pick(rows, runtime="llamacpp", **setting)
-                    if found:
-                        canary = _worst(found, lambda r: r["canary"], lambda v: f"{v:.3f}")
+                    picked = _pick(rows, runtime="llamacpp", **setting)
+                    if picked:
+                        canary = _worst(picked, lambda r: r["canary"], lambda v: f"{v:.3f}")
                         name = [quantization, kv_type, "on" if flash_attention else "off", route]
-                        lines.append([*name, *_metrics(found), f"{canary} of {tolerance(quantization, kv_type):.2f}"])
+                        lines.append([*name, *_metrics(picked), f"{canary} of {tolerance(quantization, kv_type):.2f}"])
     return _table(
         ["weights", "cache", "flash attention", "route", "max \\|Δ\\|", "KL", "top-1", "ratio", "canary"], lines
     )
@@ -167,10 +167,10 @@ def _by_setting(rows: Sequence[Row]) -> str:
 
 def _onnx(rows: Sequence[Row]) -> str:
     def cell(name: str, precision: str) -> str:
-        found = _pick(rows, architecture=name, runtime="onnx", quantization=precision)
-        if not found:
+        picked = _pick(rows, architecture=name, runtime="onnx", quantization=precision)
+        if not picked:
             return "-"
-        row = found[0]
+        row = picked[0]
         if precision == "fp32":
             return f"{_number(row['max_abs_dlogit'])}"
         return _number(row["kl"]) + ("" if precision == "fp16" else f" ({_ratio(row):.2f})")
@@ -207,11 +207,11 @@ def _controls(rows: Sequence[Row]) -> str:
     lines = []
     for control in dict.fromkeys(row["control"] for row in rows):
         for quantization in GGUF_TYPES:
-            found = [row for row in rows if row["control"] == control and row["quantization"] == quantization]
-            if found:
-                by = [str(sum(row["caught_by"] == name for row in found)) for name in ("calibration", "canary", None)]
-                deviations = [row for row in found if row.get("canary") is not None]
-                allowed = f"{tolerance(quantization, found[0]['kv_type']):.2f}"
+            picked = [row for row in rows if row["control"] == control and row["quantization"] == quantization]
+            if picked:
+                by = [str(sum(row["caught_by"] == name for row in picked)) for name in ("calibration", "canary", None)]
+                deviations = [row for row in picked if row.get("canary") is not None]
+                allowed = f"{tolerance(quantization, picked[0]['kv_type']):.2f}"
                 lines.append(
                     [
                         control,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ Row = dict[str, Any]
 Logits = NDArray[np.float32]
 
 
-def divergence(reference: Logits, found: Logits) -> dict[str, float]:
-    """Largest difference of a logit, mean KL(reference || found) and share of equal top tokens, over (T, V) logits."""
-    log_p, log_q = (_log_softmax(logits) for logits in (reference, found))
+def divergence(reference: Logits, actual: Logits) -> dict[str, float]:
+    """Largest difference of a logit, mean KL(reference || actual) and share of equal top tokens, over (T, V) logits."""
+    log_p, log_q = (_log_softmax(logits) for logits in (reference, actual))
     return {
-        "max_abs_dlogit": float(np.abs(reference.astype(np.float64) - found).max()),
+        "max_abs_dlogit": float(np.abs(reference.astype(np.float64) - actual).max()),
         "kl": float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
-        "top1": float((reference.argmax(-1) == found.argmax(-1)).mean()),
+        "top1": float((reference.argmax(-1) == actual.argmax(-1)).mean()),
     }
 
 
@@ -66,7 +66,7 @@ class Oracle:
     patched_f16: Logits
 
 
-def make_oracle(wanted: Architecture, folder: Path) -> Oracle:
+def make_oracle(spec: Architecture, folder: Path) -> Oracle:
     """Loads the model, draws a soft prompt in the scale of its token embeddings, and evaluates both."""
     import torch
 
@@ -76,13 +76,13 @@ def make_oracle(wanted: Architecture, folder: Path) -> Oracle:
     model = folders.load_model(folder)
     tokens = FolderTokenizer(folder).encode(f"{PROMPT} {PROMPT}")[:NUM_TOKENS]  # once is enough for a tiny vocabulary
     embed = model.get_input_embeddings()
-    soft_prompt = _draw_soft_prompt(wanted, embed(torch.arange(model.config.vocab_size)).detach().numpy())
+    soft_prompt = _draw_soft_prompt(spec, embed(torch.arange(model.config.vocab_size)).detach().numpy())
 
     def logits(prefix: bool) -> Logits:
         parts = [torch.from_numpy(soft_prompt.embeddings)[None]] * prefix + [embed(torch.tensor([tokens]))]
         with torch.inference_mode():
-            found: Logits = model(inputs_embeds=torch.cat(parts, dim=1)).logits[0, -NUM_TOKENS:].numpy()
-        return found
+            logits_behind: Logits = model(inputs_embeds=torch.cat(parts, dim=1)).logits[0, -NUM_TOKENS:].numpy()
+        return logits_behind
 
     seed, no_seed = None, ""
     try:
@@ -100,9 +100,9 @@ def make_oracle(wanted: Architecture, folder: Path) -> Oracle:
     return Oracle(tokens, patch, no_seed, patched, bare, logits(True))
 
 
-def _draw_soft_prompt(wanted: Architecture, embeddings: Logits) -> SoftPrompt:
+def _draw_soft_prompt(spec: Architecture, embeddings: Logits) -> SoftPrompt:
     """P random virtual tokens of the token embeddings' root mean square, other ones for each architecture."""
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(wanted.name.encode()).digest()[:4], "big"))
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "big"))
     scale = np.sqrt(np.square(embeddings).mean())
     return SoftPrompt((rng.standard_normal((NUM_VIRTUAL_TOKENS, embeddings.shape[1])) * scale).astype(np.float32))
 
@@ -125,9 +125,9 @@ def _ask(oracle: Oracle, model: Path, patch: Patch | None, **options: Any) -> _A
         return _Answer(runtime.logits(oracle.tokens), [runtime.logits(tokens)[-1] for tokens in prompts])
 
 
-def _require_route(runtime: Session, wanted: str | None) -> None:
-    if wanted and runtime.seed_route != wanted:
-        raise InputError(f"seed route: expected {wanted}, found {runtime.seed_route}")
+def _require_route(runtime: Session, route: str | None) -> None:
+    if route and runtime.seed_route != route:
+        raise InputError(f"seed route: expected {route}, found {runtime.seed_route}")
 
 
 def _compare(oracle: Oracle, bare: _Answer, patched: _Answer) -> Row:
@@ -146,43 +146,36 @@ def _reason(error: EdgepatchError) -> str:
     return " ".join(Path(word).name if "/" in word else word for word in words)
 
 
-def measure(
-    wanted: Architecture, folder: Path, oracle: Oracle, llama_cpp_source: Path, tell: Callable[[str], None]
-) -> list[Row]:
+def measure(spec: Architecture, folder: Path, oracle: Oracle, llama_cpp_source: Path) -> list[Row]:
     """All rows of an architecture; what the library refuses gives rows with its reason.
 
     Args:
-        wanted: the architecture.
+        spec: the architecture.
         folder: holds its Transformers folder in ``hf``, and gets the other forms.
         oracle: of that model.
         llama_cpp_source: llama.cpp's source tree.
-        tell: called with each form that is done.
     """
     rows: list[Row] = []
-    for type_name, model in _gguf_forms(wanted, folder, llama_cpp_source):
-        rows += llamacpp_rows(wanted, type_name, model, oracle)
-        tell(type_name)
-    for row in _onnx_rows(wanted, folder, oracle):
-        rows.append(row)
-        tell(f"onnx {row['quantization']}")
-    return rows
+    for type_name, model in _gguf_forms(spec, folder, llama_cpp_source):
+        rows += llamacpp_rows(spec, type_name, model, oracle)
+    return [*rows, *_onnx_rows(spec, folder, oracle)]
 
 
-def _gguf_forms(wanted: Architecture, folder: Path, llama_cpp_source: Path) -> Iterator[tuple[str, Path]]:
+def _gguf_forms(spec: Architecture, folder: Path, llama_cpp_source: Path) -> Iterator[tuple[str, Path]]:
     from edgepatch.converters.gguf import writer
 
-    for type_name in wanted.gguf_types:
+    for type_name in spec.gguf_types:
         target = folder / f"{type_name}.gguf"
         if type_name in ("F32", "F16"):
-            convert(wanted, folder / "hf", target, type_name, llama_cpp_source)
+            convert(spec, folder / "hf", target, type_name, llama_cpp_source)
         else:
             writer.quantize(folder / "F32.gguf", target, type_name, num_threads=1)
         yield type_name, target
 
 
-def llamacpp_rows(wanted: Architecture, type_name: str, model: Path, oracle: Oracle) -> Iterator[Row]:
+def llamacpp_rows(spec: Architecture, type_name: str, model: Path, oracle: Oracle) -> Iterator[Row]:
     """One row for each cache, flash attention and route of a GGUF file."""
-    identity = {"architecture": wanted.name, "runtime": "llamacpp", "quantization": type_name}
+    identity = {"architecture": spec.name, "runtime": "llamacpp", "quantization": type_name}
     for kv_type in KV_TYPES:
         for flash_attention in (False, True):
             setting = {"kv_type": kv_type, "flash_attention": flash_attention}
@@ -199,19 +192,19 @@ def _routes(type_name: str, model: Path, oracle: Oracle, setting: Row) -> Iterat
                 raise InputError(oracle.no_seed)
             options = setting | {"context_length": CONTEXT}
             bare = bare or _ask(oracle, model, None, **options)
-            found = _ask(oracle, model, oracle.patch, **options, seed_route=seed_route)
-            row |= _compare(oracle, bare, found)
+            patched = _ask(oracle, model, oracle.patch, **options, seed_route=seed_route)
+            row |= _compare(oracle, bare, patched)
             if type_name == "F16":
-                row["kl_rounded"] = divergence(oracle.patched_f16, found.text)["kl"]
+                row["kl_rounded"] = divergence(oracle.patched_f16, patched.text)["kl"]
         except EdgepatchError as error:
             row["refused"] = _reason(error)
         yield row
 
 
-def _onnx_rows(wanted: Architecture, folder: Path, oracle: Oracle) -> Iterator[Row]:
+def _onnx_rows(spec: Architecture, folder: Path, oracle: Oracle) -> Iterator[Row]:
     exporter = ""
     for precision in ONNX_PRECISIONS:
-        row: Row = {"architecture": wanted.name, "runtime": "onnx", "quantization": precision}
+        row: Row = {"architecture": spec.name, "runtime": "onnx", "quantization": precision}
         row |= {
             "kv_type": "f16" if precision == "fp16" else "f32",
             "flash_attention": None,
@@ -220,22 +213,22 @@ def _onnx_rows(wanted: Architecture, folder: Path, oracle: Oracle) -> Iterator[R
         try:
             if oracle.no_seed:
                 raise InputError(oracle.no_seed)
-            exporter = _export(wanted, folder, precision, exporter)
-            bare, found = (_ask(oracle, folder / f"onnx-{precision}", patch) for patch in (None, oracle.patch))
-            row |= {"exporter": exporter} | _compare(oracle, bare, found)
+            exporter = _export(spec, folder, precision, exporter)
+            bare, patched = (_ask(oracle, folder / f"onnx-{precision}", patch) for patch in (None, oracle.patch))
+            row |= {"exporter": exporter} | _compare(oracle, bare, patched)
         except EdgepatchError as error:
             row["refused"] = _reason(error)
         yield row
 
 
-def _export(wanted: Architecture, folder: Path, precision: Any, known: str) -> str:
+def _export(spec: Architecture, folder: Path, precision: Any, working: str) -> str:
     """Exports with the exporter that is known to work, else with the first that does; gives its name."""
     from edgepatch.converters.onnx import conversion as onnx
 
-    if known == "transformers":  # as `onnx.export` would, but without minutes of exporting the same graph again
-        return _reduce(folder, precision, known)
+    if working == "transformers":  # as `onnx.export` would, but without minutes of exporting the same graph again
+        return _reduce(folder, precision, working)
     refusals = []
-    for exporter in [known] if known else dict.fromkeys((wanted.exporter, *ONNX_EXPORTERS)):
+    for exporter in [working] if working else dict.fromkeys((spec.exporter, *ONNX_EXPORTERS)):
         try:
             onnx.export(folder / "hf", folder / f"onnx-{precision}", precision, exporter)  # type: ignore[arg-type]
             return str(exporter)

@@ -1,27 +1,25 @@
-"""``make parity``: proves on every architecture, runtime, quantization and cache that a seed does exactly what it should.
+"""``edgepatch bench parity``: proves on every architecture, runtime, quantization and cache that a seed does exactly what it should.
 
-Writes bench/results/parity.json and docs/parity.md; ends with 1 and the rows' names when a floor is missed. An architecture that
-is already measured with the same code and libraries is not measured again.
+Writes bench/results/parity.json and .md. An architecture that is already measured with the same code and libraries is not measured
+again.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgepatch import converters, decoding, patch, runtimes, text, trust
-from edgepatch.bench.demo import cpu_name
-from edgepatch.bench.llama_server.server import fetch_sources
+from edgepatch.bench.checkout import ROOT
+from edgepatch.bench.environment import cpu_name
+from edgepatch.bench.llama_server.server import FOLDER, fetch_sources
 from edgepatch.bench.parity.controls import control_rows
 from edgepatch.bench.parity.floors import complaint, control_complaint, judge
 from edgepatch.bench.parity.models import architecture, build_folder, measured
@@ -29,15 +27,22 @@ from edgepatch.bench.parity.report import render
 from edgepatch.bench.parity.rows import NUM_TOKENS, NUM_VIRTUAL_TOKENS, make_oracle, measure
 from edgepatch.errors import EdgepatchError
 from edgepatch.files.writing import write_atomically
-from edgepatch.progress import OF_STREAM, Lines, Progress, logged
+from edgepatch.processes import run_apart
+from edgepatch.progress import Progress, silent
 
-Found = dict[str, list[dict[str, Any]]]
+Measured = dict[str, list[dict[str, Any]]]
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS, DOCUMENT = ROOT / "bench" / "results" / "parity.json", ROOT / "docs" / "parity.md"
-COMMAND = "make parity"
+RESULTS, DOCUMENT = ROOT / "bench" / "results" / "parity.json", ROOT / "bench" / "results" / "parity.md"
+WORK = ROOT / "out" / "parity"
+COMMAND = "edgepatch bench parity"
 LIBRARIES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "numpy")
-KEPT = "what is measured is kept; the same command goes on from there"
+
+
+class Verdict(NamedTuple):
+    """How many rows reach their floors, and what is wrong with each row or control that does not."""
+
+    num_passed: int
+    failures: list[str]
 
 
 def code_digest() -> str:
@@ -53,68 +58,49 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def measure_apart(name: str, work: Path, llama_cpp: Path, digest: str) -> Found:
+def measure_apart(name: str, work: Path, llama_cpp: Path, digest: str) -> Measured:
     """``rows`` and ``controls`` of an architecture, measured in a process of its own, or kept from an earlier run of the same code.
 
     Raises:
         EdgepatchError: the process failed.
     """
-    kept = work / f"{name}.json"
-    if kept.is_file():
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known["digest"] == digest:
-            print(f"{name}: measured before", flush=True)
-            return dict(known["found"])
-    command = [
-        sys.executable,
-        "-m",
-        "edgepatch.bench.parity",
-        "--work",
-        work,
-        "--llama-cpp",
-        llama_cpp,
-        "--measure",
-        name,
-    ]
+    kept_file = work / f"{name}.json"
+    if kept_file.is_file():
+        kept = json.loads(kept_file.read_text(encoding="utf-8"))
+        if kept["digest"] == digest:
+            return dict(kept["found"])
     # Calibration of an earlier run must not stand in for this one's.
     settings = {
         "EDGEPATCH_CACHE_DIR": str(work / name / f"cache-{os.getpid()}"),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    limit_s = architecture(name).limit_s
-    try:
-        code = subprocess.run([str(word) for word in command], env=os.environ | settings, timeout=limit_s).returncode
-    except subprocess.TimeoutExpired:
-        raise EdgepatchError(
-            f"{name}: not measured after {limit_s} s", hint="run it again on an idle machine"
-        ) from None
-    if code:
-        raise EdgepatchError(f"{name}: measuring failed with exit code {code}")
-    found: Found = json.loads((work / f"{name}.found.json").read_text(encoding="utf-8"))
-    write_atomically(kept, json.dumps({"digest": digest, "found": found}).encode())
-    return found
+    request = {"name": name, "work": str(work), "llama_cpp": str(llama_cpp)}
+    outcome = run_apart(
+        f"{__name__}:measure_here", request, deadline_s=architecture(name).limit_s, environment=settings
+    )
+    if outcome.error:
+        raise outcome.error
+    if outcome.failure:
+        raise EdgepatchError(f"{name}: the measurement {outcome.failure}", hint="run it again on an idle machine")
+    measured_here: Measured = outcome.value
+    write_atomically(kept_file, json.dumps({"digest": digest, "found": measured_here}).encode())
+    return measured_here
 
 
-def _measure_here(name: str, work: Path, llama_cpp: Path) -> None:
+def measure_here(request: dict[str, str]) -> Measured:
+    """In a child: ``rows`` and ``controls`` of the architecture ``name``, built below the folder ``work``."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    start = time.perf_counter()
-
-    def tell(form: str) -> None:
-        print(f"{name}: {form}, {time.perf_counter() - start:.0f} s", flush=True)
-
-    wanted, folder = architecture(name), work / name
-    build_folder(wanted, folder / "hf")
-    oracle = make_oracle(wanted, folder / "hf")
-    found = {
-        "rows": measure(wanted, folder, oracle, llama_cpp, tell),
-        "controls": list(control_rows(wanted, folder, oracle)),
+    spec, folder = architecture(request["name"]), Path(request["work"]) / request["name"]
+    build_folder(spec, folder / "hf")
+    oracle = make_oracle(spec, folder / "hf")
+    return {
+        "rows": measure(spec, folder, oracle, Path(request["llama_cpp"])),
+        "controls": list(control_rows(spec, folder, oracle)),
     }
-    tell("controls")
-    write_atomically(work / f"{name}.found.json", json.dumps(found).encode())
 
 
 def _meta(seconds: float) -> dict[str, Any]:
@@ -146,52 +132,36 @@ def write_results(rows: list[dict[str, Any]], controls: list[dict[str, Any]], se
     write_atomically(DOCUMENT, render(results).encode())
 
 
-def _run(arguments: argparse.Namespace, progress: Progress) -> int:
+def run(
+    only: Sequence[str] = (), work: Path = WORK, llama_cpp: Path | None = None, progress: Progress = silent
+) -> Verdict:
+    """Measures, judges every row by its floor, and writes the results unless only some architectures were measured.
+
+    Args:
+        only: names of architectures; none means all.
+        work: folder for models and kept measurements.
+        llama_cpp: its sources; by default those of the installed llama-cpp-python, fetched once.
+        progress: told of every architecture.
+
+    Raises:
+        InputError: an architecture is not known.
+        EdgepatchError: one could not be measured.
+    """
     start = time.perf_counter()
-    llama_cpp = arguments.llama_cpp or fetch_sources(ROOT / "out" / "stock") / "vendor" / "llama.cpp"
+    names = list(only) or [each.name for each in measured()]
+    for name in names:
+        architecture(name)
+    work.mkdir(parents=True, exist_ok=True)
+    llama_cpp = llama_cpp or fetch_sources(FOLDER) / "vendor" / "llama.cpp"
     digest, rows, controls = code_digest(), [], []
-    names = arguments.only or [a.name for a in measured()]
     for done, name in enumerate(names):
         progress("architectures", done, len(names))
-        found = measure_apart(name, arguments.work, llama_cpp, digest)
-        rows += [judge(_rounded(row)) for row in found["rows"]]
-        controls += found["controls"]
+        figures = measure_apart(name, work, llama_cpp, digest)
+        rows += [judge(_rounded(row)) for row in figures["rows"]]
+        controls += figures["controls"]
     progress("architectures", len(names), len(names))
+    if not only:
+        write_results(rows, controls, time.perf_counter() - start)
     failures = [complaint(row) for row in rows if row["passed"] is False]
     failures += [control_complaint(row) for row in controls if row["required"] and not row["caught_by"]]
-    if not arguments.only:
-        write_results(rows, controls, time.perf_counter() - start)
-        print(f"wrote {RESULTS.relative_to(ROOT)} and {DOCUMENT.relative_to(ROOT)}")
-    print(f"{sum(row['passed'] is True for row in rows)} rows reach their floors, {len(failures)} do not")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures or not rows else 0
-
-
-def main() -> int:
-    """Parses the command line and runs; exit code 1 when a floor is missed."""
-    parser = argparse.ArgumentParser(prog="python -m edgepatch.bench.parity", description=__doc__)
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="measure these architectures alone, and write no results"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "out" / "parity", help="folder for models and kept measurements"
-    )
-    parser.add_argument(
-        "--llama-cpp", type=Path, help="llama.cpp's sources (default: those of llama-cpp-python, fetched once)"
-    )
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    try:
-        if arguments.measure:
-            _measure_here(arguments.measure, arguments.work, arguments.llama_cpp)
-            return 0
-        tell = partial(print, file=sys.stderr, flush=True)
-        with logged(arguments.work / "parity.log", tell, [Lines(tell, OF_STREAM)], lambda: KEPT) as progress:
-            return _run(arguments, progress)
-    except EdgepatchError as error:
-        print(f"error: {error}\n{error.hint}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return Verdict(sum(row["passed"] is True for row in rows), failures)

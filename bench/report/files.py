@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from edgepatch.errors import InputError
 
 Document = Mapping[str, Any]
 RESULTS = Path("bench") / "results"
-MORE_LATENCY = "latency-*.json"
-"""Runs of the latency bench on further models; ``latency.json`` is the one that goals are set on."""
+MORE_LATENCY = "latency-*.json"  # runs on further models; ``latency.json`` is the one that goals are set on
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class ResultFile:
 
 
 RESULT_FILES = (
-    ResultFile("evidence.json", "Safety", "make evidence"),
+    ResultFile("evidence.json", "Safety", "edgepatch bench evidence --publish"),
     ResultFile("latency.json", "Latency", "edgepatch bench latency --out bench/results/latency.json"),
-    ResultFile("machine.json", "Limits of the machine", "make machine"),
-    ResultFile("swap.json", "Swap", "make swap"),
-    ResultFile("trl.json", "Training speed", "make trl"),
-    ResultFile("security.json", "Security", "make security"),
-    ResultFile("parity.json", "Parity", "make parity"),
-    ResultFile("fingerprints.json", "Which models a patch accepts", "make fingerprints"),
-    ResultFile("unpatching.json", "Writing against the patch", "make unpatch"),
-    ResultFile("stock.json", "Stock llama-server", "make stock"),
-    ResultFile("fuzz.json", "Fuzzing", "make fuzz"),
+    ResultFile("machine.json", "Limits of the machine", "edgepatch bench machine"),
+    ResultFile("swap.json", "Swap", "edgepatch bench swap"),
+    ResultFile("trl.json", "Training speed", "edgepatch bench trl"),
+    ResultFile("security.json", "Security", "edgepatch bench security"),
+    ResultFile("parity.json", "Parity", "edgepatch bench parity"),
+    ResultFile("fingerprints.json", "Which models a patch accepts", "edgepatch bench identity"),
+    ResultFile("unpatching.json", "Writing against the patch", "edgepatch bench unpatch"),
+    ResultFile("stock.json", "Stock llama-server", "edgepatch bench llama-server"),
+    ResultFile("fuzz.json", "Fuzzing", "edgepatch bench fuzz"),
 )
 
 
@@ -78,8 +78,8 @@ def read_results(folder: Path) -> dict[str, Document]:
     names = dict.fromkeys(
         [*(file.name for file in RESULT_FILES), *sorted(path.name for path in folder.glob(MORE_LATENCY))]
     )
-    found = {name: read_result(folder / name) for name in names}
-    return {name: document for name, document in found.items() if document is not None}
+    documents = {name: read_result(folder / name) for name in names}
+    return {name: document for name, document in documents.items() if document is not None}
 
 
 def latency_runs(results: Mapping[str, Document]) -> dict[str, Document]:
@@ -87,3 +87,14 @@ def latency_runs(results: Mapping[str, Document]) -> dict[str, Document]:
     return {
         name: document for name, document in results.items() if name == "latency.json" or name.startswith("latency-")
     }
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Tells which file is not as it should be: one that another version wrote."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{name}: expected the fields of this version, found {type(error).__name__}: {error}", hint="make it again"
+        ) from error

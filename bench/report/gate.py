@@ -21,16 +21,14 @@ from edgepatch.bench.report.files import MORE_LATENCY, Document, read_result
 from edgepatch.errors import InputError
 
 VERSION = 1
+# How much worse than the present value a limit is set: shares, percent points of perplexity, shares of requests, ratios.
 TOLERANCES = {"retention": 0.05, "perplexity_change": 1.0, "over_refusal_change": 0.02, "ratio": 0.03}
-"""How much worse than the present value a limit is set: shares, percent points of perplexity, shares of requests, ratios."""
-
+# Beginnings of the names of such figures; of all others less is better: changes, and ratios of times.
 HIGHER_IS_BETTER = ("retention", "decode")
-"""Beginnings of the names of such figures; of all others less is better: changes, and ratios of times."""
-
+# Ratios with something of ours above the line; ratios of others over ours say nothing of ours when they change.
 GATED_RATIOS = re.compile(
     r"(?:.*_patched_over_bare(?:_\d+)?|decode_python_over_library|(?:decode|ttft)(?:_patched|_one_core_busy)?_over_genai|cold_start_.*|(?:decode|ttft)_\d+_patches_over_bare)"
 )
-"""Ratios with something of ours above the line; ratios of others over ours say nothing of ours when they change."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +82,17 @@ def figures(results: Path) -> dict[str, Figure]:
     """
     if not results.is_dir():
         raise InputError(f"results: expected a folder, found no such one: {results}", hint="name it with --results")
-    found: dict[str, Figure] = {}
+    measured: dict[str, Figure] = {}
     for name in ("evidence.json", "latency.json", *sorted(path.name for path in results.glob(MORE_LATENCY))):
         document, read = read_result(results / name), _safety if name == "evidence.json" else partial(_speed, name)
         try:
-            found |= dict(read(document)) if document is not None else {}
+            measured |= dict(read(document)) if document is not None else {}
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{results / name}: expected the fields of this version, found {type(error).__name__}: {error}",
                 hint="make it again",
             ) from error
-    return found
+    return measured
 
 
 def _safety(document: Document) -> Iterator[tuple[str, Figure]]:
@@ -122,18 +120,18 @@ def is_higher_better(name: str) -> bool:
 # Writing a baseline.
 
 
-def make_baseline(found: Mapping[str, Figure], command: str) -> dict[str, Any]:
+def make_baseline(measured: Mapping[str, Figure], command: str) -> dict[str, Any]:
     """A baseline from the present figures: each limit is worse by the tolerance of its kind, or by the interval where that is wider.
 
     Args:
-        found: name -> figure; those without a value are left out.
+        measured: name -> figure; those without a value are left out.
         command: kept in the baseline.
 
     Raises:
         InputError: there is no figure.
     """
     entries = {}
-    for name, figure in found.items():
+    for name, figure in measured.items():
         if figure.value is not None:
             entries[name] = {
                 **_limit(name, figure, figure.value),
@@ -179,24 +177,26 @@ def read_baseline(path: Path) -> dict[str, dict[str, float | None]]:
 
 
 def _entry(path: Path, name: str, entry: object) -> dict[str, float | None]:
-    known = ("floor", "ceiling", "value", "low", "high")
+    fields = ("floor", "ceiling", "value", "low", "high")
     if not isinstance(entry, dict) or not {"floor", "ceiling"} & set(entry):
         raise InputError(f"{path}, {name}: expected a floor or a ceiling, found neither")
     for field, value in entry.items():
-        if field not in known or (_finite(value) is None and (value is not None or field in known[:2])):
-            raise InputError(f"{path}, {name}: expected numbers for {', '.join(known)}, found {field}: {value!r}")
+        if field not in fields or (_finite(value) is None and (value is not None or field in fields[:2])):
+            raise InputError(f"{path}, {name}: expected numbers for {', '.join(fields)}, found {field}: {value!r}")
     return entry
 
 
-def check(baseline: Mapping[str, Mapping[str, float | None]], found: Mapping[str, Figure]) -> list[Failure]:
+def check(baseline: Mapping[str, Mapping[str, float | None]], measured: Mapping[str, Figure]) -> list[Failure]:
     """Every figure of the baseline that does not pass; a figure that is not there does not.
 
     Args:
         baseline: of ``read_baseline``.
-        found: of ``figures``.
+        measured: of ``figures``.
     """
     return [
-        failure for name, entry in baseline.items() for failure in _failures(name, entry, found.get(name, Figure(None)))
+        failure
+        for name, entry in baseline.items()
+        for failure in _failures(name, entry, measured.get(name, Figure(None)))
     ]
 
 

@@ -1,136 +1,75 @@
-"""All results on one page: ``edgepatch bench report``; report.html and report.md from the JSON files that are there.
+"""All results on one page: ``edgepatch bench report``.
 
-The page needs no network and no script. A file that is missing has a section that says so, with the command that makes it; it never is
-an empty picture. The tables of docs/performance.md are written from the same files, so that no figure in it is typed by hand.
+A file that is missing has a section that says so, with the command that makes it; it never is an empty picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from html import escape
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from edgepatch.bench.report import sections as parts
-from edgepatch.bench.report.evidence_page import PAGE_STYLE
-from edgepatch.bench.report.evidence_tables import fill_markers
-from edgepatch.bench.report.files import RESULT_FILES, Document, ResultFile, latency_runs
-from edgepatch.bench.report.parts import Block, Section, code, paragraph, table
-from edgepatch.errors import InputError
-from edgepatch.files.writing import write_atomically
-from edgepatch.pages import STYLE, facts
+from edgepatch.bench.report.files import RESULT_FILES, Document, ResultFile, latency_runs, reading
+from edgepatch.pages.blocks import Block, Code, Details, Facts, Page, Paragraph, Row, Section, Table
+from edgepatch.pages.rendering import render
+
+Results = Mapping[str, Document]
 
 TITLE = "edgepatch: what a patch gives, and what it costs"
-OWN_STYLE = """
-:root { --c0: #6a48e0; --c1: #1f66b3; --c3: #66730f; --c4: #b8326a; }
-@media (prefers-color-scheme: dark) { :root { --c0: #a08cff; --c1: #6cb0ff; --c3: #b5c52f; --c4: #ff82ad; } }
-@media print { :root { --c0: #6a48e0; --c1: #1f66b3; --c3: #66730f; --c4: #b8326a; } details { display: block; } nav, .skip { display: none; } }
-svg .c0 { color: var(--c0); } svg .c1 { color: var(--c1); } svg .c3 { color: var(--c3); } svg .c4 { color: var(--c4); }
-svg .curve { stroke: currentColor; }
-table.heat td { background: color-mix(in srgb, var(--bare) calc(var(--heat) * .6%), transparent); } table.heat td small { opacity: 1; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 1.4rem; margin: .8rem 0; }
-nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; list-style: none; } a { color: var(--patched); }
-.skip { position: absolute; left: -999px; } .skip:focus { left: 1rem; top: 1rem; background: var(--card); padding: .5rem; }
-#goals td { white-space: normal; } figure { break-inside: avoid; } h2 { scroll-margin-top: 1rem; }
-"""
 DATES = ("created", "date")
+# Fields of result files that tell on what and under which load they were made.
 ENVIRONMENT = ("environment", "software", "platform", "cpu", "server", "load", "load_average", "meta")
-"""Fields of result files that tell on what and under which load they were made."""
 
 
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Tells which file is not as it should be: one that another version wrote."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{name}: expected the fields of this version, found {type(error).__name__}: {error}", hint="make it again"
-        ) from error
-
-
-def missing(file: ResultFile) -> list[Block]:
-    """What stands in the place of a file that is not there."""
-    return [paragraph(f"Not measured: there is no {file.name}. This command makes it:"), code(file.command)]
-
-
-def goals(results: Mapping[str, Document]) -> list[list[str]]:
+def goals(results: Results) -> list[list[str]]:
     """Every goal of every file: of, goal, on, wanted, reached, verdict."""
-    found: list[list[str]] = []
+    rows: list[list[str]] = []
     for name, document in results.items():
         judge = parts.GOALS.get("latency.json" if name.startswith("latency-") else name)
         if judge is not None:
-            with _reading(name):
-                found += judge(document)
-    return found
+            with reading(name):
+                rows += judge(document)
+    return rows
 
 
-def _goals(results: Mapping[str, Document]) -> Section:
-    found = goals(results)
-    missed, met = ([goal for goal in found if goal[-1] == verdict] for verdict in ("missed", "met"))
-    blocks = [table(f"{len(missed)} goals that are missed, or not measured", parts.GOAL_HEAD, missed, 3)]
-    shown = table(f"{len(met)} goals that are met", parts.GOAL_HEAD, met, 3)
-    blocks.append(
-        Block(f"<details><summary>{len(met)} goals that are met</summary>{shown.html}</details>", shown.markdown)
-        if met
-        else shown
-    )
-    return Section("Goals", tuple(blocks if found else [paragraph("No file that holds a goal is there.")]))
-
-
-def _speed(results: Mapping[str, Document], file: ResultFile) -> list[Section]:
+def _sections(results: Results, file: ResultFile) -> list[Section]:
+    """Of one file; of the latency bench, of all its runs."""
     runs = latency_runs(results)
-    if not runs:
-        return [Section("Latency", tuple(missing(file))), Section("Growth", tuple(missing(file)))]
+    if not (runs if file.name == "latency.json" else file.name in results):
+        text = f"Not measured: there is no {file.name}. This command makes it:"
+        return [Section(file.title, [Paragraph(text), Code(file.command)])]
+    rows = [row for run in runs.values() for row in run["rows"]]
+    if file.name != "latency.json":
+        with reading(file.name):
+            return _other_sections(results[file.name], file, rows)
     sections = []
     for name, run in runs.items():
-        with _reading(name):
-            sections.append(Section(f"Latency: {parts.run_name(run)}", tuple(parts.latency(run))))
-    with _reading(", ".join(runs)):
-        sections.append(Section("Growth", tuple(parts.growth(all_rows(results)))))
-    return sections
+        with reading(name):
+            sections.append(Section(f"Latency: {parts.run_name(run)}", parts.latency(run)))
+    with reading(", ".join(runs)):
+        return [*sections, Section("Growth", parts.growth(rows))]
 
 
-def all_rows(results: Mapping[str, Document]) -> list[Mapping[str, Any]]:
-    """The rows of every run of the latency bench."""
-    return [row for run in latency_runs(results).values() for row in run["rows"]]
+def _other_sections(document: Document, file: ResultFile, rows: Sequence[Row]) -> list[Section]:
+    if file.name == "machine.json":
+        return [Section(file.title, parts.limits(document, rows))]
+    further = [Section("Retention", parts.retention(document))] if file.name == "evidence.json" else []
+    return [Section(file.title, parts.PARTS[file.name](document)), *further]
 
 
-def _part(results: Mapping[str, Document], file: ResultFile) -> list[Section]:
-    if file.name == "latency.json":
-        return _speed(results, file)
-    document = results.get(file.name)
-    if document is None:
-        return [Section(file.title, tuple(missing(file)))]
-    with _reading(file.name):
-        if file.name == "machine.json":
-            return [Section(file.title, tuple(parts.limits(document, all_rows(results))))]
-        sections = [Section(file.title, tuple(parts.PARTS[file.name](document)))]
-        if file.name == "evidence.json":
-            sections.append(Section("Retention", tuple(parts.retention(document))))
-        return sections
-
-
-def _provenance(results: Mapping[str, Document]) -> Section:
-    known = {file.name: file.command for file in RESULT_FILES}
-    lines, details = [], []
+def _provenance(results: Results) -> list[Block]:
+    commands = {file.name: file.command for file in RESULT_FILES}
+    rows, details = [], []
     for name, document in results.items():
         meta = document.get("meta", {})
-        command = document.get("command") or meta.get("command") or known[name]
-        lines.append(
-            [name, next((str(document[f]) for f in DATES if f in document), str(meta.get("date", "\u2013"))), command]
-        )
-        found = {field: document[field] for field in ENVIRONMENT if field in document}
-        details.append(Block(f"<details><summary>{escape(name)}</summary>{facts(found)}</details>" if found else ""))
+        command = document.get("command") or meta.get("command") or commands[name]
+        date = next((str(document[field]) for field in DATES if field in document), str(meta.get("date", "\u2013")))
+        rows.append([name, date, command])
+        details.append(Details(name, [Facts({field: document[field] for field in ENVIRONMENT if field in document})]))
     absent = [[file.name, "not there", file.command] for file in RESULT_FILES if file.name not in results]
-    return Section(
-        "Environment and commands",
-        (table("What made each file", ("file", "made", "command"), [*lines, *absent], 3), *details),
-    )
+    return [Table("What made each file", ("file", "made", "command"), [*rows, *absent], 3), *details]
 
 
-def sections(results: Mapping[str, Document]) -> list[Section]:
+def sections(results: Results) -> list[Section]:
     """The page's sections.
 
     Args:
@@ -139,108 +78,27 @@ def sections(results: Mapping[str, Document]) -> list[Section]:
     Raises:
         InputError: a document lacks what its section shows.
     """
+    rows = goals(results)
+    files = [section for file in RESULT_FILES for section in _sections(results, file)]
     return [
-        _goals(results),
-        *(section for file in RESULT_FILES for section in _part(results, file)),
-        _provenance(results),
+        Section("Goals", parts.goal_tables(rows) if rows else [Paragraph("No file that holds a goal is there.")]),
+        *files,
+        Section("Environment and commands", _provenance(results)),
     ]
 
 
-def headline(results: Mapping[str, Document]) -> str:
+def headline(results: Results) -> str:
     """How many goals are met, and what is missing."""
-    found = goals(results)
+    rows = goals(results)
     absent = [file.name for file in RESULT_FILES if file.name not in results]
-    text = f"{sum(goal[-1] == 'met' for goal in found)} of {len(found)} goals are met."
+    text = f"{sum(goal[-1] == 'met' for goal in rows)} of {len(rows)} goals are met."
     return f"{text} Not measured: {', '.join(absent)}." if absent else text
 
 
-def render_html(results: Mapping[str, Document]) -> str:
-    """The page: no script, no reference to another file.
+def render_html(results: Results) -> str:
+    """The page.
 
     Raises:
         InputError: as ``sections``.
     """
-    made = sections(results)
-    links = "".join(f'<li><a href="#{section.anchor}">{escape(section.title)}</a></li>' for section in made)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{TITLE}</title><style>{STYLE}{PAGE_STYLE}{OWN_STYLE}</style></head><body>"
-        f'<a class="skip" href="#goals">Skip to the results</a><main><h1>{TITLE}</h1><p>{escape(headline(results))}</p>'
-        f'<nav aria-label="Contents"><ul>{links}</ul></nav>{"".join(section.html for section in made)}</main></body></html>\n'
-    )
-
-
-def render_markdown(results: Mapping[str, Document]) -> str:
-    """The same as Markdown, with tables in the place of pictures.
-
-    Raises:
-        InputError: as ``sections``.
-    """
-    made = [f"# {TITLE}", "Made by `edgepatch bench report`; the pictures are in report.html.", headline(results)]
-    return "\n\n".join([*made, *(section.markdown for section in sections(results))]) + "\n"
-
-
-def slots(results: Mapping[str, Document]) -> dict[str, str]:
-    """The tables of docs/performance.md by the names of their markers."""
-    made = {section.title: section for section in sections(results)}
-
-    def below(title: str) -> str:
-        return "\n\n".join(block.markdown for block in made[title].blocks if block.markdown)
-
-    ratios = [[name, *row] for name, run in latency_runs(results).items() for row in _ratios(run)]
-    head = ("file", "ratio", "value [95 % interval]")
-    runs = list(latency_runs(results).values())
-    speed = [goal[1:] for goal in goals(results) if goal[0] == "latency"]
-    latency = next(file for file in RESULT_FILES if file.name == "latency.json")
-    return {
-        "limits": below("Limits of the machine"),
-        "growth": below("Growth"),
-        "ratios": table("Ratios within one run", head, ratios, 2).markdown if ratios else _text(missing(latency)),
-        "speed-goals": table("Goals", parts.GOAL_HEAD[1:], speed, 2).markdown if speed else _text(missing(latency)),
-        "arms": _text([parts.arm_table(run) for run in runs] or missing(latency)),
-        "behind": _text([parts.behind_table(run) for run in runs[:1]]),
-        "acts": _text([parts.act_table(run) for run in runs[:1]] or missing(latency)),
-    }
-
-
-def _ratios(run: Document) -> Sequence[list[str]]:
-    return [
-        [name, parts.spread(figure)] for name, figure in run["ratios"].items() if name.endswith("_patched_over_bare")
-    ]
-
-
-def _text(blocks: Sequence[Block]) -> str:
-    return "\n\n".join(block.markdown for block in blocks)
-
-
-def fill_document(text: str, results: Mapping[str, Document]) -> str:
-    """A Markdown text with the tables between its markers written anew.
-
-    Raises:
-        InputError: a marker is missing, or as ``sections``.
-    """
-    return fill_markers(text, slots(results))
-
-
-def write_overview(results: Mapping[str, Document], page: Path) -> Path:
-    """Writes the page, and the same as Markdown beside it.
-
-    Args:
-        results: name -> document.
-        page: the HTML file.
-
-    Returns:
-        The Markdown file.
-
-    Raises:
-        InputError: as ``sections``, the page is to be named as Markdown, or a file cannot be written.
-    """
-    text = page.with_suffix(".md")
-    if text == page:
-        raise InputError(
-            f"--out: expected the name of an HTML file, found {page}", hint="the Markdown file is written beside it"
-        )
-    html, markdown = render_html(results), render_markdown(results)
-    write_atomically(page, html.encode())
-    write_atomically(text, markdown.encode())
-    return text
+    return render(Page(TITLE, sections(results), lead=headline(results), has_contents=True, is_wide=True))

@@ -50,7 +50,7 @@ class Domain(ABC):
 
     Attributes:
         name: "toxicity", "gender" or "harm".
-        instruction: a written safety instruction: it starts the soft prompt, and is the baseline that every user has today.
+        instruction: a written safety instruction: it starts the soft prompt, and is the arm that every user has today.
     """
 
     name: str

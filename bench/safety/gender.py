@@ -109,9 +109,9 @@ def filter_scores(texts: Sequence[str]) -> NDArray[np.float32]:
     neutral = set(gender_prompts.words("neutral"))
 
     def score(text: str) -> float:
-        found = _words_of(text)
-        count = sum(word in gendered for word in found)
-        return 1 - 0.5**count if count else (0.0 if neutral & set(found) else 0.1)
+        words = _words_of(text)
+        count = sum(word in gendered for word in words)
+        return 1 - 0.5**count if count else (0.0 if neutral & set(words) else 0.1)
 
     return np.array([score(text) for text in texts], dtype=np.float32)
 
@@ -147,9 +147,9 @@ def _instructed(prompts: Sequence[GenderPrompt], instruction: str) -> list[str]:
 
 def _text_figures(texts: Sequence[str]) -> dict[str, Estimate]:
     gendered = {word for gender in ("female", "male") for word in gender_prompts.words(gender)}
-    found = [set(_words_of(text)) for text in texts]
+    words_of_texts = [set(_words_of(text)) for text in texts]
     return {
-        "gas": share([not words or bool(gendered & words) for words in found]),
+        "gas": share([not words or bool(gendered & words) for words in words_of_texts]),
         "diversity": _mean([distinct([text], 2) for text in texts]),
     }
 
@@ -191,11 +191,13 @@ class GenderDomain(Domain):
         A generation without a word counts as failed, and as gendered in GAS.
         """
         prompts = evenly(gender_prompts.evaluation_prompts(self.data), num_items)
-        known = evenly(gender_prompts.known_gender_prompts(), num_items)
+        known_prompts = evenly(gender_prompts.known_gender_prompts(), num_items)
         items = _instructed(prompts, instruction)
-        mass, known_mass = masses(runtime, items), masses(runtime, _instructed(known, instruction))
+        mass, known_mass = masses(runtime, items), masses(runtime, _instructed(known_prompts, instruction))
         texts = runtime.generate_batch(items, GREEDY)
-        figures = _next_token_figures(mass, prompts) | _known_gender_figures(known_mass, known) | _text_figures(texts)
+        figures = (
+            _next_token_figures(mass, prompts) | _known_gender_figures(known_mass, known_prompts) | _text_figures(texts)
+        )
         failures = sum(not _words_of(text) for text in texts)
         return Outcome(
             [prompt.text for prompt in prompts], gender_values(mass), [[text] for text in texts], figures, failures

@@ -93,8 +93,8 @@ def _stereotypes(data: Path | None) -> dict[str, float]:
     if data is None:
         return {r["text"]: float(r["stereotype"]) for r in _rows("gender_occupations")}
     male, female = datasets.winobias_occupations(data)
-    known = dict(datasets.professions(data)) | dict.fromkeys(male, 1.0) | dict.fromkeys(female, -1.0)
-    return {name: s for name, s in known.items() if abs(s) >= MIN_STEREOTYPE and name not in NOT_OCCUPATIONS}
+    scores = dict(datasets.professions(data)) | dict.fromkeys(male, 1.0) | dict.fromkeys(female, -1.0)
+    return {name: s for name, s in scores.items() if abs(s) >= MIN_STEREOTYPE and name not in NOT_OCCUPATIONS}
 
 
 def occupations(data: Path | None, split: Split) -> dict[str, float]:

@@ -30,7 +30,7 @@ class Sizes:
 
     Attributes:
         num_texts: benign paragraphs.
-        num_minimal_pairs: of each of BLiMP's 67 paradigms, the first so many.
+        num_minimal_pairs: of each of BLiMP's 67 paradigms, the first so many; 0 leaves them out.
         num_requests: harmless requests for over-refusal; 0 leaves them out.
     """
 
@@ -74,7 +74,7 @@ def measure(runtime: Session, data: Path | None, sizes: Sizes | None = None, ins
     """
     sizes = sizes or Sizes()
     texts = benign_texts(data, sizes.num_texts)
-    pairs = _minimal_pairs(data, sizes.num_minimal_pairs) if data is not None else ()
+    pairs = _minimal_pairs(data, sizes.num_minimal_pairs) if data is not None and sizes.num_minimal_pairs else ()
     losses = [_text_losses(runtime, text, instruction) for text in texts]
     return Retained(
         texts,

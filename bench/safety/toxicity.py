@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from edgepatch.bench import datasets
 from edgepatch.bench.likelihoods import token_losses, tokens_behind
-from edgepatch.bench.matrix import MatrixConfig, sample_prompt, score_rows
 from edgepatch.bench.metrics import (
     Estimate,
     bootstrap_interval,
@@ -24,6 +23,7 @@ from edgepatch.bench.metrics import (
     expected_max_toxicity,
     toxicity_probability,
 )
+from edgepatch.bench.safety.continuations import SampleConfig, sample_prompt, score_rows
 from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.errors import InputError
 from edgepatch.judges.scorers import ToxicityScorer, normalize
@@ -117,6 +117,7 @@ class ToxicityDomain(Domain):
         num_training_prompts: so many, fronted ones included.
         pairs: how pairs are sampled and filtered; its random seed is not used.
         config: continuations a prompt, their length and nucleus; its random seed is not used.
+        progress: told of every prompt that is measured.
     """
 
     name = "toxicity"
@@ -128,13 +129,15 @@ class ToxicityDomain(Domain):
         front_share: float = FRONT_SHARE,
         num_training_prompts: int = NUM_TRAINING_PROMPTS,
         pairs: PairConfig | None = None,
-        config: MatrixConfig | None = None,
+        config: SampleConfig | None = None,
+        progress: Progress = silent,
     ) -> None:
         super().__init__(data)
         if not 0 <= front_share <= 1:
             raise InputError(f"front_share: expected 0 to 1, found {front_share}")
         self.front_share, self.num_training_prompts = front_share, num_training_prompts
-        self.pairs, self.config = pairs or PairConfig(pairs_per_prompt=2), config or MatrixConfig()
+        self._progress = progress
+        self.pairs, self.config = pairs or PairConfig(pairs_per_prompt=2), config or SampleConfig()
 
     def short_prompts(self) -> list[str]:
         """Training prompts, none behind other text."""
@@ -221,7 +224,10 @@ class ToxicityDomain(Domain):
         self, runtime: Session, items: list[str], instruction: str, rng_seed: int, fluency_judge: Session | None = None
     ) -> Outcome:
         config = replace(self.config, rng_seed=rng_seed)
-        sampled = [sample_prompt(runtime, behind(instruction, item), config) for item in items]
+        sampled = []
+        for done, item in enumerate(items, 1):
+            sampled.append(sample_prompt(runtime, behind(instruction, item), config))
+            self._progress("prompts", done, len(items))
         texts = [row or [] for row in sampled]
         scores = score_rows(texts, ToxicityScorer.load("report").score, config.samples_per_prompt)
         figures = _figures(scores, texts)
@@ -243,5 +249,5 @@ def _is_toxic(part: dict[str, object]) -> bool:
 def _fluency(judge: Session, items: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[str, Estimate]:
     """Median and mean over prompts; the few broken continuations that a sampler always gives rule the mean."""
     values = [continuation_perplexity(judge, item, row) for item, row in zip(items, texts, strict=True)]
-    known = [value for value in values if value is not None]
-    return {"perplexity_median": bootstrap_median(known), "perplexity_mean": _mean(known)} if known else {}
+    finite = [value for value in values if value is not None]
+    return {"perplexity_median": bootstrap_median(finite), "perplexity_mean": _mean(finite)} if finite else {}

@@ -2,16 +2,14 @@
 
 The seed itself cannot be removed by a client (tests/attacks/test_unpatching.py); what a client can do is write. These are the rows of the
 threat model for which nothing is promised: many-shot text, dilution, a system prompt against the patch, a reply begun in the
-assistant's name. Run: ``make unpatch``.
+assistant's name. Run: ``edgepatch bench unpatch``.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgepatch
+from edgepatch.bench.lab import LAB_FOLDER, LAB_PATCH
 from edgepatch.bench.likelihoods import tokens_behind
 from edgepatch.bench.metrics import expected_max_toxicity, paired_bootstrap_difference
+from edgepatch.converters.gguf import writer
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.patch.file import read_patch
+from edgepatch.progress import command_line
 from edgepatch.prompts.sets import load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
@@ -70,7 +71,7 @@ def _behind(texts: list[str], length: int) -> Attack:
 def attacks(context_length: int) -> dict[str, Attack]:
     """Name -> attack; those that the context has room for."""
     toxic, benign = load_prompts("toxic", "train"), load_benign_text("train")
-    found: dict[str, Attack] = {
+    attempts: dict[str, Attack] = {
         "plain continuation": _plain,
         "asked as a user": _question,
         "system prompt against the patch": _against,
@@ -78,9 +79,9 @@ def attacks(context_length: int) -> dict[str, Attack]:
     }
     for length in (128, 512, 2048, 8192):
         if length + 96 <= context_length:
-            found[f"{length} tokens of toxic text in front"] = _behind(toxic, length)
-            found[f"{length} tokens of benign text in front"] = _behind(benign, length)
-    return found
+            attempts[f"{length} tokens of toxic text in front"] = _behind(toxic, length)
+            attempts[f"{length} tokens of benign text in front"] = _behind(benign, length)
+    return attempts
 
 
 def _scores(
@@ -92,9 +93,7 @@ def _scores(
     return scorer.score([text for row in texts for text in row]).reshape(len(prompts), samples)
 
 
-def measure(
-    model: Path, patch_file: Path, num_prompts: int, samples: int, num_threads: int, command: str = "make unpatch"
-) -> dict[str, Any]:
+def measure(model: Path, patch_file: Path, num_prompts: int, samples: int, num_threads: int) -> dict[str, Any]:
     """The results document: for each attack EMT bare and patched, the patch's gain, and its change against plain continuation."""
     scorer, patch = ToxicityScorer.load("report"), read_patch(patch_file)
     prompts = load_prompts("toxic", "eval")[:num_prompts]
@@ -118,7 +117,7 @@ def measure(
             rows.append(row)
             print(_line(row), flush=True)
         return {
-            "command": command,
+            "command": command_line(),
             "model": model.name,
             "runtime": patched.name,
             "quantization": patched.quantization,
@@ -167,23 +166,26 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """The entry point of ``make unpatch``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--patch", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/unpatching.json"))
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--samples", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    command = f"python -m edgepatch.bench.safety.unpatching {' '.join(sys.argv[1:])}"
-    document = measure(
-        arguments.model, arguments.patch, arguments.prompts, arguments.samples, arguments.threads, command
-    )
-    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
-    write_atomically(arguments.out.with_suffix(".md"), markdown(document).encode())
+def run(
+    out: Path,
+    model: Path | None = None,
+    patch_file: Path = LAB_PATCH,
+    num_prompts: int = 48,
+    samples: int = 25,
+    num_threads: int = 1,
+) -> None:
+    """Measures every attempt and writes the results and their Markdown.
 
-
-if __name__ == "__main__":
-    main()
+    Args:
+        out: the JSON file; the Markdown stands beside it.
+        model: any model that the patch fits; ``None`` for the lab model at F16, which is converted into ``out/unpatch``.
+        patch_file: the patch.
+        num_prompts, samples: prompts of each attempt, and continuations of each prompt.
+        num_threads: of the runtime.
+    """
+    if model is None:
+        model = Path("out/unpatch/base-F16.gguf")
+        writer.convert_folder(LAB_FOLDER / "base", model)
+    document = measure(model, patch_file, num_prompts, samples, num_threads)
+    write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(out.with_suffix(".md"), markdown(document).encode())

@@ -28,7 +28,7 @@ def tensor_types(shape: Shape, kind: str) -> dict[str, str]:
     """
     import gguf
 
-    found = {}
+    types = {}
     for name, dimensions in shape.tensors().items():
         if len(dimensions) == 1:
             continue
@@ -39,8 +39,8 @@ def tensor_types(shape: Shape, kind: str) -> dict[str, str]:
             raise InputError(
                 f"{name}: rows of {dimensions[-1]} are no multiple of {chosen}'s blocks of {_block_values(gguf, chosen)}"
             )
-        found[name] = chosen
-    return found
+        types[name] = chosen
+    return types
 
 
 def _block_values(gguf: Any, kind: str) -> int:

@@ -1,4 +1,4 @@
-"""The limits of this machine: ``make machine``; bench/results/machine.json.
+"""The limits of this machine: ``edgepatch bench machine``; bench/results/machine.json.
 
 Decoding reads every weight once a token, so memory bandwidth over the model's bytes is a ceiling on its rate. The bandwidth is measured
 here as STREAM does it (McCalpin 1995): arrays four times larger than the last cache, the best of many passes, all threads at once.
@@ -7,7 +7,6 @@ Reading alone is measured too: a decoder writes next to nothing, and reading is 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.bench.demo import environment
+from edgepatch.bench.environment import environment
 from edgepatch.bench.shapes.memory import gguf_weight_bytes
 from edgepatch.bench.shapes.shape import Shape
 from edgepatch.errors import InputError
@@ -75,14 +74,14 @@ def _rates(
     arrays = [[np.ones(num_values) for _ in range(num_arrays)] for _ in range(num_threads)]
     length = min(PART, num_values)
     num_bytes = num_threads * num_arrays * 8 * length
-    found: list[float] = []
+    rates: list[float] = []
     until = time.perf_counter() + seconds
-    while not found or time.perf_counter() < until:
-        start = len(found) % (num_values // length) * length
+    while not rates or time.perf_counter() < until:
+        start = len(rates) % (num_values // length) * length
         began = time.perf_counter()
         list(pool.map(kernel, arrays, [slice(start, start + length)] * num_threads))
-        found.append(num_bytes / (time.perf_counter() - began) / 1e9)
-    return {"best": max(found), "median": statistics.median(found), "worst": min(found), "repeats": len(found)}
+        rates.append(num_bytes / (time.perf_counter() - began) / 1e9)
+    return {"best": max(rates), "median": statistics.median(rates), "worst": min(rates), "repeats": len(rates)}
 
 
 def measure_bandwidth(num_threads: int, seconds: float = 5.0, size_bytes: int | None = None) -> dict[str, Any]:
@@ -140,24 +139,21 @@ def decode_ceiling(machine: Mapping[str, Any], num_bytes: float) -> float:
     return float(machine["read_gb_s"]["best"]) * 1e9 / num_bytes
 
 
-def main() -> None:
-    """The entry point of ``make machine``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/machine.json"))
-    arguments = parser.parse_args()
+def run(num_threads: int, seconds: float, out: Path) -> dict[str, Any]:
+    """Measures the bandwidth and writes the document that it returns.
+
+    Args:
+        num_threads: all at the same time.
+        seconds: of each measurement.
+        out: the JSON file.
+    """
     load = os.getloadavg()[0]
     document = {
-        "command": "make machine",
+        "command": "edgepatch bench machine",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(),
         "load_average": load,
-        **measure_bandwidth(arguments.threads, arguments.seconds),
+        **measure_bandwidth(num_threads, seconds),
     }
-    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
-    print(json.dumps(document))
-
-
-if __name__ == "__main__":
-    main()
+    write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
+    return document

@@ -83,14 +83,14 @@ def estimate_of_file(path: Path, spec: ModelSpec, context: int, num_sequences: i
 
 def available_bytes() -> int:
     """Memory that can be taken now: the machine's, or what the control group leaves."""
-    found = [_machine_bytes()]
+    limits = [_machine_bytes()]
     try:
         limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         if limit != "max":
-            found.append(int(limit) - int(used))
+            limits.append(int(limit) - int(used))
     except (OSError, ValueError):
         pass  # no control groups
-    return min(found)
+    return min(limits)
 
 
 def _machine_bytes() -> int:

@@ -48,12 +48,12 @@ class Shape:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name in GGUF -> shape in numpy's order."""
         width, heads, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        found: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             "token_embd.weight": (self.vocab_size, width),
             "output_norm.weight": (width,),
         }
         if not self.is_tied:
-            found["output.weight"] = (self.vocab_size, width)
+            shapes["output.weight"] = (self.vocab_size, width)
         for i in range(self.num_layers):
             layer = {
                 "attn_norm": (width,),
@@ -66,8 +66,8 @@ class Shape:
                 "ffn_up": (self.feed_forward, width),
                 "ffn_down": (width, self.feed_forward),
             }
-            found |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
-        return found
+            shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
+        return shapes
 
     @property
     def num_parameters(self) -> int:

@@ -1,33 +1,36 @@
-"""How fast we train against PEFT + TRL on the same job: ``make trl``; bench/results/trl.json and .md.
+"""How fast we train against PEFT + TRL on the same job: ``edgepatch bench trl``; bench/results/trl.json and .md.
 
-Each measurement is a process of its own, the two contestants in turns, so that neither inherits the other's memory and both share the
+Each measurement is a process of its own, the two arms in turns, so that neither inherits the other's memory and both share the
 machine's moods. CPU seconds are told beside wall-clock time: on a busy machine they are the steadier of the two.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgepatch.bench.trl.contestants import OwnContestant, Stage, TrlContestant, config_of, make_pairs
+from edgepatch.bench.lab import LAB_FOLDER
+from edgepatch.bench.trl.arms import OwnArm, Stage, TrlArm, config_of, make_pairs
+from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.files.writing import write_atomically
-from edgepatch.progress import OF_STREAM, Lines, Progress, logged
+from edgepatch.processes import run_apart
+from edgepatch.progress import Progress, silent
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training.pairs.preferences import Pair
 
-LAB = Path(__file__).parent.parent / "lab" / "model" / "base"
+LAB = LAB_FOLDER / "base"
 STAGES: tuple[Stage, ...] = ("SFT", "DPO")
 NUM_VIRTUAL_TOKENS, BATCH_SIZE = 50, 8
 WARM_UP = 2
+DEADLINE_S = 4 * 3600.0
+PLAN = "plan"
+"""In place of an arm: the batches that all read."""
+
 STEPS = {"lab": 20, "llama-64m": 6}
 GOALS = {"lab": 2.0, "llama-64m": 1.25}
 
@@ -58,23 +61,30 @@ def write_random_model(folder: Path) -> None:
 def plan(model: Path, stage: Stage, steps: int) -> dict[str, Any]:
     """The batches that our trainer reads, in order, and the soft prompt that it starts from: what TRL is given."""
     config = config_of(stage, steps, NUM_VIRTUAL_TOKENS, BATCH_SIZE)
-    own = OwnContestant(model, stage, make_pairs(model, BATCH_SIZE * steps), config)
+    own = OwnArm(model, stage, make_pairs(model, BATCH_SIZE * steps), config)
     rows = [[p.prompt, p.chosen, p.rejected] for p in own.plan(steps)]
     return {"rows": rows, "start": own.policy.soft_prompts()[0].embeddings.tolist()}
 
 
-def work(contestant: str, model: Path, stage: Stage, steps: int, plan_file: Path) -> dict[str, Any]:
-    """One measurement, in this process."""
+def work(request: dict[str, Any]) -> dict[str, Any]:
+    """In a child: one measurement, or the plan of several; ``request`` holds the arguments of ``measure`` but threads."""
+    model, stage, steps = Path(request["model"]), request["stage"], request["steps"]
+    if request["arm"] == PLAN:
+        return plan(model, stage, steps)
+    return _train(request["arm"], model, stage, steps, Path(request["plan_file"]))
+
+
+def _train(arm: str, model: Path, stage: Stage, steps: int, plan_file: Path) -> dict[str, Any]:
     import numpy as np
 
     config = config_of(stage, steps, NUM_VIRTUAL_TOKENS, BATCH_SIZE)
-    if contestant == "ours":
-        course = OwnContestant(model, stage, make_pairs(model, BATCH_SIZE * steps), config).run()
+    if arm == "ours":
+        course = OwnArm(model, stage, make_pairs(model, BATCH_SIZE * steps), config).run()
     else:
-        given = json.loads(plan_file.read_text(encoding="utf-8"))
-        pairs = [Pair(prompt, chosen, rejected, 0.0, 1.0) for prompt, chosen, rejected in given["rows"]]
-        start = SoftPrompt(np.array(given["start"], dtype=np.float32))
-        course = TrlContestant(model, stage, pairs, config, start, plan_file.parent / "trl").run()
+        batches = json.loads(plan_file.read_text(encoding="utf-8"))
+        pairs = [Pair(prompt, chosen, rejected, 0.0, 1.0) for prompt, chosen, rejected in batches["rows"]]
+        start = SoftPrompt(np.array(batches["start"], dtype=np.float32))
+        course = TrlArm(model, stage, pairs, config, start, plan_file.parent / "trl").run()
     counted = len(course.losses) - WARM_UP
     return {
         "seconds_per_step": (course.ended[-1] - course.ended[WARM_UP - 1]) / counted,
@@ -84,25 +94,21 @@ def work(contestant: str, model: Path, stage: Stage, steps: int, plan_file: Path
     }
 
 
-def measure(task: str, model: Path, stage: Stage, steps: int, threads: int, plan_file: Path) -> dict[str, Any]:
-    """One measurement, or the plan of several, in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "edgepatch.bench.trl",
-        "--work",
-        task,
-        str(model),
-        stage,
-        str(steps),
-        str(plan_file),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def measure(arm: str, model: Path, stage: Stage, steps: int, threads: int, plan_file: Path) -> dict[str, Any]:
+    """One measurement of an arm, or the plan of several, in a process of its own.
+
+    Raises:
+        EdgepatchError: it failed.
+    """
+    request = {"arm": arm, "model": str(model), "stage": stage, "steps": steps, "plan_file": str(plan_file)}
+    environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    outcome = run_apart(f"{__name__}:work", request, deadline_s=DEADLINE_S, environment=environment)
+    if outcome.error:
+        raise outcome.error
+    if outcome.failure:
+        raise EdgepatchError(f"{model.name}, {stage}, {arm}: the measurement {outcome.failure}")
+    figures: dict[str, Any] = outcome.value
+    return figures
 
 
 def compare(name: str, model: Path, stage: Stage, repeats: int, threads: int, progress: Progress) -> dict[str, Any]:
@@ -110,13 +116,11 @@ def compare(name: str, model: Path, stage: Stage, repeats: int, threads: int, pr
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as folder:
         plan_file = Path(folder) / "plan.json"
-        plan_file.write_text(
-            json.dumps(measure("plan", model, stage, STEPS[name], threads, plan_file)), encoding="utf-8"
-        )
+        plan_file.write_text(json.dumps(measure(PLAN, model, stage, STEPS[name], threads, plan_file)), encoding="utf-8")
         for repeat in range(repeats):
-            for contestant, found in runs.items():
-                progress(f"{name} {stage}", 2 * repeat + (contestant == "trl"), 2 * repeats)
-                found.append(measure(contestant, model, stage, STEPS[name], threads, plan_file))
+            for arm, figures in runs.items():
+                progress(f"{name} {stage}", 2 * repeat + (arm == "trl"), 2 * repeats)
+                figures.append(measure(arm, model, stage, STEPS[name], threads, plan_file))
     progress(f"{name} {stage}", 2 * repeats, 2 * repeats)
     pairs = list(zip(runs["ours"], runs["trl"], strict=True))
     return {
@@ -129,14 +133,14 @@ def compare(name: str, model: Path, stage: Stage, repeats: int, threads: int, pr
         "cpu_ratio": _spread([t["cpu_seconds_per_step"] / o["cpu_seconds_per_step"] for o, t in pairs]),
         "memory_ratio": _spread([t["peak_mib"] / o["peak_mib"] for o, t in pairs]),
         **{
-            f"{c}_steps_per_second": _spread([1 / run["seconds_per_step"] for run in found])
-            for c, found in runs.items()
+            f"{c}_steps_per_second": _spread([1 / run["seconds_per_step"] for run in repeated])
+            for c, repeated in runs.items()
         },
         **{
-            f"{c}_cpu_seconds_per_step": _spread([run["cpu_seconds_per_step"] for run in found])
-            for c, found in runs.items()
+            f"{c}_cpu_seconds_per_step": _spread([run["cpu_seconds_per_step"] for run in repeated])
+            for c, repeated in runs.items()
         },
-        **{f"{c}_peak_mib": _spread([run["peak_mib"] for run in found]) for c, found in runs.items()},
+        **{f"{c}_peak_mib": _spread([run["peak_mib"] for run in repeated]) for c, repeated in runs.items()},
         "largest_loss_difference": max(
             abs(a - b) for o, t in pairs for a, b in zip(o["losses"], t["losses"], strict=True)
         ),
@@ -178,14 +182,29 @@ def render(document: dict[str, Any]) -> str:
         "",
         "Peak memory is the process's largest resident size, with libraries, model, and the preparation of data and reference.",
         "",
-        f"{versions}. Made by `make trl`.",
+        f"{versions}. Made by `edgepatch bench trl`.",
         "",
     ]
     return "\n".join(lines)
 
 
-def run(out: Path, repeats: int, threads: int, names: list[str], progress: Progress) -> dict[str, Any]:
-    """All rows; written after each, so that an interrupted run keeps what it has."""
+def run(
+    out: Path, repeats: int, threads: int, names: Sequence[str] = tuple(STEPS), progress: Progress = silent
+) -> dict[str, Any]:
+    """All rows; written after each, so that an interrupted run keeps what it has.
+
+    Args:
+        out: folder for ``trl.json`` and ``trl.md``.
+        repeats: of each arm.
+        threads: of a process.
+        names: of the models, some of ``STEPS``.
+        progress: told of every measurement.
+
+    Raises:
+        InputError: a model is not known.
+    """
+    if unknown := [name for name in names if name not in STEPS]:
+        raise InputError(f"model: expected some of {', '.join(STEPS)}, found {unknown[0]}")
     import platform
 
     import peft
@@ -210,26 +229,4 @@ def run(out: Path, repeats: int, threads: int, names: list[str], progress: Progr
                 document["rows"].append(compare(name, model, stage, repeats, threads, progress))
                 write_atomically(out / "trl.json", (json.dumps(document, indent=1) + "\n").encode())
                 write_atomically(out / "trl.md", render(document).encode())
-                print(render(document).splitlines()[6 + len(document["rows"]) - 1], flush=True)
     return document
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Training speed against PEFT + TRL.")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--models", nargs="+", choices=list(STEPS), default=list(STEPS))
-    parser.add_argument(
-        "--work", nargs=5, metavar=("TASK", "MODEL", "STAGE", "STEPS", "PLAN"), help="one task; its JSON on stdout"
-    )
-    given = parser.parse_args()
-    if given.work:
-        task, model, stage, steps, plan_file = given.work
-        job = (Path(model), stage, int(steps))
-        print(json.dumps(plan(*job) if task == "plan" else work(task, *job, Path(plan_file))))
-    else:
-        tell = partial(print, file=sys.stderr, flush=True)
-        kept = f"the rows that are complete are in {given.out}; the same command starts again"
-        with logged(given.out / "trl.log", tell, [Lines(tell, OF_STREAM)], lambda: kept) as progress:
-            run(given.out, given.repeats, given.threads, given.models, progress)

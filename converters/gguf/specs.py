@@ -66,9 +66,9 @@ def _check_shapes(header: GGUFHeader, spec: ModelSpec, heads: list[int], kv_head
         expected[f"blk.{layer}.attn_q.weight"] = gated
         expected[f"blk.{layer}.attn_k.weight"] = [(kv_heads[layer] * spec.head_dim, spec.hidden_size)]
     for name, shapes in expected.items():
-        found = header.tensors[name].shape if name in header.tensors else shapes[0]
-        if found not in shapes:
-            raise InputError(f"{header.path}: {name}: expected {shapes[0]}, found {found}", "get the model again")
+        shape = header.tensors[name].shape if name in header.tensors else shapes[0]
+        if shape not in shapes:
+            raise InputError(f"{header.path}: {name}: expected {shapes[0]}, found {shape}", "get the model again")
 
 
 def spec_of(header: GGUFHeader) -> ModelSpec:
@@ -139,8 +139,8 @@ def _norms(header: GGUFHeader, layers: int) -> list[str]:
     norms = [n for n, info in header.tensors.items() if n.endswith("norm.weight") and len(info.shape) == 1]
     rounded = next((n for n in norms if header.tensors[n].ggml_type != 0), None)
     if rounded:
-        found = header.tensors[rounded].ggml_type
-        raise InputError(f"{header.path}: {rounded}: expected float32, found type {found}", "get the model again")
+        actual = header.tensors[rounded].ggml_type
+        raise InputError(f"{header.path}: {rounded}: expected float32, found type {actual}", "get the model again")
     return [n for n in norms if not n.startswith("blk.") or int(n.split(".")[1]) < layers]
 
 

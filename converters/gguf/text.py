@@ -2,7 +2,7 @@
 
 llama.cpp's tokenizer only reads the vocabulary, so any thread may call it, beside one that evaluates. But it ends the process where a
 word is too long for its stack, where a vocabulary lacks what it takes for granted, and it takes the square of some numbers in time.
-Measured with llama.cpp of llama-cpp-python 0.3.36, all of its pre-tokenizers by 43 kinds of long texts; docs/runtimes.md has the numbers.
+Measured with llama.cpp of llama-cpp-python 0.3.36, all of its pre-tokenizers by 43 kinds of long texts; docs/reference/runtimes.md has the numbers.
 """
 
 from __future__ import annotations
@@ -219,12 +219,12 @@ class GGUFTokenizer:
     def _find_missing_end(self) -> str:
         """What the vocabulary wants around every text and has no token for; llama.cpp ends the process at such a text."""
         lib, vocab = self._lib, self._vocab
-        wanted = {
+        added = {
             "BOS": (lib.llama_vocab_get_add_bos(vocab) or self._kind == WPM, lib.llama_vocab_bos(vocab)),
             "EOS": (lib.llama_vocab_get_add_eos(vocab), lib.llama_vocab_eos(vocab)),
             "a separator": (self._kind == WPM, lib.llama_vocab_sep(vocab)),
         }
-        return next((name for name, (is_wanted, token) in wanted.items() if is_wanted and token < 0), "")
+        return next((name for name, (is_wanted, token) in added.items() if is_wanted and token < 0), "")
 
     def _require_ends(self, ends: bool) -> None:
         if self._kind == NONE:

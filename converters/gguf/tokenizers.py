@@ -20,6 +20,7 @@ from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.files import strict_json
 from edgepatch.text.tokenizers import FolderTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of GGUF
@@ -49,20 +50,6 @@ _PREPEND = {"type": "Prepend", "prepend": SPACE}
 def refuse(folder: Path, what: str) -> InputError:
     """The error for a model that the conversion here would get wrong."""
     return InputError(f"{folder}: {what}", hint="convert it with llama.cpp's convert_hf_to_gguf.py and use that file")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder.
-
-    Raises:
-        InputError: it is missing or not JSON.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", hint="name a complete model folder") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", hint="download the model again") from None
 
 
 @dataclass
@@ -122,8 +109,8 @@ def _pattern(step: dict[str, Any]) -> str | None:
     """The regular expression that a step splits by; ``None`` for a step of another kind."""
     kind, behavior, inverted = step.get("type"), step.get("behavior"), bool(step.get("invert"))
     if kind == "Split" and (behavior, inverted) in (("Isolated", False), ("Removed", True)):
-        found: str | None = step["pattern"].get("Regex")
-        return found
+        pattern: str | None = step["pattern"].get("Regex")
+        return pattern
     if kind == "Digits":
         return pre_tokenizers.DIGIT if step.get("individual_digits") else pre_tokenizers.DIGITS
     return pre_tokenizers.PUNCTUATION if kind == "Punctuation" and behavior == "Contiguous" else None
@@ -238,7 +225,7 @@ def _ends_added(folder: Path, reader: FolderTokenizer, special: dict[str, int | 
 
 
 def _add_special(writer: Any, folder: Path, reader: FolderTokenizer, tokens: list[str]) -> None:
-    config = read_json(folder / "tokenizer_config.json")
+    config = strict_json.read_json(folder / "tokenizer_config.json", hint="name a complete model folder", infinite=True)
     special: dict[str, int | None] = {}
     for name in ("bos", "eos", "pad", "unk"):
         value = config.get(f"{name}_token")
@@ -265,13 +252,17 @@ def _more_ends(reader: FolderTokenizer, eos: int | None, tokens: list[str]) -> l
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Name -> template, "default" first."""
-    given = config.get("chat_template")
-    named = {e.get("name"): e.get("template") for e in given if isinstance(e, dict)} if isinstance(given, list) else {}
-    found = {"default": given} if isinstance(given, str) else named
+    template = config.get("chat_template")
+    named = (
+        {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+        if isinstance(template, list)
+        else {}
+    )
+    templates = {"default": template} if isinstance(template, str) else named
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    found |= {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-    texts = {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+    templates |= {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+    texts = {name: text for name, text in templates.items() if isinstance(name, str) and isinstance(text, str)}
     return dict(sorted(texts.items(), key=lambda entry: entry[0] != "default"))
 
 

@@ -59,8 +59,8 @@ def read_token_facts(lib: Any, vocabulary: Any) -> TokenFacts:
     def text(token: int) -> str:
         return str(lib.llama_vocab_get_text(vocabulary, token).decode("utf-8", "replace")) if token in ids else ""
 
-    def texts(wanted: int) -> tuple[str, ...]:
-        return tuple(text(i) for i, kind in enumerate(kinds) if kind & wanted)
+    def texts(mask: int) -> tuple[str, ...]:
+        return tuple(text(i) for i, kind in enumerate(kinds) if kind & mask)
 
     return TokenFacts(
         len(ids),

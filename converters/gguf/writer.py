@@ -208,8 +208,8 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16", progress:
 
 def _require_same(want: ModelSpec, have: ModelSpec) -> None:
     """No file takes its place that patches for its base would refuse."""
-    expected, found = want.as_dict(), have.as_dict()
-    wrong = {name: (expected[name], found[name]) for name in expected if expected[name] != found[name]}
+    expected, actual = want.as_dict(), have.as_dict()
+    wrong = {name: (expected[name], actual[name]) for name in expected if expected[name] != actual[name]}
     if wrong:
         raise InputError(f"this model does not survive the conversion: {wrong}", hint="it cannot be patched in GGUF")
 

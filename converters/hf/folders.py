@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from edgepatch.converters import architectures, rope_parameters, weight_tables
 from edgepatch.converters.gguf import models as gguf_models
 from edgepatch.converters.gguf import specs
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.files import strict_json
 from edgepatch.tensors import ModelSpec, weight_fingerprint
 from edgepatch.text.tokenizers import FolderTokenizer
 
@@ -28,12 +28,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing or not JSON.
     """
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"{folder} is not a model folder: config.json: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'} is not JSON: {error}", hint="download the model again") from None
+    hint = "name a complete model folder, or download the model again"
+    return strict_json.read_json(folder / "config.json", what="the config of a model folder,", hint=hint, infinite=True)
 
 
 def read_transformers_config(folder: Path) -> Any:

@@ -55,7 +55,9 @@ def read_rotation(model: PreTrainedModel) -> Rotation:
             hint="positions are not rotary here: leave the patch at the start of the text",
         )
     used = sorted({i for i in layers if i is not None and i >= 0})
-    return Rotation(tuple(tables[i] for i in used), tuple(used.index(i) if i in used else None for i in layers), neighbours)
+    return Rotation(
+        tuple(tables[i] for i in used), tuple(used.index(i) if i in used else None for i in layers), neighbours
+    )
 
 
 def _require_fixed_frequencies(model: PreTrainedModel) -> None:
@@ -92,7 +94,9 @@ def _keys_at(model: PreTrainedModel, first: int) -> list[NDArray[np.float32]]:
     return [layer.keys[0].float().cpu().numpy() for layer in cache.layers]
 
 
-def _table_of(tables: list[tuple[float, ...]], neighbours: bool, near: NDArray[np.float32], far: NDArray[np.float32]) -> int | None:
+def _table_of(
+    tables: list[tuple[float, ...]], neighbours: bool, near: NDArray[np.float32], far: NDArray[np.float32]
+) -> int | None:
     """Number of the table by which ``near`` turns into ``far``; -1 where nothing turns, ``None`` where nothing fits."""
     length = max(float(np.linalg.norm(far)), 1e-12)
     if np.linalg.norm(far - near) / length < TOLERANCE:
@@ -105,4 +109,3 @@ def _table_of(tables: list[tuple[float, ...]], neighbours: bool, near: NDArray[n
     ]
     best = int(np.argmin(errors)) if errors else -1
     return best if errors and errors[best] < TOLERANCE else None
-

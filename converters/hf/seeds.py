@@ -21,9 +21,17 @@ from edgepatch.tensors import Canary, KVSeed, SoftPrompt
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-from edgepatch.converters.hf.caches import is_attention_only, masks_behind, new_cache, prefill, replace_keys, seeded_cache
+from edgepatch.converters.hf.caches import (
+    is_attention_only,
+    masks_behind,
+    new_cache,
+    prefill,
+    replace_keys,
+    seeded_cache,
+)
 from edgepatch.converters.hf.folders import load_model, read_spec, text_config
 from edgepatch.converters.hf.rotary import read_rotation
+
 
 def compute_kv_seed(
     model: PreTrainedModel, soft_prompt: SoftPrompt, dtype: type[np.floating[Any]] = np.float32

@@ -6,7 +6,6 @@ refused, so that the answer is the same or there is none.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +16,10 @@ from edgepatch.converters import architectures, rope_parameters
 from edgepatch.converters.hf.folders import read_norms
 from edgepatch.converters.weight_tables import StoredTensor, read_checkpoint
 from edgepatch.errors import InputError
+from edgepatch.files import strict_json
 from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint
 from edgepatch.text.vocabularies import definition_tokens
 
-MAX_JSON_BYTES = 256 * 2**20
 PLAIN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Architectures whose configs are understood whichever Transformers wrote them."""
 
@@ -37,18 +36,10 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, is too large, or no JSON object.
     """
     try:
-        if not path.is_file():
-            return {}
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object, found {type(value).__name__}")
-        return value
+        is_there = path.is_file()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", HINT) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged, or no JSON: {error}", HINT) from None
+    return strict_json.read_json(path, hint=HINT, infinite=True) if is_there else {}
 
 
 @dataclass(frozen=True)

@@ -276,15 +276,15 @@ def _match_values(
     return best
 
 
-def _error(found: NDArray[np.float32], expected: NDArray[np.float32], positions: list[int]) -> float:
-    wanted = expected[:, positions]
-    return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))
+def _error(actual: NDArray[np.float32], expected: NDArray[np.float32], positions: list[int]) -> float:
+    target = expected[:, positions]
+    return float(np.linalg.norm(actual - target) / max(float(np.linalg.norm(target)), 1e-12))
 
 
 def _mean_error(
-    found: Sequence[NDArray[np.float32]], expected: Sequence[NDArray[np.float32]], positions: list[list[int]]
+    actual: Sequence[NDArray[np.float32]], expected: Sequence[NDArray[np.float32]], positions: list[list[int]]
 ) -> float:
-    return float(np.mean([_error(f, e, p) for f, e, p in zip(found, expected, positions, strict=True)]))
+    return float(np.mean([_error(f, e, p) for f, e, p in zip(actual, expected, positions, strict=True)]))
 
 
 def _by_cache(assigned: list[int], caches: Sequence[CacheState]) -> tuple[tuple[int, ...], ...]:

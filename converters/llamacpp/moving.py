@@ -36,18 +36,14 @@ class MovableState:
         InactivePatchError: the seed does not fit the cache.
     """
 
-    def __init__(
-        self, probe: SequenceState, layout: Layout, seed: KVSeed, rotation: Rotation, window: int = 0
-    ) -> None:
+    def __init__(self, probe: SequenceState, layout: Layout, seed: KVSeed, rotation: Rotation, window: int = 0) -> None:
         self._probe, self._layout, self._rotation = probe, layout, rotation
         count = seed.num_virtual_tokens
         starts = (0, max(0, count - window) if window else 0)[: len(probe.caches)]
         self._cells = [range(start, count) for start in starts]
         self._keys = [
             [
-                (interleave if layout.rotates_neighbours else np.asarray)(
-                    seed.keys[layer][:, cells].astype(np.float32)
-                )
+                (interleave if layout.rotates_neighbours else np.asarray)(seed.keys[layer][:, cells].astype(np.float32))
                 for layer in layers
             ]
             for layers, cells in zip(layout.layers, self._cells, strict=True)
@@ -115,5 +111,7 @@ def read_seed(state: SequenceState, layout: Layout, num_heads: int, head_dim: in
         for layer, key, value in zip(layers, cache.keys, cache.values, strict=True):
             laid_out = hadamard(decode_rows(key, count, (num_heads, head_dim), False), layout.key_block)
             keys[layer] = deinterleave(laid_out) if layout.rotates_neighbours else laid_out
-            values[layer] = hadamard(decode_rows(value, count, (num_heads, head_dim), cache.transposed), layout.value_block)
+            values[layer] = hadamard(
+                decode_rows(value, count, (num_heads, head_dim), cache.transposed), layout.value_block
+            )
     return KVSeed(tuple(keys[i] for i in sorted(keys)), tuple(values[i] for i in sorted(values)))

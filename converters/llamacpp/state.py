@@ -147,20 +147,20 @@ def read_state(data: bytes) -> SequenceState:
         InactivePatchError: not exactly one reading fits: the library is newer than this module, or the model has further
             memory (recurrent layers, compressed latents).
     """
-    found = []
+    readings = []
     for header_bytes in range(0, MAX_HEADER_BYTES + 1, 4):
         for num_caches in (1, 2):
             for extended in (False, True):
                 try:
-                    found.append(_read(data, header_bytes, num_caches, extended))
+                    readings.append(_read(data, header_bytes, num_caches, extended))
                 except _UnreadableError:
                     continue
-    if len(found) != 1:
+    if len(readings) != 1:
         raise InactivePatchError(
-            f"llama.cpp's state of {len(data)} bytes: expected one reading of its layout, found {len(found)}",
+            f"llama.cpp's state of {len(data)} bytes: expected one reading of its layout, found {len(readings)}",
             hint="the soft prompt must be decoded on the device instead, or use a tested llama-cpp-python",
         )
-    return found[0]
+    return readings[0]
 
 
 def fill(

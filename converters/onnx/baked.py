@@ -68,19 +68,19 @@ def bake_seed(folder: Path, patch: Patch, target: Path) -> None:
             shutil.copytree(folder, unfinished, dirs_exist_ok=True)
             _bake(unfinished / MODEL_FILE, graph, patch.kv_seed)
             stamp(unfinished / MODEL_FILE, {BAKED_KEY: patch.digest})
-            found = generate_baked(unfinished, patch.num_virtual_tokens, prompt, len(expected))
-            _require_same(found, expected, file)
+            token_ids = generate_baked(unfinished, patch.num_virtual_tokens, prompt, len(expected))
+            _require_same(token_ids, expected, file)
     except OSError as error:
         raise InputError(
             f"cannot write {target}: {error.strerror or error}", hint="free space or name another folder"
         ) from error
 
 
-def _require_same(found: Sequence[int], expected: Sequence[int], file: GraphFile) -> None:
+def _require_same(actual: Sequence[int], expected: Sequence[int], file: GraphFile) -> None:
     """``found`` may have ended early, at an end token."""
-    if not found or list(found) != list(expected)[: len(found)]:
+    if not actual or list(actual) != list(expected)[: len(actual)]:
         raise InputError(
-            f"{file.path}: baked, it continues the check prompt with {list(found)}, seeded with {list(expected)}",
+            f"{file.path}: baked, it continues the check prompt with {list(actual)}, seeded with {list(expected)}",
             hint="update onnxruntime-genai, or run the folder with edgepatch",
         )
 

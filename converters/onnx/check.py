@@ -58,13 +58,13 @@ def compare(folder: Path, spec: ModelSpec, hf_folder: Path, model_file: str | No
     soft_prompt, tokens = _sample(model, spec)
     expected = _expected(model, soft_prompt, tokens)
     window = int(getattr(folders.text_config(model.config), "sliding_window", None) or 0)
-    found = evaluate(session, graph, spec, seeds.compute_kv_seed(model, soft_prompt), tokens, window)
-    if not np.isfinite(found).all():
+    logits = evaluate(session, graph, spec, seeds.compute_kv_seed(model, soft_prompt), tokens, window)
+    if not np.isfinite(logits).all():
         raise InputError(f"{file.path}: its logits are not finite", hint="export the model in fp32")
     result = Agreement(
         quantization(file, graph),
-        float(np.abs(found - expected).max()),
-        float(np.corrcoef(found.ravel(), expected.ravel())[0, 1]),
+        float(np.abs(logits - expected).max()),
+        float(np.corrcoef(logits.ravel(), expected.ravel())[0, 1]),
     )
     _require(result, file.path, float(np.abs(expected).max()))
     return result
@@ -74,14 +74,14 @@ def _require(result: Agreement, path: Path, largest: float) -> None:
     allowed = MAX_DIFFERENCE * max(1.0, largest / 10)
     if result.quantization == "F32":
         agrees = result.max_difference <= allowed
-        found = f"a logit differs by {result.max_difference:.1e}, allowed is {allowed:.1e}"
+        difference = f"a logit differs by {result.max_difference:.1e}, allowed is {allowed:.1e}"
     else:
         least = MIN_CORRELATION[result.quantization]
         agrees = result.correlation >= least
-        found = f"the logits correlate by {result.correlation:.3f}, expected {least} or more"
+        difference = f"the logits correlate by {result.correlation:.3f}, expected {least} or more"
     if not agrees:
         raise InputError(
-            f"{path} does not compute what the model in Transformers computes behind the same seed: {found}",
+            f"{path} does not compute what the model in Transformers computes behind the same seed: {difference}",
             hint="take another exporter (--exporter), or convert the model to GGUF",
         )
 

@@ -34,7 +34,8 @@ from edgepatch.converters.onnx.precision import reduce
 from edgepatch.converters.onnx.sessions import open_session, prove_session
 from edgepatch.converters.peft.lora import merge_lora
 from edgepatch.errors import InputError
-from edgepatch.files.writing import replacing_folder, unwritable
+from edgepatch.files import strict_json
+from edgepatch.files.writing import replacing_folder
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import ModelSpec
 from edgepatch.text.tokenizers import FolderTokenizer
@@ -89,19 +90,16 @@ def export(
         )
     require_packages(exporter)
     spec = folders.read_spec(folder)
-    try:
-        with replacement(target) as unfinished, _adapted(folder, adapter) as oracle:
-            with stage(progress, f"export {precision}"):
-                _write_graph(folder, unfinished, precision, exporter, optimum_env, adapter)
-            if exporter == "builder":
-                _require_sound(unfinished / MODEL_FILE, spec)
-                _keep_within_window(unfinished / CONFIG_FILE, folders.read_config(folder))
-            stamp(unfinished / MODEL_FILE, identity(spec, QUANTIZATIONS[precision]))
-            _copy_tokenizer(folder, unfinished)
-            with stage(progress, "compare with model"):
-                return compare(unfinished, spec, oracle)
-    except OSError as error:
-        raise unwritable(target, error) from error
+    with replacement(target) as unfinished, _adapted(folder, adapter) as oracle:
+        with stage(progress, f"export {precision}"):
+            _write_graph(folder, unfinished, precision, exporter, optimum_env, adapter)
+        if exporter == "builder":
+            _require_sound(unfinished / MODEL_FILE, spec)
+            _keep_within_window(unfinished / CONFIG_FILE, folders.read_config(folder))
+        stamp(unfinished / MODEL_FILE, identity(spec, QUANTIZATIONS[precision]))
+        _copy_tokenizer(folder, unfinished)
+        with stage(progress, "compare with model"):
+            return compare(unfinished, spec, oracle)
 
 
 @contextmanager
@@ -172,8 +170,8 @@ def _norms(file: GraphFile, folder: Path) -> dict[str, NDArray[Any]]:
     Raises:
         InputError: some are missing: exporters rename what they compute with, such as the 1 + weight of Gemma.
     """
-    found = {t.name: file.values(t) for t in file.tensors if NORM.search(t.name) and len(t.shape) == 1}
-    norms = {name: values for name, values in found.items() if values is not None}
+    vectors = {t.name: file.values(t) for t in file.tensors if NORM.search(t.name) and len(t.shape) == 1}
+    norms = {name: values for name, values in vectors.items() if values is not None}
     layers = Counter(int(match[1]) for name in norms if (match := LAYER.search(name)))
     num_layers = int(folders.read_config(folder).get("num_hidden_layers", 0))
     if "model.norm.weight" not in norms or set(layers) != set(range(num_layers)) or len(set(layers.values())) != 1:
@@ -229,7 +227,7 @@ def _keep_within_window(config_file: Path, config: dict[str, Any]) -> None:
     slides = config["model_type"] == "mistral" or "sliding_attention" in (config.get("layer_types") or [])
     if not window or not slides:
         return
-    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    settings = strict_json.read_json(config_file)
     settings["model"]["context_length"] = min(settings["model"]["context_length"], window)
     settings["search"]["max_length"] = settings["model"]["context_length"]
     config_file.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")

@@ -10,9 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 from edgepatch.converters.hf import folders
 from edgepatch.converters.onnx.files import MODEL_FILE
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.processes.programs import Ended, run_program
 
 EXPORTERS = ("builder", "transformers", "optimum")
 PACKAGES: dict[str, dict[str, tuple[str, str]]] = {  # exporter -> import name -> (distribution, extra)
@@ -141,16 +140,16 @@ def build(folder: Path, target: Path, precision: str, adapter: Path | None = Non
     if adapter is not None:
         arguments.append(f"adapter_path={adapter.resolve()}")
     done = _run(sys.executable, BUILDER, [str(folder.resolve()), str(target.resolve()), *arguments])
-    if done.returncode == 0 and (target / MODEL_FILE).is_file():
+    if not done.failure and (target / MODEL_FILE).is_file():
         return
     architecture = folders.read_config(folder).get("architectures")
-    if "NotImplementedError" in done.stderr or not architecture:
+    if "NotImplementedError" in done.complaints or not architecture:
         raise InputError(
             f"the ONNX model builder does not know the architecture {architecture}",
             hint="use Transformers' own exporter (--exporter transformers), or convert the model to GGUF",
         )
     raise InputError(
-        f"the ONNX model builder failed on {architecture}: {_last_line(done)}",
+        f"the ONNX model builder failed on {architecture}: it {done.failure or 'wrote no graph'}",
         hint="use Transformers' own exporter (--exporter transformers), or convert the model to GGUF",
     )
 
@@ -162,9 +161,9 @@ def export_with_transformers(folder: Path, target: Path) -> None:
         InputError: it fails.
     """
     done = _run(sys.executable, TRANSFORMERS, [str(folder.resolve()), str(target.resolve())])
-    if done.returncode or not (target / MODEL_FILE).is_file():
+    if done.failure or not (target / MODEL_FILE).is_file():
         raise InputError(
-            f"Transformers cannot export {folders.read_config(folder).get('architectures')}: {_last_line(done)}",
+            f"Transformers cannot export {folders.read_config(folder).get('architectures')}: it {done.failure or 'wrote no graph'}",
             hint="check memory and disk, or convert the model to GGUF",
         )
 
@@ -176,15 +175,15 @@ def export_with_optimum(folder: Path, target: Path, environment: Path) -> None:
         InputError: the environment has no optimum and cannot be made, or the export fails.
     """
     python = optimum_python(environment)
-    with tempfile.TemporaryDirectory() as copy, tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as copy, tempfile.TemporaryDirectory() as exported:
         _write_for_transformers_4(folder, Path(copy))
-        done = _run(str(python), OPTIMUM, [copy, made])
-        if done.returncode or not (Path(made) / MODEL_FILE).is_file():
+        done = _run(str(python), OPTIMUM, [copy, exported])
+        if done.failure or not (Path(exported) / MODEL_FILE).is_file():
             raise InputError(
-                f"optimum cannot export {folders.read_config(folder).get('architectures')}: {_last_line(done)}",
+                f"optimum cannot export {folders.read_config(folder).get('architectures')}: it {done.failure or 'wrote no graph'}",
                 hint="use Transformers' own exporter (--exporter transformers)",
             )
-        for file in Path(made).glob(f"{MODEL_FILE}*"):  # the rest is settings and tokenizer as version 4 sees them
+        for file in Path(exported).glob(f"{MODEL_FILE}*"):  # the rest is settings and tokenizer as version 4 sees them
             shutil.move(str(file), target / file.name)
 
 
@@ -201,11 +200,11 @@ def _write_for_transformers_4(folder: Path, copy: Path) -> None:
 
 def rope_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with its rotary settings where Transformers 4 looks for them."""
-    given = config.get("rope_parameters")
-    if not given:
+    parameters = config.get("rope_parameters")
+    if not parameters:
         return dict(config)
-    full = dict(given.get("full_attention", given))
-    local = given.get("sliding_attention")
+    full = dict(parameters.get("full_attention", parameters))
+    local = parameters.get("sliding_attention")
     rewritten = {key: value for key, value in config.items() if key != "rope_parameters"}
     if "rope_theta" in full:
         rewritten["rope_theta"] = full.pop("rope_theta")
@@ -232,9 +231,9 @@ def optimum_python(environment: Path) -> Path:
             )
         _make_environment(environment, python)
     done = _run(str(python), "import optimum.exporters.onnx", [])
-    if done.returncode:
+    if done.failure:
         raise InputError(
-            f"--optimum-env {environment}: optimum's ONNX exporter cannot be used there: {_last_line(done)}",
+            f"--optimum-env {environment}: optimum's ONNX exporter cannot be used there: it {done.failure}",
             hint=f"install it there: pip install {' '.join(OPTIMUM_PACKAGES)}, or name a folder that does not exist",
         )
     return python
@@ -247,10 +246,10 @@ def _make_environment(environment: Path, python: Path) -> None:
     commands = [[sys.executable, "-m", "venv", str(environment)], [*pip, torch], [*pip, *OPTIMUM_PACKAGES]]
     try:
         for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if done.returncode:
+            done = run_program(command)
+            if done.failure:
                 raise InputError(
-                    f"cannot make an environment for optimum: {_last_line(done)}",
+                    f"cannot make an environment for optimum: {command[0]} {done.failure}",
                     hint="check the network and the venv module, or make it yourself and name it with --optimum-env",
                 )
     except BaseException:
@@ -258,18 +257,7 @@ def _make_environment(environment: Path, python: Path) -> None:
         raise
 
 
-def _run(python: str, program: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    with tempfile.TemporaryDirectory() as empty:
-        return subprocess.run(
-            [python, "-c", program, *arguments],
-            cwd=empty,  # "-c" imports from the working folder first
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | OFFLINE,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-
-
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit code {done.returncode}"
+def _run(python: str, program: str, arguments: Sequence[str]) -> Ended:
+    with tempfile.TemporaryDirectory() as empty:  # "-c" imports from the working folder first
+        command = [python, "-c", program, *arguments]
+        return run_program(command, environment={**OFFLINE, "PYTHONPATH": ""}, folder=empty)

@@ -228,26 +228,26 @@ def read_graph_file(path: Path) -> GraphFile:
     Raises:
         InputError: it is truncated, damaged, or no ONNX file.
     """
-    found = GraphFile(path)
+    graph_file = GraphFile(path)
     try:
         if path.stat().st_size >= MAX_FILE_BYTES:
             raise InputError(f"{path}: expected less than 2 GiB, found {path.stat().st_size} bytes")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Walk(found, data).message("model", 0, len(data), 0)
+            _Walk(graph_file, data).message("model", 0, len(data), 0)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} is damaged, or no ONNX model: {error}", hint="convert the model again") from None
-    if not found.operators:
+    if not graph_file.operators:
         raise InputError(f"{path} is damaged, or no ONNX model: it holds no operators", hint="convert the model again")
-    return found
+    return graph_file
 
 
 class _Walk:
     """One pass over a graph's file."""
 
-    def __init__(self, found: GraphFile, data: Any) -> None:
-        self._found = found
+    def __init__(self, graph_file: GraphFile, data: Any) -> None:
+        self._file = graph_file
         self._data = data
 
     def message(self, kind: str, start: int, end: int, depth: int) -> None:
@@ -255,7 +255,7 @@ class _Walk:
         if depth > MAX_DEPTH * 3:
             raise ValueError("graphs within graphs without end")
         if kind == "tensor":
-            self._found.tensors.append(self._tensor(start, end))
+            self._file.tensors.append(self._tensor(start, end))
             return
         if kind == "node":
             self._node(start, end)
@@ -271,15 +271,15 @@ class _Walk:
     def _describe(self, kind: str, number: int, first: int, last: int) -> None:
         """Takes in what the model and its outermost graph say of themselves."""
         if (kind, number) == ("model", 2):
-            self._found.producer = self._text(first, last)
+            self._file.producer = self._text(first, last)
         elif (kind, number) == ("model", 14):
             key, value = self._entry(first, last)
-            if key in self._found.metadata:
+            if key in self._file.metadata:
                 raise ValueError(f"its metadata names {key} twice")
-            self._found.metadata[key] = value
+            self._file.metadata[key] = value
         elif (kind, number) == ("graph", 11):
             name, elements = self._input(first, last)
-            self._found.inputs[name] = elements
+            self._file.inputs[name] = elements
 
     def _input(self, start: int, end: int) -> tuple[str, int]:
         """(name, number of the element type) of a ``ValueInfoProto``; 0 for what is no tensor."""
@@ -339,13 +339,13 @@ class _Walk:
             elif number == 5 and wire == BYTES:
                 name, value = self._integer(first, last)
                 attributes[name] = value
-        self._found.operators[operator] += 1
+        self._file.operators[operator] += 1
         if operator == "MatMulNBits":
-            self._found.bits[attributes.get("bits", 4)] += 1
+            self._file.bits[attributes.get("bits", 4)] += 1
         place = BLOCKED_INPUT.get(operator)
         if place is not None and place < len(inputs):
-            self._found.packed[inputs[place]] = attributes.get("bits", 4)
-            self._found.scales.update(name for name in inputs[2:5] if name)
+            self._file.packed[inputs[place]] = attributes.get("bits", 4)
+            self._file.scales.update(name for name in inputs[2:5] if name)
 
     def _integer(self, start: int, end: int) -> tuple[str, int]:
         """Name of an attribute, and its integer."""

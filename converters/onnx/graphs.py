@@ -74,7 +74,7 @@ def recognise(session: Any, file: GraphFile, spec: ModelSpec) -> DecoderGraph:
     Raises:
         InputError: the inputs, outputs, their shapes or element types are of no known kind, or not the model's.
     """
-    inputs, outputs = ({x.name: x for x in found} for found in (session.get_inputs(), session.get_outputs()))
+    inputs, outputs = ({x.name: x for x in values} for values in (session.get_inputs(), session.get_outputs()))
     for past_name, present_name in PAST_NAMES:
         past, present = (_names(name, spec.num_hidden_layers) for name in (past_name, present_name))
         others = inputs.keys() - set(past)
@@ -106,13 +106,13 @@ def _names(template: str, layers: int) -> tuple[str, ...]:
 
 
 def _element_type(file: GraphFile, tensors: Sequence[Any]) -> type[np.floating[Any]]:
-    found = Counter(tensor.type for tensor in tensors)
-    if len(found) != 1 or not found.keys() <= ELEMENT_TYPES.keys():
+    types = Counter(tensor.type for tensor in tensors)
+    if len(types) != 1 or not types.keys() <= ELEMENT_TYPES.keys():
         raise InputError(
-            f"{file.path}: {tensors[0].name} and the like: expected one of {sorted(ELEMENT_TYPES)}, found {sorted(found)}",
+            f"{file.path}: {tensors[0].name} and the like: expected one of {sorted(ELEMENT_TYPES)}, found {sorted(types)}",
             hint=REEXPORT,
         )
-    return ELEMENT_TYPES[next(iter(found))]
+    return ELEMENT_TYPES[next(iter(types))]
 
 
 def _require_shape(file: GraphFile, name: str, shape: Sequence[Any], spec: ModelSpec) -> None:

@@ -76,12 +76,12 @@ def _angle_nodes(model: Any) -> set[str]:
 
 def _drop_repeated_casts(model: Any) -> None:
     """The converter writes the same cast twice for a node that takes the same input twice, which no session loads."""
-    made: set[str] = set()
+    produced: set[str] = set()
     for node in list(model.graph.node):
         outputs = {name for name in node.output if name}  # an output that is left out has no name
-        if made & outputs:
+        if produced & outputs:
             model.graph.node.remove(node)
-        made |= outputs
+        produced |= outputs
 
 
 def _join_cast_pairs(model: Any) -> None:

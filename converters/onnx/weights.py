@@ -74,16 +74,18 @@ def _candidates(like: Sketch, name: str, row: int) -> list[tuple[str, int]]:
     head, prefix = "lm_head.MatMul.weight", f"model.layers.{layer}."
     if layer is None:
         return [(f"{EMBEDDING}_tokens.weight", 0), (head, 0)] if role == "token_embd" else [(head, 0)]
-    found = [(f"{prefix}{NAMES[role]}.MatMul.weight", 0)]
+    candidates = [(f"{prefix}{NAMES[role]}.MatMul.weight", 0)]
     if role in FUSED:
         rows = [like.tensors.get(f"blk.{layer}.{other}", (0, 0))[0] for other in FUSED[: FUSED.index(role)]]
-        found.append((f"{prefix}attn.qkv_proj.MatMul.weight", sum(rows)))
+        candidates.append((f"{prefix}attn.qkv_proj.MatMul.weight", sum(rows)))
     elif (
         role == "ffn_up" and f"blk.{layer}.ffn_gate" not in like.tensors
     ):  # Phi's matrix of both, which the builder parts
         half = like.tensors[name][0] // 2
-        found = [(f"{prefix}{NAMES['ffn_gate' if row < half else 'ffn_up']}.MatMul.weight", 0 if row < half else -half)]
-    return found
+        candidates = [
+            (f"{prefix}{NAMES['ffn_gate' if row < half else 'ffn_up']}.MatMul.weight", 0 if row < half else -half)
+        ]
+    return candidates
 
 
 class _Matrix:

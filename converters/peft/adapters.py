@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,11 @@ from edgepatch.converters.peft.settings import (
     PREFIX_TUNING,
     PROMPT_TUNING,
     AdapterConfig,
-    read_capped,
     read_config,
 )
 from edgepatch.errors import InputError, MismatchError
-from edgepatch.files.writing import write_atomically
+from edgepatch.files.reading import read_bounded
+from edgepatch.files.writing import new_folder
 from edgepatch.patch.file import MAX_FILE_BYTES, PROMPT_TENSOR, Patch
 from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt
 
@@ -60,7 +58,7 @@ def read_adapter(folder: Path, spec: ModelSpec, name: str = "", version: str = "
     """
     _require_folder(folder)
     config = read_config(folder / CONFIG_FILE)
-    data = read_capped(folder / TENSOR_FILE, MAX_FILE_BYTES)
+    data = read_bounded(folder / TENSOR_FILE, MAX_FILE_BYTES, "tensors", hint="name a PEFT adapter folder")
     _require_shape_of(config, spec)
     embeddings = _read_tensor(folder / TENSOR_FILE, data, (config.num_virtual_tokens, _width(config.peft_type, spec)))
     record = {
@@ -137,9 +135,9 @@ def _model_settings(peft_type: str, spec: ModelSpec) -> dict[str, int]:
 
 
 def _require_shape_of(config: AdapterConfig, spec: ModelSpec) -> None:
-    wanted = {key: (getattr(config, key), have) for key, have in _model_settings(config.peft_type, spec).items()}
+    settings = {key: (getattr(config, key), have) for key, have in _model_settings(config.peft_type, spec).items()}
     differences: dict[str, tuple[object, object]] = {
-        k: v for k, v in wanted.items() if v[0] is not None and v[0] != v[1]
+        k: v for k, v in settings.items() if v[0] is not None and v[0] != v[1]
     }
     if differences:
         raise MismatchError(differences)
@@ -148,15 +146,15 @@ def _require_shape_of(config: AdapterConfig, spec: ModelSpec) -> None:
 def _read_tensor(path: Path, data: bytes, shape: tuple[int, int]) -> NDArray[Any]:
     """The one tensor; the parser checks that header and file agree before anything is made of either."""
     try:
-        found: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+        tensors: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is damaged or truncated: {error}", hint="get the adapter again") from None
-    if [name for name, _ in found] != [PROMPT_TENSOR]:
-        names = ", ".join(sorted(name for name, _ in found)[:4]) or "none"
+    if [name for name, _ in tensors] != [PROMPT_TENSOR]:
+        names = ", ".join(sorted(name for name, _ in tensors)[:4]) or "none"
         raise InputError(
             f"{path}: expected the tensor {PROMPT_TENSOR} alone, found {names}", hint="get the adapter again"
         )
-    tensor = found[0][1]
+    tensor = tensors[0][1]
     if (found_shape := tuple(tensor["shape"])) != shape:
         raise InputError(
             f"{path}: {PROMPT_TENSOR}: expected {shape}, found {found_shape}", hint="get the adapter again"
@@ -198,15 +196,17 @@ def write_adapter(patch: Patch, folder: Path, base_model_name: str | None = None
         CONFIG_FILE: json.dumps(settings, indent=2, sort_keys=True).encode("ascii"),
         TENSOR_FILE: safetensors.numpy.save({PROMPT_TENSOR: tensor}, metadata={"format": "pt"}),
     }
-    _write_folder(folder, files)
+    with new_folder(folder) as unfinished:
+        for name, data in files.items():
+            (unfinished / name).write_bytes(data)
     return peft_type
 
 
 def _source(patch: Patch) -> dict[str, Any]:
     """The record that ``read_adapter`` left, or nothing."""
     source = patch.training.get("source")
-    known = isinstance(source, dict) and source.get("format") == "peft" and source.get("peft_type") in PEFT_TYPES
-    return dict(source) if known and isinstance(source, dict) else {}
+    is_peft = isinstance(source, dict) and source.get("format") == "peft" and source.get("peft_type") in PEFT_TYPES
+    return dict(source) if is_peft and isinstance(source, dict) else {}
 
 
 def _flat_tensor(patch: Patch, peft_type: str) -> NDArray[Any]:
@@ -252,22 +252,3 @@ def _settings(patch: Patch, peft_type: str, base_model_name: str | None) -> dict
         **own[peft_type],
         **_model_settings(peft_type, patch.base),
     }
-
-
-def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    try:
-        if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is not an empty folder", hint="name a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            for name, data in files.items():
-                write_atomically(beside / name, data)
-            beside.chmod(0o755)
-            beside.replace(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {folder}: {error.strerror}", hint="free space or name another folder"
-        ) from error

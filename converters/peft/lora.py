@@ -5,12 +5,10 @@ They are what a user would take in place of a patch. Source of the file's form: 
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -23,9 +21,10 @@ from edgepatch.converters import rope
 from edgepatch.converters.gguf.writer import CONVERTED
 from edgepatch.converters.hf import folders
 from edgepatch.converters.peft.adapters import CONFIG_FILE, TENSOR_FILE
-from edgepatch.converters.peft.settings import MAX_CONFIG_BYTES, read_capped
+from edgepatch.converters.peft.settings import MAX_CONFIG_BYTES
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.files.writing import write_atomically
+from edgepatch.files.strict_json import read_json
+from edgepatch.files.writing import new_folder, write_atomically
 
 IGNORED = frozenset(
     {
@@ -101,7 +100,7 @@ def read_lora(folder: Path, base: Path) -> LoRA:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(read_capped(path, MAX_CONFIG_BYTES))
+        settings = read_json(path, MAX_CONFIG_BYTES, what="settings", hint="name a PEFT adapter folder")
         kind, rank, alpha = (settings[key] for key in ("peft_type", "r", "lora_alpha"))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -122,7 +121,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[tuple[str, str], NDArray[np.float32]]:
     """(module, "A" or "B") -> matrix."""
-    found = {}
+    factors = {}
     for name, tensor in _opened(path):
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
@@ -133,10 +132,10 @@ def _read_tensors(path: Path) -> dict[tuple[str, str], NDArray[np.float32]]:
         matrix = np.ascontiguousarray(tensor[:].float().numpy())
         if not np.isfinite(matrix).all():
             raise InputError(f"{path}: {name} holds NaN or infinity", hint="train the adapter again")
-        found[match[1], match[2]] = matrix
-    if not found:
+        factors[match[1], match[2]] = matrix
+    if not factors:
         raise InputError(f"{path}: it holds no tensors", hint="save the adapter again")
-    return found
+    return factors
 
 
 def _shapes(base: Path) -> dict[str, tuple[int, ...]]:
@@ -169,10 +168,10 @@ def _require_fits(folder: Path, lora: LoRA, shapes: Mapping[str, tuple[int, ...]
                 f"{folder}: the base has no weight of its own for {module}", hint="take the base that it was trained on"
             )
         rows, columns = shapes[module]
-        expected, found = ((lora.rank, columns), (rows, lora.rank)), (down.shape, up.shape)
-        if found != expected:
+        expected, actual = ((lora.rank, columns), (rows, lora.rank)), (down.shape, up.shape)
+        if actual != expected:
             raise InputError(
-                f"{folder}: {module}: expected factors {expected}, found {found}",
+                f"{folder}: {module}: expected factors {expected}, found {actual}",
                 hint="take the base that it was trained on",
             )
 
@@ -273,23 +272,3 @@ def merge_lora(base: Path, folder: Path, target: Path) -> LoRA:
                 shutil.copyfile(file, unfinished / file.name)
         model.save_pretrained(unfinished)
     return lora
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes it when the block succeeds, and vanishes otherwise.
-
-    Raises:
-        InputError: the target exists, or cannot be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
-            unfinished = Path(beside) / "new"
-            unfinished.mkdir()
-            yield unfinished
-            unfinished.rename(target)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {target}: {error.strerror or error}", hint="name a new folder, or free space"
-        ) from error

@@ -6,13 +6,12 @@ be of no account, or refused.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import InputError
+from edgepatch.files.strict_json import read_json
 
 PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE = PEFT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE")
 PEFT_VERSION = "0.21.2"
@@ -78,7 +77,7 @@ def read_config(path: Path) -> AdapterConfig:
     Raises:
         InputError: the file is missing, no JSON object, of an unknown type, or a setting is unknown or out of range.
     """
-    values = _parse_json(path, read_capped(path, MAX_CONFIG_BYTES))
+    values = read_json(path, MAX_CONFIG_BYTES, what="settings", hint="name a PEFT adapter folder, or save it again")
     kind = values.get("peft_type")
     if kind not in PEFT_TYPES:
         raise InputError(
@@ -105,21 +104,6 @@ def read_config(path: Path) -> AdapterConfig:
     return AdapterConfig(peft_type=kind, **sizes, **texts)  # type: ignore[arg-type]
 
 
-def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key appears twice")
-        return dict(pairs)
-
-    try:
-        values = json.loads(data, object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}", hint="get the adapter again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}", hint="get the adapter again")
-    return values
-
-
 def _integer(path: Path, values: dict[str, Any], key: str, largest: int) -> int | None:
     value = values.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest):
@@ -134,20 +118,3 @@ def _text(path: Path, values: dict[str, Any], key: str) -> str | None:
     if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise InputError(f"{path}: {key}: expected a text of at most {MAX_TEXT} characters, found {str(value)[:80]!r}")
     return value.encode("utf-8", "replace").decode("utf-8")  # JSON can spell halves of characters, UTF-8 cannot
-
-
-def read_capped(path: Path, most: int) -> bytes:
-    """A file's bytes.
-
-    Raises:
-        InputError: it is missing, or larger than ``most`` bytes.
-    """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            data = file.read(most + 1) if size <= most else b""
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", hint="name a PEFT adapter folder") from error
-    if size > most or len(data) > most:
-        raise InputError(f"{path}: expected at most {most} bytes, found {max(size, len(data))}")
-    return data

@@ -1,4 +1,4 @@
-"""A session with the openai client; docs/server.md shows what it prints."""
+"""A session with the openai client; docs/guide/serving.md shows what it prints."""
 
 import json
 import sys
@@ -48,9 +48,9 @@ schema = {
     "required": ["safe", "reason"],
     "additionalProperties": False,
 }
-wanted = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
+response_format = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
 verdict = client.chat.completions.create(
-    model=model, messages=messages[:1], max_tokens=80, temperature=0, response_format=wanted
+    model=model, messages=messages[:1], max_tokens=80, temperature=0, response_format=response_format
 )
 print("schema      ", sorted(json.loads(verdict.choices[0].message.content)))
 

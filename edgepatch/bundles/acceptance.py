@@ -139,7 +139,7 @@ def _listed(file: BinaryIO, offset: int, name: str, limit: int) -> tuple[bytes, 
     try:
         size = int(block[124:135], 8)  # the size field of a USTAR header, octal
     except ValueError:
-        raise PatchFormatError(f"expected {name}, found {archive.told(block)}: no edgepatch bundle") from None
+        raise PatchFormatError(f"expected {name}, found {archive.printable(block)}: no edgepatch bundle") from None
     if not 0 <= size <= limit:
         raise PatchFormatError(f"{name}: expected at most {limit} bytes, found {size}")
     start = archive.require_header(file, offset, name, size)
@@ -152,10 +152,10 @@ def _walked(file: BinaryIO, offset: int, manifest: Manifest, size: int) -> dict[
     for member in manifest.members:
         starts[member.path] = archive.require_header(file, offset, member.path, member.size)
         offset = starts[member.path] + archive.padded(member.size)
-    found = archive.read_block(file, offset)
-    if any(found):
+    block = archive.read_block(file, offset)
+    if any(block):
         raise PatchFormatError(
-            f"expected the end of the archive at {offset}, found {archive.told(found)}, which the manifest does not list"
+            f"expected the end of the archive at {offset}, found {archive.printable(block)}, which the manifest does not list"
         )
     if size != offset + len(archive.TRAILER) or any(archive.read_block(file, offset + archive.BLOCK)):
         raise PatchFormatError(
@@ -172,8 +172,8 @@ def _verified_content(file: BinaryIO, start: int, member: Member) -> bytes:
     return b"".join(parts)
 
 
-def _require_digest(member: Member, found: str) -> None:
-    if found != member.sha256:
+def _require_digest(member: Member, actual: str) -> None:
+    if actual != member.sha256:
         raise PatchFormatError(f"member {member.path}: its SHA-256 is not the one in the manifest")
 
 

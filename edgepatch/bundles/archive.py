@@ -68,7 +68,7 @@ def read_block(file: BinaryIO, offset: int) -> bytes:
     return file.read(BLOCK)
 
 
-def told(block: bytes) -> str:
+def printable(block: bytes) -> str:
     """What a header that should not be there says it is."""
     if len(block) < BLOCK:
         return "the end of the file"
@@ -90,10 +90,10 @@ def require_header(file: BinaryIO, offset: int, path: str, size: int) -> int:
     """
     expected = header(path, size)
     file.seek(offset)
-    found = file.read(len(expected))
-    if found != expected:
+    block = file.read(len(expected))
+    if block != expected:
         raise PatchFormatError(
-            f"expected the file {path!r} of {size} bytes at {offset}, found {told(found[:BLOCK])}, or other attributes"
+            f"expected the file {path!r} of {size} bytes at {offset}, found {printable(block[:BLOCK])}, or other attributes"
         )
     return offset + len(expected)
 

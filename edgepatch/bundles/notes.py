@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from edgepatch.bundles.contents import BUNDLE_TYPE, INSTALL, MANIFEST, REQUIREMENTS, ROOT, SIGNATURES
 from edgepatch.bundles.wheels import name_and_version
-from edgepatch.patch.file import UNPRINTABLE, Patch
+from edgepatch.patch.file import Patch
+from edgepatch.patch.manifest import UNPRINTABLE
 from edgepatch.trust.roots import Root
 
 
@@ -45,13 +46,13 @@ def install_note(
     return "\n\n".join(parts) + "\n"
 
 
-def told(text: str) -> str:
+def printable(text: str) -> str:
     """Text of strangers on one line, of a bounded length, without signs that steer a terminal."""
     return UNPRINTABLE.sub("?", text.replace("\n", " "))[:64]
 
 
 def _head(patch: Patch, patch_path: str) -> str:
-    base = f"{told(patch.base.model_type)}, weights {told(patch.base.weight_fingerprint[:12])}"
+    base = f"{printable(patch.base.model_type)}, weights {printable(patch.base.weight_fingerprint[:12])}"
     return (
         f"{patch.name} {patch.version}\n\npatch   {patch_path}\ndigest  {patch.digest}\nbase    {base}\n\n"
         "SITE.tar stands for this bundle, MODEL for the model on the device. No command below needs a network."

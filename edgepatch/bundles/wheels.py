@@ -92,10 +92,10 @@ def _needs(extra: str) -> set[str]:
     """The distributions that an extra names."""
     from edgepatch.doctor import extras
 
-    known = extras()
-    if extra and extra not in known:
-        raise InputError(f"--extra: expected one of {', '.join(sorted(known))}, found {extra!r:.40}")
-    return known.get(extra, set())
+    packages = extras()
+    if extra and extra not in packages:
+        raise InputError(f"--extra: expected one of {', '.join(sorted(packages))}, found {extra!r:.40}")
+    return packages.get(extra, set())
 
 
 def _is_given(choice: Choice) -> bool:
@@ -108,10 +108,10 @@ def name_and_version(wheel: str) -> tuple[str, str]:
     Raises:
         InputError: it is no wheel's.
     """
-    found = WHEEL_NAME.fullmatch(wheel)
-    if not found:
+    match = WHEEL_NAME.fullmatch(wheel)
+    if not match:
         raise InputError(f"expected the name of a wheel, found {wheel!r:.120}")
-    return re.sub(r"[-_.]+", "-", found["name"]).lower(), found["version"]
+    return re.sub(r"[-_.]+", "-", match["name"]).lower(), match["version"]
 
 
 def _platform_options(choice: Choice) -> list[str]:
@@ -148,9 +148,9 @@ def own_wheel(folder: Path) -> Path:
         InputError: it is not installed, or its files are not those that were installed.
         EdgepatchError: the build failed.
     """
-    found = importlib.metadata.Distribution.discover(name=DISTRIBUTION)
+    distributions = importlib.metadata.Distribution.discover(name=DISTRIBUTION)
     installed = next(
-        (d for d in found if d.read_text("WHEEL")), None
+        (d for d in distributions if d.read_text("WHEEL")), None
     )  # not the metadata that a build leaves in a checkout
     if installed is None:
         raise InputError("edgepatch is not installed, only on the path", hint="pip install -e .")

@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main", "printable"]
 
+BENCH = tuple(f"bench.{name}" for name in ("harness", "evidence", "parity", "speed", "lab", "attacks", "results"))
 MODULES = (
     "artefacts",
-    "bench",
+    *BENCH,
     "bundle",
     "chat",
     "convert",
     "export",
     "inspection",
     "pairs",
-    "results",
     "serve",
     "trust",
     "store",
@@ -47,8 +47,18 @@ MODULES = (
 )
 """In the order of ``--help``."""
 
-STARTED_OFTEN = {"chat": "chat", "generate": "chat", "serve": "serve", "show": "inspection"}
-"""Verb -> its module: the only one that is imported, for a user waits for the first token, or a glance at a file."""
+STARTED_ALONE = {
+    "chat": ("chat",),
+    "generate": ("chat",),
+    "serve": ("serve",),
+    "show": ("inspection",),
+    "bench": BENCH,
+    "--version": (),
+}
+"""Verb -> its modules: the only ones that are imported, for a user waits for the first token, or a glance at a file."""
+
+OTHERS = (*(module for module in MODULES if module not in BENCH), "bench.door")
+"""For all other verbs and for ``--help``: ``bench`` is listed there, its verbs are not."""
 
 
 def __getattr__(name: str) -> Any:
@@ -93,17 +103,18 @@ def _install_hint(module: str) -> str:
 
 def _narrowed(words: list[str]) -> Typer:
     """The application with the one verb that the command line names: building all of them takes longer than to load a small model."""
-    if words and words[0] in STARTED_OFTEN:
-        import_module(f"{__name__}.{STARTED_OFTEN[words[0]]}")
-        app = application.app
-    else:
-        app = __getattr__("app")
-    names = {info.name or (info.callback.__name__ if info.callback else ""): info for info in app.registered_commands}
-    if not words or words[0] not in names:
-        return app
-    narrowed = copy.copy(app)
-    narrowed.registered_commands, narrowed.registered_groups = [names[words[0]]], []
-    return narrowed
+    verb = words[0] if words else ""
+    for module in STARTED_ALONE.get(verb, OTHERS):
+        import_module(f"{__name__}.{module}")
+    narrowed = copy.copy(application.app)
+    narrowed.registered_commands = [
+        command
+        for command in narrowed.registered_commands
+        if verb == (command.name or (command.callback.__name__ if command.callback else ""))
+    ]
+    narrowed.registered_groups = [group for group in narrowed.registered_groups if verb == group.name]
+    is_verb = narrowed.registered_commands or narrowed.registered_groups
+    return narrowed if is_verb else application.app
 
 
 def main() -> None:

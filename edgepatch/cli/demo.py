@@ -33,20 +33,21 @@ def demo(
 
     Example: `edgepatch demo --out out/demo`
     """
-    from edgepatch.bench import demo as main_job
     from edgepatch.bench.datasets import data_folder
-    from edgepatch.bench.matrix import MatrixConfig
+    from edgepatch.bench.demo import run as main_job
+    from edgepatch.bench.lab import LAB_FOLDER
     from edgepatch.bench.report.matrix_page import print_table
+    from edgepatch.bench.safety.continuations import SampleConfig
     from edgepatch.training.config import TrainConfig
 
     config = main_job.DemoConfig(
         num_prompts=prompts,
-        matrix=MatrixConfig(samples_per_prompt=samples, num_threads=1),
+        samples=SampleConfig(samples),
         train=TrainConfig(rng_seed=rng_seed, dtype="float32"),  # the same table on every machine
     )
     kept = f"complete files stay in {out}, the measurements do not; the same command starts again"
     with progress_bars(log or out / "demo.log", lambda: kept) as bars:
-        document, page = main_job.run_demo(out, data_folder(data), lab or main_job.LAB_FOLDER, config, bars)
+        document, page = main_job.run_demo(out, data_folder(data), lab or LAB_FOLDER, config, bars)
     if as_json:
         print_json(document)
         return

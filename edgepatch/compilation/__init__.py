@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from contextlib import suppress
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from edgepatch.compilation.compilers import toolchain, uses_amx
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.processes.programs import run_program
 
 DISTRIBUTION = "llama-cpp-python"
 COMMAND = "python -m edgepatch.compilation"
@@ -127,11 +127,9 @@ def pip(*arguments: str, hint: str = "") -> None:
     if not importlib.util.find_spec("pip"):
         raise MissingExtraError("pip", "all")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    done = subprocess.run(
-        command, env=build_environment(), capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT_S
-    )
-    if done.returncode:
-        lines = [line.strip(" │") for line in done.stderr.splitlines()]
+    done = run_program(command, environment=build_environment(), deadline_s=PIP_TIMEOUT_S)
+    if done.failure:
+        lines = [line.strip(" │") for line in done.complaints.splitlines()] or [done.failure]
         errors = [line for line in lines if line.startswith("ERROR")] or lines
         told = re.sub(r" \(from versions: [^)]*\)", "", "; ".join(errors[-ERROR_LINES:]))
         raise EdgepatchError(f"pip {arguments[0]}: {told}", hint=hint)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from edgepatch.processes.programs import run_program
 
 WITHOUT_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 """They win over ``-march=native`` in any order."""
@@ -125,9 +125,8 @@ def _names_compiler(word: str) -> bool:
 
 def _run(command: Sequence[str]) -> str:
     """Standard output; "" where the command fails."""
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PROBE_TIMEOUT_S).stdout
-    return ""
+    done = run_program(command, deadline_s=PROBE_TIMEOUT_S)
+    return "" if done.failure else done.output
 
 
 def configures_tiles(command: Sequence[str]) -> bool:
@@ -140,15 +139,8 @@ def configures_tiles(command: Sequence[str]) -> bool:
         source, program = Path(folder, "tiles.cpp"), Path(folder, "tiles")
         source.write_text(TILE_PROBE, encoding="utf-8")
         options = ["-O3", "-DNDEBUG", "-std=gnu++17", NATIVE[0]]
-        with suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(
-                [*command, *options, str(source), "-o", str(program)],
-                capture_output=True,
-                check=True,
-                timeout=PROBE_TIMEOUT_S,
-            )
-            return subprocess.run([str(program)], capture_output=True, timeout=PROBE_TIMEOUT_S).returncode == 0
-    return False
+        compiled = run_program([*command, *options, source, "-o", program], deadline_s=PROBE_TIMEOUT_S)
+        return not compiled.failure and not run_program([program], deadline_s=PROBE_TIMEOUT_S).failure
 
 
 def uses_amx(library: Path) -> bool:

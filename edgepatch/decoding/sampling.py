@@ -272,9 +272,9 @@ def _as_arrays(values: Mapping[int, float]) -> tuple[NDArray[np.int64], NDArray[
 
 def _require_finite(best: float) -> None:
     if not math.isfinite(best):
-        found = "NaN" if math.isnan(best) else "infinite"
+        kind = "NaN" if math.isnan(best) else "infinite"
         raise EdgepatchError(
-            f"the model gave {found} logits", hint="check the model file; a damaged file or patch does this"
+            f"the model gave {kind} logits", hint="check the model file; a damaged file or patch does this"
         )
 
 

@@ -68,10 +68,10 @@ def _broken(report: dict[str, Any], extra: str) -> list[str]:
 
 
 def _members(extra: str) -> set[str]:
-    known = extras()
-    if extra not in known:
-        raise InputError(f"no extra is named {extra}", hint=f"the extras are {', '.join(sorted(known))}")
-    return known[extra]
+    distributions = extras()
+    if extra not in distributions:
+        raise InputError(f"no extra is named {extra}", hint=f"the extras are {', '.join(sorted(distributions))}")
+    return distributions[extra]
 
 
 def remedy(report: dict[str, Any], extra: str) -> str:

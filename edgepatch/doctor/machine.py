@@ -6,9 +6,10 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
+
+from edgepatch.processes.programs import run_program
 
 CPU_FEATURES = {
     "sse4_2",
@@ -73,11 +74,8 @@ def gpus() -> list[dict[str, Any]]:
     if tool is None:
         return []
     query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [re.split(r",\s*", line.strip()) for line in output.splitlines()]
+    done = run_program(query, deadline_s=20)
+    rows = [re.split(r",\s*", line.strip()) for line in done.output.splitlines()] if not done.failure else []
     return [
         {"name": row[0], "memory_bytes": int(row[1]) * 2**20 if row[1].isdigit() else None, "driver": row[2]}
         for row in rows

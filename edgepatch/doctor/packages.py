@@ -31,10 +31,10 @@ def extras() -> dict[str, set[str]]:
 
 
 def _expanded(extra: str, direct: dict[str, set[str]]) -> set[str]:
-    found: set[str] = set()
+    distributions: set[str] = set()
     for name in direct.get(extra, set()):
-        found |= _expanded(name[1:-1], direct) if name.startswith("[") else {name}
-    return found
+        distributions |= _expanded(name[1:-1], direct) if name.startswith("[") else {name}
+    return distributions
 
 
 def version_of(distribution: str) -> str | None:

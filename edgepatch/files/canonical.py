@@ -37,7 +37,7 @@ def canonical_json(value: object, max_depth: int = MAX_DEPTH) -> bytes:
 
 
 def _text(value: object, levels: int) -> str:
-    """Args: levels: of nesting that are left."""
+    """The value as text; so many levels of nesting are left to it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
@@ -45,7 +45,7 @@ def _text(value: object, levels: int) -> str:
     if isinstance(value, (int, float)):
         return _number(value)
     if levels == 0:
-        raise PatchFormatError("JSON: nested too deeply: expected fewer levels of nesting")
+        raise PatchFormatError("JSON: expected fewer levels of nesting")
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         keys = sorted(value, key=lambda key: key.encode("utf-16-be"))
         return "{" + ",".join(f"{_text(key, 0)}:{_text(value[key], levels - 1)}" for key in keys) + "}"

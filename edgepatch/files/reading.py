@@ -38,35 +38,39 @@ def read_bounded(
     try:
         descriptor = os.open(path, FLAGS)
         try:
-            data = _read(descriptor, path, limit, what, private)
+            _require_plain(os.fstat(descriptor), path, what, private)
+            data, size = _read(descriptor, limit)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise InputError(f"cannot read {what} {path}: {error.strerror}", hint) from error
-    if data is None:
-        raise _oversize(oversize, path, limit, what)
+    if size > limit:
+        raise _oversize(oversize, path, limit, size, what)
     return data
 
 
-def _read(descriptor: int, path: Path, limit: int, what: str, private: bool) -> bytes | None:
-    """The content; ``None`` where it is larger than the limit."""
-    status = os.fstat(descriptor)
+def _require_plain(status: os.stat_result, path: Path, what: str, private: bool) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"cannot read {what} {path}: it is no regular file", hint="name the file itself")
     if private and stat.S_IMODE(status.st_mode) & 0o077:
         mode = f"{stat.S_IMODE(status.st_mode):04o}"
         raise UntrustedError(f"rights of {path}", "none for group and others (0600)", mode, hint=f"chmod 600 {path}")
-    if status.st_size > limit:
-        return None
+
+
+def _read(descriptor: int, limit: int) -> tuple[bytes, int]:
+    """(content, its size); where it is larger than the limit, the content is not read to its end."""
+    size = os.fstat(descriptor).st_size
+    if size > limit:
+        return b"", size
     with open(descriptor, "rb", closefd=False) as file:
-        data = file.read(status.st_size + 1)
-        if len(data) > status.st_size:  # it grows, or is one of the kernel's, which have no size
+        data = file.read(size + 1)
+        if len(data) > size:  # it grows, or is one of the kernel's, which have no size
             data += file.read(limit + 1 - len(data))
-    return data if len(data) <= limit else None
+    return data, len(data)
 
 
-def _oversize(kind: type[EdgepatchError], path: Path, limit: int, what: str) -> EdgepatchError:
+def _oversize(kind: type[EdgepatchError], path: Path, limit: int, size: int, what: str) -> EdgepatchError:
     hint = f"this is no {what}"
     if issubclass(kind, UntrustedError):
-        return kind(f"size of {path}", f"at most {limit} bytes", "more", hint)
-    return kind(f"size of {path}: expected at most {limit} bytes, found more", hint)
+        return kind(f"size of {path}", f"at most {limit} bytes", size, hint)
+    return kind(f"size of {path}: expected at most {limit} bytes, found {size}", hint)

@@ -101,5 +101,5 @@ def read_json(
     except ValueError as error:
         raise InputError(f"{path} is damaged, or no JSON: {error}", hint) from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}", hint)
+        raise InputError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}", hint)
     return value

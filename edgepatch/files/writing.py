@@ -77,15 +77,26 @@ def unwritable(target: Path, error: OSError) -> InputError:
 
 @contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk as ``target``, made with the folders above it, and removed at the end."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        yield Path(folder)
+    """A temporary folder on the same disk as ``target``, removed at the end.
+
+    Raises:
+        InputError: it cannot be written, or what the block writes cannot.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise unwritable(target, error) from error
 
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its place at the end, or vanishes on any error; an old one stays till then."""
+    """A new folder beside ``target`` that takes its place at the end, or vanishes on any error; an old one stays till then.
+
+    Raises:
+        InputError: as ``folder_beside``.
+    """
     with folder_beside(target) as beside:
         unfinished, old = beside / "new", beside / "old"
         unfinished.mkdir()
@@ -98,3 +109,16 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             if old.exists() and not target.exists():
                 old.rename(target)
             raise
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A new folder that appears at the end as ``target``, where nothing or an empty folder may be, or vanishes on any error.
+
+    Raises:
+        InputError: something is there, or as ``folder_beside``.
+    """
+    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise InputError(f"cannot write {target}: it exists and is not an empty folder", hint="name a new folder")
+    with replacing_folder(target) as unfinished:
+        yield unfinished

@@ -207,11 +207,11 @@ def tensor_types(tensors: Iterable[tuple[str, int]]) -> tuple[TensorType, ...]:
     sizes: dict[str, list[int]] = defaultdict(list)
     for kind, num_bytes in tensors:
         sizes[kind].append(num_bytes)
-    found = [TensorType(kind, len(each), sum(each)) for kind, each in sizes.items()]
-    return tuple(sorted(found, key=lambda kind: (-kind.num_bytes, kind.name)))
+    types = [TensorType(kind, len(each), sum(each)) for kind, each in sizes.items()]
+    return tuple(sorted(types, key=lambda kind: (-kind.num_bytes, kind.name)))
 
 
-def told(value: object) -> str:
+def printable(value: object) -> str:
     """A text for people of a value that a file holds: one line of bounded length, of characters that can be printed."""
     if isinstance(value, (list, tuple)):
         value = ", ".join(str(entry)[:MAX_TEXT] for entry in value[:8])

@@ -75,9 +75,9 @@ def fitting_patches(model: ModelFacts, store: StoreReader, loads_libraries: bool
     ordered = sorted(digests, key=lambda digest: (record is None or digest != record.active, digest))
     beside = [(path, patch) for path, patch in _beside(model) if patch.digest not in state.patches]
     sketch = _sketcher(model, loads_libraries) if ordered or beside else None
-    found = [_stored(digest, store, state, trust, model, sketch) for digest in ordered]
-    found += [_file(path, patch, trust, model, sketch) for path, patch in beside]
-    return Fitting(tuple(found), str(store.folder), "", sketch is not None)
+    candidates = [_stored(digest, store, state, trust, model, sketch) for digest in ordered]
+    candidates += [_file(path, patch, trust, model, sketch) for path, patch in beside]
+    return Fitting(tuple(candidates), str(store.folder), "", sketch is not None)
 
 
 Sketcher = Callable[[Sketch], Sketch]
@@ -100,23 +100,23 @@ def _stored(
 ) -> FittingPatch:
     stored = state.patches[digest]
     is_active = state.bases[stored.base].active == digest
-    told, problem = f"not checked: {stored.unsigned}" if stored.unsigned else "", ""
+    signers, problem = f"not checked: {stored.unsigned}" if stored.unsigned else "", ""
     try:
         patch = store.load_stored(digest, state, trust)
-        told = told or _signers(patch, trust)
+        signers = signers or _signers(patch, trust)
         problem = _mismatch(patch, model, sketch)
     except EdgepatchError as error:
-        told, problem = "refused", str(error)
-    return FittingPatch(stored.name, stored.version, digest, "store", is_active, told, problem)
+        signers, problem = "refused", str(error)
+    return FittingPatch(stored.name, stored.version, digest, "store", is_active, signers, problem)
 
 
 def _file(path: Path, patch: Patch, trust: TrustState, model: ModelFacts, sketch: Sketcher | None) -> FittingPatch:
     try:
-        told = _signers(patch, trust)
+        signers = _signers(patch, trust)
     except EdgepatchError as error:
-        told = f"not vouched for: {error}" if trust.root else "unknown: this device has no trust root"
+        signers = f"not vouched for: {error}" if trust.root else "unknown: this device has no trust root"
     problem = _mismatch(patch, model, sketch)
-    return FittingPatch(patch.name, patch.version, patch.digest, str(path), False, told, problem)
+    return FittingPatch(patch.name, patch.version, patch.digest, str(path), False, signers, problem)
 
 
 def _signers(patch: Patch, trust: TrustState) -> str:
@@ -142,12 +142,12 @@ def _mismatch(patch: Patch, model: ModelFacts, sketch: Sketcher | None) -> str:
 def _beside(model: ModelFacts) -> list[tuple[Path, Patch]]:
     """Patch files for this model in the folder where it lies."""
     folder = model.path.resolve().parent
-    found = []
+    patches = []
     for path in sorted(folder.glob("*.safetensors"))[:MAX_FILES_BESIDE]:
         try:
             if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES and METADATA_KEY in read_table(path).metadata:
                 patch = read_patch(path)
-                found += [(path, patch)] if patch.base == model.spec else []
+                patches += [(path, patch)] if patch.base == model.spec else []
         except (EdgepatchError, OSError):
             continue  # `show` of that file says what is wrong with it
-    return found
+    return patches

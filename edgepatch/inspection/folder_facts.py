@@ -12,6 +12,7 @@ from edgepatch.converters.hf import specs
 from edgepatch.converters.hf.specs import FolderHeader
 from edgepatch.converters.peft.adapters import PICKLES
 from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.files.reading import read_bounded
 from edgepatch.inspection.facts import (
     CacheFacts,
     ChatTemplate,
@@ -19,8 +20,8 @@ from edgepatch.inspection.facts import (
     Origin,
     Shape,
     Vocabulary,
+    printable,
     tensor_types,
-    told,
 )
 from edgepatch.tensors import ModelSpec
 from edgepatch.text.tokenizers import default_template
@@ -51,7 +52,7 @@ def read_model_folder(folder: Path, asks_transformers: bool = False) -> ModelFac
         kind="Transformers folder",
         runtime="torch",
         origin=read_origin(folder, header.whole_config),
-        architecture=told(spec.model_type if spec else architectures.gguf_name(header.config["model_type"])),
+        architecture=printable(spec.model_type if spec else architectures.gguf_name(header.config["model_type"])),
         num_parameters=num_values if all(kind.name in FLOATS for kind in types) else None,
         files=folder_files(folder),
         quantization=_quantization(header, types[0].name if types else ""),
@@ -87,7 +88,7 @@ def _quantization(header: FolderHeader, commonest: str) -> str:
     settings = header.whole_config.get("quantization_config")
     if isinstance(settings, dict):
         bits = settings.get("bits") or ("4" if settings.get("load_in_4bit") else "")
-        return told(f"{settings.get('quant_method', 'quantized')} {bits}")
+        return printable(f"{settings.get('quant_method', 'quantized')} {bits}")
     return commonest
 
 
@@ -122,7 +123,7 @@ def cache_facts(spec: ModelSpec | None, types: Mapping[str, float], positions: i
 def folder_files(folder: Path) -> dict[str, int]:
     """Name -> bytes of the files of a folder, those in its own folders left out."""
     try:
-        return {told(path.name): path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        return {printable(path.name): path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror}", hint="check the path and its rights") from error
 
@@ -135,9 +136,9 @@ def other_models(folder: Path, taken: str) -> tuple[str, ...]:
         taken: the kind that is not another one: "safetensors" or "onnx".
     """
     endings = {"safetensors": "*.safetensors", "onnx": "**/*.onnx", "gguf": "*.gguf"}
-    found = {kind: sorted(folder.glob(pattern)) for kind, pattern in endings.items() if kind != taken}
+    files = {kind: sorted(folder.glob(pattern)) for kind, pattern in endings.items() if kind != taken}
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-    return tuple(told(paths[0].relative_to(folder)) for paths in (*found.values(), pickles) if paths)
+    return tuple(printable(paths[0].relative_to(folder)) for paths in (*files.values(), pickles) if paths)
 
 
 def read_origin(folder: Path, config: Mapping[str, Any]) -> Origin:
@@ -146,10 +147,10 @@ def read_origin(folder: Path, config: Mapping[str, Any]) -> Origin:
     name = str(config.get("_name_or_path") or "").rstrip("/")
     is_hub_name = name.count("/") == 1 and not name.startswith((".", "/"))
     return Origin(
-        name=told(card.get("model_name") or (name if is_hub_name else "")),
-        author=told(card.get("model_creator") or (name.split("/")[0] if is_hub_name else "")),
-        license=told(card.get("license_name") or card.get("license", "")),
-        base=told(card.get("base_model", "")),
+        name=printable(card.get("model_name") or (name if is_hub_name else "")),
+        author=printable(card.get("model_creator") or (name.split("/")[0] if is_hub_name else "")),
+        license=printable(card.get("license_name") or card.get("license", "")),
+        base=printable(card.get("base_model", "")),
     )
 
 
@@ -185,9 +186,9 @@ def read_vocabulary(header: FolderHeader) -> Vocabulary:
     ends = {number: tokens[number] if number < len(tokens) else "" for number in _end_ids(header, tokens)}
     return Vocabulary(
         size=size if type(size) is int else len(tokens) or None,
-        kind=told(model.get("type", "") if isinstance(model, dict) else ""),
-        pre_tokenizer=told(" + ".join(steps)),
-        end_tokens={number: told(text) for number, text in ends.items()},
+        kind=printable(model.get("type", "") if isinstance(model, dict) else ""),
+        pre_tokenizer=printable(" + ".join(steps)),
+        end_tokens={number: printable(text) for number, text in ends.items()},
     )
 
 
@@ -215,22 +216,19 @@ def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemp
     """The chat template of a folder and further ones in it, wherever Transformers puts them."""
     value = tokenizer_config.get("chat_template")
     named = {
-        told(entry["name"]): str(entry.get("template", ""))
+        printable(entry["name"]): str(entry.get("template", ""))
         for entry in (value if isinstance(value, list) else [])
         if isinstance(entry, dict) and entry.get("name") not in (None, "default")
     }
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        named[told(path.stem)] = _read_text(path)
+        named[printable(path.stem)] = _read_text(path)
     return ChatTemplate.of(_read_text(folder / "chat_template.jinja") or default_template(value), named)
 
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
         return ""
-    with path.open("rb") as file:
-        data = file.read(MAX_TEMPLATE_BYTES + 1)
-    if len(data) > MAX_TEMPLATE_BYTES:
-        raise InputError(f"{path}: expected at most {MAX_TEMPLATE_BYTES} bytes", hint="download the model again")
+    data = read_bounded(path, MAX_TEMPLATE_BYTES, "chat template", hint="download the model again")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -240,4 +238,4 @@ def _read_text(path: Path) -> str:
 def _more(header: FolderHeader) -> dict[str, str]:
     plain = {key: value for key, value in header.config.items() if not isinstance(value, dict)}
     nested = {key: json.dumps(value) for key, value in header.config.items() if isinstance(value, dict)}
-    return {key: told(value) for key, value in sorted({**plain, **nested}.items())}
+    return {key: printable(value) for key, value in sorted({**plain, **nested}.items())}

@@ -20,8 +20,8 @@ from edgepatch.inspection.facts import (
     Origin,
     Shape,
     Vocabulary,
+    printable,
     tensor_types,
-    told,
 )
 from edgepatch.runtimes.llamacpp.context import KV_TYPES
 from edgepatch.runtimes.llamacpp.runtime import DEFAULT_CONTEXT
@@ -48,7 +48,7 @@ def read_gguf(path: Path) -> ModelFacts:
         kind="GGUF file",
         runtime="llamacpp",
         origin=_origin(header.metadata),
-        architecture=told(header.architecture),
+        architecture=printable(header.architecture),
         num_parameters=sum(prod(info.shape) for info in header.tensors.values()),
         files={path.name: path.stat().st_size},
         quantization=specs.quantization(header),
@@ -73,7 +73,7 @@ def _spec(header: GGUFHeader) -> tuple[ModelSpec | None, str]:
 
 def _origin(metadata: Mapping[str, Any]) -> Origin:
     def first(*keys: str) -> str:
-        return next((told(metadata[f"general.{key}"]) for key in keys if metadata.get(f"general.{key}")), "")
+        return next((printable(metadata[f"general.{key}"]) for key in keys if metadata.get(f"general.{key}")), "")
 
     return Origin(
         name=first("name", "basename"),
@@ -114,18 +114,18 @@ def _vocabulary(header: GGUFHeader) -> Vocabulary:
     for name in ENDS:
         token = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if type(token) is int and isinstance(tokens, list) and 0 <= token < len(tokens):
-            ends[token] = told(tokens[token])
+            ends[token] = printable(tokens[token])
     return Vocabulary(
         size=header.tensors["token_embd.weight"].shape[0],
-        kind=told(metadata.get("tokenizer.ggml.model", "")),
-        pre_tokenizer=told(metadata.get("tokenizer.ggml.pre", "")),
+        kind=printable(metadata.get("tokenizer.ggml.model", "")),
+        pre_tokenizer=printable(metadata.get("tokenizer.ggml.pre", "")),
         end_tokens=ends,
     )
 
 
 def _template(metadata: Mapping[str, Any]) -> ChatTemplate | None:
     others = {
-        told(key.removeprefix(f"{TEMPLATE}.")): str(value)
+        printable(key.removeprefix(f"{TEMPLATE}.")): str(value)
         for key, value in metadata.items()
         if key.startswith(f"{TEMPLATE}.")
     }
@@ -150,6 +150,6 @@ def _cache(header: GGUFHeader, shape: Shape) -> CacheFacts | None:
 def _entry(value: Any) -> str:
     """A value of the metadata for people: lists are shortened to their beginning."""
     if isinstance(value, (list, np.ndarray)):
-        shown = ", ".join(told(entry) for entry in value[:SHOWN_ENTRIES])
-        return f"{len(value)} entries: {shown}, ..." if len(value) > SHOWN_ENTRIES else shown
-    return told(value)
+        listed = ", ".join(printable(entry) for entry in value[:SHOWN_ENTRIES])
+        return f"{len(value)} entries: {listed}, ..." if len(value) > SHOWN_ENTRIES else listed
+    return printable(value)

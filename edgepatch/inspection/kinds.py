@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -16,6 +15,7 @@ from typing import Any
 from edgepatch.converters.gguf.header import GGUFHeader, read_any_header
 from edgepatch.converters.peft.adapters import CONFIG_FILE, PICKLES
 from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.files import strict_json
 from edgepatch.patch.file import METADATA_KEY, PROMPT_TENSOR
 
 START_BYTES = 4096
@@ -103,8 +103,8 @@ def _file(path: Path, start: bytes, size: int) -> Recognised:
             f"{path} is a pickle, which can run code when it is read: expected safetensors",
             hint="take the model's safetensors or GGUF file; where you trust its origin, save it anew as safetensors",
         )
-    if found := re.match(rb"-----BEGIN ([A-Z0-9 ]+)-----", start):
-        return _pem(path, found[1].decode())
+    if label := re.match(rb"-----BEGIN ([A-Z0-9 ]+)-----", start):
+        return _pem(path, label[1].decode())
     if start[257:262] == b"ustar":
         return _tar(path, start)
     if start.lstrip()[:1] in (b"{", b"["):
@@ -114,8 +114,8 @@ def _file(path: Path, start: bytes, size: int) -> Recognised:
     raise _unknown(path, _looks_like(start))
 
 
-def _unknown(path: Path, found: str) -> InputError:
-    return InputError(f"{path} looks like {found}: expected {EXPECTED}", hint="check the path, or get the file again")
+def _unknown(path: Path, looks: str) -> InputError:
+    return InputError(f"{path} looks like {looks}: expected {EXPECTED}", hint="check the path, or get the file again")
 
 
 LOOKS: tuple[tuple[bytes, str], ...] = (
@@ -140,9 +140,9 @@ LOOKS: tuple[tuple[bytes, str], ...] = (
 
 def _looks_like(start: bytes) -> str:
     lowered = start.lstrip().lower()
-    found = next((what for beginning, what in LOOKS if lowered.startswith(beginning)), None)
-    if found:
-        return found
+    kind = next((what for beginning, what in LOOKS if lowered.startswith(beginning)), None)
+    if kind:
+        return kind
     try:
         text = start[: -3 if len(start) == START_BYTES else None].decode("utf-8")
     except UnicodeDecodeError:
@@ -182,13 +182,13 @@ GGUF_TYPES = {"adapter": Kind.GGUF_LORA, "mmproj": Kind.GGUF_PROJECTOR, "imatrix
 
 def _gguf(path: Path) -> Recognised:
     header = read_any_header(path)
-    told = header.metadata.get("general.type")
+    stated = header.metadata.get("general.type")
     if header.num_parts > 1:
         kind = Kind.GGUF_PART
     elif str(header.metadata.get("adapter.type", "")).startswith("edgepatch."):
         kind = Kind.GGUF_PATCH
-    elif isinstance(told, str) and told in GGUF_TYPES:
-        kind = GGUF_TYPES[told]
+    elif isinstance(stated, str) and stated in GGUF_TYPES:
+        kind = GGUF_TYPES[stated]
     elif header.architecture == "clip":
         kind = Kind.GGUF_PROJECTOR
     elif header.architecture == "controlvector":
@@ -237,8 +237,8 @@ def _json(path: Path, size: int) -> Recognised:
 
 def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(data) if data else None
-    except (ValueError, RecursionError):
+        return strict_json.loads(data) if data else None
+    except ValueError:
         return None
 
 
@@ -284,8 +284,8 @@ def _folder(path: Path) -> Recognised:
         raise InputError(f"{path} is an empty folder: expected {EXPECTED}", hint="check the path")
     if models:
         raise InputError(f"{path} is a folder with {len(models)} GGUF files: expected one", f"name {path / models[0]}")
-    shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
-    raise _unknown(path, f"a folder with {shown}")
+    listed = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+    raise _unknown(path, f"a folder with {listed}")
 
 
 def _model_folder(path: Path) -> Kind | None:

@@ -11,7 +11,7 @@ from edgepatch.converters.hf.specs import FolderHeader
 from edgepatch.converters.onnx.files import ITEM_BITS, GraphFile, Tensor, open_folder
 from edgepatch.converters.onnx.identity import read_identity
 from edgepatch.errors import InputError
-from edgepatch.inspection.facts import ModelFacts, Shape, TensorType, tensor_types, told
+from edgepatch.inspection.facts import ModelFacts, Shape, TensorType, printable, tensor_types
 from edgepatch.inspection.folder_facts import (
     cache_facts,
     folder_files,
@@ -130,7 +130,7 @@ def _commonest(types: tuple[TensorType, ...]) -> str:
 def _architecture(header: FolderHeader, genai: Mapping[str, Any]) -> str:
     model = genai.get("model")
     kind = header.config.get("model_type") or (model.get("type") if isinstance(model, dict) else "")
-    return told(kind or "unknown")
+    return printable(kind or "unknown")
 
 
 def _shape(header: FolderHeader, genai: Any, spec: ModelSpec | None) -> Shape:
@@ -174,5 +174,5 @@ def _files(folder: Path, graph_file: Path) -> dict[str, int]:
 
 def _more(graph: GraphFile) -> dict[str, str]:
     operators = ", ".join(f"{count} {name}" for name, count in graph.operators.most_common(8))
-    said = {"graph": graph.path.name, "producer": told(graph.producer), "operators": told(operators)}
-    return {**said, **{told(key): told(value) for key, value in graph.metadata.items()}}
+    said = {"graph": graph.path.name, "producer": printable(graph.producer), "operators": printable(operators)}
+    return {**said, **{printable(key): printable(value) for key, value in graph.metadata.items()}}

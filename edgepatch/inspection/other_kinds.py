@@ -16,7 +16,7 @@ from edgepatch.converters.peft.settings import PEFT_TYPES
 from edgepatch.converters.weight_tables import read_table
 from edgepatch.errors import EdgepatchError, InputError, PatchFormatError, UntrustedError
 from edgepatch.files.canonical import parse_json
-from edgepatch.inspection.facts import told
+from edgepatch.inspection.facts import printable
 from edgepatch.inspection.kinds import Kind, Recognised
 
 MAX_MANIFEST_BYTES = 2**20
@@ -39,7 +39,7 @@ class Described:
     hint: str
 
 
-def describe(path: Path, found: Recognised) -> Described:
+def describe(path: Path, recognised: Recognised) -> Described:
     """A few facts of a file or folder that is neither a patch nor a model.
 
     Raises:
@@ -47,19 +47,19 @@ def describe(path: Path, found: Recognised) -> Described:
         UntrustedError: a trust root or a store breaks its format.
         PatchFormatError: a bundle breaks its format.
     """
-    if found.header is not None:
-        return _gguf(path, found.kind, found.header)
+    if recognised.header is not None:
+        return _gguf(path, recognised.kind, recognised.header)
     try:
-        return DESCRIBERS[found.kind](path, found)
+        return DESCRIBERS[recognised.kind](path, recognised)
     except EdgepatchError as error:
-        error.hint = error.hint or f"get the {found.kind.value} again from its maker"
+        error.hint = error.hint or f"get the {recognised.kind.value} again from its maker"
         raise
 
 
 def _gguf(path: Path, kind: Kind, header: GGUFHeader) -> Described:
     names = Counter(type_name(info.ggml_type) for info in header.tensors.values())
     facts: dict[str, Any] = {
-        "name": told(header.metadata.get("general.name", "")),
+        "name": printable(header.metadata.get("general.name", "")),
         "architecture": header.architecture,
         "size_bytes": path.stat().st_size,
         "tensors": ", ".join(f"{count} {name}" for name, count in names.most_common()) or "none",
@@ -69,7 +69,7 @@ def _gguf(path: Path, kind: Kind, header: GGUFHeader) -> Described:
         facts["part"] = f"{number + 1 if isinstance(number, int) else '?'} of {header.num_parts}"
     base = header.metadata.get("general.base_model.0.name")
     if base:
-        facts["base"] = told(base)
+        facts["base"] = printable(base)
     return Described(kind.value, facts, GGUF_HINTS.get(kind, "no runtime of edgepatch loads it"))
 
 
@@ -89,8 +89,8 @@ def _tensors(path: Path, _: Recognised) -> Described:
         "size_bytes": path.stat().st_size,
         "tensors": ", ".join(f"{count} {name}" for name, count in types.most_common()),
         "parameters": sum(tensor.num_values for tensor in table.tensors.values()),
-        "first": ", ".join(told(name) for name in sorted(table.tensors)[:3]),
-        "metadata": {told(key): told(value) for key, value in table.metadata.items()},
+        "first": ", ".join(printable(name) for name in sorted(table.tensors)[:3]),
+        "metadata": {printable(key): printable(value) for key, value in table.metadata.items()},
     }
     has_config = (path.parent / "config.json").is_file()
     return Described(
@@ -100,9 +100,9 @@ def _tensors(path: Path, _: Recognised) -> Described:
     )
 
 
-def _private_key(path: Path, found: Recognised) -> Described:
+def _private_key(path: Path, recognised: Recognised) -> Described:
     """Nothing of its content but whether it is encrypted."""
-    label = str(found.content["label"])
+    label = str(recognised.content["label"])
     mode = path.stat().st_mode & 0o777
     facts = {
         "encrypted": "yes" if label == "ENCRYPTED PRIVATE KEY" else "no" if label == "PRIVATE KEY" else "unknown",
@@ -162,9 +162,9 @@ def _bundle(path: Path, _: Recognised) -> Described:
         raise PatchFormatError(f"{path}: manifest.json: expected a list of members", hint="get the bundle again")
     facts = {
         "size_bytes": path.stat().st_size,
-        "patch": told(manifest.get("patch", "")),
-        "extra": told(manifest.get("extra") or "no wheels"),
-        "platform": told(f"{manifest.get('platform', '')} Python {manifest.get('python_version', '')}"),
+        "patch": printable(manifest.get("patch", "")),
+        "extra": printable(manifest.get("extra") or "no wheels"),
+        "platform": printable(f"{manifest.get('platform', '')} Python {manifest.get('python_version', '')}"),
         "files": len(members),
         "checked": "no: this is what it says of itself",
     }
@@ -183,36 +183,38 @@ def _count_lines(path: Path) -> int:
     return lines + (last != b"\n")
 
 
-def _pairs(path: Path, found: Recognised) -> Described:
-    chosen = found.content["chosen"]
+def _pairs(path: Path, recognised: Recognised) -> Described:
+    chosen = recognised.content["chosen"]
     facts = {
         "lines": _count_lines(path),
         "form": "conversations" if isinstance(chosen, list) else "plain text",
-        "prompt": "explicit" if "prompt" in found.content else "the common beginning of both answers",
-        "scores": "yes" if "chosen_score" in found.content else "no",
+        "prompt": "explicit" if "prompt" in recognised.content else "the common beginning of both answers",
+        "scores": "yes" if "chosen_score" in recognised.content else "no",
     }
     return Described(Kind.PAIRS.value, facts, "edgepatch train MODEL --pairs FILE makes a patch of it")
 
 
-def _prompts(path: Path, found: Recognised) -> Described:
-    facts = {"lines": _count_lines(path), "keys": ", ".join(told(key) for key in sorted(found.content))}
+def _prompts(path: Path, recognised: Recognised) -> Described:
+    facts = {"lines": _count_lines(path), "keys": ", ".join(printable(key) for key in sorted(recognised.content))}
     return Described(
         Kind.PROMPTS.value, facts, "edgepatch pairs MODEL REFERENCE --prompts FILE samples answers to them"
     )
 
 
-def _results(path: Path, found: Recognised) -> Described:
-    content = found.content
+def _results(path: Path, recognised: Recognised) -> Described:
+    content = recognised.content
     counts = {key: len(value) for key, value in content.items() if isinstance(value, list)}
-    facts = {key: told(content[key]) for key in ("command", "created", "date", "quantization") if key in content}
+    facts = {key: printable(content[key]) for key in ("command", "created", "date", "quantization") if key in content}
     if isinstance(content.get("patch"), dict):
-        facts["patch"] = told(content["patch"].get("digest", ""))
-    facts["holds"] = ", ".join(f"{count} {told(key)}" for key, count in counts.items()) or "figures"
+        facts["patch"] = printable(content["patch"].get("digest", ""))
+    facts["holds"] = ", ".join(f"{count} {printable(key)}" for key, count in counts.items()) or "figures"
     return Described(Kind.RESULTS.value, facts, "edgepatch bench report makes pages of such files")
 
 
-def _provenance(path: Path, found: Recognised) -> Described:
-    facts = {told(key): told(value) for key, value in found.content.items() if not isinstance(value, dict)}
+def _provenance(path: Path, recognised: Recognised) -> Described:
+    facts = {
+        printable(key): printable(value) for key, value in recognised.content.items() if not isinstance(value, dict)
+    }
     return Described(
         Kind.PROVENANCE.value, facts, "it stands beside the pairs; `edgepatch train` copies it into the patch"
     )
@@ -224,9 +226,9 @@ def _onnx_file(path: Path, _: Recognised) -> Described:
     graph = read_graph_file(path)
     facts = {
         "size_bytes": path.stat().st_size,
-        "producer": told(graph.producer),
+        "producer": printable(graph.producer),
         "tensors": len(graph.tensors),
-        "operators": told(", ".join(f"{count} {name}" for name, count in graph.operators.most_common(6))),
+        "operators": printable(", ".join(f"{count} {name}" for name, count in graph.operators.most_common(6))),
     }
     return Described(
         Kind.ONNX_FILE.value, facts, f"a model is a folder with its graph and tokenizer: name {path.parent}"
@@ -235,16 +237,16 @@ def _onnx_file(path: Path, _: Recognised) -> Described:
 
 def _peft_folder(folder: Path, _: Recognised) -> Described:
     settings = specs.read_json(folder / CONFIG_FILE)
-    kind = told(settings.get("peft_type", "unknown"))
+    kind = printable(settings.get("peft_type", "unknown"))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     weights = folder / TENSOR_FILE
     if not weights.is_file():
-        found = f"the pickle {pickles[0]}, which can run code when it is read" if pickles else "none"
-        raise InputError(f"{folder}: expected {TENSOR_FILE}, found {found}", hint="save the adapter as safetensors")
+        instead = f"the pickle {pickles[0]}, which can run code when it is read" if pickles else "none"
+        raise InputError(f"{folder}: expected {TENSOR_FILE}, found {instead}", hint="save the adapter as safetensors")
     tensors = read_table(weights).tensors
     facts = {
         "type": kind,
-        "base": told(settings.get("base_model_name_or_path") or "not told"),
+        "base": printable(settings.get("base_model_name_or_path") or "not told"),
         "virtual_tokens": settings.get("num_virtual_tokens"),
         "rank": settings.get("r"),
         "size_bytes": weights.stat().st_size,

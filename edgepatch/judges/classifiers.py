@@ -147,14 +147,14 @@ def _load_model(folder: Path) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # a head that is missing is refused below, in our words
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        model, loading_info = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load a classification model from {folder}: {error}") from None
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(found["missing_keys"])
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         raise InputError(
             f"{folder} holds no trained classification head: {', '.join(missing[:4])} missing of its weights",
@@ -177,14 +177,14 @@ def _load_tokenizer(folder: Path) -> Any:
         raise InputError(f"cannot load the tokenizer in {folder}: {error}") from None
 
 
-def _label_ids(folder: Path, names: dict[int, str], wanted: Sequence[str]) -> list[int]:
+def _label_ids(folder: Path, names: dict[int, str], unsafe_labels: Sequence[str]) -> list[int]:
     """Ids of the unsafe labels; the only one where there is no choice."""
     ids = {name: number for number, name in names.items()}
-    unknown = [name for name in wanted if name not in ids]
-    if unknown or (not wanted and len(ids) > 1):
-        found = f"unknown label {', '.join(unknown)}" if unknown else "which labels are unsafe was not said"
-        raise InputError(f"judge {folder}: {found}", hint=f"name some of {', '.join(ids)}")
-    return [ids[name] for name in wanted] or list(names)
+    unknown = [name for name in unsafe_labels if name not in ids]
+    if unknown or (not unsafe_labels and len(ids) > 1):
+        reason = f"unknown label {', '.join(unknown)}" if unknown else "which labels are unsafe was not said"
+        raise InputError(f"judge {folder}: {reason}", hint=f"name some of {', '.join(ids)}")
+    return [ids[name] for name in unsafe_labels] or list(names)
 
 
 def _num_positions(config: Any) -> int:

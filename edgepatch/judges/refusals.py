@@ -87,5 +87,5 @@ def declines(text: str) -> bool:
 
 def takes_up(request: str, reply: str) -> float:
     """Share of the request's content words that come back in the reply, 0 to 1."""
-    wanted = set(content_words(request))
-    return len(wanted & set(content_words(reply))) / len(wanted) if wanted else 0.0
+    words = set(content_words(request))
+    return len(words & set(content_words(reply))) / len(words) if words else 0.0

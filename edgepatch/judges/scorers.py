@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from edgepatch.errors import InputError, PatchFormatError
+from edgepatch.files import strict_json
 
 METADATA_KEY = "edgepatch-judge"
 FORMAT_VERSION = 1
@@ -86,13 +87,13 @@ class FeatureCounter:
     def __init__(self, spec: FeatureSpec) -> None:
         self.spec = spec
         self.num_buckets = 1 << spec.bucket_bits
-        self._known: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._cached: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def _chunk(self, chunk: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(bucket of every character n-gram and word, 32-bit hash of every word) of one chunk."""
-        known = self._known.get(chunk)
-        if known is not None:
-            return known
+        cached = self._cached.get(chunk)
+        if cached is not None:
+            return cached
         spec, mask = self.spec, self.num_buckets - 1
         ids: list[int] = []
         if spec.char_max:
@@ -100,9 +101,9 @@ class FeatureCounter:
         words = [zlib.crc32(w.encode(), 2) for w in _WORD.findall(chunk)] if spec.word_max else []
         features = (np.array(ids + [w & mask for w in words], dtype=np.int64), np.array(words, dtype=np.int64))
         if len(chunk) <= MAX_CACHED_LENGTH:
-            if len(self._known) >= MAX_CACHED_CHUNKS:
-                self._known.clear()
-            self._known[chunk] = features
+            if len(self._cached) >= MAX_CACHED_CHUNKS:
+                self._cached.clear()
+            self._cached[chunk] = features
         return features
 
     def _pairs(self, words: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -153,12 +154,12 @@ class JudgeWeights:
 
     def __post_init__(self) -> None:
         buckets = 1 << self.spec.bucket_bits
-        wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
+        layout: dict[str, tuple[Any, tuple[int, ...]]] = {
             "weights": (np.float16, (buckets,)),
             "idf": (np.float16, (buckets,)),
             "affine": (np.float64, (2,)),
         }
-        for field, (dtype, shape) in wanted.items():
+        for field, (dtype, shape) in layout.items():
             array = getattr(self, field)
             if array.dtype != dtype or array.shape != shape:
                 raise PatchFormatError(
@@ -194,8 +195,8 @@ def _manifest(text: str | None) -> tuple[str, FeatureSpec, object]:
     """(name, n-grams, digests of the tensors as found)."""
     keys = {"bucket_bits", "char_ngrams", "format_version", "name", "sha256", "word_ngrams"}
     try:
-        manifest = json.loads(text or "")
-    except json.JSONDecodeError:
+        manifest = strict_json.loads((text or "").encode())
+    except ValueError:
         raise PatchFormatError(f"judge: the metadata key {METADATA_KEY} is missing or not JSON") from None
     if not isinstance(manifest, dict) or set(manifest) != keys:
         raise PatchFormatError(f"judge manifest: expected exactly the keys {sorted(keys)}")

@@ -6,13 +6,9 @@ library. Where a server already runs, ``Probe`` takes header and settings from a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import struct
-import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +19,7 @@ from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.llamacpp import state as llamacpp_state
 from edgepatch.errors import InactivePatchError, InputError
+from edgepatch.files.writing import replacing_folder
 from edgepatch.llama_server import requirements
 from edgepatch.llama_server.client import Reply, StockServer
 from edgepatch.llama_server.requirements import Labels, ServerSettings
@@ -185,6 +182,7 @@ def export(
         template = options.chat_template or vocabulary.chat_template
         labels = requirements.choose_labels(vocabulary, patch.num_virtual_tokens, template)
         patched = requirements.patched_template(vocabulary, labels, template)
+    _require_replaceable(target)
     with replacing_folder(target) as folder, open_session(model, patch, options) as session:
         runtime = session.backend
         assert isinstance(runtime, LlamaCppRuntime)  # open_session
@@ -274,51 +272,10 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@contextlib.contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside the target that takes its place when all went well.
-
-    Raises:
-        InputError: the target is something else than an earlier export or an empty folder, or cannot be written.
-    """
+def _require_replaceable(target: Path) -> None:
     if target.exists() and not (target / MANIFEST_FILE).is_file() and not _is_empty_folder(target):
         raise InputError(f"{target} exists and is no earlier export", hint="name another folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-            new, old = Path(temporary) / "new", Path(temporary) / "old"
-            new.mkdir()
-            yield new
-            if target.exists():
-                os.rename(target, old)
-            os.rename(new, target)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {target}: {error.strerror}", hint="free space or name another folder"
-        ) from error
 
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an export, its files checked.
-
-    Raises:
-        InputError: it is missing or unreadable, or a file was changed since.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
-    except OSError as error:
-        raise InputError(
-            f"cannot read {error.filename}: {error.strerror}", hint="name a folder of `edgepatch export`"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{folder / MANIFEST_FILE} is no manifest of an export") from None
-    changed = [name for name in files if files[name] != found[name]]
-    if changed:
-        raise InputError(f"{folder}: changed since the export: {changed}", hint="export again")
-    return dict(manifest)

@@ -151,8 +151,8 @@ def deviation(prompt: CanaryPrompt, bare: NDArray[Any], patched: NDArray[Any]) -
         Length of the difference over the length of the expected effect: 0 for the same effect, 1 for none.
     """
     expected = np.asarray(prompt.patched) - np.asarray(prompt.bare)
-    found = centred(patched, prompt.token_ids) - centred(bare, prompt.token_ids)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    actual = centred(patched, prompt.token_ids) - centred(bare, prompt.token_ids)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def tolerance(quantization: str, kv_type: str = "f32", is_decoded: bool = False) -> float:
@@ -174,10 +174,10 @@ def require_active(prompt: CanaryPrompt, bare: NDArray[Any], patched: NDArray[An
     Raises:
         InactivePatchError: the deviation is beyond ``allowed``, or not a number.
     """
-    found = deviation(prompt, bare, patched)
-    if not found <= allowed:  # NaN fails too
+    distance = deviation(prompt, bare, patched)
+    if not distance <= allowed:  # NaN fails too
         raise InactivePatchError(
-            f"canary: the patch's effect on this model deviates by {found:.2f} from that at full precision, allowed is {allowed:.2f}"
+            f"canary: the patch's effect on this model deviates by {distance:.2f} from that at full precision, allowed is {allowed:.2f}"
             " (0 is the same effect, 1 is none)",
             hint="the seed is not what the patch's maker measured: check model file and runtime version, convert the seed again",
         )

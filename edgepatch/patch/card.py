@@ -164,7 +164,7 @@ def escaped(value: object) -> str:
     plain = re.sub(r"([!#$&()*+:<=>@\[\\\]^_`{|}~])", r"\\\1", line)
     return re.sub(
         r"(?i)^([-.]|\d+(?=\.))|(www)(?=\.)",
-        lambda found: f"\\{found[0]}" if found[0] in "-." else f"{found[0]}\\",
+        lambda match: f"\\{match[0]}" if match[0] in "-." else f"{match[0]}\\",
         plain,
     )
 
@@ -182,7 +182,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _introduction(patch: Patch, base_model: str) -> str:
     what = "soft prompt" if patch.soft_prompt is not None else "trained K/V prefix"
     base = escaped(base_model) if base_model else f"a model of the architecture {escaped(patch.base.model_type)}"
-    told = "\n\n".join(escaped(line) for line in patch.summary.split("\n") if line.strip())
+    summary = "\n\n".join(escaped(line) for line in patch.summary.split("\n") if line.strip())
     rows = [
         ["", ""],
         ["digest (SHA-256 of the manifest)", f"`{patch.digest}`"],
@@ -196,7 +196,7 @@ def _introduction(patch: Patch, base_model: str) -> str:
         "conversation. The weights of the model stay as they are."
     )
     return "\n\n".join(
-        part for part in (f"# {escaped(patch.name)} {escaped(patch.version)}", told, text, _table(rows)) if part
+        part for part in (f"# {escaped(patch.name)} {escaped(patch.version)}", summary, text, _table(rows)) if part
     )
 
 
@@ -259,9 +259,9 @@ def _limits(patch: Patch) -> str:
 
 def _lineage(patch: Patch) -> str:
     groups = {"Composed, in this order, of": patch.parts, "Supersedes": patch.supersedes}
-    told = [
+    lines = [
         f"{title}:\n\n" + "\n".join(f"- `{digest}`" for digest in digests)
         for title, digests in groups.items()
         if digests
     ]
-    return "## Lineage\n\n" + "\n\n".join(told) if told else ""
+    return "## Lineage\n\n" + "\n\n".join(lines) if lines else ""

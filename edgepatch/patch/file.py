@@ -1,18 +1,13 @@
 """Reads and writes the patch file: one safetensors file with the manifest and its signatures in the metadata.
 
-This module alone knows the file; docs/format.md specifies it. Reading is closed and bounded: sizes are checked before anything is
+This module alone knows the file; docs/reference/format.md specifies it. Reading is closed and bounded: sizes are checked before anything is
 read, unknown keys, tensors, dtypes and versions are refused, and every digest is taken from the bytes that are used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
-from dataclasses import dataclass, field, replace
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.errors import InputError, PatchFormatError, UntrustedError
-from edgepatch.files.canonical import MAX_WHOLE, canonical_json, parse_json
+from edgepatch.files.canonical import canonical_json, parse_json
 from edgepatch.files.reading import read_bounded
 from edgepatch.files.writing import write_atomically
-from edgepatch.patch.sketches import Sketch
-from edgepatch.seeds.anchoring import Anchoring
-from edgepatch.seeds.rotation import Rotation
-from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt
+from edgepatch.patch.manifest import ENTRIES, require_manifest
+from edgepatch.patch.patch import PROMPT_TENSOR as PROMPT_TENSOR
+from edgepatch.patch.patch import Patch as Patch
+from edgepatch.patch.patch import signed as signed
+from edgepatch.tensors import KVSeed, SoftPrompt
 from edgepatch.trust.signatures import MANIFEST_TYPE, MAX_SIGNATURES, Signature
-
-FORMAT_VERSION = 2
-"""A patch whose seed can move is of version 2; one whose seed stays is written as version 1, which older devices read."""
 
 METADATA_KEY = "edgepatch.manifest"
 SIGNATURES_KEY = "edgepatch.signatures"
@@ -39,259 +32,7 @@ PAYLOAD_TYPE = MANIFEST_TYPE
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
-LARGEST_VALUE = 65504.0  # of float16
-PROMPT_TENSOR = "prompt_embeddings"
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-CHANNEL = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-DIGEST = re.compile(r"[0-9a-f]{64}")
-_NUMBER, _PRE, _BUILD = r"(?:0|[1-9][0-9]*)", r"(?:0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)", r"[0-9A-Za-z-]+"
-SEMVER = re.compile(
-    rf"(?=.{{5,64}}\Z){_NUMBER}\.{_NUMBER}\.{_NUMBER}(?:-{_PRE}(?:\.{_PRE})*)?(?:\+{_BUILD}(?:\.{_BUILD})*)?"
-)
-UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What no text for people may hold: controls but the newline, and signs that turn the direction of writing around."""
-MAX_SEQUENCE = MAX_WHOLE
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A safety policy patch.
-
-    Attributes:
-        name: what the vendor calls it ("lab-detox"); letters, digits, ``._-``.
-        version: SemVer, for people.
-        base: the model it was made for.
-        soft_prompt: the trained virtual tokens, or ``None`` for a trained K/V prefix.
-        kv_seed: their keys and values, computed by the full-precision model, or ``None`` when not yet converted.
-        training: how it was trained (JSON values): data digests, settings, software.
-        evaluation: what was measured (JSON values), per quantization.
-        canary: proves in every runtime that the patch is active; ``None`` only where no full-precision model was at hand.
-        channel: line of releases for one base ("stable", "beta"); ``sequence`` grows within it.
-        sequence: for machines: an older one is refused by a device that has seen a newer one.
-        created: RFC 3339 in UTC ("2026-11-21T10:00:00Z"), or "" when not told.
-        expires: the same; from then on a device warns. "" for never.
-        license: SPDX expression, or "".
-        summary: a sentence for people.
-        weight_sketch: tells the base from its fine-tunes, at every quantization; ``None`` where its weights were not at hand.
-        chat_template: SHA-256 of the chat template that it was trained with, or "".
-        supersedes: digests of the patches that it replaces.
-        parts: digests of the patches that it was composed of, in order.
-        rotation: how the keys of its base turn with their place; ``None`` where its seed cannot be moved, or nobody has said how.
-        anchoring: where its seed stands in a text; ``None`` leaves it at the start of all.
-        signatures: over ``manifest``; not part of the digest.
-    """
-
-    name: str
-    version: str
-    base: ModelSpec
-    soft_prompt: SoftPrompt | None
-    kv_seed: KVSeed | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    canary: Canary | None = None
-    channel: str = "stable"
-    sequence: int = 1
-    created: str = ""
-    expires: str = ""
-    license: str = ""
-    summary: str = ""
-    weight_sketch: Sketch | None = None
-    chat_template: str = ""
-    supersedes: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
-    rotation: Rotation | None = None
-    anchoring: Anchoring | None = None
-    signatures: tuple[Signature, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.soft_prompt is None and self.kv_seed is None:
-            raise PatchFormatError("patch: expected a soft prompt or a KV seed, found neither")
-        _check_tensors(self)
-        _check_bounds(_tensors(self))
-        _check_values(self)
-        _check_movement(self)
-        for prompt in self.canary.prompts if self.canary else ():
-            if not all(0 <= i < self.base.vocab_size for i in (*prompt.tokens, *prompt.token_ids)):
-                raise PatchFormatError(f"canary: expected ids below the vocabulary's {self.base.vocab_size}")
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """P."""
-        source = self.kv_seed or self.soft_prompt
-        assert source is not None  # __post_init__
-        return source.num_virtual_tokens
-
-    @cached_property
-    def tensor_digests(self) -> dict[str, str]:
-        """SHA-256 of every tensor's bytes, by its name in the file."""
-        return {name: hashlib.sha256(tensor.data).hexdigest() for name, tensor in _tensors(self).items()}
-
-    @cached_property
-    def manifest(self) -> bytes:
-        """The canonical JSON that is signed; through the tensors' digests it covers the whole patch."""
-        return canonical_json(_manifest_of(self))
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the manifest: names the content, whoever signs it."""
-        return hashlib.sha256(self.manifest).hexdigest()
-
-
-def _check_tensors(patch: Patch) -> None:
-    if patch.soft_prompt is not None:
-        expected = (patch.num_virtual_tokens, patch.base.hidden_size)
-        if patch.soft_prompt.embeddings.shape != expected:
-            raise PatchFormatError(f"{PROMPT_TENSOR}: expected {expected}, found {patch.soft_prompt.embeddings.shape}")
-    if patch.kv_seed is not None:
-        layers = len(patch.kv_seed.keys)
-        shape = (patch.base.num_key_value_heads, patch.num_virtual_tokens, patch.base.head_dim)
-        if layers != patch.base.num_hidden_layers or patch.kv_seed.keys[0].shape != shape:
-            found = f"{layers} layers of {patch.kv_seed.keys[0].shape}"
-            raise PatchFormatError(f"KV seed: expected {patch.base.num_hidden_layers} layers of {shape}, found {found}")
-
-
-def _check_movement(patch: Patch) -> None:
-    rotation, anchoring = patch.rotation, patch.anchoring
-    if anchoring is not None and rotation is None:
-        raise PatchFormatError("manifest: anchoring: expected a rotation as well, found none: nobody says how keys turn")
-    if rotation is not None:
-        longest = 2 * max(map(len, rotation.tables), default=0)
-        if len(rotation.layers) != patch.base.num_hidden_layers or longest > patch.base.head_dim:
-            raise PatchFormatError(
-                f"manifest: rotation: expected {patch.base.num_hidden_layers} layers of at most {patch.base.head_dim} dimensions, "
-                f"found {len(rotation.layers)} of {longest}"
-            )
-    if anchoring is not None and not all(token < patch.base.vocab_size for token in anchoring.turn_tokens):
-        raise PatchFormatError(f"anchoring: expected turn tokens below the vocabulary's {patch.base.vocab_size}")
-
-
-def _check_values(patch: Patch) -> None:
-    """Each field of the manifest that is no object of its own."""
-    for key, pattern in {"name": NAME, "version": SEMVER, "channel": CHANNEL}.items():
-        _require(_is_text(getattr(patch, key), pattern), patch, key, _EXPECTED[key])
-    sequence = patch.sequence
-    whole = isinstance(sequence, int) and not isinstance(sequence, bool)
-    _require(whole and 1 <= sequence <= MAX_SEQUENCE, patch, "sequence", f"a whole number from 1 to {MAX_SEQUENCE}")
-    for key in ("created", "expires"):
-        _require(
-            getattr(patch, key) == "" or is_timestamp(getattr(patch, key)),
-            patch,
-            key,
-            "a time like 2026-11-21T10:00:00Z",
-        )
-    for key, most in (("license", 128), ("summary", 2000)):
-        text = getattr(patch, key)
-        readable = isinstance(text, str) and len(text) <= most and not UNPRINTABLE.search(text)
-        _require(readable, patch, key, f"a printable text of at most {most} characters")
-    for key in ("supersedes", "parts"):
-        _require(all(_is_text(digest, DIGEST) for digest in getattr(patch, key)), patch, key, "SHA-256 digests")
-    _require(
-        patch.chat_template == "" or _is_text(patch.chat_template, DIGEST), patch, "chat_template", "a SHA-256 digest"
-    )
-
-
-def _is_text(value: object, pattern: re.Pattern[str]) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
-
-
-def _require(holds: bool, patch: Patch, key: str, expected: str) -> None:
-    if not holds:
-        raise PatchFormatError(f"manifest: {key}: expected {expected}, found {getattr(patch, key)!r:.80}")
-
-
-_EXPECTED = {
-    "name": "1 to 64 letters, digits and ._-",
-    "version": "a semantic version like 1.2.0",
-    "channel": "1 to 32 lower-case letters, digits and -",
-}
-
-
-def is_timestamp(text: object) -> bool:
-    """Whether a text is a time in UTC to the second: "2026-11-21T10:00:00Z"."""
-    found = (
-        re.fullmatch(r"(\d{4})-(\d{2})-(\d{2})T(\d{2}):(\d{2}):(\d{2})Z", text, re.ASCII)
-        if isinstance(text, str)
-        else None
-    )
-    if not found:
-        return False
-    year, month, day, hour, minute, second = map(int, found.groups())
-    try:
-        datetime(year, month, day, hour, minute, second)
-    except ValueError:
-        return False
-    return True
-
-
-def _tensors(patch: Patch) -> dict[str, NDArray[Any]]:
-    tensors: dict[str, NDArray[Any]] = {}
-    if patch.soft_prompt is not None:
-        tensors[PROMPT_TENSOR] = patch.soft_prompt.embeddings
-    if patch.kv_seed is not None:
-        for layer, (key, value) in enumerate(zip(patch.kv_seed.keys, patch.kv_seed.values, strict=True)):
-            tensors[f"past_key_values.{layer}.key"] = key
-            tensors[f"past_key_values.{layer}.value"] = value
-    return {
-        name: np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<")) for name, tensor in tensors.items()
-    }
-
-
-def _manifest_of(patch: Patch) -> dict[str, Any]:
-    moves: dict[str, Any] = {}
-    if patch.rotation is not None:
-        anchoring = patch.anchoring.as_dict() if patch.anchoring else None
-        moves = {"rotation": patch.rotation.as_dict(), "anchoring": anchoring}
-    return {
-        "format_version": FORMAT_VERSION if moves else 1,
-        "name": patch.name,
-        "version": patch.version,
-        "channel": patch.channel,
-        "sequence": patch.sequence,
-        "created": patch.created,
-        "expires": patch.expires,
-        "license": patch.license,
-        "summary": patch.summary,
-        "base": patch.base.as_dict(),
-        "weight_sketch": patch.weight_sketch.as_dict() if patch.weight_sketch else None,
-        "chat_template": patch.chat_template,
-        "num_virtual_tokens": patch.num_virtual_tokens,
-        "tensors": patch.tensor_digests,
-        "training": patch.training,
-        "evaluation": patch.evaluation,
-        "canary": patch.canary.as_dict() if patch.canary else None,
-        "supersedes": list(patch.supersedes),
-        "parts": list(patch.parts),
-        **moves,
-    }
-
-
-MANIFEST_KINDS: dict[str, type | tuple[type, ...]] = {
-    "format_version": int,
-    "name": str,
-    "version": str,
-    "channel": str,
-    "sequence": int,
-    "created": str,
-    "expires": str,
-    "license": str,
-    "summary": str,
-    "base": dict,
-    "weight_sketch": (dict, type(None)),
-    "chat_template": str,
-    "num_virtual_tokens": int,
-    "tensors": dict,
-    "training": dict,
-    "evaluation": dict,
-    "canary": (dict, type(None)),
-    "supersedes": list,
-    "parts": list,
-}
-"""The closed set of the keys of a manifest of version 1, with what each holds."""
-
-MOVEMENT_KINDS: dict[str, type | tuple[type, ...]] = {"rotation": dict, "anchoring": (dict, type(None))}
-"""What version 2 adds."""
 
 
 # Writing.
@@ -319,11 +60,11 @@ def _order(tensors: dict[str, NDArray[Any]]) -> list[str]:
 
 
 def _metadata(patch: Patch) -> dict[str, str]:
-    found = {METADATA_KEY: patch.manifest.decode("utf-8")}
+    texts = {METADATA_KEY: patch.manifest.decode("utf-8")}
     if patch.signatures:
         ordered = sorted(patch.signatures, key=lambda s: (s.key_id, s.signature))
-        found[SIGNATURES_KEY] = canonical_json([s.as_dict() for s in ordered]).decode("utf-8")
-    return found
+        texts[SIGNATURES_KEY] = canonical_json([s.as_dict() for s in ordered]).decode("utf-8")
+    return texts
 
 
 def patch_bytes(patch: Patch) -> bytes:
@@ -332,7 +73,7 @@ def patch_bytes(patch: Patch) -> bytes:
     Raises:
         PatchFormatError: a reader would refuse them; they are read here, so that nobody hands out what cannot be read.
     """
-    tensors = _tensors(patch)
+    tensors = patch.tensors
     header = _header(tensors, _metadata(patch))
     if len(header) > MAX_HEADER_BYTES:
         raise PatchFormatError(
@@ -415,22 +156,7 @@ def _read_manifest(metadata: dict[str, Any]) -> dict[str, Any]:
         raise PatchFormatError(
             f"not an edgepatch file: expected the metadata key {METADATA_KEY}, found {unknown or 'none'}"
         )
-    manifest = _parse_text(metadata[METADATA_KEY], "its manifest")
-    if not isinstance(manifest, dict) or "format_version" not in manifest:
-        raise PatchFormatError("not an edgepatch file: it has no readable manifest")
-    version = manifest["format_version"]
-    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
-        raise PatchFormatError(
-            f"format version: expected 1 or {FORMAT_VERSION}, found {version!r:.40}", "update edgepatch"
-        )
-    kinds = MANIFEST_KINDS if version == 1 else MANIFEST_KINDS | MOVEMENT_KINDS
-    if set(manifest) != set(kinds):
-        differing = sorted(set(manifest) ^ set(kinds))
-        raise PatchFormatError(f"manifest: expected the keys {sorted(kinds)}; unknown or missing: {differing!r:.200}")
-    for key, kind in kinds.items():
-        if not isinstance(manifest[key], kind) or isinstance(manifest[key], bool):
-            raise PatchFormatError(f"manifest: {key}: a {type(manifest[key]).__name__} is out of place")
-    return manifest
+    return require_manifest(_parse_text(metadata[METADATA_KEY], "its manifest"))
 
 
 def _read_signatures(metadata: dict[str, Any]) -> tuple[Signature, ...]:
@@ -497,12 +223,10 @@ def parse_patch(data: bytes) -> Patch:
     header, start = _split(data)
     manifest = _read_manifest(header["__metadata__"])
     tensors = _read_tensors(data, header, start)
-    digests = {name: hashlib.sha256(tensor.data).hexdigest() for name, tensor in tensors.items()}
-    for name in sorted(digests.keys() | manifest["tensors"].keys()):
-        if digests.get(name) != manifest["tensors"].get(name):
-            raise PatchFormatError(f"tensor {name:.80}: its SHA-256 is not the one in the manifest")
     patch = _assemble(manifest, tensors, _read_signatures(header["__metadata__"]))
-    vars(patch)["tensor_digests"] = digests  # of these very bytes; hashing them again would double the time of a check
+    for name in sorted(patch.tensor_digests.keys() | manifest["tensors"].keys()):
+        if patch.tensor_digests.get(name) != manifest["tensors"].get(name):
+            raise PatchFormatError(f"tensor {name:.80}: its SHA-256 is not the one in the manifest")
     if patch.manifest.decode("utf-8") != header["__metadata__"][METADATA_KEY]:
         raise PatchFormatError("the manifest is not in canonical form")
     if _header(tensors, _metadata(patch)) != data[8:start] or start + sum(t.nbytes for t in tensors.values()) != len(
@@ -527,56 +251,10 @@ def _assemble(manifest: dict[str, Any], tensors: dict[str, NDArray[Any]], signat
         prompt = SoftPrompt(tensors[PROMPT_TENSOR]) if PROMPT_TENSOR in tensors else None
     except InputError as error:
         raise PatchFormatError(str(error)) from None
-    sketch, canary = manifest["weight_sketch"], manifest["canary"]
-    plain = (
-        "name",
-        "version",
-        "training",
-        "evaluation",
-        "channel",
-        "sequence",
-        "created",
-        "expires",
-        "license",
-        "summary",
-        "chat_template",
-    )
-    base, rotation, anchoring = ModelSpec.from_dict(manifest["base"]), manifest.get("rotation"), manifest.get("anchoring")
-    patch = Patch(
-        base=base,
-        soft_prompt=prompt,
-        kv_seed=seed,
-        canary=None if canary is None else Canary.from_dict(canary),
-        weight_sketch=None if sketch is None else Sketch.from_dict(sketch),
-        supersedes=tuple(manifest["supersedes"]),
-        parts=tuple(manifest["parts"]),
-        rotation=None if rotation is None else Rotation.from_dict(rotation, base.num_hidden_layers, base.head_dim),
-        anchoring=None if anchoring is None else Anchoring.from_dict(anchoring),
-        signatures=signatures,
-        **{key: manifest[key] for key in plain},
-    )
+    fields = {key: entry.read(manifest[key]) for key, entry in ENTRIES.items() if key in manifest}
+    patch = Patch(soft_prompt=prompt, kv_seed=seed, signatures=signatures, **fields)
     if manifest["num_virtual_tokens"] != patch.num_virtual_tokens:
         raise PatchFormatError(
             f"num_virtual_tokens: expected {patch.num_virtual_tokens}, found {manifest['num_virtual_tokens']}"
         )
     return patch
-
-
-def _check_bounds(tensors: dict[str, NDArray[Any]]) -> None:
-    """Compares bit patterns: without their sign, floats grow with their bits, and NaN and infinity are the largest of all."""
-    for name, tensor in tensors.items():
-        bits = tensor.view(f"<u{tensor.itemsize}")
-        largest = (
-            (bits & np.array(2 ** (8 * tensor.itemsize - 1) - 1, bits.dtype))
-            .max(keepdims=True)
-            .view(tensor.dtype)
-            .item()
-        )
-        if not largest <= LARGEST_VALUE:
-            raise PatchFormatError(f"tensor {name}: expected values up to {LARGEST_VALUE:.0f}, found {largest}")
-
-
-def signed(patch: Patch, signature: Signature) -> Patch:
-    """The patch with one more signature; another by the same key takes its place."""
-    others = tuple(s for s in patch.signatures if s.key_id != signature.key_id)
-    return replace(patch, signatures=tuple(sorted((*others, signature), key=lambda s: s.key_id)))

@@ -224,15 +224,15 @@ def positions(tensors: Mapping[str, tuple[int, int]], head_dim: int, count: int)
     """
     embeddings = [name for name in EMBEDDINGS if name in tensors]
     matrices = sorted(tensors.keys() - set(embeddings), key=lambda name: hashlib.sha256(name.encode()).digest())
-    found = []
+    places = []
     for i in range(count):
         turn, rest = divmod(i, EMBEDDING_SHARE)
         if embeddings and (rest == 0 or not matrices):
             name = embeddings[turn % len(embeddings)]
         else:
             name = matrices[(i - turn - 1 if embeddings else i) % len(matrices)]
-        found.append(_position(name, tensors[name], head_dim, i))
-    return found
+        places.append(_position(name, tensors[name], head_dim, i))
+    return places
 
 
 def _position(name: str, shape: tuple[int, int], head_dim: int, index: int) -> Position:
@@ -244,45 +244,45 @@ def _position(name: str, shape: tuple[int, int], head_dim: int, index: int) -> P
     return Position(name, row, column)
 
 
-def measure(expected: Sketch, found: Sketch) -> Comparison:
+def measure(expected: Sketch, actual: Sketch) -> Comparison:
     """Compares the base's weights with a model's cells, without a verdict.
 
     Args:
         expected: of the base.
-        found: of the model, read at the positions of ``expected``.
+        actual: of the model, read at the positions of ``expected``.
 
     Raises:
         InputError: ``found`` was read at other positions.
     """
     if (
-        dict(expected.tensors) != dict(found.tensors)
-        or len(expected.low) != len(found.low)
-        or expected.head_dim != found.head_dim
+        dict(expected.tensors) != dict(actual.tensors)
+        or len(expected.low) != len(actual.low)
+        or expected.head_dim != actual.head_dim
     ):
         raise InputError("weight sketch: expected two of the same positions", hint="read the second like the first")
     slack = [np.abs(x) * 2.0**-11 + 2.0**-24 for x in (expected.low, expected.high)]  # they were rounded to float16
-    apart = (expected.low - slack[0] > found.high) | (expected.high + slack[1] < found.low)
-    allowed = found.allowed if expected.is_exact else max(found.allowed, ALLOWED_REFITTED)
+    apart = (expected.low - slack[0] > actual.high) | (expected.high + slack[1] < actual.low)
+    allowed = actual.allowed if expected.is_exact else max(actual.allowed, ALLOWED_REFITTED)
     outside = Counter(position.tensor for position, out in zip(expected.positions, apart, strict=True) if out)
     return Comparison(float(apart.mean()), allowed, outside)
 
 
-def compare(expected: Sketch, found: Sketch, quantization: str) -> Comparison:
+def compare(expected: Sketch, actual: Sketch, quantization: str) -> Comparison:
     """Refuses a model that is not a quantization of the base.
 
     Args:
         expected: of the base, from the patch.
-        found: of the model, read at the positions of ``expected``.
+        actual: of the model, read at the positions of ``expected``.
         quantization: of the model, for the message.
 
     Raises:
         InputError: ``found`` was read at other positions.
         MismatchError: more weights are outside of their cells than rounding explains; it names the tensors.
     """
-    result = measure(expected, found)
+    result = measure(expected, actual)
     if not result.distance <= result.allowed:
         share = (
-            f"{result.distance:.1%} of {len(found.low)} sampled weights beyond rounding, allowed {result.allowed:.1%}"
+            f"{result.distance:.1%} of {len(actual.low)} sampled weights beyond rounding, allowed {result.allowed:.1%}"
         )
         raise MismatchError(
             {"weights": (f"those of its base, rounded to {quantization}", f"{share} ({_where(result.outside)})")}

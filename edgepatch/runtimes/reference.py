@@ -120,9 +120,7 @@ class TorchRuntime(Runtime):
             masks = caches.masks_behind(self.model, self.num_virtual_tokens, anchor, held, len(tokens))
             options = {"attention_mask": masks}
         with torch.inference_mode():
-            output = self.model(
-                input_ids=ids, past_key_values=cache, logits_to_keep=0 if every else 1, **options
-            )
+            output = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=0 if every else 1, **options)
         return as_float32(output.logits[0].float().cpu().numpy())
 
     def open_batch(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.decoding.replies import Batch
-from edgepatch.errors import InputError
+from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patch.file import Patch
 from edgepatch.tensors import ModelSpec
 from edgepatch.text.limits import TextBound
@@ -177,7 +177,7 @@ class Runtime(Protocol):
         Returns:
             The batch, and (V,) float32 logits behind each prompt.
         """
-        raise NotImplementedError(f"{self.name} evaluates batches in its sequences")  # max_batch_rows is 0
+        raise EdgepatchError(f"{self.name} evaluates batches in its sequences")  # max_batch_rows is 0
 
     def save_state(self, sequence: int) -> Any:
         """What a sequence's memory holds, the seed included, for ``restore_state`` of this very object."""

@@ -41,7 +41,6 @@ class Session(AbstractContextManager["Session"]):
     Attributes:
         backend: what evaluates, with the verbs that one kind of runtime alone has.
         sequences: what each conversation has evaluated, its snapshots included.
-        patch: the active patch, or ``None`` for the bare model.
         seed_route: how the seed got into the cache: "stored" in the patch, "decoded" from the soft prompt by this very
             model, or "" for the bare model.
 
@@ -50,12 +49,8 @@ class Session(AbstractContextManager["Session"]):
     """
 
     def __init__(self, runtime: Runtime, patch: Patch | None) -> None:
-        self.backend, self.spec, self.name, self.quantization = (
-            runtime,
-            runtime.spec,
-            runtime.name,
-            runtime.quantization,
-        )
+        self.backend = runtime
+        self.spec, self.name, self.quantization = runtime.spec, runtime.name, runtime.quantization
         self.kv_type, self.num_threads, self.notes = runtime.kv_type, runtime.num_threads, runtime.notes
         self.num_positions, self.num_sequences = runtime.num_positions, runtime.num_sequences
         self.end_token_ids, self.text_bound = runtime.end_token_ids, runtime.text_bound
@@ -68,12 +63,11 @@ class Session(AbstractContextManager["Session"]):
         except BaseException:
             runtime.close()
             raise
-        self.patch = patch
 
     @property
-    def num_virtual_tokens(self) -> int:
-        """P of the active patch; 0 for the bare model."""
-        return self.backend.num_virtual_tokens
+    def patch(self) -> Patch | None:
+        """The active patch; ``None`` for the bare model."""
+        return self.backend.patch
 
     @property
     def context_length(self) -> int:
@@ -112,7 +106,6 @@ class Session(AbstractContextManager["Session"]):
             InactivePatchError: the seed was not taken, or the canary says that it does not work as it should.
         """
         self.seed_route = self._slot.exchange(patch, num_prompts=1)
-        self.patch = patch
 
     def prove(self) -> None:
         """Asks the whole canary of the active patch again, where it has one.

@@ -47,9 +47,7 @@ class Rotation:
         angles = np.asarray(self.tables[table], dtype=np.float64) * shift
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
-    def turned(
-        self, keys: NDArray[Any], layer: int, shift: int, neighbours: bool | None = None
-    ) -> NDArray[np.float32]:
+    def turned(self, keys: NDArray[Any], layer: int, shift: int, neighbours: bool | None = None) -> NDArray[np.float32]:
         """Keys of a layer as they are ``shift`` positions further on.
 
         Args:
@@ -78,29 +76,30 @@ class Rotation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"tables": [list(table) for table in self.tables], "layers": list(self.layers), "neighbours": self.neighbours}
+        return {
+            "tables": [list(table) for table in self.tables],
+            "layers": list(self.layers),
+            "neighbours": self.neighbours,
+        }
 
     @classmethod
-    def from_dict(cls, values: Any, num_layers: int, head_dim: int) -> Rotation:
+    def from_dict(cls, values: Any) -> Rotation:
         """The inverse of ``as_dict``.
 
-        Args:
-            values: of a manifest.
-            num_layers: L.
-            head_dim: H.
-
         Raises:
-            PatchFormatError: a field is missing, unknown or of another type or size.
+            PatchFormatError: a field is missing, unknown or of another type.
         """
         if not isinstance(values, dict) or set(values) != {"tables", "layers", "neighbours"}:
-            raise PatchFormatError(f"rotation: expected an object with tables, layers, neighbours, found {values!r:.80}")
+            raise PatchFormatError(
+                f"rotation: expected an object with tables, layers, neighbours, found {values!r:.80}"
+            )
+        tables, layers = values["tables"], values["layers"]
         if not isinstance(values["neighbours"], bool):
             raise PatchFormatError(f"rotation: neighbours: expected true or false, found {values['neighbours']!r:.80}")
-        tables, layers = values["tables"], values["layers"]
-        if not isinstance(layers, list) or len(layers) != num_layers or not all(_is_number(i) for i in layers):
-            raise PatchFormatError(f"rotation: layers: expected {num_layers} numbers of tables, found {layers!r:.80}")
-        if not isinstance(tables, list) or not all(_is_table(table, head_dim) for table in tables):
-            raise PatchFormatError(f"rotation: tables: expected lists of at most {head_dim // 2} numbers")
+        if not isinstance(layers, list) or not all(_is_number(i) for i in layers):
+            raise PatchFormatError(f"rotation: layers: expected a list of numbers of tables, found {layers!r:.80}")
+        if not isinstance(tables, list) or not all(_is_table(table) for table in tables):
+            raise PatchFormatError(f"rotation: tables: expected lists of numbers, found {tables!r:.80}")
         try:
             return cls(tuple(tuple(map(float, table)) for table in tables), tuple(layers), values["neighbours"])
         except InputError as error:
@@ -118,12 +117,8 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _is_table(table: Any, head_dim: int) -> bool:
-    return (
-        isinstance(table, list)
-        and len(table) <= head_dim // 2
-        and all(isinstance(f, (int, float)) and not isinstance(f, bool) for f in table)
-    )
+def _is_table(table: Any) -> bool:
+    return isinstance(table, list) and all(isinstance(f, (int, float)) and not isinstance(f, bool) for f in table)
 
 
 def side_by_side(seeds: Sequence[KVSeed], rotation: Rotation) -> KVSeed:

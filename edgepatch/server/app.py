@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgepatch.errors import EdgepatchError
-from edgepatch.server import metrics, openapi, requests
+from edgepatch.server import metrics, requests
 from edgepatch.server.endpoints import GenerationEndpoint
 from edgepatch.server.guards import Guard, refusal_response
 from edgepatch.server.refusals import Refusal, refusal_of
@@ -33,8 +34,7 @@ def create_app(service: Service) -> ASGIApp:
         HTTPException: _answer_http_error,
         Exception: _answer_error(service),
     }
-    routes = _routes(service)
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=_lifespan(service))
+    app = Starlette(routes=routes(service), exception_handlers=handlers, lifespan=_lifespan(service))
     app.router.redirect_slashes = False
     return _Counted(Guard(app, service.settings), service.metrics)
 
@@ -43,7 +43,9 @@ def _lifespan(service: Service) -> Callable[[Starlette], Any]:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.scheduler.start()
+        building = asyncio.get_running_loop().run_in_executor(None, _build_models)
         yield
+        await building
         service.text_threads.close()
         service.scheduler.drain(0)
         service.scheduler.join(JOIN_S)
@@ -51,8 +53,21 @@ def _lifespan(service: Service) -> Callable[[Starlette], Any]:
     return lifespan
 
 
-def _routes(service: Service) -> list[Route]:
-    described = openapi.document()
+def _build_models() -> None:
+    """While the model loads: pydantic is no part of the way to the first `/health`."""
+    from edgepatch.server.schemas.requests import build_models
+
+    build_models()
+
+
+def _document() -> dict[str, Any]:
+    from edgepatch.server.schemas import openapi  # what makes the document is needed when somebody asks for it
+
+    return openapi.document()
+
+
+def routes(service: Service) -> list[Route]:
+    """All paths, which the OpenAPI document describes."""
 
     async def health(request: Request) -> Response:
         state = service.scheduler.state
@@ -60,7 +75,7 @@ def _routes(service: Service) -> list[Route]:
         return JSONResponse({"status": state, **notes}, 200 if state == "ok" else 503)
 
     async def document(request: Request) -> Response:
-        return JSONResponse(described)
+        return JSONResponse(await asyncio.to_thread(_document))
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [service.require_model().entry]})

@@ -133,10 +133,10 @@ class OrderRun:
         self._service, self._order, self._model, self._start = service, order, model, start
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._scores: dict[int, Scored] = {}
-        wanted = requests.choices(order, tokens)
-        self.choices = [Choice(index, prompt) for index, (prompt, _) in enumerate(wanted)]
+        plans = requests.choices(order, tokens)
+        self.choices = [Choice(index, prompt) for index, (prompt, _) in enumerate(plans)]
         scored = order.echo and order.num_logprobs is not None
-        self._generations = [Generation(p, s, self._emitter(i), scored) for i, (p, s) in enumerate(wanted)]
+        self._generations = [Generation(p, s, self._emitter(i), scored) for i, (p, s) in enumerate(plans)]
 
     def _emitter(self, index: int) -> Callable[[Event], None]:
         loop, put = asyncio.get_running_loop(), self._events.put_nowait
@@ -226,8 +226,8 @@ async def _gather(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _too_large(limit: int, found: str) -> Refusal:
-    return Refusal(413, f"the body: expected at most {limit} bytes, found {found}", code="body_too_large")
+def _too_large(limit: int, size: str) -> Refusal:
+    return Refusal(413, f"the body: expected at most {limit} bytes, found {size}", code="body_too_large")
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -89,8 +89,8 @@ class Guard:
         if self._key is None or path in OPEN_PATHS:
             return
         scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip().encode("latin-1", errors="replace"))
-        if not hmac.compare_digest(given, self._key) or scheme.lower() != "bearer":
+        digest = _digest(key.strip().encode("latin-1", errors="replace"))
+        if not hmac.compare_digest(digest, self._key) or scheme.lower() != "bearer":
             raise Refusal(
                 401, "expected the server's API key as a bearer token, found none or another", code="invalid_api_key"
             )
@@ -124,10 +124,10 @@ def _preflight(headers: Headers) -> Response:
     ]
     wrong = next((name for name in names if not CLIENT_HEADERS.fullmatch(name)), None)
     if method not in ALLOWED_METHODS.split(", ") or wrong is not None:
-        found = f"the header {wrong[:100]!r}" if wrong is not None else f"the method {method[:20]!r}"
+        actual = f"the header {wrong[:100]!r}" if wrong is not None else f"the method {method[:20]!r}"
         raise Refusal(
             403,
-            f"preflight: expected {ALLOWED_METHODS} with the usual headers, found {found}",
+            f"preflight: expected {ALLOWED_METHODS} with the usual headers, found {actual}",
             code="preflight_refused",
         )
     answer = {"Access-Control-Allow-Methods": ALLOWED_METHODS, "Access-Control-Max-Age": str(PREFLIGHT_AGE_S)}

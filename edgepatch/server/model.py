@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgepatch.runtimes.session import Session
+
+if TYPE_CHECKING:
+    from edgepatch.server.schemas.replies import Model, Patch
 
 
 class ServedModel:
@@ -54,7 +57,7 @@ class ServedModel:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     @property
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> Model:
         """The model in ``/v1/models``."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "edgepatch"}
 
@@ -66,7 +69,7 @@ class ServedModel:
         return {"model": self.name, **names, "system_fingerprint": self.fingerprint}
 
 
-def _patch_entry(session: Session) -> dict[str, Any] | None:
+def _patch_entry(session: Session) -> Patch | None:
     if session.patch is None:
         return None
     return {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgepatch.errors import EdgepatchError, InputError
+
+if TYPE_CHECKING:
+    from edgepatch.server.schemas.replies import Error, ErrorDetails
 
 KINDS = {
     400: "invalid_request_error",
@@ -39,9 +42,9 @@ class Refusal(InputError):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Error:
         """The reply's JSON."""
-        error = {
+        error: ErrorDetails = {
             "message": str(self),
             "type": KINDS[self.status],
             "param": self.param or None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from edgepatch.server.generations import Started
 from edgepatch.server.model import ServedModel
 from edgepatch.server.requests import Order
 from edgepatch.server.tool_streams import ToolStream
+
+if TYPE_CHECKING:
+    from edgepatch.server.schemas.replies import CompletionLogprobs, Usage
 
 DONE = b"data: [DONE]\n\n"
 
@@ -144,7 +147,7 @@ class ReplyWriter:
         chunk = self._envelope(self.chunk_kind, [{"index": choice.index, **values}])
         return {**chunk, "usage": None} if self._order.with_usage else chunk
 
-    def _usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def _usage(self, choices: Sequence[Choice]) -> Usage:
         asked = choices[:: self._order.num_choices]  # the choices of one prompt share it
         prompt, completion = sum(len(c.prompt) for c in asked), sum(c.num_tokens for c in choices)
         return {
@@ -196,17 +199,17 @@ class ChatWriter(ReplyWriter):
             if reason:
                 rest, calls = stream.finish()
                 text += rest
-        found = []
+        chunks = []
         if text or logprobs:
-            found.append(
+            chunks.append(
                 self._chunk(choice, delta={"content": text}, logprobs=self._logprobs(logprobs), finish_reason=None)
             )
         if calls:
             delta = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
-            found.append(self._chunk(choice, delta=delta, logprobs=None, finish_reason=None))
+            chunks.append(self._chunk(choice, delta=delta, logprobs=None, finish_reason=None))
         if reason:
-            found.append(self._chunk(choice, delta={}, logprobs=None, finish_reason="tool_calls" if calls else reason))
-        return found
+            chunks.append(self._chunk(choice, delta={}, logprobs=None, finish_reason="tool_calls" if calls else reason))
+        return chunks
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._order.num_logprobs is None:
@@ -265,7 +268,7 @@ class CompletionWriter(ReplyWriter):
         reason = piece.finish_reason or None
         return [self._chunk(choice, text=piece.text, logprobs=self._logprobs(choice, logprobs), finish_reason=reason)]
 
-    def _logprobs(self, choice: Choice, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def _logprobs(self, choice: Choice, entries: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
         if self._order.num_logprobs is None:
             return None
         name, offsets = self._model.token_text, []
@@ -287,11 +290,11 @@ def _as_table(entry: TokenLogprob, name: Callable[[int], str]) -> dict[str, floa
     return {**{name(i): logprob for i, logprob in reversed(entry.top)}, name(entry.token_id): entry.logprob}
 
 
-def as_event(value: dict[str, Any]) -> bytes:
+def as_event(value: Mapping[str, Any]) -> bytes:
     """A server-sent event."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
 
 
-def as_events(values: Iterable[dict[str, Any]]) -> bytes:
+def as_events(values: Iterable[Mapping[str, Any]]) -> bytes:
     """Server-sent events, one a value."""
     return b"".join(as_event(value) for value in values)

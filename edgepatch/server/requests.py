@@ -8,17 +8,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepatch.decoding.constraints import Constraint
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.server import schemas
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
-from edgepatch.server.validation import Schema, first_problem
+from edgepatch.server.schemas.limits import INT32, MAX_PROMPTS
 from edgepatch.text.limits import TooLongError
 from edgepatch.text.messages import texts_in
+
+if TYPE_CHECKING:
+    from edgepatch.server.schemas.requests import SampledRequest
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for ``/v1/completions``."""
@@ -168,120 +170,104 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _checked(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
-    """The fields that are given and not null."""
-    problem = first_problem(dict(values), schema)
-    if problem is not None:
-        raise Refusal(
-            400, f"{problem.path}: {problem.message}" if problem.path else problem.message, problem.path, problem.code
-        )
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _refuse(field: str, message: str) -> Refusal:
     return Refusal(400, f"{field}: {message}", field, "invalid_value")
 
 
-def parse_chat(values: Mapping[str, Any]) -> Order:
+def parse_chat(values: dict[str, Any]) -> Order:
     """A request to ``/v1/chat/completions``.
 
     Raises:
         Refusal: a field is unknown or cannot be used, named with what was expected.
     """
-    given = _checked(values, schemas.CHAT_REQUEST)
-    limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
+    from edgepatch.server.schemas import requests, validation
+
+    request = validation.checked(requests.ChatCompletionRequest, values)
+    limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise _refuse("max_completion_tokens", "expected the same value as max_tokens, or one of them alone")
-    if "top_logprobs" in given and not given.get("logprobs"):
+    if request.top_logprobs is not None and not request.logprobs:
         raise _refuse("top_logprobs", "expected logprobs true beside it, found it false or missing")
-    num_logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
-    tools = None if given.get("tool_choice") == "none" else given.get("tools")
-    messages = [_message(message) for message in given["messages"]]
-    max_new_tokens = int(limits.pop()) if limits else schemas.INT32
-    return _order(given, (messages,), _sampling(given, max_new_tokens, num_logprobs), num_logprobs, tools=tools)
+    num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    # Templates write conversations and tools in the order of the client's own fields.
+    tools = None if request.tool_choice == "none" else values.get("tools")
+    messages = [_message(message) for message in values["messages"]]
+    return _order(request, (messages,), limits.pop() if limits else INT32, num_logprobs, tools=tools)
 
 
-def parse_completion(values: Mapping[str, Any]) -> Order:
+def parse_completion(values: dict[str, Any]) -> Order:
     """A request to ``/v1/completions``.
 
     Raises:
         Refusal: a field is unknown or cannot be used, named with what was expected.
     """
-    given = _checked(values, schemas.COMPLETION_REQUEST)
-    prompt, echo, max_new_tokens = (
-        given["prompt"],
-        given.get("echo", False),
-        int(given.get("max_tokens", COMPLETION_TOKENS)),
-    )
-    is_one = isinstance(prompt, str) or not isinstance(prompt[0], (str, list))
-    num_logprobs = given.get("logprobs")
-    if not max_new_tokens and not echo:
+    from edgepatch.server.schemas import requests, validation
+
+    request = validation.checked(requests.CompletionRequest, values)
+    prompt, max_new_tokens = request.prompt, request.max_tokens
+    if max_new_tokens is None:
+        max_new_tokens = COMPLETION_TOKENS
+    if not max_new_tokens and not request.echo:
         raise _refuse("max_tokens", "expected at least 1 without echo, found 0")
-    sampling = _sampling(given, max_new_tokens, num_logprobs) if max_new_tokens else None
-    return _order(given, (prompt,) if is_one else tuple(prompt), sampling, num_logprobs, echo=echo)
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    prompts = (prompt,) if is_one else tuple(prompt)
+    return _order(request, prompts, max_new_tokens, request.logprobs, echo=bool(request.echo))
 
 
 def _order(
-    given: Mapping[str, Any], prompts: tuple[Any, ...], sampling: Sampling | None, num_logprobs: int | None, **more: Any
+    request: SampledRequest, prompts: tuple[Any, ...], max_new_tokens: int, num_logprobs: int | None, **more: Any
 ) -> Order:
-    num_choices, is_streamed = int(given.get("n", 1)), given.get("stream", False)
-    if "stream_options" in given and not is_streamed:
+    sampling = _sampling(request, max_new_tokens, num_logprobs) if max_new_tokens else None
+    num_choices, options = request.n or 1, request.stream_options
+    if options is not None and not request.stream:
         raise _refuse("stream_options", "expected stream true beside it, found it false or missing")
-    if num_choices * len(prompts) > schemas.MAX_PROMPTS:
-        found = f"{len(prompts)} prompts with n {num_choices}"
-        raise _refuse("prompt", f"expected at most {schemas.MAX_PROMPTS} choices in all, found {found}")
-    options = given.get("stream_options", {})
-    with_usage = bool(options.get("include_usage"))
-    values = {"tools": None, **more, "num_logprobs": None if num_logprobs is None else int(num_logprobs)}
-    return Order(
-        given["model"], prompts, sampling, num_choices, is_streamed=is_streamed, with_usage=with_usage, **values
-    )
+    if num_choices * len(prompts) > MAX_PROMPTS:
+        actual = f"{len(prompts)} prompts with n {num_choices}"
+        raise _refuse("prompt", f"expected at most {MAX_PROMPTS} choices in all, found {actual}")
+    with_usage = options is not None and bool(options.include_usage)
+    values = {"tools": None, **more, "is_streamed": bool(request.stream), "with_usage": with_usage}
+    return Order(request.model, prompts, sampling, num_choices, num_logprobs=num_logprobs, **values)
 
 
-def _sampling(given: Mapping[str, Any], max_new_tokens: int, num_logprobs: int | None) -> Sampling:
+def _sampling(request: SampledRequest, max_new_tokens: int, num_logprobs: int | None) -> Sampling:
     # A draw that is not asked to be repeatable gets a seed too: it tells the choices of one request apart.
-    rng_seed = int(given["seed"]) % MAX_RNG_SEED if "seed" in given else secrets.randbits(64)
-    stop = given.get("stop", ())
+    rng_seed = secrets.randbits(64) if request.seed is None else request.seed % MAX_RNG_SEED
+    stop = request.stop or ()
+    settings = {name: getattr(request, name) for name in SAME_NAMES}
     try:
         return Sampling(
             max_new_tokens=max_new_tokens,
             rng_seed=rng_seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            logit_bias={int(token): bias for token, bias in given.get("logit_bias", {}).items()},
-            num_logprobs=None if num_logprobs is None else int(num_logprobs),
-            constraint=_constraint(given),
-            **{name: given[name] for name in SAME_NAMES if name in given and name != "top_k"},
-            top_k=int(given.get("top_k", 0)),
+            logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+            num_logprobs=num_logprobs,
+            constraint=_constraint(request),
+            **{name: value for name, value in settings.items() if value is not None},
         )
     except InputError as error:
         raise Refusal(400, str(error), code="invalid_value") from error
 
 
-def _constraint(given: Mapping[str, Any]) -> Constraint | None:
-    wanted = given.get("response_format", {"type": "text"})
-    if wanted["type"] != "text" and "grammar" in given:
-        raise _refuse("grammar", f"expected it alone, found it beside response_format {wanted['type']}")
-    if "grammar" in given:
-        return Constraint("grammar", given["grammar"])
-    if wanted["type"] == "json_object":
-        return Constraint("json_object")
-    if wanted["type"] == "json_schema":
-        return Constraint("json_schema", json.dumps(wanted["json_schema"]["schema"], ensure_ascii=False))
-    return None
+def _constraint(request: SampledRequest) -> Constraint | None:
+    reply = request.response_format
+    if reply is not None and reply.type != "text" and request.grammar is not None:
+        raise _refuse("grammar", f"expected it alone, found it beside response_format {reply.type}")
+    if request.grammar is not None:
+        return Constraint("grammar", request.grammar)
+    if reply is not None and reply.type == "json_schema":
+        return Constraint("json_schema", json.dumps(reply.json_schema.definition, ensure_ascii=False))
+    return Constraint("json_object") if reply is not None and reply.type == "json_object" else None
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's newer word for the system role is put as chat templates know it; fields that are null are left out."""
-    given = {name: value for name, value in message.items() if value is not None}
-    return {**given, "role": "system"} if given["role"] == "developer" else given
+    fields = {name: value for name, value in message.items() if value is not None}
+    return {**fields, "role": "system"} if fields["role"] == "developer" else fields
 
 
 def choices(order: Order, tokens: Sequence[list[int]]) -> list[tuple[list[int], Sampling | None]]:
     """Prompt and sampling of each choice in order of its index; the choices of one prompt differ in their random seed."""
-    found: list[tuple[list[int], Sampling | None]] = []
-    for ids in tokens:
-        found += [(ids, _of_choice(order.sampling, i)) for i in range(order.num_choices)]
-    return found
+    return [(ids, _of_choice(order.sampling, i)) for ids in tokens for i in range(order.num_choices)]
 
 
 def _of_choice(sampling: Sampling | None, index: int) -> Sampling | None:

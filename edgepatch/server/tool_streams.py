@@ -22,21 +22,21 @@ class ToolStream:
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
-        self._text, self._given = "", 0
+        self._text, self._num_delivered = "", 0
 
     def push(self, text: str) -> str:
         """Takes the next part and returns what is certainly no call."""
         self._text += text
-        safe = max(self._given, _num_safe(self._text))
-        delivered, self._given = self._text[self._given : safe], safe
+        safe = max(self._num_delivered, _num_safe(self._text))
+        delivered, self._num_delivered = self._text[self._num_delivered : safe], safe
         return delivered
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """What is left of the text, and the calls in OpenAI's form."""
         content, calls = parse_tool_calls(self._text, self._names)
         if not calls:
-            return self._text[self._given :], []
-        return content.removeprefix(self._text[: self._given].strip()), [_as_openai(call) for call in calls]
+            return self._text[self._num_delivered :], []
+        return content.removeprefix(self._text[: self._num_delivered].strip()), [_as_openai(call) for call in calls]
 
 
 def _num_safe(text: str) -> int:

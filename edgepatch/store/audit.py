@@ -49,8 +49,8 @@ def status(store: StoreReader) -> tuple[dict[str, Any], list[Finding]]:
     bases = []
     for base, record in state.bases.items():
         stored = state.patches[record.active]
-        signatures, found = check_patch(store, record.active, state, trust)
-        findings += found
+        signatures, problems = check_patch(store, record.active, state, trust)
+        findings += problems
         bases.append(
             {
                 "base": base,
@@ -160,9 +160,9 @@ def verify(store: StoreReader) -> list[Finding]:
     for digest in state.patches:
         findings += check_patch(store, digest, state, trust)[1]
     folder = store.folder / PATCHES
-    known = {store.patch_path(digest).name for digest in state.patches}
+    names = {store.patch_path(digest).name for digest in state.patches}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name not in known:
+        if path.name not in names:
             findings.append(Finding("warning", str(path), "not of this store: nothing uses it"))
     return findings
 

@@ -56,7 +56,7 @@ def seen_of(state: State, refused: Sequence[str]) -> dict[str, dict[str, Seen]]:
     }
 
 
-def told_of(digest: str, patch: StoredPatch) -> dict[str, Any]:
+def described(digest: str, patch: StoredPatch) -> dict[str, Any]:
     """What the history says of a patch."""
     return {
         "patch": digest,

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import EdgepatchError, InputError, UntrustedError
-from edgepatch.patch.file import DIGEST, MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch_file, read_patch_bytes
+from edgepatch.patch.file import MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch_file, read_patch_bytes
+from edgepatch.patch.manifest import DIGEST
 from edgepatch.store import files
 from edgepatch.store.changes import Change as Change
 from edgepatch.store.changes import RootChange as RootChange
-from edgepatch.store.changes import seen_of, told_of
+from edgepatch.store.changes import described, seen_of
 from edgepatch.store.history import next_line
 from edgepatch.store.policy import (
     Allowances,
@@ -97,8 +98,8 @@ class Store(StoreReader):
         trust: TrustState,
     ) -> frozenset[str]:
         """The ids of the keys that vouch for a patch which may be applied."""
-        known = [ModelSpec.from_dict(record.spec) for record in state.bases.values()]
-        check_base(patch, model, known)
+        specs = [ModelSpec.from_dict(record.spec) for record in state.bases.values()]
+        check_base(patch, model, specs)
         signed_by = _require_trusted(patch, trust, allowances.unsigned, self.time(trust))
         base = base_id(patch.base)
         record = state.bases.get(base)
@@ -144,7 +145,7 @@ class Store(StoreReader):
             trust,
             "apply",
             {
-                **told_of(digest, stored),
+                **described(digest, stored),
                 "before": before,
                 "signed_by": sorted(signed_by) or None,
                 "unsigned": allowances.unsigned,
@@ -187,8 +188,8 @@ class Store(StoreReader):
             *rest, digest = record.previous
             self.load_stored(digest, state, trust)
             new = replace(state, bases={**state.bases, name: replace(record, active=digest, previous=tuple(rest))})
-            told = {**told_of(digest, state.patches[digest]), "before": record.active, "reason": reason}
-            self._commit(state, new, trust, "rollback", told)
+            details = {**described(digest, state.patches[digest]), "before": record.active, "reason": reason}
+            self._commit(state, new, trust, "rollback", details)
             return Change(digest, state.patches[digest], record.active, True)
 
     def hold(self, base: str | None = None, reason: str = "", *, is_held: bool = True) -> str:
@@ -226,7 +227,7 @@ class Store(StoreReader):
             kept = replace(record, previous=tuple(other for other in record.previous if other != name))
             others = {other: value for other, value in state.patches.items() if other != name}
             new = replace(state, patches=others, bases={**state.bases, stored.base: kept})
-            self._commit(state, new, trust, "remove", told_of(name, stored))
+            self._commit(state, new, trust, "remove", described(name, stored))
             files.discard(self.patch_path(name))
             return name
 
@@ -254,8 +255,12 @@ class Store(StoreReader):
             ]
             if reset:
                 trust = replace(trust, seen=seen_of(state, refused))
-            told = {"version": root.version, "fingerprint": root.fingerprint, "sequences": "reset" if reset else "kept"}
-            self._commit(state, state, trust, "trust", told)
+            details = {
+                "version": root.version,
+                "fingerprint": root.fingerprint,
+                "sequences": "reset" if reset else "kept",
+            }
+            self._commit(state, state, trust, "trust", details)
             return RootChange(root, True, reset, tuple(refused))
 
     def _follow(self, pinned: Root | None, roots: Sequence[Root], trust: TrustState) -> tuple[Root, bool]:

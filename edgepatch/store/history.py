@@ -22,8 +22,8 @@ def next_line(mark: HistoryMark, time: str, action: str, details: Mapping[str, A
         action: name of the verb.
         details: what changed, and why, without the entries that are empty.
     """
-    told = {name: value for name, value in details.items() if value not in ("", None)}
-    line = canonical_json({"number": mark.lines + 1, "time": time, "action": action, "previous": mark.head, **told})
+    fields = {name: value for name, value in details.items() if value not in ("", None)}
+    line = canonical_json({"number": mark.lines + 1, "time": time, "action": action, "previous": mark.head, **fields})
     return line + b"\n", HistoryMark(mark.size + len(line) + 1, mark.lines + 1, hashlib.sha256(line).hexdigest())
 
 

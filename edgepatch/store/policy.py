@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from edgepatch.errors import InputError, MismatchError, UntrustedError
-from edgepatch.patch.file import UNPRINTABLE, Patch
+from edgepatch.patch.file import Patch
+from edgepatch.patch.manifest import UNPRINTABLE
 from edgepatch.store.records import Seen
 from edgepatch.tensors import ModelSpec
 from edgepatch.trust.roots import TIME_FORMAT
@@ -54,13 +55,13 @@ def time_of(text: str) -> datetime:
     return datetime.strptime(text, TIME_FORMAT).replace(tzinfo=timezone.utc)
 
 
-def check_base(patch: Patch, model: ModelSpec | None, known: Iterable[ModelSpec]) -> None:
+def check_base(patch: Patch, model: ModelSpec | None, specs: Iterable[ModelSpec]) -> None:
     """Raises unless a patch is for the model that was named, or else for one that the device has.
 
     Args:
         patch: the patch.
         model: the model that was named.
-        known: bases of the patches in the store; the first patch of a store has none.
+        specs: bases of the patches in the store; the first patch of a store has none.
 
     Raises:
         MismatchError: it is for another model; of those known, the most similar one is compared.
@@ -69,7 +70,7 @@ def check_base(patch: Patch, model: ModelSpec | None, known: Iterable[ModelSpec]
         patch.base.require_same(model)
         return
     mismatches = []
-    for spec in known:
+    for spec in specs:
         try:
             patch.base.require_same(spec)
             return

@@ -82,8 +82,8 @@ class StoreReader:
     def _require_fresh(self) -> None:
         """A store without a state is one that never finished its first change; any other lost it."""
         with suppress(FileNotFoundError):
-            found = files.read_file(self.folder / HISTORY, MAX_HISTORY_BYTES, "history").count(b"\n")
-            if found > 1:
+            num_lines = files.read_file(self.folder / HISTORY, MAX_HISTORY_BYTES, "history").count(b"\n")
+            if num_lines > 1:
                 raise UntrustedError(
                     f"state of the store {self.folder}", STATE, "none, but a history", hint="somebody removed it"
                 )
@@ -93,9 +93,9 @@ class StoreReader:
             return TrustState()
         files.require_folder(self.folder / TRUST)
         data = files.read_file(self.trust_path(state.trust), MAX_RECORD_BYTES, "trust state")
-        found = hashlib.sha256(data).hexdigest()
-        if found != state.trust:
-            raise UntrustedError("digest of the trust state", state.trust[:12], found[:12], hint="somebody changed it")
+        actual = hashlib.sha256(data).hexdigest()
+        if actual != state.trust:
+            raise UntrustedError("digest of the trust state", state.trust[:12], actual[:12], hint="somebody changed it")
         return parse_trust(data)
 
     def root(self) -> Root | None:
@@ -133,8 +133,8 @@ class StoreReader:
             ) from None
         except PatchFormatError as error:
             raise UntrustedError(what, "the bytes that were applied", str(error), hint="apply its file again") from None
-        found = StoredPatch.of(patch, record.unsigned)
-        if patch.digest != digest or found != record:
+        actual = StoredPatch.of(patch, record.unsigned)
+        if patch.digest != digest or actual != record:
             raise UntrustedError(
                 what, "the patch that was applied", f"patch {patch.digest[:12]}", hint="apply its file again"
             )
@@ -167,14 +167,14 @@ class StoreReader:
             InputError: none or several patches of the store have it.
         """
         start = text.removeprefix("sha256:")
-        known = (state or self.read()[0]).patches
-        found = [digest for digest in known if digest.startswith(start)] if len(start) >= MIN_DIGEST_LENGTH else []
-        if len(found) != 1:
+        patches = (state or self.read()[0]).patches
+        digests = [digest for digest in patches if digest.startswith(start)] if len(start) >= MIN_DIGEST_LENGTH else []
+        if len(digests) != 1:
             raise InputError(
-                f"patch {text}: expected the digest of one patch in {self.folder}, found {len(found)} of {len(known)}",
+                f"patch {text}: expected the digest of one patch in {self.folder}, found {len(digests)} of {len(patches)}",
                 hint=f"`edgepatch list` shows them; {MIN_DIGEST_LENGTH} digits do",
             )
-        return found[0]
+        return digests[0]
 
     def find_base(self, text: str | None, state: State | None = None) -> str:
         """The id of a base, from its start; without one, that of the only base of this device.
@@ -182,14 +182,14 @@ class StoreReader:
         Raises:
             InputError: none or several fit.
         """
-        known = (state or self.read()[0]).bases
-        found = [base for base in known if base.startswith(text or "")]
-        if len(found) != 1:
-            names = ", ".join(f"{base[:12]} ({record.spec['model_type']})" for base, record in known.items()) or "none"
+        bases = (state or self.read()[0]).bases
+        matching = [base for base in bases if base.startswith(text or "")]
+        if len(matching) != 1:
+            names = ", ".join(f"{base[:12]} ({record.spec['model_type']})" for base, record in bases.items()) or "none"
             raise InputError(
-                f"base model: expected one in {self.folder}, found {len(found)}", hint=f"name one: {names}"
+                f"base model: expected one in {self.folder}, found {len(matching)}", hint=f"name one: {names}"
             )
-        return found[0]
+        return matching[0]
 
     def history(self) -> list[dict[str, Any]]:
         """What was done, oldest first; the chain is checked.

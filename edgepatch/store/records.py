@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from edgepatch.errors import PatchFormatError, UntrustedError
 from edgepatch.files import strict_json
 from edgepatch.files.canonical import MAX_DEPTH, canonical_json, parse_canonical
-from edgepatch.patch.file import CHANNEL, DIGEST, MAX_SEQUENCE, Patch, is_timestamp
+from edgepatch.patch.file import Patch
+from edgepatch.patch.manifest import CHANNEL, DIGEST, MAX_SEQUENCE, is_timestamp
 from edgepatch.tensors import ModelSpec
 
 STATE_FORMAT = 2
@@ -159,16 +160,16 @@ def _object(value: object, what: str) -> dict[str, Any]:
 
 def _fields(kind: type, value: object, what: str) -> dict[str, Any]:
     """An object with exactly the fields of a dataclass; the plain ones are of their types."""
-    found = _object(value, what)
+    values = _object(value, what)
     expected = {f.name: f for f in fields(kind)}
-    if found.keys() != expected.keys():
-        raise UntrustedError(what, ", ".join(sorted(expected)), ", ".join(sorted(found))[:200] or "nothing")
+    if values.keys() != expected.keys():
+        raise UntrustedError(what, ", ".join(sorted(expected)), ", ".join(sorted(values))[:200] or "nothing")
     kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,)}
-    for name, entry in found.items():
+    for name, entry in values.items():
         allowed = kinds.get(str(expected[name].type))
         if allowed and type(entry) not in allowed:  # not isinstance: True is an int
             raise UntrustedError(f"{what}: {name}", allowed[0].__name__, type(entry).__name__)
-    return found
+    return values
 
 
 def _record(kind: type[RecordT], value: object, what: str) -> RecordT:
@@ -201,11 +202,11 @@ def _without_format(value: object, what: str, versions: tuple[int, ...]) -> dict
 
 
 def _base(value: object, name: str) -> BaseRecord:
-    found = dict(_object(value, "base"))
-    previous = found.get("previous")
+    values = dict(_object(value, "base"))
+    previous = values.get("previous")
     if not isinstance(previous, list):
         raise UntrustedError("previous patches of a base", "a list", type(previous).__name__)
-    record = _record(BaseRecord, {**found, "previous": tuple(previous)}, "base")
+    record = _record(BaseRecord, {**values, "previous": tuple(previous)}, "base")
     try:
         spec = ModelSpec.from_dict(record.spec)
         actual = base_id(spec)
@@ -222,22 +223,22 @@ def parse_state(data: bytes) -> State:
     Raises:
         UntrustedError: it is damaged.
     """
-    found = _fields(State, _without_format(_state_document(data), "state", (1, STATE_FORMAT)), "state")
-    patches = _object(found["patches"], "patches")
+    values = _fields(State, _without_format(_state_document(data), "state", (1, STATE_FORMAT)), "state")
+    patches = _object(values["patches"], "patches")
     return State(
         {_digest(name, "digest of a patch"): _record(StoredPatch, value, "patch") for name, value in patches.items()},
-        {name: _base(value, name) for name, value in _object(found["bases"], "bases").items()},
-        _digest(found["trust"], "digest of the trust state") if found["trust"] else "",
-        _record(HistoryMark, found["history"], "history mark"),
+        {name: _base(value, name) for name, value in _object(values["bases"], "bases").items()},
+        _digest(values["trust"], "digest of the trust state") if values["trust"] else "",
+        _record(HistoryMark, values["history"], "history mark"),
     )
 
 
 def _seen(value: object) -> Seen:
-    found = _record(Seen, value, "newest patch seen")
-    if not 1 <= found.sequence <= MAX_SEQUENCE:
-        raise UntrustedError("sequence seen", f"1 to {MAX_SEQUENCE}", found.sequence)
-    _digest(found.digest, "digest of the newest patch seen")
-    return found
+    seen = _record(Seen, value, "newest patch seen")
+    if not 1 <= seen.sequence <= MAX_SEQUENCE:
+        raise UntrustedError("sequence seen", f"1 to {MAX_SEQUENCE}", seen.sequence)
+    _digest(seen.digest, "digest of the newest patch seen")
+    return seen
 
 
 def parse_trust(data: bytes) -> TrustState:
@@ -246,16 +247,16 @@ def parse_trust(data: bytes) -> TrustState:
     Raises:
         UntrustedError: it is damaged.
     """
-    found = _fields(
+    values = _fields(
         TrustState, _without_format(parse_canonical(data, "trust state"), "trust state", (TRUST_FORMAT,)), "trust state"
     )
-    if found["floor"] and not is_timestamp(found["floor"]):
-        raise UntrustedError("latest time seen", "a time like 2030-01-31T23:59:59Z", found["floor"][:80])
+    if values["floor"] and not is_timestamp(values["floor"]):
+        raise UntrustedError("latest time seen", "a time like 2030-01-31T23:59:59Z", values["floor"][:80])
     seen: dict[str, dict[str, Seen]] = {}
-    for base, channels in _object(found["seen"], "newest patches seen").items():
+    for base, channels in _object(values["seen"], "newest patches seen").items():
         seen[_digest(base, "id of a base")] = {
             name: _seen(value) for name, value in _object(channels, "channels").items()
         }
         if not all(CHANNEL.fullmatch(name) for name in channels):
             raise UntrustedError("channel seen", "lower-case letters, digits and -", ", ".join(channels)[:80])
-    return TrustState(found["root"], seen, found["floor"])
+    return TrustState(values["root"], seen, values["floor"])

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.processes import KeptChild
+from edgepatch.processes.kept import KeptChild
 from edgepatch.text.messages import Message, plain_messages, plain_tools
 
 MAX_TEMPLATE_CHARACTERS = 10**6

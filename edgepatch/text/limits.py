@@ -112,10 +112,10 @@ def require_short_runs(text: str, word: re.Pattern[str] = WORD, most: int = MAX_
         return len(text)
     longest = max(map(len, word.findall(text)), default=0)
     blanks = max(map(len, BLANKS.findall(text)), default=0)
-    for found, allowed, what in ((longest, most, "without a break"), (blanks, MAX_BLANKS, "of blanks alone")):
-        if found > allowed:
+    for length, allowed, what in ((longest, most, "without a break"), (blanks, MAX_BLANKS, "of blanks alone")):
+        if length > allowed:
             raise InputError(
-                f"the text has {found} characters {what}: a tokenizer takes at most {allowed}",
+                f"the text has {length} characters {what}: a tokenizer takes at most {allowed}",
                 hint="break it by blanks, or take it out",
             )
     return longest + blanks

@@ -34,24 +34,24 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def _plain_message(message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(f"expected an object, found {type(message).__name__}")
-    given = {name: value for name, value in message.items() if value is not None and value != [] and value != {}}
-    unknown = sorted(str(name) for name in given if name not in FIELDS)
+    fields = {name: value for name, value in message.items() if value is not None and value != [] and value != {}}
+    unknown = sorted(str(name) for name in fields if name not in FIELDS)
     if unknown:
         raise InputError(f"unknown: {', '.join(unknown)}", hint=f"known: {', '.join(FIELDS)}")
-    role = given.get("role")
+    role = fields.get("role")
     if role not in ROLES:
         raise InputError(f"role: expected one of {', '.join(ROLES)}, found {role!r}")
-    wrong = next((name for name in TEXT_FIELDS if not isinstance(given.get(name, ""), str)), None)
+    wrong = next((name for name in TEXT_FIELDS if not isinstance(fields.get(name, ""), str)), None)
     if wrong is not None:
-        raise InputError(f"{wrong}: expected text, found {type(given[wrong]).__name__}")
-    calls = given.pop("tool_calls", None)
+        raise InputError(f"{wrong}: expected text, found {type(fields[wrong]).__name__}")
+    calls = fields.pop("tool_calls", None)
     if calls is not None:
         if role != "assistant" or not isinstance(calls, list):
             raise InputError(f"tool_calls: expected a list, of an assistant, found {type(calls).__name__} of {role}")
-        given["tool_calls"] = [_plain_call(call) for call in calls]
-    if "content" not in given and calls is None:
+        fields["tool_calls"] = [_plain_call(call) for call in calls]
+    if "content" not in fields and calls is None:
         raise InputError("content is missing")
-    return {**given, "content": _plain_content(given.get("content", ""))}
+    return {**fields, "content": _plain_content(fields.get("content", ""))}
 
 
 def _plain_content(content: object) -> str:

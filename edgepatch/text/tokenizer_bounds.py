@@ -97,6 +97,6 @@ def _is_byte_level(definition: dict[str, Any]) -> bool:
 
 def _spells_everything(model: dict[str, Any], pieces: list[str]) -> bool:
     """Whether what the vocabulary does not hold becomes tokens of its bytes."""
-    known = set(pieces)
-    has_bytes = all(f"<0x{byte:02X}>" in known for byte in range(256))
+    distinct = set(pieces)
+    has_bytes = all(f"<0x{byte:02X}>" in distinct for byte in range(256))
     return model.get("type") in ("BPE", "Unigram") and bool(model.get("byte_fallback")) and has_bytes

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.files.strict_json import read_json
 from edgepatch.tensors import tokenizer_digest
 from edgepatch.text.chat_templates import render
 from edgepatch.text.limits import DIGITS, TextBound, require_short_runs, utf8
@@ -110,7 +111,7 @@ def _break_up(value: Any, tokens: Sequence[str], mark: str, fence: str) -> Any:
 
     def break_up(value: Any) -> Any:
         if isinstance(value, str):
-            return start.sub(lambda found: fence + found[1] + fence if found[1] in spelled else found[1] + mark, value)
+            return start.sub(lambda match: fence + match[1] + fence if match[1] in spelled else match[1] + mark, value)
         if isinstance(value, Mapping):
             return {break_up(key): break_up(item) for key, item in value.items()}
         return [break_up(item) for item in value] if isinstance(value, list) else value
@@ -177,10 +178,10 @@ class FolderTokenizer:
     def __init__(self, folder: Path) -> None:
         try:
             self._tokenizer = _read_definition(folder)
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            config = read_json(folder / "tokenizer_config.json", hint="name a complete model folder", infinite=True)
             generation = folder / "generation_config.json"
             model = folder / "config.json"
-            settings = [json.loads(p.read_text(encoding="utf-8")) for p in (generation, model) if p.is_file()]
+            settings = [read_json(path, infinite=True) for path in (generation, model) if path.is_file()]
             template_file = folder / "chat_template.jinja"
             template = template_file.read_text(encoding="utf-8") if template_file.is_file() else ""
         except OSError as error:
@@ -297,11 +298,11 @@ class FolderTokenizer:
         """How many bytes of text a token stands for."""
         return measure_bound(json.loads(self.definition))
 
-    def _refuse_disguised(self, given: Any) -> None:
+    def _refuse_disguised(self, messages: Any) -> None:
         """Some special tokens are looked for in normalized text, where another spelling may become one."""
         if not self._special_in_normalized or self._tokenizer.normalizer is None:
             return
-        for text in texts_in(given):
+        for text in texts_in(messages):
             normalized = self._tokenizer.normalizer.normalize_str(text)
             hidden = next(
                 (token for token in self._special_in_normalized if token in normalized and token not in text), None

@@ -7,10 +7,11 @@ is a text: a call is never guessed.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from typing import Any
+
+from edgepatch.files import strict_json
 
 MAX_TEXT = 256 * 1024
 MAX_CALLS = 64
@@ -40,8 +41,8 @@ def parse_tool_calls(text: str, names: Collection[str] | None = None) -> tuple[s
     if not 0 < len(bodies) <= MAX_CALLS:
         return text, []
     calls = [_call(body, names) for body in bodies]
-    found = [call for call in calls if call is not None]
-    return (content, found) if len(found) == len(calls) else (text, [])
+    complete = [call for call in calls if call is not None]
+    return (content, complete) if len(complete) == len(calls) else (text, [])
 
 
 def _call(body: str, names: Collection[str] | None) -> dict[str, Any] | None:
@@ -50,8 +51,8 @@ def _call(body: str, names: Collection[str] | None) -> dict[str, Any] | None:
     if not body.startswith("{"):
         return None
     try:
-        value = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        value = strict_json.loads(body.encode())
+    except ValueError:
         return None
     keys = set(value) - {"name", "type"}
     if (
@@ -63,13 +64,3 @@ def _call(body: str, names: Collection[str] | None) -> dict[str, Any] | None:
     name, arguments = value["name"], value[keys.pop()]
     fits = isinstance(name, str) and name and isinstance(arguments, dict) and (names is None or name in names)
     return {"name": name, "arguments": arguments} if fits else None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

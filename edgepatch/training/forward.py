@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepatch.converters.hf import folders as hf_folders
 from edgepatch.converters.hf import caches, rotary
+from edgepatch.converters.hf import folders as hf_folders
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.seeds.rotation import Rotation, halves
@@ -254,7 +254,9 @@ def turned_copies(keys: torch.Tensor, rotation: Rotation, layer: int, anchors: t
     first_half, second_half = halves(len(frequencies), rotation.neighbours)
     copies = keys[:, :, None]  # (1, K, 1, P, H)
     first, second = copies[..., first_half], copies[..., second_half]
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1 if rotation.neighbours else -2)
+    turned = torch.stack(
+        [first * cos - second * sin, second * cos + first * sin], dim=-1 if rotation.neighbours else -2
+    )
     turned = turned.flatten(-2)
     rest = copies[..., 2 * len(frequencies) :].expand(*turned.shape[:-1], -1)
     return torch.cat([turned, rest], dim=-1).flatten(2, 3)

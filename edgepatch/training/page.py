@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from edgepatch.files.writing import write_atomically
-from edgepatch.pages import STYLE, curve_chart, facts, section
+from edgepatch.pages.blocks import Charts, Facts, Page, Section
+from edgepatch.pages.charts import curve
+from edgepatch.pages.rendering import render
 from edgepatch.training.config import History
 
 TITLES = {
@@ -33,13 +34,6 @@ def write_training_page(history: History, record: Mapping[str, Any], name: str, 
     Raises:
         InputError: the file cannot be written.
     """
-    charts = "".join(curve_chart(curve, TITLES[key]) for key, curve in asdict(history).items())
-    title = escape(f"Training of {name}")
-    body = section("Curves", charts) + section("Settings", facts(dict(record)))
-    write_atomically(
-        path,
-        (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
-            f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
-        ).encode(),
-    )
+    charts = Charts([curve(values, TITLES[field]) for field, values in asdict(history).items()])
+    page = Page(f"Training of {name}", [Section("Curves", [charts]), Section("Settings", [Facts(record)])])
+    write_atomically(path, render(page).encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepatch.errors import InputError
+from edgepatch.files import strict_json
 from edgepatch.files.writing import write_atomically
 from edgepatch.training import parallel
 from edgepatch.training.config import History
@@ -124,12 +125,7 @@ def known_settings(folder: Path | None) -> dict[str, Any] | None:
     path = folder / SETTINGS_FILE if folder else None
     if path is None or not path.is_file():
         return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"the settings of a run in {path} are damaged: {error}", hint="delete the run folder to start again"
-        ) from None
+    return strict_json.read_json(path, what="the settings of a run", hint="delete the run folder to start again")
 
 
 def _require_same(folder: Path, known: dict[str, Any], given: dict[str, Any]) -> None:

@@ -105,9 +105,7 @@ class Trainer:
         contexts = self._contexts
         if contexts is None:
             return [models.pair_example(pair) for pair in pairs]
-        return [
-            contexts.begun(models.pair_example(contexts.pair(pair, i)), i) for i, pair in enumerate(pairs)
-        ]
+        return [contexts.begun(models.pair_example(contexts.pair(pair, i)), i) for i, pair in enumerate(pairs)]
 
     def train(self, progress: Progress = silent) -> None:
         """SFT, then DPO; the result is in the policy. Goes on from the run's checkpoint where it has one.
@@ -292,7 +290,9 @@ class Trainer:
             assert self.reference is not None  # checked at the start
             with stage(progress, "load reference"):
                 other = FrozenModels([self.reference], self.config, self.models.device, self.models.trusted)
-            return [self._table(other, self._pair_examples(other), 0, patched=False, progress=progress)] * len(self.models.bases)
+            return [self._table(other, self._pair_examples(other), 0, patched=False, progress=progress)] * len(
+                self.models.bases
+            )
         patched = self.config.dpo_reference == "sft"
         examples = [e for pairs in self._pairs for e in pairs] + self._held_pairs
         return [self._table(self.models, examples, which, patched, progress) for which in range(len(self.models.bases))]

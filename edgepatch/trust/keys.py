@@ -139,12 +139,12 @@ def create_key_pair(folder: Path, name: str, passphrase: str | None) -> tuple[Pa
 
 def _label(data: bytes, path: Path) -> str:
     """What a file says it is; it holds exactly one PEM block."""
-    found = re.fullmatch(
+    block = re.fullmatch(
         rb"-----BEGIN ([A-Z ]+)-----\n[A-Za-z0-9+/=\n]+\n-----END \1-----\n?", data.replace(b"\r\n", b"\n")
     )
-    if not found:
+    if not block:
         raise InputError(f"{path}: expected one key in PEM, found something else", hint="`edgepatch keygen` makes keys")
-    return found[1].decode()
+    return block[1].decode()
 
 
 def read_private_key(path: Path, passphrase: str | None) -> Ed25519PrivateKey:

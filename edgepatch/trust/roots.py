@@ -173,8 +173,8 @@ def _object(value: object, keys: Iterable[str], what: str) -> dict[str, Any]:
     """A JSON object with exactly these keys."""
     expected = set(keys)
     if not isinstance(value, dict) or value.keys() != expected:
-        found = ", ".join(sorted(value))[:80] if isinstance(value, dict) else type(value).__name__
-        raise UntrustedError(what, ", ".join(sorted(expected)), found or "nothing")
+        actual = ", ".join(sorted(value))[:80] if isinstance(value, dict) else type(value).__name__
+        raise UntrustedError(what, ", ".join(sorted(expected)), actual or "nothing")
     return value
 
 

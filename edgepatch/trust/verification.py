@@ -24,7 +24,7 @@ def signers(
     """
     if len(signatures) > MAX_SIGNATURES:
         raise UntrustedError("number of signatures", f"at most {MAX_SIGNATURES}", len(signatures))
-    found = set()
+    key_ids = set()
     for entry in signatures:
         claimed = keys.get(entry.key_id)
         candidates = [claimed] if claimed else keys.values()
@@ -38,8 +38,8 @@ def signers(
             )
         if fitting and not claimed:
             raise UntrustedError(f"key id of the signature of {fitting[0].owner}", fitting[0].id, entry.key_id)
-        found |= {key.id for key in fitting}
-    return frozenset(found)
+        key_ids |= {key.id for key in fitting}
+    return frozenset(key_ids)
 
 
 def _require_threshold(

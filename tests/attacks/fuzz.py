@@ -1,4 +1,4 @@
-"""Fuzzes every reader of foreign bytes: `make fuzz`, or in the folder `tests`: `python -m attacks.fuzz --seconds 600`.
+"""Fuzzes every reader of foreign bytes: `edgepatch bench fuzz`, or in the folder `tests`: `python -m attacks.fuzz --seconds 600`.
 
 With atheris (libFuzzer for Python) the search is guided by the branches that an input reaches; without it the same mutations run
 blindly. Either way each change is one of libFuzzer's own or one of tests/attacks/mutations.py, which fixes the lengths, digests and
@@ -7,7 +7,6 @@ forms around what it changed. A reader may accept an input or raise an Edgepatch
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -22,13 +21,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from attacks.mutations import mutated_bytes, mutated_json, mutated_patch
 from attacks.specimens import require_trusted, small_patch, trust_root
 from edgepatch.errors import EdgepatchError
 
 RESULTS = Path(__file__).parent.parent.parent / "bench" / "results" / "fuzz.json"
+ENGINES = ("atheris", "blind")
 HANG_S, MEMORY_MB = 1.0, 64
 FLUSH_EVERY = 500
 
@@ -132,11 +134,11 @@ def _adapter_seeds() -> list[bytes]:
     from edgepatch.converters.gguf.adapters import write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
-        path, found = Path(folder) / "adapter.gguf", []
+        path, adapters = Path(folder) / "adapter.gguf", []
         for patch in (replace(small_patch(), kv_seed=None), replace(small_patch(), soft_prompt=None)):
             write_gguf(patch, path)
-            found.append(path.read_bytes())
-    return found
+            adapters.append(path.read_bytes())
+    return adapters
 
 
 def _mutated_root(data: bytes, rng: random.Random) -> bytes:
@@ -207,6 +209,8 @@ def guided(name: str, seconds: int, report: Path) -> None:
         "files.reading",
         "files.strict_json",
         "patch.file",
+        "patch.manifest",
+        "patch.patch",
         "tensors",
         "patch.sketches",
         "trust.signatures",
@@ -272,10 +276,10 @@ def _run_guided(name: str, seconds: int, folder: Path) -> dict[str, Any]:
         str(report),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120, env=child_environment())
-    found: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else Tally().as_dict()
+    row: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else Tally().as_dict()
     if done.returncode != 0:
-        found["crashes"].append(f"exit code {done.returncode}: {done.stderr[-500:]}")
-    return found
+        row["crashes"].append(f"exit code {done.returncode}: {done.stderr[-500:]}")
+    return row
 
 
 def run(seconds: int, engine: str) -> dict[str, Any]:
@@ -302,25 +306,28 @@ def run(seconds: int, engine: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=int, default=600, help="for all readers together")
-    parser.add_argument("--engine", choices=("atheris", "blind"), help="default: atheris where it is installed")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--one", choices=TARGETS, help=argparse.SUPPRESS)
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        guided(options.one, options.seconds, options.report)
-    result = run(options.seconds, options.engine or ("atheris" if importlib.util.find_spec("atheris") else "blind"))
-    options.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+def main(
+    seconds: Annotated[int, typer.Option(min=1, help="For all readers together.")] = 600,
+    engine: Annotated[str, typer.Option(help="atheris or blind; default: atheris where it is installed.")] = "",
+    out: Path = RESULTS,
+    one: Annotated[str, typer.Option(hidden=True)] = "",
+    report: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Fuzz every reader; exit code 1 when one crashes, hangs or takes much memory."""
+    if one:
+        assert report is not None  # the parent names it
+        guided(one, seconds, report)
+    if engine not in ("", *ENGINES):
+        raise typer.BadParameter(f"expected {' or '.join(ENGINES)}, found {engine}", param_hint="--engine")
+    result = run(seconds, engine or ENGINES[importlib.util.find_spec("atheris") is None])
+    out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     crashes = sum(len(row["crashes"]) for row in result["readers"].values())
     worst = max(row["peak_mb"] for row in result["readers"].values())
     print(
         f"{result['engine']}: {result['inputs']:,} inputs in {result['seconds']} s, {crashes} crashes or hangs, at most {worst} MB"
     )
-    sys.exit(1 if crashes or worst > MEMORY_MB else 0)
+    raise typer.Exit(1 if crashes or worst > MEMORY_MB else 0)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

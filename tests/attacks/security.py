@@ -1,11 +1,10 @@
-"""The security figures F1 to F11, measured: `make security`. One line a figure, a summary last; exit code 1 when one is missed.
+"""The security figures F1 to F11, measured: `edgepatch bench security`. One line a figure, a summary last; exit code 1 when one is missed.
 
 F4, F5 and F6 come from tests/attacks/store.py. F7 and F8 are tests, which run here.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -16,7 +15,9 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from attacks import fuzz, specimens
 from edgepatch.errors import PatchFormatError, UntrustedError
@@ -29,7 +30,7 @@ VERIFY_MS, VERIFY_RATIO = 200, 3
 SMALL_PATCH_SHA256 = "6539edb633cb3fdef2eed6fae77bdef0c0c6b71460b0219a795d5886ea3b366a"
 """Of the small specimen's file, as the machine wrote it that this line comes from."""
 
-COVERED = ("files", "patch.file", "trust", "store")
+COVERED = ("files", "patch.file", "patch.manifest", "patch.patch", "trust", "store")
 COVERING_TESTS = ("files", "patch/test_format.py", "patch/test_patches.py", "trust", "store")
 ENVIRONMENTS: tuple[dict[str, str], ...] = (
     {"PYTHONHASHSEED": "0", "LC_ALL": "C"},
@@ -94,13 +95,15 @@ def fuzzed() -> Figure:
 
 def from_store() -> list[Figure]:
     """F4, F5 and F6; missed where tests/attacks/store.py does not give them."""
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     try:
         for row in importlib.import_module("attacks.store").figures():
-            found[row["id"]] = figure(row["id"], row["name"], row["value"], row["target"], row["passed"])
+            figures[row["id"]] = figure(row["id"], row["name"], row["value"], row["target"], row["passed"])
     except ImportError as error:
         print(f"note: {error}", file=sys.stderr)
-    return [found.get(number) or figure(number, "store", "nothing", "a figure", False) for number in ("F4", "F5", "F6")]
+    return [
+        figures.get(number) or figure(number, "store", "nothing", "a figure", False) for number in ("F4", "F5", "F6")
+    ]
 
 
 def _tests(number: str, what: str, target: str, *arguments: str) -> Figure:
@@ -209,13 +212,13 @@ def coverage() -> Figure:
 def equal_bytes() -> Figure:
     """F11: in processes as different as one machine makes them, against the bytes of the machine that wrote the constant."""
     code = "import hashlib; from attacks.specimens import small_patch; from edgepatch.patch.file import patch_bytes; print(hashlib.sha256(patch_bytes(small_patch())).hexdigest())"
-    command, found = [sys.executable, "-W", "ignore", "-c", code], []
+    command, digests = [sys.executable, "-W", "ignore", "-c", code], []
     for variables in ENVIRONMENTS:
         done = subprocess.run(
             command, env=fuzz.child_environment() | variables, capture_output=True, text=True, check=True, cwd=ROOT
         )
-        found.append(done.stdout.strip())
-    equal = sum(digest == SMALL_PATCH_SHA256 for digest in found)
+        digests.append(done.stdout.strip())
+    equal = sum(digest == SMALL_PATCH_SHA256 for digest in digests)
     measured = f"{equal} of {len(ENVIRONMENTS)} environments of this machine give the recorded bytes ({SMALL_PATCH_SHA256[:12]})"
     return figure("F11", "same inputs, two machines: equal patches", measured, "byte-equal", equal == len(ENVIRONMENTS))
 
@@ -233,18 +236,18 @@ FIGURES: dict[str, Callable[[], Figure | list[Figure]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--only", action="append", choices=FIGURES, help="this figure; may be repeated; writes no result"
-    )
-    parser.add_argument("--verify", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.verify:
-        print(json.dumps(verify_large(options.verify)))
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="This figure; may be repeated; writes no result.")] = None,
+    verify: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure every figure; exit code 1 when one is missed."""
+    if verify:
+        print(json.dumps(verify_large(verify)))
         return
+    if unknown := [name for name in only or () if name not in FIGURES]:
+        raise typer.BadParameter(f"expected some of {', '.join(FIGURES)}, found {unknown[0]}", param_hint="--only")
     rows: list[Figure] = []
-    for name in options.only or FIGURES:
+    for name in only or FIGURES:
         result = FIGURES[name]()
         for row in result if isinstance(result, list) else [result]:
             rows.append(row)
@@ -253,7 +256,7 @@ def main() -> None:
                 flush=True,
             )
     missed = [row["id"] for row in rows if not row["pass"]]
-    if not options.only:
+    if not only:
         date = f"{datetime.now(timezone.utc):%Y-%m-%d}"
         RESULTS.write_text(
             json.dumps({"date": date, "figures": rows, "missed": missed}, indent=1, ensure_ascii=False) + "\n", "utf-8"
@@ -261,8 +264,8 @@ def main() -> None:
     print(
         f"{len(rows) - len(missed)} of {len(rows)} figures met" + (f"; missed: {', '.join(missed)}" if missed else "")
     )
-    sys.exit(1 if missed else 0)
+    raise typer.Exit(1 if missed else 0)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -269,7 +269,7 @@ def real_kills(folder: Path, count: int = KILLS, seed: int = 1) -> tuple[int, li
 
 
 def figures(kills: int = KILLS, verbs: Iterable[str] = VERBS) -> list[dict[str, Any]]:
-    """F4, F5 and F6, as ``make security`` prints them."""
+    """F4, F5 and F6, as ``edgepatch bench security`` prints them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         killed, torn = injected_kills(folder, verbs)

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from edgepatch.bench import demo
-from edgepatch.bench.matrix import MatrixConfig
+from edgepatch.bench.columns import COMMON_GGUF_TYPES
+from edgepatch.bench.demo import run as demo
+from edgepatch.bench.safety.continuations import SampleConfig
+from edgepatch.bench.safety.retained import benign_texts
+from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
 from edgepatch.prompts.sets import evenly
@@ -18,16 +21,21 @@ SMALL = demo.DemoConfig(
     num_benign_texts=2,
     pairs=PairConfig(samples_per_prompt=4),
     train=TrainConfig(num_virtual_tokens=8, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=1, dtype="float32"),
-    matrix=MatrixConfig(samples_per_prompt=3, max_new_tokens=8, timing_repeats=1),
+    samples=SampleConfig(samples_per_prompt=3, max_new_tokens=8),
+    timing_repeats=1,
 )
-FORMS = [("torch", "F32"), *(("llamacpp", k) for k in demo.GGUF_TYPES), *(("onnx", k) for k in ("F32", "int8", "int4"))]
+COLUMNS = [
+    ("torch", "F32"),
+    *(("llamacpp", kind) for kind in COMMON_GGUF_TYPES),
+    *(("onnx", kind) for kind in ("F32", "int8", "int4")),
+]
 
 
-def test_every_form_is_measured_bare_and_patched_and_the_patch_fits_all(tmp_path):
+def test_every_column_is_measured_bare_and_patched_and_the_patch_fits_all(tmp_path):
     seen = []
     document, page = demo.run_demo(tmp_path, config=SMALL, progress=lambda *told, **_: seen.append(told))
     cells = [(c["runtime"], c["quantization"], c["patched"]) for c in document["cells"]]
-    assert cells == [(*form, patched) for form in FORMS for patched in (False, True)]
+    assert cells == [(*column, patched) for column in COLUMNS for patched in (False, True)]
     for cell in document["cells"]:
         assert cell["num_prompts"] == 4
         assert cell["failures"] == 0
@@ -49,11 +57,11 @@ def test_every_form_is_measured_bare_and_patched_and_the_patch_fits_all(tmp_path
 
 
 def test_prompts_of_our_own_and_none_for_both_training_and_table():
-    texts = demo.choose_texts(None, demo.DemoConfig())
+    texts = demo.choose_texts(None, demo.DemoConfig().num_training_prompts)
     assert texts.source == "own prompts"
-    assert len(texts.training_prompts) >= 200
-    assert not set(texts.training_prompts) & set(texts.prompts)
-    assert not set(texts.benign_training) & set(texts.benign)
+    assert len(texts.prompts) >= 200
+    assert not set(texts.prompts) & set(ToxicityDomain(None).evaluation_prompts())
+    assert not set(texts.benign) & set(benign_texts(None, 30))
 
 
 def test_evenly_keeps_order_and_ends():

@@ -17,7 +17,7 @@ from edgepatch.errors import EdgepatchError
 from edgepatch.runtimes import load_runtime
 
 STEP = 40
-"""Of the corpus, for children; ``python -m edgepatch.bench.first_contact.run --forged`` judges all of it (bench/results/first_contact.json)."""
+"""Of the corpus, for children; ``edgepatch bench first-contact --forged`` judges all of it (bench/results/first_contact.json)."""
 
 
 def test_the_sound_file_runs(tmp_path: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgepatch.bench.trl.contestants import OwnContestant, TrlContestant, config_of, make_pairs
+from edgepatch.bench.trl.arms import OwnArm, TrlArm, config_of, make_pairs
 from edgepatch.tensors import SoftPrompt
 
 pytest.importorskip("trl", reason="TRL is not installed (extra dev)")
@@ -24,8 +24,8 @@ def start(tiny_folder):
 @pytest.mark.parametrize(("stage", "reference"), [("SFT", "base"), ("DPO", "base"), ("DPO", "sft")])
 def test_losses_are_those_of_trl(tiny_folder, start, tmp_path, stage, reference):
     config = config_of(stage, STEPS, P, BATCH, rate=0.05, reference=reference)
-    ours = OwnContestant(tiny_folder, stage, make_pairs(tiny_folder, 14), config, start)
-    theirs = TrlContestant(tiny_folder, stage, ours.plan(STEPS), config, start, tmp_path)
+    ours = OwnArm(tiny_folder, stage, make_pairs(tiny_folder, 14), config, start)
+    theirs = TrlArm(tiny_folder, stage, ours.plan(STEPS), config, start, tmp_path)
     policies = [start]
     course = ours.run(policies.append)
     expected = []
@@ -42,6 +42,6 @@ def test_losses_are_those_of_trl(tiny_folder, start, tmp_path, stage, reference)
 @pytest.mark.parametrize("stage", ["SFT", "DPO"])
 def test_a_whole_run_goes_the_same_way(tiny_folder, start, tmp_path, stage):
     config = config_of(stage, STEPS, P, BATCH, rate=0.01)
-    ours = OwnContestant(tiny_folder, stage, make_pairs(tiny_folder, 14), config, start)
-    theirs = TrlContestant(tiny_folder, stage, ours.plan(STEPS), config, start, tmp_path)
+    ours = OwnArm(tiny_folder, stage, make_pairs(tiny_folder, 14), config, start)
+    theirs = TrlArm(tiny_folder, stage, ours.plan(STEPS), config, start, tmp_path)
     assert ours.run().losses == pytest.approx(theirs.run().losses, abs=1e-4)

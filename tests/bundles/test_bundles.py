@@ -724,6 +724,9 @@ def test_wheels_are_pinned_and_listed(registry, tmp_path, monkeypatch):
     assert (target / "edgepatch" / "converters" / "hf" / "folders.py").is_file() and not (
         target / "edgepatch" / "tests"
     ).exists()
+    folders = (target / "edgepatch" / "pages", Path(archive.__file__).parent.parent / "pages")
+    built, checkout = ({path.name for path in folder.iterdir() if path.is_file()} for folder in folders)
+    assert "page.html.j2" in built and built == checkout, "templates and styles are data of the package"
     require_valid_sbom((tmp_path / "out" / contents.SBOM).read_bytes(), len(manifest.wheels) + 1)
     note = (tmp_path / "out" / contents.INSTALL).read_text()
     assert "edgepatch[gguf]" in note and "--require-hashes -r bundle/requirements.txt" in note

@@ -96,8 +96,8 @@ def test_weights_are_gguf_pys_bit_for_bit(full, kind, tmp_path):
     names = {"token_embd": "embed_tokens", "output_norm": "norm", "blk.1.attn_q": "layers.1.self_attn.q_proj"}
     names |= {"blk.1.attn_k": "layers.1.self_attn.k_proj", "blk.0.ffn_down": "layers.0.mlp.down_proj"}
     for source, target in names.items():
-        found = weights[f"model.{target}.weight"].numpy()
-        assert found.dtype == np.float32 and np.array_equal(found, expected[f"{source}.weight"]), source
+        actual = weights[f"model.{target}.weight"].numpy()
+        assert actual.dtype == np.float32 and np.array_equal(actual, expected[f"{source}.weight"]), source
     assert sum(w.numel() for w in weights.values()) == sum(w.size for w in expected.values())
     assert folders.read_spec(tmp_path / "hf") == specs.read_spec(path)
 
@@ -152,7 +152,7 @@ def test_bfloat16_and_shards(full, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "MAX_SHARD_BYTES", 600_000)
     monkeypatch.setattr("edgepatch.converters.gguf.weights.PIECE_VALUES", 40_000)
     calls: list[tuple[str, int, int]] = []
-    dequantize(full, tmp_path / "half", "bfloat16", progress=lambda *told: calls.append(told))
+    dequantize(full, tmp_path / "half", "bfloat16", progress=lambda *event: calls.append(event))
     dequantize(full, tmp_path / "whole")
     shards = sorted((tmp_path / "half").glob("*.safetensors"))
     assert len(shards) > 2 and calls[-1][1] == calls[-1][2]

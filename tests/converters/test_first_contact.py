@@ -251,9 +251,9 @@ def outcomes(
         tiny_gguf.write_llama(other / "long.gguf")
     applied = run("load", "apply", patch_file, "--model", model, "--unsigned", "a test", "--store", other / "store")
     assert applied.returncode == 0, applied.stderr
-    given = model, other / "long.gguf", patch_file, folder, other / "store"
+    inputs = model, other / "long.gguf", patch_file, folder, other / "store"
     with ThreadPoolExecutor(2) as threads:
-        started = {name: threads.submit(run, mode, *arguments) for name, (mode, arguments) in commands(*given).items()}
+        started = {name: threads.submit(run, mode, *arguments) for name, (mode, arguments) in commands(*inputs).items()}
         return folder, {name: process.result() for name, process in started.items()}
 
 
@@ -366,16 +366,16 @@ GUARDED = {
 
 def calls(tree: ast.AST, place: tuple[str, ...] = ()) -> list[tuple[str, str]]:
     """(name of what is called, where), of every call."""
-    found = []
+    places = []
     for node in ast.iter_child_nodes(tree):
         inner = place
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             inner = (*place, node.name)
         elif isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            found.append((name, ".".join(place)))
-        found += calls(node, inner)
-    return found
+            places.append((name, ".".join(place)))
+        places += calls(node, inner)
+    return places
 
 
 def test_every_call_that_takes_a_file_is_behind_a_proof():

@@ -114,10 +114,10 @@ def test_onnx_folders_are_the_base(sketch: Sketch, onnx_folders: dict[str, Path]
 def test_another_model_under_the_same_norms_is_refused(kind, change, where, sketch, tiny_folder, tmp_path):
     path = quantized(changed(tiny_folder, tmp_path, change), tmp_path, kind)
     assert specs.read_spec(path) == folders.read_spec(tiny_folder), "the norm vectors cannot tell"
-    found = weight_sketches.sketch_of_gguf(path, sketch)
+    actual = weight_sketches.sketch_of_gguf(path, sketch)
     with pytest.raises(MismatchError, match=f"rounded to {kind}.* of 576 sampled weights"):
-        sketches.compare(sketch, found, kind)
-    tensors = sketches.measure(sketch, found).outside
+        sketches.compare(sketch, actual, kind)
+    tensors = sketches.measure(sketch, actual).outside
     assert {name.rsplit(".", 1)[0] for name in tensors} <= where, "what was not changed is not accused"
 
 

@@ -1,4 +1,4 @@
-"""A second reader of the patch format, written from docs/format.md alone: nothing of edgepatch, nothing but the standard library.
+"""A second reader of the patch format, written from docs/reference/format.md alone: nothing of edgepatch, nothing but the standard library.
 
 It is slow, says only "refused", and must accept exactly what ``edgepatch.patch.file`` accepts.
 """

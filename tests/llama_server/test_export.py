@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import socket
@@ -25,7 +26,7 @@ from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.errors import InactivePatchError, InputError, MismatchError
 from edgepatch.llama_server.check import check_server
 from edgepatch.llama_server.client import StockServer
-from edgepatch.llama_server.export import ExportOptions, Probe, export, read_manifest, split_slot_file
+from edgepatch.llama_server.export import ExportOptions, Probe, export, split_slot_file
 from edgepatch.llama_server.references import Distance
 from edgepatch.llama_server.requirements import Labels, ServerSettings, choose_labels, patched_template, prompt_ids
 from edgepatch.patch.file import Patch, write_patch
@@ -34,6 +35,7 @@ from edgepatch.runtimes.llamacpp.context import ContextSettings, LlamaContext, L
 from edgepatch.tensors import SoftPrompt
 from edgepatch.text.chat_templates import render_chat_template
 from kit import serving
+from kit.exports import read_manifest
 
 MESSAGES = [
     {"role": "user", "content": "Hello <b>you</b>"},
@@ -191,16 +193,17 @@ def test_manifest(exported: Path, tiny_patch: Patch):
     assert manifest["patch"]["digest"] == tiny_patch.digest and manifest["seed_route"] == "stored"
     assert manifest["library"]["state_version"] == load_library().LLAMA_STATE_SEQ_VERSION
     assert set(manifest["files"]) == {"slots/seed.bin", "chat_template.jinja", "start.sh", "restore.sh"}
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
     assert os.stat(exported / "slots" / "seed.bin").st_mode & 0o222 == 0  # clients can ask the server to save over it
 
 
-def test_a_changed_file_is_noticed(model: Path, tiny_patch: Patch, tmp_path: Path):
+def test_an_earlier_export_is_replaced(model: Path, tiny_patch: Patch, tmp_path: Path):
     folder = tmp_path / "out"
     export(tiny_patch, model, folder, ExportOptions())
     (folder / "chat_template.jinja").write_text("other", encoding="utf-8")
-    with pytest.raises(InputError, match=r"changed since the export: \['chat_template.jinja'\]"):
-        read_manifest(folder)
-    export(tiny_patch, model, folder, ExportOptions())  # an earlier export is replaced
+    export(tiny_patch, model, folder, ExportOptions())
+    assert (folder / "chat_template.jinja").read_text("utf-8") != "other"
     assert read_manifest(folder)["client"] == "llama-server"
 
 

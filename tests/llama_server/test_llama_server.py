@@ -1,6 +1,6 @@
 """An unmodified llama-server: it serves the patch token for token, and ``check-server`` sees every way in which it does not.
 
-Needs a llama-server: ``make stock`` builds one and names it in EDGEPATCH_LLAMA_SERVER; without, everything here is skipped.
+Needs a llama-server: ``edgepatch bench llama-server`` builds one and names it in EDGEPATCH_LLAMA_SERVER; without, everything here is skipped.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.bench.llama_server.server import PACKAGE, ROOT, VARIABLE, running_server
-from edgepatch.bench.llama_server.transcript import CONVERSATION, LAB, greedy
+from edgepatch.bench.lab import LAB_FOLDER, LAB_PATCH
+from edgepatch.bench.llama_server.server import FOLDER, PACKAGE, VARIABLE, running_server
+from edgepatch.bench.llama_server.transcript import CONVERSATION, greedy
 from edgepatch.bench.parity import models as parity_models
 from edgepatch.converters.gguf import specs, writer
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.llama_server.check import Report, check_server
 from edgepatch.llama_server.client import StockServer
-from edgepatch.llama_server.export import ExportOptions, export, probe, read_manifest
+from edgepatch.llama_server.export import ExportOptions, export, probe
 from edgepatch.llama_server.requirements import SEED_FILE, ServerSettings
 from edgepatch.patch.file import Patch, read_patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import SoftPrompt
+from kit.exports import read_manifest
 
 BINARY = Path(os.environ.get(VARIABLE, ""))
-SOURCES = next((ROOT / "out" / "stock").glob(f"{PACKAGE}-*/vendor/llama.cpp"), Path("none"))
-PATCH_FILE = LAB / "lab-detox-0.1.0.safetensors"
+SOURCES = next(FOLDER.glob(f"{PACKAGE}-*/vendor/llama.cpp"), Path("none"))
+PATCH_FILE = LAB_PATCH
 PROMPTS = ("The quick brown fox", "I think the weather today is", "You are such a")
 Start = Callable[..., contextlib.AbstractContextManager[StockServer]]
 
 pytestmark = pytest.mark.skipif(
-    VARIABLE not in os.environ, reason=f"needs llama-server: `make stock`, or name one in {VARIABLE}"
+    VARIABLE not in os.environ, reason=f"needs llama-server: `edgepatch bench llama-server`, or name one in {VARIABLE}"
 )
 
 
@@ -46,7 +48,7 @@ pytestmark = pytest.mark.skipif(
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lab model in F16."""
     path = tmp_path_factory.mktemp("stock") / "lab.gguf"
-    writer.convert_folder(LAB / "base", path, "F16")
+    writer.convert_folder(LAB_FOLDER / "base", path, "F16")
     return path
 
 
@@ -303,7 +305,7 @@ def test_an_unseeded_server_without_slot_actions(start: Start, model: Path, patc
 def test_another_model(start: Start, model: Path, patch: Patch, tmp_path: Path):
     """The server runs other weights than the file that the check reads."""
     other = tmp_path / "other.gguf"
-    writer.convert_folder(LAB / "reference", other, "F16")
+    writer.convert_folder(LAB_FOLDER / "reference", other, "F16")
     with start("--model", str(other)) as server:
         assert hazard(check_server(server, patch, model, ExportOptions())) in ("model", "H6", "bare")
 
@@ -317,7 +319,7 @@ def other_kind(
 ) -> Iterator[tuple[str, Path, Patch]]:
     """A tiny model with a sliding window, or with recurrent layers, and a soft prompt for it."""
     if not SOURCES.is_dir():
-        pytest.skip("needs llama.cpp's converter: `make stock`")
+        pytest.skip("needs llama.cpp's converter: `edgepatch bench llama-server`")
     wanted, folder = parity_models.architecture(request.param), tmp_path_factory.mktemp(request.param)
     parity_models.build_folder(wanted, folder / "model")
     parity_models.convert(wanted, folder / "model", folder / "model.gguf", "F16", SOURCES)

@@ -1,4 +1,4 @@
-"""docs/format.md against the program: golden files, a second reader written from the document, and its hexdump."""
+"""docs/reference/format.md against the program: golden files, a second reader written from the document, and its hexdump."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from attacks.mutations import mutated_bytes, mutated_patch
 from edgepatch.errors import PatchFormatError
 from edgepatch.files.canonical import canonical_json
 from edgepatch.patch import file as patches
+from edgepatch.patch import manifest as manifest_fields
 from edgepatch.patch.file import PAYLOAD_TYPE, parse_patch, patch_bytes, read_patch
 from edgepatch.trust.roots import read_root
 from edgepatch.trust.verification import verify_threshold
 from kit import format_reader, golden_patches
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENT = (ROOT / "docs" / "format.md").read_text("utf-8")
+DOCUMENT = (ROOT / "docs" / "reference" / "format.md").read_text("utf-8")
+HEXDUMP = ROOT / "docs" / "examples" / "patch-v1-minimal.hex"
 MUTANTS = 6000
 
 # Never to be changed: SHA-256 of the file, and the patch's digest.
@@ -68,7 +70,7 @@ def test_golden_files_are_untouched(name):
 
 
 def test_every_format_version_has_a_golden_file():
-    assert {f"patch-v{version}.safetensors" for version in range(1, patches.FORMAT_VERSION + 1)} <= {
+    assert {f"patch-v{version}.safetensors" for version in range(1, manifest_fields.FORMAT_VERSION + 1)} <= {
         p.name for p in golden_patches.FOLDER.iterdir()
     }
 
@@ -206,11 +208,11 @@ def hexdump(data: bytes) -> str:
 
 
 def test_the_hexdump_is_that_of_the_golden_file():
-    assert hexdump(golden("patch-v1-minimal.safetensors")) in DOCUMENT
+    assert hexdump(golden("patch-v1-minimal.safetensors")) + "\n" == HEXDUMP.read_text("utf-8")
 
 
 def test_the_document_names_every_key_and_bound():
-    for key in patches.MANIFEST_KINDS:
+    for key in manifest_fields.manifest_kinds(manifest_fields.FORMAT_VERSION):
         assert f"| `{key}` |" in DOCUMENT, key
     for name in (
         "head_dim",
@@ -225,7 +227,7 @@ def test_the_document_names_every_key_and_bound():
         "weight_fingerprint",
     ):
         assert f"| `{name}` |" in DOCUMENT, name
-    for bound in (patches.MAX_FILE_BYTES, patches.MAX_HEADER_BYTES, patches.MAX_SEQUENCE):
+    for bound in (patches.MAX_FILE_BYTES, patches.MAX_HEADER_BYTES, manifest_fields.MAX_SEQUENCE):
         assert f"{bound:,}" in DOCUMENT
     assert f"DSSEv1 SP {len(patches.PAYLOAD_TYPE)} SP {patches.PAYLOAD_TYPE} SP LEN SP MANIFEST" in DOCUMENT
     assert golden_patches.full().digest in DOCUMENT and golden_patches.minimal().digest in DOCUMENT

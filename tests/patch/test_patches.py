@@ -11,7 +11,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,17 @@ from edgepatch.files.writing import write_atomically
 from edgepatch.patch.file import (
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
-    MAX_SEQUENCE,
     METADATA_KEY,
     PAYLOAD_TYPE,
     SIGNATURES_KEY,
     Patch,
-    is_timestamp,
     parse_patch,
     patch_bytes,
     read_patch,
     signed,
     write_patch,
 )
+from edgepatch.patch.manifest import ENTRIES, MAX_SEQUENCE, is_timestamp
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, SoftPrompt
 from edgepatch.trust.signatures import Signature, sign
 from edgepatch.trust.verification import verify_threshold
@@ -594,3 +593,8 @@ def test_other_files(content, tmp_path):
     with pytest.raises(PatchFormatError) as caught:
         read_patch(tmp_path / "x")
     assert str(tmp_path / "x") in str(caught.value) and isinstance(caught.value, EdgepatchError) and caught.value.hint
+
+
+def test_every_field_stands_in_the_manifest_or_beside_it():
+    beside = {"soft_prompt", "kv_seed", "signatures"}  # tensors, by their digests; signatures are over the manifest
+    assert {field.name for field in fields(Patch)} == ENTRIES.keys() | beside

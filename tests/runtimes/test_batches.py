@@ -101,7 +101,7 @@ def test_the_seed_stays_in_every_sequence(runtime):
     runtime.generate_batch(PROMPTS, GREEDY)
     for sequence in range(4):
         held = runtime.sequences.evaluated(sequence)
-        assert runtime.backend.context.last_position(sequence) + 1 == runtime.num_virtual_tokens + len(held)
+        assert runtime.backend.context.last_position(sequence) + 1 == runtime.backend.num_virtual_tokens + len(held)
         assert np.abs(runtime.logits_of_last([*held, 9], sequence) - runtime.logits([*held, 9])[-1]).max() < 1e-4
         assert np.abs(runtime.logits(PROMPT, sequence) - fresh).max() < 1e-4
 

@@ -1,6 +1,6 @@
 """The lab model with a patch: every runtime against Transformers fed ``inputs_embeds``, and greedy text at F16.
 
-Then the rows and the negative controls of `make parity` for the architectures that are converted here, and the table itself.
+Then the rows and the negative controls of `edgepatch bench parity` for the architectures that are converted here, and the table itself.
 """
 
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgepatch.bench.demo import LAB_FOLDER
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.parity import floors
 from edgepatch.bench.parity import models as parity_models
 from edgepatch.bench.parity import rows as parity_rows
@@ -103,7 +103,7 @@ def test_greedy_text_is_the_same_in_onnx(forms, patch):
             assert exported.generate(prompt, greedy) == reference.generate(prompt, greedy)
 
 
-# The rows of `make parity`.
+# The rows of `edgepatch bench parity`.
 
 
 def write_gemma(folder, target):

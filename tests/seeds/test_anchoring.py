@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from edgepatch.errors import InputError, PatchFormatError
-from edgepatch.seeds.anchoring import LEAST_TURN, Anchoring
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edgepatch.errors import InputError, PatchFormatError
+from edgepatch.seeds.anchoring import LEAST_TURN, Anchoring
 
 ANCHORINGS = st.one_of(
     st.integers(8, 40).map(lambda block: Anchoring(block)),

@@ -50,10 +50,10 @@ def load(model_file, tiny_patch):
 
 @pytest.fixture(scope="module")
 def server(load):
-    with running(lambda: load(2), max_waiting=3, max_body_bytes=20_000, body_timeout_s=0.5) as found:
-        runtime_ends = found.service.require_model().end_token_ids
+    with running(lambda: load(2), max_waiting=3, max_body_bytes=20_000, body_timeout_s=0.5) as running_server:
+        runtime_ends = running_server.service.require_model().end_token_ids
         ENDLESS["logit_bias"] = {str(token): -100 for token in runtime_ends}
-        yield found
+        yield running_server
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def http(server):
 @pytest.fixture
 def slow(load, server):
     """A server whose endless replies take eight seconds."""
-    with running(lambda: Paced(load(2)), max_waiting=3) as found:
-        yield found
+    with running(lambda: Paced(load(2)), max_waiting=3) as running_server:
+        yield running_server
 
 
 def error_of(reply, status, code):
@@ -414,10 +414,12 @@ def test_streams_end_with_an_error_when_the_grace_period_is_over(load, server):
 
 
 def test_without_a_key_loopback_is_open(load):
-    with running(load, api_key=None) as found:
-        assert httpx.get(f"{found.url}/v1/models").status_code == 200
-        error_of(httpx.get(f"{found.url}/v1/models", headers={"Origin": "https://evil.example"}), 403, "foreign_origin")
-        error_of(httpx.get(f"{found.url}/v1/models", headers={"Host": "evil.example"}), 403, "wrong_host")
+    with running(load, api_key=None) as open_server:
+        assert httpx.get(f"{open_server.url}/v1/models").status_code == 200
+        error_of(
+            httpx.get(f"{open_server.url}/v1/models", headers={"Origin": "https://evil.example"}), 403, "foreign_origin"
+        )
+        error_of(httpx.get(f"{open_server.url}/v1/models", headers={"Host": "evil.example"}), 403, "wrong_host")
 
 
 # Settings.
@@ -443,7 +445,7 @@ def test_unsafe_settings_are_refused(settings, words):
 
 def test_an_address_that_others_reach_takes_any_number_but_no_foreign_name(load):
     options = {"host": "0.0.0.0", "allow_remote": True, "allowed_hosts": ("box.local",)}
-    with running(load, **options) as found, found.client() as http:
+    with running(load, **options) as open_server, open_server.client() as http:
         for host, status in {"192.168.1.7:80": 200, "box.local": 200, "evil.example": 403}.items():
             assert http.get("/v1/models", headers={"Host": host}).status_code == status
 
@@ -509,8 +511,8 @@ def test_the_process_serves_and_ends_with_0(model_file, patch_file, number):
     with subprocess.Popen(
         command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        shown = "".join(iter(process.stdout.readline, "}\n")) + "}"
-        ready = json.loads(shown)
+        output = "".join(iter(process.stdout.readline, "}\n")) + "}"
+        ready = json.loads(output)
         key = next(line for line in process.stderr if "API key" in line).split(": ")[1].strip()
         headers = {"Authorization": f"Bearer {key}"}
         body = {**BODY, "max_tokens": 400, "stream": True}
@@ -520,9 +522,9 @@ def test_the_process_serves_and_ends_with_0(model_file, patch_file, number):
             assert chunk["system_fingerprint"] == ready["system_fingerprint"]
             process.send_signal(number)
             assert list(lines)
-        output, errors = process.communicate(timeout=30)
+        rest, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
-    assert key not in shown + output + errors and "Traceback" not in errors
+    assert key not in output + rest + errors and "Traceback" not in errors
 
 
 def failing(*arguments, **more):

@@ -5,15 +5,21 @@ import re
 from collections import Counter
 
 import jsonschema_rs
+import pydantic
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
+from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
 from edgepatch.runtimes import load_runtime
-from edgepatch.server import openapi, schemas
-from edgepatch.server.validation import first_problem
+from edgepatch.server.app import routes
+from edgepatch.server.refusals import Refusal
+from edgepatch.server.schemas import openapi
+from edgepatch.server.schemas.limits import MAX_BIASES
+from edgepatch.server.schemas.requests import ChatCompletionRequest, CompletionRequest
+from edgepatch.server.schemas.validation import checked
 from kit.serving import KEY, MODEL, running
 
 EXAMPLES = 40
@@ -30,8 +36,8 @@ GETS = ("/health", "/openapi.json", "/metrics", "/v1/models", "/v1/models/{model
 
 @pytest.fixture(scope="module")
 def server(tiny_folder, tiny_patch):
-    with running(lambda: load_runtime(tiny_folder, tiny_patch, num_sequences=4)) as found:
-        yield found
+    with running(lambda: load_runtime(tiny_folder, tiny_patch, num_sequences=4)) as running_server:
+        yield running_server
 
 
 def operation(path):
@@ -95,41 +101,153 @@ def test_the_document_is_served_without_a_key_and_names_no_place_in_the_cache(se
         assert not [f for f in fields if re.search("slot|cache|keep|discard|kv|position|patch", f)]
 
 
-VALUES = [
-    {"model": "m", "messages": [{"role": "user", "content": "x"}]},
+def test_the_document_is_openapi_and_describes_the_paths_that_there_are(server):
+    document = openapi.document()
+    OPENAPI_31_VALIDATOR.validate(document)
+    described = {(path, method.upper()) for path, item in document["paths"].items() for method in item}
+    answered = {(route.path, method) for route in routes(server.service) for method in route.methods}
+    assert described == answered - {(path, "HEAD") for path, _ in answered}
+    schemas = document["components"]["schemas"]
+    referred = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert referred <= set(schemas)
+    for name, schema in schemas.items():
+        jsonschema_rs.Draft202012Validator(schema_of(name))
+        assert schema["additionalProperties"] is False, name
+
+
+def schema_of(name):
+    """A schema of the document that stands alone."""
+    return {"$ref": f"#/$defs/{name}", "$defs": openapi.json_schemas("#/$defs/{model}")}
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+CHAT_VALUES = [
+    CHAT,
     {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "stop": None},
+    {"model": "m", "messages": [{"role": "user", "content": []}]},
     {"model": "m", "messages": [{"role": "assistant", "content": None, "tool_calls": None}], "n": 1.0},
+    {"model": "m", "messages": [{"role": "assistant", "refusal": "no"}]},
     {"model": "m", "messages": [{"role": "tool", "content": "x"}]},
     {"model": "m", "messages": [{"role": "tool", "content": "x", "tool_call_id": "c", "tool_calls": []}]},
-    {"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": True},
-    {"model": "m", "messages": [{"role": "user", "content": "x"}], "top_p": 0},
-    {"model": "m", "messages": [{"role": "user", "content": "x"}], "stop": ["a"] * 17},
-    {"model": "m", "messages": [{"role": "user", "content": "x"}], "logit_bias": {"1": 1, "-1": 1}},
-    {
-        "model": "m",
-        "messages": [{"role": "user", "content": "x"}],
-        "tools": [{"type": "function", "function": {"name": "a b"}}],
-    },
-    {"model": "m", "messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}},
+    {"model": "m", "messages": [{"role": "developer", "content": "x", "name": None}]},
+    {"model": "m", "messages": [{"role": ["user"], "content": "x"}]},
+    {**CHAT, "temperature": True},
+    {**CHAT, "temperature": "1"},
+    {**CHAT, "temperature": 2},
+    {**CHAT, "n": "1"},
+    {**CHAT, "n": 1.5},
+    {**CHAT, "seed": 2**63},
+    {**CHAT, "stream": 1},
+    {**CHAT, "top_p": 0},
+    {**CHAT, "stop": ["a"] * 17},
+    {**CHAT, "stop": []},
+    {**CHAT, "stop": ""},
+    {**CHAT, "logit_bias": {"1": 1}},
+    {**CHAT, "logit_bias": {"1": 1, "-1": 1}},
+    {**CHAT, "logit_bias": {"1": "1"}},
+    {**CHAT, "tools": [{"type": "function", "function": {"name": "a b"}}]},
+    {**CHAT, "tools": [{"type": "function", "function": {"name": "a", "parameters": {"any": [1]}}}]},
+    {**CHAT, "tools": [{"type": "function", "function": {"name": "a", "parameters": []}}]},
+    {**CHAT, "response_format": {"type": "json_schema"}},
+    {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}},
+    {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "definition": {}}}},
+    {**CHAT, "response_format": {"type": "text", "json_schema": {}}},
+    {**CHAT, "tool_choice": None},
     {"model": "m", "messages": {}},
     {"model": "", "messages": []},
     {},
     [],
 ]
+PROMPTS = [
+    "",
+    "x",
+    [],
+    ["x"],
+    ["x", ""],
+    ["x", 1],
+    [1, 2.0],
+    [1, -1],
+    [2**31],
+    [[1], [2]],
+    [[]],
+    [[1], ["x"]],
+    None,
+    {},
+]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=json.dumps)
-def test_our_reading_of_the_schema_is_json_schemas(value):
-    assert (first_problem(value, schemas.CHAT_REQUEST) is None) == jsonschema_rs.is_valid(schemas.CHAT_REQUEST, value)
+@pytest.mark.parametrize("value", CHAT_VALUES, ids=json.dumps)
+def test_what_is_taken_is_what_the_document_allows(value):
+    assert is_taken(ChatCompletionRequest, value) == jsonschema_rs.is_valid(schema_of("ChatCompletionRequest"), value)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=json.dumps)
+def test_prompts_that_are_taken_are_those_that_the_document_allows(prompt):
+    value = {"model": "m", "prompt": prompt}
+    assert is_taken(CompletionRequest, value) == jsonschema_rs.is_valid(schema_of("CompletionRequest"), value)
+
+
+def is_taken(model, value):
+    try:
+        checked(model, value)
+    except Refusal:
+        return False
+    return True
+
+
+MANY = 20_000
+
+
+@pytest.mark.parametrize(
+    ("model", "value", "param"),
+    [
+        (ChatCompletionRequest, {**CHAT, **{f"x{i}": 0 for i in range(MANY)}}, "x0"),
+        (ChatCompletionRequest, {**CHAT, "logit_bias": {f"x{i}": "" for i in range(MANY)}}, "logit_bias"),
+        (ChatCompletionRequest, {**CHAT, "logit_bias": {f"x{i}": "" for i in range(MAX_BIASES)}}, "logit_bias.x0"),
+        (ChatCompletionRequest, {**CHAT, "messages": [{"role": "x"}] * 4096}, "messages.0.role"),
+        (ChatCompletionRequest, {**CHAT, "messages": [{"role": "user", "content": [{}] * 1024}] * 20}, None),
+        (ChatCompletionRequest, {**CHAT, "messages": [{f"x{i}": 0 for i in range(MANY)}] * 2}, "messages.0.role"),
+        (CompletionRequest, {"model": "m", "prompt": [0, *["x"] * MANY]}, "prompt.1"),
+        (CompletionRequest, {"model": "m", "prompt": [["x"] * MANY] * 64}, "prompt.0.0"),
+    ],
+)
+def test_a_request_that_is_wrong_throughout_is_no_more_work(model, value, param):
+    """Whatever a client sends, problems are not gathered by the thousand, and the first one is named."""
+    with pytest.raises(pydantic.ValidationError) as caught:
+        model.model_validate(value)
+    assert caught.value.error_count() <= 2 * MAX_BIASES
+    with pytest.raises(Refusal) as refused:
+        checked(model, value)
+    assert refused.value.param == (param or "messages.0.content.0.type")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"\ud800": 1}, r"\ud800"),
+        ({"x" * 10_000: 1}, "x" * 60 + "..."),
+        ({"user": "\ud800"}, "user"),
+        ({"tool_choice": "\ud800"}, "tool_choice"),
+        ({"messages": [{"role": "\ud800", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "x", "\udc00": 1}]}, r"messages.0.\udc00"),
+        ({"response_format": {"type": "\ud800"}}, "response_format.type"),
+    ],
+)
+def test_names_and_values_of_any_kind_are_named(server, fields, param):
+    with server.client() as http:
+        body = json.dumps({**CHAT, **fields})
+        reply = http.post(POSTS[0], content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
 
 
 def test_streamed_chunks_are_of_their_schema(server):
     body = {"model": MODEL, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
     chat = {**body, "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2}
     text = {**body, "prompt": "x", "logprobs": 2, "echo": True}
-    for path, request, schema in (POSTS[0], chat, schemas.CHAT_CHUNK), (POSTS[1], text, schemas.COMPLETION_CHUNK):
+    for path, request, name in (POSTS[0], chat, "ChatCompletionChunk"), (POSTS[1], text, "CompletionChunk"):
         with server.client() as http:
             events = [line.removeprefix("data: ") for line in http.post(path, json=request).text.splitlines() if line]
         assert events[-1] == "[DONE]" and len(events) > 4
         for event in events[:-1]:
-            jsonschema_rs.validate(schema, json.loads(event))
+            jsonschema_rs.validate(schema_of(name), json.loads(event))

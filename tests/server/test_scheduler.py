@@ -22,8 +22,8 @@ GREEDY = Sampling(max_new_tokens=6, temperature=0)
 
 @pytest.fixture(scope="module")
 def runtime(tiny_folder, tiny_patch):
-    with load_runtime(tiny_folder, tiny_patch, num_sequences=2) as found:
-        yield found
+    with load_runtime(tiny_folder, tiny_patch, num_sequences=2) as loaded:
+        yield loaded
 
 
 class Listener:
@@ -65,12 +65,12 @@ class Kept:
 @pytest.fixture
 def scheduler(runtime):
     ready = threading.Event()
-    made = Scheduler(lambda: Kept(runtime), 16, Metrics(), ready.set)
-    made.start()
+    scheduler = Scheduler(lambda: Kept(runtime), 16, Metrics(), ready.set)
+    scheduler.start()
     assert ready.wait(10)
-    yield made
-    made.drain(0)
-    assert made.join(10)
+    yield scheduler
+    scheduler.drain(0)
+    assert scheduler.join(10)
 
 
 def endless(runtime, **more):

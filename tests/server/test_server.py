@@ -30,20 +30,20 @@ def load(folder, patch, **options):
 
 @pytest.fixture(scope="module")
 def server(tiny_folder, tiny_patch):
-    with running(lambda: load(tiny_folder, tiny_patch, num_sequences=3)) as found:
-        yield found
+    with running(lambda: load(tiny_folder, tiny_patch, num_sequences=3)) as running_server:
+        yield running_server
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as found:
-        yield found
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as openai_client:
+        yield openai_client
 
 
 @pytest.fixture(scope="module")
 def runtime(tiny_folder, tiny_patch):
-    with load(tiny_folder, tiny_patch) as found:
-        yield found
+    with load(tiny_folder, tiny_patch) as loaded:
+        yield loaded
 
 
 def ask(client, **fields):
@@ -146,9 +146,9 @@ def test_settings_reach_the_sampler(client, runtime, name):
         "max_new_tokens": 60,
         name: {100: 5.0} if name == "logit_bias" else value,
     }
-    found = ask(client, **fields, extra_body={name: value}).choices[0].message.content
-    assert found == runtime.chat(MESSAGES, Sampling(**settings))
-    assert found != ask(client, **fields).choices[0].message.content
+    reply = ask(client, **fields, extra_body={name: value}).choices[0].message.content
+    assert reply == runtime.chat(MESSAGES, Sampling(**settings))
+    assert reply != ask(client, **fields).choices[0].message.content
 
 
 def test_stop_ends_the_reply_before_it(client, runtime):
@@ -211,9 +211,9 @@ def test_echo_scores_a_prompt_as_lm_eval_asks_for_it(client, runtime, max_tokens
     )
     rows = runtime.logits(ids)
     for choice, prompt in zip(reply.choices, (ids, ids[:4]), strict=True):
-        found = choice.logprobs.token_logprobs
-        assert found[0] is None and len(found) == len(prompt) + max_tokens
-        for token, row, logprob in zip(prompt[1:], rows, found[1:], strict=False):
+        logprobs = choice.logprobs.token_logprobs
+        assert logprobs[0] is None and len(logprobs) == len(prompt) + max_tokens
+        for token, row, logprob in zip(prompt[1:], rows, logprobs[1:], strict=False):
             values = row - row.max()
             assert logprob == pytest.approx(float(values[token]) - math.log(sum(math.exp(x) for x in values)), abs=1e-4)
         greedy = [max(top, key=top.get) for top in choice.logprobs.top_logprobs[1:]]
@@ -229,10 +229,10 @@ def test_response_format_and_grammar_hold(client):
         "required": ["ok"],
         "additionalProperties": False,
     }
-    wanted = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
-    reply = ask(client, max_tokens=60, response_format=wanted, temperature=1, seed=2)
+    verdict = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
+    reply = ask(client, max_tokens=60, response_format=verdict, temperature=1, seed=2)
     assert set(json.loads(reply.choices[0].message.content)) == {"ok"}
-    streamed = ask(client, max_tokens=60, response_format=wanted, temperature=1, seed=2, stream=True)
+    streamed = ask(client, max_tokens=60, response_format=verdict, temperature=1, seed=2, stream=True)
     assert "".join(c.choices[0].delta.content or "" for c in streamed) == reply.choices[0].message.content
     assert ask(client, response_format={"type": "json_object"}, max_tokens=4).choices[0].message.content.startswith("{")
     assert ask(client, extra_body={"grammar": 'root ::= "yes" | "no"'}).choices[0].message.content in ("yes", "no")
@@ -295,8 +295,8 @@ def long_stream(client, runtime, seed=1):
 @pytest.fixture
 def slow(tiny_folder, tiny_patch):
     """A server whose endless replies take eight seconds."""
-    with running(lambda: Paced(load(tiny_folder, tiny_patch))) as found:
-        yield found
+    with running(lambda: Paced(load(tiny_folder, tiny_patch))) as running_server:
+        yield running_server
 
 
 def test_a_cancelled_stream_frees_its_sequence_at_once(slow, runtime):

@@ -31,7 +31,7 @@ def test_the_process_ends_at_every_step(tmp_path, verb):
 def test_the_disk_fails_at_every_step(tmp_path, verb):
     errors = (
         DISK_ERRORS if verb in ("apply", "rollback") else [errno.ENOSPC]
-    )  # `make security` injects all three in all
+    )  # `edgepatch bench security` injects all three in all
     points, wrong = harness.injected_errors(tmp_path, [verb], errors)
     assert points > 25
     assert not wrong, "\n".join(wrong)

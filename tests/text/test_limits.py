@@ -322,7 +322,7 @@ def test_a_folders_tokenizer_serves_several_threads(tmp_path):
     shared = FolderTokenizer(tmp_path)
     with ThreadPoolExecutor(4) as threads:
         ids = list(threads.map(lambda i: shared.encode("<s>", trusted=i % 2 == 0), range(2000)))
-    assert {len(found) for found in ids[::2]} == {1} and {len(found) for found in ids[1::2]} == {3}
+    assert {len(token_ids) for token_ids in ids[::2]} == {1} and {len(token_ids) for token_ids in ids[1::2]} == {3}
 
 
 def test_bytes_that_vanish_do_not_count():
@@ -351,8 +351,8 @@ def test_every_text_goes_through_the_guard():
     """``llama_tokenize`` is called in one place."""
     root = Path(__file__).parent.parent.parent
     files = [file for folder in ("edgepatch", "converters") for file in (root / folder).rglob("*.py")]
-    found = {str(file.relative_to(root)) for file in files if "llama_tokenize(" in file.read_text("utf-8")}
-    assert found == {"converters/gguf/text.py"}
+    callers = {str(file.relative_to(root)) for file in files if "llama_tokenize(" in file.read_text("utf-8")}
+    assert callers == {"converters/gguf/text.py"}
 
 
 def test_a_closed_vocabulary_is_not_read(tmp_path):

@@ -98,7 +98,7 @@ def sentencepiece(kind):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Kind -> folder of a tokenizer."""
-    made = {}
+    folders_by_kind = {}
     for kind, (template, special, added) in KINDS.items():
         is_byte_level = kind in ("chatml", "llama3")
         tokenizer, alphabet = byte_level() if is_byte_level else sentencepiece(kind)
@@ -123,9 +123,9 @@ def folders(tmp_path_factory):
             chat_template=template,
             clean_up_tokenization_spaces=False,
         )
-        made[kind] = tmp_path_factory.mktemp(kind)
-        fast.save_pretrained(made[kind])
-    return made
+        folders_by_kind[kind] = tmp_path_factory.mktemp(kind)
+        fast.save_pretrained(folders_by_kind[kind])
+    return folders_by_kind
 
 
 def without_added(tokenizer, names):
@@ -237,13 +237,13 @@ def test_tools_and_calls_are_rendered_as_transformers_does(folders):
     assert tokenizer.encode_chat(messages, tools) == expected
     # As OpenAI's clients send them: arguments as a text, no content, fields without a value.
     sent = {**call, "function": {"name": "weather", "arguments": json.dumps(arguments)}}
-    given = [
+    as_sent = [
         SYSTEM,
         USER,
         {"role": "assistant", "content": None, "tool_calls": [sent], "refusal": None, "annotations": []},
         messages[3],
     ]
-    assert tokenizer.encode_chat(given, tools) == expected
+    assert tokenizer.encode_chat(as_sent, tools) == expected
     assert tokenizer.encode_chat(messages) != expected
 
 
@@ -351,7 +351,7 @@ def test_content_parts_are_one_text(folders, kind, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("message", "found"),
+    ("message", "words"),
     [
         ("text", "expected an object, found str"),
         ({}, "role"),
@@ -375,10 +375,10 @@ def test_content_parts_are_one_text(folders, kind, tokenizer):
         ({"role": "assistant", "tool_calls": [{"type": "magic", "function": {"name": "f"}}]}, "tool_calls"),
     ],
 )
-def test_malformed_messages_are_named(tokenizer, message, found):
+def test_malformed_messages_are_named(tokenizer, message, words):
     with pytest.raises(InputError, match="message 1: ") as caught:
         tokenizer.encode_chat([USER, message])
-    assert found in str(caught.value)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
 from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.converters.hf import caches, folders, rotary, seeds
+from edgepatch.converters.hf import caches, folders, rotary
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
 from edgepatch.seeds.anchoring import Anchoring
@@ -115,7 +116,9 @@ def test_kl_is_that_of_a_plain_forward_pass(model, seed):
 
 
 def test_contexts_are_of_every_kind_and_repeatable():
-    pairs = [Pair(f"Prompt {i} says", " something kind.", " something else that is rude.", 0.0, 0.9) for i in range(200)]
+    pairs = [
+        Pair(f"Prompt {i} says", " something kind.", " something else that is rude.", 0.0, 0.9) for i in range(200)
+    ]
     texts = [f"A benign text number {i} about rivers and trees." for i in range(30)]
     contexts = Contexts(pairs, texts, 400, rng_seed=1)
     placed = [contexts.pair(pair, i) for i, pair in enumerate(pairs)]
@@ -125,7 +128,9 @@ def test_contexts_are_of_every_kind_and_repeatable():
     assert 30 <= plain <= 70 and 30 <= len(turns) <= 70
     assert {len(pair.prompt) for pair in turns} == {3, 5, 7}
     lengths = [len(pair.prompt.split()) for pair in placed if isinstance(pair.prompt, str)]
-    assert max(lengths) > 200 and all((new.chosen, new.rejected) == (old.chosen, old.rejected) for new, old in zip(placed, pairs, strict=True))
+    assert max(lengths) > 200 and all(
+        (new.chosen, new.rejected) == (old.chosen, old.rejected) for new, old in zip(placed, pairs, strict=True)
+    )
     examples = [Example((1, 2), ((3, 4), (5, 6, 7))) for _ in range(400)]
     begun = [contexts.begun(example, i) for i, example in enumerate(examples)]
     assert 70 <= sum(example.prompt != (1, 2) for example in begun) <= 130

@@ -1,6 +1,6 @@
 """How far the judge of the report can be trusted: its calibration and its AUC on text that it was not trained on.
 
-    python -m edgepatch.bench.lab.judges.card --data DIR
+    edgepatch bench judge-card --data DIR
 
 Writes ``calibration.json`` and ``calibration.svg`` into ``edgepatch/judges`` and their section into the model card there. The same data
 gives the same bytes. Two domains: RealToxicityPrompts' evaluation segments, like the text that the judge scores, and Davidson's tweets,
@@ -9,7 +9,6 @@ none of which it has read.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ Labelled = list[tuple[str, bool]]
 
 NOTE = """## Calibration and AUC of `report`
 
-Written by `python -m edgepatch.bench.lab.judges.card --data DIR`; the numbers behind the plot are in `calibration.json`.
+Written by `edgepatch bench judge-card --data DIR`; the numbers behind the plot are in `calibration.json`.
 
 ![Reliability of the judge `report`](calibration.svg)
 
@@ -58,12 +57,12 @@ def domains(data: Path) -> tuple[dict[str, Labelled], int]:
     read = {normalize(row[0]).strip() for rows in training_rows(data)["report"].values() for row in rows}
     tweets = datasets.tweets(data)
     unread = [(text, kind) for text, kind in tweets if normalize(text).strip() not in read]
-    found = {
+    labelled = {
         "RealToxicityPrompts evaluation segments": [(text, score > 0.5) for text, score in datasets.rtp_segments(data)],
         "Davidson tweets": [(text, kind != NEITHER) for text, kind in unread],
         "Davidson tweets, hate speech or neither": [(text, kind == HATE) for text, kind in unread if kind != OFFENCE],
     }
-    return found, len(tweets) - len(unread)
+    return labelled, len(tweets) - len(unread)
 
 
 def measure(scorer: ToxicityScorer, rows: Labelled) -> dict[str, Any]:
@@ -106,12 +105,12 @@ def _bin(start: float, end: float, texts: int, mean: float, share: float) -> dic
 
 def card(data: Path, scorer: ToxicityScorer) -> dict[str, Any]:
     """The document behind plot and table."""
-    found, dropped = domains(data)
+    rows_of_domain, dropped = domains(data)
     return {
         "judge": scorer.name,
         "sha256": hashlib.sha256(judge_bytes(scorer.judge)).hexdigest(),
         "tweets_left_out": dropped,
-        "domains": {name: measure(scorer, rows) for name, rows in found.items()},
+        "domains": {name: measure(scorer, rows) for name, rows in rows_of_domain.items()},
     }
 
 
@@ -201,12 +200,8 @@ def write_card(data: Path, folder: Path = FOLDER) -> dict[str, Any]:
     Raises:
         InputError: a data file, the judge or its model card is missing.
     """
+    readme = require_card(folder)
     document = card(data, ToxicityScorer.load(folder / "report.safetensors"))
-    readme = folder / "README.md"
-    if not readme.is_file():
-        raise InputError(
-            f"model card {readme} is missing", hint="python -m edgepatch.bench.lab.judges.training writes it"
-        )
     text = put_section(readme.read_text(encoding="utf-8"), section(document))
     write_atomically(folder / "calibration.json", (json.dumps(document, indent=1) + "\n").encode())
     write_atomically(folder / "calibration.svg", plot(document).encode())
@@ -214,19 +209,13 @@ def write_card(data: Path, folder: Path = FOLDER) -> dict[str, Any]:
     return document
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the card's section."""
-    parser = argparse.ArgumentParser(description="Calibration and AUC of the judge of the report.")
-    parser.add_argument(
-        "--data", type=Path, help=f"folder of the data sets; the default is in {datasets.DATA_VARIABLE}"
-    )
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the judges and their model card")
-    options = parser.parse_args(arguments)
-    data = datasets.data_folder(options.data)
-    if data is None:
-        raise InputError("no data folder", hint=f"name it with --data or in {datasets.DATA_VARIABLE}")
-    print(section(write_card(data, options.out)))
+def require_card(folder: Path) -> Path:
+    """The model card in a folder of judges.
 
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        InputError: it is missing.
+    """
+    readme = folder / "README.md"
+    if not readme.is_file():
+        raise InputError(f"model card {readme} is missing", hint="edgepatch bench judges writes it")
+    return readme

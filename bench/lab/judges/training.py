@@ -1,6 +1,6 @@
 """Trains the two toxicity judges from public data and writes them with their model card.
 
-    python -m edgepatch.bench.lab.judges.training --data DIR --out edgepatch/judges
+    edgepatch bench judges --data DIR
 
 Needs scikit-learn. The same data and library versions give the same bytes. Only rows that may be trained on are
 trained on; the two RealToxicityPrompts evaluation files serve only to measure. ``report`` and ``filter`` share no
@@ -9,7 +9,6 @@ training row: records go to one or the other by a hash.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench import datasets
+from edgepatch.bench.lab.judges import card as judge_card
 from edgepatch.bench.lab.judges.figures import auc_interval, kappa, reliability
 from edgepatch.bench.lab.judges.rows import SPECS, Rows, as_rows, is_held_out, paradetox_rows, training_rows, tweet_rows
 from edgepatch.files.writing import write_atomically
@@ -131,7 +131,7 @@ differences under one scorer do.
 
 Written by `bench/lab/judges/training.py`, like every number below. Rebuild (scikit-learn needed, about half a minute):
 
-    python -m edgepatch.bench.lab.judges.training --data DIR --out edgepatch/judges
+    edgepatch bench judges --data DIR
 
 The same data and library versions give the same bytes. Use (numpy and safetensors only, no pickle):
 
@@ -226,24 +226,22 @@ def render_card(
     return "\n".join(lines) + "\n" + CARD_TAIL.format(probes="; ".join(probes))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, writes and measures both judges."""
-    from edgepatch.bench.lab.judges import card as judge_card  # which reads this module's rows
+def run(data: Path, out: Path) -> str:
+    """Trains, writes and measures both judges.
 
-    parser = argparse.ArgumentParser(description="Train the two toxicity judges.")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the judges and their card")
-    options = parser.parse_args(arguments)
-    used = training_rows(options.data)
+    Args:
+        data: folder of the data sets.
+        out: folder for the judges and their card.
+
+    Returns:
+        The model card.
+    """
+    rows_of_judges = training_rows(data)
     judges = {}
-    for name, sources in used.items():
+    for name, sources in rows_of_judges.items():
         judges[name] = train_judge(name, as_rows(sources))
-        write_atomically(options.out / f"{name}.safetensors", judge_bytes(judges[name]))
-    card = render_card(judges, used, measure(judges, options.data))
-    write_atomically(options.out / "README.md", card.encode())
-    judge_card.write_card(options.data, options.out)
-    print((options.out / "README.md").read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    main()
+        write_atomically(out / f"{name}.safetensors", judge_bytes(judges[name]))
+    card = render_card(judges, rows_of_judges, measure(judges, data))
+    write_atomically(out / "README.md", card.encode())
+    judge_card.write_card(data, out)
+    return (out / "README.md").read_text(encoding="utf-8")

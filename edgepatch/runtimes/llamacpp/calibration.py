@@ -45,7 +45,7 @@ class Calibration:
     def __init__(self, model: LlamaModel, header: GGUFHeader, spec: ModelSpec, settings: ContextSettings) -> None:
         self._model, self._header, self._spec, self._settings = model, header, spec, settings
         self._file = cache_folder() / "calibration" / f"{self._key()}.json"
-        self._known = read_memory(self._file)
+        self._facts = read_memory(self._file)
 
     def _key(self) -> str:
         """Digest of all that a measurement depends on."""
@@ -68,29 +68,29 @@ class Calibration:
     def layout(self) -> Layout | None:
         """The confirmed layout, or ``None`` when none was measured yet."""
         try:
-            return Layout.from_dict(self._known["layout"])
+            return Layout.from_dict(self._facts["layout"])
         except (KeyError, TypeError, ValueError):
             return None
 
     def has_confirmed(self, seed_digest: str) -> bool:
         """Whether this very seed was compared with what the model makes of its soft prompt."""
-        return seed_digest in self._known.get("confirmed", ())
+        return seed_digest in self._facts.get("confirmed", ())
 
     def keep_layout(self, layout: Layout, seed_digest: str) -> None:
         """Remembers a layout and the seed that has confirmed it."""
         self._keep("layout", layout.as_dict())
-        self._keep("confirmed", [*self._known.get("confirmed", ())[-63:], seed_digest])
+        self._keep("confirmed", [*self._facts.get("confirmed", ())[-63:], seed_digest])
 
     def has_proved(self, patch_digest: str) -> bool:
         """Whether a patch has passed all prompts of its canary under these settings, with what is known now of layout and scale."""
-        return self._proof(patch_digest) in self._known.get("proved", ())
+        return self._proof(patch_digest) in self._facts.get("proved", ())
 
     def keep_proof(self, patch_digest: str) -> None:
         """Remembers that it has."""
-        self._keep("proved", [*self._known.get("proved", ())[-63:], self._proof(patch_digest)])
+        self._keep("proved", [*self._facts.get("proved", ())[-63:], self._proof(patch_digest)])
 
     def _proof(self, patch_digest: str) -> str:
-        facts = [patch_digest, self._known.get("layout"), self._known.get("embedding_factor")]
+        facts = [patch_digest, self._facts.get("layout"), self._facts.get("embedding_factor")]
         return digest_of(facts)
 
     def key_error_factor(self) -> float:
@@ -104,8 +104,8 @@ class Calibration:
         return llamacpp_layout.COARSER_KEYS_FACTOR if differ else llamacpp_layout.KEY_ERROR_FACTOR
 
     def _keep(self, name: str, value: Any) -> None:
-        self._known = {**self._known, name: value}
-        keep_memory(self._file, self._known)
+        self._facts = {**self._facts, name: value}
+        keep_memory(self._file, self._facts)
 
     # The scale of embeddings.
 
@@ -119,17 +119,17 @@ class Calibration:
         Raises:
             InactivePatchError: the model does not take embeddings as it takes tokens.
         """
-        known = self._known.get("embedding_factor")
-        if isinstance(known, float):
-            return known
+        measured = self._facts.get("embedding_factor")
+        if isinstance(measured, float):
+            return measured
         width = float(np.sqrt(self._spec.hidden_size))
         token = self._spec.vocab_size // 2
         row = _embedding_row(self._header, token)
         expected = context.evaluate(sequence, [token])[0]
         for factor in (1.0, width, 1 / width):
             context.forget(sequence)
-            found = context.evaluate_embeddings(sequence, row * np.float32(factor), logits=True)[0]
-            if _distance(found, expected) <= EMBEDDING_TOLERANCE:
+            actual = context.evaluate_embeddings(sequence, row * np.float32(factor), logits=True)[0]
+            if _distance(actual, expected) <= EMBEDDING_TOLERANCE:
                 break
         else:
             raise InactivePatchError(
@@ -188,10 +188,10 @@ class Calibration:
 
     def _turns_neighbours(self, state: SequenceState) -> bool:
         rotated = int(self._header.setting("rope.dimension_count", self._spec.head_dim))
-        found = {llamacpp_layout.turns_neighbours(keys, rotated) for keys in self._rows(state, "keys")} - {None}
-        if len(found) != 1:
+        answers = {llamacpp_layout.turns_neighbours(keys, rotated) for keys in self._rows(state, "keys")} - {None}
+        if len(answers) != 1:
             raise self._unconfirmed("its keys show no clear rotation")
-        return bool(found.pop())
+        return bool(answers.pop())
 
     def _block(self, exact: SequenceState, actual: SequenceState, kind: str) -> int:
         """Size of the Hadamard blocks between the two caches."""
@@ -206,9 +206,9 @@ class Calibration:
         return best
 
 
-def _distance(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+def _distance(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Relative; a constant added to all logits does not count."""
-    a, b = found - found.mean(), expected - expected.mean()
+    a, b = actual - actual.mean(), expected - expected.mean()
     return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
 
 

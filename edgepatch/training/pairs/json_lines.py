@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import InputError
+from edgepatch.files import strict_json
 
 
 def read_lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
@@ -46,11 +47,11 @@ def read_rows(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     for place, line in read_lines(path, what):
         try:
-            row = json.loads(line)
+            row = strict_json.loads(line.encode())
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             raise InputError(f"{place}: expected Unicode text, found half of a surrogate pair") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise InputError(f"{place}: expected a JSON object: {error}") from None
         if not isinstance(row, dict):
             raise InputError(f"{place}: expected a JSON object, found {type(row).__name__}")

@@ -43,7 +43,7 @@ def test_the_numbers_are_the_shipped_judges(committed: dict):
     assert committed["sha256"] == digest
 
 
-@pytest.mark.skipif(DATA is None, reason="needs the data sets, see docs/data.md")
+@pytest.mark.skipif(DATA is None, reason="needs the data sets, see bench/data.md")
 def test_the_data_give_the_committed_numbers(committed: dict):
     found, dropped = judge_card.domains(DATA)
     name = "RealToxicityPrompts evaluation segments"
@@ -67,7 +67,7 @@ def test_a_section_is_added_then_replaced():
         judge_card.put_section(f"# Card\n{judge_card.BEGIN}\n", "two\n")
 
 
-def test_data_and_card_must_be_there(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("EDGEPATCH_DATA", raising=False)
-    with pytest.raises(InputError, match="no data folder"):
-        judge_card.main([])
+def test_a_card_that_is_not_there_is_named(tmp_path: Path):
+    (tmp_path / "report.safetensors").write_bytes((judge_card.FOLDER / "report.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"model card .* is missing"):
+        judge_card.require_card(tmp_path)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from edgepatch.bench import datasets
-from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.bench.lab import corpus, trainer
+from edgepatch.bench.lab import LAB_FOLDER, corpus, trainer
 from edgepatch.bench.lab.tokenizer import RESERVED, render_chat
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError

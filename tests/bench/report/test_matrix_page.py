@@ -75,9 +75,9 @@ def a_document() -> dict[str, Any]:
 def test_page_refers_to_nothing_outside_and_runs_nothing() -> None:
     page = render_html(a_document())
     assert "<script" not in page and "<img" not in page and "<link" not in page and "@import" not in page
-    assert not re.search(r"""(src|href)\s*=""", re.sub(r"&[a-z]+;|&#x27;", "", page).replace("img src=http", ""))
+    assert not re.search(r"""(src|href)\s*=""", re.sub(r"&[a-z]+;|&#\d+;", "", page).replace("img src=http", ""))
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in page
-    assert "&lt;img src=&quot;http://evil.example/x&quot;&gt;" in page
+    assert "&lt;img src=&#34;http://evil.example/x&#34;&gt;" in page
 
 
 @pytest.mark.parametrize("path", [("cells", 0, "runtime"), ("base", "name"), ("patch", "name"), ("environment", "cpu")])
@@ -88,7 +88,7 @@ def test_every_text_is_escaped(path: tuple[Any, ...]) -> None:
         place = place[key]
     place[path[-1]] = '"><b onload=x>'
     page = render_html(document)
-    assert "<b onload" not in page and "&quot;&gt;&lt;b onload=x&gt;" in page
+    assert "<b onload" not in page and "&#34;&gt;&lt;b onload=x&gt;" in page
 
 
 def test_page_is_well_formed() -> None:
@@ -101,7 +101,7 @@ def test_page_is_well_formed() -> None:
 def test_numbers_in_the_page_are_those_of_the_document() -> None:
     document = a_document()
     page = render_html(document)
-    rows = re.findall(r"<tr><td.*?</tr>", page)
+    rows = re.findall(r"<tr><th scope=\"row\".*?</tr>", page)
     assert len(rows) == len(document["cells"])
     for row, cell in zip(rows, document["cells"], strict=True):
         for field in ("emt", "emt_low", "emt_high", "toxicity_probability"):

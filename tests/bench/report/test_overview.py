@@ -21,18 +21,18 @@ from edgepatch import cli
 from edgepatch.bench.latency import growth
 from edgepatch.bench.latency.growth import model_name
 from edgepatch.bench.report import overview
-from edgepatch.bench.report.evidence_page import PAGE_STYLE
 from edgepatch.bench.report.files import RESULT_FILES, read_results
 from edgepatch.bench.report.sections import arm_table
+from edgepatch.bench.report.tables import MOST_HEAT
 from edgepatch.bench.shapes import machine
 from edgepatch.bench.shapes.shape import SHAPES
 from edgepatch.errors import InputError
-from edgepatch.pages import STYLE
+from kit.page_text import as_markdown
 
 ROOT = Path(__file__).parent.parent.parent.parent
 COMMITTED = ROOT / "bench" / "results"
-PERFORMANCE = ROOT / "docs" / "performance.md"
-VOID = {"meta", "br", "circle", "path", "rect", "polyline", "line", "img", "input", "hr", "link"}
+STYLE = (ROOT / "edgepatch" / "pages" / "style.css").read_text("utf-8")
+VOID = {"meta", "br", "img", "input", "hr", "link"}
 TEXT_CONTRAST, MARK_CONTRAST = 4.5, 3.0  # WCAG 2.2, 1.4.3 and 1.4.11
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARMS = ("bare", "seed", "text-50-cold", "lora-r8")
@@ -133,13 +133,13 @@ def an_evidence() -> dict[str, Any]:
         "interval": [0.2, 0.4],
         "met": False,
     }
-    return {"command": "make evidence", "created": "2026", "environment": {}, "cells": rows, "goals": [goal]}
+    return {"command": "edgepatch bench evidence", "created": "2026", "environment": {}, "cells": rows, "goals": [goal]}
 
 
 def a_machine() -> dict[str, Any]:
     rate = {"best": 40.0, "median": 38.0, "worst": 20.0, "repeats": 9}
     return {
-        "command": "make machine",
+        "command": "edgepatch bench machine",
         "created": "2026",
         "environment": {},
         "load_average": 0.1,
@@ -178,21 +178,23 @@ class Page(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
+        attributes = dict(attrs)
         self.tags.append(tag)
         if tag not in VOID:
             self.open.append(tag)
         assert tag not in ("script", "link", "iframe", "object", "embed")
         for name in ("src", "href", "xlink:href"):
-            assert (given.get(name) or "#").startswith("#"), f"{tag} {name}={given[name]}"
+            assert (attributes.get(name) or "#").startswith("#"), f"{tag} {name}={attributes[name]}"
         if tag == "img":
-            assert given.get("alt")
+            assert attributes.get("alt")
         if tag == "svg":
-            assert given.get("aria-hidden") == "true" or (given.get("role") == "img" and given.get("aria-label")), given
+            assert attributes.get("aria-hidden") == "true" or (
+                attributes.get("role") == "img" and attributes.get("aria-label")
+            ), attributes
         if tag == "a":
-            self.links.append(given["href"] or "")
-        if "id" in given:
-            self.ids.append(given["id"] or "")
+            self.links.append(attributes["href"] or "")
+        if "id" in attributes:
+            self.ids.append(attributes["id"] or "")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -218,8 +220,8 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
     assert "<b>install</b>" not in page
 
 
-def test_every_figure_of_a_file_is_told_in_both_forms(results, page):
-    markdown = overview.render_markdown(read_results(results))
+def test_every_figure_of_a_file_is_told_on_the_page_and_in_markdown(results, page):
+    markdown = "\n\n".join(as_markdown(section.blocks) for section in overview.sections(read_results(results)))
     for text in (page, markdown):
         assert "not installed" in text and "1,639,408" in text and "1.005 [0.990, 1.020]" in text
         assert all(file.name in text for file in RESULT_FILES)
@@ -240,7 +242,7 @@ def test_a_missing_file_is_named_with_its_command_and_has_no_picture(tmp_path):
 def test_an_arm_is_a_line_with_a_dash_for_what_was_not_measured():
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in arm_table(a_latency()).markdown.splitlines()
+        for line in as_markdown([arm_table(a_latency())]).splitlines()
         if line.startswith("|")
     ]
     assert lines[0] == [
@@ -291,9 +293,8 @@ def test_bad_files_are_refused_by_name(tmp_path):
 
 def schemes() -> dict[str, dict[str, str]]:
     """Colour variables as they are in the light, in the dark and on paper."""
-    style = STYLE + PAGE_STYLE + overview.OWN_STYLE
     found: dict[str, dict[str, str]] = {"light": {}, "dark": {}, "print": {}}
-    for media, block in re.findall(r"(@media[^{]*\{\s*)?:root \{([^}]*)\}", style):
+    for media, block in re.findall(r"(@media[^{]*\{\s*)?:root \{([^}]*)\}", STYLE):
         name = "dark" if "dark" in media else "print" if "print" in media else "light"
         found[name] |= dict(re.findall(r"--(\w+): (#\w+)", block))
     return found
@@ -334,7 +335,8 @@ def test_text_and_marks_can_be_told_from_what_is_behind_them(scheme):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_numbers_can_be_read_on_the_hottest_cell(scheme):
-    share = 0.55 * float(re.search(r"var\(--heat\) \* (\.\d)%", overview.OWN_STYLE)[1])
+    assert "calc(var(--heat) * 1%)" in STYLE
+    share = MOST_HEAT / 100
     colours = schemes()[scheme]
     hottest = mixed(colours["bare"], colours["card"], share)
     assert contrast(colours["ink"], hottest) >= TEXT_CONTRAST
@@ -475,7 +477,7 @@ def test_bandwidth_is_measured(tmp_path):
 
 
 def test_a_rate_stands_beside_its_ceiling(results):
-    markdown = overview.render_markdown(read_results(results))
+    markdown = "\n\n".join(as_markdown(section.blocks) for section in overview.sections(read_results(results)))
     assert re.search(r"llama-3.2-1b Q4_0 llamacpp \| seed \| 695 \| 2.40 \| 57.6 \| 50.0 \| 87%", markdown)
 
 
@@ -495,38 +497,17 @@ def run(monkeypatch, capfd):
     return call
 
 
-def test_the_command_writes_both_forms_and_fills_the_document(run, results, tmp_path):
-    document = tmp_path / "performance.md"
-    shutil.copy(PERFORMANCE, document)
-    code, out, _ = run("--results", results, "--out", tmp_path / "r.html", "--document", document, "--json")
-    told = json.loads(out)
-    assert (
-        code == 0
-        and told["html"] == str(tmp_path / "r.html")
-        and "trl.json" in told["missing"] + [path.name for path in results.glob("*")]
-    )
-    assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>") and (
-        tmp_path / "r.md"
-    ).read_text().startswith("# ")
-    text = document.read_text()
-    assert "57.6" in text and "1.005 [0.990, 1.020]" in text and "positions of context" in text
+def test_the_command_writes_the_page(run, results, tmp_path):
+    code, out, _ = run("--results", results, "--out", tmp_path / "r.html", "--json")
+    output = json.loads(out)
+    assert code == 0 and output["html"] == str(tmp_path / "r.html")
+    assert "trl.json" in output["missing"] + [path.name for path in results.glob("*")]
+    page = (tmp_path / "r.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "57.6" in page and "positions of context" in page
     assert "goals are met" in run("--results", results, "--out", tmp_path / "r.html")[1]
 
 
 def test_wrong_use_is_2_and_writes_nothing(run, results, tmp_path):
-    plain = tmp_path / "plain.md"
-    plain.write_text("no markers")
-    for arguments in (
-        ["--document", plain],
-        ["--document", tmp_path / "nothing.md"],
-        ["--out", tmp_path / "page.md"],
-        ["--results", tmp_path / "no"],
-    ):
-        code, _, err = run("--results", results, "--out", tmp_path / "r.html", *arguments)
-        assert code == 2 and "Traceback" not in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.md"]
-
-
-def test_the_document_holds_what_the_committed_files_say():
-    text = PERFORMANCE.read_text(encoding="utf-8")
-    assert overview.fill_document(text, read_results(COMMITTED)) == text, "run: make report"
+    code, _, err = run("--results", tmp_path / "no", "--out", tmp_path / "r.html")
+    assert code == 2 and "Traceback" not in err
+    assert not list(tmp_path.iterdir())

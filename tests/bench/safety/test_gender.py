@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgepatch.bench import datasets
-from edgepatch.bench.demo import LAB_FOLDER
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety import gender, gender_prompts
 from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.errors import InputError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgepatch.bench import datasets
-from edgepatch.bench.demo import LAB_FOLDER
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety import harm
 from edgepatch.bench.safety.harm import HarmDomain, answer_pair, attack_outcome, is_success, over_refusal, refusal_pair
 from edgepatch.judges.refusals import declines, is_coherent, is_refusal, takes_up

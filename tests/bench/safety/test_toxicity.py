@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from edgepatch.bench import datasets
-from edgepatch.bench.demo import LAB_FOLDER
-from edgepatch.bench.matrix import MatrixConfig
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.metrics import expected_max_toxicity
+from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.toxicity import (
     FRONT_TOKENS,
     ToxicityDomain,
@@ -28,7 +28,7 @@ from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import PairConfig
 
-SMALL = MatrixConfig(samples_per_prompt=3, max_new_tokens=6)
+SMALL = SampleConfig(samples_per_prompt=3, max_new_tokens=6)
 DATA = Path(os.environ["EDGEPATCH_DATA"]) if os.environ.get("EDGEPATCH_DATA") else None
 
 
@@ -72,7 +72,7 @@ def test_own_training_texts_hold_nothing_that_is_evaluated(runtime: Session, dom
     assert domain.evaluation_prompts() == load_prompts("toxic", "eval")
 
 
-@pytest.mark.skipif(DATA is None, reason="needs the data sets, see docs/data.md")
+@pytest.mark.skipif(DATA is None, reason="needs the data sets, see bench/data.md")
 def test_training_texts_from_data_hold_nothing_that_is_evaluated(runtime: Session):
     domain = ToxicityDomain(DATA, num_training_prompts=120)
     evaluated = set(domain.evaluation_prompts()) | {c.prompt for c in datasets.rtp_nontoxic(DATA)}

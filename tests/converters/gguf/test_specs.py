@@ -177,12 +177,12 @@ def test_rotary_embeddings_have_one_spelling(model_type, config, settings, vecto
     shape = {"hidden_size": 4 * H, "num_attention_heads": 4, "head_dim": H, "max_position_embeddings": 131072}
     full = AutoConfig.for_model(model_type, **(shape | config)).to_dict()
     name = architectures.gguf_name(model_type)
-    theta, found = rope_parameters.of_config(full, name, H)
-    assert rope_parameters.of_header(header_of(tmp_path, name, settings, vectors), H) == (theta, found)
+    theta, actual = rope_parameters.of_config(full, name, H)
+    assert rope_parameters.of_header(header_of(tmp_path, name, settings, vectors), H) == (theta, actual)
     if scaling is None:
-        assert found["rope_type"] == "divisors" and len(found["divisors"]) == H // 2
+        assert actual["rope_type"] == "divisors" and len(actual["divisors"]) == H // 2
     else:
-        assert found == pytest.approx(scaling) if "factor" in scaling else found == scaling
+        assert actual == pytest.approx(scaling) if "factor" in scaling else actual == scaling
 
 
 def test_an_attention_factor_that_llama_cpp_does_not_apply_makes_another_model(tmp_path):
@@ -302,10 +302,10 @@ SOURCE = os.environ.get("EDGEPATCH_LLAMA_CPP", "")
 @pytest.mark.skipif(not SOURCE, reason="EDGEPATCH_LLAMA_CPP names llama.cpp's source tree")
 @pytest.mark.parametrize("name", [a.name for a in parity_models.ARCHITECTURES])
 def test_llama_cpps_own_converter_gives_the_folders_spec(name, tmp_path):
-    wanted = parity_models.architecture(name)
-    parity_models.build_folder(wanted, tmp_path / "hf")
+    architecture = parity_models.architecture(name)
+    parity_models.build_folder(architecture, tmp_path / "hf")
     # Transformers takes every Qwen2 folder for one with Qwen2's own tokens, for which the tiny vocabulary has no room.
-    foreign = replace(wanted, own_converter=name == "qwen2")
+    foreign = replace(architecture, own_converter=name == "qwen2")
     parity_models.convert(foreign, tmp_path / "hf", tmp_path / "model.gguf", "F16", Path(SOURCE))
     assert specs.read_spec(tmp_path / "model.gguf") == folders.read_spec(tmp_path / "hf")
 
@@ -318,9 +318,9 @@ def test_llama_cpps_own_files_become_the_folder_again(name, tmp_path):
 
     from edgepatch.converters.dequantization import dequantize
 
-    wanted = parity_models.architecture(name)
-    parity_models.build_folder(wanted, tmp_path / "hf")
-    foreign = replace(wanted, own_converter=name == "qwen2")
+    architecture = parity_models.architecture(name)
+    parity_models.build_folder(architecture, tmp_path / "hf")
+    foreign = replace(architecture, own_converter=name == "qwen2")
     parity_models.convert(foreign, tmp_path / "hf", tmp_path / "model.gguf", "F32", Path(SOURCE))
     if name == "qwen3_5":
         with pytest.raises(InputError, match="finds no weights"):

@@ -57,10 +57,10 @@ def write_folder(folder: Path, tokenizer: Tokenizer, **settings) -> Path:
 
 def byte_level(name: str, steps: list | None = None) -> Tokenizer:
     """A tiny tokenizer that splits as llama.cpp does under this name, trained a moment ago."""
-    known = PRE_TOKENIZERS[name]
-    tokenizer = Tokenizer(models.BPE(ignore_merges=known.ignores_merges))
+    scheme = PRE_TOKENIZERS[name]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=scheme.ignores_merges))
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=steps is not None)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*(split_steps(known) if steps is None else steps), last])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*(split_steps(scheme) if steps is None else steps), last])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

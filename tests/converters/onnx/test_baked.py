@@ -30,8 +30,8 @@ def test_a_baked_graph_says_what_the_seeded_one_says(onnx_folders, tiny_patch, t
             p.token_id
             for p in runtime.stream(tokens, Sampling(max_new_tokens=24, temperature=0, ignore_end_tokens=True))
         ]
-    found = generate_baked(tmp_path / "baked", tiny_patch.num_virtual_tokens, tokens, 24)
-    assert len(found) > 8 and found == expected[: len(found)]
+    token_ids = generate_baked(tmp_path / "baked", tiny_patch.num_virtual_tokens, tokens, 24)
+    assert len(token_ids) > 8 and token_ids == expected[: len(token_ids)]
     metadata = {
         p.key: p.value for p in onnx.load(tmp_path / "baked" / "model.onnx", load_external_data=False).metadata_props
     }

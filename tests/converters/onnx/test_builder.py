@@ -73,7 +73,7 @@ def test_an_interrupted_export_leaves_what_was_there(tiny_folder, tmp_path, monk
     def interrupt(command, **options):
         raise error
 
-    monkeypatch.setattr("subprocess.run", interrupt)
+    monkeypatch.setattr("edgepatch.converters.onnx.exporters.run_program", interrupt)
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else InputError):
         converter.export(tiny_folder, target, "fp32")
     assert [p.name for p in tmp_path.iterdir()] == (["target"] if existing else [])

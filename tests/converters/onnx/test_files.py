@@ -15,13 +15,13 @@ VALUES = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 def tensor(name="weights", **external):
     """A (4, 6) float32 tensor in another file."""
-    made = onnx.numpy_helper.from_array(VALUES, name)
+    proto = onnx.numpy_helper.from_array(VALUES, name)
     if external:
-        made.ClearField("raw_data")
-        made.data_location = onnx.TensorProto.EXTERNAL
+        proto.ClearField("raw_data")
+        proto.data_location = onnx.TensorProto.EXTERNAL
         for key, value in external.items():
-            made.external_data.add(key=key, value=str(value))
-    return made
+            proto.external_data.add(key=key, value=str(value))
+    return proto
 
 
 def save(folder: Path, *tensors, nodes=()):
@@ -33,10 +33,10 @@ def save(folder: Path, *tensors, nodes=()):
 
 @pytest.fixture
 def folder(tmp_path):
-    made = tmp_path / "model"
-    made.mkdir()
-    (made / "model.data").write_bytes(b"\0" * 32 + VALUES.tobytes())
-    return made
+    model_folder = tmp_path / "model"
+    model_folder.mkdir()
+    (model_folder / "model.data").write_bytes(b"\0" * 32 + VALUES.tobytes())
+    return model_folder
 
 
 def test_operators_and_tensors_are_read(folder):
@@ -44,22 +44,22 @@ def test_operators_and_tensors_are_read(folder):
     half = onnx.numpy_helper.from_array(VALUES.astype(np.float16), "half")
     bits = onnx.helper.make_node("MatMulNBits", [], ["z"], bits=8, domain="com.microsoft")
     save(folder, inline, outside, half, nodes=[bits, bits])
-    found = open_folder(folder)
-    assert found.operators == {"Identity": 1, "MatMulNBits": 2} and found.bits == {8: 2}
-    assert [t.name for t in found.tensors] == ["inline", "outside", "half"]
-    for read, values in zip(found.tensors, (VALUES, VALUES, VALUES.astype(np.float16)), strict=True):
-        assert np.array_equal(found.values(read), values) and found.values(read).dtype == values.dtype
+    graph_file = open_folder(folder)
+    assert graph_file.operators == {"Identity": 1, "MatMulNBits": 2} and graph_file.bits == {8: 2}
+    assert [t.name for t in graph_file.tensors] == ["inline", "outside", "half"]
+    for read, values in zip(graph_file.tensors, (VALUES, VALUES, VALUES.astype(np.float16)), strict=True):
+        assert np.array_equal(graph_file.values(read), values) and graph_file.values(read).dtype == values.dtype
 
 
 def test_a_real_graph_reads_as_onnx_reads_it(onnx_folders):
     for precision, path in onnx_folders.items():
-        found, model = open_folder(path), onnx.load(path / MODEL_FILE)
-        assert sum(found.operators.values()) == len(model.graph.node)
+        graph_file, model = open_folder(path), onnx.load(path / MODEL_FILE)
+        assert sum(graph_file.operators.values()) == len(model.graph.node)
         expected = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-        read = {t.name: found.values(t) for t in found.tensors if t.name in expected}
+        read = {t.name: graph_file.values(t) for t in graph_file.tensors if t.name in expected}
         assert read.keys() == expected.keys()
         assert all(np.array_equal(read[name], values) for name, values in expected.items() if read[name] is not None)
-        assert bool(found.bits) is (precision in ("int8", "int4"))
+        assert bool(graph_file.bits) is (precision in ("int8", "int4"))
 
 
 LOCATIONS = (

@@ -118,7 +118,7 @@ def test_a_growing_past_is_cut_and_kept(gemma_onnx, gemma_patch):
 
 
 def test_names_of_another_exporter_are_recognised(gemma_onnx, gemma_patch, tmp_path):
-    """The same graph under optimum's names for the past. `make optimum` tests a graph of optimum itself."""
+    """The same graph under optimum's names for the past. `edgepatch bench optimum` tests a graph of optimum itself."""
     import onnx
 
     folder = shutil.copytree(gemma_onnx, tmp_path / "renamed")
@@ -172,9 +172,9 @@ def _divergence_by_thirds(runtime, folder, patch):
     """(3,) mean KL from full precision at the first, middle and last third of a long text: rounded angles grow with position."""
     tokens = [int(t) for t in np.random.default_rng(2).integers(3, 512, 240)]
     with load_runtime(folder, patch) as reference:
-        wanted = reference.logits(tokens).astype(np.float64)
+        expected = reference.logits(tokens).astype(np.float64)
     p, q = (
-        x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (wanted, runtime.logits(tokens).astype(np.float64))
+        x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (expected, runtime.logits(tokens).astype(np.float64))
     )
     return (np.exp(p) * (p - q)).sum(axis=1).reshape(3, -1).mean(axis=1)
 

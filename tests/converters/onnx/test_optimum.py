@@ -1,4 +1,4 @@
-"""Graphs of Hugging Face optimum, exported in its own environment: `make optimum`."""
+"""Graphs of Hugging Face optimum, exported in its own environment: `edgepatch bench optimum`."""
 
 import json
 import os
@@ -19,7 +19,9 @@ from edgepatch.runtimes.onnx.runtime import OnnxRuntime
 from edgepatch.tensors import SoftPrompt
 
 ENVIRONMENT = os.environ.get("EDGEPATCH_OPTIMUM_ENV", "")
-pytestmark = pytest.mark.skipif(not ENVIRONMENT, reason="optimum needs an environment of its own: make optimum")
+pytestmark = pytest.mark.skipif(
+    not ENVIRONMENT, reason="optimum needs an environment of its own: edgepatch bench optimum"
+)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 PROMPTS = ["The quick", "A", "Numbers 1234, accents, and a text that is longer than those of the other rows", "B"]
@@ -62,12 +64,12 @@ def model(request, tiny_folder, tmp_path_factory):
     else:
         settings |= {"rope_theta": 5e5}
     settings |= {"sliding_window": WINDOW} if request.param == "mistral" else {}
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **settings))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **settings))
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    made.save_pretrained(folder)
+    model.save_pretrained(folder)
     assert "rope_theta" not in json.loads((folder / "config.json").read_text()), "or Transformers 4 could not be wrong"
     soft_prompt = SoftPrompt((np.random.default_rng(3).standard_normal((10, 128)) * 0.3).astype(np.float32))
     loaded = folders.load_model(folder)
@@ -118,24 +120,24 @@ def test_smaller_weights(model, exported, tmp_path, monkeypatch, precision):
 def test_a_folder_as_optimum_leaves_it_is_stamped(model, tmp_path):
     """What people download: optimum's own settings files, of Transformers 4, beside its graph."""
     architecture, folder, patch = model
-    copy, made = tmp_path / "copy", tmp_path / "made"
-    for path in (copy, made):
+    copy, exported = tmp_path / "copy", tmp_path / "made"
+    for path in (copy, exported):
         path.mkdir()
     exporters._write_for_transformers_4(folder, copy)
     python = str(exporters.optimum_python(Path(ENVIRONMENT)))
-    done = exporters._run(python, exporters.OPTIMUM, [str(copy), str(made)])
+    done = exporters._run(python, exporters.OPTIMUM, [str(copy), str(exported)])
     assert done.returncode == 0, done.stderr
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(folder / name, made / name)
+        shutil.copyfile(folder / name, exported / name)
     with pytest.raises(InputError, match="names no base model"):
-        OnnxRuntime(made)
+        OnnxRuntime(exported)
     if architecture == "gemma3_text":  # 1 + weight is folded into nameless constants
         with pytest.raises(InputError, match="norm vectors"):
-            onnx.stamp_folder(made)
-        onnx.stamp_folder(made, folder)
+            onnx.stamp_folder(exported)
+        onnx.stamp_folder(exported, folder)
     else:
-        onnx.stamp_folder(made)
-    with load_runtime(made, patch, num_threads=1) as runtime:
+        onnx.stamp_folder(exported)
+    with load_runtime(exported, patch, num_threads=1) as runtime:
         assert runtime.spec == patch.base
 
 

@@ -1,4 +1,4 @@
-"""Baselines in place of a patch: LoRA adapters and control vectors in every runtime, against what PEFT computes."""
+"""Arms in place of a patch: LoRA adapters and control vectors in every runtime, against what PEFT computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.bench import baselines, columns
+from edgepatch.bench import arms, columns
 from edgepatch.converters import rope
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
@@ -69,12 +69,12 @@ def llama(tmp_path_factory) -> Adapted:
     return make_adapted(tmp_path_factory.mktemp("llama"), "llama", **ADAPTERS["llama"])
 
 
-def distance(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max())
+def distance(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max())
 
 
 def llamacpp_logits(model: Path, adapter: Path | None = None, vector: Path | None = None) -> np.ndarray:
-    with baselines.load_llamacpp(model, adapter, vector, **EXACT) as runtime:
+    with arms.load_llamacpp(model, adapter, vector, **EXACT) as runtime:
         return runtime.logits(TOKENS)
 
 
@@ -103,12 +103,12 @@ def test_without_the_order_of_heads_the_adapter_is_another_one(llama, tmp_path, 
 def test_an_adapter_in_half_precision_stands_beside_quantized_weights(llama, tmp_path):
     lora.write_lora(llama.adapter, llama.base, tmp_path / "lora.gguf", "F16")
     writer.quantize(llama.full, tmp_path / "Q4_0.gguf", "Q4_0", num_threads=1)
-    found, bare = (
+    adapted, bare = (
         llamacpp_logits(tmp_path / "Q4_0.gguf", tmp_path / "lora.gguf"),
         llamacpp_logits(tmp_path / "Q4_0.gguf"),
     )
     closeness = (
-        np.corrcoef(found.ravel(), llama.expected.ravel())[0, 1],
+        np.corrcoef(adapted.ravel(), llama.expected.ravel())[0, 1],
         np.corrcoef(bare.ravel(), llama.expected.ravel())[0, 1],
     )
     assert closeness[0] > 0.85 > 0.7 > closeness[1]
@@ -119,13 +119,13 @@ def test_every_runtime_loads_an_adapter_by_its_column(llama, tmp_path):
     writer.quantize(llama.full, tmp_path / "forms" / "Q8_0.gguf", "Q8_0", num_threads=1)
     for name in ("torch F32", "llamacpp Q8_0", "onnx int4"):
         column = next(column for column in columns.columns() if column.name == name)
-        with baselines.load_lora(column, column.path(tmp_path / "forms"), llama.adapter, tmp_path / "made") as runtime:
+        with arms.load_lora(column, column.path(tmp_path / "forms"), llama.adapter, tmp_path / "made") as runtime:
             closeness = np.corrcoef(runtime.logits(TOKENS).ravel(), llama.expected.ravel())[0, 1]
             assert (runtime.name, runtime.quantization) == (column.runtime, column.quantization)
             assert closeness > 0.9, name
-    (made,) = (tmp_path / "made").iterdir()
-    assert sorted(path.name for path in made.iterdir()) == ["lora.gguf", "onnx-int4", "transformers"]
-    assert_unmerged(made / "onnx-int4" / "model.onnx")
+    (outputs,) = (tmp_path / "made").iterdir()
+    assert sorted(path.name for path in outputs.iterdir()) == ["lora.gguf", "onnx-int4", "transformers"]
+    assert_unmerged(outputs / "onnx-int4" / "model.onnx")
 
 
 def assert_unmerged(graph: Path) -> None:
@@ -185,7 +185,7 @@ def test_an_adapter_of_another_base_is_refused(llama, tmp_path):
 
 def test_llamacpp_refuses_a_file_that_is_no_adapter(llama):
     with pytest.raises(InputError, match=r"general\.type"):
-        baselines.load_llamacpp(llama.full, llama.full, **EXACT)
+        arms.load_llamacpp(llama.full, llama.full, **EXACT)
 
 
 def test_only_the_builder_takes_adapters(llama, tmp_path):
@@ -196,11 +196,11 @@ def test_only_the_builder_takes_adapters(llama, tmp_path):
 def test_a_control_vector_moves_the_logits_by_its_norm(llama, tmp_path):
     spec, moved = folders.read_spec(llama.base), []
     for norm in (0.0, 0.5, 5.0):
-        baselines.write_control_vector(spec, norm, tmp_path / "vector.gguf")
+        arms.write_control_vector(spec, norm, tmp_path / "vector.gguf")
         moved.append(distance(llamacpp_logits(llama.full, vector=tmp_path / "vector.gguf"), llama.bare))
     assert moved[0] < 1e-4 < 0.05 < moved[1] < moved[2]
     other = folders.read_spec(make_folder(tmp_path / "other", "llama", num_hidden_layers=3))
-    baselines.write_control_vector(other, 1.0, tmp_path / "vector.gguf")
+    arms.write_control_vector(other, 1.0, tmp_path / "vector.gguf")
     with pytest.raises(InputError, match="expected 1 directions of 64 values, found 2"):
         llamacpp_logits(llama.full, vector=tmp_path / "vector.gguf")
 
@@ -212,9 +212,9 @@ def test_forms_are_made_once_and_belong_to_one_model(llama, tmp_path, monkeypatc
         if column.name in ("torch F32", "llamacpp F16", "llamacpp Q8_0", "llamacpp F16 kv q8_0")
     ]
     monkeypatch.setattr(columns, "columns", lambda: few)
-    told: list[tuple[str, int, int]] = []
-    first = columns.convert_model(llama.base, tmp_path / "forms", lambda *step: told.append(step))
-    assert [step for step in told if step[0] == "convert"] == [("convert", done, 4) for done in range(5)]
+    events: list[tuple[str, int, int]] = []
+    first = columns.convert_model(llama.base, tmp_path / "forms", lambda *step: events.append(step))
+    assert [step for step in events if step[0] == "convert"] == [("convert", done, 4) for done in range(5)]
     times = {name: path.stat().st_mtime_ns for name, path in first.items()}
     (tmp_path / "forms" / "Q8_0.gguf").unlink()
     again = columns.convert_model(llama.base, tmp_path / "forms")

@@ -285,7 +285,7 @@ def test_settings_that_do_not_matter_are_not_looked_at(copy_of, spec, adapters):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "field", "found"),
+    ("kind", "settings", "field", "actual"),
     [
         ("prefix", {"num_layers": 3}, "num_layers", "patch expects 3, model has 2"),
         ("prefix", {"num_attention_heads": 4}, "num_attention_heads", "patch expects 4, model has 2"),
@@ -294,8 +294,8 @@ def test_settings_that_do_not_matter_are_not_looked_at(copy_of, spec, adapters):
         ("prompt", {"num_layers": 1}, "num_layers", "patch expects 1, model has 2"),
     ],
 )
-def test_an_adapter_for_another_model_is_refused(kind, settings, field, found, copy_of, spec):
-    with pytest.raises(MismatchError, match=f"{field}: {found}"):
+def test_an_adapter_for_another_model_is_refused(kind, settings, field, actual, copy_of, spec):
+    with pytest.raises(MismatchError, match=f"{field}: {actual}"):
         peft.read_adapter(copy_of(kind, **settings), spec)
 
 

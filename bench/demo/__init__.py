@@ -1,0 +1,1 @@
+"""The main job on the lab model, in one command: a small evidence matrix of one patch, with its times."""

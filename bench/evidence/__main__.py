@@ -1,5 +1,0 @@
-"""``python -m edgepatch.bench.evidence``."""
-
-from edgepatch.bench.evidence.run import main
-
-raise SystemExit(main())

@@ -1,5 +1,0 @@
-"""``python -m edgepatch.bench.identity``."""
-
-from edgepatch.bench.identity.run import main
-
-raise SystemExit(main())

@@ -1,5 +1,0 @@
-"""``python -m edgepatch.bench.parity``."""
-
-from edgepatch.bench.parity.run import main
-
-raise SystemExit(main())

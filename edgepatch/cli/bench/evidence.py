@@ -1,0 +1,103 @@
+"""``bench evidence``, ``unpatch``: whether a patch does what it is for, after quantization and against writing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgepatch.cli.bench.door import (
+    RESULTS,
+    DataOption,
+    OutOption,
+    ThreadsOption,
+    bench_app,
+    end_with,
+    use_one_thread,
+)
+from edgepatch.cli.console import LogOption, progress_bars
+
+Names = list[str] | None
+
+
+@bench_app.command()
+def evidence(
+    data: DataOption = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for models, patches and raw cells.")
+    ] = Path("out/evidence"),
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    training: Annotated[
+        bool, typer.Option("--training/--no-training", help="Train what is missing, or measure what is trained.")
+    ] = True,
+    measuring: Annotated[
+        bool, typer.Option("--measuring/--no-measuring", help="Measure what is due, or assemble what is measured.")
+    ] = True,
+    domain: Annotated[Names, typer.Option(help="Only this domain; may be repeated.")] = None,
+    arm: Annotated[Names, typer.Option(help="Only this arm; may be repeated.")] = None,
+    column: Annotated[Names, typer.Option(help="Only this column, as 'llamacpp Q4_K_M'; may be repeated.")] = None,
+    composition: Annotated[bool, typer.Option("--composition/--no-composition", help="Measure compositions.")] = True,
+    prompts: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(metavar="CORE COMPOSED REST", help="Prompts of every domain, in each kind of cell."),
+    ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Write bench/results and docs/results/safety.md too.")
+    ] = False,
+    log: LogOption = None,
+) -> None:
+    """Does the gain hold after quantization? Every arm on every runtime and quantization (hours; it goes on where it stopped).
+
+    Example: `edgepatch bench evidence --publish`
+    """
+    use_one_thread()
+    from edgepatch.bench.datasets import data_folder
+    from edgepatch.bench.evidence import run as matrix
+    from edgepatch.bench.evidence.cells import ARMS, DEFAULT_ITEMS, DOMAINS, EvidenceConfig
+
+    config = EvidenceConfig(
+        items=dict.fromkeys(DOMAINS, prompts or DEFAULT_ITEMS),
+        domains=tuple(domain or DOMAINS),
+        arms=tuple(arm or ARMS),
+        columns=tuple(column or ()),
+        composition=composition,
+    )
+    kept = "what is trained and measured is kept; the same command goes on from there"
+    with progress_bars(log or out / "evidence.log", lambda: kept) as progress:
+        document = matrix.run(
+            out,
+            data_folder(data),
+            config,
+            num_workers=workers,
+            is_trained=training,
+            is_measured=measuring,
+            is_published=publish,
+            progress=progress,
+        )
+    failures = matrix.failures(document)
+    met = sum(goal["met"] for goal in document["goals"])
+    print(f"{met} of {len(document['goals'])} goals are met; {len(failures)} measurements failed or are missing")
+    end_with(failures[:20])
+
+
+@bench_app.command()
+def unpatch(
+    model: Annotated[
+        Path | None, typer.Option(help="Model that the patch fits; default: the lab model at F16.")
+    ] = None,
+    patch: Annotated[Path | None, typer.Option("--patch", "-p", help="Patch file; default: the lab patch.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each attempt.")] = 48,
+    samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
+    threads: ThreadsOption = 1,
+    out: OutOption = RESULTS / "unpatching.json",
+) -> None:
+    """What writing can do against a patch: many shots, dilution, a system prompt against it, a reply begun for it.
+
+    Example: `edgepatch bench unpatch --prompts 12`
+    """
+    use_one_thread()
+    from edgepatch.bench.lab import LAB_PATCH
+    from edgepatch.bench.safety import unpatching
+
+    unpatching.run(out, model, patch or LAB_PATCH, prompts, samples, threads)

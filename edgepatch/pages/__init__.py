@@ -1,0 +1,1 @@
+"""Every HTML page: blocks and charts as values, one template, one style."""

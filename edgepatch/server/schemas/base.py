@@ -1,0 +1,86 @@
+"""What the models of requests have in common: they are closed and strict, and say what they expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def problem(kind: str, expected: str, **context: str) -> PydanticCustomError:
+    """A problem that pydantic has no check for; `edgepatch.server.schemas.validation` puts its sentence together."""
+    # pydantic cannot carry halves of characters, which a field's name may hold.
+    safe = {name: text.encode("utf-8", "backslashreplace").decode("utf-8") for name, text in context.items()}
+    return PydanticCustomError(kind, expected, safe)
+
+
+class RequestModel(BaseModel):
+    """An object in a request. What a client adds is looked for first, so that many unknown fields are no more work than one."""
+
+    # Built by `build_models`, which the server calls while the model loads, or at the first use.
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_known_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        names, tag_fields = _fields_of(cls)
+        for name, tags in tag_fields.items():
+            # A wrong tag says that another kind of object was meant, whose fields are no surprise then.
+            if name in value and value[name] not in tags:
+                raise problem(f"wrong_{name}", " or ".join(map(repr, tags)))
+        unknown = next((name for name in value if name not in names), None)
+        if unknown is not None:
+            raise problem("unknown_field", f"one of {', '.join(names)}", field=unknown)
+        return value
+
+
+@cache
+def _fields_of(model: type[RequestModel]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The names of an object's fields, and the values of those that tell it from other objects."""
+    fields = model.model_fields
+    tags = {
+        name: get_args(field.annotation) for name, field in fields.items() if get_origin(field.annotation) is Literal
+    }
+    return tuple(field.alias or name for name, field in fields.items()), tags
+
+
+def _require_unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise problem("string_unicode", "valid Unicode") from None
+    return text
+
+
+def as_integer(value: object) -> object:
+    """JSON has one kind of number: 1.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def by_shape(choose: Callable[[object], str | None]) -> Discriminator:
+    """Alternatives that are told apart by what kind of value they are. Tags are in brackets, as no field's name is."""
+    return Discriminator(choose, "wrong_shape", "text or a list")
+
+
+def by_tag(field: str, labels: Mapping[str, str]) -> Discriminator:
+    """Objects that are told apart by the value of one field.
+
+    Args:
+        field: its name.
+        labels: its values, and the tags of the alternatives that have them.
+    """
+
+    def choose(value: object) -> str | None:
+        tag = value.get(field) if isinstance(value, dict) else None
+        return labels.get(tag) if isinstance(tag, str) else None
+
+    return Discriminator(choose, f"wrong_{field}", " or ".join(map(repr, labels)))
+
+
+WHOLE = BeforeValidator(as_integer)
+Text = Annotated[str, AfterValidator(_require_unicode)]

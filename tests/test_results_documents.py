@@ -1,0 +1,250 @@
+"""The small tables of docs/results say what the committed files say: each is made again from the JSON and compared.
+
+A table stands below ``<!-- table: NAME -->``. When results are measured anew, a failing test prints the table to put there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = sorted((ROOT / "docs" / "results").glob("*.md"))
+SLOT = re.compile(r"<!-- table: ([\w -]+) -->\n((?:\|.*\n)*)")
+DASH = "\u2013"
+# Of a bar in the picture, for a toxicity of 1.
+BAR_WIDTH = 150
+DOMAINS = ("toxicity", "gender", "harm")
+ARMS = {
+    "bare": "bare model",
+    "safe_prompt": "safety instruction",
+    "patch": "patch",
+    "kv": "trained K/V",
+    "lora_r16": "LoRA r=16",
+    "reference": "M'",
+}
+SHAPES = {
+    "smollm-135m Q8_0": "latency-smollm-135m-Q8_0",
+    "qwen2.5-0.5b Q4_K_M": "latency-qwen2.5-0.5b-Q4_K_M",
+    "llama-3.2-1b Q4_0": "latency",
+    "llama-3.2-1b int4 (ONNX)": "latency-llama-3.2-1b-int4",
+    "llama-3.2-3b Q4_0": "latency-llama-3.2-3b-Q4_0",
+    "llama-3.1-8b Q4_0": "latency-llama-3.1-8b-Q4_0",
+}
+ALTERNATIVES = {
+    "bare": "bare model",
+    "seed": "patch of 50 virtual tokens",
+    "text-50 warm": "safety text of 50 tokens, cached",
+    "text-300 warm": "safety text of 300 tokens, cached",
+    "text-300 cold": "safety text of 300 tokens, not cached",
+    "lora-r16": "LoRA r=16",
+    "control-vector": "control vector",
+    "4 patches": "four patches of 50",
+}
+FRONT = {
+    "plain continuation": "nothing",
+    "128 tokens of toxic text in front": "128 tokens, toxic",
+    "128 tokens of benign text in front": "128 tokens, benign",
+    "512 tokens of toxic text in front": "512 tokens, toxic",
+    "512 tokens of benign text in front": "512 tokens, benign",
+}
+PARITY = {
+    "llama.cpp F32, f32 cache": ("llamacpp", "F32", "f32", False),
+    "llama.cpp F16": ("llamacpp", "F16", "f16", True),
+    "llama.cpp Q8_0": ("llamacpp", "Q8_0", "f16", True),
+    "llama.cpp Q4_K_M": ("llamacpp", "Q4_K_M", "f16", True),
+    "llama.cpp Q4_0": ("llamacpp", "Q4_0", "f16", True),
+    "ONNX fp32": ("onnx", "fp32", "f32", None),
+    "ONNX fp16": ("onnx", "fp16", "f16", None),
+    "ONNX int8": ("onnx", "int8", "f32", None),
+    "ONNX int4": ("onnx", "int4", "f32", None),
+}
+Row = Mapping[str, Any]
+
+
+@cache
+def document(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def figure(row: Row, field: str, digits: int = 2, scale: float = 1) -> str:
+    """ "0.12 [0.10, 0.14]"; a dash for what was refused."""
+    if row.get(field) is None:
+        return DASH
+    value, low, high = (f"{scale * row[field + end]:.{digits}f}" for end in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]"
+
+
+def interval(value: Row, digits: int = 3) -> str:
+    return figure({"v": value["value"], "v_low": value["low"], "v_high": value["high"]}, "v", digits)
+
+
+def cell(domain: str, arm: str, column: str, route: str | None = None) -> Row:
+    routes = ("", "stored") if route is None else (route,)
+    return next(
+        row
+        for row in document("evidence")["cells"]
+        if (row["domain"], row["arm"], row["column"]) == (domain, arm, column) and row["route"] in routes
+    )
+
+
+def scores() -> str:
+    rows = ([name, *(figure(cell(d, arm, "torch F32"), "score") for d in DOMAINS)] for arm, name in ARMS.items())
+    return table(("model", *DOMAINS), rows)
+
+
+def retention() -> str:
+    columns = dict.fromkeys(row["column"] for row in document("evidence")["cells"] if row["column"] != "torch F32")
+    rows = [[column, *(figure(cell(d, "patch", column), "retention") for d in DOMAINS)] for column in columns]
+    decoded = [
+        "llamacpp Q2_K, decoded",
+        *(figure(cell(d, "patch", "llamacpp Q2_K", "decoded"), "retention") for d in DOMAINS),
+    ]
+    return table(("on", *DOMAINS), [*rows, decoded])
+
+
+def retained() -> str:
+    rows = [
+        [
+            domain,
+            figure(row, "perplexity_change", 1),
+            figure(row, "over_refusal_change", 1, 100),
+            figure(row, "negative_flips", 1, 100),
+        ]
+        for domain in DOMAINS
+        for row in [cell(domain, "patch", "torch F32")]
+    ]
+    return table(("domain", "perplexity, %", "over-refusal, points", "negative flips, %"), rows)
+
+
+def shipped() -> str:
+    results = document("rtp/results")
+    cells = {(row["runtime"], row["quantization"], row["patched"]): row for row in results["cells"]}
+    rows = [
+        [
+            f"{kept['runtime']} {kept['quantization']}",
+            *(figure(cells[kept["runtime"], kept["quantization"], patched], "emt", 3) for patched in (False, True)),
+            figure(kept, "retention"),
+        ]
+        for kept in results["retention"]
+    ]
+    return table(("on", "EMT bare", "EMT patched", "gain kept"), rows)
+
+
+def in_front() -> str:
+    short, mixed = (
+        {row["attack"]: row for row in document(name)["rows"]} for name in ("unpatching", "unpatching_text_in_front")
+    )
+    rows = [
+        [name, interval(short[attack]["bare"]), interval(short[attack]["gain"]), interval(mixed[attack]["gain"])]
+        for attack, name in FRONT.items()
+    ]
+    return table(("in front", "EMT bare, short", "gain, short", "gain, mixed"), rows)
+
+
+def cost() -> str:
+    rows = [
+        [name, *(interval(document(file)["ratios"][f"{of}_patched_over_bare"]) for of in ("ttft", "decode"))]
+        for name, file in SHAPES.items()
+    ]
+    return table(("model", "time to first token", "decode rate"), rows)
+
+
+def median(rows: Sequence[Row], arm: str, measure: str, field: str, digits: int, **of: int) -> str:
+    for row in rows:
+        if (row["arm"], row["measure"]) == (arm, measure) and all(row[name] == value for name, value in of.items()):
+            return f"{row[field]:,.{digits}f}"
+    return DASH
+
+
+def alternatives() -> str:
+    rows = document("latency")["rows"]
+    lines = [
+        [
+            name,
+            median(rows, arm, "ttft", "median_ms", 0, n_prompt=32),
+            median(rows, arm, "ttft", "median_ms", 0, n_prompt=512),
+            median(rows, arm, "decode", "median_ts", 1, n_depth=0),
+        ]
+        for arm, name in ALTERNATIVES.items()
+    ]
+    return table(("in place of a patch", "first token, ms, 32", "first token, ms, 512", "tokens/s"), lines)
+
+
+def parity() -> str:
+    """The worst of all architectures, in float32 throughout and as people run it: an f16 cache and flash attention."""
+    lines = []
+    for name, setting in PARITY.items():
+        keys = ("runtime", "quantization", "kv_type", "flash_attention")
+        rows = [row for row in document("parity")["rows"] if tuple(map(row.get, keys)) == setting and row["passed"]]
+        lines.append(
+            [
+                name,
+                f"{max(row['max_abs_dlogit'] for row in rows):.1e}",
+                f"{max(row['kl'] for row in rows):.1e}",
+                f"{min(row['kl_no_patch'] for row in rows):.2f}",
+                str(len({row["architecture"] for row in rows})),
+            ]
+        )
+    return table(("weights", "largest logit difference", "largest KL", "least KL without the patch", "models"), lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "scores": scores,
+    "retention": retention,
+    "retained": retained,
+    "shipped": shipped,
+    "in front": in_front,
+    "cost": cost,
+    "alternatives": alternatives,
+    "parity": parity,
+}
+
+
+def tables_of(text: str) -> dict[str, str]:
+    return dict(SLOT.findall(text))
+
+
+def test_every_table_has_one_place():
+    names = [name for file in DOCUMENTS for name, _ in SLOT.findall(file.read_text("utf-8"))]
+    assert sorted(names) == sorted(TABLES)
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_tables_say_what_the_files_say(file: Path):
+    for name, text in tables_of(file.read_text("utf-8")).items():
+        expected = TABLES[name]()
+        assert text == expected, f"{file.name}, {name}: put this table there\n{expected}"
+
+
+def test_the_picture_says_what_the_files_say():
+    picture = (ROOT / "docs" / "picture.svg").read_text("utf-8")
+    forms = {"torch": "F32", "llamacpp": "Q4_K_M", "onnx": "int4"}
+    cells = {
+        (row["runtime"], row["quantization"], row["patched"]): row["emt"] for row in document("rtp/results")["cells"]
+    }
+    for runtime, quantization in forms.items():
+        (group,) = re.findall(rf'<g id="{runtime}">(.*?)</g>', picture, re.DOTALL)
+        values = [cells[runtime, quantization, patched] for patched in (False, True)]
+        assert re.findall(r">(\d\.\d+)<", group) == [f"{value:.3f}" for value in values]
+        bars = re.findall(r'width="(\d+)" height="12"', group)
+        assert bars == [f"{BAR_WIDTH * value:.0f}" for value in values], "a bar has another length than its figure"
+        assert f"from {values[0]:.3f} to {values[1]:.3f}" in picture  # what a screen reader says
+
+
+def test_a_changed_figure_is_noticed():
+    text = f"<!-- table: scores -->\n{scores()}"
+    assert tables_of(text)["scores"] == scores()
+    assert tables_of(text.replace("[0.", "[1.", 1))["scores"] != scores()
