@@ -30,6 +30,7 @@ LAYERS = {
     "edgepatch.decoding": 2,
     "edgepatch.defaults": 2,
     "edgepatch.judges": 2,
+    "edgepatch.seeds": 2,
     "edgepatch.text": 2,
     "edgepatch.trust": 2,
     "edgepatch.patch": 3,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgepatch.bench.demo import LAB_FOLDER
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.converters.hf import caches, folders, rotary
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
@@ -57,7 +57,7 @@ def test_losses_are_those_of_a_plain_forward_pass(model, seed, block, turns):
     models = FrozenModels([LAB_FOLDER / "base"], config, "cpu")
     assert models.anchoring == Anchoring(block, (3,) if turns else ())
     examples = random_examples(np.random.default_rng(block), [5, 90, 150])
-    examples[1] = Example(examples[1].prompt[:40] + (3,) + examples[1].prompt[41:], examples[1].answers)
+    examples[1] = Example((*examples[1].prompt[:40], 3, *examples[1].prompt[41:]), examples[1].answers)
     policy = KVPolicy(seed, "cpu")
     got = models.log_probabilities(models.base, examples, policy.memory(models.base))
     expected = torch.empty_like(got)
