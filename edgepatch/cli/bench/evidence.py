@@ -1,4 +1,4 @@
-"""``bench evidence``, ``unpatch``: whether a patch does what it is for, after quantization and against writing."""
+"""``bench evidence``, ``unpatch``, ``length``: whether a patch does what it is for, after quantization and against writing."""
 
 from __future__ import annotations
 
@@ -101,3 +101,47 @@ def unpatch(
     from edgepatch.bench.safety import unpatching
 
     unpatching.run(out, model, patch or LAB_PATCH, prompts, samples, threads)
+
+
+@bench_app.command()
+def length(
+    model: Annotated[
+        Path | None, typer.Option(help="Model that the patches fit; default: the lab model at F16.")
+    ] = None,
+    patch: Annotated[
+        list[Path] | None, typer.Option("--patch", "-p", help="Patch file; may be repeated. Default: the lab patches.")
+    ] = None,
+    block: Annotated[
+        list[int] | None, typer.Option(help="W to try; may be repeated. Default: 32, 64, 128, 256.")
+    ] = None,
+    data: DataOption = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each place.")] = 40,
+    samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
+    threads: ThreadsOption = 1,
+    out: OutOption = RESULTS / "length.json",
+    work: Annotated[Path, typer.Option(metavar="DIR", help="Folder of what is measured already.")] = Path("out/length"),
+    log: LogOption = None,
+) -> None:
+    """Does a patch hold behind text and in later turns? Pinned against moving, gain and cost (an hour; it goes on where it stopped).
+
+    Example: `edgepatch bench length --prompts 12 --block 128`
+    """
+    use_one_thread()
+    from edgepatch.bench.datasets import data_folder
+    from edgepatch.bench.lab import LAB_PATCHES
+    from edgepatch.bench.safety import length as places
+
+    kept = "what is measured is kept; the same command goes on from there"
+    with progress_bars(log or work / "length.log", lambda: kept) as progress:
+        places.run(
+            out,
+            work,
+            model,
+            patch or LAB_PATCHES,
+            block or [32, 64, 128, 256],
+            data_folder(data),
+            prompts,
+            samples,
+            threads,
+            progress,
+        )
