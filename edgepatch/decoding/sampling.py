@@ -36,6 +36,10 @@ INTEGERS = ("max_new_tokens", "top_k", "rng_seed", "num_logprobs")
 BANNED = -math.inf
 
 
+LARGEST_LOGIT = 1e300
+"""What penalties may make of one: infinite logits have no softmax."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to continue a prompt.
@@ -226,7 +230,9 @@ class TokenSampler:
         if s.repetition_penalty != 1:
             ids = np.fromiter(self._seen, np.int64)
             values = adjusted[ids]
-            adjusted[ids] = np.where(values < 0, values * s.repetition_penalty, values / s.repetition_penalty)
+            with np.errstate(over="ignore"):  # a penalty next to nothing makes a logit as large as it can be
+                penalized = np.where(values < 0, values * s.repetition_penalty, values / s.repetition_penalty)
+            adjusted[ids] = np.clip(penalized, -LARGEST_LOGIT, LARGEST_LOGIT)
         ids, counts = _as_arrays(self._counts)
         adjusted[ids] -= s.presence_penalty + s.frequency_penalty * counts
         if self._matcher is not None:

@@ -99,7 +99,7 @@ def read_json(
     try:
         value = loads(data, infinite=infinite)
     except ValueError as error:
-        raise InputError(f"{path} is damaged, or no JSON: {error}", hint) from None
+        raise InputError(f"{path} ({what}) is damaged, or no JSON: {error}", hint) from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}", hint)
+        raise InputError(f"{path} ({what}) is damaged: expected a JSON object, found {type(value).__name__}", hint)
     return value

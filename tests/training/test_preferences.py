@@ -187,7 +187,7 @@ REPLY = [{"role": "assistant", "content": "x"}]
         ({**GOOD, "prompt": None}, "must be texts"),
         ({"chosen": "b", "rejected": "c"}, "must be texts"),
         ({**GOOD, "chosen_score": "low"}, "chosen_score: expected a number"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": NaN}', "expected a number"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": NaN}', "expected finite numbers"),
         ('{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', "half of a surrogate"),
         ({"prompt": "a", "chosen": REPLY, "rejected": [USER]}, "expected messages"),
         (

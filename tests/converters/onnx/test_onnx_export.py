@@ -94,7 +94,7 @@ def test_a_growing_past_equals_inputs_embeds_beyond_the_window(gemma_folder, gem
     with load_runtime(gemma_onnx, gemma_patch, num_threads=1, num_sequences=2) as runtime:
         assert runtime.backend._graph.windows and not runtime.backend._graph.shared
         assert np.abs(runtime.logits(tokens) - expected).max() <= 1e-4
-        steps = np.concatenate([runtime.logits_of_last(tokens[: i + 1], sequence=1) for i in range(len(tokens))])
+        steps = np.stack([runtime.logits_of_last(tokens[: i + 1], sequence=1) for i in range(len(tokens))])
         assert np.abs(steps - expected).max() <= 1e-4
         assert [runtime.generate(prompt, GREEDY) for prompt in PROMPTS] == texts
         assert runtime.generate_batch(PROMPTS, GREEDY) == texts
