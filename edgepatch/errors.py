@@ -67,13 +67,13 @@ class UntrustedError(EdgepatchError):
     Args:
         check: the check that failed ("root version").
         expected: what it needs.
-        found: what is there.
+        actual: what is there.
     """
 
     exit_code = 3
 
-    def __init__(self, check: str, expected: object, found: object, hint: str = "") -> None:
-        super().__init__(f"{check}: expected {expected}, found {found}", hint)
+    def __init__(self, check: str, expected: object, actual: object, hint: str = "") -> None:
+        super().__init__(f"{check}: expected {expected}, found {actual}", hint)
         self.check = check
 
 

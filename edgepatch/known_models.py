@@ -93,9 +93,9 @@ def find(name: str) -> Path:
         ) from error
     if digest != model.sha256:
         expected = f"{model.size} bytes with the SHA-256 {model.sha256[:12]}... of {model.distribution} {model.version}"
-        found = f"{size} bytes" + (f" with {digest[:12]}..." if digest else "")
+        actual = f"{size} bytes" + (f" with {digest[:12]}..." if digest else "")
         raise InputError(
-            f"{path}: expected {expected}, found {found} in {model.distribution} {version}",
+            f"{path}: expected {expected}, found {actual} in {model.distribution} {version}",
             hint=_repair_command(model),
         )
     return path

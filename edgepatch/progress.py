@@ -250,11 +250,11 @@ def _open_log(path: Path) -> int:
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o644)
     try:
-        found = os.fstat(descriptor)
-        if stat.S_ISREG(found.st_mode) and found.st_size:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size:
             if not START.match(os.pread(descriptor, 64, 0)):
                 raise OSError(None, "it holds something else than a log")
-            if os.pread(descriptor, 1, found.st_size - 1) != b"\n":  # a full disk cut the last line
+            if os.pread(descriptor, 1, status.st_size - 1) != b"\n":  # a full disk cut the last line
                 os.write(descriptor, b"\n")
     except BaseException:
         os.close(descriptor)
@@ -294,17 +294,17 @@ def logged(
         kept: what is left of it, and how to go on.
     """
     log = LogFile(path, tell) if path else None
-    told: list[Lines | Progress] = [*([Lines(log.write, OF_LOG)] if log else []), *others]
+    listeners: list[Lines | Progress] = [*([Lines(log.write, OF_LOG)] if log else []), *others]
     place, ending, began = "the start", "finished", time.monotonic()
 
     def progress(stage: str, done: int, total: int, /, **figures: float) -> None:
         nonlocal place
         place = f"{stage} {done}/{total}"
-        for each in told:
+        for each in listeners:
             each(stage, done, total, **figures)
 
     try:
-        with _heartbeat([each for each in told if isinstance(each, Lines)]):
+        with _heartbeat([each for each in listeners if isinstance(each, Lines)]):
             yield progress
     except KeyboardInterrupt:
         ending = f"interrupted at {place}: {kept()}"

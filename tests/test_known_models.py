@@ -19,7 +19,7 @@ CONTENT = b"GGUF" + bytes(range(256)) * 40
 
 
 @pytest.fixture
-def known(monkeypatch) -> KnownModel:
+def tiny(monkeypatch) -> KnownModel:
     """A known model of this test, whose package is not installed yet."""
     model = KnownModel(
         name="tiny",
@@ -55,33 +55,33 @@ def install(monkeypatch, tmp_path):
     return call
 
 
-def test_a_model_is_found_without_importing_its_package(known, install):
+def test_a_model_is_found_without_importing_its_package(tiny, install):
     path = install(CONTENT)
     assert find("tiny") == resolve("tiny") == path
     assert "tiny_package" not in sys.modules
 
 
-def test_another_version_with_the_same_bytes_will_do(known, install):
+def test_another_version_with_the_same_bytes_will_do(tiny, install):
     path = install(CONTENT, "2.0")
     assert find("tiny") == path
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT + b"x", bytes([CONTENT[0] ^ 1]) + CONTENT[1:], b""])
-def test_other_bytes_are_refused(known, install, content):
+def test_other_bytes_are_refused(tiny, install, content):
     path = install(content, "9.9")
     with pytest.raises(InputError) as caught:
         find("tiny")
-    assert str(path) in str(caught.value) and known.sha256[:12] in str(caught.value) and "9.9" in str(caught.value)
+    assert str(path) in str(caught.value) and tiny.sha256[:12] in str(caught.value) and "9.9" in str(caught.value)
     assert "--force-reinstall edgepatch-test-tiny==1.2.3" in caught.value.hint
 
 
-def test_a_package_without_its_file_is_refused(known, install):
+def test_a_package_without_its_file_is_refused(tiny, install):
     install(None)
     with pytest.raises(InputError, match="No such file"):
         find("tiny")
 
 
-def test_a_missing_package_names_the_command(known, monkeypatch, tmp_path):
+def test_a_missing_package_names_the_command(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))  # not the environment that the Makefile fills
     with pytest.raises(InputError, match=r"Tiny-1, MIT.*edgepatch-test-tiny 1\.2\.3") as caught:
         find("tiny")
@@ -92,7 +92,7 @@ def test_a_missing_package_names_the_command(known, monkeypatch, tmp_path):
     assert caught.value.hint == "make tiny"
 
 
-def test_what_lies_in_the_working_directory_wins(known, install, tmp_path, monkeypatch):
+def test_what_lies_in_the_working_directory_wins(tiny, install, tmp_path, monkeypatch):
     install(CONTENT)
     monkeypatch.chdir(tmp_path)
     assert resolve("other") == Path("other")
@@ -100,7 +100,7 @@ def test_what_lies_in_the_working_directory_wins(known, install, tmp_path, monke
     assert resolve("tiny") == Path("tiny")
 
 
-def test_unknown_names_are_told(known):
+def test_unknown_names_are_told(tiny):
     with pytest.raises(InputError, match="nosuch") as caught:
         find("nosuch")
     assert "tiny" in caught.value.hint
@@ -122,7 +122,7 @@ def test_unknown_names_are_told(known):
     ],
     ids=" ".join,
 )
-def test_every_verb_knows_the_name(known, monkeypatch, capfd, tmp_path, arguments):
+def test_every_verb_knows_the_name(tiny, monkeypatch, capfd, tmp_path, arguments):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["edgepatch", *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -139,8 +139,8 @@ def test_the_makefile_and_the_constraints_bring_the_pinned_versions():
         assert f"{model.distribution}=={model.version}" in constraints
         target = re.search(rf"^{name}: .*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
         assert target and f"--no-deps --constraint constraints.txt {model.distribution}\n" in target[1]
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(f"make {name} " in shown for name in KNOWN_MODELS)
+    help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"make {name} " in help_text for name in KNOWN_MODELS)
 
 
 def test_the_real_model(smollm2):

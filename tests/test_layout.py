@@ -72,12 +72,12 @@ MAX_IMPORT_S = 0.3
 
 def modules() -> dict[str, Path]:
     """Installed name -> file, of every module."""
-    found = {}
+    files = {}
     for folder, _, names in os.walk(ROOT / "edgepatch", followlinks=True):
         for file in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
             parts = file.relative_to(ROOT).with_suffix("").parts
-            found[".".join(p for p in parts if p != "__init__")] = file
-    return found
+            files[".".join(p for p in parts if p != "__init__")] = file
+    return files
 
 
 def unit_of(module: str) -> str:
@@ -85,25 +85,25 @@ def unit_of(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-def imports(tree: ast.AST, known: set[str]) -> list[tuple[int, str]]:
+def imports(tree: ast.AST, module_names: set[str]) -> list[tuple[int, str]]:
     """(line, module) of every import of edgepatch, also inside functions and under TYPE_CHECKING."""
-    found = []
+    imported = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             # `import edgepatch` reads `edgepatch.__version__`.
-            found += [(node.lineno, alias.name) for alias in node.names if alias.name != "edgepatch"]
+            imported += [(node.lineno, alias.name) for alias in node.names if alias.name != "edgepatch"]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import"
             base = node.module or ""
             names = [f"{base}.{alias.name}" for alias in node.names]
-            found += [(node.lineno, name if name in known else base) for name in names]
-    return [(line, name) for line, name in found if name.split(".")[0] == "edgepatch"]
+            imported += [(node.lineno, name if name in module_names else base) for name in names]
+    return [(line, name) for line, name in imported if name.split(".")[0] == "edgepatch"]
 
 
-def upward_imports(module: str, source: str, known: set[str]) -> list[str]:
+def upward_imports(module: str, source: str, module_names: set[str]) -> list[str]:
     """Lines that break the table."""
     unit, wrong = unit_of(module), []
-    for line, target in imports(ast.parse(source), known):
+    for line, target in imports(ast.parse(source), module_names):
         other = unit_of(target)
         if other != unit and LAYERS[other] >= LAYERS[unit]:
             wrong.append(
@@ -118,9 +118,13 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
     Args:
         sources: module -> its text.
     """
-    known = set(sources)
+    module_names = set(sources)
     return {
-        module: {target for _, target in imports(ast.parse(text), known) if target in known and target != module}
+        module: {
+            target
+            for _, target in imports(ast.parse(text), module_names)
+            if target in module_names and target != module
+        }
         for module, text in sources.items()
     }
 
@@ -169,9 +173,9 @@ def test_the_documented_table_is_this_table():
 
 
 def test_imports_point_to_lower_layers_only():
-    found = modules()
-    assert len(found) > 20
-    wrong = [w for name, file in found.items() for w in upward_imports(name, file.read_text("utf-8"), set(found))]
+    files = modules()
+    assert len(files) > 20
+    wrong = [w for name, file in files.items() for w in upward_imports(name, file.read_text("utf-8"), set(files))]
     assert not wrong, "\n".join(wrong)
 
 
@@ -199,9 +203,9 @@ def test_the_check_sees_a_circle(texts: tuple[str, ...], expected: list[list[str
 
 
 def test_verbs_of_the_core_need_no_bench():
-    found = modules()
-    for name in (name for name in found if unit_of(name) == "edgepatch.cli" and not name.startswith(BENCH_VERBS)):
-        targets = {target for _, target in imports(ast.parse(found[name].read_text("utf-8")), set(found))}
+    files = modules()
+    for name in (name for name in files if unit_of(name) == "edgepatch.cli" and not name.startswith(BENCH_VERBS)):
+        targets = {target for _, target in imports(ast.parse(files[name].read_text("utf-8")), set(files))}
         assert not [target for target in targets if unit_of(target) == "edgepatch.bench"], name
 
 
@@ -283,14 +287,14 @@ def test_named_extras_exist():
     """A hint that names an extra which does not exist sends the user in circles."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    known = set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))
+    extras = set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))
     for file in modules().values():
         for extra in re.findall(r"edgepatch\[([\w-]+)\]", file.read_text("utf-8")):
-            assert extra in known, f"{file}: edgepatch[{extra}]"
+            assert extra in extras, f"{file}: edgepatch[{extra}]"
         for call in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "MissingExtraError":
                 extra = call.args[1]
-                assert not isinstance(extra, ast.Constant) or extra.value in known, f"{file}, line {call.lineno}"
+                assert not isinstance(extra, ast.Constant) or extra.value in extras, f"{file}, line {call.lineno}"
 
 
 def test_public_names():

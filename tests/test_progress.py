@@ -55,8 +55,8 @@ def lines_of(rhythm: Rhythm) -> tuple[Lines, Clock, list[str]]:
     ],
 )
 def test_the_time_left_follows_the_rate_of_this_process(first, done, total, seconds, left):
-    found = Course(1000.0, first, done, total).left_s(1000.0 + seconds)
-    assert found == (None if left is None else pytest.approx(left, abs=0.01))
+    actual = Course(1000.0, first, done, total).left_s(1000.0 + seconds)
+    assert actual == (None if left is None else pytest.approx(left, abs=0.01))
 
 
 def test_a_stage_that_starts_over_is_a_new_one():
@@ -124,14 +124,14 @@ def test_a_stage_that_says_nothing_is_told_again():
 
 def test_a_log_begins_with_its_command_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/edgepatch", "train", "a b", "x\ny"])
-    path, told = tmp_path / "new" / "work.log", []
+    path, messages = tmp_path / "new" / "work.log", []
     for _ in range(2):
-        with logged(path, told.append) as tell:
+        with logged(path, messages.append) as tell:
             assert path.exists() == bool(_), "nothing is left of work that never began"
             tell("SFT", 0, 2)
             tell("SFT", 2, 2, loss=0.5)
     lines = path.read_text().splitlines()
-    assert len(lines) == 8 and told == []
+    assert len(lines) == 8 and messages == []
     for first in (0, 4):
         assert HEADER.fullmatch(lines[first]) and lines[first].endswith(": edgepatch train 'a b' 'x\ufffdy'")
         assert LINE.fullmatch(lines[first + 1]) and LINE.fullmatch(lines[first + 2])
@@ -146,12 +146,12 @@ def test_a_log_begins_with_its_command_and_goes_on(tmp_path, monkeypatch):
     ],
 )
 def test_the_last_line_says_how_the_work_ended(tmp_path, error, ending):
-    told = []
-    with pytest.raises(type(error)), logged(tmp_path / "log", told.append, kept=lambda: "all is kept") as tell:
+    messages = []
+    with pytest.raises(type(error)), logged(tmp_path / "log", messages.append, kept=lambda: "all is kept") as tell:
         tell("SFT", 1, 2)
         raise error
     assert (tmp_path / "log").read_text().splitlines()[-1].split(" ", 1)[1] == f"{ending}; 0 s in all"
-    assert told == ([ending] if isinstance(error, KeyboardInterrupt) else [])
+    assert messages == ([ending] if isinstance(error, KeyboardInterrupt) else [])
 
 
 def foreign_file(folder: Path) -> Path:
@@ -169,13 +169,13 @@ def foreign_file(folder: Path) -> Path:
     ],
 )
 def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, place):
-    path, told, done = place(tmp_path), [], []
-    with logged(path, told.append) as tell:
+    path, messages, done = place(tmp_path), [], []
+    with logged(path, messages.append) as tell:
         for step in range(4):
             tell(f"stage {step}", 0, 1)
             done.append(step)
     assert done == [0, 1, 2, 3]
-    assert len(told) == 1 and str(path) in told[0] and "the work goes on" in told[0]
+    assert len(messages) == 1 and str(path) in messages[0] and "the work goes on" in messages[0]
     if (tmp_path / "thesis.txt").exists():
         assert (tmp_path / "thesis.txt").read_text() == "precious\n"
 

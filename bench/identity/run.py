@@ -1,6 +1,6 @@
 """Which models does a patch fit? ``edgepatch bench identity`` quantizes the lab model and fine-tunes of it in every way, and compares.
 
-Three checks stand side by side: the digest of the norm vectors, the weight sketch, and the bare logits that a canary stores.
+Three checks stand side by side: the fingerprint of the norm vectors, the weight sketch, and the bare logits that a canary stores.
 Results in bench/results/fingerprints.json and .md.
 """
 
@@ -41,7 +41,7 @@ class Expected:
     """What a patch for a base would carry.
 
     Attributes:
-        spec: with the digest of the norms.
+        spec: with the fingerprint of the norms.
         sketch: of the weights.
         canary: with the bare logits; of a random prompt, as its patched logits are not used here.
     """

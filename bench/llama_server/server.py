@@ -17,7 +17,7 @@ from pathlib import Path
 from edgepatch import compilation
 from edgepatch.bench.checkout import ROOT
 from edgepatch.errors import EdgepatchError, InputError
-from edgepatch.llama_server.client import StockServer
+from edgepatch.llama_server.client import LlamaServer
 from edgepatch.processes.programs import run_program, running
 
 FOLDER = ROOT / "out" / "llama-server"
@@ -101,7 +101,7 @@ def run_command(command: Sequence[str | Path]) -> None:
 
 
 @contextlib.contextmanager
-def running_server(binary: Path, flags: Sequence[str], log: Path) -> Iterator[StockServer]:
+def running_server(binary: Path, flags: Sequence[str], log: Path) -> Iterator[LlamaServer]:
     """A llama-server on a free port of loopback, killed at the end.
 
     Args:
@@ -117,12 +117,12 @@ def running_server(binary: Path, flags: Sequence[str], log: Path) -> Iterator[St
         port = probe.getsockname()[1]
     command = [str(binary), *flags, "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-warmup"]
     with log.open("ab") as output, running(command, output) as process:
-        server = StockServer(f"http://127.0.0.1:{port}")
+        server = LlamaServer(f"http://127.0.0.1:{port}")
         _wait(server, process, log)
         yield server
 
 
-def _wait(server: StockServer, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(server: LlamaServer, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(InputError):

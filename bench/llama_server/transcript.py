@@ -11,7 +11,7 @@ from typing import Any
 from edgepatch.bench.lab import LAB_FOLDER, LAB_PATCH
 from edgepatch.bench.llama_server.server import PACKAGE, running_server
 from edgepatch.errors import EdgepatchError
-from edgepatch.llama_server.client import StockServer
+from edgepatch.llama_server.client import LlamaServer
 from edgepatch.prompts.sets import load_prompts
 
 KINDS = ("F16", "Q8_0", "Q4_K_M")
@@ -84,7 +84,7 @@ def _prompts() -> list[str]:
     return [prompt for kind in ("benign", "toxic") for prompt in load_prompts(kind, "eval")[: NUM_PROMPTS // 2]]
 
 
-def _restored(server: StockServer, filename: str, count: int) -> StockServer:
+def _restored(server: LlamaServer, filename: str, count: int) -> LlamaServer:
     if server.restore(0, filename).value("n_restored") != count:
         raise EdgepatchError("llama-server does not restore the slot file")
     return server
@@ -104,7 +104,7 @@ def common_prefix(actual: Sequence[int], expected: Sequence[int]) -> int:
     return length - (length == len(expected) < len(actual))
 
 
-def _converse(server: StockServer, runtime: Any) -> list[dict[str, Any]]:
+def _converse(server: LlamaServer, runtime: Any) -> list[dict[str, Any]]:
     """A conversation of three turns through the chat endpoint, restored once, and our own answers to the same messages."""
     from edgepatch.decoding.sampling import Sampling
 

@@ -294,7 +294,7 @@ def unpatching(document: Document) -> list[Block]:
     return [listing(caption, document["rows"], columns)]
 
 
-def stock(document: Document) -> list[Block]:
+def llama_server(document: Document) -> list[Block]:
     """Tokens that an unmodified llama-server gives as ours does."""
     columns: dict[str, Column] = {
         "weights": "weights",
@@ -399,6 +399,6 @@ PARTS: dict[str, Callable[[Document], list[Block]]] = {
     "parity.json": parity,
     "fingerprints.json": fingerprints,
     "unpatching.json": unpatching,
-    "stock.json": stock,
+    "stock.json": llama_server,
     "fuzz.json": fuzz,
 }

@@ -41,14 +41,14 @@ class Choice:
         platforms: pip's names, the best first; none for this machine's.
         python_version: "3.11"; "" for this interpreter's.
         constraint: a constraints file of pip.
-        given: wheels that were built elsewhere, for what registries have no wheel of.
+        prebuilt: wheels that were built elsewhere, for what registries have no wheel of.
     """
 
     extra: str
     platforms: tuple[str, ...] = ()
     python_version: str = ""
     constraint: Path | None = None
-    given: tuple[Path, ...] = ()
+    prebuilt: tuple[Path, ...] = ()
 
     @property
     def is_foreign(self) -> bool:
@@ -67,11 +67,11 @@ def collect(choice: Choice, folder: Path) -> list[str]:
         MissingExtraError: pip is not installed.
     """
     needs = _needs(choice.extra)
-    for wheel in choice.given:
+    for wheel in choice.prebuilt:
         if not wheel.is_file() or not WHEEL_NAME.fullmatch(wheel.name):
             raise InputError(f"--wheel: expected a wheel, found {wheel}")
     with tempfile.TemporaryDirectory() as work:
-        built = [] if SOURCE_ONLY not in needs or _is_given(choice) else [_compile(choice)]
+        built = [] if SOURCE_ONLY not in needs or _is_prebuilt(choice) else [_compile(choice)]
         own = own_wheel(Path(work))
         target = f"{own}[{choice.extra}]" if choice.extra else str(own)
         _pip(
@@ -83,7 +83,7 @@ def collect(choice: Choice, folder: Path) -> list[str]:
             *_platform_options(choice),
             *_constraint(choice),
             target,
-            *map(str, [*built, *choice.given]),
+            *map(str, [*built, *choice.prebuilt]),
         )
     return sorted(path.name for path in built)
 
@@ -98,8 +98,8 @@ def _needs(extra: str) -> set[str]:
     return packages.get(extra, set())
 
 
-def _is_given(choice: Choice) -> bool:
-    return any(name_and_version(path.name)[0] == SOURCE_ONLY for path in choice.given)
+def _is_prebuilt(choice: Choice) -> bool:
+    return any(name_and_version(path.name)[0] == SOURCE_ONLY for path in choice.prebuilt)
 
 
 def name_and_version(wheel: str) -> tuple[str, str]:

@@ -180,18 +180,18 @@ def _unpack(bundle_file: Path, out: Path, store: StoreReader, as_json: bool) -> 
             {"path": str(out), "members": [member.path for member in manifest.members], "vouched_for": root is not None}
         )
     else:
-        told = (
+        signatures = (
             "the trust root of this device vouches for all of it"
             if root
             else "not checked: this device has no trust root"
         )
-        stdout().print(table([("written", f"{len(manifest.members)} members to {out}"), ("signatures", told)]))
+        stdout().print(table([("written", f"{len(manifest.members)} members to {out}"), ("signatures", signatures)]))
 
 
 def _print_accepted(done: Accepted, as_json: bool) -> None:
     patch, root = done.change.patch, done.root
     if as_json:
-        shown = {
+        facts = {
             "patch": done.change.digest,
             "changed": done.change.is_new,
             "before": done.change.before,
@@ -199,7 +199,7 @@ def _print_accepted(done: Accepted, as_json: bool) -> None:
         }
         keys = {"signed_by": sorted(done.change.signed_by), "bundle_signed_by": sorted(done.bundle_signed_by)}
         print_json(
-            {**shown, **keys, "root_in_bundle": root.fingerprint if root else None, "adopted_root": done.adopted}
+            {**facts, **keys, "root_in_bundle": root.fingerprint if root else None, "adopted_root": done.adopted}
         )
         return
     rows: list[tuple[str, object]] = [

@@ -65,14 +65,14 @@ def export_patch(
     Example: `edgepatch export detox.safetensors --to llama-server --model llama-Q4_K_M.gguf -o for-llama-server`
     """
     from edgepatch.llama_server import export
-    from edgepatch.llama_server.client import StockServer
+    from edgepatch.llama_server.client import LlamaServer
     from edgepatch.patch.file import read_patch
 
     if (server is None) != (slot_dir is None):
         raise InputError("--server and --slot-dir belong together", hint="the folder is the server's --slot-save-path")
     patch = read_patch(patch_file)
     options = export.ExportOptions(context, kv_type, flash_attention, slots, _read_template(chat_template))
-    probe = export.probe(StockServer(server, api_key), slot_dir, patch, model, options) if server and slot_dir else None
+    probe = export.probe(LlamaServer(server, api_key), slot_dir, patch, model, options) if server and slot_dir else None
     manifest = export.export(patch, model, out, options, probe)
     if as_json:
         print_json(manifest)
@@ -113,14 +113,14 @@ def check_server(
     Example: `edgepatch check-server http://127.0.0.1:8080 --patch detox.safetensors --model llama-Q4_K_M.gguf`
     """
     from edgepatch.llama_server import check
-    from edgepatch.llama_server.client import StockServer
+    from edgepatch.llama_server.client import LlamaServer
     from edgepatch.llama_server.export import ExportOptions
     from edgepatch.patch.file import read_patch
 
     options = ExportOptions(
         kv_type=kv_type, flash_attention=flash_attention, chat_template=_read_template(chat_template)
     )
-    patch, server = read_patch(patch_file), StockServer(url, api_key)
+    patch, server = read_patch(patch_file), LlamaServer(url, api_key)
     report = check.check_server(
         server,
         patch,

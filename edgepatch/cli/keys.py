@@ -90,13 +90,13 @@ def keygen(
     from edgepatch.trust.signatures import key_id, raw_public_key
 
     private, public, key = create_key_pair(out, name, read_passphrase(passphrase_file, unencrypted, confirm=True))
-    made = {
+    facts = {
         "private": str(private),
         "public": str(public),
         "key_id": key_id(raw_public_key(key)),
         "encrypted": not unencrypted,
     }
-    _print(made, as_json)
+    _print(facts, as_json)
 
 
 def _print(values: dict[str, Any], as_json: bool) -> None:
@@ -210,8 +210,8 @@ def sign_root(
     write_atomically(out or root_file, signed.to_bytes())
     own = key_id(raw_public_key(key))
     note = "this version" if own in root.counting("root") else "the rotation from a version that lists the key"
-    shown = {"file": str(out or root_file), "version": root.version, "fingerprint": root.fingerprint}
-    _print({**shown, "signed_by": root.called(own), "counts_for": note, "signatures": _progress(signed)}, as_json)
+    facts = {"file": str(out or root_file), "version": root.version, "fingerprint": root.fingerprint}
+    _print({**facts, "signed_by": root.called(own), "counts_for": note, "signatures": _progress(signed)}, as_json)
 
 
 @root_app.command("rotate")
@@ -232,8 +232,8 @@ def rotate_root(
     rotation = rotate(read_root(old), [read_root(path) for path in new], datetime.now(timezone.utc))
     root = rotation.root
     write_atomically(out, root.to_bytes())
-    shown = {"file": str(out), "version": root.version, "fingerprint": root.fingerprint}
-    _print({**shown, "sequences": "reset" if rotation.resets_sequences else "kept"}, as_json)
+    facts = {"file": str(out), "version": root.version, "fingerprint": root.fingerprint}
+    _print({**facts, "sequences": "reset" if rotation.resets_sequences else "kept"}, as_json)
 
 
 @root_app.command("show")

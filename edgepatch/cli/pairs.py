@@ -84,16 +84,16 @@ def _load_judge(choice: str, unsafe_labels: list[str]) -> Judge:
     from edgepatch.judges.scorers import ToxicityScorer, judge_bytes
     from edgepatch.training.pairs.provenance import digest_of
 
-    found = load_judge(choice, unsafe_labels)
-    if not isinstance(found, ToxicityScorer):
+    scorer = load_judge(choice, unsafe_labels)
+    if not isinstance(scorer, ToxicityScorer):
         labels = {"unsafe_labels": unsafe_labels} if unsafe_labels else {}
-        return Judge(found.score, {"judge": found.name, "sha256": digest_of(Path(choice)), **labels})
-    if found.name == "report":
+        return Judge(scorer.score, {"judge": scorer.name, "sha256": digest_of(Path(choice)), **labels})
+    if scorer.name == "report":
         raise InputError(
             "--judge: the judge of reports must not filter what is trained on",
             hint="take filter, or a classifier of yours",
         )
-    return Judge(found.score, {"judge": found.name, "sha256": hashlib.sha256(judge_bytes(found.judge)).hexdigest()})
+    return Judge(scorer.score, {"judge": scorer.name, "sha256": hashlib.sha256(judge_bytes(scorer.judge)).hexdigest()})
 
 
 def _api_key(variable: str | None) -> str:
@@ -137,15 +137,15 @@ def _read_prompts(path: Path | None, chat: bool, system: str) -> PromptList:
 
     if path is None:
         shipped = load_prompts("toxic", "train")
-        given = PromptList(list(shipped), [f"shipped prompt {number}" for number in range(1, len(shipped) + 1)])
+        prompt_list = PromptList(list(shipped), [f"shipped prompt {number}" for number in range(1, len(shipped) + 1)])
     else:
-        given = read_prompts(path)
-    return as_conversations(given, chat, system)
+        prompt_list = read_prompts(path)
+    return as_conversations(prompt_list, chat, system)
 
 
 def _sample(
     sources: tuple[Source, Source],
-    given: PromptList,
+    prompt_list: PromptList,
     judge: Judge,
     config: PairConfig,
     out: Path,
@@ -162,7 +162,7 @@ def _sample(
     with ExitStack() as stack:
         with stage(progress, "load models"):
             base, reference = (_open_sampler(source, means, stack) for source in sources)
-        prompts = {"number": len(given.prompts), "sha256": digest_of_json(given.prompts)}
+        prompts = {"number": len(prompt_list.prompts), "sha256": digest_of_json(prompt_list.prompts)}
         settings = {
             "base": base.identity,
             "reference": reference.identity,
@@ -176,21 +176,21 @@ def _sample(
         if journal.outcomes:
             note(f"going on from {journal.path}: {len(journal.outcomes)} prompts are done")
         try:
-            found = sample_pairs(
+            pair_set = sample_pairs(
                 base,
                 reference,
-                given.prompts,
+                prompt_list.prompts,
                 judge.score,
                 config,
                 progress,
-                places=given.places,
+                places=prompt_list.places,
                 journal=journal,
                 skip_long=skip_long,
             )
         except Exception:
             note(f"stopped: {_kept(out)}")
             raise
-        return found, settings, journal.remove
+        return pair_set, settings, journal.remove
 
 
 def _kept(out: Path) -> str:
@@ -210,20 +210,27 @@ def _filter(ready: Path, judge: Judge | None, config: PairConfig, progress: Prog
 
     pairs = read_pairs(ready)
     with stage(progress, "judge pairs"):
-        found = filter_pairs(score_pairs(pairs, judge.score) if judge else pairs, config)
+        pair_set = filter_pairs(score_pairs(pairs, judge.score) if judge else pairs, config)
     rules = {name: getattr(config, name) for name in ("min_margin", "max_chosen_score", "min_words")}
     limit = {} if config.pairs_per_prompt == NO_LIMIT else {"pairs_per_prompt": config.pairs_per_prompt}
     source = {"file": ready.name, "sha256": digest_of(ready)}
-    counts = {"pairs_read": len(pairs), **found.counts, "pairs": len(found.pairs)}
-    return replace(found, counts=counts), {"from": source, "judge": judge.identity if judge else None, **rules, **limit}
+    counts = {"pairs_read": len(pairs), **pair_set.counts, "pairs": len(pair_set.pairs)}
+    return replace(pair_set, counts=counts), {
+        "from": source,
+        "judge": judge.identity if judge else None,
+        **rules,
+        **limit,
+    }
 
 
 def _refuse_mixture(context: typer.Context) -> None:
-    given = [n for n in OF_SAMPLING if (source := context.get_parameter_source(n)) and source.name != "DEFAULT"]
-    if given:
+    sampling_options = [
+        n for n in OF_SAMPLING if (source := context.get_parameter_source(n)) and source.name != "DEFAULT"
+    ]
+    if sampling_options:
         names = {param.name: param.opts[0] for param in context.command.params}
         raise InputError(
-            f"--from takes ready pairs, for which there is no {names[given[0]]}",
+            f"--from takes ready pairs, for which there is no {names[sampling_options[0]]}",
             hint="leave it out, or leave out --from",
         )
 
@@ -315,14 +322,14 @@ def make_pairs(
         if ready:
             _refuse_mixture(context)
             chosen = _load_judge(judge, unsafe_label or []) if judge else None
-            found, settings = _filter(ready, chosen, config, progress)
+            pair_set, settings = _filter(ready, chosen, config, progress)
         else:
             if model is None or reference is None:
                 raise InputError(
                     "expected two models, MODEL and REFERENCE, or --from FILE",
                     hint="edgepatch pairs --help shows examples",
                 )
-            found, settings, forget = _sample(
+            pair_set, settings, forget = _sample(
                 (Source(model, model_name, api_key_env), Source(reference, reference_name, reference_api_key_env)),
                 _read_prompts(prompts, chat, system),
                 _load_judge(judge or "filter", unsafe_label or []),
@@ -333,27 +340,27 @@ def make_pairs(
                 restart,
                 progress,
             )
-        if not found.pairs:
+        if not pair_set.pairs:
             forget()
-        write_pairs(require_pairs(found, config), out)
-        sidecar = write_provenance(out, settings, found.counts)
+        write_pairs(require_pairs(pair_set, config), out)
+        sidecar = write_provenance(out, settings, pair_set.counts)
         forget()
-    _report(found, out, sidecar, as_json)
+    _report(pair_set, out, sidecar, as_json)
 
 
-def _report(found: PairSet, out: Path, sidecar: Path, as_json: bool) -> None:
+def _report(pair_set: PairSet, out: Path, sidecar: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"path": str(out), "provenance": str(sidecar), **found.counts})
+        print_json({"path": str(out), "provenance": str(sidecar), **pair_set.counts})
         return
     source = (
-        f"{found.counts['prompts']} prompts"
-        if "prompts" in found.counts
-        else f"{found.counts['pairs_read']} ready pairs"
+        f"{pair_set.counts['prompts']} prompts"
+        if "prompts" in pair_set.counts
+        else f"{pair_set.counts['pairs_read']} ready pairs"
     )
-    print(f"{out}: {len(found.pairs)} pairs from {source}")
+    print(f"{out}: {len(pair_set.pairs)} pairs from {source}")
     left_out = [
         f"{name.replace('_', ' ')}: {count}"
-        for name, count in found.counts.items()
+        for name, count in pair_set.counts.items()
         if count and "_" in name and name != "pairs_read"
     ]
     if left_out:

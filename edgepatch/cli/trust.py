@@ -79,9 +79,9 @@ def set_root(
 
     change = Store(store).set_root([read_root(file) for file in root_files], fingerprint)
     root = change.root
-    shown = {"version": root.version, "fingerprint": root.fingerprint, "changed": change.is_new}
+    facts = {"version": root.version, "fingerprint": root.fingerprint, "changed": change.is_new}
     if as_json:
-        print_json({**shown, "sequences": "reset" if change.reset else "kept", "refused": list(change.refused)})
+        print_json({**facts, "sequences": "reset" if change.reset else "kept", "refused": list(change.refused)})
         return
     rows: list[tuple[str, object]] = [("version", root.version), ("fingerprint", root.fingerprint)]
     rows.append(("sequences", "reset" if change.reset else "kept"))

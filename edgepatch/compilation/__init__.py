@@ -104,10 +104,10 @@ def _compile(version: str | None, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as work:
             pip("wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", work, requirement, hint=_compiler_hint())
-            made = next(Path(work).glob("*.whl"))
-            target = folder / _key(made.name.split("-")[1])
+            built = next(Path(work).glob("*.whl"))
+            target = folder / _key(built.name.split("-")[1])
             target.mkdir(exist_ok=True)
-            return made.replace(target / made.name)
+            return built.replace(target / built.name)
     except OSError as error:
         hint = "free space, or name another folder with EDGEPATCH_CACHE_DIR"
         raise InputError(f"cannot write {folder}: {error.strerror or error}", hint) from error
@@ -131,8 +131,8 @@ def pip(*arguments: str, hint: str = "") -> None:
     if done.failure:
         lines = [line.strip(" │") for line in done.complaints.splitlines()] or [done.failure]
         errors = [line for line in lines if line.startswith("ERROR")] or lines
-        told = re.sub(r" \(from versions: [^)]*\)", "", "; ".join(errors[-ERROR_LINES:]))
-        raise EdgepatchError(f"pip {arguments[0]}: {told}", hint=hint)
+        complaint = re.sub(r" \(from versions: [^)]*\)", "", "; ".join(errors[-ERROR_LINES:]))
+        raise EdgepatchError(f"pip {arguments[0]}: {complaint}", hint=hint)
 
 
 def _compiler_hint() -> str:
@@ -192,5 +192,5 @@ def pinned_version(constraints: Path) -> str | None:
         text = constraints.read_text("utf-8")
     except (OSError, UnicodeError) as error:
         raise InputError(f"cannot read {constraints}: {error}", hint="name a constraints file of pip") from None
-    found = re.search(rf"^{DISTRIBUTION}\s*==\s*([^\s;#]+)", text, re.MULTILINE)
-    return found[1] if found else None
+    pin = re.search(rf"^{DISTRIBUTION}\s*==\s*([^\s;#]+)", text, re.MULTILINE)
+    return pin[1] if pin else None

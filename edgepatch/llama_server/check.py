@@ -13,7 +13,7 @@ from pathlib import Path
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError
 from edgepatch.llama_server import requirements
-from edgepatch.llama_server.client import Reply, StockServer
+from edgepatch.llama_server.client import LlamaServer, Reply
 from edgepatch.llama_server.export import ExportOptions, sliding_window
 from edgepatch.llama_server.findings import Finding, Report
 from edgepatch.llama_server.references import Distance, Reference, effect_of, make_references, measure
@@ -46,7 +46,7 @@ class _Stop(Exception):
 
 
 def check_server(
-    server: StockServer,
+    server: LlamaServer,
     patch: Patch,
     model: Path,
     options: ExportOptions,
@@ -82,7 +82,7 @@ def check_server(
     return report
 
 
-def _is_edgepatch(server: StockServer, patch: Patch, report: Report) -> bool:
+def _is_edgepatch(server: LlamaServer, patch: Patch, report: Report) -> bool:
     """Whether this is ``edgepatch serve``, which names its patch; then its word is the finding."""
     health = server.get("/health")
     if health.status in OUT_OF_SERVICE:
@@ -95,16 +95,16 @@ def _is_edgepatch(server: StockServer, patch: Patch, report: Report) -> bool:
     entries = reply.value("data")
     if not reply.ok or not isinstance(entries, list):
         return False
-    found = [str(entry.get("digest")) for entry in entries if isinstance(entry, dict) and entry.get("active", True)]
-    evidence = f"active patch {found[0] if found else 'none'}, expected {patch.digest}"
-    report.findings.append(Finding("edgepatch serve", found == [patch.digest], evidence, "patch"))
+    active = [str(entry.get("digest")) for entry in entries if isinstance(entry, dict) and entry.get("active", True)]
+    evidence = f"active patch {active[0] if active else 'none'}, expected {patch.digest}"
+    report.findings.append(Finding("edgepatch serve", active == [patch.digest], evidence, "patch"))
     return True
 
 
 class _Check:
     def __init__(
         self,
-        server: StockServer,
+        server: LlamaServer,
         patch: Patch,
         model: Path,
         options: ExportOptions,
@@ -158,21 +158,23 @@ class _Check:
     def see_properties(self) -> None:
         reply = self.server.get("/props")
         slots, positions = reply.value("total_slots"), reply.value("default_generation_settings", "n_ctx")
-        known = reply.ok and isinstance(slots, int) and isinstance(positions, int)
+        is_complete = reply.ok and isinstance(slots, int) and isinstance(positions, int)
         evidence = (
-            f"{slots} slots of {positions} positions, build {reply.value('build_info')}" if known else reply.message
+            f"{slots} slots of {positions} positions, build {reply.value('build_info')}"
+            if is_complete
+            else reply.message
         )
-        self.note("llama-server", known, evidence)
+        self.note("llama-server", is_complete, evidence)
         self.num_slots, self.context_length = slots, positions
 
     def see_tokenizer(self) -> None:
         text = self.labels.text * 3 + "Hello"
         body = {"content": text, "add_special": True, "parse_special": True}
-        found, expected = (
+        actual, expected = (
             self.server.post("/tokenize", body).value("tokens"),
             self.vocabulary.tokenize(text, around=True),
         )
-        self.note("tokenizer", found == expected, f"expected {expected}, found {found}", "vocabulary")
+        self.note("tokenizer", actual == expected, f"expected {expected}, found {actual}", "vocabulary")
 
     def see_template(self) -> list[list[int]]:
         """Three turns of a conversation and another one, as the server will evaluate them behind the labels."""
@@ -287,7 +289,7 @@ class _Check:
 
     def _distance(self, replies: Sequence[Reply], references: Sequence[Reference] = ()) -> Distance:
         pairs = [(r, top_logprobs(reply)) for r, reply in zip(references or self.references, replies, strict=False)]
-        answers = [(reference, found) for reference, found in pairs if found]
+        answers = [(reference, logprobs) for reference, logprobs in pairs if logprobs]
         if not answers:
             self.note("log probabilities", False, f"the server gives none: {replies[-1].message}", "model")
         return measure(answers)
@@ -323,7 +325,7 @@ def top_logprobs(reply: Reply) -> Mapping[int, float]:
     rows = reply.value("completion_probabilities", 0, "top_logprobs") or reply.value(
         "choices", 0, "logprobs", "content", 0, "top_logprobs"
     )
-    found = {row["id"]: float(row["logprob"]) for row in rows or [] if isinstance(row.get("id"), int)}
+    logprobs = {row["id"]: float(row["logprob"]) for row in rows or [] if isinstance(row.get("id"), int)}
     return {
-        token: value for token, value in found.items() if value > -1e4
+        token: value for token, value in logprobs.items() if value > -1e4
     }  # a probability of 0 is written as a huge number

@@ -51,7 +51,7 @@ class Reply:
         return value
 
 
-class StockServer:
+class LlamaServer:
     """A llama-server that somebody started.
 
     Args:

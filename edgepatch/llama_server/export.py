@@ -21,7 +21,7 @@ from edgepatch.converters.llamacpp import state as llamacpp_state
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.files.writing import replacing_folder
 from edgepatch.llama_server import requirements
-from edgepatch.llama_server.client import Reply, StockServer
+from edgepatch.llama_server.client import LlamaServer, Reply
 from edgepatch.llama_server.requirements import Labels, ServerSettings
 from edgepatch.patch.file import Patch
 from edgepatch.runtimes.llamacpp.context import KV_TYPES
@@ -73,7 +73,7 @@ class Probe:
                 "the server caches keys and values in different types", hint="start it with one type for both"
             )
         number = kinds.pop()
-        return next((name for name, known in KV_TYPES.items() if known == number), f"ggml type {number}")
+        return next((name for name, ggml_type in KV_TYPES.items() if ggml_type == number), f"ggml type {number}")
 
     @property
     def flash_attention(self) -> bool:
@@ -95,7 +95,7 @@ def split_slot_file(data: bytes) -> tuple[bytes, bytes]:
     return data[:end], data[end:]
 
 
-def probe(server: StockServer, slot_folder: Path, patch: Patch, model: Path, options: ExportOptions) -> Probe:
+def probe(server: LlamaServer, slot_folder: Path, patch: Patch, model: Path, options: ExportOptions) -> Probe:
     """Asks a running server for the layout of its slot files; what was in its slot 0 is lost.
 
     Args:
@@ -115,7 +115,7 @@ def probe(server: StockServer, slot_folder: Path, patch: Patch, model: Path, opt
     return probe_server(server, slot_folder, labels)
 
 
-def probe_server(server: StockServer, slot_folder: Path, labels: Labels) -> Probe:
+def probe_server(server: LlamaServer, slot_folder: Path, labels: Labels) -> Probe:
     """As ``probe``, with labels already chosen."""
     _require(server.complete(labels.ids, slot=0), "evaluate the labels")
     try:

@@ -86,10 +86,10 @@ def make_references(
     return [Reference(*row) for row in zip(map(list, prompts), patched, bare, as_text, strict=True)]
 
 
-def _gap(found: Mapping[int, float], reference: LogProbs) -> float:
+def _gap(logprobs: Mapping[int, float], reference: LogProbs) -> float:
     """Mean difference of log probabilities over the server's own top tokens, weighted with their probability."""
-    ids = np.fromiter(found, dtype=np.int64)
-    values = np.fromiter(found.values(), dtype=np.float64)
+    ids = np.fromiter(logprobs, dtype=np.int64)
+    values = np.fromiter(logprobs.values(), dtype=np.float64)
     weights = np.exp(values)
     return float((weights * np.abs(values - reference[ids])).sum() / weights.sum())
 
@@ -111,8 +111,9 @@ def measure(answers: Sequence[tuple[Reference, Mapping[int, float]]]) -> Distanc
         answers: each with token id -> log probability of the server's top tokens.
     """
     means = [
-        np.mean([_gap(found, getattr(r, name)) for r, found in answers]) for name in ("patched", "bare", "as_text")
+        np.mean([_gap(logprobs, getattr(r, name)) for r, logprobs in answers])
+        for name in ("patched", "bare", "as_text")
     ]
-    own = [(r, _top(r.patched, len(found))) for r, found in answers]
-    effect = min(np.mean([_gap(found, getattr(r, name)) for r, found in own]) for name in ("bare", "as_text"))
+    own = [(r, _top(r.patched, len(logprobs))) for r, logprobs in answers]
+    effect = min(np.mean([_gap(logprobs, getattr(r, name)) for r, logprobs in own]) for name in ("bare", "as_text"))
     return Distance(float(means[0]), float(means[1]), float(means[2]), float(effect))

@@ -95,11 +95,11 @@ def patched_template(vocabulary: Vocabulary, labels: Labels, template: str) -> s
     patched = labels.template_front + template
     for messages in (SAMPLE, ALTERNATING):
         expected = labels.ids + vocabulary.tokenize(_render(vocabulary, template, messages))
-        found = prompt_ids(vocabulary, _render(vocabulary, patched, messages))
-        if not _starts(found, expected):
+        actual = prompt_ids(vocabulary, _render(vocabulary, patched, messages))
+        if not _starts(actual, expected):
             raise InputError(
                 f"chat template: expected {labels.count} labels and {len(expected) - labels.count} tokens of the conversation, "
-                f"found {len(found)} other tokens",
+                f"found {len(actual)} other tokens",
                 hint="the template changes what stands in front of it; use `edgepatch serve`",
             )
     return patched

@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 def _load(kind: str, split: str) -> list[str]:
-    for name, value, known in (("kind", kind, KINDS), ("split", split, SPLITS)):
-        if value not in known:
-            raise InputError(f"prompts: unknown {name} {value!r}", hint=f"one of {', '.join(known)}")
+    for name, value, choices in (("kind", kind, KINDS), ("split", split, SPLITS)):
+        if value not in choices:
+            raise InputError(f"prompts: unknown {name} {value!r}", hint=f"one of {', '.join(choices)}")
     path = FOLDER / f"{kind}.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -102,7 +102,7 @@ def outcome(store: Store) -> tuple[Any, ...]:
     loaded = sorted(
         patch.digest for patch in [store.active(ModelSpec.from_dict(r.spec)) for r in state.bases.values()] if patch
     )
-    told = [(entry["action"], entry.get("patch")) for entry in store.history()]
+    actions = [(entry["action"], entry.get("patch")) for entry in store.history()]
     errors = [finding.message for finding in audit.verify(store) if finding.level == "error"]
     return (
         loaded,
@@ -110,7 +110,7 @@ def outcome(store: Store) -> tuple[Any, ...]:
         trust.root,
         json.dumps(trust.to_bytes().decode().split('"seen"')[1]),
         sorted(state.patches),
-        told,
+        actions,
         errors,
     )
 
@@ -161,16 +161,16 @@ class Case:
                 self.change(store, self._source)
         except EdgepatchError:
             return self._judge(store, (self.old,))
-        except OSError as found:
-            return f"no error of the project: {found!r}"
+        except OSError as raised:
+            return f"no error of the project: {raised!r}"
         return self._judge(store, (self.new,))
 
     def _judge(self, store: Store, allowed: tuple[Any, ...]) -> str:
         try:
-            found = outcome(store)
-            if found not in allowed:
-                return f"another state: {found}"[:300]
-            if found == self.old:
+            state = outcome(store)
+            if state not in allowed:
+                return f"another state: {state}"[:300]
+            if state == self.old:
                 self.change(store, self._source)
             if outcome(store) != self.new:
                 return "the next command did not work"
@@ -259,9 +259,9 @@ def real_kills(folder: Path, count: int = KILLS, seed: int = 1) -> tuple[int, li
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
         try:
-            found = outcome(store)
-            wrong += [f"kill {number}: {found}"] if len(found[0]) != 1 or found[-1] or len(found[-2]) < lines else []
-            lines = len(found[-2])
+            state = outcome(store)
+            wrong += [f"kill {number}: {state}"] if len(state[0]) != 1 or state[-1] or len(state[-2]) < lines else []
+            lines = len(state[-2])
             store.apply(source / "3.safetensors", Allowances(downgrade="after the kill"))
         except EdgepatchError as error:
             wrong.append(f"kill {number}: {error}")

@@ -38,5 +38,5 @@ def test_a_short_run_over_each_reader(name):
 
 def test_mutants_differ_and_are_repeatable():
     (seed,) = fuzz.TARGETS["trust root"].seeds()
-    made = [fuzz.mutated_bytes(seed, random.Random(n)) for n in range(50)]
-    assert made == [fuzz.mutated_bytes(seed, random.Random(n)) for n in range(50)] and len(set(made)) > 40
+    mutants = [fuzz.mutated_bytes(seed, random.Random(n)) for n in range(50)]
+    assert mutants == [fuzz.mutated_bytes(seed, random.Random(n)) for n in range(50)] and len(set(mutants)) > 40

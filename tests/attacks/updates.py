@@ -69,8 +69,8 @@ class Device:
 
     def runs(self) -> bool:
         """Whether the genuine patch is active, and loads."""
-        found = self.store.active(BASE)
-        return found is not None and found.sequence == ACTIVE
+        patch = self.store.active(BASE)
+        return patch is not None and patch.sequence == ACTIVE
 
 
 def _arbitrary(device: Device) -> bool:
@@ -168,10 +168,10 @@ ATTACKS: dict[str, Callable[[Device], bool]] = {
 
 def attempted(folder: Path) -> dict[str, bool]:
     """Every attack on a device of its own, and whether it was refused."""
-    found = {}
+    refused = {}
     for number, (name, attack) in enumerate(ATTACKS.items()):
         place = folder / str(number)
         place.mkdir(parents=True)
-        found[name] = attack(Device(place))
+        refused[name] = attack(Device(place))
         shutil.rmtree(place)
-    return found
+    return refused

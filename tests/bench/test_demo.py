@@ -33,7 +33,7 @@ COLUMNS = [
 
 def test_every_column_is_measured_bare_and_patched_and_the_patch_fits_all(tmp_path):
     seen = []
-    document, page = demo.run_demo(tmp_path, config=SMALL, progress=lambda *told, **_: seen.append(told))
+    document, page = demo.run_demo(tmp_path, config=SMALL, progress=lambda *step, **_: seen.append(step))
     cells = [(c["runtime"], c["quantization"], c["patched"]) for c in document["cells"]]
     assert cells == [(*column, patched) for column in COLUMNS for patched in (False, True)]
     for cell in document["cells"]:

@@ -257,16 +257,16 @@ class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.found: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.found[tag] += 1
+        self.counts[tag] += 1
         if tag not in ("meta", "br"):
             self.open.append(tag)
         assert not any(value.startswith("http") for name, value in attrs if name in ("src", "href"))
 
     def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.found[tag] += 1
+        self.counts[tag] += 1
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -288,7 +288,7 @@ def test_the_page_is_whole():
     page = render_page(document)
     tags = Tags()
     tags.feed(page)
-    assert not tags.open and tags.found["svg"] >= 4 and not tags.found["script"] and not tags.found["link"]
+    assert not tags.open and tags.counts["svg"] >= 4 and not tags.counts["script"] and not tags.counts["link"]
     assert "&lt;b&gt;" in page and "<b>" not in page
     assert "keeps 0.75" in page
 
@@ -339,9 +339,9 @@ CONFIG = EvidenceConfig(
 
 def test_a_killed_run_goes_on_and_gives_the_same_document(place):
     keys = [key for key in plan(CONFIG) if key.measure != "examples" and key.route != "decoded"]
-    told: list[str] = []
-    workers.measure_cells(groups(keys), place, CONFIG, 1, lambda cell, reason: told.append(reason))
-    assert told == [""] * len(keys) and not due(place, keys, CONFIG)
+    reasons: list[str] = []
+    workers.measure_cells(groups(keys), place, CONFIG, 1, lambda cell, reason: reasons.append(reason))
+    assert reasons == [""] * len(keys) and not due(place, keys, CONFIG)
     read = partial(read_cell, place.cells)
     whole = json.dumps(evidence.assemble(keys, read))
     row = next(r for r in json.loads(whole)["cells"] if (r["arm"], r["column"]) == ("patch", "llamacpp F16"))
@@ -378,8 +378,8 @@ def _work_and_die(orders: Any, place: Workplace, config: EvidenceConfig) -> None
 
 def test_a_process_that_dies_costs_one_cell(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_work", _work_and_die)
-    place, told = Workplace(tmp_path, None), {}
+    place, reasons = Workplace(tmp_path, None), {}
     keys = [key("bare", "llamacpp F16"), key("bare", TORCH.name)]
-    workers.measure_cells(groups(keys), place, CONFIG, 1, lambda cell, reason: told.update({cell: reason}))
-    assert told == {keys[0]: "the process died with exit code 9", keys[1]: ""}
+    workers.measure_cells(groups(keys), place, CONFIG, 1, lambda cell, reason: reasons.update({cell: reason}))
+    assert reasons == {keys[0]: "the process died with exit code 9", keys[1]: ""}
     assert read_cell(place.cells, keys[0])["failed"] == "the process died with exit code 9"

@@ -36,7 +36,7 @@ PAIRS = [
 def instances(kind: str, arguments: list[tuple]) -> list:
     from lm_eval.api.instance import Instance
 
-    return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
+    return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,12 +127,12 @@ def test_gguf_scores_as_torch_does(tiny_folder, tiny_patch, tmp_path):
     for model, chosen in ((tmp_path / "F32.gguf", options), (tiny_folder, {})):
         with load_runtime(model, tiny_patch, **chosen) as runtime:
             wrapped = RuntimeModel(runtime)
-            found = wrapped.loglikelihood(instances("loglikelihood", PAIRS))
+            likelihoods = wrapped.loglikelihood(instances("loglikelihood", PAIRS))
             rolling = wrapped.loglikelihood_rolling(instances("loglikelihood_rolling", [(TEXT,)]))
             texts = wrapped.generate_until(
                 instances("generate_until", [("The quick", {"until": ["."], "max_gen_toks": 12})])
             )
-            scores.append(([f[0] for f in found] + rolling, texts))
+            scores.append(([f[0] for f in likelihoods] + rolling, texts))
     assert np.abs(np.array(scores[0][0]) - scores[1][0]).max() <= 1e-3
     assert scores[0][1] == scores[1][1]
 
@@ -192,15 +192,19 @@ def own_tasks(tmp_path):
 
 def test_paired_scores_of_tasks_and_groups(tiny_folder, tiny_patch, own_tasks):
     with load_runtime(tiny_folder, tiny_patch) as runtime:
-        found = compare(runtime, HarnessConfig(("mine",), own_tasks, limit=6))
+        comparison = compare(runtime, HarnessConfig(("mine",), own_tasks, limit=6))
         assert runtime.patch is tiny_patch, "the patch is back in place"
-    scores = {score.task: score for score in found.scores}
+    scores = {score.task: score for score in comparison.scores}
     assert {name: score.num_items for name, score in scores.items()} == {"mine": 12, "mine_one": 6, "mine_two": 6}
-    assert scores["mine_one"].bare.value == pytest.approx(np.mean([s["acc"] for s in found.items["bare"]["mine_one"]]))
-    for score in found.scores:
+    assert scores["mine_one"].bare.value == pytest.approx(
+        np.mean([s["acc"] for s in comparison.items["bare"]["mine_one"]])
+    )
+    for score in comparison.scores:
         assert score.difference.value == pytest.approx(score.patched.value - score.bare.value)
         assert score.flips.repaired - score.flips.broken == pytest.approx(score.difference.value * score.num_items)
-    likelihoods = [[s["filtered_resps"][0][0] for s in found.items[arm]["mine_one"]] for arm in ("bare", "patched")]
+    likelihoods = [
+        [s["filtered_resps"][0][0] for s in comparison.items[arm]["mine_one"]] for arm in ("bare", "patched")
+    ]
     assert likelihoods[0] != likelihoods[1]
 
 

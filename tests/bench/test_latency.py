@@ -174,9 +174,9 @@ def test_llama_bench_is_not_installed_or_its_rows_are_read(tmp_path, monkeypatch
     program.write_text(f"#!/bin/sh\necho '{json.dumps([entry])}'\n")
     program.chmod(0o755)
     monkeypatch.setenv(VARIABLE, str(program))
-    found = {row["measure"]: row for row in run_llama_bench(Path("m.gguf"), Settings(), common, lambda _: None)}
-    assert set(found) == {"prompt", "decode", "prompt behind positions"}
-    assert (found["decode"]["status"], found["decode"]["median_ms"], found["decode"]["avg_ts"]) == ("ok", 3.0, 9.0)
+    rows = {row["measure"]: row for row in run_llama_bench(Path("m.gguf"), Settings(), common, lambda _: None)}
+    assert set(rows) == {"prompt", "decode", "prompt behind positions"}
+    assert (rows["decode"]["status"], rows["decode"]["median_ms"], rows["decode"]["avg_ts"]) == ("ok", 3.0, 9.0)
     program.write_text("#!/bin/sh\nexit 3\n")
     assert run_llama_bench(Path("m.gguf"), Settings(), common, lambda _: None)[0]["status"] == "failed"
 
@@ -288,7 +288,7 @@ def test_cells_run_in_turn_and_the_first_round_does_not_count():
     cells = [Cell(TTFT, arm, lambda a=arm: order.append(a), lambda a=arm: order.append(a.upper())) for arm in "ab"]
     times = interleave(cells, 2)
     assert order == list("AaBbBbAaAaBb")
-    assert [len(found) for found in times.values()] == [2, 2]
+    assert [len(samples) for samples in times.values()] == [2, 2]
 
 
 def test_ratios_are_taken_within_the_repeat():
@@ -302,11 +302,13 @@ def test_ratios_are_taken_within_the_repeat():
     assert pooled_ratio(times, "ttft", "seed", "bare") == (1.5, 1.5, 1.5)
     assert pooled_ratio(times, "decode", "seed", "bare", is_rate=True) == (0.5, 0.5, 0.5)
     assert pooled_ratio(times, "decode", "seed", "nobody") is None
-    found = goals.ratios(times)
+    ratios = goals.ratios(times)
     assert (
-        found["ttft_patched_over_bare"] == found["ttft_patched_over_bare_32"] == {"value": 1.5, "low": 1.5, "high": 1.5}
+        ratios["ttft_patched_over_bare"]
+        == ratios["ttft_patched_over_bare_32"]
+        == {"value": 1.5, "low": 1.5, "high": 1.5}
     )
-    judged = {goal["goal"]: goal for goal in goals.goals([], found)}
+    judged = {goal["goal"]: goal for goal in goals.goals([], ratios)}
     assert judged["time to first token, patched over bare"] == {
         "goal": "time to first token, patched over bare",
         "wanted": "<= 1.02",
@@ -317,14 +319,14 @@ def test_ratios_are_taken_within_the_repeat():
 
 
 def test_a_row_by_hand():
-    found = row(DECODE, "bare", [10.0, 20.0, 40.0], {})
-    assert (found["median_ms"], found["min_ms"], found["max_ms"], found["spread"]) == (20.0, 10.0, 40.0, 1.5)
-    assert (found["median_ts"], found["avg_ts"]) == (200.0, pytest.approx((400 + 200 + 100) / 3, abs=1e-3))
+    summary = row(DECODE, "bare", [10.0, 20.0, 40.0], {})
+    assert (summary["median_ms"], summary["min_ms"], summary["max_ms"], summary["spread"]) == (20.0, 10.0, 40.0, 1.5)
+    assert (summary["median_ts"], summary["avg_ts"]) == (200.0, pytest.approx((400 + 200 + 100) / 3, abs=1e-3))
 
 
 def test_stacking_is_told_by_patch():
-    found = {"ttft_4_patches_over_patched": {"value": 1.03}, "decode_4_patches_over_patched": {"value": 0.5}}
-    shares = [goal["reached"] for goal in goals.goals([], found)]
+    ratios = {"ttft_4_patches_over_patched": {"value": 1.03}, "decode_4_patches_over_patched": {"value": 0.5}}
+    shares = [goal["reached"] for goal in goals.goals([], ratios)]
     assert shares == [pytest.approx(0.01), pytest.approx(1 / 3, abs=1e-4)]
 
 

@@ -74,14 +74,14 @@ def test_other_programs_read_it(bundle, tmp_path):
         data = (tmp_path / "plain" / member["path"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (member["size"], member["sha256"])
     note = (tmp_path / "plain" / contents.INSTALL).read_text()
-    for told in (
+    for phrase in (
         make_root().fingerprint,
         "--adopt-root FINGERPRINT",
         "no wheels",
         "sha256sum SITE.tar",
         "edgepatch rollback",
     ):
-        assert told in note
+        assert phrase in note
 
 
 def test_names_of_wheels_may_exceed_a_tar_header(tmp_path):
@@ -104,10 +104,10 @@ def test_names_of_wheels_may_exceed_a_tar_header(tmp_path):
 def parts_of(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """(manifest, content of every member in order, the manifest and its signatures left out)."""
     with tarfile.open(path) as tar:
-        found = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
-    manifest = json.loads(found.pop(contents.MANIFEST))
-    found.pop(contents.SIGNATURES, None)
-    return manifest, found
+        members = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
+    manifest = json.loads(members.pop(contents.MANIFEST))
+    members.pop(contents.SIGNATURES, None)
+    return manifest, members
 
 
 def listed(manifest: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def test_a_tar_that_names_a_member_otherwise_than_its_manifest(name, bundle):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         (tarfile.SYMTYPE, "a symbolic link"),
         (tarfile.LNKTYPE, "a hard link"),
@@ -208,12 +208,12 @@ def test_a_tar_that_names_a_member_otherwise_than_its_manifest(name, bundle):
         (b"M", "something unknown"),
     ],
 )
-def test_members_that_are_no_files(kind, told, bundle):
+def test_members_that_are_no_files(kind, message, bundle):
     manifest, files = parts_of(bundle)
     data = packed(
         listed(manifest, {**files, "README.md": b""}), files, {"README.md": special(kind, link="/etc/passwd")}
     )
-    refused(bundle, data, f"expected the file 'README.md'.*{told}")
+    refused(bundle, data, f"expected the file 'README.md'.*{message}")
 
 
 @pytest.mark.parametrize(
@@ -673,8 +673,8 @@ def test_wheels_are_pinned_and_listed(registry, tmp_path, monkeypatch):
     """Real pip, real build, without a network."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(registry))
-    given = stub(tmp_path, "llama_cpp_python")
-    choice = wheels.Choice("gguf", given=(given,))
+    wheel = stub(tmp_path, "llama_cpp_python")
+    choice = wheels.Choice("gguf", prebuilt=(wheel,))
     sources = creation.Sources(write(tmp_path), choice=choice)
     manifest = creation.create(sources, tmp_path / "site.tar")
     names = {path.split("/")[1].split("-")[0] for path in manifest.wheels}
@@ -796,7 +796,7 @@ def test_wheels_that_cannot_be_had(tmp_path, monkeypatch):
     for choice, message in (
         (wheels.Choice("nonsense"), "--extra: expected one of"),
         (wheels.Choice("gguf", platforms=("manylinux_2_28_aarch64",)), "cannot be compiled here"),
-        (wheels.Choice("gguf", given=(tmp_path / "x.whl",)), "expected a wheel"),
+        (wheels.Choice("gguf", prebuilt=(tmp_path / "x.whl",)), "expected a wheel"),
         (wheels.Choice("onnx"), "pip wheel: ERROR: .*setuptools"),
     ):
         with pytest.raises(EdgepatchError, match=message):
@@ -854,17 +854,17 @@ def test_verbs(run, tmp_path):
     patch = tmp_path / "detox.safetensors"
     write_patch(make_patch(), patch)
     code, out, _ = run("bundle", "create", patch, "-o", "site.tar", "--no-wheels", "--json")
-    made = json.loads(out)
-    assert code == 0 and made["sha256"] == hashlib.sha256((tmp_path / "site.tar").read_bytes()).hexdigest()
-    assert made["members"] == ["INSTALL.txt", "README.md", "patches/detox-1.1.0.safetensors", "sbom.cdx.json"]
+    report = json.loads(out)
+    assert code == 0 and report["sha256"] == hashlib.sha256((tmp_path / "site.tar").read_bytes()).hexdigest()
+    assert report["members"] == ["INSTALL.txt", "README.md", "patches/detox-1.1.0.safetensors", "sbom.cdx.json"]
     assert "none: devices with a trust root" in run("bundle", "create", patch, "-o", "site.tar", "--no-wheels")[1]
     assert run("bundle", "create", patch, "-o", "site.tar", "--no-wheels", "--extra", "gguf")[0] == 2
     code, _, err = run("bundle", "import", "site.tar")
     assert (code, "trust root" in err) == (3, True)
     assert run("bundle", "import", "site.tar", "--allow-downgrade")[0] == 2
     assert run("bundle", "import", "site.tar", "--out", "x", "--channel", "beta")[0] == 2
-    shown = json.loads(run("bundle", "import", "site.tar", "--unsigned", "first try", "--json")[1])
-    assert (shown["patch"], shown["changed"], shown["root_in_bundle"], shown["adopted_root"]) == (
+    report = json.loads(run("bundle", "import", "site.tar", "--unsigned", "first try", "--json")[1])
+    assert (report["patch"], report["changed"], report["root_in_bundle"], report["adopted_root"]) == (
         make_patch().digest,
         True,
         None,

@@ -20,9 +20,9 @@ SAMPLING = Sampling(max_new_tokens=24, rng_seed=5)
 def cut_at_stop(text, stops):
     """The rule in its plainest form: at the first place where a stop string is complete, the longest of those counts."""
     for end in range(1, len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            return text[: end - max(map(len, found))], True
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(map(len, complete))], True
     return text, False
 
 

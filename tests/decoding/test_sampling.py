@@ -96,12 +96,12 @@ def test_rows_drawn_together_are_those_drawn_alone(vocab_size):
     for spread in (1, 6):
         rows = list((rng.standard_normal((25, vocab_size)) * spread).astype(np.float32))
         rows[3], rows[4] = np.round(rows[3]), rows[4].astype(np.float64)
-        found = draw_tokens(rows, samplings, [np.random.default_rng(i) for i in range(25)])
-        assert found == [
+        tokens = draw_tokens(rows, samplings, [np.random.default_rng(i) for i in range(25)])
+        assert tokens == [
             draw_token(row, s, np.random.default_rng(i)) for i, (row, s) in enumerate(zip(rows, samplings, strict=True))
         ]
         plain = [i for i, s in enumerate(samplings) if s.temperature and not s.min_p]
-        assert [found[i] for i in plain] == [
+        assert [tokens[i] for i in plain] == [
             plain_draw(rows[i], samplings[i], np.random.default_rng(i).random()) for i in plain
         ]
 

@@ -157,7 +157,7 @@ def test_what_is_not_read(data, match):
 
 
 @pytest.mark.parametrize(
-    ("data", "found"),
+    ("data", "actual"),
     [
         (b'{"a":1,"a":1}', "a key appears twice"),
         (b'{"a": 1}', "another form at byte 5"),
@@ -183,8 +183,8 @@ def test_what_is_not_read(data, match):
     ],
     ids=lambda value: repr(value)[:24],
 )
-def test_what_is_not_canonical_is_refused(data, found):
-    with pytest.raises(UntrustedError, match=f"the file: expected canonical JSON.*found.*{found}"):
+def test_what_is_not_canonical_is_refused(data, actual):
+    with pytest.raises(UntrustedError, match=f"the file: expected canonical JSON.*found.*{actual}"):
         parse_canonical(data, "the file")
 
 

@@ -31,14 +31,14 @@ def tokens_of(path: Path, texts: list[str], bos: bool = True, trusted: bool = Fa
     """Ids of each text; in ``trusted`` text the names of special tokens are the tokens."""
     with opened(path, vocab_only=True) as (lib, model):
         vocab = lib.llama_model_get_vocab(model)
-        found = []
+        token_ids = []
         for text in texts:
             data = text.encode()
             ids = (lib.llama_token * (len(data) + 8))()
             count = lib.llama_tokenize(vocab, data, len(data), ids, len(ids), bos, trusted)
             assert count >= 0
-            found.append(list(ids[:count]))
-        return found
+            token_ids.append(list(ids[:count]))
+        return token_ids
 
 
 def logits_of(path: Path, tokens: list[int]) -> np.ndarray:

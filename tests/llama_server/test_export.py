@@ -25,7 +25,7 @@ from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.errors import InactivePatchError, InputError, MismatchError
 from edgepatch.llama_server.check import check_server
-from edgepatch.llama_server.client import StockServer
+from edgepatch.llama_server.client import LlamaServer
 from edgepatch.llama_server.export import ExportOptions, Probe, export, split_slot_file
 from edgepatch.llama_server.references import Distance
 from edgepatch.llama_server.requirements import Labels, ServerSettings, choose_labels, patched_template, prompt_ids
@@ -71,10 +71,12 @@ def restored_logits(
     loaded = LlamaModel(model)
     context = LlamaContext(loaded, ContextSettings(512, 1, options.kv_type, options.flash_attention, 1))
     lib = load_library()
-    found, count = (lib.llama_token * 64)(), ctypes.c_size_t(0)
+    restored_ids, count = (lib.llama_token * 64)(), ctypes.c_size_t(0)
     try:
-        taken = lib.llama_state_seq_load_file(context.handle, bytes(seed), 0, found, len(found), ctypes.byref(count))
-        assert taken == seed.stat().st_size and list(found[: count.value]) == labels
+        taken = lib.llama_state_seq_load_file(
+            context.handle, bytes(seed), 0, restored_ids, len(restored_ids), ctypes.byref(count)
+        )
+        assert taken == seed.stat().st_size and list(restored_ids[: count.value]) == labels
         assert (context.first_position(0), context.last_position(0)) == (0, len(labels) - 1)
         return context.evaluate(0, tokens, every=True)
     finally:
@@ -96,17 +98,17 @@ def test_the_library_restores_the_slot_file(
     with load_runtime(model, None, kv_type=kv_type, flash_attention=flash_attention, num_threads=1) as runtime:
         bare = runtime.logits(tokens)
     seed = tmp_path / "out" / "slots" / "seed.bin"
-    found = restored_logits(model, seed, options, manifest["labels"]["ids"], tokens)
-    assert np.abs(found - expected).max() < 1e-5 < 0.1 < np.abs(found - bare).max()
+    restored = restored_logits(model, seed, options, manifest["labels"]["ids"], tokens)
+    assert np.abs(restored - expected).max() < 1e-5 < 0.1 < np.abs(restored - bare).max()
 
 
 def test_a_prompt_is_labels_and_the_conversation(model: Path, exported: Path, vocabulary: Vocabulary):
     manifest = read_manifest(exported)
     template = (exported / "chat_template.jinja").read_text("utf-8")
     names = [vocabulary.text(vocabulary.bos), vocabulary.text(vocabulary.eos)]
-    found = prompt_ids(vocabulary, render_chat_template(template, MESSAGES, *names))
+    prompt = prompt_ids(vocabulary, render_chat_template(template, MESSAGES, *names))
     with load_runtime(model, None, num_threads=1) as runtime:
-        assert found == manifest["labels"]["ids"] + runtime.encode_chat(MESSAGES)
+        assert prompt == manifest["labels"]["ids"] + runtime.encode_chat(MESSAGES)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -173,7 +175,7 @@ def test_flags():
 
 
 def test_scripts_run_anywhere(exported: Path, tmp_path: Path):
-    shown = subprocess.run(
+    command = subprocess.run(
         [exported / "start.sh", "--port", "9"],
         env={**os.environ, "LLAMA_SERVER": "echo"},
         cwd=tmp_path,
@@ -181,7 +183,7 @@ def test_scripts_run_anywhere(exported: Path, tmp_path: Path):
         text=True,
         check=True,
     ).stdout.strip()
-    assert f"--slot-save-path {exported}/slots" in shown and shown.endswith("--port 9")
+    assert f"--slot-save-path {exported}/slots" in command and command.endswith("--port 9")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -241,8 +243,8 @@ def test_a_probe_decides_about_types_and_header(model: Path, tiny_patch: Patch, 
     assert (probe.kv_type, probe.flash_attention) == ("f32", False)
     manifest = export(tiny_patch, model, tmp_path / "out", ExportOptions(), probe)
     assert manifest["settings"]["kv_type"] == "f32" and manifest["header"] == "the probed server"
-    found, expected = ((tmp_path / name / "slots" / "seed.bin").read_bytes() for name in ("out", "server"))
-    assert found.startswith(probe.header) and split_slot_file(found)[1] == split_slot_file(expected)[1]
+    actual, expected = ((tmp_path / name / "slots" / "seed.bin").read_bytes() for name in ("out", "server"))
+    assert actual.startswith(probe.header) and split_slot_file(actual)[1] == split_slot_file(expected)[1]
 
 
 def test_a_probe_of_another_layout_is_refused(model: Path, tiny_patch: Patch, tmp_path: Path):
@@ -287,18 +289,18 @@ def other_server() -> Iterator[str]:
 
 
 def test_something_else_is_not_proven(model: Path, tiny_patch: Patch, other_server: str):
-    report = check_server(StockServer(other_server), tiny_patch, model, ExportOptions())
+    report = check_server(LlamaServer(other_server), tiny_patch, model, ExportOptions())
     assert not report.proven and report.failed and report.failed.subject == "llama-server"
 
 
 def test_edgepatch_serve_names_its_patch(model: Path, tiny_patch: Patch):
     with serving.running(lambda: load_runtime(model, tiny_patch, num_threads=1)) as running:
-        assert check_server(StockServer(running.url, serving.KEY), tiny_patch, model, ExportOptions()).proven
+        assert check_server(LlamaServer(running.url, serving.KEY), tiny_patch, model, ExportOptions()).proven
         other = replace(tiny_patch, version="9.9.9")
-        report = check_server(StockServer(running.url, serving.KEY), other, model, ExportOptions())
+        report = check_server(LlamaServer(running.url, serving.KEY), other, model, ExportOptions())
         assert report.failed and other.digest in report.failed.evidence
         with pytest.raises(InputError, match="key"):
-            check_server(StockServer(running.url, "wrong"), tiny_patch, model, ExportOptions())
+            check_server(LlamaServer(running.url, "wrong"), tiny_patch, model, ExportOptions())
 
 
 def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -332,7 +334,7 @@ def test_export_verb(model: Path, tiny_patch: Patch, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("found", "expected", "length"),
+    ("actual", "expected", "length"),
     [
         ([1, 2, 3], [1, 2, 3], 3),
         ([1, 9, 3], [1, 2, 3], 1),
@@ -341,15 +343,15 @@ def test_export_verb(model: Path, tiny_patch: Patch, tmp_path: Path):
         ([], [], 0),
     ],
 )
-def test_equal_tokens_are_counted_to_the_first_difference(found: list[int], expected: list[int], length: int):
+def test_equal_tokens_are_counted_to_the_first_difference(actual: list[int], expected: list[int], length: int):
     """Of the transcript; a continuation that does not end where the other ends differs there."""
-    assert common_prefix(found, expected) == length
+    assert common_prefix(actual, expected) == length
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://127.0.0.1", "http://"])
 def test_urls(url: str):
     with pytest.raises(InputError, match="expected a URL"):
-        StockServer(url)
+        LlamaServer(url)
 
 
 @pytest.mark.parametrize(

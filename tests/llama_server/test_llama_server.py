@@ -25,7 +25,7 @@ from edgepatch.converters.gguf import specs, writer
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.llama_server.check import Report, check_server
-from edgepatch.llama_server.client import StockServer
+from edgepatch.llama_server.client import LlamaServer
 from edgepatch.llama_server.export import ExportOptions, export, probe
 from edgepatch.llama_server.requirements import SEED_FILE, ServerSettings
 from edgepatch.patch.file import Patch, read_patch
@@ -37,7 +37,7 @@ BINARY = Path(os.environ.get(VARIABLE, ""))
 SOURCES = next(FOLDER.glob(f"{PACKAGE}-*/vendor/llama.cpp"), Path("none"))
 PATCH_FILE = LAB_PATCH
 PROMPTS = ("The quick brown fox", "I think the weather today is", "You are such a")
-Start = Callable[..., contextlib.AbstractContextManager[StockServer]]
+Start = Callable[..., contextlib.AbstractContextManager[LlamaServer]]
 
 pytestmark = pytest.mark.skipif(
     VARIABLE not in os.environ, reason=f"needs llama-server: `edgepatch bench llama-server`, or name one in {VARIABLE}"
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lab model in F16."""
-    path = tmp_path_factory.mktemp("stock") / "lab.gguf"
+    path = tmp_path_factory.mktemp("llama_server") / "lab.gguf"
     writer.convert_folder(LAB_FOLDER / "base", path, "F16")
     return path
 
@@ -152,9 +152,9 @@ def test_a_probe_makes_any_server_fit(
         attention,
     )
     with start(*flags) as server:
-        found = probe(server, slots, patch, model, ExportOptions())
-        assert (found.kv_type, found.flash_attention) == (kv_type, flash_attention)
-        export(patch, model, tmp_path / "out", ExportOptions(), found)
+        probed = probe(server, slots, patch, model, ExportOptions())
+        assert (probed.kv_type, probed.flash_attention) == (kv_type, flash_attention)
+        export(patch, model, tmp_path / "out", ExportOptions(), probed)
         (slots / SEED_FILE).write_bytes((tmp_path / "out" / "slots" / SEED_FILE).read_bytes())
         report = check_server(server, patch, model, ExportOptions(kv_type=kv_type, flash_attention=flash_attention))
         assert report.proven, report.as_dict()
@@ -174,8 +174,8 @@ def test_the_verb_proves_and_refutes(start: Start, model: Path):
     with start() as server:
         done = run_cli("check-server", server.url, *arguments, "--fill-context", "--json")
         assert done.returncode == 0, done.stderr
-        found = {f["subject"]: f for f in json.loads(done.stdout)["findings"]}
-        assert found["first request"]["holds"] and found["full context"]["holds"]
+        findings = {f["subject"]: f for f in json.loads(done.stdout)["findings"]}
+        assert findings["first request"]["holds"] and findings["full context"]["holds"]
         done = run_cli("check-server", server.url, *arguments, "--strict")
         assert done.returncode == 1 and "evicts the seed" in done.stderr
     with start(without=("--slot-save-path",)) as server:
@@ -186,8 +186,8 @@ def test_the_verb_proves_and_refutes(start: Start, model: Path):
 def test_keys(start: Start, model: Path, patch: Patch):
     with start("--api-key", "right") as server:
         with pytest.raises(InputError, match="Invalid API Key"):
-            check_server(StockServer(server.url, "wrong"), patch, model, ExportOptions())
-        assert check_server(StockServer(server.url, "right"), patch, model, ExportOptions()).proven
+            check_server(LlamaServer(server.url, "wrong"), patch, model, ExportOptions())
+        assert check_server(LlamaServer(server.url, "right"), patch, model, ExportOptions()).proven
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="restore.sh needs curl")
@@ -200,7 +200,7 @@ def test_the_scripts_of_the_folder(
             monkeypatch.setenv("LLAMA_API_KEY", key)
             done = subprocess.run([exported / "restore.sh", server.url], capture_output=True, text=True)
             assert (done.returncode == 0) == holds and ('"n_restored":50' in done.stdout) == holds, done
-        assert check_server(StockServer(server.url, "right"), patch, model, ExportOptions()).proven
+        assert check_server(LlamaServer(server.url, "right"), patch, model, ExportOptions()).proven
 
 
 def test_several_slots(start: Start, model: Path, patch: Patch, tmp_path: Path):
@@ -278,7 +278,7 @@ def test_other_flags(start: Start, model: Path, patch: Patch):
         assert hazard(check_server(server, patch, model, ExportOptions())) == "template"
 
 
-class WithoutSlotActions(StockServer):
+class WithoutSlotActions(LlamaServer):
     """As a proxy shows the server that lets nothing through to /slots."""
 
     def post(self, path: str, body):  # type: ignore[no-untyped-def]
@@ -320,9 +320,9 @@ def other_kind(
     """A tiny model with a sliding window, or with recurrent layers, and a soft prompt for it."""
     if not SOURCES.is_dir():
         pytest.skip("needs llama.cpp's converter: `edgepatch bench llama-server`")
-    wanted, folder = parity_models.architecture(request.param), tmp_path_factory.mktemp(request.param)
-    parity_models.build_folder(wanted, folder / "model")
-    parity_models.convert(wanted, folder / "model", folder / "model.gguf", "F16", SOURCES)
+    architecture, folder = parity_models.architecture(request.param), tmp_path_factory.mktemp(request.param)
+    parity_models.build_folder(architecture, folder / "model")
+    parity_models.convert(architecture, folder / "model", folder / "model.gguf", "F16", SOURCES)
     spec = specs.read_spec(folder / "model.gguf")
     embeddings = np.random.default_rng(1).standard_normal((12, spec.hidden_size)).astype(np.float32) * np.float32(0.3)
     yield request.param, folder / "model.gguf", Patch(request.param, "1.0.0", spec, SoftPrompt(embeddings))

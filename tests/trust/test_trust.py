@@ -62,9 +62,9 @@ NEXT = signed(
 
 
 def verify(
-    found: list[Signature], root: Root = ROOT, payload: bytes = PAYLOAD, now: datetime = NOW, **options: Any
+    signatures: list[Signature], root: Root = ROOT, payload: bytes = PAYLOAD, now: datetime = NOW, **options: Any
 ) -> frozenset[str]:
-    return verify_threshold(payload, MANIFEST_TYPE, found, root, "patch", now, **options)
+    return verify_threshold(payload, MANIFEST_TYPE, signatures, root, "patch", now, **options)
 
 
 def body(root: Root = ROOT) -> dict[str, Any]:

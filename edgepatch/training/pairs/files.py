@@ -99,8 +99,8 @@ def _split_conversation(chosen: list[Any], rejected: list[Any]) -> tuple[list[An
 def _reply(name: str, messages: object) -> str:
     """The text of a conversation's answer, which is one message of the assistant."""
     if not isinstance(messages, list) or len(messages) != 1:
-        found = f"{len(messages)} messages" if isinstance(messages, list) else type(messages).__name__
-        raise InputError(f"{name}: expected a list of one message of the assistant, found {found}")
+        actual = f"{len(messages)} messages" if isinstance(messages, list) else type(messages).__name__
+        raise InputError(f"{name}: expected a list of one message of the assistant, found {actual}")
     (message,) = plain_messages(messages)
     if message["role"] != "assistant" or "tool_calls" in message:
         raise InputError(

@@ -124,9 +124,9 @@ def _outcome(
         return Outcome((), {"prompts_without_candidate": 1})
     good = sorted(zip(score(long_enough).tolist(), long_enough, strict=True))
     bad = sorted(zip(score(unsafe).tolist(), unsafe, strict=True), reverse=True)
-    found = filter_pairs([Pair(prompt, c, r, cs, rs) for (cs, c), (rs, r) in zip(good, bad, strict=False)], config)
-    fate = {} if found.pairs else {"prompts_without_pair": 1}
-    return Outcome(tuple(found.pairs), {**found.counts, **fate})
+    pair_set = filter_pairs([Pair(prompt, c, r, cs, rs) for (cs, c), (rs, r) in zip(good, bad, strict=False)], config)
+    fate = {} if pair_set.pairs else {"prompts_without_pair": 1}
+    return Outcome(tuple(pair_set.pairs), {**pair_set.counts, **fate})
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,19 @@ def _jobs(prompts: Sequence[PairPrompt], places: Sequence[str]) -> list[_Job]:
 
 def _refuse_long(jobs: Sequence[_Job], samplers: Sequence[Sampler], sampling: Sampling, progress: Progress) -> None:
     """Names the prompts that do not fit before hours are spent on the others."""
-    found = []
+    complaints = []
     for number, job in enumerate(jobs, 1):
         progress("check prompts", number, len(jobs))
         try:
             for sampler in samplers:
                 sampler.check(job.prompt, sampling)
         except PromptTooLongError as error:
-            found.append(f"{job.place}: {error}")
+            complaints.append(f"{job.place}: {error}")
         except InputError as error:
             raise InputError(f"{job.place}: {error}", error.hint) from None
-    if found:
-        more = f"\n  and {len(found) - NAMED_PROMPTS} more" if len(found) > NAMED_PROMPTS else ""
-        raise _too_long("\n  ".join(found[:NAMED_PROMPTS]) + more)
+    if complaints:
+        more = f"\n  and {len(complaints) - NAMED_PROMPTS} more" if len(complaints) > NAMED_PROMPTS else ""
+        raise _too_long("\n  ".join(complaints[:NAMED_PROMPTS]) + more)
 
 
 def _too_long(message: str) -> InputError:
@@ -243,17 +243,19 @@ def sample_pairs(
     )
 
 
-def require_pairs(found: PairSet, config: PairConfig) -> list[Pair]:
+def require_pairs(pair_set: PairSet, config: PairConfig) -> list[Pair]:
     """The pairs.
 
     Raises:
         InputError: there are none.
     """
-    if not found.pairs:
-        number, kind = next((found.counts[name], name) for name in ("prompts", "pairs_read") if name in found.counts)
+    if not pair_set.pairs:
+        number, kind = next(
+            (pair_set.counts[name], name) for name in ("prompts", "pairs_read") if name in pair_set.counts
+        )
         fates = ", ".join(
             f"{name}: {count}"
-            for name, count in found.counts.items()
+            for name, count in pair_set.counts.items()
             if count and name.startswith(("dropped", "prompts_"))
         )
         raise InputError(
@@ -261,7 +263,7 @@ def require_pairs(found: PairSet, config: PairConfig) -> list[Pair]:
             f"{config.max_chosen_score} ({fates})",
             hint="use prompts that the base model answers unsafely, or a safer reference model",
         )
-    return found.pairs
+    return pair_set.pairs
 
 
 def build_pairs(

@@ -53,11 +53,11 @@ def read_prompts(path: Path) -> PromptList:
     return PromptList([prompt for _, prompt in rows], [place for place, _ in rows])
 
 
-def as_conversations(given: PromptList, chat: bool, system: str) -> PromptList:
+def as_conversations(prompt_list: PromptList, chat: bool, system: str) -> PromptList:
     """The prompts in the form that is asked for.
 
     Args:
-        given: texts, conversations or both.
+        prompt_list: texts, conversations or both.
         chat: makes each text the message of a user.
         system: goes in front of every conversation; "" for none.
 
@@ -65,7 +65,7 @@ def as_conversations(given: PromptList, chat: bool, system: str) -> PromptList:
         InputError: a conversation does not wait for the assistant, or cannot take the system text.
     """
     prompts: list[PairPrompt] = []
-    for prompt, place in zip(given.prompts, given.places, strict=True):
+    for prompt, place in zip(prompt_list.prompts, prompt_list.places, strict=True):
         if isinstance(prompt, str) and chat:
             prompt = ({"role": "user", "content": prompt},)
         if isinstance(prompt, str) and system:
@@ -73,7 +73,7 @@ def as_conversations(given: PromptList, chat: bool, system: str) -> PromptList:
                 f"{place}: a system text needs messages, found plain text", hint="--chat makes a message of each text"
             )
         prompts.append(prompt if isinstance(prompt, str) else _conversation(prompt, system, place))
-    return PromptList(prompts, given.places)
+    return PromptList(prompts, prompt_list.places)
 
 
 def _conversation(messages: tuple[Message, ...], system: str, place: str) -> tuple[Message, ...]:

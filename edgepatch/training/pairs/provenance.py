@@ -56,13 +56,13 @@ def digest_of_json(value: object) -> str:
 
 def versions() -> dict[str, str]:
     """Python, edgepatch and the installed libraries that sample and train."""
-    found = {"python": platform.python_version(), "edgepatch": edgepatch.__version__}
+    installed = {"python": platform.python_version(), "edgepatch": edgepatch.__version__}
     for name in DISTRIBUTIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def provenance_path(out: Path) -> Path:

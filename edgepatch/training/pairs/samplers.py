@@ -94,10 +94,10 @@ class RuntimeSampler(Sampler):
 
     def check(self, prompt: PairPrompt, sampling: Sampling) -> None:
         """Counts the tokens of the prompt."""
-        found, limit = len(self._runtime.tokens(prompt)), self._runtime.context_length
-        if found + sampling.max_new_tokens > limit:
+        num_tokens, limit = len(self._runtime.tokens(prompt)), self._runtime.context_length
+        if num_tokens + sampling.max_new_tokens > limit:
             raise PromptTooLongError(
-                f"the prompt has {found} tokens and {sampling.max_new_tokens} are to follow, the model's context holds {limit}"
+                f"the prompt has {num_tokens} tokens and {sampling.max_new_tokens} are to follow, the model's context holds {limit}"
             )
 
     def sample(self, prompt: PairPrompt, sampling: Sampling, count: int) -> list[str]:

@@ -58,8 +58,8 @@ def _problem(reply: httpx.Response) -> dict[str, str]:
         body = {}
     error = body.get("error", body) if isinstance(body, Mapping) else {}
     error = error if isinstance(error, Mapping) else {"message": error}
-    found = {name: str(error[name]) for name in ("message", "type", "code") if error.get(name)}
-    return {"message": reply.text[:300].strip() or reply.reason_phrase} | found
+    details = {name: str(error[name]) for name in ("message", "type", "code") if error.get(name)}
+    return {"message": reply.text[:300].strip() or reply.reason_phrase} | details
 
 
 class ServerSampler(Sampler):

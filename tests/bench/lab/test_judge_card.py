@@ -45,10 +45,10 @@ def test_the_numbers_are_the_shipped_judges(committed: dict):
 
 @pytest.mark.skipif(DATA is None, reason="needs the data sets, see bench/data.md")
 def test_the_data_give_the_committed_numbers(committed: dict):
-    found, dropped = judge_card.domains(DATA)
+    rows, dropped = judge_card.domains(DATA)
     name = "RealToxicityPrompts evaluation segments"
     assert dropped == committed["tweets_left_out"]
-    assert judge_card.measure(ToxicityScorer.load("report"), found[name]) == committed["domains"][name]
+    assert judge_card.measure(ToxicityScorer.load("report"), rows[name]) == committed["domains"][name]
 
 
 def test_figures_of_a_domain():

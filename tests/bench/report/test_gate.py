@@ -80,15 +80,15 @@ def baseline(results: Path, gate) -> Path:
 
 
 def test_watched_are_patches_as_shipped_and_ratios_of_ours(results: Path):
-    found = figures(results)
-    assert set(found) == {KEPT, PERPLEXITY, REFUSED, TTFT, DECODE}
-    assert found[KEPT] == Figure(0.97, 0.93, 1.01)
+    watched = figures(results)
+    assert set(watched) == {KEPT, PERPLEXITY, REFUSED, TTFT, DECODE}
+    assert watched[KEPT] == Figure(0.97, 0.93, 1.01)
 
 
 def test_further_runs_are_watched_by_their_names(results: Path):
     (results / "latency-small-int4.json").write_text((results / "latency.json").read_text())
-    found = figures(results)
-    more = {name for name in found if name.startswith("ratio/small-int4/")}
+    watched = figures(results)
+    more = {name for name in watched if name.startswith("ratio/small-int4/")}
     assert {name.replace("small-int4/", "") for name in more} == {TTFT, DECODE}
     assert {name: is_higher_better(name) for name in more} == {name: "decode" in name for name in more}
 
@@ -112,8 +112,8 @@ def test_a_baseline_states_its_limits(baseline: Path):
 
 
 def test_a_limit_is_never_within_the_interval():
-    made = make_baseline({KEPT: Figure(0.9, 0.7, 1.1)}, "")
-    assert made["figures"][KEPT]["floor"] == 0.7
+    baseline = make_baseline({KEPT: Figure(0.9, 0.7, 1.1)}, "")
+    assert baseline["figures"][KEPT]["floor"] == 0.7
 
 
 def test_same_results_pass(gate, baseline: Path):
@@ -122,7 +122,7 @@ def test_same_results_pass(gate, baseline: Path):
 
 
 @pytest.mark.parametrize(
-    ("cell", "ratios", "name", "expected", "found"),
+    ("cell", "ratios", "name", "expected", "actual"),
     [
         ({"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6}, {}, KEPT, ">= 0.92", "0.5"),
         ({"perplexity_change": 4.0}, {}, PERPLEXITY, "<= 2", "4"),
@@ -131,16 +131,16 @@ def test_same_results_pass(gate, baseline: Path):
         ({}, {"decode_patched_over_bare": {"value": 0.9, "low": 0.8, "high": 1.0}}, DECODE, ">= 0.96", "0.9"),
     ],
 )
-def test_a_figure_beyond_its_limit_fails_and_is_named(results, gate, baseline, cell, ratios, name, expected, found):
+def test_a_figure_beyond_its_limit_fails_and_is_named(results, gate, baseline, cell, ratios, name, expected, actual):
     write(results, cell, ratios)
     code, out, _ = gate("--baseline", baseline)
     assert code == 1
-    assert out.splitlines() == [f"{name}: beyond its limit: expected {expected}, found {found}", "4 of 5 figures pass"]
+    assert out.splitlines() == [f"{name}: beyond its limit: expected {expected}, found {actual}", "4 of 5 figures pass"]
     code, out, _ = gate("--baseline", baseline, "--json")
     document = json.loads(out)
     assert code == 1 and document["passed"] is False and document["num_figures"] == 5
     assert document["failures"] == [
-        {"figure": name, "reason": "beyond its limit", "expected": expected, "found": found}
+        {"figure": name, "reason": "beyond its limit", "expected": expected, "found": actual}
     ]
 
 
@@ -174,7 +174,7 @@ def test_a_figure_that_is_no_number_fails(results, gate, baseline, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "cannot read"),
         ("[]", "JSON object"),
@@ -189,11 +189,11 @@ def test_a_figure_that_is_no_number_fails(results, gate, baseline, value):
         ('{"version": 1, "figures": {"a": 1}}', "floor or a ceiling"),
     ],
 )
-def test_a_baseline_that_cannot_be_used_is_2(results, gate, text, told):
+def test_a_baseline_that_cannot_be_used_is_2(results, gate, text, message):
     path = results / "bad.json"
     path.write_text(text)
     code, out, err = gate("--baseline", path)
-    assert (code, out) == (2, "") and told in " ".join(err.split()) and "Traceback" not in err
+    assert (code, out) == (2, "") and message in " ".join(err.split()) and "Traceback" not in err
 
 
 def test_wrong_use_and_wrong_results_are_2(results, gate, baseline):

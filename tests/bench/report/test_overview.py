@@ -251,9 +251,9 @@ def test_an_arm_is_a_line_with_a_dash_for_what_was_not_measured():
         *(f"tokens/s, {n}" for n in (0, 512, 2048)),
         "artefact, MB",
     ]
-    told = {line[0]: line[1:] for line in lines[2:]}
-    assert told["seed"] == ["97", "385", "1,537", "50.0", "39.8", "24.7", "1.64"]
-    assert told["lora-r8"] == ["99", "387", "1,539", *["\u2013"] * 4] and "onnxruntime-genai" not in told
+    cells = {line[0]: line[1:] for line in lines[2:]}
+    assert cells["seed"] == ["97", "385", "1,537", "50.0", "39.8", "24.7", "1.64"]
+    assert cells["lora-r8"] == ["99", "387", "1,539", *["\u2013"] * 4] and "onnxruntime-genai" not in cells
 
 
 def test_attention_turned_off_is_another_model():
@@ -277,9 +277,9 @@ def test_goals_of_all_files_are_told_and_the_missed_come_first(results):
 
 
 def test_bad_files_are_refused_by_name(tmp_path):
-    for text, told in (("{", "latency.json"), ("[]", "JSON object"), ('{"a": NaN}', "NaN")):
+    for text, message in (("{", "latency.json"), ("[]", "JSON object"), ('{"a": NaN}', "NaN")):
         (tmp_path / "latency.json").write_text(text)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             read_results(tmp_path)
     (tmp_path / "latency.json").write_text('{"rows": [{}], "ratios": {}, "goals": [], "shape": "", "quantization": ""}')
     with pytest.raises(InputError, match=r"latency\.json: expected the fields"):
@@ -293,11 +293,11 @@ def test_bad_files_are_refused_by_name(tmp_path):
 
 def schemes() -> dict[str, dict[str, str]]:
     """Colour variables as they are in the light, in the dark and on paper."""
-    found: dict[str, dict[str, str]] = {"light": {}, "dark": {}, "print": {}}
+    colours: dict[str, dict[str, str]] = {"light": {}, "dark": {}, "print": {}}
     for media, block in re.findall(r"(@media[^{]*\{\s*)?:root \{([^}]*)\}", STYLE):
         name = "dark" if "dark" in media else "print" if "print" in media else "light"
-        found[name] |= dict(re.findall(r"--(\w+): (#\w+)", block))
-    return found
+        colours[name] |= dict(re.findall(r"--(\w+): (#\w+)", block))
+    return colours
 
 
 def luminance(colour: str) -> float:
@@ -417,16 +417,16 @@ def test_exponents_of_curves_made_by_hand():
 
 
 def test_curves_are_read_from_rows():
-    found = {(curve.quantity, curve.arm): curve for curve in growth.curves(a_latency()["rows"])}
-    prompt = found["prompt tokens", "bare"]
+    curves = {(curve.quantity, curve.arm): curve for curve in growth.curves(a_latency()["rows"])}
+    prompt = curves["prompt tokens", "bare"]
     assert [point.x for point in prompt.points] == [32, 128, 512] and growth.fitted(prompt).value == pytest.approx(1.0)
-    depth = found["positions of context", "seed"]
+    depth = curves["positions of context", "seed"]
     assert depth.base == pytest.approx(20.0), "a token, not sixteen"
     assert growth.fitted(depth).value == pytest.approx(1.0), "of what the context adds"
-    ((*_, shown),) = growth.exponent_rows(
+    ((*_, exponent),) = growth.exponent_rows(
         [growth.Curve("P", "ttft", "m", "patch", tuple(growth.Point(x, 9.0, 8.0, 10.0) for x in (10.0, 50.0)), 8.5)]
     )
-    assert shown == "not above noise"
+    assert exponent == "not above noise"
 
 
 def test_each_arm_of_a_growing_quantity_is_one_curve():
@@ -437,16 +437,16 @@ def test_each_arm_of_a_growing_quantity_is_one_curve():
         for arm, n in (("seed", 1), ("2 patches", 2))
     ]
     rows += [{**timing("ttft", "bare", 30.0, n_prompt=8), "shape": "llama-3.2-3b", "model_n_params": 3.6e9}]
-    found = {(curve.quantity, curve.arm): curve for curve in growth.curves(rows)}
-    assert set(found) == {
+    curves = {(curve.quantity, curve.arm): curve for curve in growth.curves(rows)}
+    assert set(curves) == {
         ("tokens of a text in front", "text-N-cold"),
         ("virtual tokens (P)", "patch"),
         ("stacked patches", "patch"),
         ("parameters, billions", "bare"),
     }
-    text = found["tokens of a text in front", "text-N-cold"]
+    text = curves["tokens of a text in front", "text-N-cold"]
     assert text.base == 10.0 and growth.fitted(text).value == pytest.approx(1.0)
-    assert growth.fitted(found["parameters, billions", "bare"]).value == pytest.approx(1.0)
+    assert growth.fitted(curves["parameters, billions", "bare"]).value == pytest.approx(1.0)
 
 
 # Limits.
@@ -466,10 +466,10 @@ def test_bytes_and_operations_of_a_token():
 
 
 def test_bandwidth_is_measured(tmp_path):
-    found = machine.measure_bandwidth(2, seconds=0.05, size_bytes=1 << 22)
+    bandwidth = machine.measure_bandwidth(2, seconds=0.05, size_bytes=1 << 22)
     for name in ("read_gb_s", "triad_gb_s"):
-        assert 0 < found[name]["worst"] <= found[name]["median"] <= found[name]["best"] < 1e5
-    assert found["num_threads"] == 2 and found["size_bytes"] == 1 << 22
+        assert 0 < bandwidth[name]["worst"] <= bandwidth[name]["median"] <= bandwidth[name]["best"] < 1e5
+    assert bandwidth["num_threads"] == 2 and bandwidth["size_bytes"] == 1 << 22
     assert machine.decode_ceiling({"read_gb_s": {"best": 2.0}}, 1e9) == 2.0
     with pytest.raises(InputError, match="threads"):
         machine.measure_bandwidth(0)

@@ -91,9 +91,9 @@ def test_next_token_figures_by_hand():
     assert figures["stereotype_rate"].value == pytest.approx(2 / 3), "the prompt without a stereotype is not counted"
     assert figures["gender_mass"].value == pytest.approx(0.4) and figures["person_mass"].value == pytest.approx(0.45)
     mass = np.array([[0.1, 0.3, 0.5], [0.1, 0.3, 0.2], [0.1, 0.3, 0.2]])
-    known = gender._known_gender_figures(mass, prompts[:3])  # neutral, right, wrong
-    assert known["known_gender_accuracy"].value == pytest.approx(1 / 3)
-    assert known["known_gender_order"].value == pytest.approx(2 / 3)
+    known_gender = gender._known_gender_figures(mass, prompts[:3])  # neutral, right, wrong
+    assert known_gender["known_gender_accuracy"].value == pytest.approx(1 / 3)
+    assert known_gender["known_gender_order"].value == pytest.approx(2 / 3)
 
 
 def test_text_figures_count_gendered_and_empty_generations():
@@ -186,7 +186,7 @@ def test_pairs_hold_what_the_filter_promises(lab):
         num_training_prompts=8, pairs=PairConfig(samples_per_prompt=4, max_new_tokens=12, min_words=3)
     )
     seen = []
-    pairs = domain.training_pairs(*lab, rng_seed=3, progress=lambda *told, **_: seen.append(told))
+    pairs = domain.training_pairs(*lab, rng_seed=3, progress=lambda *step, **_: seen.append(step))
     assert len(pairs) >= 4 and seen[-1] == ("pairs", 8, 8)
     prompts = {p.text for p in gender_prompts.training_prompts(None)}
     pronouns = {"she", "her", "he", "his", "him", "hers", "herself", "himself"}
@@ -233,5 +233,5 @@ def test_a_pair_is_a_hit_where_the_stereotyped_sentence_is_likelier(lab, data):
         rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
         return sum(rows[i - 1, tokens[i]] for i in range(1, len(tokens)))
 
-    found = GenderDomain(data).log_probability_checks(lab[0], 1)["winobias"].value
-    assert found == float(log_probability(pro) > log_probability(anti))
+    share = GenderDomain(data).log_probability_checks(lab[0], 1)["winobias"].value
+    assert share == float(log_probability(pro) > log_probability(anti))

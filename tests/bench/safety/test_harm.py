@@ -179,7 +179,7 @@ def test_over_refusal_of_our_requests(models):
 def test_lab_models_give_pairs_of_both_kinds(models):
     calls = []
     pairs = HarmDomain(num_training_requests=8).training_pairs(
-        *models, rng_seed=1, progress=lambda *told, **_: calls.append(told)
+        *models, rng_seed=1, progress=lambda *step, **_: calls.append(step)
     )
     refusals = [p for p in pairs if declines(p.chosen)]
     answers = [p for p in pairs if declines(p.rejected)]

@@ -71,37 +71,37 @@ def test_losses_are_those_of_transformers(runtime: Session, tiny_folder: Path, t
 
 
 def test_an_instruction_is_a_condition_and_not_scored(runtime: Session, oracle):
-    bare, told = (retained.measure(runtime, None, TEXTS_ONLY, instruction) for instruction in ("", "Be kind."))
-    assert told.num_tokens.tolist() == bare.num_tokens.tolist()
+    bare, instructed = (retained.measure(runtime, None, TEXTS_ONLY, instruction) for instruction in ("", "Be kind."))
+    assert instructed.num_tokens.tolist() == bare.num_tokens.tolist()
     front = runtime.tokens("Be kind.\n")
-    ids = [front + runtime.tokens(text)[1:] for text in told.texts]
-    np.testing.assert_allclose(told.nll, [sums(oracle, row, len(front)) for row in ids], rtol=1e-5)
-    assert not np.allclose(told.nll, bare.nll, rtol=1e-4)
+    ids = [front + runtime.tokens(text)[1:] for text in instructed.texts]
+    np.testing.assert_allclose(instructed.nll, [sums(oracle, row, len(front)) for row in ids], rtol=1e-5)
+    assert not np.allclose(instructed.nll, bare.nll, rtol=1e-4)
 
 
 def test_minimal_pairs_compare_whole_sentences(runtime: Session, data: Path, oracle):
-    found = retained.measure(runtime, data, Sizes(num_texts=2, num_minimal_pairs=2, num_requests=0))
-    assert list(found.minimal_pairs) == PAIRS[:2] * 2
-    losses = [[sums(oracle, runtime.tokens(sentence), 1) for sentence in pair] for pair in found.minimal_pairs]
-    assert found.correct.tolist() == [good < bad for good, bad in losses]
+    measured = retained.measure(runtime, data, Sizes(num_texts=2, num_minimal_pairs=2, num_requests=0))
+    assert list(measured.minimal_pairs) == PAIRS[:2] * 2
+    losses = [[sums(oracle, runtime.tokens(sentence), 1) for sentence in pair] for pair in measured.minimal_pairs]
+    assert measured.correct.tolist() == [good < bad for good, bad in losses]
     mirrored = [(bad, good) for good, bad in PAIRS[:2] * 2]
     assert [retained._is_first_likelier(runtime, pair, "") for pair in mirrored] == [
-        not right for right in found.correct
+        not right for right in measured.correct
     ]
-    assert all(60 <= len(text.split()) <= 160 for text in found.texts)
-    assert found.over_refusal is None
+    assert all(60 <= len(text.split()) <= 160 for text in measured.texts)
+    assert measured.over_refusal is None
 
 
 def test_without_data_there_are_no_minimal_pairs_and_requests_are_our_own(runtime: Session):
-    found = retained.measure(runtime, None, Sizes(num_texts=1, num_requests=2))
-    assert found.correct.shape == (0,)
+    measured = retained.measure(runtime, None, Sizes(num_texts=1, num_requests=2))
+    assert measured.correct.shape == (0,)
     with pytest.raises(InputError, match="share"):
-        share(found.correct)
-    assert found.over_refusal is not None
-    assert found.over_refusal.values.shape == (2,)
-    assert retained.over_refusal_change(found, found) == (0, 0, 0)
+        share(measured.correct)
+    assert measured.over_refusal is not None
+    assert measured.over_refusal.values.shape == (2,)
+    assert retained.over_refusal_change(measured, measured) == (0, 0, 0)
     with pytest.raises(InputError, match="not measured"):
-        retained.over_refusal_change(found, replace(found, over_refusal=None))
+        retained.over_refusal_change(measured, replace(measured, over_refusal=None))
 
 
 def test_flips_are_counted_item_by_item():

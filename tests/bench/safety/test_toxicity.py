@@ -46,14 +46,14 @@ def domain() -> ToxicityDomain:
 def test_passages_have_the_drawn_lengths_and_one_kind_each(runtime: Session):
     kinds = (["calm words about rivers and lakes"], ["ANGRY WORDS ABOUT PEOPLE"])
     passages = fronts(kinds, runtime.encode, np.random.default_rng(2))
-    found = [next(passages) for _ in range(40)]
-    assert all(text == text.lower() for text in found[::2])
-    assert all(text == text.upper() for text in found[1::2])
-    lengths = [len(runtime.encode(text)) for text in found]
+    texts = [next(passages) for _ in range(40)]
+    assert all(text == text.lower() for text in texts[::2])
+    assert all(text == text.upper() for text in texts[1::2])
+    lengths = [len(runtime.encode(text)) for text in texts]
     assert FRONT_TOKENS[0] * 0.7 <= min(lengths) < 50
     assert 110 < max(lengths) <= FRONT_TOKENS[1] * 1.1
     again = fronts(kinds, runtime.encode, np.random.default_rng(2))
-    assert found == [next(again) for _ in range(40)]
+    assert texts == [next(again) for _ in range(40)]
 
 
 @pytest.mark.parametrize("share", [0, 0.25, 1])
@@ -98,7 +98,7 @@ def test_pairs_come_from_the_prompts_that_were_sampled():
     )
     seen = []
     with load_runtime(LAB_FOLDER / "base", None) as base, load_runtime(LAB_FOLDER / "reference", None) as reference:
-        pairs = domain.training_pairs(base, reference, progress=lambda *told, **_: seen.append(told))
+        pairs = domain.training_pairs(base, reference, progress=lambda *step, **_: seen.append(step))
         prompts = domain.training_prompts(base.encode)
     fronted = set(prompts) - set(domain.short_prompts())
     assert len(fronted) == 4
