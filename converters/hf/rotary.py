@@ -54,10 +54,9 @@ def read_rotation(model: PreTrainedModel) -> Rotation:
             f"{kind}: layer {layers.index(None)}: keys of one place do not turn into those of another",
             hint="positions are not rotary here: leave the patch at the start of the text",
         )
-    used = sorted({i for i in layers if i is not None and i >= 0})
-    return Rotation(
-        tuple(tables[i] for i in used), tuple(used.index(i) if i in used else None for i in layers), neighbours
-    )
+    used = list(dict.fromkeys(i for i in layers if i is not None and i >= 0))
+    numbers = tuple(used.index(i) if i in used else None for i in layers)
+    return Rotation(tuple(tables[i] for i in used), numbers, neighbours and bool(used))
 
 
 def _require_fixed_frequencies(model: PreTrainedModel) -> None:
