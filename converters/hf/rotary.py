@@ -10,13 +10,10 @@ from numpy.typing import NDArray
 from edgepatch.converters.hf import caches
 from edgepatch.converters.hf.folders import text_config
 from edgepatch.errors import InputError
-from edgepatch.seeds.rotation import Rotation
+from edgepatch.seeds.rotation import BY_LENGTH, Rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
-"""Kinds of scaling whose frequencies depend on the length of the text: a key that was turned once is wrong when the text grows."""
 
 ROTATES_NEIGHBOURS = frozenset({"cohere", "cohere2", "glm", "glm4", "ernie4_5", "llama4_text"})
 """Kinds of models whose code in Transformers turns neighbouring dimensions together; a wrong entry is refused, not believed."""

@@ -255,7 +255,8 @@ def convert_seed(
 ) -> None:
     """Compute a patch's KV seed and canary with the full-precision model and store them in a new patch file.
 
-    The seed of a soft prompt is stored in float16; a trained K/V prefix stays as it is and gets the canary alone.
+    The seed of a soft prompt is stored in float16; a trained K/V prefix stays as it is. How keys of the model turn with their place is
+    stored too, so that the seed can be moved and put beside others; where they do not turn, a line says why. The new file is unsigned.
 
     Example: `edgepatch convert seed detox.safetensors --model models/llama -o detox-1.0.0.safetensors`
     """
@@ -266,12 +267,13 @@ def convert_seed(
     patch = read_patch(patch_file)
     with progress_bars(log or log_beside(out)) as progress:
         with stage(progress, "seed and canary"):
-            patch = seeds.with_kv_seed(patch, model)
+            patch = seeds.with_kv_seed(patch, model, note)
         with stage(progress, "sketch"):
             patch = replace(patch, weight_sketch=weight_sketches.sketch_of(model))
         digest = write_patch(patch, out)
     if as_json:
-        print_json({"path": str(out), "digest": digest, "num_virtual_tokens": patch.num_virtual_tokens})
+        told = {"num_virtual_tokens": patch.num_virtual_tokens, "can_move": patch.rotation is not None}
+        print_json({"path": str(out), "digest": digest, **told})
     else:
         print(f"{out}: KV seed of {patch.num_virtual_tokens} virtual tokens, SHA-256 {digest}")
 

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from edgepatch.errors import InputError, PatchFormatError
 from edgepatch.tensors import KVSeed
 
+BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
+"""Kinds of scaling whose frequencies depend on the length of the text: a key that was turned once is wrong when the text grows."""
+
 MAX_TABLES = 8
 LARGEST_FREQUENCY = pi
 """Half a turn a position: a faster one could not be told from a slower one backwards."""
