@@ -24,6 +24,7 @@ from edgepatch.patch.file import read_patch, signed, write_patch
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.trust.signatures import Signature
+from kit import golden_patches
 from kit.tiny_folders import copy_folder
 
 ESCAPE = "\x1b["
@@ -100,6 +101,19 @@ def test_show_for_people_and_for_programs(run, patch_file, tiny_patch):
     assert code == 0
     assert (shown["name"], shown["digest"], shown["num_virtual_tokens"]) == ("tiny", tiny_patch.digest, 10)
     assert shown["base"] == tiny_patch.base.as_dict()
+    assert shown["place"].startswith("stays at the start of the text") and shown["can_move"] is False
+
+
+def test_show_says_where_the_seed_stands_and_of_what_it_is_composed(run):
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors")
+    assert code == 0 and re.search(r"^place +moves: at each turn and every 128 tokens", out, re.MULTILINE)
+    assert re.search(r"^parts +none", out, re.MULTILINE) and re.search(r"^can_move +True", out, re.MULTILINE)
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors", "--json")
+    assert code == 0 and json.loads(out)["kind"] == "patch" and json.loads(out)["parts"] == []
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v1.safetensors")
+    parts = golden_patches.full().parts
+    assert re.search(rf"^parts +{parts[0][:12]}, {parts[1][:12]}", out, re.MULTILINE)
+    assert re.search(r"^place +stays at the start of the text: its hold fades", out, re.MULTILINE)
 
 
 def test_missing_file_is_2(run, tmp_path):
