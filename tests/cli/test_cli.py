@@ -316,6 +316,14 @@ def test_convert_seed_says_why_keys_do_not_turn(run, tiny_folder, tiny_patch, tm
     assert code == 2 and "(dynamic)" in err and "Traceback" not in err and not (tmp_path / "moved").exists()
 
 
+def test_convert_patch_says_what_the_target_cannot_hold(run, tmp_path):
+    golden = golden_patches.FOLDER
+    code, _, err = run("convert", "patch", golden / "patch-v2.safetensors", tmp_path / "moving", "--to", "peft")
+    assert code == 0 and "moves at each turn and every 128 tokens; there it stays at the start of the text" in err
+    code, _, err = run("convert", "patch", golden / "patch-v2.safetensors", tmp_path / "moving.gguf", "--to", "gguf")
+    assert code == 0 and err == "", "a GGUF adapter is the patch file in another container"
+
+
 def test_convert_base_to_gguf_and_generate(run, tiny_folder, patch_file, tmp_path):
     target = tmp_path / "new" / "tiny.gguf"
     code, out, _ = run("convert", "base", tiny_folder, target, "--type", "Q8_0", "--json")

@@ -16,6 +16,7 @@ from edgepatch.cli.console import (
     LogOption,
     ModelArgument,
     PatchOption,
+    PinnedFlag,
     StoreOption,
     log_beside,
     print_json,
@@ -37,6 +38,7 @@ def harness(
     ],
     patch: PatchOption = None,
     bare: BareFlag = False,
+    pinned: PinnedFlag = False,
     include_path: Annotated[
         Path | None,
         typer.Option(help="Folder of your task files, which may name Python to run; default: the tasks shipped."),
@@ -75,7 +77,7 @@ def harness(
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bars(log or log_beside(out)))
         with stage(progress, "load model"):
-            runtime = stack.enter_context(load_runtime(model, chosen, store=store, **options))
+            runtime = stack.enter_context(load_runtime(model, chosen, store=store, pinned=pinned, **options))
         comparison = compare(runtime, config, progress)
         document = as_document(runtime, config, comparison.scores)
     if out is not None:

@@ -103,7 +103,8 @@ def test_a_growing_past_equals_inputs_embeds_beyond_the_window(gemma_folder, gem
 
 
 def test_a_graph_with_windows_refuses_what_moves_and_runs_it_pinned(gemma_folder, gemma_onnx, gemma_patch):
-    moving = seeds.complete(replace(gemma_patch, anchoring=Anchoring(16)), folders.load_model(gemma_folder))
+    model = folders.load_model(gemma_folder)
+    moving = seeds.complete(replace(seeds.complete(gemma_patch, model), anchoring=Anchoring(16)), model)
     with pytest.raises(InputError, match="count cells") as caught:
         load_runtime(gemma_onnx, moving, num_threads=1)
     assert "--pinned" in caught.value.hint
