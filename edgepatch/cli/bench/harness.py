@@ -72,7 +72,7 @@ def harness(
     if not names:
         raise InputError("--tasks names no task", hint="for example --tasks own_choice,own_text")
     config = HarnessConfig(names, include_path or OWN_TASKS, limit, num_fewshot, chat)
-    options = {} if context_length is None else {"context_length": context_length}
+    options: dict[str, Any] = {} if context_length is None else {"context_length": context_length}
     chosen = None if bare else patch or ACTIVE
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bars(log or log_beside(out)))
