@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import architectures, rope_parameters, weight_tables
+from edgepatch.converters.gguf import configs, specs
 from edgepatch.converters.gguf import models as gguf_models
-from edgepatch.converters.gguf import specs
+from edgepatch.converters.gguf.header import read_header
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.files import strict_json
 from edgepatch.tensors import ModelSpec, weight_fingerprint
@@ -50,6 +51,20 @@ def read_transformers_config(folder: Path) -> Any:
         raise InputError(
             f"{folder / 'config.json'}: {error}", hint="download the model again, or update transformers"
         ) from None
+
+
+def read_text_config(path: Path, spec: ModelSpec) -> Any:
+    """The language model's part of the Transformers config of a folder or a GGUF file; no weight is read.
+
+    Args:
+        path: the folder or the file.
+        spec: what model it holds.
+
+    Raises:
+        InputError: it is missing, or there is no such config in the installed Transformers.
+        MissingExtraError: transformers is not installed.
+    """
+    return text_config(configs.config_of(read_header(path), spec) if path.is_file() else read_transformers_config(path))
 
 
 def read_spec(path: Path, weights: Mapping[str, NDArray[Any]] | None = None) -> ModelSpec:

@@ -10,13 +10,10 @@ from numpy.typing import NDArray
 from edgepatch.converters.hf import caches
 from edgepatch.converters.hf.folders import text_config
 from edgepatch.errors import InputError
-from edgepatch.seeds.rotation import Rotation
+from edgepatch.seeds.rotation import BY_LENGTH, Rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
-"""Kinds of scaling whose frequencies depend on the length of the text: a key that was turned once is wrong when the text grows."""
 
 ROTATES_NEIGHBOURS = frozenset({"cohere", "cohere2", "glm", "glm4", "ernie4_5", "llama4_text"})
 """Kinds of models whose code in Transformers turns neighbouring dimensions together; a wrong entry is refused, not believed."""
@@ -54,10 +51,9 @@ def read_rotation(model: PreTrainedModel) -> Rotation:
             f"{kind}: layer {layers.index(None)}: keys of one place do not turn into those of another",
             hint="positions are not rotary here: leave the patch at the start of the text",
         )
-    used = sorted({i for i in layers if i is not None and i >= 0})
-    return Rotation(
-        tuple(tables[i] for i in used), tuple(used.index(i) if i in used else None for i in layers), neighbours
-    )
+    used = list(dict.fromkeys(i for i in layers if i is not None and i >= 0))
+    numbers = tuple(used.index(i) if i in used else None for i in layers)
+    return Rotation(tuple(tables[i] for i in used), numbers, neighbours and bool(used))
 
 
 def _require_fixed_frequencies(model: PreTrainedModel) -> None:

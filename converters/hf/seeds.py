@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,8 +123,13 @@ def logits_behind(
     return logits
 
 
-def complete(patch: Patch, model: PreTrainedModel) -> Patch:
+def complete(patch: Patch, model: PreTrainedModel, tell: Callable[[str], None] = lambda line: None) -> Patch:
     """The patch with what its full-precision model can tell: a float16 seed of its soft prompt, how its keys turn, and a canary.
+
+    Args:
+        patch: of this model; what it says of these is replaced, and signatures, which are of another content, are left out.
+        model: in float32.
+        tell: takes a line that says why the seed cannot move, where keys of the model do not turn.
 
     Raises:
         InputError: its seed shall move, and keys of this model do not turn.
@@ -132,29 +137,30 @@ def complete(patch: Patch, model: PreTrainedModel) -> Patch:
     seed = patch.kv_seed
     if patch.soft_prompt is not None and is_attention_only(model):
         seed = compute_kv_seed(model, patch.soft_prompt, np.float16)
-    rotation = _rotation_of(patch, model)
+    rotation = _rotation_of(patch, model, tell)
     measured = compute_canary(model, patch.soft_prompt, seed, rotation, patch.anchoring)
-    return replace(patch, kv_seed=seed, rotation=rotation, canary=measured)
+    return replace(patch, kv_seed=seed, rotation=rotation, canary=measured, signatures=())
 
 
-def _rotation_of(patch: Patch, model: PreTrainedModel) -> Rotation | None:
+def _rotation_of(patch: Patch, model: PreTrainedModel, tell: Callable[[str], None]) -> Rotation | None:
     """``None`` where keys of the model do not turn and the seed stays."""
     try:
         return read_rotation(model)
-    except InputError:
+    except InputError as error:
         if patch.anchoring is not None:
             raise
+        tell(f"the seed cannot be moved or put beside another: {error}")
         return None
 
 
-def with_kv_seed(patch: Patch, folder: Path) -> Patch:
-    """The patch with a float16 seed and a canary computed by the full-precision model in ``folder``.
+def with_kv_seed(patch: Patch, folder: Path, tell: Callable[[str], None] = lambda line: None) -> Patch:
+    """The patch with a float16 seed, the rotation of its keys and a canary, from the full-precision model in ``folder``.
 
-    A patch that has a trained K/V prefix instead of a soft prompt gets the canary alone.
+    A patch that has a trained K/V prefix instead of a soft prompt keeps it. Arguments as in ``complete``.
 
     Raises:
         InputError: the folder cannot be read.
         MismatchError: the patch was made for another model.
     """
     patch.base.require_same(read_spec(folder))
-    return complete(patch, load_model(folder))
+    return complete(patch, load_model(folder), tell)

@@ -18,6 +18,7 @@ from edgepatch.cli.console import (
     JsonFlag,
     ModelArgument,
     PatchOption,
+    PinnedFlag,
     StoreOption,
     note,
     print_json,
@@ -72,6 +73,7 @@ def chat(
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
     bare: BareFlag = False,
+    pinned: PinnedFlag = False,
     store: StoreOption = None,
 ) -> None:
     """Talk with a model; the replies go to stdout, all else to stderr. `/help` lists the commands.
@@ -81,7 +83,7 @@ def chat(
     from edgepatch.decoding.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with load_model(model, choice(patch, bare), context_length, threads, device, store) as session:
+    with load_model(model, choice(patch, bare), context_length, threads, device, store, pinned) as session:
         conversation = Conversation(session, system, store)
         for line in _questions() if prompt is None else [prompt]:
             if prompt is None and line.startswith("/"):
@@ -213,6 +215,7 @@ def generate(
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
     bare: BareFlag = False,
+    pinned: PinnedFlag = False,
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -223,7 +226,7 @@ def generate(
     from edgepatch.decoding.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with load_model(model, choice(patch, bare), context_length, threads, device, store) as session:
+    with load_model(model, choice(patch, bare), context_length, threads, device, store, pinned) as session:
         if not as_json:
             printer = ReplyPrinter()
             for piece in session.stream(prompt, sampling):
@@ -261,16 +264,19 @@ def load_model(
     threads: int | None,
     device: Device,
     store: Path | None = None,
+    pinned: bool = False,
 ) -> Session:
-    """The model with a patch; what is active is told on stderr."""
+    """The model with a patch; what is active is told on stderr, and what is less than the patch promises."""
     from edgepatch.runtimes import ACTIVE, device_options, load_runtime
     from edgepatch.store.reading import StoreReader
 
     options = {"context_length": context_length, "num_threads": threads, **device_options(model, device.value)}
     session = load_runtime(
-        model, patch, store=store, **{name: value for name, value in options.items() if value is not None}
+        model, patch, store=store, pinned=pinned, **{n: value for n, value in options.items() if value is not None}
     )
     note(describe(session))
+    for line in session.slot.notes:
+        note(line)
     if patch is ACTIVE:
         folder = StoreReader(store).folder
         note(f"the active patch of {folder}" if session.patch else f"no patch for this model in {folder}")
@@ -280,13 +286,16 @@ def load_model(
 def describe(session: Session) -> str:
     """One line: what is active, and how its seed got there."""
     active = f"patch {session.patch.name} {session.patch.version}" if session.patch else "no patch"
+    place = f"; {session.slot.place}" if session.patch and session.patch.anchoring else ""
     proof = "" if session.patch is None else ", canary passed" if session.patch.canary else ", no canary"
     seed = f" (seed {session.seed_route}{proof})" if session.seed_route else ""
     threads = (
         "" if session.num_threads is None else f", {session.num_threads} CPU thread{'s'[: session.num_threads > 1]}"
     )
     limits = "".join("; limited, see the note" for _ in session.notes[:1])
-    return f"{active}{seed}; {session.name} {session.quantization}{threads}; {session.system_fingerprint}{limits}"
+    return (
+        f"{active}{seed}{place}; {session.name} {session.quantization}{threads}; {session.system_fingerprint}{limits}"
+    )
 
 
 def _questions() -> Iterator[str]:

@@ -40,6 +40,13 @@ PatchOption = Annotated[
     typer.Option("--patch", "-p", help="Patch file, or sha256:DIGEST of one in the store; else the active one."),
 ]
 BareFlag = Annotated[bool, typer.Option("--bare", help="Run the model without a patch.")]
+PinnedFlag = Annotated[
+    bool,
+    typer.Option(
+        "--pinned",
+        help="Leave a patch that moves with the text at its start, where its hold fades behind some hundred tokens.",
+    ),
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option("--store", metavar="DIR", help="Folder of the store; else EDGEPATCH_STORE, else the user's."),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgepatch.converters.checkpoints import Progress
     from edgepatch.converters.onnx import conversion as onnx
     from edgepatch.converters.origins import Origin
+    from edgepatch.patch.file import Patch
 
 convert_app = typer.Typer(
     help="Convert base models and patches.\n\nExample: `edgepatch convert base models/llama llama.gguf --type Q4_K_M`",
@@ -232,11 +233,22 @@ def convert_baked(
     with progress_bars(log or log_beside(target)) as progress, stage(progress, "bake"):
         baked.bake_seed(folder, patch, target)
     count = patch.num_virtual_tokens
+    _note_place(patch)
     if as_json:
         print_json({"path": str(target), "patch_digest": patch.digest, "num_virtual_tokens": count})
     else:
         print(
             f"{target}: patch {patch.digest[:12]}; append {count} tokens of any kind, by themselves, before the prompt"
+        )
+
+
+def _note_place(patch: Patch) -> None:
+    """What is written has no anchoring: programs that read it move nothing."""
+    from edgepatch.seeds.anchoring import FADES
+
+    if patch.anchoring is not None:
+        note(
+            f"{patch.name} {patch.version} moves {patch.anchoring}; there it stays at the start of the text, and {FADES}"
         )
 
 
@@ -255,7 +267,8 @@ def convert_seed(
 ) -> None:
     """Compute a patch's KV seed and canary with the full-precision model and store them in a new patch file.
 
-    The seed of a soft prompt is stored in float16; a trained K/V prefix stays as it is and gets the canary alone.
+    The seed of a soft prompt is stored in float16; a trained K/V prefix stays as it is. How keys of the model turn with their place is
+    stored too, so that the seed can be moved and put beside others; where they do not turn, a line says why. The new file is unsigned.
 
     Example: `edgepatch convert seed detox.safetensors --model models/llama -o detox-1.0.0.safetensors`
     """
@@ -266,12 +279,13 @@ def convert_seed(
     patch = read_patch(patch_file)
     with progress_bars(log or log_beside(out)) as progress:
         with stage(progress, "seed and canary"):
-            patch = seeds.with_kv_seed(patch, model)
+            patch = seeds.with_kv_seed(patch, model, note)
         with stage(progress, "sketch"):
             patch = replace(patch, weight_sketch=weight_sketches.sketch_of(model))
         digest = write_patch(patch, out)
     if as_json:
-        print_json({"path": str(out), "digest": digest, "num_virtual_tokens": patch.num_virtual_tokens})
+        told = {"num_virtual_tokens": patch.num_virtual_tokens, "can_move": patch.rotation is not None}
+        print_json({"path": str(out), "digest": digest, **told})
     else:
         print(f"{out}: KV seed of {patch.num_virtual_tokens} virtual tokens, SHA-256 {digest}")
 
@@ -360,6 +374,7 @@ def convert_patch(
     patch = read_patch(patch_file)
     if to is PatchTarget.peft:
         kind = peft.write_adapter(patch, target, base_model_name, peft_type)
+        _note_place(patch)
     elif peft_type is not None:
         raise InputError("--peft-type: expected with --to peft, found with --to gguf", hint="leave it out")
     else:

@@ -138,7 +138,8 @@ def _show_patch(path: Path, as_json: bool, store: Path | None) -> None:
         print_json({"kind": "patch"} | _summary(patch) | {"trust": trust})
         return
     rows: list[tuple[str, object]] = []
-    for name, value in (_summary(patch) | {"trust": trust, "evaluation": patch.evaluation or "not evaluated"}).items():
+    told = {"parts": _parts(patch), "trust": trust, "evaluation": patch.evaluation or "not evaluated"}
+    for name, value in (_summary(patch) | told).items():
         nested = value if isinstance(value, dict) else {"": value}
         rows += [(f"{name} {key}".strip(), entry) for key, entry in nested.items()]
     stdout().print(table(rows))
@@ -185,7 +186,17 @@ def _trust(patch: Patch, store: Path | None) -> str:
         return f"refused: {error}"
 
 
+def _parts(patch: Patch) -> str:
+    """The patches that one was composed of, for people."""
+    from edgepatch.patch.card import part_titles
+
+    titles = zip(patch.parts, part_titles(patch), strict=True)
+    return ", ".join(f"{title} ({digest[:12]})" if title else digest[:12] for digest, title in titles) or "none"
+
+
 def _summary(patch: Patch) -> dict[str, Any]:
+    from edgepatch.seeds.anchoring import place_in_words
+
     seed = patch.kv_seed
     return {
         "name": patch.name,
@@ -201,6 +212,8 @@ def _summary(patch: Patch) -> dict[str, Any]:
         "num_virtual_tokens": patch.num_virtual_tokens,
         "soft_prompt": patch.soft_prompt is not None,
         "kv_seed": f"{len(seed.keys)} layers of {seed.keys[0].shape} {seed.keys[0].dtype}" if seed else None,
+        "place": place_in_words(patch.anchoring),
+        "can_move": patch.rotation is not None,
         "canary": f"{len(patch.canary.prompts)} prompts" if patch.canary else None,
         "base": patch.base.as_dict(),
         "parts": list(patch.parts),

@@ -18,6 +18,7 @@ from edgepatch.cli.console import (
     JsonFlag,
     ModelArgument,
     PatchOption,
+    PinnedFlag,
     StoreOption,
     cell,
     note,
@@ -40,6 +41,7 @@ def serve(
     model: ModelArgument,
     patch: PatchOption = None,
     bare: BareFlag = False,
+    pinned: PinnedFlag = False,
     store: StoreOption = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8080,
@@ -95,7 +97,7 @@ def serve(
     with settings.listen() as listener:
         url = _url(settings, listener.getsockname()[1])
         note(f"loading {model}")
-        load = _loader(model, chosen, sequences, context_length, threads, device, store)
+        load = _loader(model, chosen, sequences, context_length, threads, device, store, pinned)
         service = Service(load, settings, lambda served: _announce(served, settings, url, is_new, as_json))
         run(service, listener)
     if not service.scheduler.join(0):
@@ -130,6 +132,7 @@ def _loader(
     threads: int | None,
     device: Device,
     store: Path | None,
+    pinned: bool,
 ) -> Callable[[], Session]:
     from edgepatch.runtimes import device_options, load_runtime
 
@@ -138,7 +141,7 @@ def _loader(
     settings = {name: value for name, value in options.items() if value is not None}
 
     def load() -> Session:
-        session = load_runtime(model, patch, store=store, **settings)
+        session = load_runtime(model, patch, store=store, pinned=pinned, **settings)
         if patch is not None and session.patch is None:
             session.close()
             raise _no_patch(store)
@@ -173,7 +176,7 @@ def _url(settings: ServerSettings, port: int) -> str:
 
 def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_key: bool, as_json: bool) -> None:
     patch = (
-        f"{served.patch['name']} {served.patch['version']} (seed {served.patch['seed_route']})"
+        f"{served.patch['name']} {served.patch['version']} (seed {served.patch['seed_route']}, {served.patch['place']})"
         if served.patch
         else "none"
     )
@@ -191,6 +194,8 @@ def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_ke
         _warn("requests and key travel unencrypted: put a proxy with TLS in front")
     if served.patch is None:
         _warn("the model runs without a patch")
+    for line in served.patch_notes:
+        _warn(line)
 
 
 def _warn(text: str) -> None:

@@ -10,7 +10,18 @@ import typer
 from rich.table import Table
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, StoreOption, cell, model_path, print_json, stderr, stdout, table
+from edgepatch.cli.console import (
+    JsonFlag,
+    PinnedFlag,
+    StoreOption,
+    cell,
+    model_path,
+    note,
+    print_json,
+    stderr,
+    stdout,
+    table,
+)
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -200,6 +211,7 @@ def verify(
         bool, typer.Option("--deep", help="Also load the patch on --model, and see that it works there.")
     ] = False,
     model: ModelOption = None,
+    pinned: PinnedFlag = False,
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -212,13 +224,13 @@ def verify(
     if root and not patch_file:
         raise InputError("--root: expected a patch file with it, found none")
     if patch_file:
-        _verify_file(patch_file, root, model, store, as_json)
+        _verify_file(patch_file, root, model, pinned, store, as_json)
     else:
-        _verify_store(model, store, as_json)
+        _verify_store(model, pinned, store, as_json)
 
 
 def _verify_file(
-    patch_file: Path, root_file: Path | None, model: Path | None, store: Path | None, as_json: bool
+    patch_file: Path, root_file: Path | None, model: Path | None, pinned: bool, store: Path | None, as_json: bool
 ) -> None:
     from datetime import datetime, timezone
 
@@ -236,7 +248,7 @@ def _verify_file(
     now = datetime.now(timezone.utc) if root_file else reader.time(reader.read()[1])
     signed_by = verify_threshold(patch.manifest, PAYLOAD_TYPE, patch.signatures, root, "patch", now)
     check_expiry(patch, now, "")
-    proof = _prove(model, patch_file, store) if model else {}
+    proof = _prove(model, patch_file, pinned, store) if model else {}
     names = sorted(root.called(key) for key in signed_by)
     shown = {"name": patch.name, "version": patch.version, "digest": patch.digest, "signed_by": names, **proof}
     if as_json:
@@ -252,12 +264,12 @@ def _verify_file(
         )
 
 
-def _prove(model: Path, patch: Path | None, store: Path | None) -> dict[str, str]:
+def _prove(model: Path, patch: Path | None, pinned: bool, store: Path | None) -> dict[str, str]:
     """Loads a patch, or the active one, on a model; its canary must say that it works."""
     from edgepatch.errors import InactivePatchError
     from edgepatch.runtimes import ACTIVE, load_runtime
 
-    with load_runtime(model, patch or ACTIVE, store=store) as runtime:
+    with load_runtime(model, patch or ACTIVE, store=store, pinned=pinned) as runtime:
         if runtime.patch is None:
             raise InactivePatchError(
                 f"expected an active patch for {model}, found none", hint="`edgepatch status` shows what is active"
@@ -268,17 +280,19 @@ def _prove(model: Path, patch: Path | None, store: Path | None) -> dict[str, str
                 hint="its vendor adds one; without it nothing proves that the patch works",
             )
         runtime.prove()
+        for line in runtime.slot.notes:
+            note(line)
         return {"works_on": f"{runtime.name} {runtime.quantization}", "system_fingerprint": runtime.system_fingerprint}
 
 
-def _verify_store(model: Path | None, store: Path | None, as_json: bool) -> None:
+def _verify_store(model: Path | None, pinned: bool, store: Path | None, as_json: bool) -> None:
     from edgepatch.store import audit
     from edgepatch.store.reading import StoreReader
 
     reader = StoreReader(store)
     findings = audit.verify(reader)
     is_sound = not any(finding.level == "error" for finding in findings)
-    proof = _prove(model, None, store) if model and is_sound else {}
+    proof = _prove(model, None, pinned, store) if model and is_sound else {}
     patches = len(reader.read()[0].patches)
     if as_json:
         print_json(

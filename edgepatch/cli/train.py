@@ -100,6 +100,21 @@ def train(
         int | None, typer.Option(min=0, help="Pairs in memory at once; the gradient stays the batch's.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest prompt and answer together.")] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="The seed moves on every so many tokens of a text, 8 to 512; 128 is usual. Default: it stays."
+        ),
+    ] = None,
+    turns: Annotated[
+        bool, typer.Option("--turns", help="The seed moves to the opening of each turn of a conversation.")
+    ] = False,
+    front_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Put texts of 20 to so many tokens, or earlier turns, in front of three pairs in four."
+        ),
+    ] = None,
     kl_weight: Annotated[float | None, typer.Option(min=0, help="Weight of the KL term on benign text.")] = None,
     dpo_reference: Annotated[str | None, typer.Option(help="base, sft, or model (with --reference).")] = None,
     patience: Annotated[
@@ -133,21 +148,22 @@ def train(
 
     Example: `edgepatch train models/base --pairs pairs.jsonl -o detox.safetensors --name detox --run runs/detox`
     """
+    if kind not in KINDS or (kind == "kv") != (start is not None):
+        raise InputError(
+            f"--kind: expected soft-prompt, or kv with --start; found {kind} {'with' if start else 'without'} --start"
+        )
+    given = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
+    config = _config(given)
     from edgepatch.patch.file import read_patch, write_patch
     from edgepatch.training import parallel
     from edgepatch.training.page import write_training_page
     from edgepatch.training.pairs.preferences import read_pairs
     from edgepatch.training.patching import PatchTraining
 
-    if kind not in KINDS or (kind == "kv") != (start is not None):
-        raise InputError(
-            f"--kind: expected soft-prompt, or kv with --start; found {kind} {'with' if start else 'without'} --start"
-        )
-    given = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
     with progress_bars(_log(log, out, run), lambda: _kept(run)) as bars:
         progress = silent if os.environ.get("RANK", "0") != "0" else bars  # of several processes the first speaks
         pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
-        training = PatchTraining(model, _config(given), weights or (), run, reference, device, note, progress)
+        training = PatchTraining(model, config, weights or (), run, reference, device, note, progress)
         if start is not None:
             patch = training.kv_prefix(read_patch(start), pairs, texts, name, version, progress)
         else:

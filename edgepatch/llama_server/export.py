@@ -202,7 +202,7 @@ def export(
 
 
 def open_session(model: Path, patch: Patch | None, options: ExportOptions) -> Session:
-    """Our own llama.cpp with the server's settings."""
+    """Our own llama.cpp with the server's settings; the seed stays at the start of the text, as it does there."""
     runtime = LlamaCppRuntime(
         model,
         patch,
@@ -210,7 +210,7 @@ def open_session(model: Path, patch: Patch | None, options: ExportOptions) -> Se
         kv_type=options.kv_type,
         flash_attention=options.flash_attention,
     )
-    return Session(runtime, patch)
+    return Session(runtime, patch, pinned=True)
 
 
 def sliding_window(model: Path) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgepatch.patch.file import Patch
+from edgepatch.seeds.anchoring import place_in_words
 
 LIBRARY, RELATION = "edgepatch", "adapter"
 HUB_LICENSES = frozenset(
@@ -190,10 +191,13 @@ def _introduction(patch: Patch, base_model: str) -> str:
         ["created", patch.created or "not told"],
         ["expires", patch.expires or "never"],
         ["licence", escaped(patch.license) or "not told"],
+        ["place in a text", place_in_words(patch.anchoring)],
+        *([["composed of", f"{len(patch.parts)} patches, named under Lineage"]] if patch.parts else []),
     ]
+    goes = "in front of the text and goes along with it" if patch.anchoring else "in front of every conversation"
     text = (
-        f"A safety policy patch for {base}: a {what} of {patch.num_virtual_tokens} virtual tokens that stands in front of every "
-        "conversation. The weights of the model stay as they are."
+        f"A safety policy patch for {base}: a {what} of {patch.num_virtual_tokens} virtual tokens that stands {goes}. The weights of the "
+        "model stay as they are."
     )
     return "\n\n".join(
         part for part in (f"# {escaped(patch.name)} {escaped(patch.version)}", summary, text, _table(rows)) if part
@@ -250,6 +254,7 @@ def _canary(patch: Patch) -> str:
 def _limits(patch: Patch) -> str:
     limits = [
         f"It takes {patch.num_virtual_tokens} positions of the context.",
+        *([] if patch.anchoring else [f"It {place_in_words(None)}."]),
         "It lowers the rate of what it was trained against and does not rule it out.",
         "Its signatures show changes; they do not keep the owner of a device from running the bare model.",
         "Figures hold for the quantizations and prompts that they name.",
@@ -257,11 +262,21 @@ def _limits(patch: Patch) -> str:
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
+def part_titles(patch: Patch) -> list[str]:
+    """Name and version of each patch that one was composed of, as its training record tells them; "" where it does not."""
+    told = patch.training.get("parts")
+    records = [part for part in told if isinstance(part, Mapping)] if isinstance(told, list) else []
+    titles = {str(part.get("digest")): f"{part.get('name', '')} {part.get('version', '')}".strip() for part in records}
+    return [titles.get(digest, "") for digest in patch.parts]
+
+
 def _lineage(patch: Patch) -> str:
-    groups = {"Composed, in this order, of": patch.parts, "Supersedes": patch.supersedes}
+    parts = zip(patch.parts, part_titles(patch), strict=True)
+    groups = {
+        "Composed of": [f"`{digest}`" + (f" ({escaped(title)})" if title else "") for digest, title in parts],
+        "Supersedes": [f"`{digest}`" for digest in patch.supersedes],
+    }
     lines = [
-        f"{title}:\n\n" + "\n".join(f"- `{digest}`" for digest in digests)
-        for title, digests in groups.items()
-        if digests
+        f"{title}:\n\n" + "\n".join(f"- {entry}" for entry in entries) for title, entries in groups.items() if entries
     ]
     return "## Lineage\n\n" + "\n\n".join(lines) if lines else ""

@@ -131,20 +131,26 @@ def _check_tensors(patch: Patch) -> None:
 
 
 def _check_movement(patch: Patch) -> None:
-    rotation, anchoring = patch.rotation, patch.anchoring
-    if anchoring is not None and rotation is None:
+    """What a reader can know of it; whether a model's keys do turn so is for the device, and for the canary, to tell."""
+    rotation, anchoring, base = patch.rotation, patch.anchoring, patch.base
+    if rotation is not None:
+        longest = 2 * max(map(len, rotation.tables), default=0)
+        if len(rotation.layers) != base.num_hidden_layers or longest > base.head_dim:
+            raise PatchFormatError(
+                f"manifest: rotation: expected {base.num_hidden_layers} layers of at most {base.head_dim} dimensions, "
+                f"found {len(rotation.layers)} of {longest}"
+            )
+    if anchoring is None:
+        return
+    if rotation is None:
         raise PatchFormatError(
             "manifest: anchoring: expected a rotation as well, found none: nobody says how keys turn"
         )
-    if rotation is not None:
-        longest = 2 * max(map(len, rotation.tables), default=0)
-        if len(rotation.layers) != patch.base.num_hidden_layers or longest > patch.base.head_dim:
-            raise PatchFormatError(
-                f"manifest: rotation: expected {patch.base.num_hidden_layers} layers of at most {patch.base.head_dim} dimensions, "
-                f"found {len(rotation.layers)} of {longest}"
-            )
-    if anchoring is not None and not all(token < patch.base.vocab_size for token in anchoring.turn_tokens):
-        raise PatchFormatError(f"anchoring: expected turn tokens below the vocabulary's {patch.base.vocab_size}")
+    wrong = next((token for token in anchoring.turn_tokens if not 0 <= token < base.vocab_size), None)
+    if wrong is not None:
+        raise PatchFormatError(
+            f"manifest: anchoring: expected turn tokens below the vocabulary's {base.vocab_size}, found {wrong}"
+        )
 
 
 def _tensors(patch: Patch) -> dict[str, NDArray[Any]]:

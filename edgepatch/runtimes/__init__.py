@@ -100,7 +100,12 @@ def _runtime_class(name: str) -> Callable[..., Runtime]:
 
 
 def load_runtime(
-    model: Path | str, patch: PatchChoice = ACTIVE, *, store: Path | str | None = None, **options: Any
+    model: Path | str,
+    patch: PatchChoice = ACTIVE,
+    *,
+    store: Path | str | None = None,
+    pinned: bool = False,
+    **options: Any,
 ) -> Session:
     """Loads a model, with a patch, in the runtime that takes its kind.
 
@@ -110,6 +115,7 @@ def load_runtime(
         patch: the patch; its file; "sha256:" and the digest of one in the store; ``None`` for the bare model on purpose. When
             not given: the active patch of the store for this model, and the bare model only where the store has none for it.
         store: folder of the store; ``None`` takes that of the device.
+        pinned: leaves a seed that moves at the start of the text, where its hold fades; for models that cannot move it.
         **options: of that runtime's class, e.g. ``context_length`` or ``num_threads``.
 
     Raises:
@@ -127,14 +133,14 @@ def load_runtime(
     with _naming_extras(name):
         if patch is not ACTIVE:
             chosen = find_patch(patch, store)
-            return Session(_open(name, path, chosen, options), chosen)
+            return Session(_open(name, path, chosen, options), chosen, pinned)
         runtime = _open(name, path, None, options)
         try:
             chosen = _active_patch(runtime.spec, store)
         except BaseException:
             runtime.close()
             raise
-        return Session(runtime, chosen)
+        return Session(runtime, chosen, pinned)
 
 
 def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None) -> Patch | None:

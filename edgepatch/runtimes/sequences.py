@@ -40,13 +40,12 @@ class Sequences:
         self._runtime = runtime
         self._evaluated: list[list[int]] = [[] for _ in range(runtime.num_sequences)]
         self._anchors = [0] * runtime.num_sequences  # of the last token of each
-        self.is_pinned = False
 
     @property
     def anchoring(self) -> Anchoring | None:
         """Where the seed stands in a text; ``None`` for one that stays at the start."""
         patch = self._runtime.patch
-        return None if patch is None or self.is_pinned else patch.anchoring
+        return None if patch is None else patch.anchoring
 
     def evaluate(self, texts: Mapping[int, Sequence[int]], count: int = 1) -> dict[int, NDArray[np.float32]]:
         """Brings sequences to hold exactly these tokens behind the seed. Every token of a sequence is evaluated here.
@@ -88,7 +87,7 @@ class Sequences:
         anchoring = self.anchoring
         if anchoring is None:
             return self._runtime.forward(sequence, tokens[first:], every)
-        logits = []
+        logits: list[NDArray[np.float32]] = []
         for start, end, anchor in anchoring.spans(tokens, first):
             self._runtime.place_seed([sequence], [anchor])
             rows = self._runtime.forward(sequence, tokens[start:end], every)

@@ -37,10 +37,12 @@ class Session(AbstractContextManager["Session"]):
     Args:
         runtime: loaded; the session closes it, also where the patch cannot be used.
         patch: ``None`` for the bare model.
+        pinned: leaves a seed that moves at the start of the text.
 
     Attributes:
         backend: what evaluates, with the verbs that one kind of runtime alone has.
         sequences: what each conversation has evaluated, its snapshots included.
+        slot: which patch is active, where its seed stands, and what is less than it promises.
         seed_route: how the seed got into the cache: "stored" in the patch, "decoded" from the soft prompt by this very
             model, or "" for the bare model.
 
@@ -48,7 +50,7 @@ class Session(AbstractContextManager["Session"]):
     token by token. ``tokens``, ``encode`` and ``encode_chat`` need the vocabulary alone: any thread may call them meanwhile.
     """
 
-    def __init__(self, runtime: Runtime, patch: Patch | None) -> None:
+    def __init__(self, runtime: Runtime, patch: Patch | None, pinned: bool = False) -> None:
         self.backend = runtime
         self.spec, self.name, self.quantization = runtime.spec, runtime.name, runtime.quantization
         self.kv_type, self.num_threads, self.notes = runtime.kv_type, runtime.num_threads, runtime.notes
@@ -56,18 +58,18 @@ class Session(AbstractContextManager["Session"]):
         self.end_token_ids, self.text_bound = runtime.end_token_ids, runtime.text_bound
         self.encode, self.encode_chat, self.token_bytes = runtime.encode, runtime.encode_chat, runtime.token_bytes
         self.sequences = Sequences(runtime)
-        self._slot = PatchSlot(runtime, self.sequences)
+        self.slot = PatchSlot(runtime, self.sequences, pinned)
         self._replies = ReplyMaker(runtime.spec.vocab_size, runtime.new_decoder, runtime.token_bytes)
         try:
-            self.seed_route: SeedRoute = self._slot.load(patch)
+            self.seed_route: SeedRoute = self.slot.load(patch)
         except BaseException:
             runtime.close()
             raise
 
     @property
     def patch(self) -> Patch | None:
-        """The active patch; ``None`` for the bare model."""
-        return self.backend.patch
+        """The active patch as it was signed; ``None`` for the bare model."""
+        return self.slot.patch
 
     @property
     def context_length(self) -> int:
@@ -76,9 +78,9 @@ class Session(AbstractContextManager["Session"]):
 
     @property
     def system_fingerprint(self) -> str:
-        """Names base model and patch; the same on every reply."""
+        """Names base model and patch, and says where its seed is pinned; the same on every reply."""
         patch = self.patch.digest[:12] if self.patch else "bare"
-        return f"{self.spec.weight_fingerprint[:12]}+{patch}"
+        return f"{self.spec.weight_fingerprint[:12]}+{patch}{'-pinned' if self.slot.is_pinned else ''}"
 
     def tokens(self, prompt: Prompt, tools: Tools | None = None) -> list[int]:
         """Token ids of a text, a conversation or token ids; ``tools`` go into the chat template.
@@ -105,7 +107,7 @@ class Session(AbstractContextManager["Session"]):
             InputError: the patch cannot be used with this runtime's settings.
             InactivePatchError: the seed was not taken, or the canary says that it does not work as it should.
         """
-        self.seed_route = self._slot.exchange(patch, num_prompts=1)
+        self.seed_route = self.slot.exchange(patch, num_prompts=1)
 
     def prove(self) -> None:
         """Asks the whole canary of the active patch again, where it has one.
@@ -114,7 +116,7 @@ class Session(AbstractContextManager["Session"]):
             InactivePatchError: the patch does not work as it should; the model is not left without it.
         """
         if self.patch is not None:
-            self.seed_route = self._slot.exchange(self.patch, num_prompts=None)
+            self.seed_route = self.slot.exchange(self.patch, num_prompts=None)
 
     # Logits.
 

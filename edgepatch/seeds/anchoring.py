@@ -22,6 +22,21 @@ LEAST_TURN = 8
 """Tokens between two anchors at least, or a text of nothing but turn openings would be evaluated token by token."""
 
 
+FADES = "its hold fades behind some hundred tokens"
+
+
+def place_in_words(anchoring: Anchoring | None, is_pinned: bool = False) -> str:
+    """Where a seed stands in a text, for people.
+
+    Args:
+        anchoring: of the patch; ``None`` for one that was made to stay at the start.
+        is_pinned: whether a seed that could move was left at the start by word.
+    """
+    if anchoring is None:
+        return f"stays at the start of the text: {FADES}"
+    return f"pinned to the start of the text by word: {FADES}" if is_pinned else f"moves: {anchoring}"
+
+
 class Span(NamedTuple):
     """Tokens ``start`` to ``end`` of a text, which see the seed in front of token ``anchor``."""
 
@@ -93,6 +108,11 @@ class Anchoring:
         """
         distance = index - anchor
         return index if distance == self.block or (distance >= LEAST_TURN and token in self.turn_tokens) else anchor
+
+    def __str__(self) -> str:
+        """For people: "at each turn and every 128 tokens"."""
+        blocks = f"every {self.block} tokens" if self.block else ""
+        return " and ".join(filter(None, ["at each turn" if self.turn_tokens else "", blocks]))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

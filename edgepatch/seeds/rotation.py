@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import pi
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 from edgepatch.errors import InputError, PatchFormatError
 from edgepatch.tensors import KVSeed
 
+BY_LENGTH = frozenset({"dynamic", "longrope", "su"})
+"""Kinds of scaling whose frequencies depend on the length of the text: a key that was turned once is wrong when the text grows."""
+
 MAX_TABLES = 8
+LARGEST_FREQUENCY = pi
+"""Half a turn a position: a faster one could not be told from a slower one backwards."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,12 @@ class Rotation:
 
     Attributes:
         tables: different sets of frequencies, (R/2,) radians a position each; the first R of a head's H dimensions turn.
-        layers: L numbers of tables; ``None`` for a layer without positions (NoPE), whose keys never turn.
+        layers: L numbers of tables, which are counted as the layers use them; ``None`` for a layer without positions (NoPE), whose
+            keys never turn.
         neighbours: whether dimension ``2j`` turns together with ``2j + 1`` (Cohere), and not ``j`` with ``j + R/2``.
+
+    Raises:
+        InputError: the layers' numbers are not those of the tables, two tables are equal, or a frequency is out of range.
     """
 
     tables: tuple[tuple[float, ...], ...]
@@ -36,11 +45,25 @@ class Rotation:
     neighbours: bool = False
 
     def __post_init__(self) -> None:
-        used = {i for i in self.layers if i is not None}
-        if not self.layers or used != set(range(len(self.tables))) or len(self.tables) > MAX_TABLES:
-            raise InputError(f"rotation: expected a table for each of the layers' numbers, found {len(self.tables)}")
-        if not all(table and all(isfinite(f) for f in table) for table in self.tables):
-            raise InputError("rotation: expected frequencies that are finite numbers")
+        used = list(dict.fromkeys(i for i in self.layers if i is not None))
+        if not self.layers or used != list(range(len(self.tables))) or len(self.tables) > MAX_TABLES:
+            raise InputError(
+                f"rotation: expected at most {MAX_TABLES} tables, numbered from 0 as the layers use them, "
+                f"found {len(self.tables)} and the numbers {used!r:.80}"
+            )
+        if len(set(self.tables)) < len(self.tables) or (self.neighbours and not self.tables):
+            raise InputError(
+                "rotation: expected different tables, and no neighbours where nothing turns: one model, one spelling"
+            )
+        if not all(self.tables):
+            raise InputError("rotation: expected a frequency or more in each table, found none")
+        wrong = next(
+            (f for table in self.tables for f in table if not 0 <= f <= LARGEST_FREQUENCY), None
+        )  # NaN is none
+        if wrong is not None:
+            raise InputError(
+                f"rotation: expected frequencies from 0 to {LARGEST_FREQUENCY} radians a position, found {wrong!r:.40}"
+            )
 
     def cos_sin(self, table: int, shift: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(R/2,) float32 cosines and sines of the angles by which ``shift`` positions turn a key."""

@@ -21,6 +21,7 @@ class ServedModel:
     Attributes:
         context_length: tokens that a prompt may have.
         text_bound: how many bytes of text they can stand for.
+        patch_notes: what is less than the patch promises; they are among the ``notes``.
         tokens: ``Session.tokens``, which needs the vocabulary alone, so that any thread may call it.
     """
 
@@ -30,7 +31,8 @@ class ServedModel:
         self.fingerprint = session.system_fingerprint
         self.end_token_ids = session.end_token_ids
         self.num_sequences = session.num_sequences
-        self.notes = session.notes
+        self.patch_notes = session.slot.notes
+        self.notes = (*session.notes, *self.patch_notes)
         self.context_length, self.text_bound = session.context_length, session.text_bound
         self.tokens = session.tokens
         self.patch = _patch_entry(session)
@@ -80,4 +82,6 @@ def _patch_entry(session: Session) -> Patch | None:
         "num_virtual_tokens": session.patch.num_virtual_tokens,
         "active": True,
         "seed_route": session.seed_route,
+        "pinned": session.slot.is_pinned,
+        "place": session.slot.place,
     }

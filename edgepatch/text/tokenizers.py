@@ -225,6 +225,11 @@ class FolderTokenizer:
         return [token for _, token in by_id]
 
     @property
+    def chat_template(self) -> str:
+        """The chat template's text; "" where there is none."""
+        return self._template
+
+    @property
     def chat_template_digest(self) -> str:
         """SHA-256 of the chat template, or "" where there is none."""
         return hashlib.sha256(self._template.encode("utf-8")).hexdigest() if self._template else ""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgepatch.errors import InputError
+from edgepatch.seeds.anchoring import Anchoring
 
 REFERENCES = ("base", "sft", "model")
 DTYPES = ("auto", "float32", "bfloat16", "4bit")
@@ -74,6 +75,14 @@ class TrainConfig:
         for name in ("sft_steps", "dpo_steps", "micro_batch_size", "patience", "beta", "block", "front_tokens"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
+        if self.block:
+            Anchoring(self.block)  # says which lengths there are
+        _require(
+            not (self.gradient_checkpointing and (self.block or self.turns)),
+            "gradient_checkpointing",
+            "False where the seed moves, because its copies stand in a cache, which checkpointing turns off",
+            f"True with block {self.block} and turns {self.turns}",
+        )
         for name, known in (("dpo_reference", REFERENCES), ("dtype", DTYPES), ("init", INITIALISATIONS)):
             _require(getattr(self, name) in known, name, " or ".join(known), repr(getattr(self, name)))
 

@@ -34,17 +34,20 @@ class Contexts:
         benign_texts: what is put in front of both.
         most: longest text in front in tokens, about.
         rng_seed: of what is drawn.
+        has_turns: whether the model knows conversations; else what would be a later turn stands behind a text as well.
     """
 
-    def __init__(self, pairs: Sequence[Pair], benign_texts: Sequence[Any], most: int, rng_seed: int) -> None:
-        self._pairs, self._most, self._rng_seed = list(pairs), most, rng_seed
+    def __init__(
+        self, pairs: Sequence[Pair], benign_texts: Sequence[Any], most: int, rng_seed: int, has_turns: bool = True
+    ) -> None:
+        self._pairs, self._most, self._rng_seed, self._has_turns = list(pairs), most, rng_seed, has_turns
         self._benign = [text for text in benign_texts if isinstance(text, str)]
 
     def pair(self, pair: Pair, index: int) -> Pair:
         """The pair in its place; the same for every run with the same seed."""
         rng = random.Random(f"{self._rng_seed}-context-{index}")
         place = rng.random()
-        if place < BEHIND_TEXT:
+        if place < BEHIND_TEXT + (0 if self._has_turns else LATER_TURN):
             return replace(pair, prompt=_behind(pair.prompt, self._front(rng)))
         if place < BEHIND_TEXT + LATER_TURN:
             return replace(pair, prompt=self._later_turn(pair.prompt, rng))

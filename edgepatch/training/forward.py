@@ -63,11 +63,13 @@ class FrozenModels:
         for folder in self.folders[1:]:
             self.spec.require_same(hf_folders.read_spec(folder))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = "float32" if config.dtype == "auto" else config.dtype
-        self.bases = [hf_folders.load_model(folder, self.device, dtype) for folder in self.folders]
+        self._context = int(hf_folders.read_text_config(self.folders[0], self.spec).max_position_embeddings)
+        self._require_room()
         with hf_folders.tokenizer_folder(self.folders[0]) as folder:
             self.tokenizer = FolderTokenizer(folder)
-        self._context = int(hf_folders.text_config(self.base.config).max_position_embeddings)
+        self.anchoring = self._read_anchoring()
+        dtype = "float32" if config.dtype == "auto" else config.dtype
+        self.bases = [hf_folders.load_model(folder, self.device, dtype) for folder in self.folders]
         self.packs = caches.has_full_attention(self.base) and not config.gradient_checkpointing
         for base in self.bases:
             if self.device == "cpu":
@@ -76,11 +78,11 @@ class FrozenModels:
                 )  # PyTorch's fused attention is slower there, forth and back, at lengths of training
             if config.gradient_checkpointing:
                 _checkpoint_activations(base)
-        self.anchoring, self.rotation = self._read_anchoring(), None
+        self.rotation: Rotation | None = None
         if self.anchoring is not None:
             if not self.packs:
                 raise InputError(
-                    f"{self.spec.model_type}: a seed that moves is trained on models with full attention in every layer, without gradient checkpointing",
+                    f"{self.spec.model_type}: a seed that moves is trained on models with full attention in every layer",
                     hint="train with block 0 and without turns",
                 )
             self.rotation = rotary.read_rotation(self.base)
@@ -91,11 +93,32 @@ class FrozenModels:
         """The first frozen model."""
         return self.bases[0]
 
+    def _require_room(self) -> None:
+        config = self.config
+        longest = config.num_virtual_tokens + config.front_tokens + config.max_tokens
+        if config.front_tokens and longest > self._context:
+            raise InputError(
+                f"front_tokens: expected at most {max(0, self._context - longest + config.front_tokens)}, found {config.front_tokens}: with "
+                f"max_tokens {config.max_tokens} and {config.num_virtual_tokens} virtual tokens they make {longest}, and the model's "
+                f"context is {self._context}",
+                hint="put shorter texts in front, or train on shorter pairs",
+            )
+
     def _read_anchoring(self) -> Anchoring | None:
-        turn_tokens = self.tokenizer.turn_tokens() if self.config.turns else ()
-        if not self.config.block and not turn_tokens:
+        """Where the seed stands, by the configuration; read before the weights are."""
+        if not self.config.block and not self.config.turns:
             return None
-        return Anchoring(self.config.block, turn_tokens)
+        return Anchoring(self.config.block, self._turn_tokens() if self.config.turns else ())
+
+    def _turn_tokens(self) -> tuple[int, ...]:
+        tokens, template = self.tokenizer.turn_tokens(), self.tokenizer.chat_template
+        if not tokens:
+            raise InputError(
+                f"{self.folders[0]}: turns: expected a chat template that opens a turn with a special token, "
+                f"found {f'{template!r:.120}' if template else 'no chat template'}",
+                hint="leave turns out; with a block the seed moves every so many tokens",
+            )
+        return tokens
 
     def settle(self, dtype: str) -> None:
         """Takes the models, loaded with dtype "auto", to the type that was chosen: "float32" or "bfloat16"."""
@@ -128,7 +151,8 @@ class FrozenModels:
             InputError: the prompt alone fills the model's context, or an answer has no token.
         """
         prompt = self.encode_prompt(pair.prompt)
-        if len(prompt) + self.config.num_virtual_tokens >= self._context:
+        is_cut = self.config.front_tokens > 0  # to what has room: its start is a text that was put there
+        if not is_cut and len(prompt) + self.config.num_virtual_tokens >= self._context:
             raise InputError(
                 f"a prompt has {len(prompt)} tokens: with {self.config.num_virtual_tokens} virtual tokens the context of "
                 f"{self._context} is full: {str(pair.prompt)[:60]!r}...",

@@ -63,6 +63,11 @@ class PatchTraining:
             self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
             folders.read_spec(folder).require_same(self.models.spec)
         self.history, self._tell = History(), tell
+        if config.block >= config.max_tokens + config.front_tokens:
+            tell(
+                f"block {config.block}: no row is longer than {config.max_tokens + config.front_tokens} tokens, so training never sees the "
+                "seed move inside a text; front_tokens puts texts in front"
+            )
         self._dtype_choice: dict[str, Any] = {}
 
     def start(self) -> SoftPrompt:
@@ -243,7 +248,7 @@ class PatchTraining:
         )
         # Loaded afresh: training may have changed how the model in memory attends, and with it the last bits of the seed.
         with stage(progress, "seed and canary"):
-            return seeds.complete(patch, folders.load_model(self.folder, self.models.device))
+            return seeds.complete(patch, folders.load_model(self.folder, self.models.device), self._tell)
 
 
 def train_patch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,8 @@ class Trainer:
         if not self.config.front_tokens:
             return None
         kept = [pair for pairs, _ in self._tasks for pair in pairs]
-        return Contexts(kept, benign_texts, self.config.front_tokens, self.config.rng_seed)
+        has_turns = bool(self.models.tokenizer.chat_template)
+        return Contexts(kept, benign_texts, self.config.front_tokens, self.config.rng_seed, has_turns)
 
     def _benign_examples(self, texts: Sequence[BenignText]) -> list[Example]:
         contexts = self._contexts
@@ -289,7 +290,8 @@ class Trainer:
         if self.config.dpo_reference == "model":
             assert self.reference is not None  # checked at the start
             with stage(progress, "load reference"):
-                other = FrozenModels([self.reference], self.config, self.models.device, self.models.trusted)
+                bare = replace(self.config, block=0, turns=False)  # no seed is in front of it
+                other = FrozenModels([self.reference], bare, self.models.device, self.models.trusted)
             return [self._table(other, self._pair_examples(other), 0, patched=False, progress=progress)] * len(
                 self.models.bases
             )

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 
 from attacks.mutations import mutated_bytes, mutated_json, mutated_patch
-from attacks.specimens import require_trusted, small_patch, trust_root
+from attacks.specimens import moving_patch, require_trusted, small_patch, trust_root
 from edgepatch.errors import EdgepatchError
 
 RESULTS = Path(__file__).parent.parent.parent / "bench" / "results" / "fuzz.json"
@@ -123,6 +123,7 @@ def _patch_seeds() -> list[bytes]:
     )
     return [
         patch_bytes(small),
+        patch_bytes(moving_patch()),
         patch_bytes(replace(full, kv_seed=None)),
         patch_bytes(replace(full, soft_prompt=None, signatures=())),
     ]
@@ -135,7 +136,7 @@ def _adapter_seeds() -> list[bytes]:
 
     with tempfile.TemporaryDirectory() as folder:
         path, adapters = Path(folder) / "adapter.gguf", []
-        for patch in (replace(small_patch(), kv_seed=None), replace(small_patch(), soft_prompt=None)):
+        for patch in (replace(small_patch(), kv_seed=None), replace(small_patch(), soft_prompt=None), moving_patch()):
             write_gguf(patch, path)
             adapters.append(path.read_bytes())
     return adapters
@@ -213,6 +214,8 @@ def guided(name: str, seconds: int, report: Path) -> None:
         "patch.patch",
         "tensors",
         "patch.sketches",
+        "seeds.anchoring",
+        "seeds.rotation",
         "trust.signatures",
         "trust.roots",
         "trust.verification",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgepatch.patch.file import PAYLOAD_TYPE, Patch, signed
+from edgepatch.seeds.anchoring import Anchoring
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root
 from edgepatch.trust.roots import Key, Root
@@ -63,6 +66,12 @@ def small_patch() -> Patch:
     """2.5 kB: one layer, one virtual token."""
     canary = Canary((CanaryPrompt((1,), (2, 3), (0.0, 1.5), (0.25, -1.0)),))
     return _patch("small", 1, ModelSpec("llama", 2, 1, 1, 2, 8, 10000.0, "a" * 64, "b" * 64, {"factor": 8.0}), canary)
+
+
+def moving_patch() -> Patch:
+    """The small patch with a seed that moves, so that it is of version 2."""
+    patch = replace(small_patch(), signatures=(), rotation=Rotation(((1.0,),), (0,)), anchoring=Anchoring(128, (3,)))
+    return signed_by_all(patch)
 
 
 def large_patch() -> Patch:

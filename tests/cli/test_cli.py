@@ -12,13 +12,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.main import get_command
 
 import edgepatch
 from edgepatch import cli
+from edgepatch.converters.hf import folders
 from edgepatch.errors import PatchFormatError
-from edgepatch.patch.file import read_patch, write_patch
+from edgepatch.patch.file import read_patch, signed, write_patch
+from edgepatch.seeds.anchoring import Anchoring
+from edgepatch.seeds.rotation import Rotation
+from edgepatch.trust.signatures import Signature
+from kit import golden_patches
+from kit.tiny_folders import copy_folder
 
 ESCAPE = "\x1b["
 LAB_BASE = Path(edgepatch.__file__).parent / "bench" / "lab" / "model" / "base"
@@ -94,6 +101,19 @@ def test_show_for_people_and_for_programs(run, patch_file, tiny_patch):
     assert code == 0
     assert (shown["name"], shown["digest"], shown["num_virtual_tokens"]) == ("tiny", tiny_patch.digest, 10)
     assert shown["base"] == tiny_patch.base.as_dict()
+    assert shown["place"].startswith("stays at the start of the text") and shown["can_move"] is False
+
+
+def test_show_says_where_the_seed_stands_and_of_what_it_is_composed(run):
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors")
+    assert code == 0 and re.search(r"^place +moves: at each turn and every 128 tokens", out, re.MULTILINE)
+    assert re.search(r"^parts +none", out, re.MULTILINE) and re.search(r"^can_move +True", out, re.MULTILINE)
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors", "--json")
+    assert code == 0 and json.loads(out)["kind"] == "patch" and json.loads(out)["parts"] == []
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v1.safetensors")
+    parts = golden_patches.full().parts
+    assert re.search(rf"^parts +{parts[0][:12]}, {parts[1][:12]}", out, re.MULTILINE)
+    assert re.search(r"^place +stays at the start of the text: its hold fades", out, re.MULTILINE)
 
 
 def test_missing_file_is_2(run, tmp_path):
@@ -254,7 +274,7 @@ def test_convert_seed_stores_float16(run, tiny_folder, tiny_patch, tmp_path):
     write_patch(replace(tiny_patch, kv_seed=None), soft)
     code, text, _ = run("convert", "seed", soft, "--model", tiny_folder, "-o", out, "--json")
     seeded = read_patch(out)
-    assert code == 0 and json.loads(text)["digest"] == seeded.digest
+    assert code == 0 and json.loads(text)["digest"] == seeded.digest and json.loads(text)["can_move"]
     for stored, computed in zip(seeded.kv_seed.keys, tiny_patch.kv_seed.keys, strict=True):
         assert stored.dtype == "float16" and abs(stored - computed).max() < 1e-2
 
@@ -264,6 +284,44 @@ def test_convert_seed_gives_a_trained_prefix_its_canary(run, tiny_folder, tiny_p
     write_patch(replace(tiny_patch, soft_prompt=None, canary=None), prefix)
     assert run("convert", "seed", prefix, "--model", tiny_folder, "-o", made)[0] == 0
     assert read_patch(made).canary is not None and read_patch(made).soft_prompt is None
+
+
+def test_convert_seed_adds_how_keys_turn(run, tiny_folder, tiny_patch, tmp_path):
+    """A patch of version 1 becomes one of version 2, whose seed is the same and can be moved; its old signatures do not stay."""
+    old, made = tmp_path / "old.safetensors", tmp_path / "made.safetensors"
+    write_patch(signed(tiny_patch, Signature("a" * 64, bytes(64))), old)
+    assert json.loads(read_patch(old).manifest)["format_version"] == 1
+    code, _, err = run("convert", "seed", old, "--model", tiny_folder, "-o", made)
+    patch = read_patch(made)
+    assert code == 0 and "cannot be moved" not in err and json.loads(patch.manifest)["format_version"] == 2
+    assert patch.rotation.layers == (0, 0) and not patch.rotation.neighbours and patch.anchoring is None
+    assert patch.rotation.tables[0] == pytest.approx(10000.0 ** (-np.arange(32) / 32), rel=1e-6)
+    assert patch.signatures == ()
+
+
+def test_convert_seed_says_why_keys_do_not_turn(run, tiny_folder, tiny_patch, tmp_path):
+    """Frequencies by length: the patch stays of version 1, and one that demands to be moved is refused."""
+    folder = copy_folder(tiny_folder, tmp_path / "dynamic")
+    config = json.loads((folder / "config.json").read_text())
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": scaling}))
+    patch = replace(tiny_patch, base=folders.read_spec(folder), weight_sketch=None)
+    old, made = tmp_path / "old.safetensors", tmp_path / "made.safetensors"
+    write_patch(patch, old)
+    code, _, err = run("convert", "seed", old, "--model", folder, "-o", made)
+    assert code == 0 and "the seed cannot be moved or put beside another" in err and "(dynamic)" in err
+    assert json.loads(read_patch(made).manifest)["format_version"] == 1
+    write_patch(replace(patch, rotation=Rotation(((1.0,),), (0, 0)), anchoring=Anchoring(32)), old)
+    code, _, err = run("convert", "seed", old, "--model", folder, "-o", tmp_path / "moved")
+    assert code == 2 and "(dynamic)" in err and "Traceback" not in err and not (tmp_path / "moved").exists()
+
+
+def test_convert_patch_says_what_the_target_cannot_hold(run, tmp_path):
+    golden = golden_patches.FOLDER
+    code, _, err = run("convert", "patch", golden / "patch-v2.safetensors", tmp_path / "moving", "--to", "peft")
+    assert code == 0 and "moves at each turn and every 128 tokens; there it stays at the start of the text" in err
+    code, _, err = run("convert", "patch", golden / "patch-v2.safetensors", tmp_path / "moving.gguf", "--to", "gguf")
+    assert code == 0 and err == "", "a GGUF adapter is the patch file in another container"
 
 
 def test_convert_base_to_gguf_and_generate(run, tiny_folder, patch_file, tmp_path):

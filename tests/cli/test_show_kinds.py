@@ -19,13 +19,14 @@ from safetensors.numpy import save_file
 from edgepatch import cli
 from edgepatch.converters.gguf import adapters as adapters_gguf
 from edgepatch.converters.peft import adapters as peft
+from edgepatch.inspection.kinds import Kind, recognise
 from edgepatch.patch.file import write_patch
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances
 from edgepatch.training.pairs.files import Pair, write_pairs
 from edgepatch.trust.keys import create_key_pair
 from edgepatch.trust.signatures import key_id, raw_public_key
-from kit import tiny_gguf
+from kit import golden_patches, tiny_gguf
 from kit.bundle_files import SIGNERS, make_bundle
 from kit.stores import make_root, write
 from kit.tiny_folders import copy_folder
@@ -49,6 +50,22 @@ def show(monkeypatch, capsys, tmp_path):
         return int(caught.value.code or 0), *capsys.readouterr()
 
     return call
+
+
+@pytest.mark.parametrize("name", ["patch-v1", "patch-v1-minimal", "patch-v2"])
+def test_a_patch_of_every_version_is_known_by_its_content(show, name, tmp_path):
+    """Whatever its file is called."""
+    golden = golden_patches.FOLDER / f"{name}.safetensors"
+    renamed = tmp_path / "model.bin"
+    renamed.write_bytes(golden.read_bytes())
+    assert recognise(renamed).kind is Kind.PATCH
+    for path in (golden, renamed):
+        assert json.loads(show(path, "--json")[1])["kind"] == "patch"
+    newer = golden.read_bytes().replace(b'\\"format_version\\":', b'\\"format_version\\":9')
+    renamed.write_bytes((int.from_bytes(newer[:8], "little") + 1).to_bytes(8, "little") + newer[8:])
+    code, _, err = show(renamed)
+    assert recognise(renamed).kind is Kind.PATCH and code == 3
+    assert "format version: expected 1 to 2, found 9" in err and "update edgepatch" in err
 
 
 def require_named(show, path: Path, kind: str, *told: str) -> dict:

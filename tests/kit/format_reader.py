@@ -105,6 +105,7 @@ PRE = "(0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
 VERSION = rf"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){{2}}(-{PRE}(\.{PRE})*)?(\+[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?"
 KEYS = "base canary channel chat_template created evaluation expires format_version license name num_virtual_tokens parts sequence"
 KEYS += " summary supersedes tensors training version weight_sketch"
+MOVING_KEYS = " rotation anchoring"
 BASE = ["head_dim", "hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"]
 NAMES = ["model_type", "tokenizer_digest", "weight_fingerprint"]
 
@@ -129,6 +130,26 @@ def check_canary(canary: object, vocabulary: float) -> None:
             2 <= len(ids) == len(set(ids)) == len(prompt["bare"]) == len(prompt["patched"])
             and prompt["bare"] != prompt["patched"]
         )
+
+
+def check_rotation(rotation: object, layers: float, head_dim: float) -> None:
+    need(isinstance(rotation, dict) and set(rotation) == {"tables", "layers", "neighbours"})
+    tables, numbers, neighbours = rotation["tables"], rotation["layers"], rotation["neighbours"]
+    need(isinstance(neighbours, bool) and isinstance(tables, list) and isinstance(numbers, list) and numbers)
+    need(len(tables) <= 8 and len(numbers) == layers and (tables or not neighbours))
+    for frequencies in tables:
+        need(isinstance(frequencies, list) and 1 <= len(frequencies) <= head_dim / 2)
+        need(all(isinstance(f, float) and 0 <= f <= math.pi for f in frequencies))
+    need(len({tuple(frequencies) for frequencies in tables}) == len(tables))
+    need(all(number is None or whole(number, 0) for number in numbers))
+    need(list(dict.fromkeys(n for n in numbers if n is not None)) == list(range(len(tables))))
+
+
+def check_anchoring(anchoring: object, vocabulary: float) -> None:
+    need(isinstance(anchoring, dict) and set(anchoring) == {"block", "turn_tokens"})
+    block, ids = anchoring["block"], anchoring["turn_tokens"]
+    need(whole(block, 0) and (block == 0 or 8 <= block <= 512) and isinstance(ids, list) and len(ids) <= 8)
+    need(all(whole(i, 0) and i < vocabulary for i in ids) and ids == sorted(set(ids)) and (block or ids))
 
 
 def halves(value: object) -> list[float]:
@@ -184,7 +205,8 @@ def check_sketch(sketch: object) -> None:
 
 
 def check_manifest(m: dict) -> None:
-    need(set(m) == set(KEYS.split()) and whole(m["sequence"], 1) and whole(m["num_virtual_tokens"]))
+    keys = KEYS + (MOVING_KEYS if m["format_version"] == 2 else "")
+    need(set(m) == set(keys.split()) and whole(m["sequence"], 1) and whole(m["num_virtual_tokens"]))
     need(match("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", m["name"]) and match("[a-z0-9][a-z0-9-]{0,31}", m["channel"]))
     need(match(VERSION, m["version"]) and len(m["version"]) <= 64)
     need(
@@ -199,6 +221,10 @@ def check_manifest(m: dict) -> None:
         check_sketch(m["weight_sketch"])
     if m["canary"] is not None:
         check_canary(m["canary"], m["base"]["vocab_size"])
+    if m["format_version"] == 2:  # so it says how keys turn, or it would be of version 1
+        check_rotation(m["rotation"], m["base"]["num_hidden_layers"], m["base"]["head_dim"])
+        if m["anchoring"] is not None:
+            check_anchoring(m["anchoring"], m["base"]["vocab_size"])
 
 
 def check_signatures(signatures: object) -> None:
@@ -244,7 +270,7 @@ def read(data: bytes) -> dict:
     need({"edgepatch.manifest"} <= set(metadata) <= {"edgepatch.manifest", "edgepatch.signatures"})
     need(all(isinstance(value, str) for value in metadata.values()))
     m = parse(metadata["edgepatch.manifest"])
-    need(isinstance(m, dict) and m.get("format_version") == 1 and m["format_version"] is not True)
+    need(isinstance(m, dict) and m.get("format_version") in (1, 2) and m["format_version"] is not True)
     check_manifest(m)
     m["signatures"] = parse(metadata["edgepatch.signatures"]) if "edgepatch.signatures" in metadata else []
     if "edgepatch.signatures" in metadata:

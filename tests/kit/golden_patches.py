@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgepatch.patch.file import PAYLOAD_TYPE, Patch, signed
 from edgepatch.patch.sketches import Sketch
+from edgepatch.seeds.anchoring import Anchoring
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root
 from edgepatch.trust.roots import Key, Root
@@ -77,6 +79,28 @@ def full() -> Patch:
         supersedes=(hashlib.sha256(b"old").hexdigest(),),
         parts=(hashlib.sha256(b"a").hexdigest(), hashlib.sha256(b"b").hexdigest()),
     )
+    return signed_by_both(patch)
+
+
+def moving() -> Patch:
+    """A seed that moves, with both keys of version 2 filled; the second layer has no positions, the third has frequencies of its own."""
+    values = np.arange(2 * 3 * 4, dtype="<f2").reshape(2, 3, 1, 2, 2) / 4 - 1
+    seed = KVSeed(tuple(values[0]), tuple(values[1]))
+    return signed_by_both(
+        Patch(
+            "moving",
+            "2.0.0",
+            replace(BASE, num_hidden_layers=3),
+            None,
+            seed,
+            canary=Canary((CanaryPrompt((1, 2), (3, 4), (1.5, 2.0), (-0.5, 2.25)),)),
+            rotation=Rotation(((1.0,), (1e-7,)), (0, None, 1)),
+            anchoring=Anchoring(128, (3, 5)),
+        )
+    )
+
+
+def signed_by_both(patch: Patch) -> Patch:
     for name in ("vendor", "site"):
         patch = signed(patch, sign(patch.manifest, PAYLOAD_TYPE, key(name)))
     return patch
@@ -92,7 +116,4 @@ def root() -> Root:
 
 
 def signed_small() -> Patch:
-    patch = minimal()
-    for name in ("vendor", "site"):
-        patch = signed(patch, sign(patch.manifest, PAYLOAD_TYPE, key(name)))
-    return patch
+    return signed_by_both(minimal())

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from edgepatch.patch.card import escaped, model_card, quoted
-from kit.golden_patches import full, minimal
+from kit.golden_patches import full, minimal, moving
 
 ROOT = Path(__file__).parent.parent.parent
 CELL = {
@@ -68,6 +68,25 @@ def test_the_hub_reads_it():
     ):
         assert told in card.text
     assert all(signature.key_id[:12] in card.text for signature in full().signatures)
+
+
+def test_it_says_where_the_seed_stands():
+    still, goes = model_card(full()), model_card(moving())
+    assert "| place in a text | stays at the start of the text: its hold fades behind some hundred tokens |" in still
+    assert "- It stays at the start of the text: its hold fades" in still and "in front of every conversation" in still
+    assert "| place in a text | moves: at each turn and every 128 tokens |" in goes and "goes along with it" in goes
+    assert "hold fades" not in goes
+
+
+def test_it_names_the_parts():
+    parts = full().parts
+    records = [{"digest": parts[1], "name": "po[li]te", "version": "1.2.0"}, {"digest": "x"}, 5]
+    card = model_card(replace(full(), training={"parts": records}))
+    assert "| composed of | 2 patches, named under Lineage |" in card
+    assert f"Composed of:\n\n- `{parts[0]}`\n- `{parts[1]}` (po\\[li\\]te 1.2.0)\n" in card
+    for damaged in (None, 5, {"a": 1}, "x", [None], [{"digest": [1]}]):
+        assert f"- `{parts[0]}`\n" in model_card(replace(full(), training={"parts": damaged}))
+    assert "omposed of" not in model_card(minimal())
 
 
 def test_the_same_patch_gives_the_same_card():

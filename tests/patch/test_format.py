@@ -18,6 +18,8 @@ from edgepatch.files.canonical import canonical_json
 from edgepatch.patch import file as patches
 from edgepatch.patch import manifest as manifest_fields
 from edgepatch.patch.file import PAYLOAD_TYPE, parse_patch, patch_bytes, read_patch
+from edgepatch.seeds.anchoring import LARGEST_BLOCK, LEAST_BLOCK, MAX_TURN_TOKENS, Anchoring
+from edgepatch.seeds.rotation import LARGEST_FREQUENCY, MAX_TABLES, Rotation
 from edgepatch.trust.roots import read_root
 from edgepatch.trust.verification import verify_threshold
 from kit import format_reader, golden_patches
@@ -36,6 +38,10 @@ GOLDEN = {
     "patch-v1-minimal.safetensors": (
         "9b260c383e1abeed30ea66dce818d981f3f423ded4eea29c09099c2191ac1e22",
         "a86f2e6993f6e7faeb0168b749dc84d90af2d6223d4571ac736178c40e0687e1",
+    ),
+    "patch-v2.safetensors": (
+        "39a50059a0873e38f45eb877dc47ddf3cebe8f1599484adf9ee8c839a86caeda",
+        "f0bb69691151ab4ea6126f1f04c4dbeb04aad8b8d71267c32b4a1feb2782e873",
     ),
     "root-v1.json": (
         "f5e843d63fdc3ae41526d7b8c382a5bca57c41c0998d02fff74603a5c77ca235",
@@ -107,16 +113,26 @@ def test_golden_patch_is_read_with_all_its_content():
     assert len(patch.supersedes) == 1 and len(patch.parts) == 2 and len(patch.signatures) == 2
 
 
-def test_golden_signatures_are_accepted():
+def test_golden_patch_of_version_2_is_read_with_all_its_content():
+    patch = read_patch(golden_patches.FOLDER / "patch-v2.safetensors")
+    assert patch.digest == GOLDEN["patch-v2.safetensors"][1] and patch.soft_prompt is None
+    assert patch.rotation == Rotation(((1.0,), (1e-7,)), (0, None, 1), neighbours=False)
+    assert patch.anchoring == Anchoring(128, (3, 5))
+    assert patch.kv_seed.values[2].tolist() == [[[4, 4.25], [4.5, 4.75]]]
+
+
+@pytest.mark.parametrize("name", ["patch-v1.safetensors", "patch-v2.safetensors"])
+def test_golden_signatures_are_accepted(name):
     root = read_root(golden_patches.FOLDER / "root-v1.json")
     assert root.fingerprint == GOLDEN["root-v1.json"][1]
-    patch = read_patch(golden_patches.FOLDER / "patch-v1.safetensors")
+    patch = read_patch(golden_patches.FOLDER / name)
     signers = verify_threshold(patch.manifest, PAYLOAD_TYPE, patch.signatures, root, "patch", golden_patches.NOW)
     assert {root.keys[key].owner for key in signers} == {"vendor", "site"}
 
 
-def test_the_golden_files_of_this_version_are_what_is_written():
-    """When this fails, the format has changed and needs a new version."""
+def test_the_golden_files_are_what_is_written():
+    """When this fails, the format has changed and needs a new version. What needs no later version is written as version 1."""
+    assert patch_bytes(golden_patches.moving()) == golden("patch-v2.safetensors")
     assert patch_bytes(golden_patches.full()) == golden("patch-v1.safetensors")
     assert patch_bytes(golden_patches.minimal()) == golden("patch-v1-minimal.safetensors")
     assert golden_patches.root().to_bytes() == golden("root-v1.json")
@@ -132,6 +148,7 @@ def test_the_golden_files_of_this_version_are_what_is_written():
 SEEDS = [
     golden("patch-v1.safetensors"),
     golden("patch-v1-minimal.safetensors"),
+    golden("patch-v2.safetensors"),
     patch_bytes(golden_patches.signed_small()),
 ]
 
@@ -230,4 +247,7 @@ def test_the_document_names_every_key_and_bound():
     for bound in (patches.MAX_FILE_BYTES, patches.MAX_HEADER_BYTES, manifest_fields.MAX_SEQUENCE):
         assert f"{bound:,}" in DOCUMENT
     assert f"DSSEv1 SP {len(patches.PAYLOAD_TYPE)} SP {patches.PAYLOAD_TYPE} SP LEN SP MANIFEST" in DOCUMENT
-    assert golden_patches.full().digest in DOCUMENT and golden_patches.minimal().digest in DOCUMENT
+    for bound in (LEAST_BLOCK, LARGEST_BLOCK, MAX_TURN_TOKENS, MAX_TABLES, LARGEST_FREQUENCY):
+        assert str(bound) in DOCUMENT
+    for patch in (golden_patches.full(), golden_patches.minimal(), golden_patches.moving()):
+        assert patch.digest in DOCUMENT

@@ -36,13 +36,15 @@ from edgepatch.patch.file import (
     write_patch,
 )
 from edgepatch.patch.manifest import ENTRIES, MAX_SEQUENCE, is_timestamp
+from edgepatch.seeds.anchoring import Anchoring
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, SoftPrompt
 from edgepatch.trust.signatures import Signature, sign
 from edgepatch.trust.verification import verify_threshold
-from kit import golden_patches
+from kit import format_reader, golden_patches
 
 ROOT = Path(__file__).parent.parent.parent
-FULL, SMALL = golden_patches.full(), golden_patches.signed_small()
+FULL, SMALL, MOVING = golden_patches.full(), golden_patches.signed_small(), golden_patches.moving()
 
 
 def taken_apart(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -86,13 +88,13 @@ def same(one: Patch, other: Patch) -> bool:
 
 
 @pytest.mark.parametrize(
-    "patch", [FULL, SMALL, golden_patches.minimal(), replace(FULL, soft_prompt=None, signatures=())]
+    "patch", [FULL, SMALL, MOVING, golden_patches.minimal(), replace(FULL, soft_prompt=None, signatures=())]
 )
 def test_round_trip(patch, tmp_path):
     assert write_patch(patch, tmp_path / "new" / "patch") == patch.digest
     again = read_patch(tmp_path / "new" / "patch")
     assert same(again, patch)
-    for field in ("base", "canary", "training", "evaluation", "parts", "expires", "sequence"):
+    for field in ("base", "canary", "training", "evaluation", "parts", "expires", "sequence", "rotation", "anchoring"):
         assert getattr(again, field) == getattr(patch, field)
     assert type(again.base.rope_theta) is float and stat.S_IMODE((tmp_path / "new" / "patch").stat().st_mode) == 0o644
 
@@ -391,7 +393,7 @@ def test_headers_that_are_refused(case):
 MANIFESTS = {
     "unknown key": (set_key("exec", "x"), r"unknown or missing: \['exec'\]"),
     "missing key": (lambda m: m.pop("summary"), r"unknown or missing: \['summary'\]"),
-    "newer version": (set_key("format_version", 2), "format version: expected 1, found 2"),
+    "newer version": (set_key("format_version", 3), "format version: expected 1 to 2, found 3"),
     "version is a list": (set_key("format_version", [1]), "format version: expected 1"),
     "version is true": (set_key("format_version", True), "format version: expected 1"),
     "base is a text": (set_key("base", "x"), "base: a str is out of place"),
@@ -417,6 +419,127 @@ MANIFESTS = {
     "P of another type": (set_key("num_virtual_tokens", 1.5), "num_virtual_tokens: a float is out of place"),
     "another width": (lambda m: m["base"].update(hidden_size=3), r"prompt_embeddings: expected \(1, 3\)"),
 }
+
+
+@pytest.mark.parametrize(
+    ("patch", "version"),
+    [
+        (FULL, 1),
+        (SMALL, 1),
+        (MOVING, 2),
+        (replace(MOVING, anchoring=None), 2),
+        (replace(MOVING, anchoring=None, rotation=None), 1),
+    ],
+)
+def test_a_patch_is_written_as_the_first_version_that_can_say_it(patch, version):
+    assert json.loads(patch.manifest)["format_version"] == version
+    assert ("rotation" in json.loads(patch.manifest)) == (version == 2)
+    assert parse_patch(patch_bytes(patch)).manifest == patch.manifest
+
+
+def set_in(part: str, key: str, value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda manifest: manifest[part].__setitem__(key, value)
+
+
+def of_version_1(manifest: dict[str, Any]) -> None:
+    manifest["format_version"] = 1
+
+
+MOVEMENTS = {
+    "version 1 with the keys of 2": (of_version_1, r"unknown or missing: \['anchoring', 'rotation'\]"),
+    "version 2 without one": (lambda m: m.pop("anchoring"), r"unknown or missing: \['anchoring'\]"),
+    "version 2 without need": (lambda m: m.update(rotation=None, anchoring=None), "not in canonical form"),
+    "newer version": (set_key("format_version", 3), "format version: expected 1 to 2, found 3"),
+    "an anchoring alone": (set_key("rotation", None), "anchoring: expected a rotation as well"),
+    "rotation is a list": (set_key("rotation", []), "rotation: a list is out of place"),
+    "rotation with more": (set_in("rotation", "x", 1), "rotation: expected an object"),
+    "rotation with less": (lambda m: m["rotation"].pop("neighbours"), "rotation: expected an object"),
+    "neighbours is a number": (set_in("rotation", "neighbours", 0), "neighbours: expected true or false"),
+    "layers is a text": (set_in("rotation", "layers", "012"), "layers: expected a list"),
+    "a layer is true": (set_in("rotation", "layers", [0, True, 1]), "layers: expected a list"),
+    "a layer is a fraction": (set_in("rotation", "layers", [0, None, 0.5]), "layers: expected a list"),
+    "a layer is a text": (set_in("rotation", "layers", [0, None, "1"]), "layers: expected a list"),
+    "fewer layers": (set_in("rotation", "layers", [0, 1]), "expected 3 layers of at most 2 dimensions, found 2 of 2"),
+    "more layers": (set_in("rotation", "layers", [0, None, 1, 1]), "expected 3 layers"),
+    "no layers": (set_key("rotation", {"tables": [], "layers": [], "neighbours": False}), "tables, numbered"),
+    "a table that is not there": (set_in("rotation", "layers", [0, 1, 2]), "tables, numbered"),
+    "a table that nobody uses": (set_in("rotation", "layers", [0, None, 0]), "tables, numbered"),
+    "a negative table": (set_in("rotation", "layers", [0, 1, -1]), "tables, numbered"),
+    "tables in another order": (
+        set_key("rotation", {"tables": [[1e-7], [1]], "layers": [1, None, 0], "neighbours": False}),
+        "numbered from 0 as the layers use them",
+    ),
+    "one table twice": (set_in("rotation", "tables", [[1], [1]]), "different tables"),
+    "neighbours where nothing turns": (
+        set_key("rotation", {"tables": [], "layers": [None] * 3, "neighbours": True}),
+        "no neighbours where nothing turns",
+    ),
+    "tables is an object": (set_in("rotation", "tables", {}), "tables: expected lists of numbers"),
+    "a table is a number": (set_in("rotation", "tables", [1, [1e-7]]), "tables: expected lists of numbers"),
+    "a table without a frequency": (set_in("rotation", "tables", [[1], []]), "a frequency or more in each table"),
+    "a frequency is a text": (set_in("rotation", "tables", [["1"], [1e-7]]), "tables: expected lists of numbers"),
+    "a frequency is true": (set_in("rotation", "tables", [[True], [1e-7]]), "tables: expected lists of numbers"),
+    "a frequency is null": (set_in("rotation", "tables", [[None], [1e-7]]), "tables: expected lists of numbers"),
+    "a frequency is negative": (set_in("rotation", "tables", [[1], [-1e-7]]), "frequencies from 0 to"),
+    "a frequency of more than half a turn": (set_in("rotation", "tables", [[3.2], [1]]), "frequencies from 0 to"),
+    "a frequency beyond all bounds": (set_in("rotation", "tables", [[1e308], [1]]), "frequencies from 0 to"),
+    "more frequencies than half a head": (
+        set_in("rotation", "tables", [[1, 0.5], [1]]),
+        "at most 2 dimensions, found 3 of 4",
+    ),
+    "anchoring is a number": (set_key("anchoring", 128), "anchoring: a int is out of place"),
+    "anchoring with more": (set_in("anchoring", "x", 1), "anchoring: expected an object"),
+    "anchoring with less": (lambda m: m["anchoring"].pop("block"), "anchoring: expected an object"),
+    "an anchoring that never moves": (
+        set_key("anchoring", {"block": 0, "turn_tokens": []}),
+        "a block length or tokens that open a turn",
+    ),
+    **{
+        f"a block of {block!r}": (set_in("anchoring", "block", block), "anchoring")
+        for block in (7, 513, 1, -8, 2**53 - 1, 8.5, True, None, "128", [128])
+    },
+    **{
+        f"turn tokens {ids!r:.60}": (set_in("anchoring", "turn_tokens", ids), "anchoring")
+        for ids in ([5, 3], [3, 3], [8], [-1], [3.5], [True], [None], ["3"], 3, None, {}, [*range(9)], [2**53 - 1])
+    },
+}
+
+
+@pytest.mark.parametrize("case", MOVEMENTS)
+def test_movements_that_are_refused(case):
+    change, match = MOVEMENTS[case]
+    data = crafted(MOVING, change)
+    with pytest.raises(PatchFormatError, match=match):
+        parse_patch(data)
+    with pytest.raises(format_reader.Refused):
+        format_reader.read(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rotation": Rotation((), (None,) * 3)},
+        {"rotation": Rotation(((0.0,),), (None, 0, 0), neighbours=True)},
+        {"rotation": Rotation(((3.141592653589793,), (0.0,)), (0, 1, 1))},
+        {"anchoring": None},
+        *[{"anchoring": Anchoring(*values)} for values in ((8,), (512,), (0, (0,)), (8, tuple(range(8))))],
+    ],
+)
+def test_movements_at_the_edge_are_accepted(change):
+    data = patch_bytes(replace(MOVING, **change))
+    assert format_reader.read(data) and all(getattr(parse_patch(data), key) == value for key, value in change.items())
+
+
+def test_what_moves_fits_its_base():
+    for change, match in [
+        ({"rotation": None}, "anchoring: expected a rotation as well"),
+        ({"rotation": Rotation(((1.0,),), (0, 0))}, "expected 3 layers"),
+        ({"rotation": Rotation(((1.0, 0.5),), (0, 0, 0))}, "at most 2 dimensions"),
+        ({"anchoring": Anchoring(0, (8,))}, "turn tokens below the vocabulary's 8, found 8"),
+        ({"anchoring": Anchoring(0, (-1,))}, "turn tokens below the vocabulary's 8, found -1"),
+    ]:
+        with pytest.raises(PatchFormatError, match=match):
+            replace(MOVING, **change)
 
 
 @pytest.mark.parametrize("case", MANIFESTS)

@@ -14,8 +14,11 @@ from edgepatch.training.contexts import Contexts
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.losses import answer_log_probabilities, dpo_losses, kl_to_base
 from edgepatch.training.pairs.preferences import Pair
+from edgepatch.training.patching import PatchTraining
 from edgepatch.training.policies import KVPolicy
 from edgepatch.training.rows import Example
+from kit.tiny_folders import copy_folder
+from kit.trainings import BENIGN, make_pairs, small
 
 PATCH = LAB_FOLDER / "lab-detox-0.1.0.safetensors"
 
@@ -143,3 +146,98 @@ def test_a_model_with_windows_is_not_trained_with_a_moving_seed(tmp_path):
     parity_models.build_folder(parity_models.architecture("gemma2"), tmp_path)
     with pytest.raises(InputError, match="full attention in every layer"):
         FrozenModels([tmp_path], TrainConfig(block=64, dtype="float32"), "cpu")
+
+
+# Settings that cannot be used.
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"block": 7}, "block: expected 8 to 512 tokens, found 7"),
+        ({"block": 513, "turns": True}, "block: expected 8 to 512 tokens, found 513"),
+        ({"block": -128}, "block: expected 0 or more"),
+        ({"front_tokens": -1}, "front_tokens: expected 0 or more"),
+        ({"block": 128, "gradient_checkpointing": True}, "gradient_checkpointing: expected False where the seed moves"),
+        (
+            {"turns": True, "gradient_checkpointing": True},
+            "gradient_checkpointing: expected False where the seed moves",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_by_themselves(settings, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**settings)
+
+
+@pytest.fixture
+def without_weights(monkeypatch):
+    """What is refused there is refused before a weight is loaded."""
+
+    def refuse(*_):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr(folders, "load_model", refuse)
+
+
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+@pytest.mark.parametrize(
+    "template, found", [("", "found no chat template"), (PLAIN_TEMPLATE, "{% for m in messages %}")]
+)
+def test_turns_need_a_token_that_opens_them(tiny_folder, tmp_path, without_weights, template, found):
+    folder = copy_folder(tiny_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    for block in (0, 64):
+        with pytest.raises(InputError, match="opens a turn with a special token") as caught:
+            FrozenModels([folder], TrainConfig(block=block, turns=True, dtype="float32"), "cpu")
+        assert found in str(caught.value) and str(folder) in str(caught.value) and "block" in caught.value.hint
+
+
+@pytest.mark.parametrize("front_tokens, fits", [(366, True), (367, False), (10_000, False)])
+def test_texts_in_front_fit_the_context(tiny_folder, monkeypatch, front_tokens, fits):
+    config = TrainConfig(
+        front_tokens=front_tokens, dtype="float32"
+    )  # 512 positions: 50 virtual tokens, 96 for the pair
+    if fits:
+        models = FrozenModels([tiny_folder], config, "cpu")
+        long = Pair("The quick fox " * 500, " sleeps in the sun", " jumps over the dog", 0.1, 0.9)
+        example = models.pair_example(long)
+        assert len(example.prompt) + max(map(len, example.answers)) <= 462, "what was put in front is cut, not refused"
+        return
+    monkeypatch.setattr(folders, "load_model", None)
+    with pytest.raises(
+        InputError, match=f"front_tokens: expected at most 366, found {front_tokens}: .* context is 512"
+    ):
+        FrozenModels([tiny_folder], config, "cpu")
+
+
+def test_a_model_without_turns_is_trained_behind_texts_alone():
+    pairs = [Pair(f"Prompt {i} says", " something kind.", " something rude.", 0.0, 0.9) for i in range(100)]
+    placed = [Contexts(pairs, [], 100, 1, has_turns=False).pair(pair, i) for i, pair in enumerate(pairs)]
+    assert all(isinstance(pair.prompt, str) for pair in placed)
+    assert 60 <= sum(new.prompt != old.prompt for new, old in zip(placed, pairs, strict=True)) <= 90
+
+
+def test_a_reference_model_needs_no_turns(tiny_folder, tmp_path):
+    """The safer model that DPO compares with is bare: no seed is in front of it, so none moves."""
+    folder = copy_folder(tiny_folder, tmp_path / "safer")
+    (folder / "chat_template.jinja").unlink()
+    config = small(block=8, turns=True, sft_steps=1, dpo_steps=2, dpo_reference="model")
+    training = PatchTraining(tiny_folder, config, reference=folder)
+    assert training.soft_prompt(make_pairs(12), BENIGN, "tiny").anchoring == Anchoring(
+        8, training.models.tokenizer.turn_tokens()
+    )
+
+
+def test_a_block_that_training_never_reaches_is_told(tiny_folder):
+    told = []
+    patch = PatchTraining(tiny_folder, small(block=96, sft_steps=1, dpo_steps=0), tell=told.append).soft_prompt(
+        make_pairs(12), BENIGN, "t"
+    )
+    assert len(told) == 1 and "never sees the seed move" in told[0] and patch.anchoring == Anchoring(96)
+    PatchTraining(tiny_folder, small(block=95), tell=told.append)
+    assert len(told) == 1

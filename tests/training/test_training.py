@@ -524,11 +524,15 @@ def test_the_command_trains_a_patch_and_a_kv_prefix_from_it(tiny_folder, tmp_pat
     page = (tmp_path / "run" / "curves.html").read_text()
     assert page.count("<svg") == 5 and "SFT loss" in page and "://" not in page
     start = ["--kind", "kv", "--start", str(tmp_path / "p.safetensors"), "--run", str(tmp_path / "kv")]
+    start += ["--block", "16", "--turns", "--front-tokens", "100"]
     done = CliRunner().invoke(
         app,
         ["train", str(tiny_folder), "-o", str(tmp_path / "kv.safetensors"), *common, *start],
         catch_exceptions=False,
     )
-    assert done.exit_code == 0 and read_patch(tmp_path / "kv.safetensors").soft_prompt is None
+    moving = read_patch(tmp_path / "kv.safetensors")
+    assert done.exit_code == 0 and moving.soft_prompt is None
+    assert moving.anchoring is not None and moving.anchoring.block == 16 and len(moving.anchoring.turn_tokens) == 1
+    assert moving.training["config"]["front_tokens"] == 100
     patch = read_patch(tmp_path / "p.safetensors")
     assert write_patch(patch, tmp_path / "again.safetensors") == patch.digest

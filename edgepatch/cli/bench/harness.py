@@ -16,6 +16,7 @@ from edgepatch.cli.console import (
     LogOption,
     ModelArgument,
     PatchOption,
+    PinnedFlag,
     StoreOption,
     log_beside,
     print_json,
@@ -37,6 +38,7 @@ def harness(
     ],
     patch: PatchOption = None,
     bare: BareFlag = False,
+    pinned: PinnedFlag = False,
     include_path: Annotated[
         Path | None,
         typer.Option(help="Folder of your task files, which may name Python to run; default: the tasks shipped."),
@@ -70,12 +72,12 @@ def harness(
     if not names:
         raise InputError("--tasks names no task", hint="for example --tasks own_choice,own_text")
     config = HarnessConfig(names, include_path or OWN_TASKS, limit, num_fewshot, chat)
-    options = {} if context_length is None else {"context_length": context_length}
+    options: dict[str, Any] = {} if context_length is None else {"context_length": context_length}
     chosen = None if bare else patch or ACTIVE
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bars(log or log_beside(out)))
         with stage(progress, "load model"):
-            runtime = stack.enter_context(load_runtime(model, chosen, store=store, **options))
+            runtime = stack.enter_context(load_runtime(model, chosen, store=store, pinned=pinned, **options))
         comparison = compare(runtime, config, progress)
         document = as_document(runtime, config, comparison.scores)
     if out is not None:

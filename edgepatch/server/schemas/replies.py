@@ -193,7 +193,7 @@ class Models(Reply):
 
 
 class Patch(Reply):
-    """A patch, and how its seed came into the cache."""
+    """A patch, how its seed came into the cache, and where in a text it stands."""
 
     object: Literal["patch"]
     name: str
@@ -202,6 +202,8 @@ class Patch(Reply):
     num_virtual_tokens: Count
     active: bool
     seed_route: str
+    pinned: bool
+    place: str
 
 
 class Patches(Reply):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from edgepatch.errors import InputError, MismatchError
 from edgepatch.patch.file import Patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.onnx.runtime import OnnxRuntime
+from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.tensors import SoftPrompt
 
 for package in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "onnxscript"):
@@ -98,6 +100,16 @@ def test_a_growing_past_equals_inputs_embeds_beyond_the_window(gemma_folder, gem
         assert np.abs(steps - expected).max() <= 1e-4
         assert [runtime.generate(prompt, GREEDY) for prompt in PROMPTS] == texts
         assert runtime.generate_batch(PROMPTS, GREEDY) == texts
+
+
+def test_a_graph_with_windows_refuses_what_moves_and_runs_it_pinned(gemma_folder, gemma_onnx, gemma_patch):
+    model = folders.load_model(gemma_folder)
+    moving = seeds.complete(replace(seeds.complete(gemma_patch, model), anchoring=Anchoring(16)), model)
+    with pytest.raises(InputError, match="count cells") as caught:
+        load_runtime(gemma_onnx, moving, num_threads=1)
+    assert "--pinned" in caught.value.hint
+    with load_runtime(gemma_onnx, moving, num_threads=1, pinned=True) as session:
+        assert session.slot.is_pinned and session.system_fingerprint.endswith("-pinned")
 
 
 def test_a_growing_past_is_cut_and_kept(gemma_onnx, gemma_patch):
