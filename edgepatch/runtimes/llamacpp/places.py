@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgepatch.errors import InactivePatchError
 from edgepatch.runtimes.llamacpp.context import LlamaContext
 
@@ -31,7 +34,7 @@ class SeedPlaces:
         self._master, self.loading = num_sequences, num_sequences + 1
         self._texts = range(num_sequences + 2, 2 * num_sequences + 2)
         self._anchors: list[int | None] = [0] * num_sequences  # None: the seed must be put there first
-        self.state_at: Callable[[int], bytes] | None = None
+        self.state_at: Callable[[int], NDArray[np.uint8]] | None = None
 
     @staticmethod
     def sequences_for(num_sequences: int) -> int:
@@ -60,13 +63,15 @@ class SeedPlaces:
         end, anchor = self.num_virtual_tokens + length, self._anchors[sequence]
         if self.state_at is None:
             return self._context.truncate(sequence, end)
+        self._keep_text(sequence)
         self._context.cut(self._texts[sequence], end)
         if anchor is not None and anchor <= length:
             self._context.cut(sequence, end)
         else:
             self._context.fork(self._texts[sequence], sequence)
             self._anchors[sequence] = None
-        return self._context.last_position(sequence) == end - 1
+        # A saved text comes back without what its next token cannot see, which a token further in front can.
+        return self._context.reaches(self._texts[sequence], self.num_virtual_tokens, end)
 
     def fork(self, source: int, target: int, length: int) -> bool:
         """Lets a conversation hold the first ``length`` tokens of another."""
