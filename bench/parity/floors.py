@@ -36,7 +36,10 @@ class Floor:
 def floors_of(row: Row) -> list[Floor]:
     """What a measured row must reach."""
     if row.get("seed") == "moved":
-        return [*_of_any_seed(row), Floor("moved", "kl", architecture(row["architecture"]).active_share * row["kl_pinned"])]
+        return [
+            *_of_any_seed(row),
+            Floor("moved", "kl", architecture(row["architecture"]).active_share * row["kl_pinned"]),
+        ]
     return _of_any_seed(row)
 
 

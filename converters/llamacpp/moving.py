@@ -85,7 +85,8 @@ class MovableState:
             heads = np.stack([keys[slot] for slot in slots]).astype(np.float32).swapaxes(1, 2)
             if ggml_type == rows.FLOAT16 and np.linalg.norm(heads, axis=-1).max() > np.finfo(np.float16).max:
                 raise InputError(
-                    "the KV seed has values that are beyond float16 at some places", hint="load the model with kv_type f32"
+                    "the KV seed has values that are beyond float16 at some places",
+                    hint="load the model with kv_type f32",
                 )
             ordered = interleave(heads) if self._layout.rotates_neighbours else heads
             laid_out = np.ascontiguousarray(ordered)
@@ -133,7 +134,9 @@ def read_seed(state: SequenceState, layout: Layout, num_heads: int, head_dim: in
         order = np.argsort(cache.positions)
         for layer, key, value in zip(layers, cache.keys, cache.values, strict=True):
             laid_out = hadamard(decode_rows(key, held, (num_heads, head_dim), False), layout.key_block)
-            laid_out_value = hadamard(decode_rows(value, held, (num_heads, head_dim), cache.transposed), layout.value_block)
+            laid_out_value = hadamard(
+                decode_rows(value, held, (num_heads, head_dim), cache.transposed), layout.value_block
+            )
             ordered = deinterleave(laid_out) if layout.rotates_neighbours else laid_out
             keys[layer], values[layer] = (_from_the_end(t[:, order], count) for t in (ordered, laid_out_value))
     return KVSeed(tuple(keys[i] for i in sorted(keys)), tuple(values[i] for i in sorted(values)))
