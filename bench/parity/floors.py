@@ -10,6 +10,7 @@ from edgepatch.bench.parity.models import architecture
 Row = dict[str, Any]
 
 UNQUANTIZED_CACHES = ("f32", "f16")
+UNQUANTIZED_WEIGHTS = ("F32", "F16", "fp32", "fp16")
 ONNX_F32 = 1e-4
 RATIO = 1.1
 """A seed of the full-precision model on quantized weights: no more error than those weights make without any patch."""

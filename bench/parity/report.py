@@ -51,7 +51,7 @@ A row below its floor makes the command fail.
 | quantized weights, f32 or f16 cache, route b; ONNX int8 and int4 | ratio ≤ {floors.RATIO} |
 | quantized cache, or route c on quantized weights: the virtual tokens are rounded too | ratio ≤ {floors.REQUANTIZED_RATIO} |
 | every row | KL ≤ {ACTIVE_SHARE} of what losing the patch would make ({REAL_MODEL.name}: {REAL_MODEL.active_share}) |
-| every row of a seed that moves | KL ≤ {ACTIVE_SHARE} of what leaving it at the start would make ({REAL_MODEL.name}: {REAL_MODEL.active_share}) |
+| a seed that moves, F32 or F16 weights, ONNX fp32 or fp16 (on others the canary's long prompt proves it) | KL ≤ {ACTIVE_SHARE} of what leaving it at the start would make ({REAL_MODEL.name}: {REAL_MODEL.active_share}) |
 
 Every patch carries its canary, and every load was proven by it; the largest deviation and what is allowed stand in the tables.
 """

@@ -10,9 +10,9 @@ only if it fits as well as the values do, which no key order touches.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -79,12 +79,12 @@ def hadamard(tensor: NDArray[np.float32], block: int) -> NDArray[np.float32]:
     return _float32(blocks.reshape(tensor.shape))
 
 
-@cache
+@functools.cache
 def _sylvester(size: int) -> NDArray[np.float32]:
     matrix = np.ones((1, 1), dtype=np.float32)
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.float32(np.sqrt(size))
+    return _float32(matrix / np.float32(np.sqrt(size)))
 
 
 def blocks_of(head_dim: int) -> list[int]:

@@ -88,7 +88,7 @@ class Sequences:
         anchoring = self.anchoring
         if anchoring is None:
             return self._runtime.forward(sequence, tokens[first:], every)
-        logits = []
+        logits: list[NDArray[np.float32]] = []
         for start, end, anchor in anchoring.spans(tokens, first):
             self._runtime.place_seed([sequence], [anchor])
             rows = self._runtime.forward(sequence, tokens[start:end], every)

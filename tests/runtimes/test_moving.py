@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,9 @@ from edgepatch.converters.dequantization import dequantize
 from edgepatch.converters.gguf import specs, writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.converters.hf.rotary import read_rotation
+from edgepatch.converters.llamacpp.layout import decode_rows, seeded_state
+from edgepatch.converters.llamacpp.rows import encode
+from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InactivePatchError, InputError
@@ -319,7 +323,40 @@ def test_nothing_is_evaluated_without_the_seed(forms, patch):
             runtime.logits_of_last([*text(40), 5])
 
 
+@pytest.mark.parametrize("ggml_type", [0, 1, 2, 8, 30])
+def test_rows_are_encoded_as_gguf_does(ggml_type):
+    rows = np.random.default_rng(0).standard_normal((5, 128)).astype(np.float32)
+    expected = gguf.quants.quantize(rows, gguf.GGMLQuantizationType(ggml_type))
+    assert encode(rows, ggml_type).tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+def test_a_moved_state_is_that_of_the_moved_seed(forms, patch, kv_type):
+    """All layers at once, against the layout of one seed that was moved before."""
+    with load(forms, "F16", replace(patch, canary=None), kv_type=kv_type) as runtime:
+        anchor = 37
+        state = read_state(runtime.backend.places.state_at(anchor).tobytes())
+        layout = runtime.backend.calibration.layout
+        expected = read_state(seeded_state(state, layout, patch.rotation.moved(patch.kv_seed, anchor)))
+    assert state.caches[0].positions == tuple(range(anchor, anchor + 10))
+    for actual, moved in zip(state.caches, expected.caches, strict=True):
+        assert actual.values == moved.values
+        decoded = ([decode_rows(layer, 10, (2, 64), False) for layer in cache.keys] for cache in (actual, moved))
+        # Rounding of a turned key may fall to the other side.
+        for one, other in zip(*decoded, strict=True):
+            assert np.abs(one - other).max() <= {"f16": 2e-3, "q8_0": 0.05, "q4_0": 0.7}[kv_type] * np.abs(other).max()
+            assert np.linalg.norm(one - other) < 0.01 * np.linalg.norm(other)
+
+
 # Sliding windows.
+
+
+def test_graphs_with_windows_are_left_alone(forms, patch):
+    """They count cells, so a seed that moves would be invisible to some layers without any error."""
+    with load(forms, "builder", patch) as runtime:
+        runtime.backend._graph = replace(runtime.backend._graph, windows=("window",))
+        with pytest.raises(InputError, match=r"--pinned"):
+            runtime.swap(replace(patch, name="other"))
 
 
 @pytest.fixture(scope="module")

@@ -202,8 +202,11 @@ ROW = {
         ({"refused": "no layout fits"}, "refused: no layout fits"),
         ({"architecture": "lfm2"}, "should have been refused"),
         ({"architecture": "lfm2", "route": "c", "seed": "moved", "kl_pinned": 0.5}, "should have been refused"),
-        ({"seed": "moved", "kl_pinned": 0.5}, ""),
-        ({"seed": "moved", "kl_pinned": 0.3}, "route b, moved: kl 1.0e-01 > 9.0e-02 (moved)"),
+        ({"seed": "moved", "kl_pinned": 0.3}, ""),
+        (
+            {"seed": "moved", "kl_pinned": 0.3, "quantization": "F32", "kv_type": "q4_0"},
+            "route b, moved: kl 1.0e-01 > 9.0e-02 (moved)",
+        ),
     ],
 )
 def test_a_missed_floor_is_named(change, words):

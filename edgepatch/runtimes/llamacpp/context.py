@@ -182,17 +182,17 @@ class LlamaContext:
         """Takes off all cells from position ``end`` on; whether the library could."""
         return bool(self._lib.llama_memory_seq_rm(self._memory, sequence, end, -1))
 
-    def holds(self, sequence: int, length: int) -> bool:
-        """Whether a sequence holds exactly the positions 0..length-1, as far back as the next token can see."""
-        if not length or self.model.has_recurrent_memory:
-            return self.last_position(sequence) == length - 1
-        return self.reaches(sequence, 0, length)
-
-    def reaches(self, sequence: int, first: int, length: int) -> bool:
-        """Whether a sequence holds positions ``first`` to ``length - 1``, as far back as a token behind them can see."""
-        least = int(self._lib.llama_memory_seq_pos_min(self._memory, sequence))
-        reach = max(first, length - self.model.window + 1) if self.model.window else first
-        return self.last_position(sequence) == length - 1 and 0 <= least <= reach
+    def holds(self, sequence: int, length: int, start: int = 0) -> bool:
+        """Whether a sequence holds exactly the positions ``start`` to ``length - 1``, as far back as the next token can see."""
+        first = int(self._lib.llama_memory_seq_pos_min(self._memory, sequence))
+        last = self.last_position(sequence)
+        if not length:
+            return (first, last) == (-1, -1)
+        if self.model.has_recurrent_memory:
+            return last == length - 1
+        window = self.model.window
+        reach = max(start, length - window + 1) if window else start  # the first that the next token sees
+        return last == length - 1 and 0 <= first <= reach
 
     def fork(self, source: int, target: int) -> None:
         """Empties ``target`` and lets it share all cells of ``source``; nothing is copied."""
@@ -212,16 +212,8 @@ class LlamaContext:
         Raises:
             InactivePatchError: it gives none.
         """
-        return bytes(self._read(sequence))
-
-    def _read(self, sequence: int) -> bytearray:
-        """The state of a sequence, in memory that the next call uses again: a seed that moves is read at every move."""
-        size = int(self._lib.llama_state_seq_get_size(self.handle, sequence))
-        if len(self._read_back) != size:
-            self._read_back = bytearray(size)
-        if self._lib.llama_state_seq_get_data(self.handle, _pointer(self._read_back), size, sequence) != size:
-            raise InactivePatchError(f"llama.cpp gave no state of its cache: {library.library_errors()}")
-        return self._read_back
+        self._read_back = _read_state(self._lib, self.handle, sequence, self._read_back)
+        return bytes(self._read_back)
 
     def restore(self, sequence: int, state: bytes | NDArray[np.uint8]) -> None:
         """Puts a state into a sequence and reads it back.
@@ -230,7 +222,8 @@ class LlamaContext:
             InactivePatchError: the library did not take it, or holds something else now; the sequence is empty then.
         """
         taken = self._lib.llama_state_seq_set_data(self.handle, _pointer(state), len(state), sequence)
-        if taken != len(state) or self._read(sequence) != memoryview(state):
+        self._read_back = _read_state(self._lib, self.handle, sequence, self._read_back)
+        if taken != len(state) or self._read_back != memoryview(state):
             self.forget(sequence)
             raise InactivePatchError(
                 f"llama.cpp took {taken} of {len(state)} bytes of the seed: {library.library_errors()}"
@@ -420,6 +413,16 @@ def _batch(lib: Any, size: int, width: int = 0, axes: int = 1) -> Iterator[_Batc
 def _fill(target: Any, values: Sequence[int] | NDArray[np.float32]) -> None:
     """Copies values into a C array that is at least as long."""
     np.ctypeslib.as_array(target, (len(values),))[:] = values
+
+
+def _read_state(lib: Any, handle: Any, sequence: int, memory: bytearray) -> bytearray:
+    """The state of a sequence, in ``memory`` where it fits: a seed that moves is read back at every move."""
+    size = int(lib.llama_state_seq_get_size(handle, sequence))
+    if len(memory) != size:
+        memory = bytearray(size)
+    if lib.llama_state_seq_get_data(handle, _pointer(memory), size, sequence) != size:
+        raise InactivePatchError(f"llama.cpp gave no state of its cache: {library.library_errors()}")
+    return memory
 
 
 def _pointer(state: bytes | bytearray | NDArray[np.uint8]) -> Any:

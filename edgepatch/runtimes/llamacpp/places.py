@@ -87,7 +87,7 @@ class SeedPlaces:
             self._context.fork(self._texts[sequence], sequence)
             self._anchors[sequence] = None
         # A saved text comes back without what its next token cannot see, which a token further in front can.
-        return self._context.reaches(self._texts[sequence], self.num_virtual_tokens, end)
+        return self._context.holds(self._texts[sequence], end, self.num_virtual_tokens)
 
     def fork(self, source: int, target: int, length: int) -> bool:
         """Lets a conversation hold the first ``length`` tokens of another."""
