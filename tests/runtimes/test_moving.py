@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import replace
 
@@ -56,24 +57,35 @@ def patch(model, tiny_folder):
     return make_patch(model, folders.read_spec(tiny_folder), 10, ANCHORING)
 
 
+class Forms:
+    """Name -> model and options of its runtime; each is made when a test first asks for it."""
+
+    def __init__(self, source, folder, request):
+        self.source, self.folder, self.request = source, folder, request
+
+    @functools.cache  # noqa: B019 - as long as the module's tests
+    def __getitem__(self, name):
+        options = {"num_threads": 1, "context_length": 200}
+        if name == "torch":
+            return self.source, {}
+        if name in ("builder", "int4"):
+            folders = self.request.getfixturevalue("onnx_folders")
+            return folders["fp32" if name == "builder" else "int4"], options
+        if name == "transformers":
+            onnx.export(self.source, self.folder / name, "fp32", "transformers")
+            return self.folder / name, options
+        kind = "F32" if name == "llamacpp" else name
+        path = self.folder / f"{kind}.gguf"
+        if kind == "Q8_0":
+            writer.quantize(self["llamacpp"][0], path, kind, num_threads=1)
+        else:
+            writer.convert_folder(self.source, path, kind)
+        return path, options | (FLOAT32 if name == "llamacpp" else {})
+
+
 @pytest.fixture(scope="module")
-def forms(tiny_folder, onnx_folders, tmp_path_factory):
-    """Name -> model and options of its runtime."""
-    folder = tmp_path_factory.mktemp("forms")
-    for kind in ("F32", "F16"):
-        writer.convert_folder(tiny_folder, folder / f"{kind}.gguf", kind)
-    writer.quantize(folder / "F32.gguf", folder / "Q8_0.gguf", "Q8_0", num_threads=1)
-    onnx.export(tiny_folder, folder / "transformers", "fp32", "transformers")
-    one = {"num_threads": 1}
-    return {
-        "torch": (tiny_folder, {}),
-        "llamacpp": (folder / "F32.gguf", one | FLOAT32),
-        "builder": (onnx_folders["fp32"], one | {"context_length": 200}),
-        "transformers": (folder / "transformers", one | {"context_length": 200}),
-        "F16": (folder / "F16.gguf", one | {"context_length": 200}),
-        "Q8_0": (folder / "Q8_0.gguf", one | {"context_length": 200}),
-        "int4": (onnx_folders["int4"], one | {"context_length": 200}),
-    }
+def forms(tiny_folder, tmp_path_factory, request):
+    return Forms(tiny_folder, tmp_path_factory.mktemp("forms"), request)
 
 
 def load(forms, form, patch, **options):
