@@ -90,7 +90,7 @@ def _seed_of_text(runtime: Session, count: int) -> KVSeed:
     """What the graph has cached for a random text: it takes no embeddings."""
     runtime.swap(None)
     runtime.logits_of_last(random_tokens(runtime.spec.vocab_size, count))
-    cells = runtime.sequences.save().state
+    _, cells = runtime.sequences.save().state
     return KVSeed(
         tuple(key.astype(np.float16) for key, _ in cells), tuple(value.astype(np.float16) for _, value in cells)
     )

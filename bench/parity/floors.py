@@ -10,6 +10,7 @@ from edgepatch.bench.parity.models import architecture
 Row = dict[str, Any]
 
 UNQUANTIZED_CACHES = ("f32", "f16")
+UNQUANTIZED_WEIGHTS = ("F32", "F16", "fp32", "fp16")
 ONNX_F32 = 1e-4
 RATIO = 1.1
 """A seed of the full-precision model on quantized weights: no more error than those weights make without any patch."""
@@ -35,6 +36,15 @@ class Floor:
 
 def floors_of(row: Row) -> list[Floor]:
     """What a measured row must reach."""
+    if row.get("seed") == "moved":
+        return [
+            *_of_any_seed(row),
+            Floor("moved", "kl", architecture(row["architecture"]).active_share * row["kl_pinned"]),
+        ]
+    return _of_any_seed(row)
+
+
+def _of_any_seed(row: Row) -> list[Floor]:
     spec = architecture(row["architecture"])
     active = Floor("active", "kl", spec.active_share * row["kl_no_patch"])
     if row["runtime"] == "onnx":
@@ -55,7 +65,10 @@ def floors_of(row: Row) -> list[Floor]:
 
 def is_proper_refusal(row: Row) -> bool:
     """Whether the library could do nothing better than refuse."""
-    if row["route"] == "b" and not architecture(row["architecture"]).stored_route:
+    spec, moves = architecture(row["architecture"]), row.get("seed") == "moved"
+    if not spec.stored_route and (row["route"] == "b" or moves):
+        return True
+    if moves and row["runtime"] == "onnx" and spec.has_windows:
         return True
     return row["runtime"] == "llamacpp" and row["kv_type"] not in UNQUANTIZED_CACHES and not row["flash_attention"]
 
@@ -76,7 +89,7 @@ def label(row: Row) -> str:
     parts = [row["architecture"], row["runtime"], row["quantization"], f"KV {row['kv_type']}"]
     if row["flash_attention"] is not None:
         parts.append(f"flash attention {'on' if row['flash_attention'] else 'off'}")
-    return ", ".join([*parts, f"route {row['route']}"])
+    return ", ".join([*parts, f"route {row['route']}", *(["moved"] if row.get("seed") == "moved" else [])])
 
 
 def complaint(row: Row) -> str:

@@ -85,7 +85,12 @@ class Architecture:
     half_kl: float = HALF_KL
     active_share: float = ACTIVE_SHARE
     gguf_types: tuple[str, ...] = GGUF_TYPES
-    limit_s: int = 1200
+    limit_s: int = 1800
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers see a sliding window alone."""
+        return bool(self.settings.get("sliding_window"))
 
 
 COMMON = {

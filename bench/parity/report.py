@@ -7,7 +7,8 @@ from typing import Any
 
 from edgepatch.bench.parity import floors
 from edgepatch.bench.parity.models import ACTIVE_SHARE, ARCHITECTURES, GGUF_TYPES, HALF_KL, REAL_MODEL
-from edgepatch.bench.parity.rows import KV_TYPES, ONNX_PRECISIONS, ROUTES
+from edgepatch.bench.parity.moved import BLOCK
+from edgepatch.bench.parity.rows import KV_TYPES, ONNX_PRECISIONS, PINNED, ROUTES, SEEDS
 from edgepatch.patch.canary import tolerance
 
 Row = dict[str, Any]
@@ -50,8 +51,18 @@ A row below its floor makes the command fail.
 | quantized weights, f32 or f16 cache, route b; ONNX int8 and int4 | ratio ≤ {floors.RATIO} |
 | quantized cache, or route c on quantized weights: the virtual tokens are rounded too | ratio ≤ {floors.REQUANTIZED_RATIO} |
 | every row | KL ≤ {ACTIVE_SHARE} of what losing the patch would make ({REAL_MODEL.name}: {REAL_MODEL.active_share}) |
+| a seed that moves, F32 or F16 weights, ONNX fp32 or fp16 (on others the canary's long prompt proves it) | KL ≤ {ACTIVE_SHARE} of what leaving it at the start would make ({REAL_MODEL.name}: {REAL_MODEL.active_share}) |
 
 Every patch carries its canary, and every load was proven by it; the largest deviation and what is allowed stand in the tables.
+"""
+
+MOVED = f"""\
+## Seeds that move
+
+The same patches, whose seeds stand directly in front of every {BLOCK} tokens of the text and of a turn in it. The reference is one pass of
+Transformers over copies of the virtual tokens at all of these places, each seen by the tokens behind it alone. Routes b and c together
+where nothing else is said, with flash attention; **pinned** is the KL that leaving the seed at the start would make.
+
 """
 
 CONTROLS = """\
@@ -76,6 +87,11 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def _pick(rows: Sequence[Row], **values: Any) -> list[Row]:
     """Measured rows with these values."""
     return [row for row in rows if "refused" not in row and all(row[name] == value for name, value in values.items())]
+
+
+def _of_seed(rows: Sequence[Row], seed: str) -> list[Row]:
+    """Rows of seeds that stay, or that move."""
+    return [row for row in rows if row.get("seed", PINNED) == seed]
 
 
 def _worst(rows: Sequence[Row], value: Callable[[Row], float], form: Callable[[float], str], best: bool = False) -> str:
@@ -182,6 +198,28 @@ def _onnx(rows: Sequence[Row]) -> str:
     return _table(head, ([name, exporter(name), *(cell(name, p) for p in ONNX_PRECISIONS)] for name in _names(rows)))
 
 
+def _moved(rows: Sequence[Row]) -> str:
+    """Seeds that go along with the text, by architecture."""
+
+    def line(name: str) -> list[str]:
+        own = [row for row in rows if row["architecture"] == name]
+        exact = [_pick(own, quantization="F32", kv_type="f32", flash_attention=False, route=route) for route in ROUTES]
+        cells = [name, *(_worst(picked, lambda r: r["max_abs_dlogit"], _number) for picked in exact)]
+        for quantization in GGUF_TYPES[1:]:
+            for kv_type in KV_TYPES[1:]:
+                picked = _pick(own, quantization=quantization, kv_type=kv_type, flash_attention=True)
+                cells.append(_kl_and(picked, _ratio, "{:.2f}".format))
+        cells.append(_worst(_pick(own, quantization="fp32"), lambda r: r["max_abs_dlogit"], _number))
+        cells.append(_kl_and(_pick(own, quantization="int4"), _ratio, "{:.2f}".format))
+        cells.append(_worst(_pick(own), lambda r: -r["kl_pinned"], lambda v: f"{-v:.2f}"))
+        return cells
+
+    quantized = [f"{weights}, {cache}: KL (ratio)" for weights in GGUF_TYPES[1:] for cache in KV_TYPES[1:]]
+    head = ["architecture", "F32 b: max \\|Δ\\|", "F32 c: max \\|Δ\\|", *quantized]
+    names = _names([row for row in rows if "refused" not in row])
+    return _table([*head, "ONNX fp32: max \\|Δ\\|", "ONNX int4: KL (ratio)", "pinned"], map(line, names))
+
+
 def _refusals(rows: Sequence[Row]) -> str:
     """Each reason once, with how many rows and which architectures."""
     reasons: dict[tuple[str, str], list[Row]] = {}
@@ -241,6 +279,7 @@ def render(results: dict[str, Any]) -> str:
     text = dict(meta, architectures=len(_names(rows)), measured=len(_pick(rows)), **counts)
     text["versions"] = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     sections = [INTRODUCTION.format(**text), FLOORS]
+    pinned, moved = (_of_seed(rows, seed) for seed in SEEDS)
     missed = [f"- {floors.complaint(row)}\n" for row in rows if row["passed"] is False]
     missed += [
         f"- {floors.control_complaint(row)}\n"
@@ -252,10 +291,12 @@ def render(results: dict[str, Any]) -> str:
     sections.append(
         "## llama.cpp, by architecture\n\nF16 takes the worse of flash attention on and off, with an f16 cache; in "
         "brackets against Transformers with the same weights rounded to float16. Quantized rows have an f16 cache and flash "
-        "attention.\n\n" + _by_architecture(rows)
+        "attention.\n\n" + _by_architecture(pinned)
     )
-    sections.append("## llama.cpp, by setting\n\nThe worst of all architectures.\n\n" + _by_setting(rows))
-    sections.append("## ONNX Runtime, stored seed\n\n" + _onnx(rows))
+    sections.append("## llama.cpp, by setting\n\nThe worst of all architectures.\n\n" + _by_setting(pinned))
+    sections.append("## ONNX Runtime, stored seed\n\n" + _onnx(pinned))
+    if moved:
+        sections.append(MOVED + _moved(moved))
     sections.append(CONTROLS + _controls(results["controls"]))
     sections.append("## Refused\n\n" + _refusals(rows))
     return "\n".join(sections)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.bench.parity import moved
 from edgepatch.bench.parity.models import PROMPT, Architecture, convert
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patch.canary import deviation
@@ -24,6 +26,9 @@ KV_TYPES = ("f32", "f16", "q8_0", "q4_0")
 ROUTES = {"b": "stored", "c": "decoded"}
 ONNX_PRECISIONS = ("fp32", "fp16", "int8", "int4")
 ONNX_EXPORTERS = ("builder", "transformers")
+PINNED, MOVED = "pinned", "moved"
+SEEDS = (PINNED, MOVED)
+"""At the start of the text, or in front of each block and turn of it."""
 METRICS = ("max_abs_dlogit", "kl", "top1")
 
 Row = dict[str, Any]
@@ -56,6 +61,9 @@ class Oracle:
         patched: (T, V) logits behind the soft prompt.
         bare: (T, V) logits without it.
         patched_f16: (T, V) logits behind the soft prompt of the same model with its matrices rounded to float16.
+        moving: the same patch, whose seed goes along with the text; ``None`` where it cannot.
+        cannot_move: why, or "".
+        moved: (T, V) logits behind it; empty where it cannot.
     """
 
     tokens: list[int]
@@ -64,6 +72,15 @@ class Oracle:
     patched: Logits
     bare: Logits
     patched_f16: Logits
+    moving: Patch | None
+    cannot_move: str
+    moved: Logits
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Of the canaries of both patches."""
+        canaries = [patch.canary for patch in (self.patch, self.moving) if patch is not None]
+        return list(dict.fromkeys(prompt.tokens for canary in canaries if canary for prompt in canary.prompts))
 
 
 def make_oracle(spec: Architecture, folder: Path) -> Oracle:
@@ -71,6 +88,7 @@ def make_oracle(spec: Architecture, folder: Path) -> Oracle:
     import torch
 
     from edgepatch.converters.hf import folders, seeds
+    from edgepatch.converters.hf.rotary import read_rotation
     from edgepatch.text.tokenizers import FolderTokenizer
 
     model = folders.load_model(folder)
@@ -93,11 +111,19 @@ def make_oracle(spec: Architecture, folder: Path) -> Oracle:
         "parity", "1.0.0", folders.read_spec(folder), soft_prompt, seed, canary=seeds.compute_canary(model, soft_prompt)
     )
     patched, bare = logits(True), logits(False)
+    moving, cannot_move, moved_text = None, "", np.empty((0, 0), np.float32)
+    try:
+        rotation, anchoring = read_rotation(model), moved.anchoring_of(tokens)
+        canary = seeds.compute_canary(model, soft_prompt, rotation=rotation, anchoring=anchoring)
+        moving = replace(patch, rotation=rotation, anchoring=anchoring, canary=canary)
+        moved_text = moved.moved_logits(model, soft_prompt, anchoring, tokens)
+    except InputError as error:
+        cannot_move = str(error)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.copy_(parameter.half().float())
-    return Oracle(tokens, patch, no_seed, patched, bare, logits(True))
+    return Oracle(tokens, patch, no_seed, patched, bare, logits(True), moving, cannot_move, moved_text)
 
 
 def _draw_soft_prompt(spec: Architecture, embeddings: Logits) -> SoftPrompt:
@@ -109,10 +135,10 @@ def _draw_soft_prompt(spec: Architecture, embeddings: Logits) -> SoftPrompt:
 
 @dataclass(frozen=True)
 class _Answer:
-    """Logits of the measured text, (T, V), and of each of the canary's prompts, (V,)."""
+    """Logits of the measured text, (T, V), and of each of the canaries' prompts, (V,)."""
 
     text: Logits
-    canary: list[Logits]
+    canary: dict[tuple[int, ...], Logits]
 
 
 def _ask(oracle: Oracle, model: Path, patch: Patch | None, **options: Any) -> _Answer:
@@ -120,9 +146,8 @@ def _ask(oracle: Oracle, model: Path, patch: Patch | None, **options: Any) -> _A
 
     with load_runtime(model, patch, **options, num_threads=1) as runtime:
         _require_route(runtime, options.get("seed_route"))
-        assert oracle.patch.canary is not None  # make_oracle
-        prompts = [list(prompt.tokens) for prompt in oracle.patch.canary.prompts]
-        return _Answer(runtime.logits(oracle.tokens), [runtime.logits(tokens)[-1] for tokens in prompts])
+        canary = {tokens: runtime.logits_of_last(tokens) for tokens in oracle.prompts}
+        return _Answer(runtime.logits(oracle.tokens), canary)
 
 
 def _require_route(runtime: Session, route: str | None) -> None:
@@ -130,14 +155,33 @@ def _require_route(runtime: Session, route: str | None) -> None:
         raise InputError(f"seed route: expected {route}, found {runtime.seed_route}")
 
 
-def _compare(oracle: Oracle, bare: _Answer, patched: _Answer) -> Row:
-    assert oracle.patch.canary is not None  # make_oracle
-    probes = zip(oracle.patch.canary.prompts, bare.canary, patched.canary, strict=True)
-    return divergence(oracle.patched, patched.text) | {
+def _compare(oracle: Oracle, patch: Patch, bare: _Answer, patched: _Answer) -> Row:
+    assert patch.canary is not None  # make_oracle
+    expected = oracle.moved if patch is oracle.moving else oracle.patched
+    deviations = (deviation(p, bare.canary[p.tokens], patched.canary[p.tokens]) for p in patch.canary.prompts)
+    row = divergence(expected, patched.text) | {
         "kl_bare": divergence(oracle.bare, bare.text)["kl"],
-        "kl_no_patch": divergence(oracle.patched, bare.text)["kl"],
-        "canary": max(deviation(prompt, without, with_patch) for prompt, without, with_patch in probes),
+        "kl_no_patch": divergence(expected, bare.text)["kl"],
+        "canary": max(deviations),
     }
+    if patch is oracle.moving:
+        row["kl_pinned"] = divergence(oracle.moved, oracle.patched)["kl"]
+    return row
+
+
+def _patch_of(oracle: Oracle, seed: str, route: str) -> Patch:
+    """The patch whose seed stays or moves.
+
+    Raises:
+        InputError: there is none of this architecture.
+    """
+    if route == "b" and oracle.no_seed:
+        raise InputError(oracle.no_seed)
+    if seed == PINNED:
+        return oracle.patch
+    if oracle.moving is None:
+        raise InputError(oracle.cannot_move)
+    return oracle.moving
 
 
 def _reason(error: EdgepatchError) -> str:
@@ -185,16 +229,14 @@ def llamacpp_rows(spec: Architecture, type_name: str, model: Path, oracle: Oracl
 def _routes(type_name: str, model: Path, oracle: Oracle, setting: Row) -> Iterator[Row]:
     """The rows of one model and one kind of cache."""
     bare: _Answer | None = None
-    for route, seed_route in ROUTES.items():
-        row: Row = {"route": route} | dict.fromkeys(METRICS)
+    for route, seed in product(ROUTES, SEEDS):
+        row: Row = {"route": route, "seed": seed} | dict.fromkeys(METRICS)
         try:
-            if route == "b" and oracle.no_seed:
-                raise InputError(oracle.no_seed)
-            options = setting | {"context_length": CONTEXT}
+            patch, options = _patch_of(oracle, seed, route), setting | {"context_length": CONTEXT}
             bare = bare or _ask(oracle, model, None, **options)
-            patched = _ask(oracle, model, oracle.patch, **options, seed_route=seed_route)
-            row |= _compare(oracle, bare, patched)
-            if type_name == "F16":
+            patched = _ask(oracle, model, patch, **options, seed_route=ROUTES[route])
+            row |= _compare(oracle, patch, bare, patched)
+            if type_name == "F16" and seed == PINNED:
                 row["kl_rounded"] = divergence(oracle.patched_f16, patched.text)["kl"]
         except EdgepatchError as error:
             row["refused"] = _reason(error)
@@ -204,21 +246,25 @@ def _routes(type_name: str, model: Path, oracle: Oracle, setting: Row) -> Iterat
 def _onnx_rows(spec: Architecture, folder: Path, oracle: Oracle) -> Iterator[Row]:
     exporter = ""
     for precision in ONNX_PRECISIONS:
-        row: Row = {"architecture": spec.name, "runtime": "onnx", "quantization": precision}
-        row |= {
-            "kv_type": "f16" if precision == "fp16" else "f32",
-            "flash_attention": None,
-            "route": "b",
-        } | dict.fromkeys(METRICS)
+        identity: Row = {"architecture": spec.name, "runtime": "onnx", "quantization": precision}
+        identity |= {"kv_type": "f16" if precision == "fp16" else "f32", "flash_attention": None, "route": "b"}
+        target, refused = folder / f"onnx-{precision}", oracle.no_seed
         try:
-            if oracle.no_seed:
-                raise InputError(oracle.no_seed)
-            exporter = _export(spec, folder, precision, exporter)
-            bare, patched = (_ask(oracle, folder / f"onnx-{precision}", patch) for patch in (None, oracle.patch))
-            row |= {"exporter": exporter} | _compare(oracle, bare, patched)
+            exporter = "" if refused else _export(spec, folder, precision, exporter)
         except EdgepatchError as error:
-            row["refused"] = _reason(error)
-        yield row
+            refused = _reason(error)
+        for seed in SEEDS:
+            row = identity | {"seed": seed} | dict.fromkeys(METRICS)
+            yield row | ({"refused": refused} if refused else {"exporter": exporter} | onnx_row(target, oracle, seed))
+
+
+def onnx_row(model: Path, oracle: Oracle, seed: str) -> Row:
+    """What is measured of an ONNX folder with a seed that stays or moves, or why it is refused."""
+    try:
+        patch = _patch_of(oracle, seed, "b")
+        return _compare(oracle, patch, *(_ask(oracle, model, each) for each in (None, patch)))
+    except EdgepatchError as error:
+        return {"refused": _reason(error)}
 
 
 def _export(spec: Architecture, folder: Path, precision: Any, working: str) -> str:

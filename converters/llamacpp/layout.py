@@ -10,6 +10,7 @@ only if it fits as well as the values do, which no key order touches.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -74,11 +75,16 @@ def hadamard(tensor: NDArray[np.float32], block: int) -> NDArray[np.float32]:
     """(..., H) multiplied per block of ``block`` dimensions by the orthonormal Sylvester matrix, which is its own inverse."""
     if not block:
         return tensor
-    matrix = np.ones((1, 1), dtype=np.float32)
-    while len(matrix) < block:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    blocks = tensor.reshape(*tensor.shape[:-1], -1, block) @ (matrix / np.float32(np.sqrt(block)))
+    blocks = tensor.reshape(-1, block) @ _sylvester(block)
     return _float32(blocks.reshape(tensor.shape))
+
+
+@functools.cache
+def _sylvester(size: int) -> NDArray[np.float32]:
+    matrix = np.ones((1, 1), dtype=np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return _float32(matrix / np.float32(np.sqrt(size)))
 
 
 def blocks_of(head_dim: int) -> list[int]:
@@ -149,6 +155,12 @@ def encode_rows(tensor: NDArray[np.float32], ggml_type: int, transposed: bool) -
     return bytes(np.ascontiguousarray(stored).tobytes())
 
 
+def cells_of(probe: SequenceState, num_virtual_tokens: int, window: int) -> list[range]:
+    """The virtual tokens that each of llama.cpp's caches keeps: the second, of layers with a window, what the next token can see."""
+    first = max(0, num_virtual_tokens - window) if window else 0
+    return [range(start, num_virtual_tokens) for start in (0, first)[: len(probe.caches)]]
+
+
 def seeded_state(probe: SequenceState, layout: Layout, seed: KVSeed, window: int = 0) -> bytes:
     """The state of P cells that hold the seed, in the structure of ``probe``.
 
@@ -162,8 +174,7 @@ def seeded_state(probe: SequenceState, layout: Layout, seed: KVSeed, window: int
         InputError: a value is beyond the cache's type.
         InactivePatchError: the seed does not fit the cache.
     """
-    num_cells = seed.num_virtual_tokens
-    positions = [range(num_cells), range(max(0, num_cells - window) if window else 0, num_cells)][: len(probe.caches)]
+    positions = cells_of(probe, seed.num_virtual_tokens, window)
     keys, values = [], []
     for cache, layers, cells in zip(probe.caches, layout.layers, positions, strict=True):
         keys.append(

@@ -19,6 +19,9 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgepatch.errors import InactivePatchError
 
 MAX_HEADER_BYTES = 32
@@ -161,6 +164,44 @@ def read_state(data: bytes) -> SequenceState:
             hint="the soft prompt must be decoded on the device instead, or use a tested llama-cpp-python",
         )
     return readings[0]
+
+
+@dataclass(frozen=True)
+class KeyFields:
+    """Where keys and positions of a cache stand in the bytes of a state.
+
+    Attributes:
+        cells: of the table of cells.
+        extended: cells carry M-RoPE's further positions.
+        num_cells: in the table.
+        layers: of each layer's keys.
+    """
+
+    cells: slice
+    extended: bool
+    num_cells: int
+    layers: tuple[slice, ...]
+
+    def move(self, state: NDArray[np.uint8], distance: int) -> None:
+        """Adds to the position of every cell, in place."""
+        cells = state[self.cells].reshape(self.num_cells, -1).view("<i4")
+        cells[:, [0, 2, 3] if self.extended else [0]] += distance
+
+
+def key_fields(probe: SequenceState, num_cells: Sequence[int]) -> list[KeyFields]:
+    """Of each cache in a state that ``fill`` gives for so many cells."""
+    end, fields = len(probe.header), []
+    for cache, count in zip(probe.caches, num_cells, strict=True):
+        first = end + struct.calcsize("<II")
+        cells = slice(first, first + count * (EXTENDED_CELL if cache.extended else PLAIN_CELL).size)
+        end, layers = cells.stop + struct.calcsize("<II"), []
+        for layer in cache.keys:
+            start = end + struct.calcsize("<iQ")
+            end = start + count * layer.row_bytes
+            layers.append(slice(start, end))
+        end += sum(len(_value_field(layer, cache)) + count * layer.row_bytes for layer in cache.values)
+        fields.append(KeyFields(cells, cache.extended, count, tuple(layers)))
+    return fields
 
 
 def fill(

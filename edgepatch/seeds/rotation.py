@@ -82,14 +82,21 @@ class Rotation:
         Returns:
             The same shape, float32.
         """
-        table, turned = self.layers[layer], np.array(keys, dtype=np.float32)
+        table, given = self.layers[layer], np.ascontiguousarray(keys, dtype=np.float32)
+        turned = np.empty_like(given)
         if table is None or not shift:
+            turned[:] = given
             return turned
         cos, sin = self.cos_sin(table, shift)
-        first_half, second_half = halves(len(cos), self.neighbours if neighbours is None else neighbours)
-        first, second = turned[..., first_half].copy(), turned[..., second_half].copy()
-        turned[..., first_half] = first * cos - second * sin
-        turned[..., second_half] = second * cos + first * sin
+        count = len(cos)
+        turned[..., 2 * count :] = given[..., 2 * count :]
+        if self.neighbours if neighbours is None else neighbours:  # a pair is a complex number, times one of length 1
+            pairs, turned_pairs = (keys[..., : 2 * count].view(np.complex64) for keys in (given, turned))
+            np.multiply(pairs, cos + 1j * sin, out=turned_pairs)
+            return turned
+        first, second = given[..., :count], given[..., count : 2 * count]
+        turned[..., :count] = first * cos - second * sin
+        turned[..., count : 2 * count] = second * cos + first * sin
         return turned
 
     def moved(self, seed: KVSeed, shift: int) -> KVSeed:

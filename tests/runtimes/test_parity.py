@@ -139,9 +139,9 @@ def test_every_setting_reaches_its_floors(tiny, quantization):
     rows = [*parity_rows.llamacpp_rows(wanted, quantization, folder / f"{quantization}.gguf", oracle)]
     judged = [floors.judge(row) for row in rows]
     assert not [floors.complaint(row) for row in judged if row["passed"] is False]
-    assert sum(row["passed"] is True for row in judged) == 12, (
-        "f32 and f16 with and without flash attention, q8_0, q4_0; b and c"
-    )
+    for seed in parity_rows.SEEDS:
+        passed = [row for row in judged if row["passed"] is True and row["seed"] == seed]
+        assert len(passed) == 12, "f32 and f16 with and without flash attention, q8_0, q4_0; b and c"
     assert {row["refused"] for row in judged if row["passed"] is None} == {
         f"KV type {t} needs flash attention" for t in ("q8_0", "q4_0")
     }
@@ -201,6 +201,12 @@ ROW = {
         ({"runtime": "onnx", "quantization": "int8", "kl": 0.12, "flash_attention": None}, "stored seed"),
         ({"refused": "no layout fits"}, "refused: no layout fits"),
         ({"architecture": "lfm2"}, "should have been refused"),
+        ({"architecture": "lfm2", "route": "c", "seed": "moved", "kl_pinned": 0.5}, "should have been refused"),
+        ({"seed": "moved", "kl_pinned": 0.3}, ""),
+        (
+            {"seed": "moved", "kl_pinned": 0.3, "quantization": "F32", "kv_type": "q4_0"},
+            "route b, moved: kl 1.0e-01 > 9.0e-02 (moved)",
+        ),
     ],
 )
 def test_a_missed_floor_is_named(change, words):

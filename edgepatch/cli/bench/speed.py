@@ -1,4 +1,4 @@
-"""``bench latency``, ``swap``, ``machine``, ``buffers``, ``first-contact``, ``trl``: what a patch costs in time and memory."""
+"""``bench latency``, ``swap``, ``moves``, ``machine``, ``buffers``, ``first-contact``, ``trl``: what a patch costs in time and memory."""
 
 from __future__ import annotations
 
@@ -149,6 +149,42 @@ def swap(
         ("swap", "median ms", "least", "most"),
         [(name, *(f"{row[column]:.1f}" for column in columns)) for name, row in rows.items()],
     )
+
+
+@bench_app.command()
+def moves(
+    shape: Annotated[
+        str, typer.Option(help="Shape of a random model, made once in the folder of shapes.")
+    ] = "llama-3.2-1b",
+    quantization: Annotated[str, typer.Option(help="F16, Q8_0, Q4_0 or Q4_K_M.")] = "Q4_0",
+    threads: ThreadsOption = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 2048,
+    decoded: Annotated[int, typer.Option(min=1, help="Tokens that are generated behind it.")] = 128,
+    repeats: RepeatsOption = 5,
+    shapes: ShapesOption = SHAPES,
+    out: OutOption = RESULTS / "moves.json",
+    log: LogOption = None,
+) -> None:
+    """Time a seed that goes along with the text: bare, pinned, and moving every 64, 128 and 256 tokens, in turn.
+
+    Example: `edgepatch bench moves --shape smollm-135m --quantization Q8_0 --repeats 3`
+    """
+    from edgepatch.bench.latency import moves as floating
+
+    sizes = floating.Sizes(prompt, decoded, repeats)
+    with progress_bars(log or log_beside(out)) as progress:
+        document = floating.run(shape, quantization, threads, sizes, shapes, out, progress)
+    names = (
+        "arm",
+        "block",
+        "prefill_cpu_ms",
+        "prefill_cpu_ratio",
+        "decode_tokens_cpu_s",
+        "decode_cpu_ratio",
+        "move_ms",
+    )
+    print_table(names, [[cell.get(name, "") for name in names] for cell in document["cells"]])
+    print_table(tuple(document["pieces"][0]), [list(piece.values()) for piece in document["pieces"]])
 
 
 @bench_app.command()

@@ -151,6 +151,7 @@ class LlamaContext:
         self.num_cells = int(lib.llama_n_ctx(self.handle))
         self._chunk = min(int(lib.llama_n_batch(self.handle)), CHUNK)
         self._batch = self._resources.enter_context(_batch(lib, self._chunk))
+        self._read_back = bytearray()
 
     def close(self) -> None:
         """Frees the context; may be called more than once."""
@@ -181,15 +182,16 @@ class LlamaContext:
         """Takes off all cells from position ``end`` on; whether the library could."""
         return bool(self._lib.llama_memory_seq_rm(self._memory, sequence, end, -1))
 
-    def holds(self, sequence: int, length: int) -> bool:
-        """Whether a sequence holds exactly the positions 0..length-1, as far back as the next token can see."""
+    def holds(self, sequence: int, length: int, start: int = 0) -> bool:
+        """Whether a sequence holds exactly the positions ``start`` to ``length - 1``, as far back as the next token can see."""
         first = int(self._lib.llama_memory_seq_pos_min(self._memory, sequence))
         last = self.last_position(sequence)
         if not length:
             return (first, last) == (-1, -1)
         if self.model.has_recurrent_memory:
             return last == length - 1
-        reach = max(0, length - self.model.window + 1) if self.model.window else 0  # the first that the next token sees
+        window = self.model.window
+        reach = max(start, length - window + 1) if window else start  # the first that the next token sees
         return last == length - 1 and 0 <= first <= reach
 
     def fork(self, source: int, target: int) -> None:
@@ -210,21 +212,18 @@ class LlamaContext:
         Raises:
             InactivePatchError: it gives none.
         """
-        size = self._lib.llama_state_seq_get_size(self.handle, sequence)
-        buffer = (ctypes.c_uint8 * size)()
-        if self._lib.llama_state_seq_get_data(self.handle, buffer, size, sequence) != size:
-            raise InactivePatchError(f"llama.cpp gave no state of its cache: {library.library_errors()}")
-        return bytes(buffer)
+        self._read_back = _read_state(self._lib, self.handle, sequence, self._read_back)
+        return bytes(self._read_back)
 
-    def restore(self, sequence: int, state: bytes) -> None:
+    def restore(self, sequence: int, state: bytes | NDArray[np.uint8]) -> None:
         """Puts a state into a sequence and reads it back.
 
         Raises:
             InactivePatchError: the library did not take it, or holds something else now; the sequence is empty then.
         """
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        taken = self._lib.llama_state_seq_set_data(self.handle, buffer, len(state), sequence)
-        if taken != len(state) or self.state(sequence) != state:
+        taken = self._lib.llama_state_seq_set_data(self.handle, _pointer(state), len(state), sequence)
+        self._read_back = _read_state(self._lib, self.handle, sequence, self._read_back)
+        if taken != len(state) or self._read_back != memoryview(state):
             self.forget(sequence)
             raise InactivePatchError(
                 f"llama.cpp took {taken} of {len(state)} bytes of the seed: {library.library_errors()}"
@@ -414,3 +413,18 @@ def _batch(lib: Any, size: int, width: int = 0, axes: int = 1) -> Iterator[_Batc
 def _fill(target: Any, values: Sequence[int] | NDArray[np.float32]) -> None:
     """Copies values into a C array that is at least as long."""
     np.ctypeslib.as_array(target, (len(values),))[:] = values
+
+
+def _read_state(lib: Any, handle: Any, sequence: int, memory: bytearray) -> bytearray:
+    """The state of a sequence, in ``memory`` where it fits: a seed that moves is read back at every move."""
+    size = int(lib.llama_state_seq_get_size(handle, sequence))
+    if len(memory) != size:
+        memory = bytearray(size)
+    if lib.llama_state_seq_get_data(handle, _pointer(memory), size, sequence) != size:
+        raise InactivePatchError(f"llama.cpp gave no state of its cache: {library.library_errors()}")
+    return memory
+
+
+def _pointer(state: bytes | bytearray | NDArray[np.uint8]) -> Any:
+    """The address of bytes, which are not copied; the library does not write to those that it is given."""
+    return ctypes.cast(np.frombuffer(state, np.uint8).ctypes.data, ctypes.POINTER(ctypes.c_uint8))

@@ -8,9 +8,28 @@ the seed in one sequence. Both share the cells, so that a move copies nothing bu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgepatch.errors import InactivePatchError
 from edgepatch.runtimes.llamacpp.context import LlamaContext
+
+
+@dataclass(frozen=True)
+class SavedText:
+    """What a conversation held.
+
+    Attributes:
+        anchor: where its seed stands.
+        source: llama.cpp's sequence that the state was read from.
+        state: of seed and text where the seed stays, else of the text alone; empty where there is none.
+    """
+
+    anchor: int
+    source: int
+    state: bytes
 
 
 class SeedPlaces:
@@ -31,7 +50,7 @@ class SeedPlaces:
         self._master, self.loading = num_sequences, num_sequences + 1
         self._texts = range(num_sequences + 2, 2 * num_sequences + 2)
         self._anchors: list[int | None] = [0] * num_sequences  # None: the seed must be put there first
-        self.state_at: Callable[[int], bytes] | None = None
+        self.state_at: Callable[[int], NDArray[np.uint8]] | None = None
 
     @staticmethod
     def sequences_for(num_sequences: int) -> int:
@@ -60,13 +79,15 @@ class SeedPlaces:
         end, anchor = self.num_virtual_tokens + length, self._anchors[sequence]
         if self.state_at is None:
             return self._context.truncate(sequence, end)
+        self._keep_text(sequence)
         self._context.cut(self._texts[sequence], end)
         if anchor is not None and anchor <= length:
             self._context.cut(sequence, end)
         else:
             self._context.fork(self._texts[sequence], sequence)
             self._anchors[sequence] = None
-        return self._context.last_position(sequence) == end - 1
+        # A saved text comes back without what its next token cannot see, which a token further in front can.
+        return self._context.holds(self._texts[sequence], end, self.num_virtual_tokens)
 
     def fork(self, source: int, target: int, length: int) -> bool:
         """Lets a conversation hold the first ``length`` tokens of another."""
@@ -139,29 +160,28 @@ class SeedPlaces:
 
     # Saved conversations.
 
-    def save(self, sequence: int) -> tuple[int, bytes]:
-        """Where the seed stands, and llama.cpp's state: of text and seed where the seed stays, else of the text alone."""
+    def save(self, sequence: int) -> SavedText:
+        """What a conversation holds."""
         anchor = self._anchors[sequence] or 0
         if self.state_at is None:
-            return 0, self._context.state(sequence)
+            return SavedText(0, sequence, self._context.state(sequence))
         self._take_off(sequence)
         self._context.forget(sequence)  # a cell names the sequences that share it
-        has_text = self._context.last_position(self._texts[sequence]) >= 0
-        text = self._context.state(self._texts[sequence]) if has_text else b""
-        self._context.fork(self._texts[sequence], sequence)
+        source = self._texts[sequence]
+        text = self._context.state(source) if self._context.last_position(source) >= 0 else b""
+        self._context.fork(source, sequence)
         self._put_on([sequence], anchor)
-        return anchor, text
+        return SavedText(anchor, source, text)
 
-    def restore(self, sequence: int, saved: tuple[int, bytes]) -> None:
-        """Puts back what was saved; every other conversation must be started afresh.
+    def restore(self, sequence: int, saved: SavedText) -> None:
+        """Puts back what was saved, of this or another conversation; every other one must be started afresh.
 
         Raises:
             InactivePatchError: llama.cpp did not take it.
         """
-        anchor, state = saved
         if self.state_at is None:
             self._context.clear()
-            self._context.restore(sequence, state)
+            self._take_in(saved, sequence)
             if self.num_virtual_tokens:  # the seed's cells are shared again, so that none is there twice
                 self._context.fork(sequence, self._master)
                 self._context.truncate(self._master, self.num_virtual_tokens)
@@ -170,7 +190,14 @@ class SeedPlaces:
             self._context.forget(i)
             self._context.forget(text)
             self._anchors[i] = None
-        if state:
-            self._context.restore(self._texts[sequence], state)
+        if saved.state:
+            self._take_in(saved, self._texts[sequence])
         self._context.fork(self._texts[sequence], sequence)
-        self._put_on([sequence], anchor)
+        self._put_on([sequence], saved.anchor)
+
+    def _take_in(self, saved: SavedText, target: int) -> None:
+        """A state names the sequence that it was read from, so it goes into that one first; both are empty."""
+        self._context.restore(saved.source, saved.state)
+        if saved.source != target:
+            self._context.fork(saved.source, target)
+            self._context.forget(saved.source)

@@ -32,7 +32,7 @@ from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
 from edgepatch.runtimes.llamacpp.calibration import Calibration
 from edgepatch.runtimes.llamacpp.context import KV_TYPES, Closed, ContextSettings, LlamaContext, LlamaModel
-from edgepatch.runtimes.llamacpp.places import SeedPlaces
+from edgepatch.runtimes.llamacpp.places import SavedText, SeedPlaces
 from edgepatch.runtimes.llamacpp.proof import open_model, prove_model
 from edgepatch.runtimes.llamacpp.seeds import SeedStates
 from edgepatch.runtimes.runtime import Runtime, SeedRoute, Tools, check_patch, checked_number, moves
@@ -244,10 +244,10 @@ class LlamaCppRuntime(Runtime):
             return super().fork(source, target, length)
         return self.places.fork(source, target, length)
 
-    def save_state(self, sequence: int) -> tuple[int, bytes]:
+    def save_state(self, sequence: int) -> SavedText:
         return self.places.save(sequence)
 
-    def restore_state(self, sequence: int, state: tuple[int, bytes]) -> None:
+    def restore_state(self, sequence: int, state: SavedText) -> None:
         self.places.restore(sequence, state)
 
     # Text.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgepatch.converters.llamacpp import layout as llamacpp_layout
 from edgepatch.converters.llamacpp.moving import MovableState, read_seed
@@ -52,7 +53,7 @@ class SeedStates:
             self._states[digest] = self._make_state(patch)
         return self._states[digest]
 
-    def mover_of(self, patch: Patch, sequence: int) -> Callable[[int], bytes]:
+    def mover_of(self, patch: Patch, sequence: int) -> Callable[[int], NDArray[np.uint8]]:
         """llama.cpp's own state of the P positions directly in front of any token of a text.
 
         Args:

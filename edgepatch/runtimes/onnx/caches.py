@@ -196,14 +196,15 @@ class GrowingCache(Cache):
     def put_keys(self, row: int, keys: Sequence[NDArray[Any]]) -> None:
         start = self._held - int(self.lengths[row])
         for layer, key in enumerate(keys):
-            array = self._past[2 * layer].numpy()
-            array = array if array.flags.writeable else array.copy()
+            array = self._past[2 * layer].numpy()  # onnxruntime's own memory, or a copy of a device's
             array[row, :, start : start + key.shape[1]] = key
-            self._past[2 * layer] = self._value(array)
+            if self._provider != "cpu":
+                self._past[2 * layer] = self._value(array)
 
     def cut(self, length: int) -> None:
         if length < self._held:
-            self._past = [self._value(value.numpy()[:, :, :length]) for value in self._past]
+            # Copies: a value keeps the array that it is made of, but not the memory that such an array only looks at.
+            self._past = [self._value(value.numpy()[:, :, :length].copy()) for value in self._past]
         self._held = length
         self.lengths[0] = length
 
