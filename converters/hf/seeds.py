@@ -65,6 +65,7 @@ def compute_canary(
     seed: KVSeed | None = None,
     rotation: Rotation | None = None,
     anchoring: Anchoring | None = None,
+    without_part: Sequence[KVSeed] = (),
 ) -> Canary:
     """The full-precision model's answer to the canary's prompts, without and with the patch.
 
@@ -74,6 +75,8 @@ def compute_canary(
         seed: a trained K/V prefix.
         rotation: of the model's keys, where the seed moves.
         anchoring: where the seed stands; ``None`` leaves it at the start.
+        without_part: of a composed patch, for each part the seed of the other parts side by side: as all stand directly in front of the
+            text, the others are at their distances of the whole.
     """
     if soft_prompt is None:
         assert seed is not None  # a patch has one of them
@@ -81,11 +84,16 @@ def compute_canary(
     else:
         memory = prefill(model, soft_prompt)
     vocab_size = int(text_config(model.config).vocab_size)
+
+    def behind(cache: DynamicCache) -> canary.Logits:
+        return lambda tokens: logits_behind(model, copy.deepcopy(cache), tokens, rotation, anchoring)
+
     return canary.make_canary(
         vocab_size,
         lambda tokens: logits_behind(model, new_cache(model), tokens),
-        lambda tokens: logits_behind(model, copy.deepcopy(memory), tokens, rotation, anchoring),
+        behind(memory),
         anchoring,
+        [behind(seeded_cache(model, others)) for others in without_part],
     )
 
 
@@ -123,8 +131,13 @@ def logits_behind(
     return logits
 
 
-def complete(patch: Patch, model: PreTrainedModel) -> Patch:
+def complete(patch: Patch, model: PreTrainedModel, without_part: Sequence[KVSeed] = ()) -> Patch:
     """The patch with what its full-precision model can tell: a float16 seed of its soft prompt, how its keys turn, and a canary.
+
+    Args:
+        patch: any.
+        model: the full-precision base.
+        without_part: as for ``compute_canary``.
 
     Raises:
         InputError: its seed shall move, and keys of this model do not turn.
@@ -133,7 +146,7 @@ def complete(patch: Patch, model: PreTrainedModel) -> Patch:
     if patch.soft_prompt is not None and is_attention_only(model):
         seed = compute_kv_seed(model, patch.soft_prompt, np.float16)
     rotation = _rotation_of(patch, model)
-    measured = compute_canary(model, patch.soft_prompt, seed, rotation, patch.anchoring)
+    measured = compute_canary(model, patch.soft_prompt, seed, rotation, patch.anchoring, without_part)
     return replace(patch, kv_seed=seed, rotation=rotation, canary=measured)
 
 

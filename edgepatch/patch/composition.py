@@ -27,57 +27,18 @@ def in_order(parts: Sequence[Patch]) -> list[Patch]:
         InputError: fewer than two, too many, or two of one name.
         MismatchError: they are for different bases; the fields are named.
     """
-    require_distinct([part.name for part in parts])
+    if not MIN_PARTS <= len(parts) <= MAX_PARTS:
+        raise InputError(f"parts: expected {MIN_PARTS} to {MAX_PARTS} patches, found {len(parts)}")
     for part in parts:
         parts[0].base.require_same(part.base)
-    return sorted(parts, key=lambda part: part.digest)
-
-
-def require_distinct(names: Sequence[str]) -> None:
-    """Refuses a number of patches, or names, that no composition has.
-
-    Raises:
-        InputError: fewer than two, too many, or two of one name.
-    """
-    if not MIN_PARTS <= len(names) <= MAX_PARTS:
-        raise InputError(f"parts: expected {MIN_PARTS} to {MAX_PARTS} patches, found {len(names)}")
+    names = [part.name for part in parts]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(
             f"parts: expected patches of different names, found {twice} twice",
             hint="two versions of one patch do not add up: name one of them",
         )
-
-
-def require_room(num_virtual_tokens: int, context: int) -> None:
-    """Refuses a composition that leaves no room for text.
-
-    Args:
-        num_virtual_tokens: of all parts together.
-        context: of the model, in tokens.
-
-    Raises:
-        InputError: it does not.
-    """
-    if num_virtual_tokens >= context:
-        raise InputError(
-            f"virtual tokens: expected fewer than the model's context of {context}, found {num_virtual_tokens}",
-            hint="compose fewer or shorter patches",
-        )
-
-
-def seed_of(part: Patch) -> KVSeed:
-    """The seed of a part.
-
-    Raises:
-        InputError: it has a soft prompt alone.
-    """
-    if part.kv_seed is None:
-        raise InputError(
-            f"{part.name} {part.version} ({part.digest[:12]}): expected a KV seed, found a soft prompt alone",
-            hint="add the seed first: edgepatch convert seed",
-        )
-    return part.kv_seed
+    return sorted(parts, key=lambda part: part.digest)
 
 
 def composed_seed(parts: Sequence[Patch], rotation: Rotation | None = None) -> KVSeed:
@@ -96,7 +57,12 @@ def composed_seed(parts: Sequence[Patch], rotation: Rotation | None = None) -> K
     seeds = []
     for part in parts:
         rotation = rotation or part.rotation
-        seeds.append(seed_of(part))
+        if part.kv_seed is None:
+            raise InputError(
+                f"{part.name} {part.version} ({part.digest[:12]}): expected a KV seed, found a soft prompt alone",
+                hint="add the seed first: edgepatch convert seed",
+            )
+        seeds.append(part.kv_seed)
     if rotation is None:
         raise InputError(
             f"{parts[0].name} {parts[0].version}: its seed cannot be moved beside another's: it does not say how keys of its base turn",

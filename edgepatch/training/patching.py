@@ -11,11 +11,12 @@ from typing import Any
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InputError
-from edgepatch.patch.composition import require_distinct, require_room, seed_of
+from edgepatch.patch.composition import in_order
 from edgepatch.patch.file import Patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import KVSeed, SoftPrompt
 from edgepatch.training import parallel, runs
+from edgepatch.training.composition import require_room
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.forward import BenignText, FrozenModels
 from edgepatch.training.pairs import provenance
@@ -177,7 +178,7 @@ class PatchTraining:
         """One patch a task."""
         device = self.models.device
         segments = [KVPolicy(s, device) if isinstance(s, KVSeed) else SoftPromptPolicy(s, device) for s in starts]
-        policy = self._beside(segments, names, company)
+        policy = self._beside(segments, names, version, company)
         if company:
             told["company"] = [patch.digest for patch in company]
         self._settle_dtype(tasks)
@@ -189,19 +190,23 @@ class PatchTraining:
         ]
 
     def _beside(
-        self, segments: Sequence[SoftPromptPolicy | KVPolicy], names: Sequence[str], company: Sequence[Patch]
+        self,
+        segments: Sequence[SoftPromptPolicy | KVPolicy],
+        names: Sequence[str],
+        version: str,
+        company: Sequence[Patch],
     ) -> Policy:
         """What is trained: one patch alone, or several that stand side by side."""
         if len(segments) + len(company) == 1:
             return segments[0]
-        seeds_beside = []
-        for patch in company:
-            patch.base.require_same(self.models.spec)
-            seeds_beside.append(seed_of(patch))
-        require_distinct([*names, *(patch.name for patch in company)])
-        policy = SideBySidePolicy(segments, self.models.rotation, seeds_beside, self.models.device)
-        require_room(policy.num_virtual_tokens, self.models.context)
-        return policy
+        untrained = [self._untrained(segment, name, version) for segment, name in zip(segments, names, strict=True)]
+        in_order([*untrained, *company])
+        beside = SideBySidePolicy(segments, self.models.rotation, list(map(_seed_of, company)), self.models.device)
+        require_room(beside.num_virtual_tokens, self.models.context)
+        return beside
+
+    def _untrained(self, segment: SoftPromptPolicy | KVPolicy, name: str, version: str) -> Patch:
+        return Patch(name, version, self.models.spec, *_trained(segment))
 
     def _settle_dtype(self, tasks: Sequence[Sequence[Pair]]) -> None:
         """Chooses the type of the weights where the configuration leaves it open; a run that goes on keeps what it began with."""
@@ -274,7 +279,7 @@ class PatchTraining:
         self,
         name: str,
         version: str,
-        trained: SoftPromptPolicy | KVPolicy,
+        segment: SoftPromptPolicy | KVPolicy,
         record: dict[str, Any],
         progress: Progress,
     ) -> Patch:
@@ -284,8 +289,7 @@ class PatchTraining:
             name,
             version,
             self.models.spec,
-            trained.soft_prompt() if isinstance(trained, SoftPromptPolicy) else None,
-            trained.kv_seed() if isinstance(trained, KVPolicy) else None,
+            *_trained(segment),
             training=record,
             weight_sketch=sketch,
             chat_template=self.models.tokenizer.chat_template_digest,
@@ -295,6 +299,20 @@ class PatchTraining:
         # Loaded afresh: training may have changed how the model in memory attends, and with it the last bits of the seed.
         with stage(progress, "seed and canary"):
             return seeds.complete(patch, folders.load_model(self.folder, self.models.device))
+
+
+def _trained(segment: SoftPromptPolicy | KVPolicy) -> tuple[SoftPrompt | None, KVSeed | None]:
+    """What a patch holds of it."""
+    return (segment.soft_prompt(), None) if isinstance(segment, SoftPromptPolicy) else (None, segment.kv_seed())
+
+
+def _seed_of(patch: Patch) -> KVSeed:
+    if patch.kv_seed is None:
+        raise InputError(
+            f"{patch.name} {patch.version} ({patch.digest[:12]}): expected a KV seed, found a soft prompt alone",
+            hint="add the seed first: edgepatch convert seed",
+        )
+    return patch.kv_seed
 
 
 def train_patch(
