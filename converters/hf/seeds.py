@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def compute_canary(
     seed: KVSeed | None = None,
     rotation: Rotation | None = None,
     anchoring: Anchoring | None = None,
-    without_part: Sequence[KVSeed] = (),
+    without_part: Mapping[str, KVSeed] = MappingProxyType({}),
 ) -> Canary:
     """The full-precision model's answer to the canary's prompts, without and with the patch.
 
@@ -75,8 +76,11 @@ def compute_canary(
         seed: a trained K/V prefix.
         rotation: of the model's keys, where the seed moves.
         anchoring: where the seed stands; ``None`` leaves it at the start.
-        without_part: of a composed patch, for each part the seed of the other parts side by side: as all stand directly in front of the
-            text, the others are at their distances of the whole.
+        without_part: of a composed patch, name of each part -> the seed of the other parts side by side: as all stand directly in front of
+            the text, these are as far from it as in the whole.
+
+    Raises:
+        InputError: a part cannot be proven.
     """
     if soft_prompt is None:
         assert seed is not None  # a patch has one of them
@@ -93,7 +97,7 @@ def compute_canary(
         lambda tokens: logits_behind(model, new_cache(model), tokens),
         behind(memory),
         anchoring,
-        [behind(seeded_cache(model, others)) for others in without_part],
+        {name: behind(seeded_cache(model, others)) for name, others in without_part.items()},
     )
 
 
@@ -131,7 +135,7 @@ def logits_behind(
     return logits
 
 
-def complete(patch: Patch, model: PreTrainedModel, without_part: Sequence[KVSeed] = ()) -> Patch:
+def complete(patch: Patch, model: PreTrainedModel, without_part: Mapping[str, KVSeed] = MappingProxyType({})) -> Patch:
     """The patch with what its full-precision model can tell: a float16 seed of its soft prompt, how its keys turn, and a canary.
 
     Args:

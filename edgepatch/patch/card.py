@@ -258,7 +258,7 @@ def _limits(patch: Patch) -> str:
 
 
 def _lineage(patch: Patch) -> str:
-    groups = {"Composed, in this order, of": patch.parts, "Supersedes": patch.supersedes}
+    groups = {"Composed of": patch.parts, "Supersedes": patch.supersedes}
     lines = [
         f"{title}:\n\n" + "\n".join(f"- `{digest}`" for digest in digests)
         for title, digests in groups.items()

@@ -18,6 +18,7 @@ from edgepatch.patch.composition import METHOD, composed_anchoring, composed_see
 from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
 from edgepatch.seeds.rotation import Rotation
+from edgepatch.tensors import KVSeed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **told
         The patch, unsigned. The same arguments, the parts in any order, give the same bytes on the same machine.
 
     Raises:
-        InputError: wrong parts, all virtual tokens together leave no room in the model's context, or keys of the base do not turn.
+        InputError: wrong parts, or one that does next to nothing beside the others; all virtual tokens together leave no room in the model's context, or keys of the base do not turn.
         MismatchError: the parts, or the model, are of different bases; the fields are named.
         PatchFormatError: a field of the new patch breaks the format.
     """
@@ -72,11 +73,11 @@ def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **told
         anchoring=composed_anchoring(parts),
         **fields,
     )
-    return seeds.complete(patch, loaded, [composed_seed(_without(seeded, i), rotation) for i in range(len(seeded))])
+    return seeds.complete(patch, loaded, {part.name: _seed_without(part, seeded, rotation) for part in seeded})
 
 
-def _without(parts: Sequence[Patch], index: int) -> list[Patch]:
-    return [part for i, part in enumerate(parts) if i != index]
+def _seed_without(part: Patch, parts: Sequence[Patch], rotation: Rotation) -> KVSeed:
+    return composed_seed([other for other in parts if other is not part], rotation)
 
 
 def _with_seed(part: Patch, model: PreTrainedModel) -> Patch:
