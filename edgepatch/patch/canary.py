@@ -54,7 +54,7 @@ NUM_CANDIDATES, NUM_PART_LOGITS = 96, 16
 """Prompts of which each part of a composed patch takes the one that proves it best, and logits of it: few, for parts have much in common. Of
 four parts on the lab model the least provable had 0.22 of the effect on 64 logits of the best of 32 prompts, and 0.47 on these."""
 
-CLEAR_SHARE, LEAST_SHARE = 0.5, 0.3
+CLEAR_SHARE, LEAST_SHARE = 0.7, 0.3
 """Of the whole patch's effect: what a device measures where this part is missing. Four bits are allowed 0.3, so a smaller share would prove
 nothing there; where it is clear, the strongest effect is taken, for it is the one that quantization blurs least."""
 
@@ -164,8 +164,9 @@ def _proof_of(name: str, effects: Mapping[tuple[int, ...], _Effect], usual: floa
     error = FOUR_BIT_TOLERANCE * usual * (NUM_PART_LOGITS / NUM_LOGITS) ** 0.5
 
     def margin(tokens: tuple[int, ...]) -> float:
+        """The error counts twice: a patch without the part must be beyond it, and one with the part within."""
         length = max(_prompt(tokens, effects[tokens])[0], 1e-12)
-        return min(effects[tokens].share, CLEAR_SHARE) - error / length
+        return min(effects[tokens].share, CLEAR_SHARE) - 2 * error / length
 
     best = max(effects, key=margin)
     share, prompt = effects[best].share, _prompt(best, effects[best])[1]

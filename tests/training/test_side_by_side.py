@@ -1,6 +1,7 @@
 """Training patches that will stand side by side: packed rows against a plain forward pass behind the composed seed."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.converters.hf import folders, rotary, seeds
 from edgepatch.errors import InputError, MismatchError
 from edgepatch.patch.composition import composed_seed, in_order
-from edgepatch.patch.file import read_patch
+from edgepatch.patch.file import read_patch, write_patch
 from edgepatch.seeds.rotation import side_by_side
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.losses import dpo_losses
+from edgepatch.training.pairs.preferences import write_pairs
 from edgepatch.training.patching import PatchTraining
 from edgepatch.training.policies import KVPolicy, SideBySidePolicy, SoftPromptPolicy
 from edgepatch.training.trainer import Trainer
@@ -157,8 +159,6 @@ def test_company_changes_what_is_learned_and_stays_as_it_is(tiny_folder, tiny_pa
 
 
 def test_what_cannot_stand_side_by_side_is_refused(tiny_folder, tiny_patch, tmp_path):
-    from dataclasses import replace
-
     from edgepatch.bench.parity import models as parity_models
 
     training = PatchTraining(tiny_folder, small())
@@ -189,3 +189,23 @@ def test_rotation_of_rounded_weights_is_that_of_the_model():
         for dtype in ("float32", "bfloat16")
     )
     assert exact == rounded
+
+
+def test_verb_trains_beside_a_patch(tiny_folder, tiny_patch, tmp_path):
+    from edgepatch.cli import app
+
+    pairs, benign, other, out = (tmp_path / name for name in ("pairs.jsonl", "benign.txt", "other.st", "new.st"))
+    write_pairs(make_pairs(12), pairs)
+    benign.write_text("\n".join(BENIGN), encoding="utf-8")
+    write_patch(tiny_patch, other)
+    options = ["--num-virtual-tokens", "4", "--sft-steps", "2", "--dpo-steps", "2", "--dtype", "float32"]
+    with pytest.raises(SystemExit) as done:
+        app(
+            [
+                "train",
+                *map(str, [tiny_folder, "--pairs", pairs, "--benign", benign, "--beside", other, "-o", out]),
+                *options,
+            ]
+        )
+    assert done.value.code == 0
+    assert read_patch(out).training["company"] == [tiny_patch.digest]
