@@ -52,7 +52,8 @@ LEAST_EFFECT = 0.1
 
 NUM_CANDIDATES, NUM_PART_LOGITS = 96, 16
 """Prompts of which each part of a composed patch takes the one that proves it best, and logits of it: few, for parts have much in common. Of
-four parts on the lab model the least provable had 0.22 of the effect on 64 logits of the best of 32 prompts, and 0.47 on these."""
+four parts on the lab model the least provable had 0.22 of the effect on 64 logits of the best of 32 prompts, and 0.47 on these. Right ones
+deviate by at most 0.14 there at Q4_0, and by 0.22 with twelve random parts on a random model, where each that is missing gives 0.58 or more."""
 
 CLEAR_SHARE, LEAST_SHARE = 0.7, 0.3
 """Of the whole patch's effect: what a device measures where this part is missing. Four bits are allowed 0.3, so a smaller share would prove
@@ -150,7 +151,7 @@ class _Effect:
     def share(self) -> float:
         """Of the whole effect: the deviation that a device measures where the part is missing."""
         part, whole = (float(np.linalg.norm(centred(e, self.ids))) for e in (self.part, self.after - self.before))
-        return part / max(whole, 1e-12)
+        return float(part / max(whole, 1e-12))
 
 
 def _proof_of(name: str, effects: Mapping[tuple[int, ...], _Effect], usual: float) -> CanaryPrompt:
@@ -189,7 +190,7 @@ def _prompt(tokens: tuple[int, ...], effect: _Effect) -> tuple[float, CanaryProm
     rounded = [
         tuple(round(float(x), 4) for x in centred(logits, effect.ids)) for logits in (effect.before, effect.after)
     ]
-    length = float(np.linalg.norm(np.subtract(*rounded)))
+    length = float(np.linalg.norm(np.subtract(rounded[0], rounded[1])))
     return length, CanaryPrompt(tokens, tuple(int(i) for i in effect.ids), *rounded) if length else None
 
 
