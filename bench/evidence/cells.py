@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from itertools import pairwise, permutations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ DECODED_ARMS, DECODED_COLUMNS = ("patch",), ("llamacpp Q8_0", "llamacpp Q4_K_M",
 SINGLE_RUN_ARMS = ("lora_r1",)
 """Trained once: nothing is claimed against them."""
 COMPOSED_ARMS = ("composed", "joint")
-"""Patches trained apart and composed, and patches trained together with sampled order."""
+"""Patches that stand side by side: trained apart, and trained together."""
 
 REFERENCE_COLUMN = "torch F32"
 CORE_COLUMNS = (REFERENCE_COLUMN, "llamacpp F16", "llamacpp Q8_0", "llamacpp Q4_K_M")
@@ -61,7 +61,7 @@ class CellKey:
         column: name of a column.
         route: of the seed, "stored" or "decoded"; "" where there is no choice.
         rng_seed: of the training; 0 where nothing was trained.
-        parts: domains of the patches that an arm is composed of, in order.
+        parts: domains of the patches that an arm is composed of, in the order of ``DOMAINS``; no order means anything.
     """
 
     measure: str
@@ -187,9 +187,9 @@ def _matrix(config: EvidenceConfig) -> Iterable[CellKey]:
                             yield CellKey("examples", domain, arm, column.name, route, rng_seed)
 
 
-def orders(domains: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every order of every two or more domains."""
-    return [order for count in range(2, len(domains) + 1) for order in permutations(domains, count)]
+def sets(domains: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every two or more domains."""
+    return [parts for count in range(2, len(domains) + 1) for parts in combinations(domains, count)]
 
 
 def _compositions(config: EvidenceConfig) -> Iterable[CellKey]:
@@ -197,7 +197,7 @@ def _compositions(config: EvidenceConfig) -> Iterable[CellKey]:
         if config.columns and column not in config.columns:
             continue
         for arm in COMPOSED_ARMS:
-            for parts in orders(config.domains):
+            for parts in sets(config.domains):
                 for rng_seed in config.rng_seeds:
                     for domain in parts:
                         yield CellKey("safety", domain, arm, column, "stored", rng_seed, parts)

@@ -30,6 +30,7 @@ from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges import refusals, scorers
+from edgepatch.patch.composition import METHOD
 from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.session import Session
@@ -77,7 +78,7 @@ class Workplace:
         return folder / (ADAPTER_FOLDER if arm in LORA_ARMS else SOFT_ARM_FILE)
 
     def parts(self, key: CellKey) -> list[Path]:
-        """The patches of a composition, in order."""
+        """The patches of a composition."""
         joint = self.out / "arms" / "joint" / f"patch-{key.rng_seed}"
         return [
             joint / f"{part}.safetensors" if key.arm == "joint" else self.arm(part, "patch", key.rng_seed)
@@ -123,6 +124,7 @@ def cell_inputs(place: Workplace, key: CellKey, config: EvidenceConfig) -> dict[
         "rng_seed": RNG_SEED,
         "model": digest_of(column_of(key).path(place.base(key))),
         "trained": [digest_of(path) for path in place.trained(key)],
+        **({"composition": METHOD} if key.parts else {}),
         "code": [code_digest(path) for path in measure_code(key)],
         "judges": digest_of(JUDGES),
         "data": digest_of(manifest) if manifest and manifest.is_file() else str(bool(place.data)),
@@ -159,7 +161,7 @@ def composed_patch(place: Workplace, key: CellKey) -> Patch:
     path = place.out / "compositions" / f"{key.arm}-{'-'.join(key.parts)}-{key.rng_seed}.safetensors"
     if path.is_file():
         kept = read_patch(path)
-        if kept.parts == tuple(part.digest for part in parts):
+        if kept.parts == tuple(sorted(part.digest for part in parts)) and kept.training.get("method") == METHOD:
             return kept
     patch = compose(parts, TORCH.path(place.base(key)), f"lab-{'-'.join(key.parts)}", f"0.1.{key.rng_seed}")
     write_patch(patch, path)

@@ -66,15 +66,14 @@ def examples(keys: Sequence[CellKey], read: Read, measure: str) -> list[dict[str
 def assemble(keys: Sequence[CellKey], read: Read) -> Document:
     """The measured part of the document, from raw cells alone."""
     matrix = Matrix(keys, read)
-    rows, compositions, sensitivities = matrix.rows(), matrix.compositions(), matrix.sensitivities()
+    rows, compositions = matrix.rows(), matrix.compositions()
     named = dict.fromkeys(key.column for key in keys if key.column in CORE_COLUMNS)
     contests = [matrix.contest("toxicity", column, "kv", "lora_r16") for column in named]
     return {
-        "goals": judge_goals(rows, sensitivities, contests),
+        "goals": judge_goals(rows, contests),
         "cells": rows,
         "contests": contests,
         "composition": compositions,
-        "order_sensitivity": sensitivities,
         "examples": examples(keys, read, "examples"),
     }
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.columns import columns
-from edgepatch.bench.evidence.cells import ARMS, COMPOSED_ARMS, DOMAINS, REFERENCE_COLUMN, SHARED, CellKey
+from edgepatch.bench.evidence.cells import ARMS, DOMAINS, REFERENCE_COLUMN, SHARED, CellKey
 from edgepatch.bench.metrics import CrossedBootstrap, Estimate
 
 Raw = Mapping[str, Any]
@@ -238,7 +237,7 @@ class Matrix:
     # Compositions.
 
     def compositions(self) -> list[Row]:
-        """One a kind, column, order and domain: what is left of the gain of the single patch."""
+        """One a kind, column, set of patches and domain: what is left of the gain of the single patch."""
         return [self._composition(key) for key in self._rows if key.measure == "safety" and key.parts]
 
     def _composition(self, key: CellKey) -> Row:
@@ -256,50 +255,3 @@ class Matrix:
         retained = self._runs("retained", key, domain=SHARED)
         self._put_retained(row, key, retained)
         return row
-
-    def sensitivities(self) -> list[Row]:
-        """One a kind, column, set of patches and domain: highest minus lowest score over the orders."""
-        keys = [key for key in self._rows if key.measure == "safety" and key.arm in COMPOSED_ARMS]
-
-        def name(key: CellKey) -> tuple[str, ...]:
-            return (key.arm, key.column, key.domain, *sorted(key.parts))
-
-        sets = groupby(sorted(keys, key=name), key=name)
-        return [self._sensitivity(list(members)) for _, members in sets]
-
-    def _sensitivity(self, keys: Sequence[CellKey]) -> Row:
-        sides = [self._runs("safety", key) for key in keys]
-        runs = common_runs(*sides)
-        row: Row = {
-            "arm": keys[0].arm,
-            "column": keys[0].column,
-            "domain": keys[0].domain,
-            "parts": sorted(keys[0].parts),
-            "num_orders": len(keys),
-            "num_rng_seeds": len(runs),
-        }
-        values = aligned("ids", "values", *(s.of(runs) for s in sides)) if runs else []
-        _put(row, "order_sensitivity", spread(values) if runs else None)
-        row["chance"], row["p_value"] = spread_by_chance(values) if runs else (None, None)
-        return row
-
-
-def spread(sides: Sequence[Values]) -> Estimate:
-    """Highest minus lowest mean of several (S, N) arrays, with the paired interval of the distance between just these two.
-
-    It is never negative, so noise alone makes it positive; an interval that reaches below 0 says that it may be nothing else.
-    """
-    ordered = sorted(sides, key=lambda side: float(side.mean()))
-    return difference(ordered[-1], ordered[0])
-
-
-def spread_by_chance(sides: Sequence[Values], draws: int = 1000) -> tuple[float, float]:
-    """What ``spread`` would be if the order did not matter: the orders of each run and item are shuffled.
-
-    Returns:
-        Mean of the shuffled spreads, and the share of them (p value) that is no smaller than the real one.
-    """
-    rng, values = np.random.default_rng(0), np.stack(sides)  # (orders, S, N)
-    shuffled = np.array([np.ptp(rng.permuted(values, axis=0).mean(axis=(1, 2))) for _ in range(draws)])
-    real = np.ptp(values.mean(axis=(1, 2)))
-    return float(shuffled.mean()), float((1 + (shuffled >= real - 1e-12).sum()) / (1 + draws))

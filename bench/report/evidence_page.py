@@ -36,10 +36,10 @@ NOTES = (
         "Perplexity is the model's own, on benign text that was never trained on. Negative flips: minimal pairs that the bare model gets right "
         "and the other wrong, of all pairs."
     ),
-    (
-        "Order sensitivity is the distance between the best and the worst order; it cannot be negative, so noise alone makes it positive. By chance: its "
-        "mean where the orders of every item are shuffled. P value: the share of such shuffles that reach it."
-    ),
+)
+ORDER_NOTE = (
+    "Order sensitivity is the distance between the best and the worst order; it cannot be negative, so noise alone makes it positive. By chance: its "
+    "mean where the orders of every item are shuffled. P value: the share of such shuffles that reach it."
 )
 WARNING = "the closed boxes hold insults, prejudice and answers to harmful requests, written by a model. They show the first items and the first generations of each: none is picked. The value is the item's score, 0 safe to 1 unsafe."
 
@@ -84,6 +84,7 @@ def render_page(document: Document) -> str:
     rows = document["cells"]
     domains = domains_of(rows)
     reasons = [reason for row in [*rows, *document["composition"]] for reason in row["failed"]]
+    notes = [*NOTES, ORDER_NOTE] if "order_sensitivity" in document else NOTES
     sections = [
         Section("Goals", goal_tables([goal[1:] for goal in GOALS["evidence.json"](document)], 2)),
         *(Section(domain.capitalize(), [heat_table(rows, domain)]) for domain in domains),
@@ -94,7 +95,7 @@ def render_page(document: Document) -> str:
         Section("Examples", examples(document)),
         Section("Training", curves(document)),
         Section("Measurements that failed", [Paragraph(reason) for reason in reasons]),
-        Section("How to read this", [Paragraph(note) for note in NOTES]),
+        Section("How to read this", [Paragraph(note) for note in notes]),
         Section(
             "Settings, environment and command",
             [Code(document["command"]), Facts(document["settings"]), Facts(document["environment"])],

@@ -93,27 +93,30 @@ def retained_table(rows: Sequence[Row], domain: str) -> Table:
 
 
 def composition_tables(document: Document) -> list[Block]:
-    """How much the order of patches behind each other matters, and every order."""
-    orders: dict[str, Column] = {
+    """What patches keep of their gains together; of older documents, whose patches stood one behind the other, also what their order did."""
+    of_set: dict[str, Column] = {
         "patches": lambda row: ARM_NAMES[row["arm"]],
-        "order": lambda row: " + ".join(row["parts"]),
+        "together": lambda row: " + ".join(row["parts"]),
         "on": "column",
         "domain": "domain",
     }
     sensitivity: dict[str, Column] = {
-        **{"set" if head == "order" else head: column for head, column in orders.items()},
+        **of_set,
         "orders": "num_orders",
         "order sensitivity": figure("order_sensitivity"),
         "by chance": number("chance"),
         "p value": number("p_value"),
     }
     figures: dict[str, Column] = {
+        **of_set,
         "score": figure("score"),
         "gain / gain of the single patch": figure("share_of_single_gain", 2),
         "perplexity in %": figure("perplexity_change", 2),
         "over-refusal in points": figure("over_refusal_change", 1, 100),
     }
-    every = listing("every order", document["composition"], {**orders, **figures}, 4)
+    every = listing("every composition", document["composition"], figures, 4)
+    if "order_sensitivity" not in document:
+        return [every]
     return [
         listing("highest minus lowest score over the orders", document["order_sensitivity"], sensitivity, 4),
         Details(f"{len(every.rows)} orders and domains", [every]),

@@ -89,7 +89,7 @@ class OwnArm:
     ) -> None:
         self.stage, self.config = stage, config
         models = FrozenModels([model], config, "cpu", trusted=True)
-        self.policy = SoftPromptPolicy([start or start_of(models, config.num_virtual_tokens)], "cpu")
+        self.policy = SoftPromptPolicy(start or start_of(models, config.num_virtual_tokens), "cpu")
         self.trainer = Trainer(models, self.policy, [pairs], [])
 
     def plan(self, steps: int) -> list[Pair]:
@@ -105,7 +105,7 @@ class OwnArm:
             if "loss" not in figures:
                 return  # no step was done
             course.note(figures["loss"])
-            after(SoftPrompt(self.policy.soft_prompts()[0].embeddings.copy()))  # those are the parameters' own memory
+            after(self.policy.soft_prompt())
 
         self.trainer.train(progress)
         return course

@@ -63,7 +63,7 @@ def plan(model: Path, stage: Stage, steps: int) -> dict[str, Any]:
     config = config_of(stage, steps, NUM_VIRTUAL_TOKENS, BATCH_SIZE)
     own = OwnArm(model, stage, make_pairs(model, BATCH_SIZE * steps), config)
     rows = [[p.prompt, p.chosen, p.rejected] for p in own.plan(steps)]
-    return {"rows": rows, "start": own.policy.soft_prompts()[0].embeddings.tolist()}
+    return {"rows": rows, "start": own.policy.soft_prompt().embeddings.tolist()}
 
 
 def work(request: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +66,7 @@ def compute_canary(
     seed: KVSeed | None = None,
     rotation: Rotation | None = None,
     anchoring: Anchoring | None = None,
+    without_part: Mapping[str, KVSeed] = MappingProxyType({}),
 ) -> Canary:
     """The full-precision model's answer to the canary's prompts, without and with the patch.
 
@@ -74,6 +76,11 @@ def compute_canary(
         seed: a trained K/V prefix.
         rotation: of the model's keys, where the seed moves.
         anchoring: where the seed stands; ``None`` leaves it at the start.
+        without_part: of a composed patch, name of each part -> the seed of the other parts side by side: as all stand directly in front of
+            the text, these are as far from it as in the whole.
+
+    Raises:
+        InputError: a part cannot be proven.
     """
     if soft_prompt is None:
         assert seed is not None  # a patch has one of them
@@ -81,11 +88,16 @@ def compute_canary(
     else:
         memory = prefill(model, soft_prompt)
     vocab_size = int(text_config(model.config).vocab_size)
+
+    def behind(cache: DynamicCache) -> canary.Logits:
+        return lambda tokens: logits_behind(model, copy.deepcopy(cache), tokens, rotation, anchoring)
+
     return canary.make_canary(
         vocab_size,
         lambda tokens: logits_behind(model, new_cache(model), tokens),
-        lambda tokens: logits_behind(model, copy.deepcopy(memory), tokens, rotation, anchoring),
+        behind(memory),
         anchoring,
+        {name: behind(seeded_cache(model, others)) for name, others in without_part.items()},
     )
 
 
@@ -123,13 +135,19 @@ def logits_behind(
     return logits
 
 
-def complete(patch: Patch, model: PreTrainedModel, tell: Callable[[str], None] = lambda line: None) -> Patch:
+def complete(
+    patch: Patch,
+    model: PreTrainedModel,
+    tell: Callable[[str], None] = lambda line: None,
+    without_part: Mapping[str, KVSeed] = MappingProxyType({}),
+) -> Patch:
     """The patch with what its full-precision model can tell: a float16 seed of its soft prompt, how its keys turn, and a canary.
 
     Args:
         patch: of this model; what it says of these is replaced, and signatures, which are of another content, are left out.
         model: in float32.
         tell: takes a line that says why the seed cannot move, where keys of the model do not turn.
+        without_part: as for ``compute_canary``.
 
     Raises:
         InputError: its seed shall move, and keys of this model do not turn.
@@ -138,7 +156,7 @@ def complete(patch: Patch, model: PreTrainedModel, tell: Callable[[str], None] =
     if patch.soft_prompt is not None and is_attention_only(model):
         seed = compute_kv_seed(model, patch.soft_prompt, np.float16)
     rotation = _rotation_of(patch, model, tell)
-    measured = compute_canary(model, patch.soft_prompt, seed, rotation, patch.anchoring)
+    measured = compute_canary(model, patch.soft_prompt, seed, rotation, patch.anchoring, without_part)
     return replace(patch, kv_seed=seed, rotation=rotation, canary=measured, signatures=())
 
 

@@ -17,7 +17,7 @@ from edgepatch.errors import InputError
 @app.command()
 def compose(
     patch_files: Annotated[
-        list[Path], typer.Argument(metavar="PATCH PATCH...", help="Patch files of soft prompts, in order.")
+        list[Path], typer.Argument(metavar="PATCH PATCH...", help="Patch files; their order changes nothing.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
     model: Annotated[
@@ -41,7 +41,7 @@ def compose(
     summary: Annotated[str, typer.Option("--summary", help="A sentence for people.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Make one patch of several for the same base: their soft prompts in order, the seed and the canary computed anew.
+    """Make one patch of several for the same base: their seeds side by side, in no order, and a canary that proves each of them.
 
     The new patch is unsigned and not evaluated: sign it, and measure it, as one of its own.
 

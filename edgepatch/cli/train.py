@@ -78,6 +78,9 @@ def train(
         str, typer.Option(help="soft-prompt, or kv: keys and values of every layer, from a patch given by --start.")
     ] = "soft-prompt",
     start: Annotated[Path | None, typer.Option(help="Patch whose seed a K/V prefix starts from.")] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="Patch to train beside, which stays as it is; repeat for several.")
+    ] = None,
     weights: Annotated[
         list[Path] | None, typer.Option(help="Train on a quantized GGUF file of the model instead; repeat for several.")
     ] = None,
@@ -164,10 +167,11 @@ def train(
         progress = silent if os.environ.get("RANK", "0") != "0" else bars  # of several processes the first speaks
         pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
         training = PatchTraining(model, config, weights or (), run, reference, device, note, progress)
+        company = [read_patch(file) for file in beside or ()]
         if start is not None:
-            patch = training.kv_prefix(read_patch(start), pairs, texts, name, version, progress)
+            patch = training.kv_prefix(read_patch(start), pairs, texts, name, version, progress, company)
         else:
-            patch = training.soft_prompt(pairs, texts, name, version, progress)
+            patch = training.soft_prompt(pairs, texts, name, version, progress, company)
         if parallel.world()[0]:
             return  # the first process writes
         patch = replace(patch, created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))

@@ -45,7 +45,7 @@ class Patch:
         weight_sketch: tells the base from its fine-tunes, at every quantization; ``None`` where its weights were not at hand.
         chat_template: SHA-256 of the chat template that it was trained with, or "".
         supersedes: digests of the patches that it replaces.
-        parts: digests of the patches that it was composed of, in order.
+        parts: digests of the patches that it was composed of.
         rotation: how the keys of its base turn with their place; ``None`` where its seed cannot be moved, or nobody has said how.
         anchoring: where its seed stands in a text; ``None`` leaves it at the start of all.
         signatures: over ``manifest``; not part of the digest.

@@ -1,8 +1,9 @@
-"""Patches composed of others: their soft prompts one behind the other, evaluated anew as one."""
+"""Patches side by side as one: the vendor's side, where the full-precision model proves what was composed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,96 +12,116 @@ import numpy as np
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf.header import read_header
-from edgepatch.converters.hf import folders, seeds
+from edgepatch.converters.hf import folders, rotary, seeds
 from edgepatch.errors import InputError
+from edgepatch.patch.composition import METHOD, composed_anchoring, composed_seed, in_order
 from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
-from edgepatch.tensors import SoftPrompt
+from edgepatch.seeds.rotation import Rotation
+from edgepatch.tensors import KVSeed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FULL_PRECISION = frozenset({"F32", "F16", "BF16"})
-MIN_PARTS, MAX_PARTS = 2, 64
 MAX_LICENSE_LENGTH = 128
-METHOD = "composition"
 
 
 def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **told: Any) -> Patch:
-    """A patch whose virtual tokens are those of its parts, in order.
+    """A patch whose seed holds those of its parts side by side, each as it is alone, all ending directly in front of the text.
 
-    Keys and values of a later part depend on the earlier ones, and so does what the whole does to the model: the seed and the
-    canary are computed anew, nothing that was measured of the parts is taken over, and no signature under a part counts.
+    No part sees another, so their order changes nothing: the parts are sorted by digest. What the whole does to a model is not the sum of
+    what they do, for they share its attention: the canary is measured anew and proves each part, nothing that was evaluated of the parts is
+    taken over, and no signature under a part counts.
 
     Args:
-        parts: two or more, for one base; the same patch may stand there twice.
+        parts: 2 to 12 of different names, for one base, in any order; soft prompts or K/V prefixes.
         model: its full-precision weights: a Transformers folder, or a GGUF file of 16 or 32 bits.
         name: of the new patch.
         version: of the new patch (SemVer).
         **told: further fields of ``Patch``, which take the place of what follows from the parts.
 
     Returns:
-        The patch, unsigned. The same arguments give the same bytes on the same machine.
+        The patch, unsigned. The same arguments, the parts in any order, give the same bytes on the same machine.
 
     Raises:
-        InputError: a part has no soft prompt, or all virtual tokens together leave no room in the model's context.
+        InputError: wrong parts, or one that does next to nothing beside the others; all virtual tokens together leave no room in the model's context, or keys of the base do not turn.
         MismatchError: the parts, or the model, are of different bases; the fields are named.
         PatchFormatError: a field of the new patch breaks the format.
     """
-    embeddings = _embeddings(parts)
+    parts = in_order(parts)
     parts[0].base.require_same(folders.read_spec(model))
     _require_full_precision(model)
     for part in parts:
         if part.weight_sketch is not None:
             compare(part.weight_sketch, weight_sketches.sketch_of(model, part.weight_sketch), "full precision")
     loaded = folders.load_model(model)
-    _require_room(loaded, len(embeddings))
+    rotation = _rotation(loaded)
+    context = int(folders.text_config(loaded.config).max_position_embeddings)
+    require_room(sum(part.num_virtual_tokens for part in parts), context)
+    seeded = [_with_seed(part, loaded) for part in parts]
     fields = {**_inherited(parts), "weight_sketch": weight_sketches.sketch_of(model), **told}
     patch = Patch(
         name,
         version,
         parts[0].base,
-        SoftPrompt(embeddings),
+        None,
+        composed_seed(seeded, rotation),
         training=_record(parts),
         parts=tuple(p.digest for p in parts),
+        rotation=rotation,
+        anchoring=composed_anchoring(parts),
         **fields,
     )
-    return seeds.complete(patch, loaded)
+    return seeds.complete(patch, loaded, {part.name: _seed_without(part, seeded, rotation) for part in seeded})
 
 
-def _embeddings(parts: Sequence[Patch]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """(P, D) float32 of all parts, which must be for one base."""
-    if not MIN_PARTS <= len(parts) <= MAX_PARTS:
-        raise InputError(f"parts: expected {MIN_PARTS} to {MAX_PARTS} patches, found {len(parts)}")
-    prompts = []
-    for part in parts:
-        parts[0].base.require_same(part.base)
-        if part.soft_prompt is None:
-            raise InputError(
-                f"{part.name} {part.version} ({part.digest[:12]}): expected a soft prompt, found a trained K/V prefix",
-                hint="keys hold the positions that they were trained at, and cannot be put behind others: compose soft prompts",
-            )
-        prompts.append(part.soft_prompt.embeddings)
-    return np.concatenate(prompts)
+def _seed_without(part: Patch, parts: Sequence[Patch], rotation: Rotation) -> KVSeed:
+    return composed_seed([other for other in parts if other is not part], rotation)
+
+
+def _with_seed(part: Patch, model: PreTrainedModel) -> Patch:
+    """The part with its seed, computed where it has a soft prompt alone."""
+    if part.soft_prompt is None or part.kv_seed is not None:
+        return part
+    return replace(part, kv_seed=seeds.compute_kv_seed(model, part.soft_prompt, np.float16))
+
+
+def _rotation(model: PreTrainedModel) -> Rotation:
+    try:
+        return rotary.read_rotation(model)
+    except InputError as error:
+        raise InputError(
+            f"patches of this base cannot stand side by side: {error}",
+            hint="train one patch on the pairs of all of them",
+        ) from None
+
+
+def require_room(num_virtual_tokens: int, context: int) -> None:
+    """Refuses a composition that leaves no room for text.
+
+    Args:
+        num_virtual_tokens: of all parts together.
+        context: of the model, in tokens.
+
+    Raises:
+        InputError: it does not.
+    """
+    if num_virtual_tokens >= context:
+        raise InputError(
+            f"virtual tokens: expected fewer than the model's context of {context}, found {num_virtual_tokens}",
+            hint="compose fewer or shorter patches",
+        )
 
 
 def _require_full_precision(model: Path) -> None:
     if not model.is_file():
         return
-    found = specs.quantization(read_header(model))
-    if found not in FULL_PRECISION:
+    quantization = specs.quantization(read_header(model))
+    if quantization not in FULL_PRECISION:
         raise InputError(
-            f"{model}: expected full precision ({', '.join(sorted(FULL_PRECISION))}), found {found}",
+            f"{model}: expected full precision ({', '.join(sorted(FULL_PRECISION))}), found {quantization}",
             hint="seed and canary are what all quantizations are held against: name the base itself",
-        )
-
-
-def _require_room(model: PreTrainedModel, count: int) -> None:
-    context = getattr(folders.text_config(model.config), "max_position_embeddings", None)
-    if isinstance(context, int) and count >= context:
-        raise InputError(
-            f"virtual tokens: expected fewer than the model's context of {context}, found {count}",
-            hint="compose fewer or shorter patches",
         )
 
 

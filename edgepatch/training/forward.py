@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ from edgepatch.converters.hf import caches, rotary
 from edgepatch.converters.hf import folders as hf_folders
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.seeds.anchoring import Anchoring
-from edgepatch.seeds.rotation import Rotation, halves
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import FolderTokenizer
 from edgepatch.training.config import TrainConfig
+from edgepatch.training.memory import Memory, copied, turned_copies
 from edgepatch.training.pairs.preferences import Pair
-from edgepatch.training.policies import Memory
 from edgepatch.training.rows import Batch, Example, attention_mask, make_batch
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class FrozenModels:
         for folder in self.folders[1:]:
             self.spec.require_same(hf_folders.read_spec(folder))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._context = int(hf_folders.read_text_config(self.folders[0], self.spec).max_position_embeddings)
+        self.num_virtual_tokens = config.num_virtual_tokens
+        self.context = int(hf_folders.read_text_config(self.folders[0], self.spec).max_position_embeddings)
         self._require_room()
         with hf_folders.tokenizer_folder(self.folders[0]) as folder:
             self.tokenizer = FolderTokenizer(folder)
@@ -78,14 +80,8 @@ class FrozenModels:
                 )  # PyTorch's fused attention is slower there, forth and back, at lengths of training
             if config.gradient_checkpointing:
                 _checkpoint_activations(base)
-        self.rotation: Rotation | None = None
         if self.anchoring is not None:
-            if not self.packs:
-                raise InputError(
-                    f"{self.spec.model_type}: a seed that moves is trained on models with full attention in every layer",
-                    hint="train with block 0 and without turns",
-                )
-            self.rotation = rotary.read_rotation(self.base)
+            _ = self.rotation  # what cannot be trained is refused before anything is tokenized
         self._kept_logits: dict[tuple[int, int], torch.Tensor] = {}
 
     @property
@@ -96,11 +92,11 @@ class FrozenModels:
     def _require_room(self) -> None:
         config = self.config
         longest = config.num_virtual_tokens + config.front_tokens + config.max_tokens
-        if config.front_tokens and longest > self._context:
+        if config.front_tokens and longest > self.context:
             raise InputError(
-                f"front_tokens: expected at most {max(0, self._context - longest + config.front_tokens)}, found {config.front_tokens}: with "
+                f"front_tokens: expected at most {max(0, self.context - longest + config.front_tokens)}, found {config.front_tokens}: with "
                 f"max_tokens {config.max_tokens} and {config.num_virtual_tokens} virtual tokens they make {longest}, and the model's "
-                f"context is {self._context}",
+                f"context is {self.context}",
                 hint="put shorter texts in front, or train on shorter pairs",
             )
 
@@ -119,6 +115,26 @@ class FrozenModels:
                 hint="leave turns out; with a block the seed moves every so many tokens",
             )
         return tokens
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """How keys of the model turn: what it takes to train seeds that move, or that stand beside others.
+
+        Raises:
+            InputError: they do not turn, or the model's rows cannot be packed.
+        """
+        import torch
+
+        if not self.packs:
+            raise InputError(
+                f"{self.spec.model_type}: seeds that move or stand side by side are trained on models with full attention in every layer, "
+                "without gradient checkpointing",
+                hint="train one patch alone, with block 0 and without turns",
+            )
+        if self.base.dtype == torch.float32 and self.config.dtype != "4bit":
+            return rotary.read_rotation(self.base)
+        # Rounded as they are computed, keys prove nothing.
+        return rotary.read_rotation(hf_folders.load_model(self.folders[0], self.device))
 
     def settle(self, dtype: str) -> None:
         """Takes the models, loaded with dtype "auto", to the type that was chosen: "float32" or "bfloat16"."""
@@ -152,10 +168,10 @@ class FrozenModels:
         """
         prompt = self.encode_prompt(pair.prompt)
         is_cut = self.config.front_tokens > 0  # to what has room: its start is a text that was put there
-        if not is_cut and len(prompt) + self.config.num_virtual_tokens >= self._context:
+        if not is_cut and len(prompt) + self.num_virtual_tokens >= self.context:
             raise InputError(
-                f"a prompt has {len(prompt)} tokens: with {self.config.num_virtual_tokens} virtual tokens the context of "
-                f"{self._context} is full: {str(pair.prompt)[:60]!r}...",
+                f"a prompt has {len(prompt)} tokens: with {self.num_virtual_tokens} virtual tokens the context of "
+                f"{self.context} is full: {str(pair.prompt)[:60]!r}...",
                 hint="leave the pair out, or cut its prompt",
             )
         answers = tuple(
@@ -208,13 +224,13 @@ class FrozenModels:
             return {**inputs, "use_cache": False}
         cache = caches.new_cache(self.base)
         for layer, (keys, values) in enumerate(memory):
-            cache.update(self._copied_keys(keys, layer, batch.anchors), _copied(values, batch.anchors), layer)
+            cache.update(self._copied_keys(keys, layer, batch.anchors), copied(values, batch.anchors), layer)
         return {**inputs, "past_key_values": cache}
 
     def _copied_keys(self, keys: torch.Tensor, layer: int, anchors: torch.Tensor) -> torch.Tensor:
         """(B, K, C * P, H): each row's copies of (1, K, P, H) keys, turned to where they stand."""
-        if self.rotation is None:
-            return _copied(keys, anchors)
+        if self.anchoring is None:
+            return copied(keys, anchors)
         return turned_copies(keys, self.rotation, layer, anchors)
 
     def _examples(self, examples: Sequence[Example]) -> Batch:
@@ -248,42 +264,6 @@ class FrozenModels:
             if sum(t.numel() * t.element_size() for t in self._kept_logits.values()) < KEPT_LOGIT_BYTES:
                 self._kept_logits[which, key] = kept
         return kept
-
-
-def _copied(tensors: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """(B, K, C * P, H): C copies for each row of (1, K, P, H)."""
-    return tensors.repeat(1, 1, anchors.shape[1], 1).expand(len(anchors), -1, -1, -1)
-
-
-def turned_copies(keys: torch.Tensor, rotation: Rotation, layer: int, anchors: torch.Tensor) -> torch.Tensor:
-    """Copies of keys, each turned by its anchor, with a graph to the keys; the arithmetic of ``Rotation.turned``.
-
-    Args:
-        keys: (1, K, P, H).
-        rotation: of the model.
-        layer: of the model.
-        anchors: (B, C) int64.
-
-    Returns:
-        (B, K, C * P, H).
-    """
-    import torch
-
-    table = rotation.layers[layer]
-    if table is None:
-        return _copied(keys, anchors)
-    frequencies = torch.tensor(rotation.tables[table], dtype=torch.float64, device=keys.device)
-    angles = (anchors[..., None].double() * frequencies)[:, None, :, None]  # (B, 1, C, 1, R/2)
-    cos, sin = angles.cos().to(keys.dtype), angles.sin().to(keys.dtype)
-    first_half, second_half = halves(len(frequencies), rotation.neighbours)
-    copies = keys[:, :, None]  # (1, K, 1, P, H)
-    first, second = copies[..., first_half], copies[..., second_half]
-    turned = torch.stack(
-        [first * cos - second * sin, second * cos + first * sin], dim=-1 if rotation.neighbours else -2
-    )
-    turned = turned.flatten(-2)
-    rest = copies[..., 2 * len(frequencies) :].expand(*turned.shape[:-1], -1)
-    return torch.cat([turned, rest], dim=-1).flatten(2, 3)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From pairs to a patch: a trained soft prompt, a trained K/V prefix, or the segments of a composition."""
+"""From pairs to a patch: a trained soft prompt, a trained K/V prefix, or several that will stand side by side."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ from typing import Any
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InputError
+from edgepatch.patch.composition import in_order
 from edgepatch.patch.file import Patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import KVSeed, SoftPrompt
 from edgepatch.training import parallel, runs
+from edgepatch.training.composition import require_room
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.forward import BenignText, FrozenModels
 from edgepatch.training.pairs import provenance
 from edgepatch.training.pairs.preferences import Pair
-from edgepatch.training.policies import KVPolicy, Policy, SoftPromptPolicy, initial_soft_prompt, random_soft_prompt
+from edgepatch.training.policies import (
+    KVPolicy,
+    Policy,
+    SideBySidePolicy,
+    SoftPromptPolicy,
+    initial_soft_prompt,
+    random_soft_prompt,
+)
 from edgepatch.training.precision import TRIED, choose_dtype
 from edgepatch.training.trainer import Trainer
 
@@ -84,17 +93,22 @@ class PatchTraining:
         name: str,
         version: str = "0.1.0",
         progress: Progress = silent,
+        company: Sequence[Patch] = (),
     ) -> Patch:
         """A patch whose soft prompt is trained; with seed and canary.
 
+        Args:
+            company: patches, perhaps of other vendors, beside which it is trained and which stay as they are.
+
         Raises:
-            InputError: too few pairs, no benign text for the KL term, or a run folder with other settings.
+            InputError: too few pairs, no benign text for the KL term, a run folder with other settings, or ``company`` that cannot stand
+                beside the patch.
+            MismatchError: ``company`` is for another base.
             TrainingError: the loss became NaN or infinite.
         """
-        self._settle_dtype([pairs])
-        policy = SoftPromptPolicy([self.start()], self.models.device)
-        record = self._train(policy, [pairs], benign_texts, "soft_prompt", progress)
-        return self._patch(name, version, policy.soft_prompts()[0], None, record, progress)
+        return self._train_segments(
+            "soft_prompt", [pairs], [self.start()], benign_texts, [name], version, progress, company
+        )[0]
 
     def kv_prefix(
         self,
@@ -104,11 +118,13 @@ class PatchTraining:
         name: str,
         version: str = "0.1.0",
         progress: Progress = silent,
+        company: Sequence[Patch] = (),
     ) -> Patch:
         """A patch of trained keys and values, which starts from a trained patch's seed: same cost, more capacity.
 
         Args:
             start: has a seed for this base.
+            company: as for ``soft_prompt``.
 
         Raises:
             InputError: ``start`` has no seed, or the model has windows or recurrent layers, where no K/V prefix stands alone.
@@ -120,42 +136,82 @@ class PatchTraining:
                 "a K/V prefix starts from a patch with a seed, on a model with full attention in every layer",
                 hint="train a soft prompt instead; it runs on every model",
             )
-        self._settle_dtype([pairs])
-        policy = KVPolicy(start.kv_seed, self.models.device)
-        record = self._train(policy, [pairs], benign_texts, "kv_prefix", progress, start=start.digest)
-        return self._patch(name, version, None, policy.kv_seed(), record, progress)
+        return self._train_segments(
+            "kv_prefix", [pairs], [start.kv_seed], benign_texts, [name], version, progress, company, start=start.digest
+        )[0]
 
     def segments(
         self,
         tasks: Sequence[Sequence[Pair]],
-        starts: Sequence[SoftPrompt],
+        starts: Sequence[SoftPrompt | KVSeed],
         benign_texts: Sequence[BenignText],
         names: Sequence[str],
         version: str = "0.1.0",
         progress: Progress = silent,
+        company: Sequence[Patch] = (),
     ) -> list[Patch]:
-        """Patches trained jointly in random order and number, so that they may be composed in any (MOSAIC, arXiv 2603.16210).
+        """Patches trained jointly, each beside random others, so that any of them may be composed.
 
         Args:
             tasks: pairs of each segment.
-            starts: soft prompt of each segment: ``start``'s, or that of a patch trained before (successive training).
+            starts: of each segment: ``start``'s soft prompt, or what a patch trained before holds (successive training). A segment that
+                starts from a seed is trained as a K/V prefix.
             names: of the patches.
+            company: as for ``soft_prompt``.
 
         Raises:
-            InputError: fewer than two segments, or different numbers of them.
+            InputError: fewer than two segments, different numbers of them, or patches that cannot stand side by side.
         """
         if not 2 <= len(tasks) == len(starts) == len(names):
             raise InputError(
                 f"joint training: expected two segments or more, each with pairs, start and name; found {len(tasks)}, {len(starts)}, {len(names)}"
             )
+        return self._train_segments("side_by_side", tasks, starts, benign_texts, names, version, progress, company)
+
+    def _train_segments(
+        self,
+        kind: str,
+        tasks: Sequence[Sequence[Pair]],
+        starts: Sequence[SoftPrompt | KVSeed],
+        benign_texts: Sequence[BenignText],
+        names: Sequence[str],
+        version: str,
+        progress: Progress,
+        company: Sequence[Patch],
+        **told: Any,
+    ) -> list[Patch]:
+        """One patch a task."""
+        device = self.models.device
+        segments = [KVPolicy(s, device) if isinstance(s, KVSeed) else SoftPromptPolicy(s, device) for s in starts]
+        policy = self._beside(segments, names, version, company)
+        if company:
+            told["company"] = [patch.digest for patch in company]
         self._settle_dtype(tasks)
-        policy = SoftPromptPolicy(starts, self.models.device)
-        record = self._train(policy, tasks, benign_texts, "order_free_segments", progress)
-        made = zip(names, policy.soft_prompts(), strict=True)
+        record = self._train(policy, tasks, benign_texts, kind, progress, **told)
+        made = zip(names, segments, strict=True)
         return [
-            self._patch(name, version, prompt, None, record | {"segment": i}, progress)
-            for i, (name, prompt) in enumerate(made)
+            self._patch(name, version, segment, record | ({"segment": i} if len(segments) > 1 else {}), progress)
+            for i, (name, segment) in enumerate(made)
         ]
+
+    def _beside(
+        self,
+        segments: Sequence[SoftPromptPolicy | KVPolicy],
+        names: Sequence[str],
+        version: str,
+        company: Sequence[Patch],
+    ) -> Policy:
+        """What is trained: one patch alone, or several that stand side by side."""
+        if len(segments) + len(company) == 1:
+            return segments[0]
+        untrained = [self._untrained(segment, name, version) for segment, name in zip(segments, names, strict=True)]
+        in_order([*untrained, *company])
+        beside = SideBySidePolicy(segments, self.models.rotation, list(map(_seed_of, company)), self.models.device)
+        require_room(beside.num_virtual_tokens, self.models.context)
+        return beside
+
+    def _untrained(self, segment: SoftPromptPolicy | KVPolicy, name: str, version: str) -> Patch:
+        return Patch(name, version, self.models.spec, *_trained(segment))
 
     def _settle_dtype(self, tasks: Sequence[Sequence[Pair]]) -> None:
         """Chooses the type of the weights where the configuration leaves it open; a run that goes on keeps what it began with."""
@@ -177,7 +233,7 @@ class PatchTraining:
 
     def _tried_dtype(self, tasks: Sequence[Sequence[Pair]]) -> tuple[str, dict[str, Any], str]:
         examples = [self.models.pair_example(pair) for pairs in tasks for pair in pairs[:TRIAL_PAIRS]]
-        config, policy = self.config, SoftPromptPolicy([self.start()], self.models.device)
+        config, policy = self.config, SoftPromptPolicy(self.start(), self.models.device)
         pairs_a_step = -(-config.batch_size // parallel.world()[1])
         at_once = min(config.micro_batch_size or pairs_a_step, pairs_a_step)
         choice = choose_dtype(
@@ -209,6 +265,7 @@ class PatchTraining:
             **told,
         }
         run = runs.Run(self._run, settings)
+        self.models.num_virtual_tokens = policy.num_virtual_tokens
         with stage(progress, "tokenize"):
             trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference)
         trainer.train(progress)
@@ -227,8 +284,7 @@ class PatchTraining:
         self,
         name: str,
         version: str,
-        soft_prompt: SoftPrompt | None,
-        kv_seed: KVSeed | None,
+        segment: SoftPromptPolicy | KVPolicy,
         record: dict[str, Any],
         progress: Progress,
     ) -> Patch:
@@ -238,17 +294,30 @@ class PatchTraining:
             name,
             version,
             self.models.spec,
-            soft_prompt,
-            kv_seed,
+            *_trained(segment),
             training=record,
             weight_sketch=sketch,
             chat_template=self.models.tokenizer.chat_template_digest,
-            rotation=self.models.rotation,
+            rotation=self.models.rotation if self.models.anchoring else None,  # which `complete` reads anyway
             anchoring=self.models.anchoring,
         )
         # Loaded afresh: training may have changed how the model in memory attends, and with it the last bits of the seed.
         with stage(progress, "seed and canary"):
             return seeds.complete(patch, folders.load_model(self.folder, self.models.device), self._tell)
+
+
+def _trained(segment: SoftPromptPolicy | KVPolicy) -> tuple[SoftPrompt | None, KVSeed | None]:
+    """What a patch holds of it."""
+    return (segment.soft_prompt(), None) if isinstance(segment, SoftPromptPolicy) else (None, segment.kv_seed())
+
+
+def _seed_of(patch: Patch) -> KVSeed:
+    if patch.kv_seed is None:
+        raise InputError(
+            f"{patch.name} {patch.version} ({patch.digest[:12]}): expected a KV seed, found a soft prompt alone",
+            hint="add the seed first: edgepatch convert seed",
+        )
+    return patch.kv_seed
 
 
 def train_patch(

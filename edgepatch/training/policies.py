@@ -1,4 +1,4 @@
-"""What is trained: a soft prompt, several in random order, or a K/V prefix.
+"""What is trained: a soft prompt, a K/V prefix, or several of them side by side.
 
 A prefix shows itself as the model's memory of the virtual tokens: keys and values that all rows of a step share, computed once.
 """
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgepatch.converters.hf import caches
 from edgepatch.errors import InputError
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import KVSeed, SoftPrompt
+from edgepatch.training.memory import Memory, side_by_side
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-Memory = list["tuple[torch.Tensor, torch.Tensor]"]
-"""L keys and values, (1, K, P, H) each."""
 
 
 class Policy(ABC):
@@ -73,54 +73,41 @@ class Policy(ABC):
 
 
 class SoftPromptPolicy(Policy):
-    """One soft prompt, or segments of a composition that come in random order (MOSAIC, arXiv 2603.16210).
+    """A soft prompt.
 
     Args:
-        segments: (P_i, D) float32 each; segment i belongs to task i.
+        start: (P, D) float32.
         device: "cpu" or "cuda".
     """
 
-    def __init__(self, segments: Sequence[SoftPrompt], device: str) -> None:
+    def __init__(self, start: SoftPrompt, device: str) -> None:
         import torch
 
-        self._segments = [torch.nn.Parameter(torch.tensor(s.embeddings, device=device)) for s in segments]
-        self.order = list(range(len(segments)))
+        self._prompt = torch.nn.Parameter(torch.tensor(start.embeddings, device=device))
 
     @property
     def num_virtual_tokens(self) -> int:
-        return sum(len(self._segments[i]) for i in self.order)
+        return len(self._prompt)
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return self._segments
-
-    def prepare(self, rng: random.Random, task: int) -> None:
-        """The task's own segment with any number of the others, in any order, so that every subset and order is trained for."""
-        others = [i for i in range(len(self._segments)) if i != task]
-        chosen = [task, *rng.sample(others, rng.randint(0, len(others)))]
-        self.order = rng.sample(chosen, len(chosen))
-
-    def prepare_whole(self) -> None:
-        """All segments in the order of the tasks."""
-        self.order = list(range(len(self._segments)))
+        return [self._prompt]
 
     def embeddings(self) -> torch.Tensor:
-        import torch
-
-        return torch.cat([self._segments[i] for i in self.order])
+        return self._prompt
 
     def memory(self, base: PreTrainedModel) -> Memory:
         cache = caches.new_cache(base)
         base(
-            inputs_embeds=self.embeddings().to(base.dtype)[None],
+            inputs_embeds=self._prompt.to(base.dtype)[None],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         return [(layer.keys, layer.values) for layer in cache.layers]
 
-    def soft_prompts(self) -> list[SoftPrompt]:
-        """The segments as they are now."""
-        return [SoftPrompt(s.detach().cpu().numpy().copy()) for s in self._segments]
+    def soft_prompt(self) -> SoftPrompt:
+        """The soft prompt as it is now."""
+        return SoftPrompt(self._prompt.detach().cpu().numpy().copy())
 
 
 class KVPolicy(Policy):
@@ -134,10 +121,8 @@ class KVPolicy(Policy):
     def __init__(self, seed: KVSeed, device: str) -> None:
         import torch
 
-        def parameters(tensors: Sequence[Any]) -> list[torch.nn.Parameter]:
-            return [torch.nn.Parameter(torch.tensor(t.astype(np.float32), device=device)[None]) for t in tensors]
-
-        self._keys, self._values = parameters(seed.keys), parameters(seed.values)
+        start = _fixed(seed, device)
+        self._keys, self._values = ([torch.nn.Parameter(pair[i]) for pair in start] for i in range(2))
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -163,6 +148,63 @@ class KVPolicy(Policy):
                 hint="lower the learning rate",
             )
         return KVSeed(tuple(k.astype(np.float16) for k in keys), tuple(v.astype(np.float16) for v in values))
+
+
+class SideBySidePolicy(Policy):
+    """Patches that will be composed: each is trained beside any of the others, at the places that a composition gives them.
+
+    Each is evaluated alone and turned to end directly in front of the text, so the order means nothing; what a step draws is which of them
+    stand there (random subsets, as in MOSAIC, arXiv 2603.16210, without its orders).
+
+    Args:
+        segments: soft prompts or K/V prefixes; segment i belongs to task i.
+        rotation: of the base.
+        company: seeds that stand there too and stay as they are.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(
+        self, segments: Sequence[Policy], rotation: Rotation, company: Sequence[KVSeed] = (), device: str = "cpu"
+    ) -> None:
+        self.segments, self._rotation = list(segments), rotation
+        self._company = [_fixed(seed, device) for seed in company]
+        self._sizes = [s.num_virtual_tokens for s in segments] + [seed.num_virtual_tokens for seed in company]
+        self.drawn = list(range(len(self._sizes)))
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return sum(self._sizes[i] for i in self.drawn)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for segment in self.segments for parameter in segment.parameters()]
+
+    def prepare(self, rng: random.Random, task: int) -> None:
+        """The task's own segment with any number of the others."""
+        others = [i for i in range(len(self._sizes)) if i != task]
+        self.drawn = sorted([task, *rng.sample(others, rng.randint(0, len(others)))])
+
+    def prepare_whole(self) -> None:
+        """All of them."""
+        self.drawn = list(range(len(self._sizes)))
+
+    def memory(self, base: PreTrainedModel) -> Memory:
+        return side_by_side([self._memory_of(i, base) for i in self.drawn], self._rotation)
+
+    def _memory_of(self, index: int, base: PreTrainedModel) -> Memory:
+        if index < len(self.segments):
+            return self.segments[index].memory(base)
+        fixed = self._company[index - len(self.segments)]
+        return [(key.to(base.dtype), value.to(base.dtype)) for key, value in fixed]
+
+
+def _fixed(seed: KVSeed, device: str) -> Memory:
+    """A seed as float32 tensors."""
+    import torch
+
+    def tensor(array: NDArray[Any]) -> torch.Tensor:
+        return torch.tensor(array.astype(np.float32), device=device)[None]
+
+    return [(tensor(key), tensor(value)) for key, value in zip(seed.keys, seed.values, strict=True)]
 
 
 def initial_soft_prompt(base: PreTrainedModel, token_ids: Sequence[int], num_virtual_tokens: int) -> SoftPrompt:

@@ -18,8 +18,9 @@ from edgepatch.training import parallel
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.contexts import Contexts
 from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.memory import Memory
 from edgepatch.training.pairs.preferences import Pair
-from edgepatch.training.policies import Memory, Policy
+from edgepatch.training.policies import Policy
 from edgepatch.training.rows import Example, batch_plan
 from edgepatch.training.runs import Checkpoint, Run
 
@@ -296,6 +297,7 @@ class Trainer:
                 self.models.bases
             )
         patched = self.config.dpo_reference == "sft"
+        self.policy.prepare_whole()
         examples = [e for pairs in self._pairs for e in pairs] + self._held_pairs
         return [self._table(self.models, examples, which, patched, progress) for which in range(len(self.models.bases))]
 

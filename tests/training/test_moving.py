@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from edgepatch.bench.lab import LAB_FOLDER
-from edgepatch.converters.hf import caches, folders, rotary
+from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
 from edgepatch.seeds.anchoring import Anchoring
@@ -18,7 +18,7 @@ from edgepatch.training.patching import PatchTraining
 from edgepatch.training.policies import KVPolicy
 from edgepatch.training.rows import Example
 from kit.tiny_folders import copy_folder
-from kit.trainings import BENIGN, make_pairs, small
+from kit.trainings import BENIGN, make_pairs, plain_log_probabilities, plain_logits, random_examples, small
 
 PATCH = LAB_FOLDER / "lab-detox-0.1.0.safetensors"
 
@@ -33,27 +33,6 @@ def model():
     return folders.load_model(LAB_FOLDER / "base")
 
 
-def plain_logits(model, seed, anchoring, tokens):
-    """(T, V): the seed is put in front of each span in the cache of a plain forward pass."""
-    rotation, cache = rotary.read_rotation(model), caches.seeded_cache(model, seed)
-    rows = []
-    for start, end, anchor in anchoring.spans(tokens):
-        moved = rotation.moved(seed, anchor)
-        for layer, key in zip(cache.layers, moved.keys, strict=True):
-            rest = layer.keys[:, :, seed.num_virtual_tokens :]
-            layer.keys = torch.cat([torch.from_numpy(key)[None], rest], dim=2)
-        with torch.inference_mode():
-            rows.append(model(input_ids=torch.tensor([tokens[start:end]]), past_key_values=cache).logits[0])
-    return torch.cat(rows)
-
-
-def random_examples(rng, lengths):
-    def ids(n):
-        return tuple(int(i) for i in rng.integers(5, 4000, n))
-
-    return [Example((1, *ids(n)), (ids(20), ids(33))) for n in lengths]
-
-
 @pytest.mark.parametrize("block, turns", [(32, False), (64, True), (0, True)])
 def test_losses_are_those_of_a_plain_forward_pass(model, seed, block, turns):
     config = TrainConfig(block=block, turns=turns, dtype="float32")
@@ -63,12 +42,7 @@ def test_losses_are_those_of_a_plain_forward_pass(model, seed, block, turns):
     examples[1] = Example((*examples[1].prompt[:40], 3, *examples[1].prompt[41:]), examples[1].answers)
     policy = KVPolicy(seed, "cpu")
     got = models.log_probabilities(models.base, examples, policy.memory(models.base))
-    expected = torch.empty_like(got)
-    for i, example in enumerate(examples):
-        for j, answer in enumerate(example.answers):
-            logits = plain_logits(model, seed, models.anchoring, example.prompt + answer)
-            log_p = logits[len(example.prompt) - 1 : -1].log_softmax(-1)
-            expected[i, j] = log_p[torch.arange(len(answer)), torch.tensor(answer)].sum()
+    expected = plain_log_probabilities(model, seed, models.anchoring, examples)
     assert (got - expected).abs().max() < 1e-3, "sums of up to 33 log-probabilities around -300"
     assert ((got - expected) / expected).abs().max() < 1e-5
     bare = models.log_probabilities(models.base, examples, []).detach()

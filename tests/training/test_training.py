@@ -169,7 +169,7 @@ def test_the_trained_soft_prompt_gives_the_logits_it_was_trained_with(tiny_folde
     patch = training.soft_prompt(make_pairs(12), BENIGN, "tiny")
     models = training.models
     example = models.benign_example(BENIGN[0])
-    policy = SoftPromptPolicy([patch.soft_prompt], "cpu")
+    policy = SoftPromptPolicy(patch.soft_prompt, "cpu")
     with torch.no_grad():
         expected = models.logits_of([example], models.base, policy.memory(models.base), None).numpy()
     with load_runtime(tiny_folder, patch) as runtime:
@@ -181,10 +181,10 @@ def test_the_base_model_stays_as_it_is(tiny_folder):
     models = FrozenModels([tiny_folder], small())
     before = {n: p.clone() for n, p in models.base.named_parameters()}
     trainer, policy = make_trainer(models)
-    start = policy.soft_prompts()[0].embeddings
+    start = policy.soft_prompt().embeddings
     trainer.train()
     assert all(torch.equal(p, before[n]) for n, p in models.base.named_parameters())
-    assert not np.array_equal(policy.soft_prompts()[0].embeddings, start)
+    assert not np.array_equal(policy.soft_prompt().embeddings, start)
 
 
 def test_micro_batches_give_the_gradient_of_the_batch(tiny_folder):
@@ -331,28 +331,6 @@ def test_training_on_quantized_weights_is_not_training_on_the_base(tiny_folder, 
     assert all(not np.array_equal(prompts[a], prompts[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
     with load_runtime(tiny_folder, aware) as runtime:  # its canary is that of the base
         assert runtime.patch is aware
-
-
-def test_segments_are_trained_in_random_order_and_number(tiny_folder):
-    training = PatchTraining(tiny_folder, small(dpo_steps=8, sft_steps=8))
-    start = training.start()
-    seen = set()
-    original = SoftPromptPolicy.prepare
-
-    class Watched(SoftPromptPolicy):
-        def prepare(self, rng, task):
-            original(self, rng, task)
-            seen.add(tuple(self.order))
-            assert task in self.order
-
-    policy = Watched([start, start, start], "cpu")
-    Trainer(training.models, policy, [make_pairs(12)] * 3, BENIGN).train()
-    assert len(seen) >= 6
-    first, second = training.segments([make_pairs(12), make_pairs(14)], [start, start], BENIGN, ["a", "b"])
-    assert (first.name, second.name) == ("a", "b") and first.training["segment"] == 0
-    assert not np.array_equal(first.soft_prompt.embeddings, second.soft_prompt.embeddings)
-    with pytest.raises(InputError, match="two segments or more"):
-        training.segments([make_pairs(12)], [start], BENIGN, ["a"])
 
 
 # Runs.
