@@ -10,6 +10,7 @@ import typer
 from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, StoreOption, model_path, print_json, stdout, table
 from edgepatch.cli.keys import PassphraseFile, Unencrypted, read_passphrase
+from edgepatch.cli.store import beside_rows
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def import_(
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Verify all of a bundle, then make its patch the active one.
+    """Verify all of a bundle, then make its patch the active one of its name.
 
     Examples: `edgepatch bundle import site.tar --model llama-Q4_K_M.gguf --adopt-root 5c1f...`,
     `edgepatch bundle import site.tar --out site`
@@ -195,6 +196,7 @@ def _print_accepted(done: Accepted, as_json: bool) -> None:
             "patch": done.change.digest,
             "changed": done.change.is_new,
             "before": done.change.before,
+            "beside": sorted(done.change.beside),
             "bundle": done.manifest.digest,
         }
         keys = {"signed_by": sorted(done.change.signed_by), "bundle_signed_by": sorted(done.bundle_signed_by)}
@@ -208,6 +210,7 @@ def _print_accepted(done: Accepted, as_json: bool) -> None:
     rows += [("digest", done.change.digest), ("release", f"{patch.channel} {patch.sequence}")]
     if done.change.before and done.change.is_new:
         rows.append(("before", done.change.before[:12]))
+    rows += beside_rows(done.change)
     if patch.unsigned:
         rows.append(("signatures", f"not checked: {patch.unsigned}"))
     if root:

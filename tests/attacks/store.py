@@ -87,7 +87,7 @@ VERBS: dict[str, tuple[int, Callable[[Store, Path], Any]]] = {
     "rollback": (3, lambda store, source: store.rollback()),
     "rotation": (3, lambda store, source: set_root(store, source, 2)),
     "hold": (3, lambda store, source: store.hold()),
-    "remove": (3, lambda store, source: store.remove(store.read()[0].bases[store.find_base(None)].previous[0])),
+    "remove": (3, lambda store, source: store.remove(store.read()[0].bases[store.find_base(None)].slots["detox"].previous[0])),
 }
 """Name -> (stage to prepare, the change)."""
 
@@ -100,7 +100,7 @@ def outcome(store: Store) -> tuple[Any, ...]:
     """
     state, trust = store.read()
     loaded = sorted(
-        patch.digest for patch in [store.active(ModelSpec.from_dict(r.spec)) for r in state.bases.values()] if patch
+        patch.digest for r in state.bases.values() for patch in store.active(ModelSpec.from_dict(r.spec))
     )
     told = [(entry["action"], entry.get("patch")) for entry in store.history()]
     errors = [finding.message for finding in audit.verify(store) if finding.level == "error"]

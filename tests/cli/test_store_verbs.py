@@ -65,7 +65,7 @@ def test_a_patch_on_its_way(trusting, tmp_path):
     for shown in ("version 1, 2 of site", "detox 1.2.0", "stable 2, expires never", "site ("):
         assert shown in out
     shown = read(trusting("status", "--json"))
-    assert (shown["bases"][0]["name"], shown["findings"]) == ("detox", [])
+    assert (shown["bases"][0]["patches"][0]["name"], shown["findings"]) == ("detox", [])
     patches = read(trusting("list", "--json"))
     assert [(patch["sequence"], patch["active"]) for patch in patches] == [(1, False), (2, True)]
     assert "1.1.0" in trusting("list")[1]
