@@ -10,7 +10,6 @@ import typer
 from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, StoreOption, model_path, print_json, stdout, table
 from edgepatch.cli.keys import PassphraseFile, Unencrypted, read_passphrase
-from edgepatch.cli.store import beside_rows
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -190,6 +189,8 @@ def _unpack(bundle_file: Path, out: Path, store: StoreReader, as_json: bool) -> 
 
 
 def _print_accepted(done: Accepted, as_json: bool) -> None:
+    from edgepatch.cli.store import beside_rows
+
     patch, root = done.change.patch, done.root
     if as_json:
         shown = {

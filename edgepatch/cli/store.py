@@ -168,7 +168,9 @@ def _base_rows(base: dict[str, Any]) -> list[tuple[str, object]]:
             rows.append(("held", patch["hold_reason"] or "yes"))
     if base["composition"]:
         composed = base["composition"]
-        rows.append(("together", f"{composed['digest'][:12]}, {composed['num_virtual_tokens']} virtual tokens side by side"))
+        rows.append(
+            ("together", f"{composed['digest'][:12]}, {composed['num_virtual_tokens']} virtual tokens side by side")
+        )
     if not base["patches"]:
         rows.append(("active", "nothing: this model runs without a patch, by word"))
     rows += [("off", f"{slot['name']}: {slot['reason'] or 'replaced'}") for slot in base["off"]]
@@ -195,7 +197,9 @@ def list_patches(store: StoreOption = None, as_json: JsonFlag = False) -> None:
 
     state, _ = StoreReader(store).read()
     active = {digest for record in state.bases.values() for digest in record.active}
-    patches = sorted(state.patches.items(), key=lambda item: (item[1].base, item[1].name, item[1].channel, item[1].sequence))
+    patches = sorted(
+        state.patches.items(), key=lambda item: (item[1].base, item[1].name, item[1].channel, item[1].sequence)
+    )
     if as_json:
         print_json(
             [{**summary(digest, patch), "base": patch.base, "active": digest in active} for digest, patch in patches]
@@ -396,9 +400,7 @@ def unhold(
     _hold(target, patch, "", store, False, as_json)
 
 
-def _hold(
-    target: str | None, patch: str | None, reason: str, store: Path | None, is_held: bool, as_json: bool
-) -> None:
+def _hold(target: str | None, patch: str | None, reason: str, store: Path | None, is_held: bool, as_json: bool) -> None:
     from edgepatch.store.device import Store
 
     start, name = _target(store, target, patch)

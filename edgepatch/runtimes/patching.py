@@ -2,73 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.errors import InputError
+from edgepatch.errors import InactivePatchError, InputError, MismatchError
 from edgepatch.patch import canary
+from edgepatch.patch.composition import compose_on_device
 from edgepatch.patch.file import Patch
 from edgepatch.runtimes.runtime import Runtime, SeedRoute, check_patch
 from edgepatch.runtimes.sequences import Sequences
 from edgepatch.tensors import CanaryPrompt
 
 
+def as_parts(patch: Patch | Sequence[Patch] | None) -> tuple[Patch, ...]:
+    """The patches that a caller names: none, one, or several in order of their digests."""
+    if patch is None:
+        return ()
+    return (patch,) if isinstance(patch, Patch) else tuple(sorted(patch, key=lambda part: part.digest))
+
+
+def together(parts: Sequence[Patch]) -> Patch | None:
+    """What patches are side by side; one alone is itself.
+
+    Raises:
+        InputError: they cannot stand side by side.
+        MismatchError: they are for different bases.
+    """
+    return compose_on_device(parts) if len(parts) > 1 else next(iter(parts), None)
+
+
+def require_room(parts: Sequence[Patch], num_positions: int | None) -> None:
+    """Raises unless a context holds what patches take, and a token more.
+
+    Args:
+        parts: of the patch.
+        num_positions: of a sequence; ``None`` where nobody has asked for a number.
+
+    Raises:
+        InputError: it does not.
+    """
+    taken = sum(part.num_virtual_tokens for part in parts)
+    if num_positions is None or taken < num_positions or not parts:
+        return
+    each = ", ".join(f"{part.name} {part.version} takes {part.num_virtual_tokens}" for part in parts)
+    raise InputError(
+        f"context length: expected {taken + 1} positions or more, found {num_positions}",
+        hint=f"{each} of them" if len(parts) > 1 else f"the patch takes {taken} of them",
+    )
+
+
+@contextmanager
+def _naming(part: Patch, parts: Sequence[Patch]) -> Iterator[None]:
+    """Where several patches act side by side, an error says which of them it is about."""
+    try:
+        yield
+    except (InputError, InactivePatchError, MismatchError) as error:
+        if len(parts) == 1:
+            raise
+        title = f"{part.name} {part.version} ({part.digest[:12]})"
+        if isinstance(error, MismatchError):
+            error.hint = f"{title}, one of {len(parts)} patches: {error.hint}"
+            raise
+        raise type(error)(f"{title}, one of {len(parts)} patches: {error}", error.hint) from error
+
+
 class PatchSlot:
     """Where a session's patch is: there is always one in it that was proved, or none on purpose.
+
+    Several patches act side by side, as one whose parts were proved each by itself.
 
     Args:
         runtime: loaded.
         sequences: of it.
+
+    Attributes:
+        parts: the patches that act; several in order of their digests.
     """
 
     def __init__(self, runtime: Runtime, sequences: Sequences) -> None:
         self._runtime, self._sequences = runtime, sequences
         self._bare_logits: dict[tuple[int, ...], NDArray[np.float32]] = {}
+        self.parts: tuple[Patch, ...] = ()
 
-    def load(self, patch: Patch | None) -> SeedRoute:
-        """The first patch: all prompts of its canary, or one where this device remembers that it has passed them all."""
+    def load(self, parts: Sequence[Patch]) -> SeedRoute:
+        """The first patch: all prompts of each part's canary, or one where this device remembers that it has passed them all."""
         proofs = self._runtime.proofs
-        is_proved = patch is not None and proofs is not None and proofs.has_proved(patch.digest)
-        route = self.exchange(patch, num_prompts=1 if is_proved else None)
-        if patch is not None and proofs is not None and not is_proved:
-            proofs.keep_proof(patch.digest)
+        are_proved = [proofs is not None and proofs.has_proved(part.digest) for part in parts]
+        route = self.exchange(parts, [1 if is_proved else None for is_proved in are_proved])
+        for part, is_proved in zip(parts, are_proved, strict=True):
+            if proofs is not None and not is_proved:
+                proofs.keep_proof(part.digest)
         return route
 
-    def exchange(self, patch: Patch | None, num_prompts: int | None) -> SeedRoute:
-        """Puts a patch in place of the present one and asks so many prompts of its canary; ``None`` for all.
+    def exchange(self, parts: Sequence[Patch], num_prompts: Sequence[int | None]) -> SeedRoute:
+        """Puts patches in place of the present ones and asks prompts of their canaries.
 
         Every sequence starts afresh. On failure the old patch is back in place, or the model is closed.
 
+        Args:
+            parts: none for the bare model; several, in order of their digests, act side by side.
+            num_prompts: how many prompts of each one's canary are asked; ``None`` for all.
+
         Raises:
-            MismatchError: the patch was made for another model.
-            InputError: the patch cannot be used with this runtime's settings.
-            InactivePatchError: the seed was not taken, or the canary says that it does not work as it should.
+            MismatchError: a patch was made for another model.
+            InputError: a patch cannot be used with this runtime's settings, or not beside the others.
+            InactivePatchError: a seed was not taken, or a canary says that it does not work as it should.
         """
-        self._require_fit(patch)
+        patch = together(parts)
+        self._require_fit(parts)
         old = self._runtime.patch
-        prompts = patch.canary.prompts[:num_prompts] if patch and patch.canary else ()
+        prompts = [part.canary.prompts[:n] if part.canary else () for part, n in zip(parts, num_prompts, strict=True)]
         try:
-            self._measure_bare([prompt.tokens for prompt in prompts])
-            route = self._put(patch)
-            self._prove(prompts, route)
+            self._measure_bare([prompt.tokens for asked in prompts for prompt in asked])
+            route: SeedRoute = ""
+            for part, asked in zip(parts, prompts, strict=True):
+                with _naming(part, parts):
+                    route = self._put(part)
+                    self._prove(asked, route)
+            if len(parts) != 1:
+                route = self._put(patch)
         except BaseException:
             self._put_back(old)
             raise
+        self.parts = tuple(parts)
         return route
 
-    def _require_fit(self, patch: Patch | None) -> None:
-        check_patch(patch, self._runtime.spec)
-        if patch is None:
-            return
-        if not patch.num_virtual_tokens < self._runtime.num_positions:
-            raise InputError(
-                f"context length: expected {patch.num_virtual_tokens + 1} positions or more, "
-                f"found {self._runtime.num_positions}",
-                hint=f"the patch takes {patch.num_virtual_tokens} of them",
-            )
-        self._runtime.check_weights(patch)
+    def _require_fit(self, parts: Sequence[Patch]) -> None:
+        for part in parts:
+            with _naming(part, parts):
+                check_patch(part, self._runtime.spec)
+        require_room(parts, self._runtime.num_positions)
+        for part in parts:
+            with _naming(part, parts):
+                self._runtime.check_weights(part)
 
     def _put(self, patch: Patch | None) -> SeedRoute:
         self._sequences.forget()

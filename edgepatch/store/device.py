@@ -234,7 +234,7 @@ class Store(StoreReader):
         """
         check_reason(reason)
         with self._changing() as (state, trust):
-            if patch:
+            if patch is not None:
                 place = place_of(self, state, base, patch, bool)
                 slot = replace(place.slot, is_held=is_held, hold_reason=reason if is_held else "")
                 found, new = place.base, place.state_with(state, slot)

@@ -56,14 +56,14 @@ def place_of(
     if name is None:
         base = store.find_base(base, state)
     places = [place for place in _places(state) if place.base.startswith(base or "")]
-    fitting = [place for place in places if (place.name == name if name else is_meant(place.slot))]
+    fitting = [place for place in places if (is_meant(place.slot) if name is None else place.name == name)]
     if len(fitting) == 1:
         return fitting[0]
-    if name and fitting:
+    if name is not None and fitting:
         bases = ", ".join(place.base[:12] for place in fitting)
         raise InputError(f"patch {name}: expected one base that has it, found {bases}", hint="name the base as well")
     known = ", ".join(sorted({place.name for place in fitting or places})) or "none"
-    asked = f"patch {name[:80]}" if name else "patch"
+    asked = "patch" if name is None else f"patch {name[:80]!r}"
     raise InputError(
         f"{asked}: expected the name of one patch in {store.folder}, found {known}",
         hint=f"name one: --patch {fitting[0].name}" if fitting else "`edgepatch status` shows what is active",
