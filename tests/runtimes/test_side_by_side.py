@@ -235,6 +235,28 @@ def test_what_the_store_runs_is_said_at_the_start(run, tiny_folder, files, tmp_p
     assert code == 0 and "no patch" in err and "harm: made for another assistant" in err
 
 
+def test_a_server_runs_bare_by_word_alone(tiny_folder, files, tmp_path, capsys):
+    from edgepatch.cli.chat import Device
+    from edgepatch.cli.serve import _loader
+    from edgepatch.runtimes import ACTIVE
+
+    def load():
+        return _loader(tiny_folder, ACTIVE, 1, None, None, Device.cpu, tmp_path / "store")()
+
+    with pytest.raises(InputError, match="nor an active patch"):
+        load()
+    store = Store(tmp_path / "store")
+    for file in files[:2]:
+        store.apply(file, UNSIGNED)
+    with load() as session:
+        assert len(session.parts) == 2
+    for name in ("gender", "harm"):
+        store.deactivate("made for another assistant", patch=name)
+    with load() as session:
+        assert session.parts == ()
+    assert "harm: made for another assistant" in capsys.readouterr().err
+
+
 def test_chat_swaps_to_several(tiny_folder, parts, files, capsys):
     from edgepatch.cli.chat import Conversation
 
