@@ -412,12 +412,23 @@ def _hold(target: str | None, patch: str | None, reason: str, store: Path | None
 
 
 def _target(store: Path | None, target: str | None, patch: str | None) -> tuple[str | None, str | None]:
-    """(start of a base's id, name of a patch) that a word and ``--patch`` mean; "" means nothing that there is."""
-    from edgepatch.store.reading import StoreReader
-    from edgepatch.store.slots import is_name
+    """(start of a base's id, name of a patch) that a word and ``--patch`` mean.
 
-    if target is not None and patch is None and is_name(StoreReader(store).read()[0], target):
+    Raises:
+        InputError: the word is neither a name nor the start of an id.
+    """
+    from edgepatch.store.reading import StoreReader
+    from edgepatch.store.slots import names
+
+    reader = StoreReader(store)
+    state, _ = reader.read()
+    if target is not None and patch is None and target in names(state):
         return None, target
+    if target is not None and not any(base.startswith(target) for base in state.bases):
+        known = ", ".join([*sorted(names(state)), *(base[:12] for base in state.bases)]) or "nothing"
+        raise InputError(
+            f"{target[:80]!r}: expected the name of a patch or the start of a base's id in {reader.folder}, found {known}"
+        )
     return target, patch
 
 

@@ -146,15 +146,21 @@ def find_patches(patch: OnePatch | Sequence[OnePatch] | None, store: Path | str 
     """Patches as ``find_patch`` finds each of them; none for ``None``.
 
     Raises:
-        InputError: a file or the store cannot be read, has no such patch, or an empty list is given.
+        InputError: a file or the store cannot be read, has no such patch, or a list is empty or holds ``None``.
         PatchFormatError: a file breaks the format.
         UntrustedError: a patch of the store was changed, or its trust root does not vouch for it.
     """
+    if patch is None:
+        return ()
     several = patch if isinstance(patch, Sequence) and not isinstance(patch, str) else [patch]
-    if not several:
-        raise InputError("patches: expected one or more, found an empty list", hint="None is the bare model on purpose")
-    found = (find_patch(one, store) for one in several)
-    return tuple(one for one in found if one is not None)
+    found = [find_patch(one, store) for one in several]
+    parts = tuple(one for one in found if one is not None)
+    if not parts or len(parts) < len(found):
+        raise InputError(
+            f"patches: expected one or more, found {len(parts)} of {len(found)}",
+            hint="None is the bare model on purpose",
+        )
+    return parts
 
 
 def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None) -> Patch | None:

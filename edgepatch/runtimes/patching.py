@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.errors import InactivePatchError, InputError, MismatchError
+from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patch import canary
 from edgepatch.patch.composition import compose_on_device
 from edgepatch.patch.file import Patch
@@ -54,19 +54,19 @@ def require_room(parts: Sequence[Patch], num_positions: int | None) -> None:
     )
 
 
+def _whose(part: Patch, parts: Sequence[Patch]) -> str:
+    return f"{part.name} {part.version} ({part.digest[:12]}), one of {len(parts)} patches" if len(parts) > 1 else ""
+
+
 @contextmanager
-def _naming(part: Patch, parts: Sequence[Patch]) -> Iterator[None]:
+def _naming(whose: str) -> Iterator[None]:
     """Where several patches act side by side, an error says which of them it is about."""
     try:
         yield
-    except (InputError, InactivePatchError, MismatchError) as error:
-        if len(parts) == 1:
-            raise
-        title = f"{part.name} {part.version} ({part.digest[:12]})"
-        if isinstance(error, MismatchError):
-            error.hint = f"{title}, one of {len(parts)} patches: {error.hint}"
-            raise
-        raise type(error)(f"{title}, one of {len(parts)} patches: {error}", error.hint) from error
+    except EdgepatchError as error:
+        if whose:
+            error.args = (f"{whose}: {error}",)  # it stays the error that it is, with its hint
+        raise
 
 
 class PatchSlot:
@@ -119,11 +119,12 @@ class PatchSlot:
             self._measure_bare([prompt.tokens for asked in prompts for prompt in asked])
             route: SeedRoute = ""
             for part, asked in zip(parts, prompts, strict=True):
-                with _naming(part, parts):
+                with _naming(_whose(part, parts)):
                     route = self._put(part)
                     self._prove(asked, route)
             if len(parts) != 1:
-                route = self._put(patch)
+                with _naming(f"{', '.join(part.name for part in parts)} side by side" if parts else ""):
+                    route = self._put(patch)
         except BaseException:
             self._put_back(old)
             raise
@@ -132,11 +133,11 @@ class PatchSlot:
 
     def _require_fit(self, parts: Sequence[Patch]) -> None:
         for part in parts:
-            with _naming(part, parts):
+            with _naming(_whose(part, parts)):
                 check_patch(part, self._runtime.spec)
         require_room(parts, self._runtime.num_positions)
         for part in parts:
-            with _naming(part, parts):
+            with _naming(_whose(part, parts)):
                 self._runtime.check_weights(part)
 
     def _put(self, patch: Patch | None) -> SeedRoute:

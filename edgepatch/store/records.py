@@ -153,8 +153,8 @@ class State:
         for base, record in self.bases.items():
             for name, slot in record.slots.items():
                 for digest in filter(None, (slot.active, *slot.previous)):
-                    patch = self.patches.get(digest)
-                    if patch is None or (patch.base, patch.name) != (base, name):
+                    stored = self.patches.get(digest)
+                    if stored is None or (stored.base, stored.name) != (base, name):
                         raise UntrustedError(
                             f"patches {name} of base {base[:12]}", "patches of the store for it", digest[:12]
                         )

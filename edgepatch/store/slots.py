@@ -70,9 +70,9 @@ def place_of(
     )
 
 
-def is_name(state: State, text: str) -> bool:
-    """Whether a text is the name of patches that a device has."""
-    return any(place.name == text for place in _places(state))
+def names(state: State) -> set[str]:
+    """The names of the patches that a device has."""
+    return {place.name for place in _places(state)}
 
 
 def _places(state: State) -> Iterator[Place]:

@@ -130,6 +130,8 @@ def test_several_patches_beside_each_other(trusting, tmp_path):
     assert "reason: made for another assistant" in out and f"beside {first['digest'][:12]}" in out
     assert "harm of base" in out
     assert trusting("rollback", "--patch", "toxicity")[0] == 2
+    code, _, err = trusting("rollback", "gendr")
+    assert (code, "expected the name of a patch" in err, "gender, harm" in err) == (2, True, True)
 
 
 def test_exit_codes_of_apply(trusting, tmp_path):
