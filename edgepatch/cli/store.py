@@ -173,7 +173,9 @@ def _base_rows(base: dict[str, Any]) -> list[tuple[str, object]]:
         )
     if not base["patches"]:
         rows.append(("active", "nothing: this model runs without a patch, by word"))
-    rows += [("off", f"{slot['name']}: {slot['reason'] or 'replaced'}") for slot in base["off"]]
+    for slot in base["off"]:
+        held = f"; held: {slot['hold_reason'] or 'yes'}" if slot["held"] else ""
+        rows.append(("off", f"{slot['name']}: {slot['reason'] or 'replaced'}{held}"))
     return rows
 
 

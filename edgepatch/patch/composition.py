@@ -30,7 +30,10 @@ def in_order(parts: Sequence[Patch]) -> list[Patch]:
         MismatchError: they are for different bases; the fields are named.
     """
     if not MIN_PARTS <= len(parts) <= MAX_PARTS:
-        raise InputError(f"parts: expected {MIN_PARTS} to {MAX_PARTS} patches, found {len(parts)}")
+        raise InputError(
+            f"parts: expected {MIN_PARTS} to {MAX_PARTS} patches, found {len(parts)}",
+            hint="every part takes room in the context: name fewer, or one that was trained for several ends",
+        )
     for part in parts:
         try:
             parts[0].base.require_same(part.base)

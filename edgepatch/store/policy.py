@@ -94,10 +94,10 @@ def check_beside(patch: Patch, others: Sequence[Patch]) -> None:
     try:
         compose_on_device([patch, *others])
     except InputError as error:
-        names = ", ".join(sorted(other.name for other in others))
+        names = " and ".join(sorted(other.name for other in others))
         raise InputError(
-            f"{patch.name} {patch.version} cannot stand beside {names}, which is active for the same base: {error}",
-            hint=f"{error.hint}; or take the other off first: edgepatch deactivate {others[0].name} --reason REASON",
+            f"{patch.name} {patch.version} cannot stand beside {names}, active for the same base: {error}",
+            hint=f"{error.hint}; or take {names} off first: edgepatch deactivate {others[0].name} --reason REASON",
         ) from None
 
 
