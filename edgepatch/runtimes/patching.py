@@ -77,15 +77,11 @@ class PatchSlot:
     Args:
         runtime: loaded.
         sequences: of it.
-
-    Attributes:
-        parts: the patches that act; several in order of their digests.
     """
 
     def __init__(self, runtime: Runtime, sequences: Sequences) -> None:
         self._runtime, self._sequences = runtime, sequences
         self._bare_logits: dict[tuple[int, ...], NDArray[np.float32]] = {}
-        self.parts: tuple[Patch, ...] = ()
 
     def load(self, parts: Sequence[Patch]) -> SeedRoute:
         """The first patch: all prompts of each part's canary, or one where this device remembers that it has passed them all."""
@@ -128,7 +124,6 @@ class PatchSlot:
         except BaseException:
             self._put_back(old)
             raise
-        self.parts = tuple(parts)
         return route
 
     def _require_fit(self, parts: Sequence[Patch]) -> None:

@@ -41,6 +41,7 @@ class Session(AbstractContextManager["Session"]):
     Attributes:
         backend: what evaluates, with the verbs that one kind of runtime alone has.
         sequences: what each conversation has evaluated, its snapshots included.
+        parts: the active patches, each proven by itself: none for the bare model, several in order of their digests.
         seed_route: how the seed got into the cache: "stored" in the patch, "decoded" from the soft prompt by this very
             model, or "" for the bare model.
 
@@ -58,8 +59,9 @@ class Session(AbstractContextManager["Session"]):
         self.sequences = Sequences(runtime)
         self._slot = PatchSlot(runtime, self.sequences)
         self._replies = ReplyMaker(runtime.spec.vocab_size, runtime.new_decoder, runtime.token_bytes)
+        self.parts = parts = as_parts(patch)
         try:
-            self.seed_route: SeedRoute = self._slot.load(as_parts(patch))
+            self.seed_route: SeedRoute = self._slot.load(parts)
         except BaseException:
             runtime.close()
             raise
@@ -68,11 +70,6 @@ class Session(AbstractContextManager["Session"]):
     def patch(self) -> Patch | None:
         """The active patch, or what several ones are together; ``None`` for the bare model."""
         return self.backend.patch
-
-    @property
-    def parts(self) -> tuple[Patch, ...]:
-        """The active patches, each proven by itself: none for the bare model, several in order of their digests."""
-        return self._slot.parts
 
     @property
     def context_length(self) -> int:
@@ -113,6 +110,7 @@ class Session(AbstractContextManager["Session"]):
         """
         parts = as_parts(patch)
         self.seed_route = self._slot.exchange(parts, [1] * len(parts))
+        self.parts = parts
 
     def prove(self) -> None:
         """Asks the whole canary of each active patch again, where it has one.
