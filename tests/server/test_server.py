@@ -65,7 +65,7 @@ def test_several_patches_are_listed_each(tiny_folder, tiny_patch):
 
     first = seeds.complete(tiny_patch, folders.load_model(tiny_folder))
     second = seeds.complete(
-        replace(tiny_patch, name="other", soft_prompt=SoftPrompt(-tiny_patch.soft_prompt.embeddings[:6])),
+        replace(tiny_patch, name="other", kv_seed=None, soft_prompt=SoftPrompt(-tiny_patch.soft_prompt.embeddings[:6])),
         folders.load_model(tiny_folder),
     )
     with running(lambda: load(tiny_folder, [first, second])) as several, several.client() as http:
