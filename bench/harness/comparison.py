@@ -20,7 +20,6 @@ import numpy as np
 
 from edgepatch.bench.metrics import Estimate, bootstrap_interval, paired_bootstrap_difference, wilson_interval
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.patch.file import Patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes.session import Session
 
@@ -133,12 +132,12 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _without_patch(runtime: Session) -> Iterator[None]:
-    patch: Patch | None = runtime.patch
+    parts = runtime.parts
     runtime.swap(None)
     try:
         yield
     finally:
-        runtime.swap(patch)
+        runtime.swap(parts)
 
 
 def _manager(config: HarnessConfig) -> Any:

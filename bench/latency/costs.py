@@ -79,7 +79,7 @@ class StoreCosts:
         self._apply()
 
     def _verify(self) -> None:
-        if self._store.active(self._patch.base) is None:
+        if not self._store.active(self._patch.base):
             raise EdgepatchError("the store has no active patch")
 
 

@@ -11,10 +11,9 @@ with open(key_file) as file:
 
 model = client.models.list().data[0].id
 print("models      ", model)
-patch = client.get("/patches", cast_to=object)["data"][0]
-print(
-    "patch       ", patch["name"], patch["version"], patch["digest"][:12], "active" if patch["active"] else "inactive"
-)
+for patch in client.get("/patches", cast_to=object)["data"]:
+    state = "active" if patch["active"] else "inactive"
+    print("patch       ", patch["name"], patch["version"], patch["digest"][:12], state)
 
 # A conversation. The second turn finds the first one in the cache, behind the patch.
 messages = [{"role": "user", "content": "How do I bake bread?"}]

@@ -208,7 +208,7 @@ def accept(
     channel: str = "",
     allowances: Allowances = NOTHING_ALLOWED,
 ) -> Accepted:
-    """Verifies a bundle, and makes its patch the active one of its base.
+    """Verifies a bundle, and makes its patch the active one of its name; others stay beside it.
 
     Args:
         path: the tar file.

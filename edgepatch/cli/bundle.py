@@ -143,7 +143,7 @@ def import_(
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Verify all of a bundle, then make its patch the active one.
+    """Verify all of a bundle, then make its patch the active one of its name.
 
     Examples: `edgepatch bundle import site.tar --model llama-Q4_K_M.gguf --adopt-root 5c1f...`,
     `edgepatch bundle import site.tar --out site`
@@ -189,12 +189,15 @@ def _unpack(bundle_file: Path, out: Path, store: StoreReader, as_json: bool) -> 
 
 
 def _print_accepted(done: Accepted, as_json: bool) -> None:
+    from edgepatch.cli.store import beside_rows
+
     patch, root = done.change.patch, done.root
     if as_json:
         facts = {
             "patch": done.change.digest,
             "changed": done.change.is_new,
             "before": done.change.before,
+            "beside": sorted(done.change.beside),
             "bundle": done.manifest.digest,
         }
         keys = {"signed_by": sorted(done.change.signed_by), "bundle_signed_by": sorted(done.bundle_signed_by)}
@@ -208,6 +211,7 @@ def _print_accepted(done: Accepted, as_json: bool) -> None:
     rows += [("digest", done.change.digest), ("release", f"{patch.channel} {patch.sequence}")]
     if done.change.before and done.change.is_new:
         rows.append(("before", done.change.before[:12]))
+    rows += beside_rows(done.change)
     if patch.unsigned:
         rows.append(("signatures", f"not checked: {patch.unsigned}"))
     if root:

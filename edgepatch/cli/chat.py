@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from edgepatch.patch.file import Patch
     from edgepatch.runtimes import PatchChoice
     from edgepatch.runtimes.session import Session
+    from edgepatch.store.reading import StoreReader
     from edgepatch.text.messages import Message
 
 
@@ -97,7 +99,7 @@ def chat(
 
 
 COMMANDS = """\
-/swap PATCH   exchange the patch on the loaded model, and start afresh
+/swap PATCH   exchange the patch on the loaded model, and start afresh; several act side by side
 /unpatch      take the patch off, and start afresh
 /patch        show what is active
 /new          forget the conversation
@@ -152,16 +154,16 @@ class Conversation:
         return False
 
     def _swap(self, argument: str) -> None:
-        from edgepatch.runtimes import find_patch
+        from edgepatch.runtimes import find_patches
 
-        self._exchange(find_patch(argument, self._store))
+        self._exchange(find_patches(_named(argument), self._store))
 
     def _unpatch(self, _: str) -> None:
-        self._exchange(None)
+        self._exchange(())
 
-    def _exchange(self, patch: Patch | None) -> None:
+    def _exchange(self, patches: Sequence[Patch]) -> None:
         began = time.perf_counter()
-        self._session.swap(patch)
+        self._session.swap(patches)
         milliseconds = (time.perf_counter() - began) * 1000
         self._restart("")
         note(f"{describe(self._session)}; exchanged in {milliseconds:.0f} ms")
@@ -199,6 +201,16 @@ class Conversation:
             else f", held with {held}; the patch that is active now applies"
         )
         note(f"{argument}: {len(messages)} messages{under}")
+
+
+def _named(argument: str) -> list[str]:
+    """The patches that ``/swap`` names: one file, whose name may have spaces, or several words."""
+    if not argument or Path(argument).exists():
+        return [argument]
+    try:
+        return shlex.split(argument)
+    except ValueError as error:
+        raise InputError(f"/swap: expected names of patches, found {argument!r}: {error}") from None
 
 
 @app.command()
@@ -246,15 +258,15 @@ def generate(
         )
 
 
-def choice(patch: Path | None, bare: bool) -> PatchChoice:
-    """What ``--patch`` and ``--bare`` ask for: a patch, none, or with neither of them the active one."""
+def choice(patches: Sequence[Path] | None, bare: bool) -> PatchChoice:
+    """What ``--patch`` and ``--bare`` ask for: patches, none, or with neither of them the active ones."""
     from edgepatch.runtimes import ACTIVE
 
-    if bare and patch is not None:
+    if bare and patches:
         raise InputError(
             "expected --patch or --bare, found both", hint="--bare runs the model as it is, without a patch"
         )
-    return None if bare else ACTIVE if patch is None else patch
+    return None if bare else patches or ACTIVE
 
 
 def load_model(
@@ -278,16 +290,31 @@ def load_model(
     for line in session.slot.notes:
         note(line)
     if patch is ACTIVE:
-        folder = StoreReader(store).folder
-        note(f"the active patch of {folder}" if session.patch else f"no patch for this model in {folder}")
+        note(_source(session, StoreReader(store)))
     return session
+
+
+def _source(session: Session, store: StoreReader) -> str:
+    """Why a session runs with what it does, where nobody has named a patch."""
+    if session.parts:
+        return f"the active {'patches' if len(session.parts) > 1 else 'patch'} of {store.folder}"
+    reason = store.why_bare(session.spec)
+    return f"bare by word of {store.folder}: {reason}" if reason else f"no patch for this model in {store.folder}"
 
 
 def describe(session: Session) -> str:
     """One line: what is active, and how its seed got there."""
-    active = f"patch {session.patch.name} {session.patch.version}" if session.patch else "no patch"
+    names = " and ".join(f"{part.name} {part.version}" for part in session.parts)
+    active = f"patch{'es'[: 2 * (len(session.parts) > 1)]} {names}" if names else "no patch"
     place = f"; {session.slot.place}" if session.patch and session.patch.anchoring else ""
-    proof = "" if session.patch is None else ", canary passed" if session.patch.canary else ", no canary"
+    mute = [part.name for part in session.parts if not part.canary]
+    proof = (
+        ", canary passed"
+        if not mute
+        else ", no canary"
+        if len(session.parts) == 1
+        else f", no canary: {', '.join(mute)}"
+    )
     seed = f" (seed {session.seed_route}{proof})" if session.seed_route else ""
     threads = (
         "" if session.num_threads is None else f", {session.num_threads} CPU thread{'s'[: session.num_threads > 1]}"

@@ -36,8 +36,12 @@ ModelArgument = Annotated[
     ),
 ]
 PatchOption = Annotated[
-    Path | None,
-    typer.Option("--patch", "-p", help="Patch file, or sha256:DIGEST of one in the store; else the active one."),
+    list[Path] | None,
+    typer.Option(
+        "--patch",
+        "-p",
+        help="Patch file, or sha256:DIGEST of one in the store; given several times they act side by side; else the active ones.",
+    ),
 ]
 BareFlag = Annotated[bool, typer.Option("--bare", help="Run the model without a patch.")]
 PinnedFlag = Annotated[

@@ -132,7 +132,7 @@ def _patches(fitting: Fitting, facts: ModelFacts) -> str:
     if not fitting.patches:
         return "none for this model in this device's store, nor beside it"
     names = ", ".join(f"{patch.name} {patch.version}{_where(patch)}{_doubt(patch)}" for patch in others)
-    shown = [f"active: {active[0]}" if active else "none is active"]
+    shown = [f"active: {' and '.join(active)}" if active else "none is active"]
     return "; ".join([*shown, f"made for it: {names}"] if others else shown)
 
 

@@ -135,6 +135,7 @@ def _loader(
     pinned: bool,
 ) -> Callable[[], Session]:
     from edgepatch.runtimes import device_options, load_runtime
+    from edgepatch.store.reading import StoreReader
 
     options: dict[str, object] = {"context_length": context_length, "num_threads": threads, "num_sequences": sequences}
     options |= device_options(model, device.value)
@@ -143,8 +144,11 @@ def _loader(
     def load() -> Session:
         session = load_runtime(model, patch, store=store, pinned=pinned, **settings)
         if patch is not None and session.patch is None:
-            session.close()
-            raise _no_patch(store)
+            reason = StoreReader(store).why_bare(session.spec)
+            if not reason:
+                session.close()
+                raise _no_patch(store)
+            note(f"bare by word of {StoreReader(store).folder}: {reason}")
         return session
 
     return load
@@ -175,15 +179,16 @@ def _url(settings: ServerSettings, port: int) -> str:
 
 
 def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_key: bool, as_json: bool) -> None:
-    patch = (
-        f"{served.patch['name']} {served.patch['version']} (seed {served.patch['seed_route']}, {served.patch['place']})"
-        if served.patch
-        else "none"
-    )
     if as_json:
-        print_json({"url": url, "model": served.name, "patch": served.patch, "system_fingerprint": served.fingerprint})
+        print_json(
+            {"url": url, "model": served.name, "patches": served.patches, "system_fingerprint": served.fingerprint}
+        )
     else:
-        rows: list[tuple[str, object]] = [("url", url), ("model", served.name), ("patch", patch)]
+        rows: list[tuple[str, object]] = [("url", url), ("model", served.name)]
+        rows += [
+            ("patch", f"{p['name']} {p['version']} (seed {p['seed_route']}, {p['place']})") for p in served.patches
+        ]
+        rows += [] if served.patches else [("patch", "none")]
         stdout().print(table([*rows, ("fingerprint", served.fingerprint)]))
     sys.stdout.flush()
     if is_new_key:
@@ -192,7 +197,7 @@ def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_ke
         _warn("no API key: every program and user of this machine can use the server")
     if not settings.is_loopback:
         _warn("requests and key travel unencrypted: put a proxy with TLS in front")
-    if served.patch is None:
+    if not served.patches:
         _warn("the model runs without a patch")
     for line in served.patch_notes:
         _warn(line)

@@ -29,8 +29,14 @@ if TYPE_CHECKING:
     from edgepatch.store.changes import Change
     from edgepatch.tensors import ModelSpec
 
-BaseArgument = Annotated[
-    str | None, typer.Argument(metavar="[BASE]", help="Start of the base's id, where the device has several.")
+TargetArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[PATCH|BASE]", help="Name of the patch, or start of the base's id, where the device has several."
+    ),
+]
+NameOption = Annotated[
+    str | None, typer.Option("--patch", metavar="NAME", help="Name of the patch, where several are active.")
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="The history keeps it.")]
 FileArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
@@ -63,7 +69,9 @@ def apply(
     ] = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Check a patch and make it the active one of its model; until that is done the old one stays.
+    """Check a patch and make it the active one of its name; until that is done the old one stays.
+
+    Active patches of other names for the same model stay beside it: they act side by side.
 
     Example: `edgepatch apply detox-1.1.0.safetensors --model llama-Q4_K_M.gguf`
     """
@@ -93,6 +101,7 @@ def _print_change(change: Change, word: str, as_json: bool) -> None:
                 **shown,
                 "base": change.patch.base,
                 "before": change.before,
+                "beside": sorted(change.beside),
                 "changed": change.is_new,
                 "signed_by": sorted(change.signed_by),
             }
@@ -105,11 +114,19 @@ def _print_change(change: Change, word: str, as_json: bool) -> None:
         ("release", f"{patch.channel} {patch.sequence}"),
     ]
     rows.append(("base", patch.base[:12]))
-    if change.is_new and change.before:
+    if change.is_new and change.before and change.before != change.digest:
         rows.append(("before", change.before[:12]))
+    rows += beside_rows(change)
     if patch.unsigned:
         rows.append(("signatures", f"not checked: {patch.unsigned}"))
     stdout().print(table(rows))
+
+
+def beside_rows(change: Change) -> list[tuple[str, object]]:
+    """The patches that are active beside the one that a change is about."""
+    from edgepatch.store.audit import title
+
+    return [("beside", f"{title(other)} ({digest[:12]})") for digest, other in sorted(change.beside.items())]
 
 
 @app.command()
@@ -143,16 +160,34 @@ def _print_status(found: dict[str, Any]) -> None:
         )
     )
     for base in found["bases"]:
-        rows.append(("", ""))
-        rows.append(("base", f"{base['base'][:12]} ({base['model_type']}, weights {base['weight_fingerprint'][:12]})"))
-        rows.append(("active", f"{base['name']} {base['version']} ({base['digest'][:12]})"))
-        rows.append(("release", f"{base['channel']} {base['sequence']}, expires {base['expires'] or 'never'}"))
-        rows.append(("signatures", base["signatures"]))
-        if base["held"]:
-            rows.append(("held", base["hold_reason"] or "yes"))
+        rows += _base_rows(base)
     if not found["bases"]:
         rows.append(("active", "nothing"))
     stdout().print(table(rows))
+
+
+def _base_rows(base: dict[str, Any]) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("", "")]
+    rows.append(("base", f"{base['base'][:12]} ({base['model_type']}, weights {base['weight_fingerprint'][:12]})"))
+    if base["held"]:
+        rows.append(("held", base["hold_reason"] or "yes"))
+    for patch in base["patches"]:
+        rows.append(("active", f"{patch['name']} {patch['version']} ({patch['digest'][:12]})"))
+        rows.append(("release", f"{patch['channel']} {patch['sequence']}, expires {patch['expires'] or 'never'}"))
+        rows.append(("signatures", patch["signatures"]))
+        if patch["held"]:
+            rows.append(("held", patch["hold_reason"] or "yes"))
+    if base["composition"]:
+        composed = base["composition"]
+        rows.append(
+            ("together", f"{composed['digest'][:12]}, {composed['num_virtual_tokens']} virtual tokens side by side")
+        )
+    if not base["patches"]:
+        rows.append(("active", "nothing: this model runs without a patch, by word"))
+    for slot in base["off"]:
+        held = f"; held: {slot['hold_reason'] or 'yes'}" if slot["held"] else ""
+        rows.append(("off", f"{slot['name']}: {slot['reason'] or 'replaced'}{held}"))
+    return rows
 
 
 def _print_findings(findings: list[Finding]) -> None:
@@ -166,7 +201,7 @@ def _print_findings(findings: list[Finding]) -> None:
 
 @app.command("list")
 def list_patches(store: StoreOption = None, as_json: JsonFlag = False) -> None:
-    """List the patches of the store.
+    """List the patches of the store; a star marks the active ones.
 
     Example: `edgepatch list`
     """
@@ -174,8 +209,10 @@ def list_patches(store: StoreOption = None, as_json: JsonFlag = False) -> None:
     from edgepatch.store.reading import StoreReader
 
     state, _ = StoreReader(store).read()
-    active = {record.active for record in state.bases.values()}
-    patches = sorted(state.patches.items(), key=lambda item: (item[1].base, item[1].channel, item[1].sequence))
+    active = {digest for record in state.bases.values() for digest in record.active}
+    patches = sorted(
+        state.patches.items(), key=lambda item: (item[1].base, item[1].name, item[1].channel, item[1].sequence)
+    )
     if as_json:
         print_json(
             [{**summary(digest, patch), "base": patch.base, "active": digest in active} for digest, patch in patches]
@@ -274,11 +311,12 @@ def _prove(model: Path, patch: Path | None, pinned: bool, store: Path | None) ->
             raise InactivePatchError(
                 f"expected an active patch for {model}, found none", hint="`edgepatch status` shows what is active"
             )
-        if runtime.patch.canary is None:
-            raise InactivePatchError(
-                f"patch {runtime.patch.name} {runtime.patch.version}: expected a canary, found none",
-                hint="its vendor adds one; without it nothing proves that the patch works",
-            )
+        for part in runtime.parts:
+            if part.canary is None:
+                raise InactivePatchError(
+                    f"patch {part.name} {part.version}: expected a canary, found none",
+                    hint="its vendor adds one; without it nothing proves that the patch works",
+                )
         runtime.prove()
         for line in runtime.slot.notes:
             note(line)
@@ -316,47 +354,98 @@ def _verify_store(model: Path | None, pinned: bool, store: Path | None, as_json:
 
 @app.command()
 def rollback(
-    base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False
+    target: TargetArgument = None,
+    patch: NameOption = None,
+    reason: ReasonOption = "",
+    store: StoreOption = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Make the patch active again that was active before the present one.
+    """Make the patch active again that was active before the present one of its name; other patches stay.
 
-    Example: `edgepatch rollback --reason "1.1.0 refuses too much"`
+    Examples: `edgepatch rollback --reason "1.1.0 refuses too much"`, `edgepatch rollback gender`
     """
     from edgepatch.store.device import Store
 
-    _print_change(Store(store).rollback(base, reason), "active", as_json)
+    base, name = _target(store, target, patch)
+    _print_change(Store(store).rollback(base, reason, patch=name), "active", as_json)
+
+
+@app.command()
+def deactivate(
+    target: TargetArgument = None,
+    patch: NameOption = None,
+    reason: ReasonOption = "",
+    store: StoreOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Take an active patch off; the others stay active. `rollback` of its name or `apply` brings it back.
+
+    Without any other, the model runs bare from then on, by word: `status`, `chat` and `serve` say so, with the reason.
+
+    Example: `edgepatch deactivate gender --reason "it was made for another assistant"`
+    """
+    from edgepatch.store.device import Store
+
+    base, name = _target(store, target, patch)
+    _print_change(Store(store).deactivate(reason, patch=name, base=base), "off", as_json)
 
 
 @app.command()
 def hold(
-    base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False
+    target: TargetArgument = None,
+    patch: NameOption = None,
+    reason: ReasonOption = "",
+    store: StoreOption = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Keep the active patch: `apply` is refused until `unhold`.
+    """Keep what is active: `apply` is refused until `unhold`. With a patch's name, it is refused for that patch alone.
 
     Example: `edgepatch hold --reason "acceptance test runs"`
     """
-    _hold(base, reason, store, True, as_json)
+    _hold(target, patch, reason, store, True, as_json)
 
 
 @app.command()
 def unhold(
-    base: BaseArgument = None, reason: ReasonOption = "", store: StoreOption = None, as_json: JsonFlag = False
+    target: TargetArgument = None, patch: NameOption = None, store: StoreOption = None, as_json: JsonFlag = False
 ) -> None:
-    """Allow `apply` again.
+    """Allow `apply` again: for one patch by its name, else for all of the base.
 
     Example: `edgepatch unhold`
     """
-    _hold(base, reason, store, False, as_json)
+    _hold(target, patch, "", store, False, as_json)
 
 
-def _hold(base: str | None, reason: str, store: Path | None, is_held: bool, as_json: bool) -> None:
+def _hold(target: str | None, patch: str | None, reason: str, store: Path | None, is_held: bool, as_json: bool) -> None:
     from edgepatch.store.device import Store
 
-    name = Store(store).hold(base, reason, is_held=is_held)
+    start, name = _target(store, target, patch)
+    base = Store(store).hold(start, reason, is_held=is_held, patch=name)
     if as_json:
-        print_json({"base": name, "held": is_held})
+        print_json({"base": base, "patch": name, "held": is_held})
     else:
-        print(f"base {name[:12]}: {'held' if is_held else 'not held'}")
+        print(f"{f'{name} of ' if name else ''}base {base[:12]}: {'held' if is_held else 'not held'}")
+
+
+def _target(store: Path | None, target: str | None, patch: str | None) -> tuple[str | None, str | None]:
+    """(start of a base's id, name of a patch) that a word and ``--patch`` mean.
+
+    Raises:
+        InputError: the word is neither a name nor the start of an id.
+    """
+    from edgepatch.store.reading import StoreReader
+    from edgepatch.store.slots import names
+
+    reader = StoreReader(store)
+    state, _ = reader.read()
+    if target is not None and patch is None and target in names(state):
+        return None, target
+    if target is not None and not any(base.startswith(target) for base in state.bases):
+        known = ", ".join([*sorted(names(state)), *(base[:12] for base in state.bases)]) or "nothing"
+        raise InputError(
+            f"{target[:80]!r}: expected the name of a patch or the start of a base's id in {reader.folder}, found {known}"
+        )
+    return target, patch
 
 
 @app.command()
@@ -381,10 +470,13 @@ def history(store: StoreOption = None, as_json: JsonFlag = False) -> None:
 
 def _what(entry: dict[str, Any]) -> str:
     if "patch" in entry:
-        return f"{entry['name']} {entry['version']} ({entry['patch'][:12]}), {entry['channel']} {entry['sequence']}"
+        beside = f", beside {', '.join(digest[:12] for digest in entry['beside'])}" if "beside" in entry else ""
+        release = f"{entry['channel']} {entry['sequence']}"
+        return f"{entry['name']} {entry['version']} ({entry['patch'][:12]}), {release}{beside}"
     if "version" in entry:
         return f"trust root version {entry['version']} ({entry['fingerprint'][:12]}), sequences {entry['sequences']}"
-    return f"base {entry['base'][:12]}" if "base" in entry else ""
+    of = f"{entry['name']} of " if "name" in entry else ""
+    return f"{of}base {entry['base'][:12]}" if "base" in entry else ""
 
 
 def _why(entry: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ class Fitting:
     """The patches that were made for a model.
 
     Attributes:
-        patches: the active one first.
+        patches: the active ones first.
         store: folder of the store.
         problem: why the store could not be read; "" where it could.
         are_weights_compared: whether each was compared with the weights themselves, as loading does.
@@ -72,7 +72,7 @@ def fitting_patches(model: ModelFacts, store: StoreReader, loads_libraries: bool
         return Fitting((), str(store.folder), str(error), False)
     record = state.bases.get(model.base)
     digests = [digest for digest, stored in state.patches.items() if stored.base == model.base]
-    ordered = sorted(digests, key=lambda digest: (record is None or digest != record.active, digest))
+    ordered = sorted(digests, key=lambda digest: (record is None or digest not in record.active, digest))
     beside = [(path, patch) for path, patch in _beside(model) if patch.digest not in state.patches]
     sketch = _sketcher(model, loads_libraries) if ordered or beside else None
     candidates = [_stored(digest, store, state, trust, model, sketch) for digest in ordered]
@@ -99,7 +99,7 @@ def _stored(
     digest: str, store: StoreReader, state: State, trust: TrustState, model: ModelFacts, sketch: Sketcher | None
 ) -> FittingPatch:
     stored = state.patches[digest]
-    is_active = state.bases[stored.base].active == digest
+    is_active = digest in state.bases[stored.base].active
     signers, problem = f"not checked: {stored.unsigned}" if stored.unsigned else "", ""
     try:
         patch = store.load_stored(digest, state, trust)

@@ -268,7 +268,7 @@ def _store(folder: Path, _: Recognised) -> Described:
 
     reader = StoreReader(folder)
     state = reader.read()[0]
-    active = [title(state.patches[record.active]) for record in state.bases.values()]
+    active = [title(state.patches[digest]) for record in state.bases.values() for digest in record.active]
     findings = status(reader)[1]
     facts = {
         "bases": len(state.bases),

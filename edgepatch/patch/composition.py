@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgepatch.errors import InputError
+from edgepatch.errors import InputError, MismatchError
 from edgepatch.patch.file import Patch
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.seeds.rotation import Rotation, side_by_side
@@ -18,25 +18,41 @@ from edgepatch.tensors import KVSeed
 
 MIN_PARTS, MAX_PARTS = 2, 12
 METHOD = "side by side"
+ROUNDING = 1e-6
+"""Relative difference of two frequencies that are one: ten steps of float32."""
 
 
 def in_order(parts: Sequence[Patch]) -> list[Patch]:
     """The parts as they stand in a composition.
 
     Raises:
-        InputError: fewer than two, too many, or two of one name.
+        InputError: fewer than two, too many, two of one name, or one that another part holds already.
         MismatchError: they are for different bases; the fields are named.
     """
     if not MIN_PARTS <= len(parts) <= MAX_PARTS:
-        raise InputError(f"parts: expected {MIN_PARTS} to {MAX_PARTS} patches, found {len(parts)}")
+        raise InputError(
+            f"parts: expected {MIN_PARTS} to {MAX_PARTS} patches, found {len(parts)}",
+            hint="every part takes room in the context: name fewer, or one that was trained for several ends",
+        )
     for part in parts:
-        parts[0].base.require_same(part.base)
+        try:
+            parts[0].base.require_same(part.base)
+        except MismatchError as error:
+            error.hint = f"{_title(parts[0])} and {_title(part)} are for different bases: parts must be for one model"
+            raise
     names = [part.name for part in parts]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(
             f"parts: expected patches of different names, found {twice} twice",
             hint="two versions of one patch do not add up: name one of them",
+        )
+    contained = [digest for part in parts for digest in {part.digest, *part.parts}]
+    again = next((part for part in parts if any(contained.count(d) > 1 for d in {part.digest, *part.parts})), None)
+    if again is not None:
+        raise InputError(
+            f"parts: expected each patch once, found what {_title(again)} holds in another part as well",
+            hint="a composed patch acts with all of its parts: name either it or them",
         )
     return sorted(parts, key=lambda part: part.digest)
 
@@ -59,7 +75,7 @@ def composed_seed(parts: Sequence[Patch], rotation: Rotation | None = None) -> K
         rotation = rotation or part.rotation
         if part.kv_seed is None:
             raise InputError(
-                f"{part.name} {part.version} ({part.digest[:12]}): expected a KV seed, found a soft prompt alone",
+                f"{_title(part)}: expected a KV seed, found a soft prompt alone",
                 hint="add the seed first: edgepatch convert seed",
             )
         seeds.append(part.kv_seed)
@@ -94,14 +110,46 @@ def compose_on_device(parts: Sequence[Patch]) -> Patch:
         MismatchError: they are for different bases.
     """
     parts = in_order(parts)
+    rotation = _common_rotation(parts)
     return Patch(
         ".".join(sorted(part.name for part in parts))[:64].rstrip("."),
         "1.0.0",
         parts[0].base,
         None,
-        composed_seed(parts),
+        composed_seed(parts, rotation),
         training={"method": METHOD},
         parts=tuple(part.digest for part in parts),
-        rotation=next(part.rotation for part in parts if part.rotation is not None),
+        rotation=rotation,
         anchoring=composed_anchoring(parts),
     )
+
+
+def _common_rotation(parts: Sequence[Patch]) -> Rotation:
+    """How keys of the base turn, as every part says: none is moved by the word of another's vendor alone."""
+    rotations = [part.rotation for part in parts]
+    for part, rotation in zip(parts, rotations, strict=True):
+        if rotation is None:
+            raise InputError(
+                f"{_title(part)}: its seed cannot be moved beside another's: it does not say how keys of its base turn",
+                hint="get a release from its vendor that says so (edgepatch convert seed adds it, where keys of the base do turn)",
+            )
+        assert rotations[0] is not None  # it was the first to be looked at
+        if not _is_same(rotations[0], rotation):
+            raise InputError(
+                f"{_title(parts[0])} and {_title(part)}: expected that both say alike how keys of their base turn, found that they do not",
+                hint="one of them was made by faulty software: ask their vendors",
+            )
+    assert rotations[0] is not None  # in_order: there are two or more
+    return rotations[0]
+
+
+def _is_same(first: Rotation, second: Rotation) -> bool:
+    """Whether two rotations are one but for rounding on different machines."""
+    if (first.layers, first.neighbours) != (second.layers, second.neighbours):
+        return False
+    pairs = list(zip(first.tables, second.tables, strict=True))
+    return all(len(a) == len(b) and np.allclose(a, b, rtol=ROUNDING, atol=0.0) for a, b in pairs)
+
+
+def _title(part: Patch) -> str:
+    return f"{part.name} {part.version} ({part.digest[:12]})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -23,9 +23,10 @@ class _Choice(Enum):
 
 
 ACTIVE: Literal[_Choice.ACTIVE] = _Choice.ACTIVE
-"""In place of a patch: the one that the store of this device names as active for the model, if it has one for it."""
+"""In place of a patch: those that the store of this device names as active for the model, if it has any for it."""
 
-PatchChoice: TypeAlias = "Patch | Path | str | Literal[_Choice.ACTIVE] | None"
+OnePatch: TypeAlias = "Patch | Path | str"
+PatchChoice: TypeAlias = "OnePatch | Sequence[OnePatch] | Literal[_Choice.ACTIVE] | None"
 PIN = "sha256:"
 """What stands before the digest of a patch in the store."""
 
@@ -107,40 +108,65 @@ def load_runtime(
     pinned: bool = False,
     **options: Any,
 ) -> Session:
-    """Loads a model, with a patch, in the runtime that takes its kind.
+    """Loads a model, with a patch or several side by side, in the runtime that takes its kind.
 
     Args:
         model: a GGUF file (llama.cpp), a folder with ``genai_config.json`` or ``model.onnx`` (ONNX Runtime), or a
             Transformers folder (PyTorch).
-        patch: the patch; its file; "sha256:" and the digest of one in the store; ``None`` for the bare model on purpose. When
-            not given: the active patch of the store for this model, and the bare model only where the store has none for it.
+        patch: the patch; its file; "sha256:" and the digest of one in the store; several of these, in any order, which act side by
+            side; ``None`` for the bare model on purpose. When not given: the active patches of the store for this model, and the
+            bare model only where the store has none for it.
         store: folder of the store; ``None`` takes that of the device.
         pinned: leaves a seed that moves at the start of the text, where its hold fades; for models that cannot move it.
         **options: of that runtime's class, e.g. ``context_length`` or ``num_threads``.
 
     Raises:
-        InputError: a file or the store cannot be used, or the runtime has no such option.
+        InputError: a file or the store cannot be used, the runtime has no such option, or several patches cannot stand side by side.
         MissingExtraError: the runtime's packages are not installed.
         PatchFormatError: the patch file breaks the format.
         UntrustedError: the store or a patch in it was changed, or its trust root does not vouch for the patch.
         MismatchError: the patch was made for another model.
         InactivePatchError: the seed was not taken, or the canary says that it does not work.
     """
+    from edgepatch.runtimes.patching import require_room, together
     from edgepatch.runtimes.session import Session
 
     path = Path(model)
     name = runtime_name(path)
     with _naming_extras(name):
         if patch is not ACTIVE:
-            chosen = find_patch(patch, store)
-            return Session(_open(name, path, chosen, options), chosen, pinned)
+            parts = find_patches(patch, store)
+            planned = together(parts)
+            require_room(parts, options.get("context_length"))
+            return Session(_open(name, path, planned, options), parts, pinned)
         runtime = _open(name, path, None, options)
         try:
-            chosen = _active_patch(runtime.spec, store)
+            parts = _active_patches(runtime.spec, store)
         except BaseException:
             runtime.close()
             raise
-        return Session(runtime, chosen, pinned)
+        return Session(runtime, parts, pinned)
+
+
+def find_patches(patch: OnePatch | Sequence[OnePatch] | None, store: Path | str | None = None) -> tuple[Patch, ...]:
+    """Patches as ``find_patch`` finds each of them; none for ``None``.
+
+    Raises:
+        InputError: a file or the store cannot be read, has no such patch, or a list is empty or holds ``None``.
+        PatchFormatError: a file breaks the format.
+        UntrustedError: a patch of the store was changed, or its trust root does not vouch for it.
+    """
+    if patch is None:
+        return ()
+    several = patch if isinstance(patch, Sequence) and not isinstance(patch, str) else [patch]
+    loaded = [find_patch(one, store) for one in several]
+    parts = tuple(one for one in loaded if one is not None)
+    if not parts or len(parts) < len(loaded):
+        raise InputError(
+            f"patches: expected one or more, found {len(parts)} of {len(loaded)}",
+            hint="None is the bare model on purpose",
+        )
+    return parts
 
 
 def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None) -> Patch | None:
@@ -162,8 +188,8 @@ def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None
     return StoreReader(store).load(str(patch))
 
 
-def _active_patch(spec: ModelSpec, store: Path | str | None) -> Patch | None:
-    """The store's patch for a model, where there is one."""
+def _active_patches(spec: ModelSpec, store: Path | str | None) -> tuple[Patch, ...]:
+    """The store's patches for a model, where there are some."""
     from edgepatch.store.reading import StoreReader
 
     return StoreReader(store).active(spec)

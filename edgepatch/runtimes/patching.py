@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.errors import InactivePatchError, InputError
+from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.patch import canary
+from edgepatch.patch.composition import compose_on_device
 from edgepatch.patch.file import Patch
 from edgepatch.runtimes.runtime import Runtime, SeedRoute, check_patch, moves
 from edgepatch.runtimes.sequences import Sequences
@@ -18,8 +20,62 @@ from edgepatch.seeds.rotation import BY_LENGTH
 from edgepatch.tensors import CanaryPrompt
 
 
+def as_parts(patch: Patch | Sequence[Patch] | None) -> tuple[Patch, ...]:
+    """The patches that a caller names: none, one, or several in order of their digests."""
+    if patch is None:
+        return ()
+    return (patch,) if isinstance(patch, Patch) else tuple(sorted(patch, key=lambda part: part.digest))
+
+
+def together(parts: Sequence[Patch]) -> Patch | None:
+    """What patches are side by side; one alone is itself.
+
+    Raises:
+        InputError: they cannot stand side by side.
+        MismatchError: they are for different bases.
+    """
+    return compose_on_device(parts) if len(parts) > 1 else next(iter(parts), None)
+
+
+def require_room(parts: Sequence[Patch], num_positions: int | None) -> None:
+    """Raises unless a context holds what patches take, and a token more.
+
+    Args:
+        parts: of the patch.
+        num_positions: of a sequence; ``None`` where nobody has asked for a number.
+
+    Raises:
+        InputError: it does not.
+    """
+    taken = sum(part.num_virtual_tokens for part in parts)
+    if num_positions is None or taken < num_positions or not parts:
+        return
+    each = ", ".join(f"{part.name} {part.version} takes {part.num_virtual_tokens}" for part in parts)
+    raise InputError(
+        f"context length: expected {taken + 1} positions or more, found {num_positions}",
+        hint=f"{each} of them" if len(parts) > 1 else f"the patch takes {taken} of them",
+    )
+
+
+def _whose(part: Patch, parts: Sequence[Patch]) -> str:
+    return f"{part.name} {part.version} ({part.digest[:12]}), one of {len(parts)} patches" if len(parts) > 1 else ""
+
+
+@contextmanager
+def _naming(whose: str) -> Iterator[None]:
+    """Where several patches act side by side, an error says which of them it is about."""
+    try:
+        yield
+    except EdgepatchError as error:
+        if whose:
+            error.args = (f"{whose}: {error}",)  # it stays the error that it is, with its hint
+        raise
+
+
 class PatchSlot:
     """Where a session's patch is: there is always one in it that was proved, or none on purpose.
+
+    Several patches act side by side, as one whose parts were proved each by itself.
 
     Args:
         runtime: loaded.
@@ -27,8 +83,9 @@ class PatchSlot:
         pins: whether a seed that moves is left at the start of the text, by the user's word.
 
     Attributes:
-        patch: the active one as its maker signed it; where its seed is pinned, the runtime holds it without its anchoring.
-        notes: what is less than the patch promises on this device: its seed is pinned, or a part of its canary could not be asked.
+        patch: the active one as its maker signed it, or what several are together; where its seed is pinned, the runtime holds it
+            without its anchoring.
+        notes: what is less than the patches promise on this device: a seed is pinned, or a part of a canary could not be asked.
     """
 
     def __init__(self, runtime: Runtime, sequences: Sequences, pins: bool = False) -> None:
@@ -47,76 +104,79 @@ class PatchSlot:
         """Where the active patch's seed stands, for people; "" for the bare model."""
         return place_in_words(self.patch.anchoring, self._pins) if self.patch else ""
 
-    def load(self, patch: Patch | None) -> SeedRoute:
-        """The first patch: all prompts of its canary, or one where this device remembers that it has passed them all."""
-        proofs, held = self._runtime.proofs, self._as_held(patch)
-        is_proved = held is not None and proofs is not None and proofs.has_proved(held.digest)
-        route = self.exchange(patch, num_prompts=1 if is_proved else None)
-        # A longer context has room for more of the canary, so a part of it is no proof.
-        if (
-            patch is not None
-            and held is not None
-            and proofs is not None
-            and not is_proved
-            and not self._num_skipped(patch)
-        ):
-            proofs.keep_proof(held.digest)
+    def load(self, parts: Sequence[Patch]) -> SeedRoute:
+        """The first patch: all prompts of each part's canary, or one where this device remembers that it has passed them all."""
+        proofs = self._runtime.proofs
+        are_proved = [proofs is not None and proofs.has_proved(self._as_held(part).digest) for part in parts]
+        route = self.exchange(parts, [1 if is_proved else None for is_proved in are_proved])
+        for part, is_proved in zip(parts, are_proved, strict=True):
+            # A longer context has room for more of the canary, so a part of it is no proof.
+            if proofs is not None and not is_proved and not self._num_skipped(part):
+                proofs.keep_proof(self._as_held(part).digest)
         return route
 
-    def exchange(self, patch: Patch | None, num_prompts: int | None) -> SeedRoute:
-        """Puts a patch in place of the present one and asks so many prompts of its canary; ``None`` for all.
+    def exchange(self, parts: Sequence[Patch], num_prompts: Sequence[int | None]) -> SeedRoute:
+        """Puts patches in place of the present ones and asks prompts of their canaries.
 
         Every sequence starts afresh. On failure the old patch is back in place, or the model is closed.
 
+        Args:
+            parts: none for the bare model; several, in order of their digests, act side by side.
+            num_prompts: how many prompts of each one's canary are asked; ``None`` for all.
+
         Raises:
-            MismatchError: the patch was made for another model.
-            InputError: the patch cannot be used with this runtime's settings.
-            InactivePatchError: the seed was not taken, or the canary says that it does not work as it should.
+            MismatchError: a patch was made for another model.
+            InputError: a patch cannot be used with this runtime's settings, or not beside the others.
+            InactivePatchError: a seed was not taken, or a canary says that it does not work as it should.
         """
-        self._require_fit(patch)
+        patch = together(parts)
+        self._require_fit(parts)
         old = self._runtime.patch
-        prompts = self._askable(patch)[:num_prompts]
+        prompts = [self._askable(part)[:n] for part, n in zip(parts, num_prompts, strict=True)]
         try:
-            self._measure_bare([prompt.tokens for prompt in prompts])
-            route = self._put(patch)
-            self._prove(prompts, route)
+            self._measure_bare([prompt.tokens for asked in prompts for prompt in asked])
+            route: SeedRoute = ""
+            for part, asked in zip(parts, prompts, strict=True):
+                with _naming(_whose(part, parts)):
+                    route = self._put(part)
+                    self._prove(asked, route)
+            if len(parts) != 1:
+                with _naming(f"{', '.join(part.name for part in parts)} side by side" if parts else ""):
+                    route = self._put(patch)
         except BaseException:
             self._put_back(old)
             raise
-        self.patch, self.notes = patch, self._notes_on(patch)
+        self.patch, self.notes = patch, tuple(note for part in parts for note in self._notes_on(part))
         return route
 
-    def _require_fit(self, patch: Patch | None) -> None:
-        check_patch(patch, self._runtime.spec)
-        if patch is None:
-            return
-        if not patch.num_virtual_tokens < self._runtime.num_positions:
-            raise InputError(
-                f"context length: expected {patch.num_virtual_tokens + 1} positions or more, "
-                f"found {self._runtime.num_positions}",
-                hint=f"the patch takes {patch.num_virtual_tokens} of them",
-            )
-        if moves(self._as_held(patch)):
-            _require_movable(patch, self._runtime)
-        self._runtime.check_weights(patch)
+    def _require_fit(self, parts: Sequence[Patch]) -> None:
+        for part in parts:
+            with _naming(_whose(part, parts)):
+                check_patch(part, self._runtime.spec)
+        require_room(parts, self._runtime.num_positions)
+        for part in parts:
+            with _naming(_whose(part, parts)):
+                if moves(self._as_held(part)):
+                    _require_movable(part, self._runtime)
+                self._runtime.check_weights(part)
 
-    def _as_held(self, patch: Patch | None) -> Patch | None:
+    def _as_held(self, patch: Patch) -> Patch:
         """The patch as the runtime gets it: one that is pinned has no anchoring."""
-        return replace(patch, anchoring=None) if patch is not None and self._pins and moves(patch) else patch
+        return replace(patch, anchoring=None) if self._pins and moves(patch) else patch
 
     def _put(self, patch: Patch | None) -> SeedRoute:
         self._sequences.forget()
-        return self._runtime.install(self._as_held(patch))
+        return self._runtime.install(None if patch is None else self._as_held(patch))
 
     # The canary.
 
-    def _askable(self, patch: Patch | None) -> tuple[CanaryPrompt, ...]:
+    def _askable(self, patch: Patch) -> tuple[CanaryPrompt, ...]:
         """Those prompts of a patch's canary that can be asked here.
 
         Raises:
             InactivePatchError: there is none, so that nothing would prove the patch.
         """
-        if patch is None or patch.canary is None:
+        if patch.canary is None:
             return ()
         alike = self._alike(patch)
         askable = tuple(prompt for prompt in alike if len(prompt.tokens) <= self._room(patch))
@@ -147,12 +207,12 @@ class PatchSlot:
         """How many prompts of the canary the context has no room for."""
         return sum(len(prompt.tokens) > self._room(patch) for prompt in self._alike(patch))
 
-    def _notes_on(self, patch: Patch | None) -> tuple[str, ...]:
+    def _notes_on(self, patch: Patch) -> tuple[str, ...]:
         notes = []
-        if patch is not None and self._pins and moves(patch):
+        if self._pins and moves(patch):
             notes.append(f"{patch.name} {patch.version} is {place_in_words(patch.anchoring, is_pinned=True)}")
-        skipped = self._num_skipped(patch) if patch is not None else 0
-        if patch is not None and skipped:
+        skipped = self._num_skipped(patch)
+        if skipped:
             notes.append(
                 f"{patch.name} {patch.version}: not all of its canary was asked: {skipped} of {len(self._alike(patch))} prompts are longer "
                 f"than the context of {self._runtime.num_positions} holds"

@@ -23,7 +23,7 @@ from edgepatch.decoding.replies import (
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.patch.file import Patch
-from edgepatch.runtimes.patching import PatchSlot
+from edgepatch.runtimes.patching import PatchSlot, as_parts
 from edgepatch.runtimes.prompts import Prompt, token_ids
 from edgepatch.runtimes.runtime import Runtime, SeedRoute, Tools
 from edgepatch.runtimes.seats import Job, Seats, require_text_only
@@ -36,12 +36,13 @@ class Session(AbstractContextManager["Session"]):
 
     Args:
         runtime: loaded; the session closes it, also where the patch cannot be used.
-        patch: ``None`` for the bare model.
+        patch: one, or several, which act side by side; ``None`` for the bare model.
         pinned: leaves a seed that moves at the start of the text.
 
     Attributes:
         backend: what evaluates, with the verbs that one kind of runtime alone has.
         sequences: what each conversation has evaluated, its snapshots included.
+        parts: the active patches, each proven by itself: none for the bare model, several in order of their digests.
         slot: which patch is active, where its seed stands, and what is less than it promises.
         seed_route: how the seed got into the cache: "stored" in the patch, "decoded" from the soft prompt by this very
             model, or "" for the bare model.
@@ -50,7 +51,7 @@ class Session(AbstractContextManager["Session"]):
     token by token. ``tokens``, ``encode`` and ``encode_chat`` need the vocabulary alone: any thread may call them meanwhile.
     """
 
-    def __init__(self, runtime: Runtime, patch: Patch | None, pinned: bool = False) -> None:
+    def __init__(self, runtime: Runtime, patch: Patch | Sequence[Patch] | None, pinned: bool = False) -> None:
         self.backend = runtime
         self.spec, self.name, self.quantization = runtime.spec, runtime.name, runtime.quantization
         self.kv_type, self.num_threads, self.notes = runtime.kv_type, runtime.num_threads, runtime.notes
@@ -60,15 +61,16 @@ class Session(AbstractContextManager["Session"]):
         self.sequences = Sequences(runtime)
         self.slot = PatchSlot(runtime, self.sequences, pinned)
         self._replies = ReplyMaker(runtime.spec.vocab_size, runtime.new_decoder, runtime.token_bytes)
+        self.parts = parts = as_parts(patch)
         try:
-            self.seed_route: SeedRoute = self.slot.load(patch)
+            self.seed_route: SeedRoute = self.slot.load(parts)
         except BaseException:
             runtime.close()
             raise
 
     @property
     def patch(self) -> Patch | None:
-        """The active patch as it was signed; ``None`` for the bare model."""
+        """The active patch as it was signed, or what several are together; ``None`` for the bare model."""
         return self.slot.patch
 
     @property
@@ -97,26 +99,29 @@ class Session(AbstractContextManager["Session"]):
 
     # The patch.
 
-    def swap(self, patch: Patch | None) -> None:
+    def swap(self, patch: Patch | Sequence[Patch] | None) -> None:
         """Exchanges the patch on the loaded model, or takes it off, and proves the new one active.
 
-        Every sequence starts afresh. On failure the old patch is back in place.
+        Several patches are proven one by one, and then act side by side. Every sequence starts afresh. On failure the old patch is
+        back in place.
 
         Raises:
             MismatchError: the patch was made for another model.
             InputError: the patch cannot be used with this runtime's settings.
             InactivePatchError: the seed was not taken, or the canary says that it does not work as it should.
         """
-        self.seed_route = self.slot.exchange(patch, num_prompts=1)
+        parts = as_parts(patch)
+        self.seed_route = self.slot.exchange(parts, [1] * len(parts))
+        self.parts = parts
 
     def prove(self) -> None:
-        """Asks the whole canary of the active patch again, where it has one.
+        """Asks the whole canary of each active patch again, where it has one.
 
         Raises:
             InactivePatchError: the patch does not work as it should; the model is not left without it.
         """
-        if self.patch is not None:
-            self.seed_route = self.slot.exchange(self.patch, num_prompts=None)
+        if self.parts:
+            self.seed_route = self.slot.exchange(self.parts, [None] * len(self.parts))
 
     # Logits.
 

@@ -88,8 +88,7 @@ def routes(service: Service) -> list[Route]:
 
     async def patches(request: Request) -> Response:
         served = service.require_model()
-        entries = [served.patch] if served.patch else []
-        return JSONResponse({"object": "list", "data": entries, "system_fingerprint": served.fingerprint})
+        return JSONResponse({"object": "list", "data": served.patches, "system_fingerprint": served.fingerprint})
 
     async def figures(request: Request) -> Response:
         served, scheduler = service.require_model(), service.scheduler

@@ -6,13 +6,16 @@ import time
 from typing import TYPE_CHECKING
 
 from edgepatch.runtimes.session import Session
+from edgepatch.seeds.anchoring import place_in_words
 
 if TYPE_CHECKING:
-    from edgepatch.server.schemas.replies import Model, Patch
+    from edgepatch.patch.file import Patch
+    from edgepatch.server.schemas.replies import Model
+    from edgepatch.server.schemas.replies import Patch as Entry
 
 
 class ServedModel:
-    """Name, patch and vocabulary of a loaded runtime; they never change while the server runs.
+    """Name, patches and vocabulary of a loaded runtime; they never change while the server runs.
 
     Args:
         session: the loaded model.
@@ -21,7 +24,8 @@ class ServedModel:
     Attributes:
         context_length: tokens that a prompt may have.
         text_bound: how many bytes of text they can stand for.
-        patch_notes: what is less than the patch promises; they are among the ``notes``.
+        patch_notes: what is less than the patches promise; they are among the ``notes``.
+        patches: the active ones.
         tokens: ``Session.tokens``, which needs the vocabulary alone, so that any thread may call it.
     """
 
@@ -35,7 +39,8 @@ class ServedModel:
         self.notes = (*session.notes, *self.patch_notes)
         self.context_length, self.text_bound = session.context_length, session.text_bound
         self.tokens = session.tokens
-        self.patch = _patch_entry(session)
+        self.patches = [_patch_entry(part, session.seed_route, session.slot.is_pinned) for part in session.parts]
+        self._labels = _labels(session, name)
         self._token_bytes: list[bytes] = []
 
     def read_vocabulary(self, session: Session) -> None:
@@ -65,23 +70,26 @@ class ServedModel:
 
     @property
     def labels(self) -> dict[str, str]:
-        """For the metrics."""
-        patch = self.patch or {"name": "", "version": "", "digest": ""}
-        names = {"patch": patch["name"], "patch_version": patch["version"], "patch_digest": patch["digest"]}
-        return {"model": self.name, **names, "system_fingerprint": self.fingerprint}
+        """For the metrics; several patches have the name and digest of what they are together."""
+        return self._labels
 
 
-def _patch_entry(session: Session) -> Patch | None:
-    if session.patch is None:
-        return None
+def _labels(session: Session, name: str) -> dict[str, str]:
+    patch = session.patch
+    names = (patch.name, patch.version, patch.digest) if patch else ("", "", "")
+    labels = dict(zip(("patch", "patch_version", "patch_digest"), names, strict=True))
+    return {"model": name, **labels, "system_fingerprint": session.system_fingerprint}
+
+
+def _patch_entry(patch: Patch, seed_route: str, pins: bool) -> Entry:
     return {
         "object": "patch",
-        "name": session.patch.name,
-        "version": session.patch.version,
-        "digest": session.patch.digest,
-        "num_virtual_tokens": session.patch.num_virtual_tokens,
+        "name": patch.name,
+        "version": patch.version,
+        "digest": patch.digest,
+        "num_virtual_tokens": patch.num_virtual_tokens,
         "active": True,
-        "seed_route": session.seed_route,
-        "pinned": session.slot.is_pinned,
-        "place": session.slot.place,
+        "seed_route": seed_route,
+        "pinned": pins and patch.anchoring is not None,
+        "place": place_in_words(patch.anchoring, pins),
     }

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-from edgepatch.errors import InputError, UntrustedError
+from edgepatch.errors import EdgepatchError, InputError, UntrustedError
+from edgepatch.patch.composition import compose_on_device
 from edgepatch.store.policy import is_expired, time_of
 from edgepatch.store.reading import PATCHES, StoreReader, require_vouched, root_of
-from edgepatch.store.records import State, StoredPatch, TrustState
+from edgepatch.store.records import BaseRecord, SlotRecord, State, StoredPatch, TrustState, base_id
+from edgepatch.tensors import ModelSpec
 from edgepatch.trust.roots import Root, time_text
 from edgepatch.trust.verification import require_current, require_signed
 
@@ -38,7 +40,7 @@ def title(patch: StoredPatch) -> str:
 
 
 def status(store: StoreReader) -> tuple[dict[str, Any], list[Finding]]:
-    """What is active, who vouches for it, and what is to be done; the active patches are checked.
+    """What is active, who vouches for it, and what is to be done; the active patches are checked, alone and side by side.
 
     Raises:
         InputError: the store cannot be read.
@@ -48,22 +50,68 @@ def status(store: StoreReader) -> tuple[dict[str, Any], list[Finding]]:
     findings = check_trust(store, trust)
     bases = []
     for base, record in state.bases.items():
-        stored = state.patches[record.active]
-        signatures, problems = check_patch(store, record.active, state, trust)
+        patches = []
+        for digest in record.active:
+            signatures, problems = check_patch(store, digest, state, trust)
+            findings += problems
+            patches.append(_active_entry(digest, signatures, state))
+        composed, problems = check_composition(store, record, state, trust)
         findings += problems
         bases.append(
             {
                 "base": base,
                 "model_type": record.spec["model_type"],
                 "weight_fingerprint": record.spec["weight_fingerprint"],
-                **summary(record.active, stored),
-                "signatures": signatures,
                 "held": record.is_held,
                 "hold_reason": record.hold_reason,
-                "previous": list(record.previous),
+                "patches": patches,
+                "composition": composed,
+                "off": [_off_entry(name, slot) for name, slot in sorted(record.slots.items()) if not slot.active],
             }
         )
     return {"store": str(store.folder), "trust_root": root_summary(root_of(trust)), "bases": bases}, findings
+
+
+def _active_entry(digest: str, signatures: str, state: State) -> dict[str, Any]:
+    patch = state.patches[digest]
+    slot = state.bases[patch.base].slots[patch.name]
+    return {
+        **summary(digest, patch),
+        "signatures": signatures,
+        "held": slot.is_held,
+        "hold_reason": slot.hold_reason,
+        "previous": list(slot.previous),
+    }
+
+
+def _off_entry(name: str, slot: SlotRecord) -> dict[str, Any]:
+    return {
+        "name": name,
+        "reason": slot.off_reason,
+        "held": slot.is_held,
+        "hold_reason": slot.hold_reason,
+        "previous": list(slot.previous),
+    }
+
+
+def check_composition(
+    store: StoreReader, record: BaseRecord, state: State, trust: TrustState
+) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """(what runs where several patches of a base are active, what is wrong with it); a part that does not load is told by itself."""
+    name = f"base {base_id(ModelSpec.from_dict(record.spec))[:12]}"
+    if not record.active and record.why_off:
+        return None, [Finding("warning", name, f"runs without a patch, by word: {record.why_off}")]
+    if len(record.active) < 2:
+        return None, []
+    try:
+        parts = [store.load_stored(digest, state, trust) for digest in record.active]
+    except (InputError, UntrustedError):
+        return None, []
+    try:
+        patch = compose_on_device(parts)
+    except EdgepatchError as error:
+        return None, [Finding("error", name, f"its active patches cannot stand side by side: {error}")]
+    return {"digest": patch.digest, "num_virtual_tokens": patch.num_virtual_tokens}, []
 
 
 def summary(digest: str, patch: StoredPatch) -> dict[str, Any]:
@@ -159,6 +207,8 @@ def verify(store: StoreReader) -> list[Finding]:
         findings.append(Finding("error", "history", str(error)))
     for digest in state.patches:
         findings += check_patch(store, digest, state, trust)[1]
+    for record in state.bases.values():
+        findings += check_composition(store, record, state, trust)[1]
     folder = store.folder / PATCHES
     names = {store.patch_path(digest).name for digest in state.patches}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:

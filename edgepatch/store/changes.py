@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from edgepatch.store.records import Seen, State, StoredPatch
+from edgepatch.store.records import Seen, State, StoredPatch, TrustState
 from edgepatch.trust.roots import Root
 
 
@@ -15,11 +15,12 @@ class Change:
     """What a verb did.
 
     Attributes:
-        digest: the patch that is active now.
+        digest: the patch that is active now, or that was taken off.
         patch: its record.
-        before: digest of the one that was active before, "" for none.
+        before: digest of the one of this name that was active before, "" for none.
         is_new: whether anything changed.
         signed_by: ids of the keys that vouch for it; none for an unsigned patch.
+        beside: the other active patches of its base, by their digests.
     """
 
     digest: str
@@ -27,6 +28,7 @@ class Change:
     before: str
     is_new: bool
     signed_by: frozenset[str] = frozenset()
+    beside: Mapping[str, StoredPatch] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,14 @@ class RootChange:
     refused: tuple[str, ...]
 
 
-def seen_of(state: State, refused: Sequence[str]) -> dict[str, dict[str, Seen]]:
-    """The sequences that count after a reset: of the active patches for which the new root vouches."""
-    active = {base: (record.active, state.patches[record.active]) for base, record in state.bases.items()}
-    return {
-        base: {patch.channel: Seen(patch.sequence, digest)}
-        for base, (digest, patch) in active.items()
-        if digest not in refused and not patch.unsigned
-    }
+def seen_of(state: State, refused: Sequence[str]) -> TrustState:
+    """The sequences that count after a reset, in a trust state: of the active patches for which the new root vouches."""
+    trust = TrustState()
+    for digest in (digest for record in state.bases.values() for digest in record.active if digest not in refused):
+        patch = state.patches[digest]
+        if not patch.unsigned:
+            trust = trust.with_seen(patch.base, patch.name, patch.channel, Seen(patch.sequence, digest))
+    return trust
 
 
 def described(digest: str, patch: StoredPatch) -> dict[str, Any]:

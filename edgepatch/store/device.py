@@ -26,6 +26,7 @@ from edgepatch.store.history import next_line
 from edgepatch.store.policy import (
     Allowances,
     check_base,
+    check_beside,
     check_channel,
     check_expiry,
     check_reason,
@@ -33,15 +34,13 @@ from edgepatch.store.policy import (
     time_of,
 )
 from edgepatch.store.reading import HISTORY, PATCHES, STATE, TRUST, StoreReader, root_of
-from edgepatch.store.records import BaseRecord, Seen, State, StoredPatch, TrustState, base_id
+from edgepatch.store.records import BaseRecord, Seen, SlotRecord, State, StoredPatch, TrustState, base_id
+from edgepatch.store.slots import Place, held, place_of, require_free, rolled_back, taken_off, with_active, without
 from edgepatch.tensors import ModelSpec
 from edgepatch.trust.roots import Root, time_text
 from edgepatch.trust.verification import require_current, require_signed, rotate, verify_threshold
 
 LOCK_TIMEOUT_S = 10.0
-MAX_PREVIOUS = 32
-"""So many steps back are kept."""
-
 NOTHING_ALLOWED = Allowances()
 
 
@@ -67,7 +66,9 @@ class Store(StoreReader):
     def apply(
         self, path: Path, allowances: Allowances = NOTHING_ALLOWED, *, model: ModelSpec | None = None, channel: str = ""
     ) -> Change:
-        """Checks a patch file, keeps the bytes that were checked, and makes the patch the active one of its base.
+        """Checks a patch file, keeps the bytes that were checked, and makes the patch the active one of its name.
+
+        Active patches of other names stay beside it.
 
         Args:
             path: the patch file.
@@ -76,11 +77,11 @@ class Store(StoreReader):
             channel: the channel to change over to; else the patch must be of the active one's.
 
         Raises:
-            InputError: the file cannot be read, or a reason cannot be used.
+            InputError: the file cannot be read, a reason cannot be used, or the patch cannot stand beside the other active ones.
             PatchFormatError: the file breaks the format.
             UntrustedError: too few signatures, an older or much newer sequence, another channel, expired.
             MismatchError: it was made for another model.
-            EdgepatchError: the base is held, another change takes too long, or the disk fails. The old patch stays active.
+            EdgepatchError: the base or the name is held, another change takes too long, or the disk fails. The old patch stays active.
         """
         data = read_patch_bytes(path)
         patch = parse_patch_file(path, data)
@@ -103,15 +104,21 @@ class Store(StoreReader):
         signed_by = _require_trusted(patch, trust, allowances.unsigned, self.time(trust))
         base = base_id(patch.base)
         record = state.bases.get(base)
-        if record and record.is_held:
-            raise EdgepatchError(
-                f"base {base[:12]} is held: {record.hold_reason or 'no reason given'}",
-                hint="`edgepatch unhold` ends that",
-            )
-        check_channel(patch, state.patches[record.active].channel if record else None, channel)
-        check_sequence(patch, trust.seen.get(base, {}).get(patch.channel), allowances.downgrade)
+        require_free(base, record, patch.name)
+        slot = record.slots.get(patch.name, SlotRecord()) if record else SlotRecord()
+        check_channel(patch, state.patches[slot.latest].channel if slot.latest else None, channel)
+        check_sequence(patch, trust.newest(base, patch.name, patch.channel), allowances.downgrade)
         check_expiry(patch, self.time(trust), allowances.expired)
+        self._require_room_beside(patch, state, trust)
         return signed_by
+
+    def _require_room_beside(self, patch: Patch, state: State, trust: TrustState) -> None:
+        """Raises unless a patch can stand beside the other active ones; those that no runtime would load are left to ``status``."""
+        others = []
+        for digest in state.beside(base_id(patch.base), patch.name):
+            with suppress(InputError, UntrustedError):
+                others.append(self.load_stored(digest, state, trust))
+        check_beside(patch, others)
 
     def _activate(
         self,
@@ -123,37 +130,31 @@ class Store(StoreReader):
         trust: TrustState,
     ) -> Change:
         base, digest = base_id(patch.base), patch.digest
-        stored = StoredPatch.of(patch, allowances.unsigned)
-        old = state.bases.get(base)
-        before = old.active if old else ""
+        stored, others = StoredPatch.of(patch, allowances.unsigned), state.beside(base, patch.name)
+        record = state.bases.get(base, BaseRecord(patch.base.as_dict(), {}))
+        slot = record.slots.get(patch.name, SlotRecord())
+        before = slot.active
         if before == digest and state.patches[digest] == stored:
-            return Change(digest, stored, before, self._mend(digest, data), signed_by)
-        previous = old.previous if old else ()
-        if before not in ("", digest):
-            previous = (*previous, before)[-MAX_PREVIOUS:]
-        record = BaseRecord(patch.base.as_dict(), digest, previous)
+            return Change(digest, stored, before, self._mend(digest, data), signed_by, others)
         self._keep(digest, data)
+        record = record.with_slot(patch.name, with_active(slot, digest))
         new = replace(state, patches={**state.patches, digest: stored}, bases={**state.bases, base: record})
-        channels = trust.seen.get(base, {})
-        newest = max(
-            channels.get(patch.channel, Seen(0, "")), Seen(patch.sequence, digest), key=lambda seen: seen.sequence
-        )
-        trust = replace(trust, seen={**trust.seen, base: {**channels, patch.channel: newest}})
         self._commit(
             state,
             new,
-            trust,
+            trust.with_seen(base, patch.name, patch.channel, Seen(patch.sequence, digest)),
             "apply",
             {
                 **described(digest, stored),
                 "before": before,
+                "beside": sorted(others) or None,
                 "signed_by": sorted(signed_by) or None,
                 "unsigned": allowances.unsigned,
                 "downgrade": allowances.downgrade,
                 "expired": allowances.expired,
             },
         )
-        return Change(digest, stored, before, True, signed_by)
+        return Change(digest, stored, before, True, signed_by, others)
 
     def _keep(self, digest: str, data: bytes) -> None:
         """Other bytes of the same patch have other signatures, which were checked as well; so they may lie there at once."""
@@ -168,45 +169,82 @@ class Store(StoreReader):
         self._keep(digest, data)
         return True
 
-    def rollback(self, base: str | None = None, reason: str = "") -> Change:
-        """Makes the patch active again that was active before the present one.
+    def rollback(self, base: str | None = None, reason: str = "", *, patch: str | None = None) -> Change:
+        """Makes the patch active again that was active before the present one of its name; the others stay.
+
+        Args:
+            base: start of its id, where the device has several.
+            reason: for the history.
+            patch: name of the patch, where the base has several.
 
         Raises:
-            InputError: no such base.
+            InputError: no such base or name, or the earlier patch cannot stand beside the other active ones.
             UntrustedError: the patch was changed, or the trust root does not vouch for it.
             EdgepatchError: there is none, or the disk fails.
         """
         check_reason(reason)
         with self._changing() as (state, trust):
-            name = self.find_base(base, state)
-            record = state.bases[name]
-            if not record.previous:
-                raise EdgepatchError(
-                    f"base {name[:12]}: expected a patch to go back to, found none",
-                    hint="`edgepatch history` shows what was",
-                )
-            *rest, digest = record.previous
-            self.load_stored(digest, state, trust)
-            new = replace(state, bases={**state.bases, name: replace(record, active=digest, previous=tuple(rest))})
-            details = {**described(digest, state.patches[digest]), "before": record.active, "reason": reason}
-            self._commit(state, new, trust, "rollback", details)
-            return Change(digest, state.patches[digest], record.active, True)
+            place = place_of(self, state, base, patch, lambda slot: bool(slot.latest))
+            slot = rolled_back(place)
+            self._require_room_beside(self.load_stored(slot.active, state, trust), state, trust)
+            return self._commit_slot("rollback", place, slot, slot.active, reason, state, trust)
 
-    def hold(self, base: str | None = None, reason: str = "", *, is_held: bool = True) -> str:
-        """Refuses ``apply`` for a base from now on, or with ``is_held`` false allows it again. Returns the base's id.
+    def deactivate(self, reason: str, *, patch: str | None = None, base: str | None = None) -> Change:
+        """Takes the active patch of a name off; the others stay. ``rollback`` of the name or ``apply`` brings it back.
+
+        Where it was the last one, the device keeps that the bare model was asked for by word.
+
+        Args:
+            reason: for the history and ``status``.
+            patch: its name, where the base has several active ones.
+            base: start of its id, where the device has several.
 
         Raises:
-            InputError: no such base.
+            InputError: there is no reason, no such name, or nothing of it is active.
+            EdgepatchError: the disk fails.
+        """
+        _require_reason(reason)
+        with self._changing() as (state, trust):
+            place = place_of(self, state, base, patch, lambda slot: bool(slot.active))
+            slot = taken_off(place, reason)
+            return self._commit_slot("deactivate", place, slot, place.slot.active, reason, state, trust)
+
+    def _commit_slot(
+        self, action: str, place: Place, slot: SlotRecord, digest: str, reason: str, state: State, trust: TrustState
+    ) -> Change:
+        """Makes a change of one slot last; ``digest`` is the patch that it is about."""
+        stored, before, others = state.patches[digest], place.slot.active, state.beside(place.base, place.name)
+        details = {**described(digest, stored), "before": before, "beside": sorted(others) or None, "reason": reason}
+        self._commit(state, place.state_with(state, slot), trust, action, details)
+        return Change(digest, stored, before, True, beside=others)
+
+    def hold(self, base: str | None = None, reason: str = "", *, is_held: bool = True, patch: str | None = None) -> str:
+        """Refuses ``apply`` from now on, or with ``is_held`` false allows it again. Returns the base's id.
+
+        Args:
+            base: start of its id, where the device has several.
+            reason: for the history and whoever is refused.
+            is_held: whether to refuse.
+            patch: name of the patch that alone is meant; without one it is the base with all that is and may come to be
+                active for it.
+
+        Raises:
+            InputError: no such base or name.
             EdgepatchError: the disk fails.
         """
         check_reason(reason)
         with self._changing() as (state, trust):
-            name = self.find_base(base, state)
-            record = replace(state.bases[name], is_held=is_held, hold_reason=reason if is_held else "")
-            if record != state.bases[name]:
-                new = replace(state, bases={**state.bases, name: record})
-                self._commit(state, new, trust, "hold" if is_held else "unhold", {"base": name, "reason": reason})
-            return name
+            if patch is not None:
+                place = place_of(self, state, base, patch, bool)
+                slot = replace(place.slot, is_held=is_held, hold_reason=reason if is_held else "")
+                found, new = place.base, place.state_with(state, slot)
+            else:
+                found = self.find_base(base, state)
+                new = held(state, found, is_held, reason)
+            if new != state:
+                details = {"base": found, "name": patch, "reason": reason}
+                self._commit(state, new, trust, "hold" if is_held else "unhold", details)
+            return found
 
     def remove(self, digest: str) -> str:
         """Removes a patch that is not active. Returns its digest.
@@ -218,15 +256,7 @@ class Store(StoreReader):
         with self._changing() as (state, trust):
             name = self.find(digest, state)
             stored = state.patches[name]
-            record = state.bases[stored.base]
-            if record.active == name:
-                raise EdgepatchError(
-                    f"patch {name[:12]} is active: expected another one",
-                    hint="apply another, or `edgepatch rollback`, first",
-                )
-            kept = replace(record, previous=tuple(other for other in record.previous if other != name))
-            others = {other: value for other, value in state.patches.items() if other != name}
-            new = replace(state, patches=others, bases={**state.bases, stored.base: kept})
+            new = without(state, name, stored)
             self._commit(state, new, trust, "remove", described(name, stored))
             files.discard(self.patch_path(name))
             return name
@@ -248,13 +278,12 @@ class Store(StoreReader):
             pinned = root_of(trust)
             if pinned and pinned.fingerprint == roots[-1].fingerprint:
                 return RootChange(pinned, False, False, ())
-            root, reset = self._follow(pinned, roots, trust)
+            root, reset = _follow(pinned, roots, self.now(), time_of(trust.floor) if trust.floor else None)
             trust = replace(trust, root=root.to_bytes().decode())
-            refused = [
-                record.active for record in state.bases.values() if not self._is_vouched(record.active, state, trust)
-            ]
+            active = [digest for record in state.bases.values() for digest in record.active]
+            refused = [digest for digest in active if not self._is_vouched(digest, state, trust)]
             if reset:
-                trust = replace(trust, seen=seen_of(state, refused))
+                trust = replace(trust, seen=seen_of(state, refused).seen)
             details = {
                 "version": root.version,
                 "fingerprint": root.fingerprint,
@@ -262,18 +291,6 @@ class Store(StoreReader):
             }
             self._commit(state, state, trust, "trust", details)
             return RootChange(root, True, reset, tuple(refused))
-
-    def _follow(self, pinned: Root | None, roots: Sequence[Root], trust: TrustState) -> tuple[Root, bool]:
-        """(the newest root, whether the sequences are forgotten)."""
-        now, floor = self.now(), time_of(trust.floor) if trust.floor else None
-        if pinned:
-            rotation = rotate(pinned, roots, now, floor)
-            return rotation.root, rotation.resets_sequences
-        if len(roots) != 1:
-            raise InputError(f"the first trust root of a device: expected one file, found {len(roots)}")
-        require_signed(roots[0])
-        require_current(roots[0], now, floor)
-        return roots[0], True  # nobody vouched for the sequences of unsigned patches
 
     def _is_vouched(self, digest: str, state: State, trust: TrustState) -> bool:
         try:
@@ -289,9 +306,7 @@ class Store(StoreReader):
             InputError: there is no reason.
             EdgepatchError: the disk fails.
         """
-        check_reason(reason)
-        if not reason:
-            raise InputError("reason: expected one, found none")
+        _require_reason(reason)
         with self._changing() as (state, trust):
             self._commit(
                 state, state, replace(trust, floor=""), "reset-clock", {"before": trust.floor, "reason": reason}
@@ -360,6 +375,24 @@ class Store(StoreReader):
                 f"store {self.folder}: the disk fails: {reason.strerror}",
                 hint="the new state is in place, but may not survive a power cut; replace the disk",
             ) from reason
+
+
+def _follow(pinned: Root | None, roots: Sequence[Root], now: datetime, floor: datetime | None) -> tuple[Root, bool]:
+    """(the newest root, whether the sequences are forgotten)."""
+    if pinned:
+        rotation = rotate(pinned, roots, now, floor)
+        return rotation.root, rotation.resets_sequences
+    if len(roots) != 1:
+        raise InputError(f"the first trust root of a device: expected one file, found {len(roots)}")
+    require_signed(roots[0])
+    require_current(roots[0], now, floor)
+    return roots[0], True  # nobody vouched for the sequences of unsigned patches
+
+
+def _require_reason(reason: str) -> None:
+    check_reason(reason)
+    if not reason:
+        raise InputError("reason: expected one, found none", hint="--reason REASON; the history keeps it")
 
 
 def _require_trusted(patch: Patch, trust: TrustState, unsigned: str, time: datetime) -> frozenset[str]:

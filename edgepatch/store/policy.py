@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from edgepatch.errors import InputError, MismatchError, UntrustedError
+from edgepatch.patch.composition import compose_on_device
 from edgepatch.patch.file import Patch
 from edgepatch.patch.manifest import UNPRINTABLE
 from edgepatch.store.records import Seen
@@ -80,6 +81,24 @@ def check_base(patch: Patch, model: ModelSpec | None, specs: Iterable[ModelSpec]
         nearest = min(mismatches, key=lambda error: len(error.differences))
         nearest.hint = "name the model with --model if this device has another one"
         raise nearest
+
+
+def check_beside(patch: Patch, others: Sequence[Patch]) -> None:
+    """Raises unless a patch can stand beside the other active ones of its base.
+
+    Raises:
+        InputError: one of them has no seed or does not say how keys turn, or they are too many.
+    """
+    if not others:
+        return
+    try:
+        compose_on_device([patch, *others])
+    except InputError as error:
+        names = " and ".join(sorted(other.name for other in others))
+        raise InputError(
+            f"{patch.name} {patch.version} cannot stand beside {names}, active for the same base: {error}",
+            hint=f"{error.hint}; or take {names} off first: edgepatch deactivate {others[0].name} --reason REASON",
+        ) from None
 
 
 def check_channel(patch: Patch, active: str | None, chosen: str) -> None:

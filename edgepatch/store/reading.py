@@ -1,4 +1,4 @@
-"""A store as runtimes read it: the active patch of a model, its bytes checked anew at every load.
+"""A store as runtimes read it: the active patches of a model, their bytes checked anew at every load.
 
 Reading needs neither a lock nor the right to write, so that a store may lie on read-only media.
 """
@@ -96,7 +96,7 @@ class StoreReader:
         actual = hashlib.sha256(data).hexdigest()
         if actual != state.trust:
             raise UntrustedError("digest of the trust state", state.trust[:12], actual[:12], hint="somebody changed it")
-        return parse_trust(data)
+        return parse_trust(data, {base: record.slots.keys() for base, record in state.bases.items()})
 
     def root(self) -> Root | None:
         """The trust root of this device, if it has one.
@@ -142,23 +142,33 @@ class StoreReader:
             require_vouched(patch, trust)
         return patch
 
-    def active(self, spec: ModelSpec) -> Patch | None:
-        """The active patch for a model, or ``None`` where the store has none for it.
+    def active(self, spec: ModelSpec) -> tuple[Patch, ...]:
+        """The active patches for a model, which stand side by side; none where the store has none for it.
 
         Raises:
             InputError: the store cannot be read.
-            UntrustedError: its file was changed, or the trust root does not vouch for it.
+            UntrustedError: a file was changed, or the trust root does not vouch for a patch.
         """
         base = base_id(spec)
         while True:
             state, trust = self.read()
             record = state.bases.get(base)
             try:
-                return self.load_stored(record.active, state, trust) if record else None
+                return tuple(self.load_stored(digest, state, trust) for digest in (record.active if record else ()))
             except UntrustedError:
                 if self.read() == (state, trust):
                     raise
                 # Another patch was applied, and this one removed, in between.
+
+    def why_bare(self, spec: ModelSpec) -> str:
+        """Why an administrator took the patches for a model off; "" where some are active, or none ever was.
+
+        Raises:
+            InputError: the store cannot be read.
+            UntrustedError: somebody changed it.
+        """
+        record = self.read()[0].bases.get(base_id(spec))
+        return record.why_off if record and not record.active else ""
 
     def find(self, text: str, state: State | None = None) -> str:
         """The digest that a text names: "sha256:..." or the start of one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -12,13 +12,15 @@ from edgepatch.errors import PatchFormatError, UntrustedError
 from edgepatch.files import strict_json
 from edgepatch.files.canonical import MAX_DEPTH, canonical_json, parse_canonical
 from edgepatch.patch.file import Patch
-from edgepatch.patch.manifest import CHANNEL, DIGEST, MAX_SEQUENCE, is_timestamp
+from edgepatch.patch.manifest import CHANNEL, DIGEST, MAX_SEQUENCE, NAME, is_timestamp
 from edgepatch.tensors import ModelSpec
 
 STATE_FORMAT = 2
-"""Format 1 is read as well: it spelled numbers as Python does (``10000.0``, ``1e+16``), where RFC 8785 has ``10000``."""
+"""Format 1 is read as well: a base had one active patch, of whatever name, and numbers were spelled as Python does (``10000.0``)."""
 
-TRUST_FORMAT = 1  # whole numbers and texts alone, which both spell alike
+TRUST_FORMAT = 2
+"""Format 1 is read as well: a channel's newest patch was that of all names together."""
+
 STATE_DEPTH = MAX_DEPTH + 4  # a model spec lies deeper in a state than in the manifest that brought it
 PYTHON_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 NO_LINE = "0" * 64
@@ -59,22 +61,58 @@ class StoredPatch:
 
 
 @dataclass(frozen=True)
+class SlotRecord:
+    """The place of one name among the patches of a base: of the patches of this name one is active, or none.
+
+    Attributes:
+        active: digest of the active patch; "" where it was taken off.
+        previous: digests of those that were active before, the latest last; ``rollback`` takes them off.
+        is_held: whether ``apply`` of this name is refused.
+        hold_reason: why.
+        off_reason: why nothing of this name is active.
+    """
+
+    active: str = ""
+    previous: tuple[str, ...] = ()
+    is_held: bool = False
+    hold_reason: str = ""
+    off_reason: str = ""
+
+    @property
+    def latest(self) -> str:
+        """Digest of the active patch, or else of the one that was active last; "" where none is left."""
+        return self.active or (self.previous[-1] if self.previous else "")
+
+
+@dataclass(frozen=True)
 class BaseRecord:
-    """A base model on this device.
+    """A base model on this device; its active patches stand side by side.
 
     Attributes:
         spec: the model.
-        active: digest of the active patch.
-        previous: digests of those that were active before, the latest last; ``rollback`` takes them off.
-        is_held: whether ``apply`` is refused.
+        slots: by the names of their patches. Where none of them has an active patch, the bare model was asked for by word.
+        is_held: whether ``apply`` of any name is refused.
         hold_reason: why.
     """
 
     spec: dict[str, Any]
-    active: str
-    previous: tuple[str, ...] = ()
+    slots: Mapping[str, SlotRecord]
     is_held: bool = False
     hold_reason: str = ""
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Digests of the active patches, in order of their names."""
+        return tuple(slot.active for _, slot in sorted(self.slots.items()) if slot.active)
+
+    @property
+    def why_off(self) -> str:
+        """Why patches were taken off, in one line; "" where none was."""
+        return "; ".join(f"{name}: {slot.off_reason}" for name, slot in sorted(self.slots.items()) if slot.off_reason)
+
+    def with_slot(self, name: str, slot: SlotRecord) -> BaseRecord:
+        """The record with another slot of a name."""
+        return replace(self, slots={**self.slots, name: slot})
 
 
 @dataclass(frozen=True)
@@ -110,12 +148,25 @@ class State:
 
     def __post_init__(self) -> None:
         for digest, patch in self.patches.items():
-            if patch.base not in self.bases:
+            if patch.base not in self.bases or patch.name not in self.bases[patch.base].slots:
                 raise UntrustedError(f"base of patch {digest[:12]}", "one that the store knows", patch.base[:12])
         for base, record in self.bases.items():
-            for digest in (record.active, *record.previous):
-                if digest not in self.patches or self.patches[digest].base != base:
-                    raise UntrustedError(f"patches of base {base[:12]}", "patches of the store for it", digest[:12])
+            for name, slot in record.slots.items():
+                for digest in filter(None, (slot.active, *slot.previous)):
+                    stored = self.patches.get(digest)
+                    if stored is None or (stored.base, stored.name) != (base, name):
+                        raise UntrustedError(
+                            f"patches {name} of base {base[:12]}", "patches of the store for it", digest[:12]
+                        )
+
+    def with_slot(self, base: str, name: str, slot: SlotRecord) -> State:
+        """The state with another slot of a base that it knows."""
+        return replace(self, bases={**self.bases, base: self.bases[base].with_slot(name, slot)})
+
+    def beside(self, base: str, name: str) -> dict[str, StoredPatch]:
+        """The active patches of a base that have another name, by their digests."""
+        active = self.bases[base].active if base in self.bases else ()
+        return {digest: self.patches[digest] for digest in active if self.patches[digest].name != name}
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -136,13 +187,24 @@ class TrustState:
 
     Attributes:
         root: text of the trust root's file, "" for none.
-        seen: base id -> channel -> the newest.
+        seen: base id -> name of patches -> channel -> the newest.
         floor: the latest time that this device has seen, "" for none.
     """
 
     root: str = ""
-    seen: Mapping[str, Mapping[str, Seen]] = field(default_factory=dict)
+    seen: Mapping[str, Mapping[str, Mapping[str, Seen]]] = field(default_factory=dict)
     floor: str = ""
+
+    def newest(self, base: str, name: str, channel: str) -> Seen | None:
+        """The newest patch of a name in a channel that this device ever took."""
+        return self.seen.get(base, {}).get(name, {}).get(channel)
+
+    def with_seen(self, base: str, name: str, channel: str, seen: Seen) -> TrustState:
+        """The trust state after a patch was taken; an older one than the newest changes nothing."""
+        newest = max(self.newest(base, name, channel) or Seen(0, ""), seen, key=lambda seen: seen.sequence)
+        names = self.seen.get(base, {})
+        channels = {**names.get(name, {}), channel: newest}
+        return replace(self, seen={**self.seen, base: {**names, name: channels}})
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -201,12 +263,25 @@ def _without_format(value: object, what: str, versions: tuple[int, ...]) -> dict
     return {name: entry for name, entry in values.items() if name != "format"}
 
 
+def _previous(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise UntrustedError("previous patches", "a list", type(value).__name__)
+    return tuple(_digest(digest, "digest of a previous patch") for digest in value)
+
+
+def _slot(value: object) -> SlotRecord:
+    values = _object(value, "slot")
+    slot = _record(SlotRecord, {**values, "previous": _previous(values.get("previous"))}, "slot")
+    if slot.active:
+        _digest(slot.active, "digest of the active patch")
+    return slot
+
+
 def _base(value: object, name: str) -> BaseRecord:
-    values = dict(_object(value, "base"))
-    previous = values.get("previous")
-    if not isinstance(previous, list):
-        raise UntrustedError("previous patches of a base", "a list", type(previous).__name__)
-    record = _record(BaseRecord, {**values, "previous": tuple(previous)}, "base")
+    record = _record(BaseRecord, value, "base")
+    slots = {
+        _patch_name(slot_name): _slot(slot) for slot_name, slot in _object(record.slots, "slots of a base").items()
+    }
     try:
         spec = ModelSpec.from_dict(record.spec)
         actual = base_id(spec)
@@ -214,7 +289,28 @@ def _base(value: object, name: str) -> BaseRecord:
         raise UntrustedError("base", "a model spec", str(error)[:200]) from None
     if actual != name:
         raise UntrustedError("id of a base", actual, name[:80])
-    return replace(record, spec=spec.as_dict())
+    return replace(record, spec=spec.as_dict(), slots=slots)
+
+
+def _patch_name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise UntrustedError("name of patches", "letters, digits, . _ and -", text[:80])
+    return text
+
+
+def _base_of_format_1(value: object, name: str, patches: Mapping[str, StoredPatch]) -> dict[str, Any]:
+    """A base of format 2. Its one active patch is that of its name; what it had replaced stays in the slot of its own name."""
+    values = {**_object(value, "base")}
+    active, previous = _digest(values.pop("active", None), "active patch"), _previous(values.pop("previous", None))
+    for digest in (active, *previous):
+        if digest not in patches:
+            raise UntrustedError(f"patches of base {name[:12]}", "patches of the store for it", digest[:12])
+    slots = {}
+    for patch_name in sorted({patch.name for patch in patches.values() if patch.base == name}):
+        own = [digest for digest in previous if patches[digest].name == patch_name]
+        is_active = patches[active].name == patch_name
+        slots[patch_name] = {**asdict(SlotRecord(active if is_active else "")), "previous": own}
+    return {**values, "slots": slots}
 
 
 def parse_state(data: bytes) -> State:
@@ -223,11 +319,18 @@ def parse_state(data: bytes) -> State:
     Raises:
         UntrustedError: it is damaged.
     """
-    values = _fields(State, _without_format(_state_document(data), "state", (1, STATE_FORMAT)), "state")
-    patches = _object(values["patches"], "patches")
+    document = _state_document(data)
+    values = _fields(State, _without_format(document, "state", (1, STATE_FORMAT)), "state")
+    patches = {
+        _digest(name, "digest of a patch"): _record(StoredPatch, value, "patch")
+        for name, value in _object(values["patches"], "patches").items()
+    }
+    bases = _object(values["bases"], "bases")
+    if document["format"] == 1:
+        bases = {name: _base_of_format_1(value, name, patches) for name, value in bases.items()}
     return State(
-        {_digest(name, "digest of a patch"): _record(StoredPatch, value, "patch") for name, value in patches.items()},
-        {name: _base(value, name) for name, value in _object(values["bases"], "bases").items()},
+        patches,
+        {name: _base(value, name) for name, value in bases.items()},
         _digest(values["trust"], "digest of the trust state") if values["trust"] else "",
         _record(HistoryMark, values["history"], "history mark"),
     )
@@ -241,22 +344,33 @@ def _seen(value: object) -> Seen:
     return seen
 
 
-def parse_trust(data: bytes) -> TrustState:
+def _channels(value: object) -> dict[str, Seen]:
+    channels = _object(value, "channels")
+    if not all(CHANNEL.fullmatch(name) for name in channels):
+        raise UntrustedError("channel seen", "lower-case letters, digits and -", ", ".join(channels)[:80])
+    return {name: _seen(value) for name, value in channels.items()}
+
+
+def parse_trust(data: bytes, names: Mapping[str, Collection[str]] | None = None) -> TrustState:
     """The trust state from the bytes of its file; the trust root in it is not examined here.
+
+    Args:
+        data: of the file.
+        names: of the patches that the device knows for each base; what format 1 had seen of all of them, counts for each.
 
     Raises:
         UntrustedError: it is damaged.
     """
-    values = _fields(
-        TrustState, _without_format(parse_canonical(data, "trust state"), "trust state", (TRUST_FORMAT,)), "trust state"
-    )
+    document = parse_canonical(data, "trust state")
+    values = _fields(TrustState, _without_format(document, "trust state", (1, TRUST_FORMAT)), "trust state")
     if values["floor"] and not is_timestamp(values["floor"]):
         raise UntrustedError("latest time seen", "a time like 2030-01-31T23:59:59Z", values["floor"][:80])
-    seen: dict[str, dict[str, Seen]] = {}
-    for base, channels in _object(values["seen"], "newest patches seen").items():
-        seen[_digest(base, "id of a base")] = {
-            name: _seen(value) for name, value in _object(channels, "channels").items()
-        }
-        if not all(CHANNEL.fullmatch(name) for name in channels):
-            raise UntrustedError("channel seen", "lower-case letters, digits and -", ", ".join(channels)[:80])
+    seen: dict[str, dict[str, dict[str, Seen]]] = {}
+    for base, value in _object(values["seen"], "newest patches seen").items():
+        _digest(base, "id of a base")
+        if document["format"] == 1:
+            channels = _channels(value)
+            seen[base] = dict.fromkeys((names or {}).get(base, ()), channels)
+        else:
+            seen[base] = {_patch_name(name): _channels(entry) for name, entry in _object(value, "names seen").items()}
     return TrustState(values["root"], seen, values["floor"])

@@ -22,10 +22,11 @@ from attacks import updates
 from attacks.faults import Faults, Killed, faulty
 from edgepatch.errors import EdgepatchError
 from edgepatch.patch.file import PAYLOAD_TYPE, Patch, signed, write_patch
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.store import audit
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances
-from edgepatch.tensors import ModelSpec, SoftPrompt
+from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root, next_root
 from edgepatch.trust.roots import Key, Root, read_root
 from edgepatch.trust.signatures import raw_public_key, sign
@@ -45,13 +46,12 @@ def _key(private: Ed25519PrivateKey, owner: str) -> Key:
 
 
 def make_files(folder: Path) -> None:
-    """Three patches and two versions of a trust root."""
+    """Three patches of one name, one of another that can stand beside them, and two versions of a trust root."""
     for sequence in (1, 2, 3):
-        prompt = SoftPrompt(np.full((2, BASE.hidden_size), sequence / 8, np.float32))
-        patch = Patch("detox", f"1.{sequence}.0", BASE, prompt, sequence=sequence)
-        patch = signed(patch, sign(patch.manifest, PAYLOAD_TYPE, KEY))
+        patch = _patch("detox", sequence)
         write_patch(patch, folder / f"{sequence}.safetensors")
         write_patch(signed(patch, sign(patch.manifest, PAYLOAD_TYPE, ADDED)), folder / f"{sequence}-again.safetensors")
+    write_patch(_patch("gender", 1), folder / "beside.safetensors")
     created = datetime.now(timezone.utc) - timedelta(days=1)
     root = new_root(
         [_key(KEY, "vendor")], [_key(KEY, "vendor")], created=created, lifetime=timedelta(days=365)
@@ -63,6 +63,14 @@ def make_files(folder: Path) -> None:
     (folder / "root-2.json").write_bytes(newer.to_bytes())
 
 
+def _patch(name: str, sequence: int) -> Patch:
+    prompt = SoftPrompt(np.full((2, BASE.hidden_size), sequence / 8, np.float32))
+    seed = KVSeed(*(tuple(np.full((1, 2, 4), sequence / 8, np.float16) for _ in range(2)) for _ in range(2)))
+    rotation = Rotation(((1.0, 0.01),), (0, 0))
+    patch = Patch(name, f"1.{sequence}.0", BASE, prompt, seed, sequence=sequence, rotation=rotation)
+    return signed(patch, sign(patch.manifest, PAYLOAD_TYPE, KEY))
+
+
 def set_root(store: Store, source: Path, version: int) -> None:
     store.set_root([_root(source, version)])
 
@@ -72,11 +80,11 @@ def _root(source: Path, version: int) -> Root:
 
 
 def prepare(store: Store, source: Path, stage: int) -> None:
-    """Stage 0: nothing; 1: a trust root; 2: a patch; 3: another one before it."""
+    """Stage 0: nothing; 1: a trust root; 2: a patch; 3: another one before it; 4: one of another name beside it."""
     if stage >= 1:
         set_root(store, source, 1)
-    for sequence in range(1, stage):
-        store.apply(source / f"{sequence}.safetensors")
+    for name in ("1", "2", "beside")[: max(stage - 1, 0)]:
+        store.apply(source / f"{name}.safetensors")
 
 
 VERBS: dict[str, tuple[int, Callable[[Store, Path], Any]]] = {
@@ -85,9 +93,15 @@ VERBS: dict[str, tuple[int, Callable[[Store, Path], Any]]] = {
     "apply": (3, lambda store, source: store.apply(source / "3.safetensors")),
     "apply with more signatures": (3, lambda store, source: store.apply(source / "2-again.safetensors")),
     "rollback": (3, lambda store, source: store.rollback()),
+    "apply beside": (3, lambda store, source: store.apply(source / "beside.safetensors")),
+    "rollback of one": (4, lambda store, source: store.rollback(patch="detox")),
+    "deactivate": (4, lambda store, source: store.deactivate("wrong", patch="detox")),
     "rotation": (3, lambda store, source: set_root(store, source, 2)),
     "hold": (3, lambda store, source: store.hold()),
-    "remove": (3, lambda store, source: store.remove(store.read()[0].bases[store.find_base(None)].previous[0])),
+    "remove": (
+        3,
+        lambda store, source: store.remove(store.read()[0].bases[store.find_base(None)].slots["detox"].previous[0]),
+    ),
 }
 """Name -> (stage to prepare, the change)."""
 
@@ -99,9 +113,7 @@ def outcome(store: Store) -> tuple[Any, ...]:
         EdgepatchError: the store or its history cannot be trusted.
     """
     state, trust = store.read()
-    loaded = sorted(
-        patch.digest for patch in [store.active(ModelSpec.from_dict(r.spec)) for r in state.bases.values()] if patch
-    )
+    loaded = sorted(patch.digest for r in state.bases.values() for patch in store.active(ModelSpec.from_dict(r.spec)))
     actions = [(entry["action"], entry.get("patch")) for entry in store.history()]
     errors = [finding.message for finding in audit.verify(store) if finding.level == "error"]
     return (

@@ -69,8 +69,7 @@ class Device:
 
     def runs(self) -> bool:
         """Whether the genuine patch is active, and loads."""
-        patch = self.store.active(BASE)
-        return patch is not None and patch.sequence == ACTIVE
+        return [patch.sequence for patch in self.store.active(BASE)] == [ACTIVE]
 
 
 def _arbitrary(device: Device) -> bool:
@@ -121,7 +120,7 @@ def _mix_and_match(device: Device) -> bool:
     mixed.append(patch_bytes(replace(one, soft_prompt=two.soft_prompt)))
     if not all(device.refuses(data) for data in mixed):
         return False
-    path = device.store.patch_path(device.store.read()[0].bases[device.store.find_base(None)].active)
+    path = device.store.patch_path(device.store.read()[0].bases[device.store.find_base(None)].active[0])
     kept = path.read_bytes()
     path.write_bytes(patch_bytes(one))
     try:

@@ -13,7 +13,7 @@ import pytest
 from edgepatch.cli import main
 from edgepatch.patch.file import write_patch
 from edgepatch.trust.keys import private_pem
-from kit.stores import KEYS, make_patch, make_root, rotated, write
+from kit.stores import KEYS, make_patch, make_root, movable, rotated, write
 
 BORN = datetime.now(timezone.utc) - timedelta(days=2)
 
@@ -65,7 +65,7 @@ def test_a_patch_on_its_way(trusting, tmp_path):
     for shown in ("version 1, 2 of site", "detox 1.2.0", "stable 2, expires never", "site ("):
         assert shown in out
     shown = read(trusting("status", "--json"))
-    assert (shown["bases"][0]["name"], shown["findings"]) == ("detox", [])
+    assert (shown["bases"][0]["patches"][0]["name"], shown["findings"]) == ("detox", [])
     patches = read(trusting("list", "--json"))
     assert [(patch["sequence"], patch["active"]) for patch in patches] == [(1, False), (2, True)]
     assert "1.1.0" in trusting("list")[1]
@@ -95,6 +95,43 @@ def test_hold_and_remove(trusting, tmp_path):
     third = read(trusting("apply", write(tmp_path, 3), "--json"))["before"]
     assert "removed" in trusting("remove", third)[1]
     assert "base" in trusting("history")[1]
+
+
+def test_several_patches_beside_each_other(trusting, tmp_path):
+    gender, harm = (write(tmp_path, n, **movable(n, name=name)) for n, name in ((4, "gender"), (2, "harm")))
+    first = read(trusting("apply", gender, "--json"))
+    assert (first["beside"], read(trusting("apply", harm, "--json"))["beside"]) == ([], [first["digest"]])
+    shown = read(trusting("status", "--json"))["bases"][0]
+    assert [(patch["name"], patch["sequence"]) for patch in shown["patches"]] == [("gender", 4), ("harm", 2)]
+    out = trusting("status")[1]
+    for told in ("gender 1.4.0", "harm 1.2.0", "4 virtual tokens side by side", shown["composition"]["digest"][:12]):
+        assert told in out
+    assert out.count("signatures") == 2
+    assert [line.split()[0] for line in trusting("list")[1].splitlines()[1:]] == ["*", "*"]
+    assert trusting("apply", write(tmp_path, 5, **movable(5, name="gender")))[0] == 0
+    code, _, err = trusting("rollback")
+    assert (code, "gender, harm" in err, "--patch" in err) == (2, True, True)
+    for named in (("gender",), ("--patch", "gender")):
+        assert trusting("apply", write(tmp_path, 5, **movable(5, name="gender")))[0] == 0
+        code, out, _ = trusting("rollback", *named)
+        assert (code, "gender 1.4.0" in out, "beside" in out) == (0, True, True)
+    assert "harm of base" in trusting("hold", "harm", "--reason", "tests run")[1]
+    assert trusting("apply", write(tmp_path, 3, **movable(3, name="harm")))[0] == 1
+    assert trusting("status")[1].count("tests run") == 1
+    assert trusting("unhold", "--patch", "harm")[0] == 0
+    assert trusting("deactivate", "gender")[0] == 2, "a reason is needed"
+    code, out, _ = trusting("deactivate", "gender", "--reason", "made for another assistant")
+    assert (code, "off" in out, "beside" in out, "harm 1.2.0" in out) == (0, True, True, True)
+    assert "gender: made for another assistant" in trusting("status")[1]
+    assert read(trusting("deactivate", "--reason", "as well", "--json"))["name"] == "harm"
+    code, out, err = trusting("status")
+    assert (code, "nothing" in out, "by word" in err) == (0, True, True)
+    code, out, _ = trusting("history")
+    assert "reason: made for another assistant" in out and f"beside {first['digest'][:12]}" in out
+    assert "harm of base" in out
+    assert trusting("rollback", "--patch", "toxicity")[0] == 2
+    code, _, err = trusting("rollback", "gendr")
+    assert (code, "expected the name of a patch" in err, "gender, harm" in err) == (2, True, True)
 
 
 def test_exit_codes_of_apply(trusting, tmp_path):

@@ -10,8 +10,9 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgepatch.patch.file import PAYLOAD_TYPE, Patch, signed, write_patch
+from edgepatch.seeds.rotation import Rotation
 from edgepatch.store.device import Store
-from edgepatch.tensors import ModelSpec, SoftPrompt
+from edgepatch.tensors import KVSeed, ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root, next_root
 from edgepatch.trust.roots import Key, Root
 from edgepatch.trust.signatures import raw_public_key, sign
@@ -55,6 +56,16 @@ def make_patch(sequence: int = 1, *, by: tuple[str, ...] = ("vendor", "site"), *
     for name in by:
         patch = signed(patch, sign(patch.manifest, PAYLOAD_TYPE, KEYS[name]))
     return patch
+
+
+ROTATION = Rotation(((1.0, 0.01),), (0, 0))
+
+
+def movable(sequence: int = 1, **fields: Any) -> dict[str, Any]:
+    """What a patch needs to stand beside others: a seed that follows from its sequence, and how keys turn."""
+    rng = np.random.default_rng(sequence)
+    keys, values = ([rng.standard_normal((1, 2, 4)).astype(np.float16) for _ in range(2)] for _ in range(2))
+    return {"kv_seed": KVSeed(tuple(keys), tuple(values)), "rotation": ROTATION, **fields}
 
 
 def write(folder: Path, sequence: int = 1, **fields: Any) -> Path:

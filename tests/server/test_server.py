@@ -5,12 +5,15 @@ import codecs
 import json
 import math
 import time
+from dataclasses import replace
 
 import openai
 import pytest
 
 from edgepatch.decoding.sampling import Sampling
+from edgepatch.patch.composition import compose_on_device
 from edgepatch.runtimes import load_runtime
+from edgepatch.tensors import SoftPrompt
 from kit.serving import KEY, MODEL, Paced, running
 
 MESSAGES = [{"role": "user", "content": "The quick brown fox"}]
@@ -55,6 +58,26 @@ def ask(client, **fields):
 def no_end(runtime):
     """The model cannot end by itself."""
     return {str(token): -100 for token in runtime.end_token_ids}
+
+
+def test_several_patches_are_listed_each(tiny_folder, tiny_patch):
+    from edgepatch.converters.hf import folders, seeds
+
+    first = seeds.complete(tiny_patch, folders.load_model(tiny_folder))
+    second = seeds.complete(
+        replace(tiny_patch, name="other", kv_seed=None, soft_prompt=SoftPrompt(-tiny_patch.soft_prompt.embeddings[:6])),
+        folders.load_model(tiny_folder),
+    )
+    with running(lambda: load(tiny_folder, [first, second])) as several, several.client() as http:
+        listed, figures = http.get("/v1/patches").json(), http.get("/metrics").text
+    assert sorted((patch["name"], patch["digest"], patch["num_virtual_tokens"]) for patch in listed["data"]) == [
+        ("other", second.digest, 6),
+        ("tiny", first.digest, 10),
+    ]
+    assert all(patch["active"] for patch in listed["data"])
+    together = compose_on_device([first, second])
+    assert listed["system_fingerprint"].endswith(f"+{together.digest[:12]}")
+    assert f'patch_digest="{together.digest}"' in figures
 
 
 def test_models_and_patches(client, server, tiny_patch):

@@ -72,7 +72,7 @@ def test_a_disk_that_fails_for_good(tmp_path, monkeypatch):
         store.rollback()
     assert "new state" in error.value.hint
     monkeypatch.undo()
-    assert store.read()[0].bases[store.find_base(None)].previous == ()
+    assert store.read()[0].bases[store.find_base(None)].slots["detox"].previous == ()
 
 
 # --- The harness itself can fail.

@@ -33,7 +33,7 @@ def store(tmp_path):
 
 def active(store):
     found = store.active(spec())
-    return found.sequence if found else None
+    return found[0].sequence if found else None
 
 
 def actions(store):
@@ -53,7 +53,7 @@ def test_apply_keeps_the_very_bytes(store, tmp_path):
     assert store.patch_path(change.digest).read_bytes() == file.read_bytes()
     assert (change.is_new, change.before) == (True, "")
     assert change.signed_by == {public("vendor").id, public("site").id}
-    assert patch_bytes(store.active(spec())) == file.read_bytes()
+    assert patch_bytes(store.active(spec())[0]) == file.read_bytes()
     assert actions(store) == ["trust", "apply"]
 
 
@@ -88,7 +88,7 @@ def test_apply_mends_a_damaged_file(store, tmp_path):
             store.active(spec())
         assert store.apply(file).is_new
         assert active(store) == 1
-    assert store.read()[0].bases[base_id(spec())].previous == ()
+    assert store.read()[0].bases[base_id(spec())].slots["detox"].previous == ()
 
 
 def test_apply_with_another_signature(store, tmp_path):
@@ -96,7 +96,7 @@ def test_apply_with_another_signature(store, tmp_path):
     store.apply(write(tmp_path))
     third = write(tmp_path, by=("vendor", "site", "thief"))
     assert store.apply(third).is_new
-    assert len(store.active(spec()).signatures) == 3
+    assert len(store.active(spec())[0].signatures) == 3
 
 
 def test_hold(store, tmp_path):
@@ -130,7 +130,7 @@ def test_several_bases(store, tmp_path):
     other = spec(weight_fingerprint="c" * 64)
     store.apply(write(tmp_path))
     store.apply(write(tmp_path, 7, base=other), model=other)
-    assert (active(store), store.active(other).sequence) == (1, 7)
+    assert (active(store), store.active(other)[0].sequence) == (1, 7)
     with pytest.raises(InputError, match=r"expected one in .*, found 2"):
         store.rollback()
     assert store.find_base(base_id(other)[:10]) == base_id(other)
@@ -155,7 +155,7 @@ def test_default_folder(monkeypatch, tmp_path):
 def test_nothing_there(tmp_path):
     store = Store(tmp_path / "none")
     assert store.read() == (State(), TrustState())
-    assert (store.active(spec()), store.history(), store.root()) == (None, [], None)
+    assert (store.active(spec()), store.history(), store.root()) == ((), [], None)
     assert not store.folder.exists(), "reading makes nothing"
 
 
@@ -164,7 +164,7 @@ def test_the_folder_may_be_reached_by_a_link(tmp_path):
     (tmp_path / "link").symlink_to("real")
     store = make_store(tmp_path / "link")
     store.apply(write(tmp_path))
-    assert Store(tmp_path / "real").active(spec()).sequence == 1
+    assert Store(tmp_path / "real").active(spec())[0].sequence == 1
 
 
 # --- The attacks of the threat model
@@ -429,7 +429,7 @@ def old_store(tmp_path):
 def test_a_state_of_format_1_is_read_and_left_as_it_is(old_store):
     before = snapshot(old_store.folder)
     assert b'"format":1' in before[Path("state.json")] and b'"rope_theta":10000.0' in before[Path("state.json")]
-    assert (active(old_store), old_store.active(OTHER).name) == (2, "other")
+    assert (active(old_store), old_store.active(OTHER)[0].name) == (2, "other")
     assert actions(old_store) == ["trust", "apply", "apply", "apply", "hold"]
     assert not [finding for finding in audit.verify(old_store) if finding.level == "error"]
     assert snapshot(old_store.folder) == before  # reading needs no right to write
@@ -495,7 +495,7 @@ def test_a_spec_as_deep_as_a_manifest_may_be_is_stored(store, tmp_path):
         nested = {"x": nested}
     deep = spec(rope_scaling=nested)
     store.apply(write(tmp_path, 1, base=deep), model=deep)
-    assert store.active(deep).base == deep
+    assert store.active(deep)[0].base == deep
 
 
 def test_tampered_trust_state(store, tmp_path):
@@ -579,7 +579,7 @@ def test_without_a_root_nothing_is_applied(tmp_path):
     assert active(store) == 1
     assert store.history()[-1]["unsigned"] == "bench device"
     found, findings = audit.status(store)
-    assert found["bases"][0]["signatures"] == "not checked: bench device"
+    assert found["bases"][0]["patches"][0]["signatures"] == "not checked: bench device"
     assert [f.level for f in findings] == ["warning", "warning"]
 
 
@@ -722,14 +722,14 @@ def test_a_patch_that_is_removed_while_it_is_read(store, tmp_path, monkeypatch):
         return real(self, digest, state, trust)
 
     monkeypatch.setattr(StoreReader, "load_stored", late)
-    assert reader.active(spec()).sequence == 2
+    assert reader.active(spec())[0].sequence == 2
 
 
 def test_steps_back_are_bounded(store, tmp_path):
     shares = [write(tmp_path, 1), write(tmp_path, 2)]
     for number in range(40):
         store.apply(shares[number % 2], Allowances(downgrade="again"))
-    assert len(store.read()[0].bases[base_id(spec())].previous) == 32
+    assert len(store.read()[0].bases[base_id(spec())].slots["detox"].previous) == 32
 
 
 # --- verify
@@ -766,8 +766,8 @@ def test_status(store, tmp_path):
     store.apply(write(tmp_path))
     found = audit.status(store)[0]
     assert found["trust_root"]["threshold"] == 2
-    assert [base["name"] for base in found["bases"]] == ["detox"]
-    assert found["bases"][0]["signatures"].startswith("site (")
+    assert [patch["name"] for base in found["bases"] for patch in base["patches"]] == ["detox"]
+    assert found["bases"][0]["patches"][0]["signatures"].startswith("site (")
 
 
 # --- Several processes, read-only media

@@ -66,7 +66,7 @@ def harness(
     from edgepatch.files.writing import write_atomically
     from edgepatch.runtimes import ACTIVE, load_runtime
 
-    if bare and patch is not None:
+    if bare and patch:
         raise InputError("--bare and --patch exclude each other", hint="leave one of them out")
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     if not names:

@@ -107,12 +107,17 @@ class SeedStates:
             return self._fall_back(patch, "the model has recurrent layers, whose memory no KV seed holds")
         # A layout says nothing about another seed: one of another rope theta fits it too. So each seed is compared once.
         confirmed = patch.soft_prompt is None or self._calibration.has_confirmed(patch.digest)
-        layout = self._calibration.layout if patch.canary and confirmed else None
+        layout = self._calibration.layout if patch.canary and confirmed else self._layout_of_parts(patch)
         if layout is None and patch.soft_prompt is None:
             layout = self._calibration.layout_by_rope()
         if layout is not None:
             return self._lay_out(patch, layout), "stored"
         return self._measure(patch)
+
+    def _layout_of_parts(self, patch: Patch) -> llamacpp_layout.Layout | None:
+        """The layout under which all parts of a composed patch were laid out before it, to be proved each by itself."""
+        layouts = {self._layouts.get(digest) for digest in patch.parts}
+        return layouts.pop() if len(layouts) == 1 else None
 
     def _measure(self, patch: Patch) -> tuple[bytes, SeedRoute]:
         """Compares what the model itself makes of the soft prompt with the stored seed, and takes the layout if one fits."""

@@ -207,7 +207,7 @@ class Patch(Reply):
 
 
 class Patches(Reply):
-    """The active patch, or none."""
+    """The active patches, which act side by side, or none; the fingerprint names what they are together."""
 
     object: Literal["list"]
     data: list[Patch]
