@@ -19,6 +19,9 @@ REQUANTIZED_RATIO = 1.75
 """Where the virtual tokens themselves pass through quantized weights or lie in a quantized cache, their error comes on top."""
 
 
+FULL_PRECISION = ("F32", "F16", "fp32", "fp16")
+
+
 @dataclass(frozen=True)
 class Floor:
     """``metric`` must not exceed ``limit``.
@@ -36,12 +39,12 @@ class Floor:
 
 def floors_of(row: Row) -> list[Floor]:
     """What a measured row must reach."""
-    if row.get("seed") == "moved":
-        return [
-            *_of_any_seed(row),
-            Floor("moved", "kl", architecture(row["architecture"]).active_share * row["kl_pinned"]),
-        ]
-    return _of_any_seed(row)
+    floors = _of_any_seed(row)
+    # What 4-bit weights do to the logits is as large as what a pinned seed would: there the canary's long prompt, which looks at the
+    # effect alone, says whether the seed has moved.
+    if row.get("seed") == "moved" and row["quantization"] in FULL_PRECISION:
+        floors.append(Floor("moved", "kl", architecture(row["architecture"]).active_share * row["kl_pinned"]))
+    return floors
 
 
 def _of_any_seed(row: Row) -> list[Floor]:

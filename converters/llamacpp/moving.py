@@ -94,7 +94,7 @@ class MovableState:
 
     def at(self, anchor: int) -> NDArray[np.uint8]:
         """The state of the seed directly in front of text position ``anchor``; its P positions overlap those of the text."""
-        state = self._at_start.copy()
+        state: NDArray[np.uint8] = self._at_start.copy()
         for fields in self._fields:
             fields.move(state, anchor)
         for group in self._keys:

@@ -73,7 +73,9 @@ def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **told
         anchoring=composed_anchoring(parts),
         **fields,
     )
-    return seeds.complete(patch, loaded, {part.name: _seed_without(part, seeded, rotation) for part in seeded})
+    return seeds.complete(
+        patch, loaded, without_part={part.name: _seed_without(part, seeded, rotation) for part in seeded}
+    )
 
 
 def _seed_without(part: Patch, parts: Sequence[Patch], rotation: Rotation) -> KVSeed:
