@@ -167,7 +167,7 @@ def _proof_of(name: str, effects: Mapping[tuple[int, ...], _Effect], usual: floa
     def margin(tokens: tuple[int, ...]) -> float:
         """The error counts twice: a patch without the part must be beyond it, and one with the part within."""
         length = max(_prompt(tokens, effects[tokens])[0], 1e-12)
-        return float(min(effects[tokens].share, CLEAR_SHARE) - 2 * error / length
+        return float(min(effects[tokens].share, CLEAR_SHARE) - 2 * error / length)
 
     best = max(effects, key=margin)
     share, prompt = effects[best].share, _prompt(best, effects[best])[1]
