@@ -1,4 +1,4 @@
-"""``bench evidence``, ``unpatch``, ``length``: whether a patch does what it is for, after quantization and against writing."""
+"""``bench evidence``, ``unpatch``, ``length``, ``composition``: whether a patch does what it is for, after quantization and against writing."""
 
 from __future__ import annotations
 
@@ -145,3 +145,25 @@ def length(
             threads,
             progress,
         )
+
+
+@bench_app.command()
+def composition(
+    items: Annotated[int, typer.Option(min=1, help="Prompts or requests of each domain.")] = 60,
+    threads: ThreadsOption = 1,
+    out: OutOption = RESULTS / "composition.json",
+    work: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of pairs and patches that are made already.")
+    ] = Path("out/composition"),
+    log: LogOption = None,
+) -> None:
+    """What is left of each gain where patches stand side by side: alone, untrained for it, trained jointly (an hour at first).
+
+    Example: `edgepatch bench composition --items 20`
+    """
+    use_one_thread()
+    from edgepatch.bench.safety import composing
+
+    kept = "what is made is kept; the same command goes on from there"
+    with progress_bars(log or work / "composition.log", lambda: kept) as progress:
+        composing.run(out, work, items, threads, progress)
