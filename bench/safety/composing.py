@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.environment import environment
+from edgepatch.bench.evidence.training import KL_WEIGHTS, PATCH_CONFIG
 from edgepatch.bench.lab import LAB_FOLDER, LAB_PATCH
 from edgepatch.bench.likelihoods import token_losses
 from edgepatch.bench.metrics import paired_bootstrap_difference
@@ -34,15 +35,12 @@ from edgepatch.prompts.sets import load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
 from edgepatch.training.composition import compose
-from edgepatch.training.config import TrainConfig
 from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
 from edgepatch.training.patching import PatchTraining
 
 DOMAINS = ("gender", "harm", "toxicity")
-ALONE = TrainConfig(
-    sft_steps=60, dpo_steps=60, dpo_learning_rate=2e-2, dtype="float32", max_tokens=128, kl_batch_size=2, kl_weight=2.0
-)
-JOINT = replace(ALONE, sft_steps=30, dpo_steps=180, dpo_learning_rate=1e-2, kl_batch_size=3, kl_weight=1.5)
+ALONE = replace(PATCH_CONFIG, dtype="float32")  # the same patches on every machine
+JOINT = replace(ALONE, sft_steps=0, dpo_steps=450, dpo_learning_rate=1e-2, kl_weight=2.0)
 BENIGN_OF_EACH = 60
 NUM_SEQUENCES = 8
 
@@ -99,7 +97,9 @@ class Workshop:
                 patch = replace(read_patch(LAB_PATCH), name="toxicity", signatures=())
             else:
                 domain = domain_of(name)
-                training = PatchTraining(LAB_FOLDER / "base", replace(ALONE, init_text=domain.instruction))
+                training = PatchTraining(
+                    LAB_FOLDER / "base", replace(ALONE, init_text=domain.instruction, kl_weight=KL_WEIGHTS[name])
+                )
                 patch = training.soft_prompt(
                     self.pairs(name), domain.benign_texts(), name, progress=within(self._progress, name)
                 )
