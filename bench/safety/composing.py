@@ -201,7 +201,7 @@ def run(out: Path, work: Path, items: int, num_threads: int, progress: Progress 
 
 def _cells(sets: Sequence[tuple[str, ...]]) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
     """(arm, parts, order) of everything that is measured: each set of several in two orders."""
-    cells = []
+    cells: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     for names in sets:
         if len(names) == 1:
             cells.append(("alone", names, names))
