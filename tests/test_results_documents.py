@@ -55,6 +55,21 @@ FRONT = {
     "512 tokens of toxic text in front": "512 tokens, toxic",
     "512 tokens of benign text in front": "512 tokens, benign",
 }
+STANDING = {
+    "trained at the start, pinned": (False, "pinned", 0),
+    "trained at the start, moving": (False, "both", 128),
+    "trained to move, pinned": (True, "pinned", 0),
+    "trained to move, moving": (True, "both", 128),
+}
+# (tokens in front, their kind, turn)
+PLACES = {
+    "nothing": (0, "", 1),
+    "128 toxic": (128, "toxic", 1),
+    "512 toxic": (512, "toxic", 1),
+    "512 benign": (512, "benign", 1),
+    "turn 5": (0, "conversation", 5),
+}
+COMPOSED = {"alone": "each alone", "side_by_side": "all three, trained apart", "joint": "all three, trained jointly"}
 PARITY = {
     "llama.cpp F32, f32 cache": ("llamacpp", "F32", "f32", False),
     "llama.cpp F16": ("llamacpp", "F16", "f16", True),
@@ -154,6 +169,34 @@ def in_front() -> str:
     return table(("in front", "EMT bare, short", "gain, short", "gain, mixed"), rows)
 
 
+def length_cell(trained: bool, anchoring: str, block: int, place: tuple[int, str, int]) -> Row:
+    fields = ("trained_with_float", "anchoring", "block", "front_tokens", "front_kind", "turn")
+    return next(
+        row for row in document("length")["cells"] if tuple(map(row.get, fields)) == (trained, anchoring, block, *place)
+    )
+
+
+def behind() -> str:
+    rows = []
+    for name, standing in STANDING.items():
+        cells = [length_cell(*standing, place) for place in PLACES.values()]
+        dearest = max(100 * cell["perplexity_change"] for cell in cells)
+        rows.append([name, *(figure(cell, "gain") for cell in cells), f"{dearest:+.1f} %"])
+    return table(("patch", *PLACES, "perplexity, at most"), rows)
+
+
+def composed() -> str:
+    cells = document("composition")["cells"]
+    rows = []
+    for arm, name in COMPOSED.items():
+        size = 1 if arm == "alone" else len(DOMAINS)
+        chosen = [row for row in cells if row["arm"] == arm and len(row["parts"]) == size]
+        by_domain = {row["domain"]: row for row in reversed(chosen)}
+        dearest = max(100 * row["perplexity_change"] for row in chosen)
+        rows.append([name, *(figure(by_domain[domain], "gain") for domain in DOMAINS), f"{dearest:+.1f} %"])
+    return table(("patches", *DOMAINS, "perplexity, at most"), rows)
+
+
 def cost() -> str:
     rows = [
         [name, *(interval(document(file)["ratios"][f"{of}_patched_over_bare"]) for of in ("ttft", "decode"))]
@@ -207,6 +250,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "retained": retained,
     "shipped": shipped,
     "in front": in_front,
+    "behind": behind,
+    "composed": composed,
     "cost": cost,
     "alternatives": alternatives,
     "parity": parity,
