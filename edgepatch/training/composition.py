@@ -27,7 +27,7 @@ FULL_PRECISION = frozenset({"F32", "F16", "BF16"})
 MAX_LICENSE_LENGTH = 128
 
 
-def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **told: Any) -> Patch:
+def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **details: Any) -> Patch:
     """A patch whose seed holds those of its parts side by side, each as it is alone, all ending directly in front of the text.
 
     No part sees another, so their order changes nothing: the parts are sorted by digest. What the whole does to a model is not the sum of
@@ -60,7 +60,7 @@ def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **told
     context = int(folders.text_config(loaded.config).max_position_embeddings)
     require_room(sum(part.num_virtual_tokens for part in parts), context)
     seeded = [_with_seed(part, loaded) for part in parts]
-    fields = {**_inherited(parts), "weight_sketch": weight_sketches.sketch_of(model), **told}
+    fields = {**_inherited(parts), "weight_sketch": weight_sketches.sketch_of(model), **details}
     patch = Patch(
         name,
         version,
@@ -129,11 +129,11 @@ def _require_full_precision(model: Path) -> None:
 
 def _record(parts: Sequence[Patch]) -> dict[str, Any]:
     """What stands where a trained patch tells of its training."""
-    told = [
+    records = [
         {"name": p.name, "version": p.version, "digest": p.digest, "num_virtual_tokens": p.num_virtual_tokens}
         for p in parts
     ]
-    return {"method": METHOD, "parts": told}
+    return {"method": METHOD, "parts": records}
 
 
 def _inherited(parts: Sequence[Patch]) -> dict[str, Any]:

@@ -83,13 +83,13 @@ class TrainConfig:
             "False where the seed moves, because its copies stand in a cache, which checkpointing turns off",
             f"True with block {self.block} and turns {self.turns}",
         )
-        for name, known in (("dpo_reference", REFERENCES), ("dtype", DTYPES), ("init", INITIALISATIONS)):
-            _require(getattr(self, name) in known, name, " or ".join(known), repr(getattr(self, name)))
+        for name, choices in (("dpo_reference", REFERENCES), ("dtype", DTYPES), ("init", INITIALISATIONS)):
+            _require(getattr(self, name) in choices, name, " or ".join(choices), repr(getattr(self, name)))
 
 
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
+def _require(holds: bool, name: str, expected: str, actual: object) -> None:
     if not holds:
-        raise InputError(f"training: {name}: expected {expected}, found {found}")
+        raise InputError(f"training: {name}: expected {expected}, found {actual}")
 
 
 @dataclass

@@ -178,20 +178,20 @@ class PatchTraining:
         version: str,
         progress: Progress,
         company: Sequence[Patch],
-        **told: Any,
+        **details: Any,
     ) -> list[Patch]:
         """One patch a task."""
         device = self.models.device
         segments = [KVPolicy(s, device) if isinstance(s, KVSeed) else SoftPromptPolicy(s, device) for s in starts]
         policy = self._beside(segments, names, version, company)
         if company:
-            told["company"] = [patch.digest for patch in company]
+            details["company"] = [patch.digest for patch in company]
         self._settle_dtype(tasks)
-        record = self._train(policy, tasks, benign_texts, kind, progress, **told)
-        made = zip(names, segments, strict=True)
+        record = self._train(policy, tasks, benign_texts, kind, progress, **details)
+        trained = zip(names, segments, strict=True)
         return [
             self._patch(name, version, segment, record | ({"segment": i} if len(segments) > 1 else {}), progress)
-            for i, (name, segment) in enumerate(made)
+            for i, (name, segment) in enumerate(trained)
         ]
 
     def _beside(
@@ -223,13 +223,13 @@ class PatchTraining:
         self.config = self.models.config
 
     def _known_dtype(self) -> tuple[str, dict[str, Any], str] | None:
-        known = runs.known_settings(self._run)
-        if known is None:
+        settings = runs.known_settings(self._run)
+        if settings is None:
             return None
-        dtype = str(known.get("config", {}).get("dtype"))
+        dtype = str(settings.get("config", {}).get("dtype"))
         if dtype not in TRIED:
             dtype = TRIED[0]  # the run that is there is refused, for its other settings
-        return dtype, known.get("dtype_choice", {}), f"dtype {dtype}: as {self._run} began with"
+        return dtype, settings.get("dtype_choice", {}), f"dtype {dtype}: as {self._run} began with"
 
     def _tried_dtype(self, tasks: Sequence[Sequence[Pair]]) -> tuple[str, dict[str, Any], str]:
         examples = [self.models.pair_example(pair) for pairs in tasks for pair in pairs[:TRIAL_PAIRS]]
@@ -248,7 +248,7 @@ class PatchTraining:
         benign_texts: Sequence[BenignText],
         kind: str,
         progress: Progress,
-        **told: Any,
+        **details: Any,
     ) -> dict[str, Any]:
         """Trains the policy; the record of it."""
         began = time.monotonic()
@@ -262,7 +262,7 @@ class PatchTraining:
             "data": data,
             "weights": [p.name for p in self.weights],
             **({"dtype_choice": self._dtype_choice} if self._dtype_choice else {}),
-            **told,
+            **details,
         }
         run = runs.Run(self._run, settings)
         self.models.num_virtual_tokens = policy.num_virtual_tokens

@@ -153,12 +153,12 @@ class _Trial:
         models, parameters = self._models, self._policy.parameters()
         memory = self._policy.memory(models.base) if models.packs else []
         embeddings = None if models.packs else self._policy.embeddings()
-        found = models.log_probabilities(self._policy.model(models.base), examples, memory, embeddings)
-        found.sum().backward()
+        log_probabilities = models.log_probabilities(self._policy.model(models.base), examples, memory, embeddings)
+        log_probabilities.sum().backward()
         gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
         for parameter in parameters:
             parameter.grad = None
-        return found.detach(), gradients[0]
+        return log_probabilities.detach(), gradients[0]
 
     def time_in_turns(self, examples: Sequence[Example], budget_s: float) -> dict[str, float]:
         """Seconds of each type's quickest step: one of each, and more as long as the budget lasts."""
@@ -172,7 +172,7 @@ class _Trial:
                 start = self._clock()
                 self.step(examples)
                 times[name].append(self._clock() - start)
-        return {name: min(found) for name, found in times.items()}
+        return {name: min(samples) for name, samples in times.items()}
 
     def _clock(self) -> float:
         if self._models.device == "cpu":

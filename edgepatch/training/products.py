@@ -33,7 +33,7 @@ def measure(request: None) -> dict[str, Any]:
             began = time.process_time()
             _pass(*tensors)
             times[name].append(time.process_time() - began)
-    seconds = {name: min(found) for name, found in times.items()}
+    seconds = {name: min(samples) for name, samples in times.items()}
     full, half = (seconds[name] for name in TRIED)
     return {"seconds": seconds, "chosen": TRIED[1] if full >= LEAST_SPEEDUP * half else TRIED[0]}
 

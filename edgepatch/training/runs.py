@@ -62,12 +62,12 @@ class Run:
         self.folder = folder
         if folder is None:
             return
-        given = json.loads(json.dumps(settings or {}))
-        known = known_settings(folder)
-        if known is not None:
-            _require_same(folder, known, given)
+        new_settings = json.loads(json.dumps(settings or {}))
+        kept_settings = known_settings(folder)
+        if kept_settings is not None:
+            _require_same(folder, kept_settings, new_settings)
         else:
-            write_atomically(folder / SETTINGS_FILE, (json.dumps(given, indent=1) + "\n").encode("utf-8"))
+            write_atomically(folder / SETTINGS_FILE, (json.dumps(new_settings, indent=1) + "\n").encode("utf-8"))
 
     def load(self, device: str) -> Checkpoint | None:
         """The checkpoint, where there is one.
@@ -128,11 +128,13 @@ def known_settings(folder: Path | None) -> dict[str, Any] | None:
     return strict_json.read_json(path, what="the settings of a run", hint="delete the run folder to start again")
 
 
-def _require_same(folder: Path, known: dict[str, Any], given: dict[str, Any]) -> None:
-    differing = sorted(name for name in known.keys() | given.keys() if known.get(name) != given.get(name))
+def _require_same(folder: Path, kept_settings: dict[str, Any], new_settings: dict[str, Any]) -> None:
+    differing = sorted(
+        name for name in kept_settings.keys() | new_settings.keys() if kept_settings.get(name) != new_settings.get(name)
+    )
     if differing:
         first = differing[0]
         raise InputError(
-            f"{folder} holds a run with other settings: {first}: expected {known.get(first)!r}, found {given.get(first)!r}",
+            f"{folder} holds a run with other settings: {first}: expected {kept_settings.get(first)!r}, found {new_settings.get(first)!r}",
             hint="repeat the settings to go on with it, or name another folder",
         )

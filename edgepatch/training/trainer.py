@@ -119,8 +119,8 @@ class Trainer:
             TrainingError: a loss became NaN or infinite; the last checkpoint is kept.
             KeyboardInterrupt: as raised; the present state is kept.
         """
-        known = self.run.load(self.models.device)
-        stage, step, optimizer = ("SFT", 0, {}) if known is None else self._restore(known)
+        checkpoint = self.run.load(self.models.device)
+        stage, step, optimizer = ("SFT", 0, {}) if checkpoint is None else self._restore(checkpoint)
         self._place = stage, step, None
         try:
             if stage == "SFT":
@@ -137,15 +137,15 @@ class Trainer:
                     self._place = "done", 0, None
             self.run.save(self._checkpoint("done", 0, {}))
         except KeyboardInterrupt:
-            self._keep(known)
+            self._keep(checkpoint)
             raise
 
     # The loop.
 
-    def _keep(self, known: Checkpoint | None) -> None:
+    def _keep(self, checkpoint: Checkpoint | None) -> None:
         """Saves what is done since the run began or went on."""
         stage, step, optimizer = self._place
-        if optimizer is None and known is not None and (known.stage, known.step) == (stage, step):
+        if optimizer is None and checkpoint is not None and (checkpoint.stage, checkpoint.step) == (stage, step):
             return  # the checkpoint holds an optimizer's state that was not read yet
         with held_back():
             self.run.save(self._checkpoint(stage, step, {} if optimizer is None else optimizer.state_dict()))
@@ -214,20 +214,20 @@ class Trainer:
         """The virtual tokens, evaluated once: the terms of the loss add to the gradient of their keys and values, which is passed on at the end."""
         import torch
 
-        made: list[torch.Tensor]
+        tensors: list[torch.Tensor]
         if self.models.packs:
             memory = self.policy.memory(self.models.bases[which])
-            made = [t for pair in memory for t in pair]
+            tensors = [t for pair in memory for t in pair]
         else:
             embeddings = self.policy.embeddings()
-            made = [] if embeddings is None else [embeddings]
-        leaves = [t.detach().requires_grad_() for t in made]
+            tensors = [] if embeddings is None else [embeddings]
+        leaves = [t.detach().requires_grad_() for t in tensors]
         if self.models.packs:
             yield list(zip(leaves[::2], leaves[1::2], strict=True)), None
         else:
             yield [], leaves[0] if leaves else None
         moved = [
-            (t, leaf.grad) for t, leaf in zip(made, leaves, strict=True) if leaf.grad is not None and t.requires_grad
+            (t, leaf.grad) for t, leaf in zip(tensors, leaves, strict=True) if leaf.grad is not None and t.requires_grad
         ]
         if moved:
             torch.autograd.backward([t for t, _ in moved], [g for _, g in moved])
@@ -381,11 +381,15 @@ class Trainer:
             asdict(self.history),
         )
 
-    def _restore(self, known: Checkpoint) -> tuple[str, int, dict[str, Any]]:
-        self.policy.load_state(known.policy)
-        self._best, self._best_check, self._checks_since = known.best, known.best_check, known.checks_since
-        self._reference, self.history = known.reference, History(**known.history)
-        return known.stage, known.step, known.optimizer
+    def _restore(self, checkpoint: Checkpoint) -> tuple[str, int, dict[str, Any]]:
+        self.policy.load_state(checkpoint.policy)
+        self._best, self._best_check, self._checks_since = (
+            checkpoint.best,
+            checkpoint.best_check,
+            checkpoint.checks_since,
+        )
+        self._reference, self.history = checkpoint.reference, History(**checkpoint.history)
+        return checkpoint.stage, checkpoint.step, checkpoint.optimizer
 
 
 def _split(config: TrainConfig, items: Sequence[Any], name: str, most: int = 1 << 30) -> tuple[list[Any], list[Any]]:
