@@ -51,9 +51,9 @@ def compose(
     from edgepatch.training.composition import compose as composed
 
     parts = [read_patch(file) for file in patch_files]
-    told = {"channel": channel, "created": created, "expires": expires, "license": license_, "summary": summary}
+    fields = {"channel": channel, "created": created, "expires": expires, "license": license_, "summary": summary}
     patch = composed(
-        parts, model, name, version, sequence=sequence, **{key: value for key, value in told.items() if value}
+        parts, model, name, version, sequence=sequence, **{key: value for key, value in fields.items() if value}
     )
     digest = write_patch(patch, out)
     if as_json:
@@ -122,7 +122,7 @@ def release(
     from edgepatch.patch.file import read_patch, write_patch
 
     patch = read_patch(patch_file)
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "version": version,
         "sequence": sequence,
         "channel": channel,
@@ -130,25 +130,27 @@ def release(
         "license": license_,
         "summary": summary,
     }
-    changes = {key: value for key, value in told.items() if value}
+    changes = {key: value for key, value in fields.items() if value}
     if results is not None:
         changes["evaluation"] = measured(results, patch.digest)
     if supersedes:
         changes["supersedes"] = tuple(read_patch(file).digest for file in supersedes)
-    made = replace(patch, signatures=(), **changes)
-    digest = write_patch(made, out)
+    released = replace(patch, signatures=(), **changes)
+    digest = write_patch(released, out)
     if as_json:
         print_json(
             {
                 "path": str(out),
                 "digest": digest,
-                "version": made.version,
-                "channel": made.channel,
-                "sequence": made.sequence,
+                "version": released.version,
+                "channel": released.channel,
+                "sequence": released.sequence,
             }
         )
     else:
-        print(f"{out}: {made.name} {made.version}, {made.channel} {made.sequence}, SHA-256 {digest}; unsigned")
+        print(
+            f"{out}: {released.name} {released.version}, {released.channel} {released.sequence}, SHA-256 {digest}; unsigned"
+        )
 
 
 def measured(results: Path, digest: str) -> dict[str, Any]:
@@ -159,10 +161,10 @@ def measured(results: Path, digest: str) -> dict[str, Any]:
     """
     try:
         document = json.loads(results.read_text(encoding="utf-8"))
-        found = document["patch"]["digest"]
+        measured_digest = document["patch"]["digest"]
         kept = {
             "created": document["created"],
-            "measured_digest": found,
+            "measured_digest": measured_digest,
             "cells": document["cells"],
             "retention": document["retention"],
         }
@@ -170,6 +172,8 @@ def measured(results: Path, digest: str) -> dict[str, Any]:
         raise InputError(
             f"cannot read results from {results}: {error}", hint="name a results.json that the bench wrote"
         ) from None
-    if found != digest:
-        raise InputError(f"{results}: measured with the patch {found}, this one is {digest}", hint="measure this patch")
+    if measured_digest != digest:
+        raise InputError(
+            f"{results}: measured with the patch {measured_digest}, this one is {digest}", hint="measure this patch"
+        )
     return kept

@@ -137,8 +137,8 @@ def progress_bars(log: Path | None = None, kept: Callable[[], str] = lambda: NOT
         console = _during_work = Console(file=stream, highlight=False, width=_width_of(stream))
         try:
             with ExitStack() as stack:
-                shown = stack.enter_context(_bars(console)) if stream.isatty() else _lines(stream)
-                yield stack.enter_context(logged(log, note, [shown], kept))
+                listener = stack.enter_context(_bars(console)) if stream.isatty() else _lines(stream)
+                yield stack.enter_context(logged(log, note, [listener], kept))
         finally:
             _during_work = None
 
@@ -166,13 +166,13 @@ def _bars(console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    told = TextColumn("{task.fields[told]}", markup=False)
+    details = TextColumn("{task.fields[details]}", markup=False)
     columns = (
         TextColumn("{task.description:<18}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        told,
+        details,
     )
     courses, tasks = Courses(), dict[str, Any]()
     with Bars(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as bars:
@@ -181,14 +181,14 @@ def _bars(console: Console) -> Iterator[Progress]:
             now = time.monotonic()
             course, is_news = courses.update(stage, done, total, now)
             if stage not in tasks:
-                tasks[stage] = bars.add_task(printable(stage), total=total, told="")
+                tasks[stage] = bars.add_task(printable(stage), total=total, details="")
                 for task in [task for task in bars.tasks if task.finished][:-BARS_KEPT]:
                     bars.update(task.id, visible=False)
             elif is_news and course.first == done < total:
-                bars.reset(tasks[stage], total=total, told="", visible=True)
+                bars.reset(tasks[stage], total=total, details="", visible=True)
             left = course.left_s(now) if done < total else None
             words = [f"{duration(left)} left"] if left is not None else []
             words += [f"{figure} {value:.4g}" for figure, value in figures.items()]
-            bars.update(tasks[stage], completed=done, told=", ".join(words))
+            bars.update(tasks[stage], completed=done, details=", ".join(words))
 
         yield update

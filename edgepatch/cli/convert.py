@@ -140,8 +140,8 @@ def _convert_gguf(source: Path, target: Path, kind: str, progress: Progress) -> 
     from edgepatch.files.writing import folder_beside
 
     if kind not in library.quantization_types():
-        known = ", ".join(sorted(library.quantization_types()))
-        raise InputError(f"--type: llama.cpp has no type {kind}", hint=f"take one of {known}")
+        choices = ", ".join(sorted(library.quantization_types()))
+        raise InputError(f"--type: llama.cpp has no type {kind}", hint=f"take one of {choices}")
     if source.is_file():
         if is_quantized(gguf_header.read_header(source)):
             dequantization.requantize(source, target, kind, progress)
@@ -284,8 +284,8 @@ def convert_seed(
             patch = replace(patch, weight_sketch=weight_sketches.sketch_of(model))
         digest = write_patch(patch, out)
     if as_json:
-        told = {"num_virtual_tokens": patch.num_virtual_tokens, "can_move": patch.rotation is not None}
-        print_json({"path": str(out), "digest": digest, **told})
+        facts = {"num_virtual_tokens": patch.num_virtual_tokens, "can_move": patch.rotation is not None}
+        print_json({"path": str(out), "digest": digest, **facts})
     else:
         print(f"{out}: KV seed of {patch.num_virtual_tokens} virtual tokens, SHA-256 {digest}")
 

@@ -74,27 +74,27 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _weight_types(report: dict[str, Any]) -> Table:
-    shown = _headed("computes with weights of", "result", "deviation")
+    table = _headed("computes with weights of", "result", "deviation")
     for row in report["weight_types"]:
         result = row["note"] or "ok" if row["works"] else f"fails: {row['note']}"
         deviation = "" if row["deviation"] is None else f"{row['deviation']:.4f}"
-        shown.add_row(cell(f"{row['library']} {row['type']}"), cell(result), deviation)
-    return shown
+        table.add_row(cell(f"{row['library']} {row['type']}"), cell(result), deviation)
+    return table
 
 
 def _packages(report: dict[str, Any]) -> Table:
-    shown = _headed("package", "version", "extras")
+    table = _headed("package", "version", "extras")
     for row in report["packages"]:
         homes = f"in {', '.join(row['extras'])}" if row["version"] else row["install"]
-        shown.add_row(cell(row["name"]), cell(row["version"] or "missing"), cell(homes))
-    return shown
+        table.add_row(cell(row["name"]), cell(row["version"] or "missing"), cell(homes))
+    return table
 
 
 def _headed(*headings: str) -> Table:
-    shown = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for heading in headings:
-        shown.add_column(heading)
-    return shown
+        table.add_column(heading)
+    return table
 
 
 @app.command()
@@ -120,13 +120,13 @@ def show(
     from edgepatch.inspection.kinds import Kind, recognise
     from edgepatch.inspection.models import MODEL_KINDS
 
-    found = recognise(path)
-    if found.kind is Kind.PATCH:
+    recognised = recognise(path)
+    if recognised.kind is Kind.PATCH:
         _show_patch(path, as_json, store)
-    elif found.kind in MODEL_KINDS:
-        _show_model(path, found.kind, everything, as_json, store)
+    elif recognised.kind in MODEL_KINDS:
+        _show_model(path, recognised.kind, everything, as_json, store)
     else:
-        _show_other(path, found, as_json)
+        _show_other(path, recognised, as_json)
 
 
 def _show_patch(path: Path, as_json: bool, store: Path | None) -> None:
@@ -138,8 +138,8 @@ def _show_patch(path: Path, as_json: bool, store: Path | None) -> None:
         print_json({"kind": "patch"} | _summary(patch) | {"trust": trust})
         return
     rows: list[tuple[str, object]] = []
-    told = {"parts": _parts(patch), "trust": trust, "evaluation": patch.evaluation or "not evaluated"}
-    for name, value in (_summary(patch) | told).items():
+    facts = {"parts": _parts(patch), "trust": trust, "evaluation": patch.evaluation or "not evaluated"}
+    for name, value in (_summary(patch) | facts).items():
         nested = value if isinstance(value, dict) else {"": value}
         rows += [(f"{name} {key}".strip(), entry) for key, entry in nested.items()]
     stdout().print(table(rows))
@@ -159,10 +159,10 @@ def _show_model(path: Path, kind: Kind, everything: bool, as_json: bool, store: 
         stdout().print(table(further_rows(report)))
 
 
-def _show_other(path: Path, found: Recognised, as_json: bool) -> None:
+def _show_other(path: Path, recognised: Recognised, as_json: bool) -> None:
     from edgepatch.inspection.other_kinds import describe
 
-    described = describe(path, found)
+    described = describe(path, recognised)
     if as_json:
         print_json({"kind": described.kind, "path": str(path), **described.facts, "hint": described.hint})
         return

@@ -91,8 +91,8 @@ def _makers(origin: Origin) -> str:
 
 
 def _types(facts: ModelFacts) -> str:
-    shown = [f"{kind.num_tensors:,} {kind.name} ({size_text(kind.num_bytes)})" for kind in facts.tensor_types]
-    return ", ".join(shown) or "no tensors"
+    types = [f"{kind.num_tensors:,} {kind.name} ({size_text(kind.num_bytes)})" for kind in facts.tensor_types]
+    return ", ".join(types) or "no tensors"
 
 
 def _rope(shape: Shape) -> str:
@@ -132,8 +132,8 @@ def _patches(fitting: Fitting, facts: ModelFacts) -> str:
     if not fitting.patches:
         return "none for this model in this device's store, nor beside it"
     names = ", ".join(f"{patch.name} {patch.version}{_where(patch)}{_doubt(patch)}" for patch in others)
-    shown = [f"active: {' and '.join(active)}" if active else "none is active"]
-    return "; ".join([*shown, f"made for it: {names}"] if others else shown)
+    phrases = [f"active: {' and '.join(active)}" if active else "none is active"]
+    return "; ".join([*phrases, f"made for it: {names}"] if others else phrases)
 
 
 def _where(patch: FittingPatch) -> str:

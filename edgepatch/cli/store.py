@@ -95,10 +95,10 @@ def _print_change(change: Change, word: str, as_json: bool) -> None:
     from edgepatch.store.audit import summary, title
 
     if as_json:
-        shown = summary(change.digest, change.patch)
+        facts = summary(change.digest, change.patch)
         print_json(
             {
-                **shown,
+                **facts,
                 "base": change.patch.base,
                 "before": change.before,
                 "beside": sorted(change.beside),
@@ -139,29 +139,29 @@ def status(store: StoreOption = None, as_json: JsonFlag = False) -> None:
     from edgepatch.store import audit
     from edgepatch.store.reading import StoreReader
 
-    found, findings = audit.status(StoreReader(store))
-    found["limited_models"] = remembered_notes()
+    report, findings = audit.status(StoreReader(store))
+    report["limited_models"] = remembered_notes()
     if as_json:
-        print_json({**found, "findings": [asdict(finding) for finding in findings]})
+        print_json({**report, "findings": [asdict(finding) for finding in findings]})
     else:
-        _print_status(found)
-        limited = [audit.Finding("warning", entry["file"], entry["note"]) for entry in found["limited_models"]]
+        _print_status(report)
+        limited = [audit.Finding("warning", entry["file"], entry["note"]) for entry in report["limited_models"]]
         _print_findings([*findings, *limited])
     audit.require_no_error(findings)
 
 
-def _print_status(found: dict[str, Any]) -> None:
-    root = found["trust_root"]
-    rows: list[tuple[str, object]] = [("store", found["store"])]
+def _print_status(report: dict[str, Any]) -> None:
+    root = report["trust_root"]
+    rows: list[tuple[str, object]] = [("store", report["store"])]
     rows.append(
         (
             "trust root",
             f"version {root['version']}, {root['threshold']} of {', '.join(root['keys'])}" if root else "none",
         )
     )
-    for base in found["bases"]:
+    for base in report["bases"]:
         rows += _base_rows(base)
-    if not found["bases"]:
+    if not report["bases"]:
         rows.append(("active", "nothing"))
     stdout().print(table(rows))
 
@@ -287,15 +287,15 @@ def _verify_file(
     check_expiry(patch, now, "")
     proof = _prove(model, patch_file, pinned, store) if model else {}
     names = sorted(root.called(key) for key in signed_by)
-    shown = {"name": patch.name, "version": patch.version, "digest": patch.digest, "signed_by": names, **proof}
+    facts = {"name": patch.name, "version": patch.version, "digest": patch.digest, "signed_by": names, **proof}
     if as_json:
-        print_json(shown)
+        print_json(facts)
     else:
         stdout().print(
             table(
                 [
                     (key.replace("_", " "), ", ".join(value) if isinstance(value, list) else value)
-                    for key, value in shown.items()
+                    for key, value in facts.items()
                 ]
             )
         )
@@ -441,9 +441,9 @@ def _target(store: Path | None, target: str | None, patch: str | None) -> tuple[
     if target is not None and patch is None and target in names(state):
         return None, target
     if target is not None and not any(base.startswith(target) for base in state.bases):
-        known = ", ".join([*sorted(names(state)), *(base[:12] for base in state.bases)]) or "nothing"
+        choices = ", ".join([*sorted(names(state)), *(base[:12] for base in state.bases)]) or "nothing"
         raise InputError(
-            f"{target[:80]!r}: expected the name of a patch or the start of a base's id in {reader.folder}, found {known}"
+            f"{target[:80]!r}: expected the name of a patch or the start of a base's id in {reader.folder}, found {choices}"
         )
     return target, patch
 

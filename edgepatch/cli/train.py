@@ -155,8 +155,8 @@ def train(
         raise InputError(
             f"--kind: expected soft-prompt, or kv with --start; found {kind} {'with' if start else 'without'} --start"
         )
-    given = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
-    config = _config(given)
+    options = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
+    config = _config(options)
     from edgepatch.patch.file import read_patch, write_patch
     from edgepatch.training import parallel
     from edgepatch.training.page import write_training_page
