@@ -136,12 +136,12 @@ def _moves(session: Session, patch: Patch) -> dict[str, float]:
     session.logits_of_last(random_tokens(session.spec.vocab_size, NUM_MOVES + 1))
     place = session.backend.place_seed
     fresh = [spent(lambda anchor=anchor: place([0], [anchor])) for anchor in range(1, NUM_MOVES + 1)]  # type: ignore[misc]
-    known = [spent(lambda i=i: place([0], [NUM_MOVES - i % 2])) for i in range(1, NUM_MOVES + 1)]  # type: ignore[misc]
+    repeats = [spent(lambda i=i: place([0], [NUM_MOVES - i % 2])) for i in range(1, NUM_MOVES + 1)]  # type: ignore[misc]
     session.reset()
     return {
         "move_ms": round(float(np.median([each.wall_ms for each in fresh])), 3),
         "move_cpu_ms": round(float(np.median([each.cpu_ms for each in fresh])), 3),
-        "move_again_cpu_ms": round(float(np.median([each.cpu_ms for each in known])), 3),
+        "move_again_cpu_ms": round(float(np.median([each.cpu_ms for each in repeats])), 3),
     }
 
 

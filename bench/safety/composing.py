@@ -85,8 +85,8 @@ class Workshop:
                 load_runtime(self._converted("base"), None, num_threads=1, num_sequences=NUM_SEQUENCES) as base,
                 load_runtime(self._converted("reference"), None, num_threads=1, num_sequences=NUM_SEQUENCES) as safer,
             ):
-                made = domain_of(name).training_pairs(base, safer, progress=within(self._progress, name))
-            write_pairs(made, path)
+                pair_set = domain_of(name).training_pairs(base, safer, progress=within(self._progress, name))
+            write_pairs(pair_set, path)
         return list(read_pairs(path))
 
     def alone(self, name: str) -> Patch:

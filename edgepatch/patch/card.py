@@ -264,8 +264,8 @@ def _limits(patch: Patch) -> str:
 
 def part_titles(patch: Patch) -> list[str]:
     """Name and version of each patch that one was composed of, as its training record tells them; "" where it does not."""
-    told = patch.training.get("parts")
-    records = [part for part in told if isinstance(part, Mapping)] if isinstance(told, list) else []
+    recorded = patch.training.get("parts")
+    records = [part for part in recorded if isinstance(part, Mapping)] if isinstance(recorded, list) else []
     titles = {str(part.get("digest")): f"{part.get('name', '')} {part.get('version', '')}".strip() for part in records}
     return [titles.get(digest, "") for digest in patch.parts]
 

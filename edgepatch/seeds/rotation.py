@@ -82,19 +82,19 @@ class Rotation:
         Returns:
             The same shape, float32.
         """
-        table, given = self.layers[layer], np.ascontiguousarray(keys, dtype=np.float32)
-        turned = np.empty_like(given)
+        table, contiguous = self.layers[layer], np.ascontiguousarray(keys, dtype=np.float32)
+        turned = np.empty_like(contiguous)
         if table is None or not shift:
-            turned[:] = given
+            turned[:] = contiguous
             return turned
         cos, sin = self.cos_sin(table, shift)
         count = len(cos)
-        turned[..., 2 * count :] = given[..., 2 * count :]
+        turned[..., 2 * count :] = contiguous[..., 2 * count :]
         if self.neighbours if neighbours is None else neighbours:  # a pair is a complex number, times one of length 1
-            pairs, turned_pairs = (keys[..., : 2 * count].view(np.complex64) for keys in (given, turned))
+            pairs, turned_pairs = (keys[..., : 2 * count].view(np.complex64) for keys in (contiguous, turned))
             np.multiply(pairs, cos + 1j * sin, out=turned_pairs)
             return turned
-        first, second = given[..., :count], given[..., count : 2 * count]
+        first, second = contiguous[..., :count], contiguous[..., count : 2 * count]
         turned[..., :count] = first * cos - second * sin
         turned[..., count : 2 * count] = second * cos + first * sin
         return turned

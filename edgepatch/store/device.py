@@ -237,14 +237,14 @@ class Store(StoreReader):
             if patch is not None:
                 place = place_of(self, state, base, patch, bool)
                 slot = replace(place.slot, is_held=is_held, hold_reason=reason if is_held else "")
-                found, new = place.base, place.state_with(state, slot)
+                base_id, new = place.base, place.state_with(state, slot)
             else:
-                found = self.find_base(base, state)
-                new = held(state, found, is_held, reason)
+                base_id = self.find_base(base, state)
+                new = held(state, base_id, is_held, reason)
             if new != state:
-                details = {"base": found, "name": patch, "reason": reason}
+                details = {"base": base_id, "name": patch, "reason": reason}
                 self._commit(state, new, trust, "hold" if is_held else "unhold", details)
-            return found
+            return base_id
 
     def remove(self, digest: str) -> str:
         """Removes a patch that is not active. Returns its digest.

@@ -62,10 +62,10 @@ def place_of(
     if name is not None and fitting:
         bases = ", ".join(place.base[:12] for place in fitting)
         raise InputError(f"patch {name}: expected one base that has it, found {bases}", hint="name the base as well")
-    known = ", ".join(sorted({place.name for place in fitting or places})) or "none"
+    choices = ", ".join(sorted({place.name for place in fitting or places})) or "none"
     asked = "patch" if name is None else f"patch {name[:80]!r}"
     raise InputError(
-        f"{asked}: expected the name of one patch in {store.folder}, found {known}",
+        f"{asked}: expected the name of one patch in {store.folder}, found {choices}",
         hint=f"name one: --patch {fitting[0].name}" if fitting else "`edgepatch status` shows what is active",
     )
 
