@@ -74,27 +74,27 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _weight_types(report: dict[str, Any]) -> Table:
-    table = _headed("computes with weights of", "result", "deviation")
+    grid = _headed("computes with weights of", "result", "deviation")
     for row in report["weight_types"]:
         result = row["note"] or "ok" if row["works"] else f"fails: {row['note']}"
         deviation = "" if row["deviation"] is None else f"{row['deviation']:.4f}"
-        table.add_row(cell(f"{row['library']} {row['type']}"), cell(result), deviation)
-    return table
+        grid.add_row(cell(f"{row['library']} {row['type']}"), cell(result), deviation)
+    return grid
 
 
 def _packages(report: dict[str, Any]) -> Table:
-    table = _headed("package", "version", "extras")
+    grid = _headed("package", "version", "extras")
     for row in report["packages"]:
         homes = f"in {', '.join(row['extras'])}" if row["version"] else row["install"]
-        table.add_row(cell(row["name"]), cell(row["version"] or "missing"), cell(homes))
-    return table
+        grid.add_row(cell(row["name"]), cell(row["version"] or "missing"), cell(homes))
+    return grid
 
 
 def _headed(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False)
+    grid = Table(box=None, pad_edge=False)
     for heading in headings:
-        table.add_column(heading)
-    return table
+        grid.add_column(heading)
+    return grid
 
 
 @app.command()
