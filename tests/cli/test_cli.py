@@ -65,8 +65,8 @@ def gguf_file(tiny_folder, tmp_path_factory) -> Path:
 def verbs(command=None, path=()) -> list[tuple[str, ...]]:
     command = command or get_command(cli.app)
     children = getattr(command, "commands", {})
-    found = [path] if path else []
-    return found + [verb for name, child in children.items() for verb in verbs(child, (*path, name))]
+    own = [path] if path else []
+    return own + [verb for name, child in children.items() for verb in verbs(child, (*path, name))]
 
 
 def test_version(run):
@@ -97,11 +97,11 @@ def test_show_for_people_and_for_programs(run, patch_file, tiny_patch):
     code, out, err = run("show", patch_file)
     assert (code, err) == (0, "") and "base hidden_size" in out and tiny_patch.digest[:40] in out
     code, out, _ = run("show", patch_file, "--json")
-    shown = json.loads(out)
+    facts = json.loads(out)
     assert code == 0
-    assert (shown["name"], shown["digest"], shown["num_virtual_tokens"]) == ("tiny", tiny_patch.digest, 10)
-    assert shown["base"] == tiny_patch.base.as_dict()
-    assert shown["place"].startswith("stays at the start of the text") and shown["can_move"] is False
+    assert (facts["name"], facts["digest"], facts["num_virtual_tokens"]) == ("tiny", tiny_patch.digest, 10)
+    assert facts["base"] == tiny_patch.base.as_dict()
+    assert facts["place"].startswith("stays at the start of the text") and facts["can_move"] is False
 
 
 def test_show_says_where_the_seed_stands_and_of_what_it_is_composed(run):
@@ -238,12 +238,12 @@ def test_chat_commands(gguf_file, tiny_patch, tmp_path):
     command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1", "--max-new-tokens", "3"]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    told = done.stderr
-    assert told.count("first after") == 2 and told.count("exchanged in") == 2
-    assert "patch tiny 1.0.0 (seed stored, canary passed)" in told and tiny_patch.digest[:12] in told
-    assert "cannot read patch nowhere" in told and "/save needs" in told
-    assert told.count("cannot read a conversation") == 2
-    assert "2 messages, held with" in told and "/unpatch" in told
+    err = done.stderr
+    assert err.count("first after") == 2 and err.count("exchanged in") == 2
+    assert "patch tiny 1.0.0 (seed stored, canary passed)" in err and tiny_patch.digest[:12] in err
+    assert "cannot read patch nowhere" in err and "/save needs" in err
+    assert err.count("cannot read a conversation") == 2
+    assert "2 messages, held with" in err and "/unpatch" in err
     assert [m["role"] for m in json.loads(talk.read_text())["messages"]] == ["user", "assistant"]
 
 
@@ -280,19 +280,19 @@ def test_convert_seed_stores_float16(run, tiny_folder, tiny_patch, tmp_path):
 
 
 def test_convert_seed_gives_a_trained_prefix_its_canary(run, tiny_folder, tiny_patch, tmp_path):
-    prefix, made = tmp_path / "prefix.safetensors", tmp_path / "made.safetensors"
+    prefix, patch_file = tmp_path / "prefix.safetensors", tmp_path / "made.safetensors"
     write_patch(replace(tiny_patch, soft_prompt=None, canary=None), prefix)
-    assert run("convert", "seed", prefix, "--model", tiny_folder, "-o", made)[0] == 0
-    assert read_patch(made).canary is not None and read_patch(made).soft_prompt is None
+    assert run("convert", "seed", prefix, "--model", tiny_folder, "-o", patch_file)[0] == 0
+    assert read_patch(patch_file).canary is not None and read_patch(patch_file).soft_prompt is None
 
 
 def test_convert_seed_adds_how_keys_turn(run, tiny_folder, tiny_patch, tmp_path):
     """A patch of version 1 becomes one of version 2, whose seed is the same and can be moved; its old signatures do not stay."""
-    old, made = tmp_path / "old.safetensors", tmp_path / "made.safetensors"
+    old, patch_file = tmp_path / "old.safetensors", tmp_path / "made.safetensors"
     write_patch(signed(tiny_patch, Signature("a" * 64, bytes(64))), old)
     assert json.loads(read_patch(old).manifest)["format_version"] == 1
-    code, _, err = run("convert", "seed", old, "--model", tiny_folder, "-o", made)
-    patch = read_patch(made)
+    code, _, err = run("convert", "seed", old, "--model", tiny_folder, "-o", patch_file)
+    patch = read_patch(patch_file)
     assert code == 0 and "cannot be moved" not in err and json.loads(patch.manifest)["format_version"] == 2
     assert patch.rotation.layers == (0, 0) and not patch.rotation.neighbours and patch.anchoring is None
     assert patch.rotation.tables[0] == pytest.approx(10000.0 ** (-np.arange(32) / 32), rel=1e-6)
@@ -306,11 +306,11 @@ def test_convert_seed_says_why_keys_do_not_turn(run, tiny_folder, tiny_patch, tm
     scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": scaling}))
     patch = replace(tiny_patch, base=folders.read_spec(folder), weight_sketch=None)
-    old, made = tmp_path / "old.safetensors", tmp_path / "made.safetensors"
+    old, patch_file = tmp_path / "old.safetensors", tmp_path / "made.safetensors"
     write_patch(patch, old)
-    code, _, err = run("convert", "seed", old, "--model", folder, "-o", made)
+    code, _, err = run("convert", "seed", old, "--model", folder, "-o", patch_file)
     assert code == 0 and "the seed cannot be moved or put beside another" in err and "(dynamic)" in err
-    assert json.loads(read_patch(made).manifest)["format_version"] == 1
+    assert json.loads(read_patch(patch_file).manifest)["format_version"] == 1
     write_patch(replace(patch, rotation=Rotation(((1.0,),), (0, 0)), anchoring=Anchoring(32)), old)
     code, _, err = run("convert", "seed", old, "--model", folder, "-o", tmp_path / "moved")
     assert code == 2 and "(dynamic)" in err and "Traceback" not in err and not (tmp_path / "moved").exists()
@@ -369,8 +369,8 @@ def test_other_errors_become_a_line_and_a_code(run, patch_file, monkeypatch, err
         raise error
 
     monkeypatch.setattr("edgepatch.patch.file.read_patch", fail)
-    found, out, err = run("show", patch_file)
-    assert (found, out) == (code, "") and message in err and "Traceback" not in err
+    exit_code, out, err = run("show", patch_file)
+    assert (exit_code, out) == (code, "") and message in err and "Traceback" not in err
 
 
 def test_debug_shows_the_traceback(run, monkeypatch):

@@ -34,8 +34,8 @@ def show(monkeypatch, capfd):
 
 
 def require_refused(result: tuple[int, str, str], path: Path, code: int = 3) -> None:
-    found, out, err = result
-    assert (found, out) == (code, ""), err
+    exit_code, out, err = result
+    assert (exit_code, out) == (code, ""), err
     assert "error:" in err and str(path) in err.replace("\n", "") and "hint:" in err
     assert "Traceback" not in err and "internal error" not in err and "\x1b" not in err and "\x9b" not in err
 

@@ -57,12 +57,17 @@ def test_a_release_says_what_it_is_and_what_was_measured(trained, tiny_patch, tm
         "--json",
     )
     assert done.exit_code == 0, done.output
-    made = read_patch(out)
-    assert (made.version, made.sequence, made.channel, made.expires) == ("1.1.0", 7, "beta", "2027-11-21T10:00:00Z")
-    assert made.supersedes == (tiny_patch.digest,) and json.loads(done.output)["digest"] == made.digest
-    assert made.evaluation["cells"][0]["emt"] == 0.5 and made.evaluation["measured_digest"] == tiny_patch.digest
-    assert "examples" not in made.evaluation, "evaluation prompts do not travel with a patch"
-    assert made.kv_seed is not None and made.signatures == ()
+    released = read_patch(out)
+    assert (released.version, released.sequence, released.channel, released.expires) == (
+        "1.1.0",
+        7,
+        "beta",
+        "2027-11-21T10:00:00Z",
+    )
+    assert released.supersedes == (tiny_patch.digest,) and json.loads(done.output)["digest"] == released.digest
+    assert released.evaluation["cells"][0]["emt"] == 0.5 and released.evaluation["measured_digest"] == tiny_patch.digest
+    assert "examples" not in released.evaluation, "evaluation prompts do not travel with a patch"
+    assert released.kv_seed is not None and released.signatures == ()
 
 
 def test_figures_of_another_patch_are_refused(trained, tiny_patch, tmp_path):

@@ -68,25 +68,25 @@ def test_a_patch_of_every_version_is_known_by_its_content(show, name, tmp_path):
     assert "format version: expected 1 to 2, found 9" in err and "update edgepatch" in err
 
 
-def require_named(show, path: Path, kind: str, *told: str) -> dict:
+def require_named(show, path: Path, kind: str, *phrases: str) -> dict:
     """The file is named, people and programs read the same facts, and a last line says what to do with it."""
     code, out, err = show(path)
     assert (code, err) == (0, ""), err
     flat = " ".join(out.split())
     assert flat.startswith(f"kind {kind} ") and " use " in flat
-    assert all(text in flat for text in told), (told, flat)
-    shown = json.loads(show(path, "--json")[1])
-    assert shown["kind"] == kind and shown["hint"]
-    return shown
+    assert all(text in flat for text in phrases), (phrases, flat)
+    facts = json.loads(show(path, "--json")[1])
+    assert facts["kind"] == kind and facts["hint"]
+    return facts
 
 
-def require_refused(show, path: Path, *told: str, code: int = 2) -> None:
+def require_refused(show, path: Path, *phrases: str, code: int = 2) -> None:
     for flags in ([], ["--json"]):
-        found, out, err = show(path, *flags)
+        exit_code, out, err = show(path, *flags)
         flat = " ".join(err.split())
-        assert (found, out) == (code, ""), out + err
+        assert (exit_code, out) == (code, ""), out + err
         assert str(path) in err.replace("\n", "") and "hint:" in err and "internal error" not in err
-        assert all(text in flat for text in told), (told, flat)
+        assert all(text in flat for text in phrases), (phrases, flat)
 
 
 # Files of edgepatch.
@@ -94,8 +94,8 @@ def require_refused(show, path: Path, *told: str, code: int = 2) -> None:
 
 def test_keys(show, tmp_path):
     private, public, key = create_key_pair(tmp_path, "vendor", PASSPHRASE)
-    shown = require_named(show, public, "public signing key", key_id(raw_public_key(key)))
-    assert shown["key_id"] == key_id(raw_public_key(key))
+    facts = require_named(show, public, "public signing key", key_id(raw_public_key(key)))
+    assert facts["key_id"] == key_id(raw_public_key(key))
     require_named(show, private, "private signing key", "encrypted yes", "rights 0600")
     plain, _, _ = create_key_pair(tmp_path, "plain", None)
     plain.chmod(0o644)
@@ -121,10 +121,10 @@ def test_a_trust_root(show, tmp_path):
 
 def test_a_bundle(show, tmp_path):
     bundle = make_bundle(tmp_path, keys=SIGNERS, root=True)
-    shown = require_named(show, bundle, "bundle", "no wheels", "checked no")
+    facts = require_named(show, bundle, "bundle", "no wheels", "checked no")
     with tarfile.open(bundle) as tar:
         manifest = json.load(tar.extractfile("manifest.json"))
-    assert shown["patch"] == manifest["patch"] and shown["files"] == len(manifest["members"])
+    assert facts["patch"] == manifest["patch"] and facts["files"] == len(manifest["members"])
     data = bytearray(bundle.read_bytes())
     data[600] ^= 0xFF
     (tmp_path / "bad.tar").write_bytes(data)
@@ -142,8 +142,8 @@ def test_a_store(show, tmp_path):
 
 def test_pairs_prompts_and_their_provenance(show, tmp_path):
     write_pairs([Pair(f"p{i}", "good", "bad", 0.1, 0.9) for i in range(7)], tmp_path / "pairs.jsonl")
-    shown = require_named(show, tmp_path / "pairs.jsonl", "preference pairs", "plain text", "scores yes")
-    assert shown["lines"] == 7
+    facts = require_named(show, tmp_path / "pairs.jsonl", "preference pairs", "plain text", "scores yes")
+    assert facts["lines"] == 7
     write_pairs([Pair(({"role": "user", "content": "x"},), "good", "bad", 0.1, 0.9)], tmp_path / "one.jsonl")
     require_named(show, tmp_path / "one.jsonl", "preference pairs", "conversations", "lines 1")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
@@ -217,8 +217,8 @@ def test_peft_folders(show, tiny_patch, tmp_path):
     lora.mkdir()
     (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}')
     save_file({"a": np.zeros((2, 8), np.float32)}, lora / "adapter_model.safetensors")
-    shown = require_named(show, lora, "PEFT adapter folder", "type LORA", "merge it into its base model", "org/base")
-    assert (shown["rank"], shown["parameters"]) == (8, 16)
+    facts = require_named(show, lora, "PEFT adapter folder", "type LORA", "merge it into its base model", "org/base")
+    assert (facts["rank"], facts["parameters"]) == (8, 16)
     (lora / "adapter_model.safetensors").unlink()
     (lora / "adapter_model.bin").write_bytes(b"\x80\x02.")
     require_refused(show, lora, "the pickle adapter_model.bin")
@@ -226,8 +226,8 @@ def test_peft_folders(show, tiny_patch, tmp_path):
 
 def test_safetensors_that_are_no_patch(show, tiny_folder, tmp_path):
     save_file({"x": np.zeros((3, 4), np.float16)}, tmp_path / "w.safetensors", {"format": "pt", "by": "\x1b[31mme"})
-    shown = require_named(show, tmp_path / "w.safetensors", "safetensors file, no patch", "1 F16")
-    assert shown["parameters"] == 12
+    facts = require_named(show, tmp_path / "w.safetensors", "safetensors file, no patch", "1 F16")
+    assert facts["parameters"] == 12
     assert "\x1b" not in show(tmp_path / "w.safetensors")[1]
     require_named(show, tiny_folder / "model.safetensors", "safetensors file, no patch", f"the folder {tiny_folder}")
 
@@ -258,7 +258,7 @@ def torch_archive() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "phrase"),
     [
         ("empty", b"", "is empty"),
         ("empty.gguf", b"", "is empty"),
@@ -288,9 +288,9 @@ def torch_archive() -> bytes:
         ("x.onnx", b"\x08\x0a" + b"\xff" * 60, "damaged"),
     ],
 )
-def test_files_that_cannot_be_used(show, tmp_path, name, content, told):
+def test_files_that_cannot_be_used(show, tmp_path, name, content, phrase):
     (tmp_path / name).write_bytes(content)
-    require_refused(show, tmp_path / name, told)
+    require_refused(show, tmp_path / name, phrase)
     assert "\x1b" not in show(tmp_path / name)[2]
 
 

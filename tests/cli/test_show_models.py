@@ -173,10 +173,10 @@ def test_ten_lines_for_people(show, gguf_files, tiny_folder, onnx_folders):
 
 
 def test_json_holds_everything(show, gguf_files):
-    shown = shown_json(show(gguf_files["Q8_0"], "--json"))
-    assert shown["kind"] == "GGUF file" and shown["quantization"] == "Q8_0" and shown["spec"]["hidden_size"] == 256
-    assert shown["memory"]["fits"] is True and shown["fitting"]["patches"] == []
-    assert shown["more"]["general.architecture"] == "llama"
+    facts = shown_json(show(gguf_files["Q8_0"], "--json"))
+    assert facts["kind"] == "GGUF file" and facts["quantization"] == "Q8_0" and facts["spec"]["hidden_size"] == 256
+    assert facts["memory"]["fits"] is True and facts["fitting"]["patches"] == []
+    assert facts["more"]["general.architecture"] == "llama"
 
 
 def test_no_model_library_is_loaded(gguf_files, tiny_folder, onnx_folders):
@@ -243,13 +243,13 @@ def device(show, tiny_patch, tmp_path):
 
 def test_patches_of_the_store(device, gguf_files, tiny_folder, onnx_folders):
     for path in (gguf_files["Q4_K_M"], tiny_folder, onnx_folders["int4"]):
-        found = shown_json(device(path, "--json"))["fitting"]
-        assert [(p["version"], p["is_active"], p["problem"]) for p in found["patches"]] == [
+        fitting = shown_json(device(path, "--json"))["fitting"]
+        assert [(p["version"], p["is_active"], p["problem"]) for p in fitting["patches"]] == [
             ("1.1.0", True, ""),
             ("1.0.0", False, ""),
         ]
-        assert all("vendor" in patch["trust"] and "site" in patch["trust"] for patch in found["patches"])
-        assert found["are_weights_compared"] is (path != tiny_folder)
+        assert all("vendor" in patch["trust"] and "site" in patch["trust"] for patch in fitting["patches"])
+        assert fitting["are_weights_compared"] is (path != tiny_folder)
         code, out, _ = device(path)
         flat = " ".join(out.split())
         assert code == 0 and "active: tiny 1.1.0" in flat and "made for it: tiny 1.0.0" in flat
@@ -265,16 +265,16 @@ def test_a_fine_tune_with_the_same_norms_is_told_apart(device, gguf_files, tmp_p
     for tensor in gguf.GGUFReader(path, "r+").tensors:
         if len(tensor.shape) == 2:
             tensor.data[:] *= np.float32(1.01)
-    found = shown_json(device(path, "--json"))["fitting"]["patches"]
-    assert len(found) == 2 and all("weights" in patch["problem"] for patch in found)
+    patches = shown_json(device(path, "--json"))["fitting"]["patches"]
+    assert len(patches) == 2 and all("weights" in patch["problem"] for patch in patches)
     assert "does not fit" in device(path)[1]
 
 
 def test_a_patch_that_somebody_changed_is_told(device, gguf_files, tmp_path):
     for path in (tmp_path / "store" / "patches").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
-    found = shown_json(device(gguf_files["F16"], "--json"))["fitting"]["patches"]
-    assert [patch["trust"] for patch in found] == ["refused"] * 2 and all(patch["problem"] for patch in found)
+    patches = shown_json(device(gguf_files["F16"], "--json"))["fitting"]["patches"]
+    assert [patch["trust"] for patch in patches] == ["refused"] * 2 and all(patch["problem"] for patch in patches)
 
 
 def test_a_store_that_cannot_be_read_hides_nothing_else(device, gguf_files, tmp_path):
@@ -292,9 +292,11 @@ def test_patch_files_beside_the_model(show, gguf_files, tiny_patch, tmp_path):
     write_patch(tiny_patch, copy.with_name("mine.safetensors"))
     write_patch(replace(tiny_patch, base=replace(tiny_patch.base, rope_theta=5e5)), copy.with_name("other.safetensors"))
     copy.with_name("broken.safetensors").write_bytes(b"x" * 100)
-    found = shown_json(show(copy, "--json"))["fitting"]["patches"]
-    assert [(p["name"], Path(p["source"]).name, p["is_active"]) for p in found] == [("tiny", "mine.safetensors", False)]
-    assert found[0]["trust"] == "unknown: this device has no trust root" and found[0]["problem"] == ""
+    patches = shown_json(show(copy, "--json"))["fitting"]["patches"]
+    assert [(p["name"], Path(p["source"]).name, p["is_active"]) for p in patches] == [
+        ("tiny", "mine.safetensors", False)
+    ]
+    assert patches[0]["trust"] == "unknown: this device has no trust root" and patches[0]["problem"] == ""
 
 
 # What files say of themselves.

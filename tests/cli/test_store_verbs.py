@@ -55,17 +55,17 @@ def read(answer):
 
 def test_a_patch_on_its_way(trusting, tmp_path):
     first, second = write(tmp_path, 1), write(tmp_path, 2)
-    made = read(trusting("apply", first, "--json"))
-    assert (made["sequence"], made["before"], made["changed"], len(made["signed_by"])) == (1, "", True, 2)
+    applied = read(trusting("apply", first, "--json"))
+    assert (applied["sequence"], applied["before"], applied["changed"], len(applied["signed_by"])) == (1, "", True, 2)
     code, out, _ = trusting("apply", second)
     assert (code, "active" in out, "before" in out, "stable 2" in out) == (0, True, True, True)
     assert "already active" in trusting("apply", second)[1]
     code, out, err = trusting("status")
     assert (code, err) == (0, "")
-    for shown in ("version 1, 2 of site", "detox 1.2.0", "stable 2, expires never", "site ("):
-        assert shown in out
-    shown = read(trusting("status", "--json"))
-    assert (shown["bases"][0]["patches"][0]["name"], shown["findings"]) == ("detox", [])
+    for phrase in ("version 1, 2 of site", "detox 1.2.0", "stable 2, expires never", "site ("):
+        assert phrase in out
+    report = read(trusting("status", "--json"))
+    assert (report["bases"][0]["patches"][0]["name"], report["findings"]) == ("detox", [])
     patches = read(trusting("list", "--json"))
     assert [(patch["sequence"], patch["active"]) for patch in patches] == [(1, False), (2, True)]
     assert "1.1.0" in trusting("list")[1]
@@ -77,8 +77,8 @@ def test_a_patch_on_its_way(trusting, tmp_path):
     entries = read(trusting("history", "--json"))
     assert [entry["action"] for entry in entries] == ["trust", "apply", "apply", "apply", "rollback"]
     code, out, _ = trusting("history")
-    for shown in ("trust root version 1", "downgrade: 2 is broken", "reason: no, 1 is"):
-        assert shown in out
+    for phrase in ("trust root version 1", "downgrade: 2 is broken", "reason: no, 1 is"):
+        assert phrase in out
 
 
 def test_hold_and_remove(trusting, tmp_path):
@@ -101,11 +101,11 @@ def test_several_patches_beside_each_other(trusting, tmp_path):
     gender, harm = (write(tmp_path, n, **movable(n, name=name)) for n, name in ((4, "gender"), (2, "harm")))
     first = read(trusting("apply", gender, "--json"))
     assert (first["beside"], read(trusting("apply", harm, "--json"))["beside"]) == ([], [first["digest"]])
-    shown = read(trusting("status", "--json"))["bases"][0]
-    assert [(patch["name"], patch["sequence"]) for patch in shown["patches"]] == [("gender", 4), ("harm", 2)]
+    base = read(trusting("status", "--json"))["bases"][0]
+    assert [(patch["name"], patch["sequence"]) for patch in base["patches"]] == [("gender", 4), ("harm", 2)]
     out = trusting("status")[1]
-    for told in ("gender 1.4.0", "harm 1.2.0", "4 virtual tokens side by side", shown["composition"]["digest"][:12]):
-        assert told in out
+    for phrase in ("gender 1.4.0", "harm 1.2.0", "4 virtual tokens side by side", base["composition"]["digest"][:12]):
+        assert phrase in out
     assert out.count("signatures") == 2
     assert [line.split()[0] for line in trusting("list")[1].splitlines()[1:]] == ["*", "*"]
     assert trusting("apply", write(tmp_path, 5, **movable(5, name="gender")))[0] == 0
@@ -180,8 +180,8 @@ def test_verify_the_store(trusting, tmp_path):
 
 def test_verify_a_file(trusting, tmp_path):
     file = write(tmp_path, 1)
-    shown = read(trusting("verify", file, "--json"))
-    assert [name.split(" ")[0] for name in shown["signed_by"]] == ["site", "vendor"]
+    report = read(trusting("verify", file, "--json"))
+    assert [name.split(" ")[0] for name in report["signed_by"]] == ["site", "vendor"]
     assert "site" in trusting("verify", file, "--root", "root.json")[1]
     assert trusting("verify", write(tmp_path, 1, by=("site",)))[0] == 3
     assert trusting("verify", write(tmp_path, 1, by=()))[0] == 3
@@ -196,8 +196,8 @@ def test_sign(run, tmp_path):
         with os.fdopen(os.open(tmp_path / f"{name}.key", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as key:
             key.write(private_pem(KEYS[name], None))
     write_patch(make_patch(by=()), tmp_path / "patch")
-    shown = read(run("sign", "patch", "vendor.key", "-o", "signed", "--unencrypted", "--json"))
-    assert (shown["digest"], len(shown["signatures"])) == (make_patch().digest, 1)
+    report = read(run("sign", "patch", "vendor.key", "-o", "signed", "--unencrypted", "--json"))
+    assert (report["digest"], len(report["signatures"])) == (make_patch().digest, 1)
     assert (tmp_path / "patch").read_bytes() != (tmp_path / "signed").read_bytes()
     assert run("sign", "patch", "site.key", "vendor.key", "--unencrypted")[0] == 0
     write_patch(make_patch(), tmp_path / "expected")
@@ -207,8 +207,8 @@ def test_sign(run, tmp_path):
 
 def test_trust(trusting, tmp_path):
     root = make_root(created=BORN)
-    shown = read(trusting("trust", "show", "--json"))
-    assert (shown["fingerprint"], shown["threshold"]) == (root.fingerprint, 2)
+    facts = read(trusting("trust", "show", "--json"))
+    assert (facts["fingerprint"], facts["threshold"]) == (root.fingerprint, 2)
     assert root.fingerprint in trusting("trust", "show")[1]
     assert read(trusting("trust", "set", "root.json", "--json"))["changed"] is False
     trusting("apply", write(tmp_path, 1))
@@ -239,14 +239,14 @@ def test_a_root_that_refuses_what_is_active(trusting, tmp_path):
 
 def test_show(run, tmp_path):
     file = write(tmp_path, 3, summary="less of it", expires="2040-01-01T00:00:00Z")
-    shown = read(run("show", file, "--json"))
-    assert (shown["channel"], shown["sequence"], shown["expires"], shown["summary"]) == (
+    facts = read(run("show", file, "--json"))
+    assert (facts["channel"], facts["sequence"], facts["expires"], facts["summary"]) == (
         "stable",
         3,
         "2040-01-01T00:00:00Z",
         "less of it",
     )
-    assert (len(shown["signatures"]), shown["trust"]) == (2, "unknown: this device has no trust root")
+    assert (len(facts["signatures"]), facts["trust"]) == (2, "unknown: this device has no trust root")
     (tmp_path / "root.json").write_bytes(make_root(created=BORN).to_bytes())
     run("trust", "set", "root.json")
     assert "signed by site (" in run("show", file)[1]

@@ -90,17 +90,17 @@ def ident(name: str) -> str:
 def test_keygen(run, monkeypatch):
     monkeypatch.setenv("EDGEPATCH_KEY_PASSPHRASE", PASSPHRASE)
     code, out, err = run("keygen", "vendor", "--out", "keys", "--json")
-    made = json.loads(out)
+    facts = json.loads(out)
     assert (code, err) == (0, "")
-    assert made == {
+    assert facts == {
         "private": "keys/vendor.key",
         "public": "keys/vendor.pub",
-        "key_id": made["key_id"],
+        "key_id": facts["key_id"],
         "encrypted": True,
     }
     assert stat.S_IMODE(Path("keys/vendor.key").stat().st_mode) == 0o600
     key = read_private_key(Path("keys/vendor.key"), PASSPHRASE)
-    assert key_id(raw_public_key(key)) == made["key_id"] and PASSPHRASE not in out
+    assert key_id(raw_public_key(key)) == facts["key_id"] and PASSPHRASE not in out
 
 
 def test_keygen_for_people(run):
@@ -160,26 +160,26 @@ def at_a_terminal(folder: Path, typed: list[str], *arguments: str) -> tuple[int,
         command, cwd=folder, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
     )
     os.close(slave)
-    shown, answered, end = b"", 0, time.monotonic() + 60
+    screen, answered, end = b"", 0, time.monotonic() + 60
     while time.monotonic() < end:
-        if answered < min(len(typed), shown.count(b": ")):
+        if answered < min(len(typed), screen.count(b": ")):
             os.write(master, typed[answered].encode())
             answered += 1
         try:
             if select.select([master], [], [], 0.1)[0]:
-                shown += os.read(master, 4096)
+                screen += os.read(master, 4096)
             elif process.poll() is not None:
                 break
         except OSError:  # the other end is closed
             break
     code = process.wait(60)
     os.close(master)
-    return code, shown.decode()
+    return code, screen.decode()
 
 
 def test_passphrase_is_asked_for_twice_and_not_shown(tmp_path):
-    code, shown = at_a_terminal(tmp_path, [f"{PASSPHRASE}\n", f"{PASSPHRASE}\n"], "keygen", "vendor")
-    assert code == 0 and "passphrase: " in shown and "once more: " in shown and PASSPHRASE not in shown
+    code, screen = at_a_terminal(tmp_path, [f"{PASSPHRASE}\n", f"{PASSPHRASE}\n"], "keygen", "vendor")
+    assert code == 0 and "passphrase: " in screen and "once more: " in screen and PASSPHRASE not in screen
     assert read_private_key(tmp_path / "vendor.key", PASSPHRASE)
 
 
@@ -188,8 +188,8 @@ def test_passphrase_is_asked_for_twice_and_not_shown(tmp_path):
     [([f"{PASSPHRASE}\n", "another of that length\n"], "the same twice"), (["\x04"], "the end of the input")],
 )
 def test_passphrase_that_is_not_typed_twice_is_2(tmp_path, typed, message):
-    code, shown = at_a_terminal(tmp_path, typed, "keygen", "vendor")
-    assert code == 2 and message in shown and list(tmp_path.iterdir()) == []
+    code, screen = at_a_terminal(tmp_path, typed, "keygen", "vendor")
+    assert code == 2 and message in screen and list(tmp_path.iterdir()) == []
 
 
 # --- root
@@ -213,10 +213,10 @@ def test_create_sign_show(run, keys):
         "root.json",
         "--json",
     )
-    made = json.loads(out)
+    facts = json.loads(out)
     root = read_root(Path("root.json"))
     assert (code, err) == (0, "")
-    assert made == {"file": "root.json", "version": 1, "fingerprint": root.fingerprint, "signatures": "0 of 2"}
+    assert facts == {"file": "root.json", "version": 1, "fingerprint": root.fingerprint, "signatures": "0 of 2"}
     assert root.expires - root.created == timedelta(days=30) and abs(
         root.created - datetime.now(timezone.utc)
     ) < timedelta(minutes=5)
@@ -238,11 +238,11 @@ def test_create_sign_show(run, keys):
 
 def test_show_for_programs(run, root):
     code, out, _ = run("root", "show", root, "--json")
-    shown = json.loads(out)
-    assert code == 0 and shown["holds"] is True and shown["version"] == 1
-    assert shown["roles"]["patch"] == {"threshold": 2, "keys": sorted([ident("vendor"), ident("site")])}
-    assert shown["keys"][ident("vendor")] == "vendor" and shown["revoked"] == []
-    assert sorted(shown["signatures"]) == sorted([ident("officer"), ident("deputy")])
+    facts = json.loads(out)
+    assert code == 0 and facts["holds"] is True and facts["version"] == 1
+    assert facts["roles"]["patch"] == {"threshold": 2, "keys": sorted([ident("vendor"), ident("site")])}
+    assert facts["keys"][ident("vendor")] == "vendor" and facts["revoked"] == []
+    assert sorted(facts["signatures"]) == sorted([ident("officer"), ident("deputy")])
 
 
 def test_show_of_what_does_not_hold_is_3(run, root):
@@ -344,8 +344,8 @@ def test_key_that_leaves_signs_the_rotation(run, root):
         == 0
     )
     code, out, _ = run("root", "sign", "new.json", "officer.key", "--unencrypted", "--json")
-    shown = json.loads(out)
-    assert code == 0 and shown["counts_for"].startswith("the rotation") and shown["signatures"] == "0 of 2"
+    facts = json.loads(out)
+    assert code == 0 and facts["counts_for"].startswith("the rotation") and facts["signatures"] == "0 of 2"
     sign(run, "new.json", "deputy", "captain")
     assert run("root", "rotate", root, "new.json", "-o", root)[0] == 0
 
@@ -366,8 +366,8 @@ def test_sign_with_a_passphrase(run, keys, monkeypatch):
     code, _, err = run("root", "sign", "root.json", "captain.key")
     assert code == 2 and "does not open it" in err
     monkeypatch.delenv("EDGEPATCH_KEY_PASSPHRASE")
-    code, shown = at_a_terminal(Path.cwd(), [f"{PASSPHRASE}\n"], "root", "sign", "root.json", "captain.key")
-    assert code == 0 and "once more" not in shown
+    code, screen = at_a_terminal(Path.cwd(), [f"{PASSPHRASE}\n"], "root", "sign", "root.json", "captain.key")
+    assert code == 0 and "once more" not in screen
 
 
 def test_sign_with_a_key_that_does_not_do(run, root):
