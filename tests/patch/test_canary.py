@@ -28,12 +28,12 @@ CACHES = (("f16", True), ("f32", False), ("q8_0", True), ("q4_0", True))
 def patches(tiny_folder, tiny_patch) -> list[Patch]:
     """25 random patches of strengths from weak to overwhelming, with P from 1 to 50."""
     model, rng = folders.load_model(tiny_folder), np.random.default_rng(5)
-    made = []
+    completed = []
     for number in range(25):
         strength, length = 0.05 * 1.2**number, int(rng.integers(1, 51))
         prompt = SoftPrompt((rng.standard_normal((length, tiny_patch.base.hidden_size)) * strength).astype(np.float32))
-        made.append(seeds.complete(Patch(f"p{number}", "1.0.0", tiny_patch.base, prompt), model))
-    return made
+        completed.append(seeds.complete(Patch(f"p{number}", "1.0.0", tiny_patch.base, prompt), model))
+    return completed
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +101,9 @@ def test_a_device_asks_the_whole_canary_once_and_again_when_what_it_rests_on_has
     assert whole > 1
     assert [load(patches[0]) for _ in range(2)] == [[whole, whole], [1, whole]]
     assert load(patches[1]) == load(patches[0], kv_type="q8_0") == [whole, whole]
-    [known] = [
-        file for file in tmp_path.rglob("calibration/*.json") if len(json.loads(file.read_text())["proved"]) == 2
-    ]
-    kept = json.loads(known.read_text())
-    known.write_text(json.dumps({**kept, "layout": {**kept["layout"], "key_block": 32}}))
+    [file] = [file for file in tmp_path.rglob("calibration/*.json") if len(json.loads(file.read_text())["proved"]) == 2]
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({**kept, "layout": {**kept["layout"], "key_block": 32}}))
     with pytest.raises(InactivePatchError, match="canary"):
         load(patches[0])
     assert asked == [whole]
@@ -191,8 +189,8 @@ def test_a_prompt_on_which_the_patch_does_nothing_proves_nothing_and_is_left_out
         np.arange(512) < 64, 50.0, 0.0
     )  # moves the tokens that are looked at by the same, which is no effect on them
     effects = {first: 3 * slope, second: together, third: slope}
-    made = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)])
-    assert [prompt.tokens for prompt in made.prompts] == [first, third]
+    measured = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)])
+    assert [prompt.tokens for prompt in measured.prompts] == [first, third]
     effects[second] = 0.01 * slope
-    made = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)])
-    assert [prompt.tokens for prompt in made.prompts] == [first, third]
+    measured = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)])
+    assert [prompt.tokens for prompt in measured.prompts] == [first, third]

@@ -35,9 +35,9 @@ MEASURED = {
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    found = re.match(r"---\n(.*?\n)---\n\n", card, re.DOTALL)
-    assert found
-    values = yaml.safe_load(found.group(1))
+    match = re.match(r"---\n(.*?\n)---\n\n", card, re.DOTALL)
+    assert match
+    values = yaml.safe_load(match.group(1))
     assert isinstance(values, dict)
     return values
 
@@ -58,7 +58,7 @@ def test_the_hub_reads_it():
     assert results["emt", "Expected maximum toxicity, llamacpp Q4_0, patched"] == 0.25
     assert results["retention", "Share of the gain kept, llamacpp Q4_0, patched"] == 0.98
     assert len(results) == 7 and {r.dataset_name for r in data.eval_results} == {"RealToxicityPrompts"}
-    for told in (
+    for phrase in (
         "| 0.250 | 0.200 to 0.300 |",
         "| 0.500 | 0.200 to 0.300 |",
         patch.digest,
@@ -66,7 +66,7 @@ def test_the_hub_reads_it():
         *patch.supersedes,
         "1 prompt with",
     ):
-        assert told in card.text
+        assert phrase in card.text
     assert all(signature.key_id[:12] in card.text for signature in full().signatures)
 
 
@@ -117,8 +117,8 @@ def test_what_is_not_told_is_not_claimed():
     card = model_card(minimal())
     values = front_matter(card)
     assert "license" not in values and "base_model" not in values and "base_model_relation" not in values
-    for told in ("Unsigned.", "Not told.", "None: no runtime can prove", "not evaluated", "| never |"):
-        assert told in card
+    for phrase in ("Unsigned.", "Not told.", "None: no runtime can prove", "not evaluated", "| never |"):
+        assert phrase in card
     assert "## Lineage" not in card
 
 
@@ -176,10 +176,10 @@ def test_texts_stay_in_their_place(text):
     assert front_matter(hostile)["base_model"] == text and front_matter(hostile)["tags"][-1] == text
     metrics = front_matter(hostile)["model-index"][0]["results"]
     assert metrics[0]["dataset"]["name"] == text and len(metrics) == 1
-    kinds, shown = text_of(hostile.split("\n---\n", 1)[1])
+    kinds, words = text_of(hostile.split("\n---\n", 1)[1])
     assert kinds <= text_of(harmless.split("\n---\n", 1)[1])[0] | {"softbreak"}
     for line in filter(None, (" ".join(line.split()) for line in text.split("\n"))):
-        assert line in shown
+        assert line in words
     page = hostile.split("\n---\n", 1)[1].split("```json")[0]
     assert not re.search(r"(www\.|http:|mail@)", page), "the hub would make a link of it"
 

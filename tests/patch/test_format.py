@@ -155,11 +155,11 @@ SEEDS = [
 
 @pytest.mark.parametrize("data", SEEDS)
 def test_both_readers_find_the_same(data):
-    patch, found = parse_patch(data), format_reader.read(data)
-    manifest = {key: value for key, value in found.items() if key not in ("data", "signatures")}
+    patch, fields = parse_patch(data), format_reader.read(data)
+    manifest = {key: value for key, value in fields.items() if key not in ("data", "signatures")}
     assert canonical_json(manifest) == patch.manifest
-    assert found["signatures"] == [s.as_dict() for s in patch.signatures]
-    assert {name: hashlib.sha256(raw).hexdigest() for name, raw in found["data"].items()} == patch.tensor_digests
+    assert fields["signatures"] == [s.as_dict() for s in patch.signatures]
+    assert {name: hashlib.sha256(raw).hexdigest() for name, raw in fields["data"].items()} == patch.tensor_digests
 
 
 def test_both_readers_refuse_the_same():

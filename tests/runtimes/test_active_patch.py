@@ -21,9 +21,9 @@ PROMPT = "The quick brown fox"
 def store(tiny_patch, tmp_path):
     """A store with the tiny model's patch in it."""
     write_patch(tiny_patch, tmp_path / "tiny.safetensors")
-    found = Store(tmp_path / "store")
-    found.apply(tmp_path / "tiny.safetensors", Allowances(unsigned="test"))
-    return found
+    device = Store(tmp_path / "store")
+    device.apply(tmp_path / "tiny.safetensors", Allowances(unsigned="test"))
+    return device
 
 
 @pytest.fixture(params=["torch", "llamacpp", "onnx"])
@@ -41,10 +41,10 @@ def model(request, tiny_folder, tmp_path_factory):
 
 def test_the_active_patch_is_loaded(model, store, tiny_patch):
     assert read_spec(model) == tiny_patch.base
-    with load_runtime(model, store=store.folder) as runtime, load_runtime(model, tiny_patch) as given:
+    with load_runtime(model, store=store.folder) as runtime, load_runtime(model, tiny_patch) as by_hand:
         assert runtime.patch.digest == tiny_patch.digest
-        assert runtime.system_fingerprint == given.system_fingerprint
-        assert (runtime.logits(PROMPT) == given.logits(PROMPT)).all()
+        assert runtime.system_fingerprint == by_hand.system_fingerprint
+        assert (runtime.logits(PROMPT) == by_hand.logits(PROMPT)).all()
 
 
 def test_none_is_on_purpose(tiny_folder, store):
@@ -127,7 +127,7 @@ def test_deep_verification_needs_a_canary(monkeypatch, capsys, tiny_folder, tiny
     from dataclasses import replace
 
     write_patch(replace(tiny_patch, canary=None), tmp_path / "mute.safetensors")
-    found = Store(tmp_path / "store")
-    found.apply(tmp_path / "mute.safetensors", Allowances(unsigned="test"))
-    code, _, err = run(monkeypatch, capsys, "verify", "--deep", "--model", tiny_folder, "--store", found.folder)
+    device = Store(tmp_path / "store")
+    device.apply(tmp_path / "mute.safetensors", Allowances(unsigned="test"))
+    code, _, err = run(monkeypatch, capsys, "verify", "--deep", "--model", tiny_folder, "--store", device.folder)
     assert (code, "expected a canary" in err) == (1, True)

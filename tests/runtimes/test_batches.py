@@ -153,11 +153,11 @@ def test_an_error_ends_one_reply_of_a_batch(runtime):
 
 def test_a_sequence_used_in_between_is_evaluated_again(runtime):
     expected = [piece.token_id for piece in runtime.stream(PROMPTS[0], replace(DRAWN, max_new_tokens=99))][:6]
-    three, found = begun(runtime), []
+    three, token_ids = begun(runtime), []
     for _ in range(6):
-        found.append(runtime.advance(three)[0].token_id)
+        token_ids.append(runtime.advance(three)[0].token_id)
         runtime.generate(PROMPT, GREEDY)
-    assert found == expected
+    assert token_ids == expected
 
 
 def test_two_replies_cannot_share_a_sequence(runtime):

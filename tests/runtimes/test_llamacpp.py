@@ -42,10 +42,10 @@ def runtime(f32_file, tiny_patch):
         yield loaded
 
 
-def kl(expected, found):
+def kl(expected, actual):
     """Mean KL divergence over tokens of two (T, V) logits."""
     p, q = (
-        x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (expected.astype(np.float64), found.astype(np.float64))
+        x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (expected.astype(np.float64), actual.astype(np.float64))
     )
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
@@ -67,10 +67,10 @@ def test_bare_logits_equal_inputs_embeds(f32_file, oracle):
 def test_half_precision_attention_stays_close(f32_file, oracle, tiny_patch, flash_attention, kv_type):
     with load(f32_file, tiny_patch, kv_type=kv_type, flash_attention=flash_attention) as runtime:
         tokens = runtime.tokens(PROMPT)
-        expected, found = oracle(tokens, tiny_patch.soft_prompt), runtime.logits(tokens)
+        expected, actual = oracle(tokens, tiny_patch.soft_prompt), runtime.logits(tokens)
     exact = kv_type == "f32" and not flash_attention
-    assert np.abs(found - expected).max() <= (5e-5 if exact else 3e-2)
-    assert kl(expected, found) <= 1e-5 < 1e-2 < kl(expected, oracle(tokens, None))
+    assert np.abs(actual - expected).max() <= (5e-5 if exact else 3e-2)
+    assert kl(expected, actual) <= 1e-5 < 1e-2 < kl(expected, oracle(tokens, None))
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
@@ -79,8 +79,8 @@ def test_soft_prompt_alone_is_decoded_by_the_model_itself(f32_file, oracle, tiny
     with load(f32_file, soft, kv_type=kv_type, flash_attention=kv_type != "f32") as runtime:
         assert runtime.seed_route == "decoded"
         tokens = runtime.tokens(PROMPT)
-        expected, found = oracle(tokens, soft.soft_prompt), runtime.logits(tokens)
-    assert np.abs(found - expected).max() <= 5e-5 if kv_type == "f32" else kl(expected, found) <= 1e-3
+        expected, actual = oracle(tokens, soft.soft_prompt), runtime.logits(tokens)
+    assert np.abs(actual - expected).max() <= 5e-5 if kv_type == "f32" else kl(expected, actual) <= 1e-3
 
 
 def test_long_prompts_are_evaluated_in_chunks(f32_file, oracle, tiny_patch, monkeypatch):
@@ -179,8 +179,8 @@ def test_a_seed_alone_is_laid_out_by_what_rope_does(f32_file, tiny_patch, oracle
     with load(f32_file, alone, kv_type=kv_type, flash_attention=kv_type != "f32") as runtime:
         assert runtime.seed_route == "stored"
         tokens = runtime.tokens(PROMPT)
-        expected, found = oracle(tokens, tiny_patch.soft_prompt), runtime.logits(tokens)
-    assert np.abs(found - expected).max() <= 5e-5 if kv_type == "f32" else kl(expected, found) <= 1e-3
+        expected, actual = oracle(tokens, tiny_patch.soft_prompt), runtime.logits(tokens)
+    assert np.abs(actual - expected).max() <= 5e-5 if kv_type == "f32" else kl(expected, actual) <= 1e-3
 
 
 def test_a_seed_alone_is_refused_where_rope_shows_nothing(f32_file, tiny_patch, monkeypatch):

@@ -194,8 +194,8 @@ def test_sequences_take_turns(session, model, patch):
         session.advance(continuations)
     for continuation in continuations:
         tokens = continuation.reply.tokens[:-1]
-        found = session.logits_of_last(tokens, continuation.sequence)
-        assert np.abs(found - expect(model, patch, tokens)[-1]).max() < EXACT_OF[session.name]
+        logits = session.logits_of_last(tokens, continuation.sequence)
+        assert np.abs(logits - expect(model, patch, tokens)[-1]).max() < EXACT_OF[session.name]
 
 
 class Conversations:
@@ -283,8 +283,8 @@ def test_no_conversation_loses_the_seed(session, model, patch):
     for _ in range(150):
         sequence = conversations.converse()
         tokens = conversations.texts[sequence]
-        found = session.logits_of_last(tokens, sequence)
-        assert np.abs(found - expect(model, patch, tokens)[-1]).max() < EXACT_OF[session.name], tokens
+        logits = session.logits_of_last(tokens, sequence)
+        assert np.abs(logits - expect(model, patch, tokens)[-1]).max() < EXACT_OF[session.name], tokens
         longest = max(longest, len(tokens))
     assert longest > 3 * ANCHORING.block
 
@@ -299,8 +299,8 @@ def test_short_and_long_seeds_and_blocks(form, num_virtual_tokens, block, forms,
         length = min(56, runtime.context_length)
         for sequence in (0, 1):
             tokens = text(length, sequence)
-            found = runtime.logits(tokens, sequence)
-            assert np.abs(found - expect(model, patch, tokens)).max() < 2 * EXACT[form]
+            logits = runtime.logits(tokens, sequence)
+            assert np.abs(logits - expect(model, patch, tokens)).max() < 2 * EXACT[form]
             runtime.logits_of_last(tokens[:20] + text(3), sequence)
 
 
@@ -321,8 +321,8 @@ def test_a_context_is_filled_to_the_brim(form, context_length, num_virtual_token
             texts.append((prompt + [piece.token_id for piece in pieces])[:room])
         for sequence, tokens in enumerate(texts):
             assert len(tokens) == room
-            found = runtime.logits_of_last(tokens, sequence)
-            assert np.abs(found - expect(model, patch, tokens)[-1]).max() < EXACT[form]
+            logits = runtime.logits_of_last(tokens, sequence)
+            assert np.abs(logits - expect(model, patch, tokens)[-1]).max() < EXACT[form]
         with pytest.raises(InputError, match="context holds"):
             runtime.logits_of_last([*texts[0], 5])
 
@@ -410,8 +410,8 @@ def _prove_saved_texts(runtime, tokens, expected):
     snapshot = runtime.sequences.save()
     for sequence, end in ((0, 60), (1, 58), (0, 55), (1, 53), (0, 30), (1, 3)):
         runtime.sequences.restore(snapshot, sequence)
-        found = runtime.logits_of_last(tokens[:end], sequence)
-        assert np.abs(found - expected[end - 1]).max() < parity_models.GELU_TABLE, end
+        logits = runtime.logits_of_last(tokens[:end], sequence)
+        assert np.abs(logits - expected[end - 1]).max() < parity_models.GELU_TABLE, end
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "cohere", "stablelm", "smollm3", "llama3"])

@@ -39,9 +39,9 @@ def copied(onnx_folders, tmp_path):
     return shutil.copytree(onnx_folders["fp32"], tmp_path / "copy")
 
 
-def divergence(expected, found):
+def divergence(expected, actual):
     """Mean KL divergence of the next-token distributions, in nats."""
-    shifted = [x.astype(np.float64) - x.max(-1, keepdims=True) for x in (expected, found)]
+    shifted = [x.astype(np.float64) - x.max(-1, keepdims=True) for x in (expected, actual)]
     p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in shifted)
     return (np.exp(p) * (p - q)).sum(-1).mean()
 
@@ -320,8 +320,8 @@ def test_a_graph_in_a_folder_of_its_own_is_found(onnx_folders, tiny_patch, tmp_p
     with pytest.raises(InputError, match=r"genai_config\.json"):
         load_runtime(folder)
     (folder / "kept").rename(folder / "genai_config.json")
-    with load_runtime(folder, tiny_patch, model_file="onnx/model.onnx", num_threads=1) as found:
-        assert np.array_equal(found.logits(PROMPT), runtime.logits(PROMPT))
+    with load_runtime(folder, tiny_patch, model_file="onnx/model.onnx", num_threads=1) as nested:
+        assert np.array_equal(nested.logits(PROMPT), runtime.logits(PROMPT))
     with pytest.raises(InputError, match="expected a path within"):
         OnnxRuntime(folder, model_file="../onnx/model.onnx")
 

@@ -85,13 +85,13 @@ def test_greedy_text_is_the_same_at_f16(forms, patch):
     equal = 0
     with load_runtime(BASE, patch) as reference, load_runtime(forms["F16.gguf"], patch) as runtime:
         for prompt in PROMPTS:
-            expected, found = ([p.token_id for p in r.stream(prompt, greedy)] for r in (reference, runtime))
-            equal += found == expected
-            if found == expected:
+            expected, actual = ([p.token_id for p in r.stream(prompt, greedy)] for r in (reference, runtime))
+            equal += actual == expected
+            if actual == expected:
                 continue
-            first = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
+            first = next(i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b)
             logits = reference.logits([*reference.tokens(prompt), *expected[:first]])[-1]
-            assert logits[expected[first]] - logits[found[first]] < TIE, prompt
+            assert logits[expected[first]] - logits[actual[first]] < TIE, prompt
     print(f"greedy text equal at F16: {equal} of {len(PROMPTS)}")
     assert equal >= len(PROMPTS) - 2
 
@@ -123,20 +123,20 @@ def write_gemma(folder, target):
 @pytest.fixture(scope="module", params=["mistral", "qwen2", "qwen3", "gemma"])
 def tiny(request, tmp_path_factory):
     """(architecture, folder with its F32 and Q8_0 GGUF, oracle)."""
-    wanted, folder = parity_models.architecture(request.param), tmp_path_factory.mktemp(request.param)
-    parity_models.build_folder(wanted, folder / "hf")
+    architecture, folder = parity_models.architecture(request.param), tmp_path_factory.mktemp(request.param)
+    parity_models.build_folder(architecture, folder / "hf")
     if request.param == "gemma":
         write_gemma(folder / "hf", folder / "F32.gguf")
     else:
-        parity_models.convert(wanted, folder / "hf", folder / "F32.gguf", "F32", folder)
+        parity_models.convert(architecture, folder / "hf", folder / "F32.gguf", "F32", folder)
     writer.quantize(folder / "F32.gguf", folder / "Q8_0.gguf", "Q8_0", num_threads=1)
-    return wanted, folder, parity_rows.make_oracle(wanted, folder / "hf")
+    return architecture, folder, parity_rows.make_oracle(architecture, folder / "hf")
 
 
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
 def test_every_setting_reaches_its_floors(tiny, quantization):
-    wanted, folder, oracle = tiny
-    rows = [*parity_rows.llamacpp_rows(wanted, quantization, folder / f"{quantization}.gguf", oracle)]
+    architecture, folder, oracle = tiny
+    rows = [*parity_rows.llamacpp_rows(architecture, quantization, folder / f"{quantization}.gguf", oracle)]
     judged = [floors.judge(row) for row in rows]
     assert not [floors.complaint(row) for row in judged if row["passed"] is False]
     for seed in parity_rows.SEEDS:
@@ -148,17 +148,17 @@ def test_every_setting_reaches_its_floors(tiny, quantization):
 
 
 def test_the_stored_seed_is_taken_unasked(tiny):
-    wanted, folder, oracle = tiny
+    architecture, folder, oracle = tiny
     for kv_type in ("f16", "q4_0"):
         with load_runtime(folder / "Q8_0.gguf", oracle.patch, kv_type=kv_type, num_threads=1) as runtime:
-            assert runtime.seed_route == "stored", wanted.name
+            assert runtime.seed_route == "stored", architecture.name
 
 
 def test_every_wrong_seed_is_caught(tiny):
-    wanted, folder, oracle = tiny
-    rows = [*control_rows(wanted, folder, oracle, ("F32", "Q8_0"))]
+    architecture, folder, oracle = tiny
+    rows = [*control_rows(architecture, folder, oracle, ("F32", "Q8_0"))]
     names = {row["control"] for row in rows}
-    assert len(names) == (6 if wanted.name == "gemma" else 5) and "seed of another rope theta" in names
+    assert len(names) == (6 if architecture.name == "gemma" else 5) and "seed of another rope theta" in names
     assert not [floors.control_complaint(row) for row in rows if not row["caught_by"]]
 
 

@@ -30,12 +30,12 @@ def parts(tiny_folder, tiny_patch):
 
     model, rng = folders.load_model(tiny_folder), np.random.default_rng(5)
     rotation = rotary.read_rotation(model)
-    made = []
+    completed = []
     for name, count, anchoring in (("gender", 6, None), ("harm", 9, Anchoring(16)), ("toxicity", 4, None)):
         prompt = SoftPrompt((rng.standard_normal((count, tiny_patch.base.hidden_size)) * 0.3).astype(np.float32))
         patch = Patch(name, "1.0.0", tiny_patch.base, prompt, rotation=rotation, anchoring=anchoring)
-        made.append(seeds.complete(replace(patch, weight_sketch=tiny_patch.weight_sketch), model))
-    return made
+        completed.append(seeds.complete(replace(patch, weight_sketch=tiny_patch.weight_sketch), model))
+    return completed
 
 
 @pytest.fixture(scope="module", params=["torch", "llamacpp", "onnx"])
@@ -134,15 +134,15 @@ def test_what_a_part_fails_at_is_told_and_the_session_keeps_what_it_had(model, p
     ]
     with load_runtime(model, parts[:2]) as session:
         before, fingerprint = logits(session), session.system_fingerprint
-        for patches, kind, told in cases:
-            with pytest.raises(kind, match=told) as error:
+        for patches, kind, phrase in cases:
+            with pytest.raises(kind, match=phrase) as error:
                 session.swap(patches)
             assert error.value.hint
             assert session.system_fingerprint == fingerprint
             assert [part.name for part in session.parts] == [
                 part.name for part in sorted(parts[:2], key=lambda p: p.digest)
             ]
-            assert (logits(session) == before).all(), told
+            assert (logits(session) == before).all(), phrase
     with pytest.raises(InactivePatchError, match="harm"):
         load_runtime(model, [parts[0], broken])
 

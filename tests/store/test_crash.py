@@ -115,6 +115,6 @@ def test_a_dead_process_does_nothing_more(tmp_path):
 @pytest.mark.parametrize("error", DISK_ERRORS)
 def test_the_message_names_the_fault(tmp_path, error):
     store = Store(tmp_path / "store")
-    with faulty(Faults(0, error)), pytest.raises(EdgepatchError, match=re.escape(os.strerror(error))) as found:
+    with faulty(Faults(0, error)), pytest.raises(EdgepatchError, match=re.escape(os.strerror(error))) as caught:
         store.set_root([])
-    assert found.value.exit_code == 1
+    assert caught.value.exit_code == 1

@@ -47,8 +47,8 @@ def test_two_names_are_both_active(store, tmp_path):
     first, second = apply(store, tmp_path, "gender", 5), apply(store, tmp_path, "harm", 2)
     assert active(store) == {"gender": 5, "harm": 2}
     assert (first.beside, list(second.beside), second.before) == ({}, [first.digest], "")
-    found, findings = audit.status(store)
-    (base,) = found["bases"]
+    report, findings = audit.status(store)
+    (base,) = report["bases"]
     assert [(patch["name"], patch["sequence"]) for patch in base["patches"]] == [("gender", 5), ("harm", 2)]
     assert all(patch["signatures"].startswith("site (") for patch in base["patches"])
     composed = compose_on_device(store.active(spec()))
@@ -163,8 +163,8 @@ def test_without_any_left_bare_is_asked_for_by_word(store, tmp_path):
     assert active(store) == {}
     assert store.why_bare(spec()) == "gender: wrong patch"
     assert store.why_bare(OTHER) == "", "nothing was ever said of this one"
-    found, findings = audit.status(store)
-    assert found["bases"][0]["patches"] == []
+    report, findings = audit.status(store)
+    assert report["bases"][0]["patches"] == []
     assert [(f.level, "by word: gender: wrong patch" in f.message) for f in findings] == [("warning", True)]
     audit.require_no_error(findings)
     with pytest.raises(EdgepatchError, match="made for another model"):
@@ -189,7 +189,7 @@ def test_a_patch_that_was_taken_off_can_be_removed(store, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "phrase"),
     [
         ({"rotation": None}, "does not say how keys"),
         ({"kv_seed": None}, "expected a KV seed"),
@@ -198,14 +198,14 @@ def test_a_patch_that_was_taken_off_can_be_removed(store, tmp_path):
     ids=["no rotation", "no seed", "another rotation"],
 )
 @pytest.mark.parametrize("is_first", [True, False])
-def test_what_cannot_stand_beside_is_refused(store, tmp_path, fields, told, is_first):
+def test_what_cannot_stand_beside_is_refused(store, tmp_path, fields, phrase, is_first):
     """Whichever of the two comes first; the device keeps what it had."""
     lame = write(tmp_path, 1, **movable(name="lame", **fields))
     sound = write(tmp_path, 1, **movable(9, name="sound"))
     first, second = (lame, sound) if is_first else (sound, lame)
     store.apply(first)
     before = (store.folder / "state.json").read_bytes()
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=phrase) as error:
         store.apply(second)
     assert "lame" in str(error.value) and "sound" in str(error.value)
     assert "edgepatch deactivate" in error.value.hint
@@ -214,7 +214,7 @@ def test_what_cannot_stand_beside_is_refused(store, tmp_path, fields, told, is_f
     store.deactivate("makes room")
     store.apply(second)
     assert len(active(store)) == 1
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=phrase):
         store.rollback(patch="lame" if is_first else "sound")
 
 

@@ -32,8 +32,8 @@ def store(tmp_path):
 
 
 def active(store):
-    found = store.active(spec())
-    return found[0].sequence if found else None
+    patches = store.active(spec())
+    return patches[0].sequence if patches else None
 
 
 def actions(store):
@@ -171,7 +171,7 @@ def test_the_folder_may_be_reached_by_a_link(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("by", "found"),
+    ("by", "message"),
     [
         ((), "found none"),
         (("vendor",), "found vendor"),
@@ -180,9 +180,9 @@ def test_the_folder_may_be_reached_by_a_link(tmp_path):
     ],
     ids=["unsigned", "one of two", "one and a stranger", "stranger"],
 )
-def test_arbitrary_installation_and_key_compromise(store, tmp_path, by, found):
+def test_arbitrary_installation_and_key_compromise(store, tmp_path, by, message):
     store.apply(write(tmp_path))
-    with pytest.raises(UntrustedError, match=found) as error:
+    with pytest.raises(UntrustedError, match=message) as error:
         store.apply(write(tmp_path, 2, by=by))
     assert (error.value.exit_code, active(store)) == (3, 1)
 
@@ -327,8 +327,8 @@ def test_a_clock_that_is_set_back(tmp_path):
     clock.time = NOW
     with pytest.raises(UntrustedError, match="expiry of the patch"):
         store.apply(write(tmp_path, 2, expires="2030-02-01T00:00:00Z"))
-    found = audit.status(store)[1]
-    assert [(f.level, f.subject) for f in found] == [("warning", "clock")]
+    findings = audit.status(store)[1]
+    assert [(f.level, f.subject) for f in findings] == [("warning", "clock")]
     with pytest.raises(InputError, match="reason"):
         store.reset_clock("")
     store.reset_clock("the battery was dead")
@@ -578,8 +578,8 @@ def test_without_a_root_nothing_is_applied(tmp_path):
     store.apply(write(tmp_path, by=()), Allowances(unsigned="bench device"))
     assert active(store) == 1
     assert store.history()[-1]["unsigned"] == "bench device"
-    found, findings = audit.status(store)
-    assert found["bases"][0]["patches"][0]["signatures"] == "not checked: bench device"
+    report, findings = audit.status(store)
+    assert report["bases"][0]["patches"][0]["signatures"] == "not checked: bench device"
     assert [f.level for f in findings] == ["warning", "warning"]
 
 
@@ -738,19 +738,19 @@ def test_steps_back_are_bounded(store, tmp_path):
 def test_verify_finds_foreign_files(store, tmp_path):
     store.apply(write(tmp_path))
     (store.folder / "patches" / "notes.txt").write_text("x")
-    found = audit.verify(store)
-    assert [(f.level, Path(f.subject).name) for f in found] == [("warning", "notes.txt")]
-    audit.require_no_error(found)
+    findings = audit.verify(store)
+    assert [(f.level, Path(f.subject).name) for f in findings] == [("warning", "notes.txt")]
+    audit.require_no_error(findings)
 
 
 def test_verify_finds_damage_of_each_patch(store, tmp_path):
     digests = [store.apply(write(tmp_path, sequence)).digest for sequence in (1, 2, 3)]
     for digest in digests[:2]:
         store.patch_path(digest).write_bytes(b"x")
-    found = audit.verify(store)
-    assert sorted(f.subject for f in found) == ["detox 1.1.0", "detox 1.2.0"]
+    findings = audit.verify(store)
+    assert sorted(f.subject for f in findings) == ["detox 1.1.0", "detox 1.2.0"]
     with pytest.raises(UntrustedError, match="and 1 more") as error:
-        audit.require_no_error(found)
+        audit.require_no_error(findings)
     assert error.value.exit_code == 3
     with pytest.raises(UntrustedError):
         store.rollback()
@@ -764,10 +764,10 @@ def test_verify_of_nothing(tmp_path):
 def test_status(store, tmp_path):
     assert audit.status(store)[0]["bases"] == []
     store.apply(write(tmp_path))
-    found = audit.status(store)[0]
-    assert found["trust_root"]["threshold"] == 2
-    assert [patch["name"] for base in found["bases"] for patch in base["patches"]] == ["detox"]
-    assert found["bases"][0]["patches"][0]["signatures"].startswith("site (")
+    report = audit.status(store)[0]
+    assert report["trust_root"]["threshold"] == 2
+    assert [patch["name"] for base in report["bases"] for patch in base["patches"]] == ["detox"]
+    assert report["bases"][0]["patches"][0]["signatures"].startswith("site (")
 
 
 # --- Several processes, read-only media
