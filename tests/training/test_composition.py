@@ -131,8 +131,8 @@ def test_its_manifest_tells_what_it_is(parts, composed, model):
         set(composed.license.split(" AND ")) == {"Apache-2.0", "MIT"}
     )
     assert composed.training["method"] == "side by side"
-    told = {part["name"]: part for part in composed.training["parts"]}
-    assert set(told) == {"tiny", "second", "third"} and told["third"]["num_virtual_tokens"] == 12
+    records = {part["name"]: part for part in composed.training["parts"]}
+    assert set(records) == {"tiny", "second", "third"} and records["third"]["num_virtual_tokens"] == 12
     assert composed.soft_prompt is None and composed.rotation == rotary.read_rotation(model)
     assert composed.anchoring is None and composed.weight_sketch is not None
 
@@ -302,5 +302,5 @@ def test_verb(parts, composed, tiny_folder, tmp_path, capsys):
     assert patch_bytes(read_patch(out)) == patch_bytes(composed)
     with pytest.raises(SystemExit):
         app(["show", str(out)])
-    shown = capsys.readouterr().out
-    assert "not evaluated" in shown and parts[0].digest[:20] in shown
+    printed = capsys.readouterr().out
+    assert "not evaluated" in printed and parts[0].digest[:20] in printed

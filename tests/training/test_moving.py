@@ -158,9 +158,9 @@ PLAIN_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{%
 
 
 @pytest.mark.parametrize(
-    "template, found", [("", "found no chat template"), (PLAIN_TEMPLATE, "{% for m in messages %}")]
+    "template, phrase", [("", "found no chat template"), (PLAIN_TEMPLATE, "{% for m in messages %}")]
 )
-def test_turns_need_a_token_that_opens_them(tiny_folder, tmp_path, without_weights, template, found):
+def test_turns_need_a_token_that_opens_them(tiny_folder, tmp_path, without_weights, template, phrase):
     folder = copy_folder(tiny_folder, tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
     if template:
@@ -168,7 +168,7 @@ def test_turns_need_a_token_that_opens_them(tiny_folder, tmp_path, without_weigh
     for block in (0, 64):
         with pytest.raises(InputError, match="opens a turn with a special token") as caught:
             FrozenModels([folder], TrainConfig(block=block, turns=True, dtype="float32"), "cpu")
-        assert found in str(caught.value) and str(folder) in str(caught.value) and "block" in caught.value.hint
+        assert phrase in str(caught.value) and str(folder) in str(caught.value) and "block" in caught.value.hint
 
 
 @pytest.mark.parametrize("front_tokens, fits", [(366, True), (367, False), (10_000, False)])
@@ -208,10 +208,10 @@ def test_a_reference_model_needs_no_turns(tiny_folder, tmp_path):
 
 
 def test_a_block_that_training_never_reaches_is_told(tiny_folder):
-    told = []
-    patch = PatchTraining(tiny_folder, small(block=96, sft_steps=1, dpo_steps=0), tell=told.append).soft_prompt(
+    notes = []
+    patch = PatchTraining(tiny_folder, small(block=96, sft_steps=1, dpo_steps=0), tell=notes.append).soft_prompt(
         make_pairs(12), BENIGN, "t"
     )
-    assert len(told) == 1 and "never sees the seed move" in told[0] and patch.anchoring == Anchoring(96)
-    PatchTraining(tiny_folder, small(block=95), tell=told.append)
-    assert len(told) == 1
+    assert len(notes) == 1 and "never sees the seed move" in notes[0] and patch.anchoring == Anchoring(96)
+    PatchTraining(tiny_folder, small(block=95), tell=notes.append)
+    assert len(notes) == 1

@@ -81,10 +81,10 @@ def _faster(*arguments):
 def test_what_was_chosen_is_told_recorded_and_kept_by_a_run_that_goes_on(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "STEPS_BETWEEN_CHECKPOINTS", 2)
     monkeypatch.setattr(patching, "choose_dtype", _faster)
-    told = []
-    whole = PatchTraining(tiny_folder, small(dtype="auto"), tell=told.append)
+    notes = []
+    whole = PatchTraining(tiny_folder, small(dtype="auto"), tell=notes.append)
     patch = whole.soft_prompt(make_pairs(12), BENIGN, "tiny")
-    assert whole.models.base.dtype == torch.bfloat16 and "2.0 times as fast" in told[0]
+    assert whole.models.base.dtype == torch.bfloat16 and "2.0 times as fast" in notes[0]
     assert patch.training["config"]["dtype"] == "bfloat16"
     assert patch.training["dtype_choice"]["seconds"] == {"float32": 2.0, "bfloat16": 1.0}
 
@@ -99,10 +99,10 @@ def test_what_was_chosen_is_told_recorded_and_kept_by_a_run_that_goes_on(tiny_fo
         )
     assert json.loads((run / runs.SETTINGS_FILE).read_text())["config"]["dtype"] == "bfloat16"
     monkeypatch.setattr(patching, "choose_dtype", lambda *_: pytest.fail("chosen anew"))
-    again = PatchTraining(tiny_folder, small(dtype="auto"), run=run, tell=told.append)
+    again = PatchTraining(tiny_folder, small(dtype="auto"), run=run, tell=notes.append)
     resumed = again.soft_prompt(make_pairs(12), BENIGN, "tiny")
     assert np.array_equal(resumed.soft_prompt.embeddings, patch.soft_prompt.embeddings)
-    assert resumed.training["dtype_choice"] == patch.training["dtype_choice"] and "began with" in told[-1]
+    assert resumed.training["dtype_choice"] == patch.training["dtype_choice"] and "began with" in notes[-1]
     with pytest.raises(InputError, match="other settings: config"):
         PatchTraining(tiny_folder, small(), run=run).soft_prompt(make_pairs(12), BENIGN, "tiny")
 

@@ -73,8 +73,8 @@ def model_file(tiny_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model_file):
-    with running(lambda: load_runtime(model_file, None, num_sequences=2, **EXACT)) as found:
-        yield found
+    with running(lambda: load_runtime(model_file, None, num_sequences=2, **EXACT)) as running_server:
+        yield running_server
 
 
 @pytest.fixture
@@ -257,10 +257,10 @@ def test_every_dropped_pair_is_counted_by_reason():
         replace(good, chosen="a third kind word"),
         replace(good, prompt=CHAT),
     ]
-    found = filter_pairs(ready, PairConfig(min_words=3, pairs_per_prompt=2))
-    assert found.pairs == [good, ready[6], ready[8]]
+    kept = filter_pairs(ready, PairConfig(min_words=3, pairs_per_prompt=2))
+    assert kept.pairs == [good, ready[6], ready[8]]
     reasons = ("repeated", "identical", "short_chosen", "unsafe_chosen", "small_margin", "over_limit")
-    assert found.counts == {f"dropped_{reason}": 1 for reason in reasons}
+    assert kept.counts == {f"dropped_{reason}": 1 for reason in reasons}
 
 
 def test_scores_of_a_judge_replace_those_of_the_file():
@@ -277,9 +277,9 @@ def test_a_prompt_is_answered_once_and_in_order():
             asked.append(prompt)
             return [answer * 9 for answer in self.answers[prompt]]
 
-    found = sample_pairs(Noting(answers), Canned(answers), list("abacab"), by_length, ANYTHING)
-    assert asked == ["a", "b", "c"] == [p.prompt for p in found.pairs]
-    assert found.counts == {"prompts": 6, "prompts_repeated": 3, "pairs": 3}
+    pair_set = sample_pairs(Noting(answers), Canned(answers), list("abacab"), by_length, ANYTHING)
+    assert asked == ["a", "b", "c"] == [p.prompt for p in pair_set.pairs]
+    assert pair_set.counts == {"prompts": 6, "prompts_repeated": 3, "pairs": 3}
 
 
 # Sampling through runtimes.
@@ -288,17 +288,17 @@ def test_a_prompt_is_answered_once_and_in_order():
 def test_pairs_from_every_runtime(tiny_folder, model_file, onnx_folders):
     """The same weights in full precision give the same pairs, and a chat template is applied to messages."""
     prompts = ["The quick", "A dog", CHAT]
-    made = []
+    by_runtime = []
     for model in (tiny_folder, model_file, onnx_folders["fp32"]):
         options = EXACT if model.suffix == ".gguf" else {}
         with load_runtime(model, None, **options) as runtime:
-            made.append(build_pairs(runtime, runtime, prompts, by_length, ANYTHING))
+            by_runtime.append(build_pairs(runtime, runtime, prompts, by_length, ANYTHING))
             expected = runtime.generate_many(CHAT, ANYTHING.sampling, 3)
-        texts = {text for pair in made[-1] if pair.prompt == CHAT for text in (pair.chosen, pair.rejected)}
+        texts = {text for pair in by_runtime[-1] if pair.prompt == CHAT for text in (pair.chosen, pair.rejected)}
         assert texts and texts <= set(expected)
-    parts = [[(p.prompt, whole(p.chosen), whole(p.rejected)) for p in pairs] for pairs in made]
+    parts = [[(p.prompt, whole(p.chosen), whole(p.rejected)) for p in pairs] for pairs in by_runtime]
     assert parts[0] == parts[1] == parts[2]
-    assert all(p.rejected_score - p.chosen_score >= 0.01 for p in made[0])
+    assert all(p.rejected_score - p.chosen_score >= 0.01 for p in by_runtime[0])
 
 
 def test_samples_do_not_depend_on_the_prompts_before(model_file):
@@ -327,8 +327,8 @@ def test_prompts_that_do_not_fit_are_named_before_any_is_sampled(model_file):
                 places=[f"p.txt, line {n}" for n in (1, 2, 3)],
             )
         assert "--skip-long" in error.value.hint
-        found = sample_pairs(runtime, runtime, ["The fox", long], by_length, config, skip_long=True)
-    assert found.counts["prompts_too_long"] == 1
+        pair_set = sample_pairs(runtime, runtime, ["The fox", long], by_length, config, skip_long=True)
+    assert pair_set.counts["prompts_too_long"] == 1
 
 
 # Sampling through a server.
@@ -454,9 +454,9 @@ def test_without_httpx_the_extra_is_named(monkeypatch):
 
 def test_prompts_of_every_kind(tmp_path):
     rows = [{"messages": [USER]}, {"prompt": "one\u2028two"}, {"text": "three"}, {"prompt": [USER]}]
-    given = read_prompts(write_lines(tmp_path / "p.jsonl", *rows[:1], "", *rows[1:]))
-    assert given.prompts == [CHAT, "one\u2028two", "three", CHAT]
-    assert [place.rsplit(" ", 1)[1] for place in given.places] == ["1", "3", "4", "5"]
+    prompt_list = read_prompts(write_lines(tmp_path / "p.jsonl", *rows[:1], "", *rows[1:]))
+    assert prompt_list.prompts == [CHAT, "one\u2028two", "three", CHAT]
+    assert [place.rsplit(" ", 1)[1] for place in prompt_list.places] == ["1", "3", "4", "5"]
     lines = tmp_path / "p.txt"
     lines.write_bytes(b"\xef\xbb\xbf a \r\n\nb")
     assert read_prompts(lines).prompts == [" a ", "b"]
@@ -571,9 +571,9 @@ def test_the_verb_writes_pairs_and_their_provenance(run, model_file, prompts, tm
     ]
     assert notes["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     assert notes["counts"]["pairs"] == len(pairs) and notes["created"].endswith("Z") and "python" in notes["versions"]
-    made = notes["settings"]
-    assert made["base"]["sha256"] == digest_of(model_file) and made["base"]["quantization"] == "F32"
-    assert (made["judge"]["judge"], made["samples_per_prompt"], made["max_new_tokens"]) == ("filter", 3, 8)
+    recorded = notes["settings"]
+    assert recorded["base"]["sha256"] == digest_of(model_file) and recorded["base"]["quantization"] == "F32"
+    assert (recorded["judge"]["judge"], recorded["samples_per_prompt"], recorded["max_new_tokens"]) == ("filter", 3, 8)
     assert set(json.loads(out.read_text().splitlines()[0])) == {
         "prompt",
         "chosen",

@@ -69,13 +69,13 @@ def test_a_packed_row_predicts_each_answer_from_the_prompt_and_itself():
     batch = make_batch([Example((5, 6), ((7, 8), (9,))), Example((1,), ((2,), (3, 4)))], "cpu")
     assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 1, 2, 0]]
-    found = {
+    predictions = {
         (r, s, t, o)
         for r, s, t, o in zip(
             *(x.tolist() for x in (batch.rows, batch.sources, batch.targets, batch.owners)), strict=True
         )
     }
-    assert found == {(0, 1, 7, 0), (0, 2, 8, 0), (0, 1, 9, 1), (1, 0, 2, 2), (1, 0, 3, 3), (1, 2, 4, 3)}
+    assert predictions == {(0, 1, 7, 0), (0, 2, 8, 0), (0, 1, 9, 1), (1, 0, 2, 2), (1, 0, 3, 3), (1, 2, 4, 3)}
 
 
 def test_a_long_example_loses_the_start_of_its_prompt_then_the_end_of_its_answers():
@@ -173,8 +173,8 @@ def test_the_trained_soft_prompt_gives_the_logits_it_was_trained_with(tiny_folde
     with torch.no_grad():
         expected = models.logits_of([example], models.base, policy.memory(models.base), None).numpy()
     with load_runtime(tiny_folder, patch) as runtime:
-        found = runtime.logits([*example.prompt, *example.answers[0]])[:-1]
-    assert np.abs(found - expected).max() <= 5e-5
+        logits = runtime.logits([*example.prompt, *example.answers[0]])[:-1]
+    assert np.abs(logits - expected).max() <= 5e-5
 
 
 def test_the_base_model_stays_as_it_is(tiny_folder):
@@ -202,12 +202,12 @@ def test_micro_batches_give_the_gradient_of_the_batch(tiny_folder):
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(tiny_folder):
-    found = []
+    gradients = []
     for on in (False, True):
         trainer, policy = make_trainer(FrozenModels([tiny_folder], small(gradient_checkpointing=on)))
         trainer._step("SFT", 0, policy.parameters())
-        found.append(policy.parameters()[0].grad.clone())
-    assert torch.allclose(*found, atol=1e-5)
+        gradients.append(policy.parameters()[0].grad.clone())
+    assert torch.allclose(*gradients, atol=1e-5)
 
 
 def test_bfloat16_trains_a_float32_patch(tiny_folder):
@@ -362,12 +362,12 @@ def test_a_run_that_is_interrupted_at_any_stage_goes_on_to_the_same_bits(tiny_fo
     """Nothing is trained twice, and the curves have one value a step and one a check."""
     seen, config = [], small(check_every=2)
     whole = PatchTraining(tiny_folder, config)
-    patch = whole.soft_prompt(make_pairs(12), BENIGN, "tiny", progress=lambda *told, **_: seen.append(told[:2]))
+    patch = whole.soft_prompt(make_pairs(12), BENIGN, "tiny", progress=lambda *place, **_: seen.append(place[:2]))
     stages = list(dict.fromkeys(stage for stage, _ in seen))
     assert stages == ["tokenize", "SFT", "reference", "DPO", "sketch", "seed and canary"]
     for stage in stages:
         of_stage = [place for place in seen if place[0] == stage]
-        stop, told = of_stage[len(of_stage) // 2], []
+        stop, places = of_stage[len(of_stage) // 2], []
 
         def interrupt(*now, stop=stop, **_):
             if now[:2] == stop:
@@ -378,13 +378,13 @@ def test_a_run_that_is_interrupted_at_any_stage_goes_on_to_the_same_bits(tiny_fo
                 make_pairs(12), BENIGN, "tiny", progress=interrupt
             )
         again = PatchTraining(tiny_folder, config, run=tmp_path / stage)
-        found = again.soft_prompt(
-            make_pairs(12), BENIGN, "tiny", progress=lambda *now, told=told, **_: told.append(now[:2])
+        resumed = again.soft_prompt(
+            make_pairs(12), BENIGN, "tiny", progress=lambda *now, places=places, **_: places.append(now[:2])
         )
-        assert np.array_equal(found.soft_prompt.embeddings, patch.soft_prompt.embeddings)
+        assert np.array_equal(resumed.soft_prompt.embeddings, patch.soft_prompt.embeddings)
         assert asdict(again.history) == asdict(whole.history)
         if stage in ("SFT", "DPO"):
-            assert next(place for place in told if place[0] == stage) == stop, "it goes on where it was"
+            assert next(place for place in places if place[0] == stage) == stop, "it goes on where it was"
 
 
 def test_a_run_folder_goes_on_with_its_own_settings_alone(tiny_folder, tmp_path):
