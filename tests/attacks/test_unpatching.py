@@ -186,7 +186,7 @@ class Caller:
 
 def first_cells(runtime: Session, sequence: int) -> list[bytes]:
     """Keys of the patch's positions, as far as the sequence's state shows them."""
-    found = []
+    keys = []
     for cache in read_state(runtime.backend.context.state(sequence)).caches:
         cells = {position: i for i, position in enumerate(cache.positions)}
         for layer in cache.keys:
@@ -195,8 +195,8 @@ def first_cells(runtime: Session, sequence: int) -> list[bytes]:
                 for p in range(12)
                 if p in cells
             ]
-            found.append(b"".join(rows))
-    return found
+            keys.append(b"".join(rows))
+    return keys
 
 
 @pytest.mark.parametrize(("name", "kv_type", "flash_attention", "anchoring", "count"), RUNS)
@@ -215,12 +215,12 @@ def test_no_conversation_loses_the_seed(models, name, kv_type, flash_attention, 
         for number in range(count):
             sequence = caller.converse()
             text = caller.texts[sequence]
-            found = runtime.logits_of_last(text, sequence=sequence)
+            logits = runtime.logits_of_last(text, sequence=sequence)
             afresh.reset()
             expected = afresh.logits_of_last(text)
             bare.reset()
             effect = np.linalg.norm(bare.logits_of_last(text) - expected)
-            lost += not np.linalg.norm(found - expected) <= TOLERANCE * effect
+            lost += not np.linalg.norm(logits - expected) <= TOLERANCE * effect
             if number % 50 == 0 and name == "llama" and anchoring is None:
                 assert first_cells(runtime, sequence) == first_cells(afresh, 0)
     assert lost == 0, f"{lost} of {count}"

@@ -66,9 +66,9 @@ def canonical(value: object, depth: int = 0) -> str:
 
 
 def parse(data: str) -> object:
-    def double(found: str) -> float:
-        need(math.isfinite(float(found)))
-        return float(found)
+    def double(literal: str) -> float:
+        need(math.isfinite(float(literal)))
+        return float(literal)
 
     try:  # every number is a double; what is written twice, or in another form, is caught by writing it again
         value = json.loads(data, parse_int=double, parse_float=double, parse_constant=double)
@@ -160,13 +160,13 @@ def halves(value: object) -> list[float]:
 
 
 def check_layers(layers: object) -> set[int]:
-    number, found = "(0|[1-9][0-9]{0,3})", []
+    number, numbers = "(0|[1-9][0-9]{0,3})", []
     need(match(f"{number}(-{number})?(,{number}(-{number})?)*", layers))
     for run in str(layers).split(","):
         first, *last = map(int, run.split("-"))
-        need((not found or found[-1] + 1 < first) and (not last or first < last[0]) and max(first, *last, 0) < 1024)
-        found += range(first, (last or [first])[0] + 1)
-    return set(found)
+        need((not numbers or numbers[-1] + 1 < first) and (not last or first < last[0]) and max(first, *last, 0) < 1024)
+        numbers += range(first, (last or [first])[0] + 1)
+    return set(numbers)
 
 
 def check_sketch(sketch: object) -> None:

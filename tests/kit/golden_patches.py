@@ -109,10 +109,10 @@ def signed_by_both(patch: Patch) -> Patch:
 def root() -> Root:
     """Patches need two signatures, of the vendor and the site."""
     keys = {name: Key(raw_public_key(key(name)), name) for name in ("officer", "vendor", "site")}
-    made = new_root(
+    unsigned = new_root(
         [keys["vendor"], keys["site"]], [keys["officer"]], created=NOW, lifetime=timedelta(days=3650), patch_threshold=2
     )
-    return made.signed_by(key("officer"))
+    return unsigned.signed_by(key("officer"))
 
 
 def signed_small() -> Patch:
