@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,27 +73,29 @@ class Sequences:
         for sequence, tokens in texts.items():
             if sequence not in one_behind:
                 reused = self._rewind(sequence, held[sequence], tokens, count)
-                logits[sequence] = self._forward(sequence, tokens, reused, every=count > 1)[-count:]
+                rows = [
+                    self._runtime.forward(sequence, tokens[start:end], every=count > 1)
+                    for start, end in self._spans(sequence, tokens, reused)
+                ]
+                logits[sequence] = (rows[0] if len(rows) == 1 else np.concatenate(rows))[-count:]
         if one_behind:
             self._step_seeds({sequence: texts[sequence] for sequence in one_behind})
-            rows = self._runtime.forward_rows(one_behind, [texts[sequence][-1] for sequence in one_behind])
-            logits |= {sequence: rows[i : i + 1] for i, sequence in enumerate(one_behind)}
+            stepped = self._runtime.forward_rows(one_behind, [texts[sequence][-1] for sequence in one_behind])
+            logits |= {sequence: stepped[i : i + 1] for i, sequence in enumerate(one_behind)}
         for sequence, tokens in texts.items():
             self._evaluated[sequence] = list(tokens)
         return logits
 
-    def _forward(self, sequence: int, tokens: Sequence[int], first: int, every: bool) -> NDArray[np.float32]:
-        """(T, V) logits of the tokens from ``first`` on when ``every``, else (1, V) of the last; the seed goes along."""
+    def _spans(self, sequence: int, tokens: Sequence[int], first: int) -> Iterator[tuple[int, int]]:
+        """Where the tokens from ``first`` on are divided; the seed goes along before each part is asked for."""
         anchoring = self.anchoring
         if anchoring is None:
-            return self._runtime.forward(sequence, tokens[first:], every)
-        logits: list[NDArray[np.float32]] = []
+            yield first, len(tokens)
+            return
         for start, end, anchor in anchoring.spans(tokens, first):
             self._runtime.place_seed([sequence], [anchor])
-            rows = self._runtime.forward(sequence, tokens[start:end], every)
-            logits = [*logits, rows] if every else [rows]
             self._anchors[sequence] = anchor
-        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+            yield start, end
 
     def _step_seeds(self, texts: Mapping[int, Sequence[int]]) -> None:
         """Moves the seeds of sequences that lack their last token alone, where that is an anchor."""

@@ -77,7 +77,7 @@ def restored_logits(
             context.handle, bytes(seed), 0, restored_ids, len(restored_ids), ctypes.byref(count)
         )
         assert taken == seed.stat().st_size and list(restored_ids[: count.value]) == labels
-        assert (context.first_position(0), context.last_position(0)) == (0, len(labels) - 1)
+        assert context.holds(0, len(labels))
         return context.evaluate(0, tokens, every=True)
     finally:
         context.close()

@@ -53,7 +53,7 @@ def test_no_false_alarm_in_1000_loads_and_no_foreign_seed_unseen(files, patches)
         with load_runtime(files / f"{name}.gguf", None, **options) as runtime:
             for number in range(-(-LOADS // len(TYPES) // len(CACHES))):
                 patch, other = patches[loads % 25], patches[(loads + 7) % 25]
-                runtime.slot.exchange(patch, num_prompts=None)
+                runtime.slot.exchange([patch], [None])
                 loads += 1
                 if number % 5 == 0:
                     foreign += 1

@@ -159,7 +159,7 @@ def test_what_is_told_takes_the_place_of_what_follows_from_the_parts(parts, comp
 def test_the_right_composition_passes_and_one_with_a_wrong_part_does_not(files, parts, composed, model, quantization):
     rng = np.random.default_rng(8)
     with load_runtime(files / f"{quantization}.gguf", None, num_threads=1, context_length=128) as runtime:
-        runtime._slot.exchange(composed, num_prompts=None)
+        runtime.slot.exchange([composed], [None])
         if quantization not in ("F16", "Q4_0"):
             return
         for cells in cells_of(composed, parts).values():
@@ -169,7 +169,7 @@ def test_the_right_composition_passes_and_one_with_a_wrong_part_does_not(files, 
             nothing = KVSeed(*(tuple(np.zeros_like(t) for t in kind) for kind in (foreign.keys, foreign.values)))
             for other in (nothing, foreign):
                 with pytest.raises(InactivePatchError, match="canary"):
-                    runtime._slot.exchange(_with_cells(composed, cells, other), num_prompts=None)
+                    runtime.slot.exchange([_with_cells(composed, cells, other)], [None])
 
 
 def _with_cells(patch: Patch, cells: slice, other: KVSeed) -> Patch:
@@ -194,10 +194,10 @@ def test_every_one_of_twelve_parts_is_proven(tiny_patch, model, files, tiny_fold
     composed = compose(parts, tiny_folder, "twelve", "1.0.0")
     empty = KVSeed(*(tuple(np.zeros((2, 1, 64), np.float16) for _ in range(2)) for _ in range(2)))
     with load_runtime(files / "Q4_0.gguf", None, num_threads=1, context_length=256) as runtime:
-        runtime._slot.exchange(composed, num_prompts=None)
+        runtime.slot.exchange([composed], [None])
         for cells in cells_of(composed, parts).values():
             with pytest.raises(InactivePatchError, match="canary"):
-                runtime._slot.exchange(_with_cells(composed, cells, empty), num_prompts=None)
+                runtime.slot.exchange([_with_cells(composed, cells, empty)], [None])
 
 
 def test_a_part_that_does_nothing_is_refused(parts, tiny_folder):
