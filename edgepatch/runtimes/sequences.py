@@ -73,10 +73,9 @@ class Sequences:
         for sequence, tokens in texts.items():
             if sequence not in one_behind:
                 reused = self._rewind(sequence, held[sequence], tokens, count)
-                rows = [
-                    self._runtime.forward(sequence, tokens[start:end], every=count > 1)
-                    for start, end in self._spans(sequence, tokens, reused)
-                ]
+                rows: list[NDArray[np.float32]] = []
+                for start, end in self._spans(sequence, tokens, reused):
+                    rows.append(self._runtime.forward(sequence, tokens[start:end], every=count > 1))
                 logits[sequence] = (rows[0] if len(rows) == 1 else np.concatenate(rows))[-count:]
         if one_behind:
             self._step_seeds({sequence: texts[sequence] for sequence in one_behind})
