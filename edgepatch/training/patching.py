@@ -106,6 +106,7 @@ class PatchTraining:
             MismatchError: ``company`` is for another base.
             TrainingError: the loss became NaN or infinite.
         """
+        self._settle_dtype([pairs])  # the start is of the type that is trained on
         return self._train_segments(
             "soft_prompt", [pairs], [self.start()], benign_texts, [name], version, progress, company
         )[0]
