@@ -113,6 +113,7 @@ def _tests(number: str, what: str, target: str, *arguments: str) -> Figure:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        env={**os.environ, "EDGEPATCH_CONVERSATIONS": "1"},
     )
     last = (done.stdout.strip().splitlines() or ["nothing ran"])[-1]
     measured = f"{last} ({time.monotonic() - started:.0f} s)"

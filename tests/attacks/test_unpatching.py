@@ -1,4 +1,4 @@
-"""Whatever is done in a conversation, every reply comes from the patched model: 10,000 generated conversations.
+"""Whatever is done in a conversation, every reply comes from the patched model: 10,000 generated conversations, of which each run takes a share.
 
 After each conversation the logits of its whole text are compared with those of a second runtime that evaluates the text afresh,
 and, for a sample, the first P cells of its sequence with the seed, byte for byte. The second runtime itself is checked against
@@ -7,6 +7,7 @@ the bare model: had both lost the seed, they would agree with that.
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,9 @@ from edgepatch.tensors import KVSeed, SoftPrompt
 from kit import tiny_gguf
 
 SEQUENCES = 3
+SHARE = float(os.environ.get("EDGEPATCH_CONVERSATIONS", "0.2"))
+"""Of the 10,000 conversations; all of them are held by ``edgepatch bench security --only F7``."""
+
 MOVING = Anchoring(12, (7, 70, 77, 170, 177))
 """Contexts are of 52 tokens, so texts are of up to four blocks, and in a text of that length a token in fifty opens a turn."""
 
@@ -212,7 +216,7 @@ def test_no_conversation_loses_the_seed(models, name, kv_type, flash_attention, 
         load_runtime(path, None, **options) as bare,
     ):
         caller = Caller(runtime, patches, count)
-        for number in range(count):
+        for number in range(round(SHARE * count)):
             sequence = caller.converse()
             text = caller.texts[sequence]
             logits = runtime.logits_of_last(text, sequence=sequence)
