@@ -306,7 +306,9 @@ def describe(session: Session) -> str:
     """One line: what is active, and how its seed got there."""
     names = " and ".join(f"{part.name} {part.version}" for part in session.parts)
     active = f"patch{'es'[: 2 * (len(session.parts) > 1)]} {names}" if names else "no patch"
-    place = f"; {session.slot.place}" if session.patch and session.patch.anchoring else ""
+    place = (
+        f"; {session.slot.place}" if session.patch else ""
+    )  # one that stays is outrun by long text, and no error says so later
     mute = [part.name for part in session.parts if not part.canary]
     proof = (
         ", canary passed"
