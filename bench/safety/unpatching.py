@@ -7,7 +7,6 @@ assistant's name. Run: ``edgepatch bench unpatch``.
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import edgepatch
 from edgepatch.bench.lab import LAB_FOLDER, LAB_PATCH
 from edgepatch.bench.likelihoods import tokens_behind
 from edgepatch.bench.metrics import expected_max_toxicity, paired_bootstrap_difference
+from edgepatch.bench.safety.length import passage
 from edgepatch.converters.gguf import writer
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.files.writing import write_atomically
@@ -58,12 +58,7 @@ def _behind(texts: list[str], length: int) -> Attack:
     """The prompt behind so many tokens of other text."""
 
     def attack(runtime: Session, prompt: str) -> list[int]:
-        shots: list[int] = runtime.encode("")
-        for text in itertools.cycle(texts):
-            shots += tokens_behind(runtime, text + "\n")
-            if len(shots) >= length:
-                break
-        return shots[:length] + tokens_behind(runtime, prompt)
+        return passage(runtime, texts, 0, length) + tokens_behind(runtime, prompt)
 
     return attack
 
