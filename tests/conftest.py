@@ -30,6 +30,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("EDGEPATCH_CACHE_DIR", str(folder))
+        (folder / "store").mkdir()
         patched.setenv("EDGEPATCH_STORE", str(folder / "store"))
         yield folder
 

@@ -83,8 +83,9 @@ def run(command: list[str], folder: Path) -> str:
         "PATH": path,
         "NO_COLOR": "1",
         "COLUMNS": "120",
-        "EDGEPATCH_STORE": str(folder / "own-store"),
+        "XDG_DATA_HOME": str(folder / "own-data"),
     }
+    del environment["EDGEPATCH_STORE"]  # a reader of the documents has named none
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, f"exit code {done.returncode}: {command[-1]}\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr

@@ -298,8 +298,7 @@ def _source(session: Session, store: StoreReader) -> str:
     """Why a session runs with what it does, where nobody has named a patch."""
     if session.parts:
         return f"the active {'patches' if len(session.parts) > 1 else 'patch'} of {store.folder}"
-    reason = store.why_bare(session.spec)
-    return f"bare by word of {store.folder}: {reason}" if reason else f"no patch for this model in {store.folder}"
+    return f"bare by word of {store.folder}: {store.why_bare(session.spec)}"
 
 
 def describe(session: Session) -> str:

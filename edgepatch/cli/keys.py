@@ -107,12 +107,18 @@ def _print(values: dict[str, Any], as_json: bool) -> None:
 
 
 def _keys(files: list[Path] | None) -> list[Key]:
-    """Public keys; each is called as its file."""
+    """Public keys; the owner of each is called as its file, or as ``OWNER=`` in front of it says."""
     from edgepatch.trust.keys import read_public_key
     from edgepatch.trust.roots import Key
     from edgepatch.trust.signatures import raw_public_key
 
-    return [Key(raw_public_key(read_public_key(file)), file.stem) for file in files or []]
+    named = [_owner_and_file(file) for file in files or []]
+    return [Key(raw_public_key(read_public_key(file)), owner) for owner, file in named]
+
+
+def _owner_and_file(argument: Path) -> tuple[str, Path]:
+    owner, equals, path = str(argument).partition("=")
+    return (owner, Path(path)) if equals and not argument.exists() else (argument.stem, argument)
 
 
 def _key_to_revoke(value: str) -> str:
@@ -125,13 +131,19 @@ def _key_to_revoke(value: str) -> str:
 def create(
     out: Annotated[Path, typer.Option("--out", "-o", help="Trust root file to write, unsigned.")],
     key: Annotated[
-        list[Path] | None, typer.Option("--key", help="Public key that signs patches; may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            "--key",
+            metavar="[OWNER=]FILE",
+            help="Public key that signs patches; may be repeated. Keys of one owner, else named as the file, count as one.",
+        ),
     ] = None,
     root_key: Annotated[
-        list[Path] | None, typer.Option("--root-key", help="Public key that signs trust roots; may be repeated.")
+        list[Path] | None,
+        typer.Option("--root-key", metavar="[OWNER=]FILE", help="Public key that signs trust roots; may be repeated."),
     ] = None,
     threshold: Annotated[
-        int | None, typer.Option("--threshold", min=1, help="Keys that must sign a patch; else a majority.")
+        int | None, typer.Option("--threshold", min=1, help="Owners that must sign a patch; else a majority.")
     ] = None,
     root_threshold: Annotated[
         int | None, typer.Option("--root-threshold", min=1, help="Keys that must sign a trust root; else a majority.")

@@ -144,24 +144,11 @@ def _loader(
     def load() -> Session:
         session = load_runtime(model, patch, store=store, pinned=pinned, **settings)
         if patch is not None and session.patch is None:
-            reason = StoreReader(store).why_bare(session.spec)
-            if not reason:
-                session.close()
-                raise _no_patch(store)
-            note(f"bare by word of {StoreReader(store).folder}: {reason}")
+            reader = StoreReader(store)
+            note(f"bare by word of {reader.folder}: {reader.why_bare(session.spec)}")
         return session
 
     return load
-
-
-def _no_patch(store: Path | None) -> InputError:
-    from edgepatch.store.reading import StoreReader
-
-    folder = StoreReader(store).folder
-    return InputError(
-        f"expected --patch or --bare, found neither, nor an active patch for the model in {folder}",
-        hint="--bare serves the model as it is, without a patch",
-    )
 
 
 def _require_some_patch(chosen: PatchChoice, store: Path | None) -> None:
@@ -169,8 +156,8 @@ def _require_some_patch(chosen: PatchChoice, store: Path | None) -> None:
     from edgepatch.runtimes import ACTIVE
     from edgepatch.store.reading import StoreReader
 
-    if chosen is ACTIVE and not StoreReader(store).read()[0].bases:
-        raise _no_patch(store)
+    if chosen is ACTIVE:
+        StoreReader(store).require_some()
 
 
 def _url(settings: ServerSettings, port: int) -> str:

@@ -23,7 +23,7 @@ class _Choice(Enum):
 
 
 ACTIVE: Literal[_Choice.ACTIVE] = _Choice.ACTIVE
-"""In place of a patch: those that the store of this device names as active for the model, if it has any for it."""
+"""In place of a patch: those that the store of this device names as active for the model."""
 
 OnePatch: TypeAlias = "Patch | Path | str"
 PatchChoice: TypeAlias = "OnePatch | Sequence[OnePatch] | Literal[_Choice.ACTIVE] | None"
@@ -114,22 +114,24 @@ def load_runtime(
         model: a GGUF file (llama.cpp), a folder with ``genai_config.json`` or ``model.onnx`` (ONNX Runtime), or a
             Transformers folder (PyTorch).
         patch: the patch; its file; "sha256:" and the digest of one in the store; several of these, in any order, which act side by
-            side; ``None`` for the bare model on purpose. When not given: the active patches of the store for this model, and the
-            bare model only where the store has none for it.
-        store: folder of the store; ``None`` takes that of the device.
+            side; ``None`` for the bare model on purpose. When not given: the active patches of the store for this model; having
+            none is an error, unless an administrator took them off by word.
+        store: folder of the store, which must exist; ``None`` takes that of the device.
         pinned: leaves a seed that moves at the start of the text, where its hold fades; for models that cannot move it.
         **options: of that runtime's class, e.g. ``context_length`` or ``num_threads``.
 
     Raises:
-        InputError: a file or the store cannot be used, the runtime has no such option, or several patches cannot stand side by side.
+        InputError: a file or the store cannot be used, no patch is active and none was named, the runtime has no such option, or
+            several patches cannot stand side by side.
         MissingExtraError: the runtime's packages are not installed.
         PatchFormatError: the patch file breaks the format.
         UntrustedError: the store or a patch in it was changed, or its trust root does not vouch for the patch.
-        MismatchError: the patch was made for another model.
+        MismatchError: the patch, or each active one, was made for another model.
         InactivePatchError: the seed was not taken, or the canary says that it does not work.
     """
     from edgepatch.runtimes.patching import require_room, together
     from edgepatch.runtimes.session import Session
+    from edgepatch.store.reading import StoreReader
 
     path = Path(model)
     name = runtime_name(path)
@@ -139,9 +141,11 @@ def load_runtime(
             planned = together(parts)
             require_room(parts, options.get("context_length"))
             return Session(_open(name, path, planned, options), parts, pinned)
+        reader = StoreReader(store)
+        reader.require_some()
         runtime = _open(name, path, None, options)
         try:
-            parts = _active_patches(runtime.spec, store)
+            parts = reader.require_active(runtime.spec)
         except BaseException:
             runtime.close()
             raise
@@ -186,13 +190,6 @@ def find_patch(patch: Patch | Path | str | None, store: Path | str | None = None
     from edgepatch.store.reading import StoreReader
 
     return StoreReader(store).load(str(patch))
-
-
-def _active_patches(spec: ModelSpec, store: Path | str | None) -> tuple[Patch, ...]:
-    """The store's patches for a model, where there are some."""
-    from edgepatch.store.reading import StoreReader
-
-    return StoreReader(store).active(spec)
 
 
 @contextmanager

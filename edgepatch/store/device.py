@@ -53,6 +53,8 @@ class Store(StoreReader):
         lock_timeout_s: how long a change waits for another one.
     """
 
+    makes_folder = True
+
     def __init__(
         self,
         folder: Path | str | None = None,
@@ -87,6 +89,7 @@ class Store(StoreReader):
         patch = parse_patch_file(path, data)
         with self._changing() as (state, trust):
             signed_by = self._check(patch, allowances, model, channel, state, trust)
+            trust = trust.with_time(patch.created) if signed_by else trust
             return self._activate(patch, data, allowances, signed_by, state, trust)
 
     def _check(
@@ -101,14 +104,15 @@ class Store(StoreReader):
         """The ids of the keys that vouch for a patch which may be applied."""
         specs = [ModelSpec.from_dict(record.spec) for record in state.bases.values()]
         check_base(patch, model, specs)
-        signed_by = _require_trusted(patch, trust, allowances.unsigned, self.time(trust))
+        dated = trust.with_time(patch.created) if trust.root else trust  # if its time is true, no earlier one is
+        signed_by = _require_trusted(patch, trust, allowances.unsigned, self.time(dated))
         base = base_id(patch.base)
         record = state.bases.get(base)
         require_free(base, record, patch.name)
         slot = record.slots.get(patch.name, SlotRecord()) if record else SlotRecord()
         check_channel(patch, state.patches[slot.latest].channel if slot.latest else None, channel)
         check_sequence(patch, trust.newest(base, patch.name, patch.channel), allowances.downgrade)
-        check_expiry(patch, self.time(trust), allowances.expired)
+        check_expiry(patch, self.time(dated), allowances.expired)
         self._require_room_beside(patch, state, trust)
         return signed_by
 
@@ -278,6 +282,7 @@ class Store(StoreReader):
             pinned = root_of(trust)
             if pinned and pinned.fingerprint == roots[-1].fingerprint:
                 return RootChange(pinned, False, False, ())
+            trust = trust.with_time(max((time_text(root.created) for root in roots), default=""))
             root, reset = _follow(pinned, roots, self.now(), time_of(trust.floor) if trust.floor else None)
             trust = replace(trust, root=root.to_bytes().decode())
             active = [digest for record in state.bases.values() for digest in record.active]
@@ -320,6 +325,7 @@ class Store(StoreReader):
         try:
             files.make_root(self.folder)
             with files.locked(self.folder, self._lock_timeout_s):
+                self._begin()
                 for folder in (self.folder / PATCHES, self.folder / TRUST):
                     files.make_folder(folder)
                 state, trust = self.read()
@@ -330,6 +336,13 @@ class Store(StoreReader):
                 f"cannot change the store {self.folder}: {error.strerror}",
                 hint="nothing was changed; check space and rights",
             ) from error
+
+    def _begin(self) -> None:
+        """A store begins with an empty state, so that contents without one are never taken for a new store."""
+        if not os.path.lexists(self.folder / STATE):
+            self._require_fresh()
+            files.write_file(self.folder / STATE, State().to_bytes())
+            files.sync_folder(self.folder)
 
     def _clear_away(self, state: State) -> None:
         """Removes what changes that never came about have left."""
@@ -366,10 +379,7 @@ class Store(StoreReader):
 
     def _put_back(self, old: State, reason: OSError) -> None:
         try:
-            if old.trust:
-                files.write_file(self.folder / STATE, old.to_bytes())
-            else:
-                os.unlink(self.folder / STATE)
+            files.write_file(self.folder / STATE, old.to_bytes())
         except OSError:
             raise EdgepatchError(
                 f"store {self.folder}: the disk fails: {reason.strerror}",

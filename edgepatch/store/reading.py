@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import platformdirs
 
-from edgepatch.errors import InputError, PatchFormatError, UntrustedError
+from edgepatch.errors import InputError, MismatchError, PatchFormatError, UntrustedError
 from edgepatch.patch.file import MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch
 from edgepatch.store import files
 from edgepatch.store.history import MAX_HISTORY_BYTES, parse_history
@@ -30,6 +30,7 @@ PATCHES, TRUST, STATE, HISTORY = "patches", "trust", "state.json", "history.json
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 MIN_DIGEST_LENGTH = 8
 READ_ATTEMPTS = 5
+BARE_WORD = "--bare (Python: patch=None)"
 
 
 def default_folder() -> Path:
@@ -42,21 +43,25 @@ class StoreReader:
     """The patches of a device, in one folder.
 
     Args:
-        folder: need not exist; ``None`` takes ``default_folder()``.
+        folder: must exist, and so must the one that ``$EDGEPATCH_STORE`` names; ``None`` takes ``default_folder()``.
         clock: the present time, with a time zone.
     """
+
+    makes_folder: ClassVar[bool] = False
+    """Whether a change makes the folder, so that reading what is not there yet is no error."""
 
     def __init__(
         self, folder: Path | str | None = None, *, clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc)
     ) -> None:
         self.folder = Path(folder) if folder is not None else default_folder()
+        self._is_named = folder is not None or bool(os.environ.get(FOLDER_VARIABLE))
         self.now = clock
 
     def read(self) -> tuple[State, TrustState]:
-        """State and trust state that belong together; empty ones where there is no store.
+        """State and trust state that belong together; empty ones where the device has no store yet.
 
         Raises:
-            InputError: they cannot be read.
+            InputError: they cannot be read, or a store that was named does not exist.
             UntrustedError: somebody changed them.
         """
         with self._reading():
@@ -77,15 +82,42 @@ class StoreReader:
         except FileNotFoundError:
             self._require_fresh()
             return State()
-        return parse_state(data)
+        state = parse_state(data)
+        if not state.trust:
+            self._require_first_change()
+        return state
 
     def _require_fresh(self) -> None:
-        """A store without a state is one that never finished its first change; any other lost it."""
+        """A store begins with its state, so one that holds anything without a state has lost it."""
+        if self._is_named and not self.makes_folder and not self.folder.exists():
+            raise InputError(
+                f"store: expected the folder {self.folder}, found nothing there",
+                hint=f"check --store and ${FOLDER_VARIABLE}; `edgepatch apply` and `edgepatch trust set` make a store",
+            )
+        contents = {
+            "a history": [path for path in (self.folder / HISTORY,) if os.path.lexists(path)],
+            "patches": list((self.folder / PATCHES).glob("*.safetensors")),
+            "a trust state": list((self.folder / TRUST).glob("*.json")),
+        }
+        left = [kind for kind, paths in contents.items() if paths]
+        if left:
+            raise UntrustedError(
+                f"state of the store {self.folder}",
+                STATE,
+                f"none, but {' and '.join(left)}",
+                hint="somebody removed it; put it back, or apply the patches to a new store",
+            )
+
+    def _require_first_change(self) -> None:
+        """Behind the state that a store begins with, one line of history at most may stand: of a change that never came about."""
         with suppress(FileNotFoundError):
             num_lines = files.read_file(self.folder / HISTORY, MAX_HISTORY_BYTES, "history").count(b"\n")
             if num_lines > 1:
                 raise UntrustedError(
-                    f"state of the store {self.folder}", STATE, "none, but a history", hint="somebody removed it"
+                    f"state of the store {self.folder}",
+                    f"that of {num_lines} changes",
+                    "an empty one",
+                    hint="somebody put it there",
                 )
 
     def _read_trust(self, state: State) -> TrustState:
@@ -138,7 +170,7 @@ class StoreReader:
             raise UntrustedError(
                 what, "the patch that was applied", f"patch {patch.digest[:12]}", hint="apply its file again"
             )
-        if not record.unsigned:
+        if trust.root or not record.unsigned:  # what was taken unsigned counts no longer, once somebody can be asked
             require_vouched(patch, trust)
         return patch
 
@@ -159,6 +191,46 @@ class StoreReader:
                 if self.read() == (state, trust):
                     raise
                 # Another patch was applied, and this one removed, in between.
+
+    def require_active(self, spec: ModelSpec) -> tuple[Patch, ...]:
+        """The active patches for a model; none only where an administrator took them off by word.
+
+        Raises:
+            InputError: the store cannot be read, or no patch is active on this device.
+            MismatchError: the active ones are for other models.
+            UntrustedError: a file was changed, or the trust root does not vouch for a patch.
+        """
+        patches = self.active(spec)
+        if patches or self.why_bare(spec):
+            return patches
+        self.require_some()
+        raise self._made_for_others(spec)
+
+    def require_some(self) -> None:
+        """Refuses a device on which no model has a patch, nor had one taken off by word; needs no model.
+
+        Raises:
+            InputError: it is such a device, or its store cannot be read.
+            UntrustedError: somebody changed it.
+        """
+        if not self.read()[0].bases:
+            raise InputError(
+                f"expected --patch or --bare, or an active patch for the model in {self.folder}, found none of them",
+                hint=f"apply a patch, or run the model without one by word: {BARE_WORD}",
+            )
+
+    def _made_for_others(self, spec: ModelSpec) -> MismatchError:
+        """Which fields differ from the most similar base that the device has patches for."""
+        mismatches = []
+        for record in self.read()[0].bases.values():
+            try:
+                ModelSpec.from_dict(record.spec).require_same(spec)
+            except MismatchError as error:
+                mismatches.append(error)
+        nearest = min(mismatches, key=lambda error: len(error.differences))
+        nearest.args = (f"no active patch for this model in {self.folder}: {nearest}",)
+        nearest.hint = f"apply a patch for this model, or run it without one by word: {BARE_WORD}"
+        return nearest
 
     def why_bare(self, spec: ModelSpec) -> str:
         """Why an administrator took the patches for a model off; "" where some are active, or none ever was.

@@ -206,6 +206,10 @@ class TrustState:
         channels = {**names.get(name, {}), channel: newest}
         return replace(self, seen={**self.seen, base: {**names, name: channels}})
 
+    def with_time(self, time: str) -> TrustState:
+        """The trust state after a time was seen, or signed by those who are trusted; "" and earlier times change nothing."""
+        return replace(self, floor=max(self.floor, time))  # times are written so that they sort as text
+
     def to_bytes(self) -> bytes:
         """The file."""
         return canonical_json({"format": TRUST_FORMAT, **asdict(self)})

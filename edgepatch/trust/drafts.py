@@ -6,19 +6,20 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
 from edgepatch.errors import InputError
-from edgepatch.trust.roots import Key, Role, RoleName, Root
+from edgepatch.trust.roots import Key, Role, RoleName, Root, owner_name
 from edgepatch.trust.verification import require_signed
 
 
-def _role_of(name: RoleName, keys: Iterable[Key | str], threshold: int | None) -> Role:
-    ids = frozenset(key if isinstance(key, str) else key.id for key in keys)
-    threshold = len(ids) // 2 + 1 if threshold is None else threshold
-    if not 1 <= threshold <= len(ids):
+def _role_of(name: RoleName, keys: Iterable[Key], threshold: int | None) -> Role:
+    keys = list(keys)
+    num_owners = len({owner_name(key.owner) for key in keys})
+    threshold = num_owners // 2 + 1 if threshold is None else threshold
+    if not 1 <= threshold <= num_owners:
         raise InputError(
-            f"threshold of role {name}: expected 1 to {len(ids)}, the number of its keys, found {threshold}",
-            hint="name more keys, or another threshold",
+            f"threshold of role {name}: expected 1 to {num_owners}, the number of its keys' owners, found {threshold}",
+            hint="name keys of more owners, or another threshold",
         )
-    return Role(ids, threshold)
+    return Role(frozenset(key.id for key in keys), threshold)
 
 
 def _require_distinct(keys: Sequence[Key]) -> None:
@@ -84,7 +85,7 @@ def next_root(
     roles = {
         name: _role_of(
             name,
-            [*(old.roles[name].keys - revoked), *keys],
+            [*(old.keys[key] for key in old.roles[name].keys - revoked), *keys],
             old.roles[name].threshold if threshold is None else threshold,
         )
         for name, (keys, threshold) in added.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -44,7 +45,7 @@ class Key:
 
     Attributes:
         public: 32 raw bytes.
-        owner: a name for people; nothing is decided by it.
+        owner: whose it is; where several must sign, the keys of one owner count as one.
     """
 
     public: bytes
@@ -61,6 +62,11 @@ class Key:
     @cached_property
     def id(self) -> str:
         return key_id(self.public)
+
+
+def owner_name(owner: str) -> str:
+    """An owner's name such that spellings which people take for the same are the same."""
+    return "".join(unicodedata.normalize("NFKC", owner).casefold().split())
 
 
 @dataclass(frozen=True)
@@ -118,13 +124,19 @@ class Root:
         unlisted = sorted(role.keys - self.keys.keys())
         if unlisted:
             raise UntrustedError(f"keys of role {name}", "keys that the root lists", ", ".join(unlisted)[:200])
-        in_force = len(self.counting(name))
+        in_force = len(self.owners(self.counting(name)))
         if not 1 <= role.threshold <= in_force:
-            raise UntrustedError(f"threshold of role {name}", f"1 to {in_force}, its keys in force", role.threshold)
+            raise UntrustedError(
+                f"threshold of role {name}", f"1 to {in_force}, the owners of its keys in force", role.threshold
+            )
 
     def counting(self, role: RoleName) -> frozenset[str]:
         """Ids of the keys whose signatures count for a role: listed there and not revoked."""
         return self.roles[role].keys - self.revoked
+
+    def owners(self, keys: Iterable[str]) -> frozenset[str]:
+        """Whose keys these are, however a name is spelled."""
+        return frozenset(owner_name(self.keys[key].owner) for key in keys)
 
     def called(self, key: str) -> str:
         """A key for people: its owner, if known, and the start of its id."""

@@ -39,6 +39,7 @@ PASSPHRASE = "four random words here"
 @pytest.fixture
 def show(monkeypatch, capsys, tmp_path):
     """Arguments -> (exit code, stdout, stderr) of `edgepatch show`."""
+    (tmp_path / "own-store").mkdir()
     monkeypatch.setenv("EDGEPATCH_STORE", str(tmp_path / "own-store"))
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -43,6 +43,7 @@ COLUMNS = 80
 @pytest.fixture
 def show(monkeypatch, capsys, tmp_path):
     """Arguments -> (exit code, stdout, stderr) of `edgepatch show`, at 80 columns, with a store of its own."""
+    (tmp_path / "store").mkdir()
     monkeypatch.setenv("EDGEPATCH_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     monkeypatch.setenv("NO_COLOR", "1")

@@ -60,9 +60,45 @@ def test_by_digest(tiny_folder, store, tiny_patch):
     assert find_patch(None) is None
 
 
-def test_a_store_without_a_patch_for_the_model(tiny_folder, tmp_path):
-    with load_runtime(tiny_folder, store=tmp_path / "none") as runtime:
-        assert runtime.patch is None
+def test_bare_is_never_what_is_left(tiny_folder, store, tmp_path, monkeypatch):
+    """Nothing that is missing makes a model run without its patch: a store, its state, a patch for this very model."""
+    with pytest.raises(InputError, match=r"expected the folder .*found nothing there"):
+        load_runtime(tiny_folder, store=tmp_path / "mistyped")
+    monkeypatch.setenv("EDGEPATCH_STORE", str(tmp_path / "gone"))
+    with pytest.raises(InputError, match="found nothing there"):
+        load_runtime(tiny_folder)
+    monkeypatch.delenv("EDGEPATCH_STORE")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "another home"))
+    with pytest.raises(InputError, match="found none of them") as error:
+        load_runtime(tiny_folder)
+    assert "--bare (Python: patch=None)" in error.value.hint
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="found none of them"):
+        load_runtime(tiny_folder, store=tmp_path / "empty")
+    (store.folder / "state.json").unlink()
+    (store.folder / "history.jsonl").unlink()
+    with pytest.raises(UntrustedError, match="none, but patches and a trust state"):
+        load_runtime(tiny_folder, store=store.folder)
+
+
+def test_a_model_that_is_not_quite_the_base(tiny_folder, store, tmp_path):
+    """One bit of one norm vector makes it another model, which has no patch: that is an error, and it names what differs."""
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(tiny_folder, tmp_path / "flipped")
+    tensors = load_file(tmp_path / "flipped" / "model.safetensors")
+    tensors["model.norm.weight"].view("u4")[0] ^= 1 << 20
+    save_file(tensors, tmp_path / "flipped" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MismatchError, match=r"no active patch for this model in .*\n.*weight_fingerprint") as error:
+        load_runtime(tmp_path / "flipped", store=store.folder)
+    assert [*error.value.differences] == ["weight_fingerprint"] and "--bare" in error.value.hint
+    store.deactivate("a trial")
+    with pytest.raises(MismatchError):
+        load_runtime(tmp_path / "flipped", store=store.folder)
+    with load_runtime(tiny_folder, store=store.folder) as session:
+        assert session.patch is None, "for this very model it was asked by word"
 
 
 def test_a_tampered_store_is_refused(tiny_folder, store, tiny_patch):
@@ -107,7 +143,14 @@ def test_generate(monkeypatch, capsys, tiny_folder, store, tiny_patch):
     code, out, err = generate(monkeypatch, capsys, tiny_folder, "--store", store.folder, "--bare")
     assert (code, json.loads(out)["system_fingerprint"][-4:], "no patch" in err) == (0, "bare", True)
     code, out, err = generate(monkeypatch, capsys, tiny_folder, "--store", store.folder / "none")
-    assert (code, f"no patch for this model in {store.folder / 'none'}" in err) == (0, True)
+    assert (code, out, f"expected the folder {store.folder / 'none'}" in err) == (2, "", True)
+    with monkeypatch.context() as patched:
+        patched.delenv("EDGEPATCH_STORE")
+        patched.setenv("XDG_DATA_HOME", str(store.folder / "another home"))
+        for verb in ("generate", "chat", "serve"):
+            prompt = () if verb == "serve" else ("--prompt", PROMPT)
+            code, out, err = run(patched, capsys, verb, tiny_folder, *prompt)
+            assert (code, out, "found none of them" in err, "--bare" in err) == (2, "", True, True), verb
     pinned = f"sha256:{tiny_patch.digest}"
     code, out, _ = generate(monkeypatch, capsys, tiny_folder, "--store", store.folder, "--patch", pinned)
     assert json.loads(out)["system_fingerprint"].endswith(tiny_patch.digest[:12])
@@ -120,6 +163,9 @@ def test_deep_verification(monkeypatch, capsys, tiny_folder, store, tiny_patch, 
     code, out, _ = run(monkeypatch, capsys, "verify", "--deep", "--model", tiny_folder, "--store", store.folder)
     assert (code, "torch F32" in out) == (0, True)
     code, _, err = run(monkeypatch, capsys, "verify", "--deep", "--model", tiny_folder, "--store", tmp_path / "none")
+    assert (code, "found nothing there" in err) == (2, True)
+    store.deactivate("a trial")
+    code, _, err = run(monkeypatch, capsys, "verify", "--deep", "--model", tiny_folder, "--store", store.folder)
     assert (code, "expected an active patch" in err) == (1, True)
 
 

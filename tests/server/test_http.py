@@ -553,7 +553,7 @@ def test_a_patch_for_another_model_keeps_the_server_from_starting(model_file, ti
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "expected --patch or --bare, found neither"),
+        ([], "expected --patch or --bare, or an active patch"),
         (["--bare", "--patch", "x"], "found both"),
         (["--bare", "--host", "0.0.0.0"], "--allow-remote"),
         (["--bare", "--host", "0.0.0.0", "--allow-remote", "--no-api-key"], "needs an API key"),

@@ -157,6 +157,8 @@ def test_nothing_there(tmp_path):
     assert store.read() == (State(), TrustState())
     assert (store.active(spec()), store.history(), store.root()) == ((), [], None)
     assert not store.folder.exists(), "reading makes nothing"
+    with pytest.raises(InputError, match="found nothing there"):
+        StoreReader(store.folder).read()
 
 
 def test_the_folder_may_be_reached_by_a_link(tmp_path):
@@ -534,10 +536,22 @@ def test_an_old_state_put_back(store, tmp_path):
 
 
 def test_state_removed(store, tmp_path):
+    """Contents without a state are no new store, whatever of them is left; nor is an empty state in front of a history."""
     store.apply(write(tmp_path))
-    (store.folder / "state.json").unlink()
-    with pytest.raises(UntrustedError, match="none, but a history"):
+    (store.folder / "state.json").write_bytes(State().to_bytes())
+    with pytest.raises(UntrustedError, match="found an empty one"):
         store.active(spec())
+    (store.folder / "state.json").unlink()
+    kinds = {"history.jsonl": "a history", "patches": "patches", "trust": "a trust state"}
+    while kinds:
+        for use in (lambda: store.active(spec()), lambda: store.apply(write(tmp_path, 2)), store.history):
+            with pytest.raises(UntrustedError, match=f"none, but {' and '.join(kinds.values())}$"):
+                use()
+        path = store.folder / next(iter(kinds))
+        del kinds[path.name]
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    store.set_root([make_root()])
+    assert store.apply(write(tmp_path)).is_new
 
 
 @pytest.mark.parametrize("entry", ["patch", "state.json", "history.jsonl", "trust", "patches"])
@@ -597,13 +611,55 @@ def test_unsigned_is_no_way_around_a_root(store, tmp_path):
         store.apply(write(tmp_path, by=()), Allowances(unsigned="please"))
 
 
-def test_a_first_root_forgets_what_nobody_vouched_for(tmp_path):
+def test_an_unsigned_patch_ends_where_a_trust_root_begins(tmp_path):
+    """It is refused from then on, at every load and status, and comes back by no way: not by rollback, not by rotation."""
     store = Store(tmp_path / "store", clock=Clock())
-    store.apply(write(tmp_path, 900, by=()), Allowances(unsigned="trial"))
+    trial = store.apply(write(tmp_path, 900, by=()), Allowances(unsigned="trial")).digest
     change = store.set_root([make_root()])
-    assert (change.reset, change.refused) == (True, ())
+    assert (change.reset, change.refused) == (True, (trial,))
+    for use in (lambda: store.active(spec()), lambda: store.load(trial)):
+        with pytest.raises(UntrustedError, match="signatures of role patch: expected 2 of"):
+            use()
+    assert [f.level for f in audit.status(store)[1]] == ["error"]
     store.apply(write(tmp_path, 2))
     assert active(store) == 2
+    with pytest.raises(UntrustedError, match="signatures of role patch"):
+        store.rollback()
+    store.set_root([rotated(make_root())])
+    store.deactivate("back to the trial")
+    with pytest.raises(UntrustedError, match="signatures of role patch"):
+        for _ in range(2):
+            store.rollback()
+    assert active(store) in (2, None)
+
+
+def test_an_unsigned_patch_whose_signatures_count_goes_on(tmp_path):
+    store = Store(tmp_path / "store", clock=Clock())
+    store.apply(write(tmp_path), Allowances(unsigned="the root comes tomorrow"))
+    assert store.set_root([make_root()]).refused == ()
+    assert active(store) == 1
+    patch = audit.status(store)[0]["bases"][0]["patches"][0]
+    assert "vendor" in patch["signatures"] and "site" in patch["signatures"]
+
+
+def test_signed_times_are_seen_times(tmp_path):
+    """What enough keys have signed on a day was not signed before it: a clock behind that day is behind."""
+    clock = Clock(NOW - timedelta(days=400))
+    store = Store(tmp_path / "store", clock=clock)
+    store.set_root([make_root()])
+    assert store.time(store.read()[1]) == NOW - timedelta(days=30)
+    with pytest.raises(UntrustedError, match="expiry of the patch"):
+        store.apply(write(tmp_path, created="2029-12-31T00:00:00Z", expires="2029-12-30T00:00:00Z"))
+    store.apply(write(tmp_path, created="2029-12-31T00:00:00Z"))
+    assert store.read()[1].floor == "2029-12-31T00:00:00Z"
+    with pytest.raises(UntrustedError, match="signatures"):
+        store.apply(write(tmp_path, 2, by=("vendor",), created="2030-06-01T00:00:00Z"))
+    with pytest.raises(UntrustedError, match="expiry of trust root"):
+        store.apply(write(tmp_path, 2, created="2099-01-01T00:00:00Z"))
+    assert store.read()[1].floor == "2029-12-31T00:00:00Z", "what is refused has told nothing"
+    trial = Store(tmp_path / "trial", clock=clock)
+    trial.apply(write(tmp_path, by=(), created="2099-01-01T00:00:00Z"), Allowances(unsigned="trial"))
+    assert trial.read()[1].floor < "2029", "nobody vouches for that time"
 
 
 def test_a_record_of_an_unsigned_patch_needs_its_reason(store, tmp_path):

@@ -369,7 +369,7 @@ OFFICER = public("officer")[0]
         ("signed.roles.patch.threshold", -1, "threshold of role patch"),
         ("signed.roles.patch.threshold", 3, "threshold of role patch"),
         ("signed.roles.patch.threshold", "2", "threshold of role patch: expected int"),
-        ("signed.revoked", [VENDOR.id], "threshold of role patch: expected 1 to 1, its keys in force, found 2"),
+        ("signed.revoked", [VENDOR.id], "threshold of role patch: expected 1 to 1, the owners of its keys in force"),
         ("signed.revoked", ["vendor"], "revoked keys: expected 64 digits"),
         ("signed.revoked", {}, "revoked keys: expected list"),
         ("signed.revoked", [f"{i:064x}" for i in range(65)], "keys of the root: expected at most 64"),
@@ -626,6 +626,22 @@ def test_one_flipped_bit_of_the_next_root_is_refused(data):
         rotate(ROOT, [parse_root(bytes(changed))], NOW)
 
 
+@pytest.mark.parametrize("owner", ["vendor", "Vendor", " vendor ", "\uff56endor"])
+def test_keys_of_one_owner_are_one(owner):
+    """A vendor with two keys is one vendor: where two must sign, the site must."""
+    keys = [*public("vendor", "site"), Key(raw_public_key(private("spare")), owner)]
+    root = signed(
+        new_root(keys, public("officer"), created=NOW - timedelta(days=1), lifetime=YEAR, patch_threshold=2), "officer"
+    )
+    with pytest.raises(UntrustedError, match="signatures of role patch: expected 2 of"):
+        verify_threshold(PAYLOAD, MANIFEST_TYPE, signatures("vendor", "spare"), root, "patch", NOW)
+    assert len(verify_threshold(PAYLOAD, MANIFEST_TYPE, signatures("spare", "site"), root, "patch", NOW)) == 2
+    with pytest.raises(InputError, match="expected 1 to 2, the number of its keys' owners, found 3"):
+        new_root(keys, public("officer"), created=NOW, lifetime=YEAR, patch_threshold=3)
+    with pytest.raises(UntrustedError, match="threshold of role patch: expected 1 to 2, the owners"):
+        replace(root, roles={**root.roles, "patch": replace(root.roles["patch"], threshold=3)})
+
+
 # --- Drafts
 
 
@@ -634,7 +650,7 @@ def test_one_flipped_bit_of_the_next_root_is_refused(data):
     [
         (
             lambda: make("a", patch_threshold=2),
-            "threshold of role patch: expected 1 to 1, the number of its keys, found 2",
+            "threshold of role patch: expected 1 to 1, the number of its keys' owners, found 2",
         ),
         (lambda: make("a", root_threshold=0), "threshold of role root: expected 1 to 2"),
         (lambda: make(), "threshold of role patch: expected 1 to 0"),
