@@ -21,6 +21,7 @@ from edgepatch.cli.console import (
     PatchOption,
     PinnedFlag,
     StoreOption,
+    TemplateFlag,
     note,
     print_json,
     printable,
@@ -76,6 +77,7 @@ def chat(
     device: DeviceOption = Device.cpu,
     bare: BareFlag = False,
     pinned: PinnedFlag = False,
+    other_template: TemplateFlag = False,
     store: StoreOption = None,
 ) -> None:
     """Talk with a model; the replies go to stdout, all else to stderr. `/help` lists the commands.
@@ -85,7 +87,9 @@ def chat(
     from edgepatch.decoding.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with load_model(model, choice(patch, bare), context_length, threads, device, store, pinned) as session:
+    with load_model(
+        model, choice(patch, bare), context_length, threads, device, store, pinned, other_template
+    ) as session:
         conversation = Conversation(session, system, store)
         for line in _questions() if prompt is None else [prompt]:
             if prompt is None and line.startswith("/"):
@@ -228,6 +232,7 @@ def generate(
     device: DeviceOption = Device.cpu,
     bare: BareFlag = False,
     pinned: PinnedFlag = False,
+    other_template: TemplateFlag = False,
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -238,7 +243,9 @@ def generate(
     from edgepatch.decoding.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
-    with load_model(model, choice(patch, bare), context_length, threads, device, store, pinned) as session:
+    with load_model(
+        model, choice(patch, bare), context_length, threads, device, store, pinned, other_template
+    ) as session:
         if not as_json:
             printer = ReplyPrinter()
             for piece in session.stream(prompt, sampling):
@@ -277,15 +284,15 @@ def load_model(
     device: Device,
     store: Path | None = None,
     pinned: bool = False,
+    other_template: bool = False,
 ) -> Session:
     """The model with a patch; what is active is told on stderr, and what is less than the patch promises."""
     from edgepatch.runtimes import ACTIVE, device_options, load_runtime
     from edgepatch.store.reading import StoreReader
 
     options = {"context_length": context_length, "num_threads": threads, **device_options(model, device.value)}
-    session = load_runtime(
-        model, patch, store=store, pinned=pinned, **{n: value for n, value in options.items() if value is not None}
-    )
+    settings = {name: value for name, value in options.items() if value is not None}
+    session = load_runtime(model, patch, store=store, pinned=pinned, other_template=other_template, **settings)
     note(describe(session))
     for line in session.slot.notes:
         note(line)

@@ -51,6 +51,13 @@ PinnedFlag = Annotated[
         help="Leave a patch that moves with the text at its start, where its hold fades behind some hundred tokens.",
     ),
 ]
+TemplateFlag = Annotated[
+    bool,
+    typer.Option(
+        "--other-template",
+        help="Take a model whose chat template is another one than the patch was made with; the fingerprint then names it.",
+    ),
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option("--store", metavar="DIR", help="Folder of the store; else EDGEPATCH_STORE, else the user's."),

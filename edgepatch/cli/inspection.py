@@ -214,6 +214,8 @@ def _summary(patch: Patch) -> dict[str, Any]:
         "kv_seed": f"{len(seed.keys)} layers of {seed.keys[0].shape} {seed.keys[0].dtype}" if seed else None,
         "place": place_in_words(patch.anchoring),
         "can_move": patch.rotation is not None,
+        "chat_template": patch.chat_template or None,
+        "tokenizer": f"probe of {len(patch.tokenizer_probe.texts)} texts" if patch.tokenizer_probe else "no probe",
         "canary": f"{len(patch.canary.prompts)} prompts" if patch.canary else None,
         "base": patch.base.as_dict(),
         "parts": list(patch.parts),

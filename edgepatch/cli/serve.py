@@ -20,6 +20,7 @@ from edgepatch.cli.console import (
     PatchOption,
     PinnedFlag,
     StoreOption,
+    TemplateFlag,
     cell,
     note,
     print_json,
@@ -42,6 +43,7 @@ def serve(
     patch: PatchOption = None,
     bare: BareFlag = False,
     pinned: PinnedFlag = False,
+    other_template: TemplateFlag = False,
     store: StoreOption = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8080,
@@ -97,7 +99,7 @@ def serve(
     with settings.listen() as listener:
         url = _url(settings, listener.getsockname()[1])
         note(f"loading {model}")
-        load = _loader(model, chosen, sequences, context_length, threads, device, store, pinned)
+        load = _loader(model, chosen, sequences, context_length, threads, device, store, pinned, other_template)
         service = Service(load, settings, lambda served: _announce(served, settings, url, is_new, as_json))
         run(service, listener)
     if not service.scheduler.join(0):
@@ -133,6 +135,7 @@ def _loader(
     device: Device,
     store: Path | None,
     pinned: bool,
+    other_template: bool,
 ) -> Callable[[], Session]:
     from edgepatch.runtimes import device_options, load_runtime
     from edgepatch.store.reading import StoreReader
@@ -142,7 +145,7 @@ def _loader(
     settings = {name: value for name, value in options.items() if value is not None}
 
     def load() -> Session:
-        session = load_runtime(model, patch, store=store, pinned=pinned, **settings)
+        session = load_runtime(model, patch, store=store, pinned=pinned, other_template=other_template, **settings)
         if patch is not None and session.patch is None:
             reader = StoreReader(store)
             note(f"bare by word of {reader.folder}: {reader.why_bare(session.spec)}")

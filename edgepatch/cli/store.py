@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from edgepatch.cli.console import (
     JsonFlag,
     PinnedFlag,
     StoreOption,
+    TemplateFlag,
     cell,
     model_path,
     note,
@@ -249,6 +250,7 @@ def verify(
     ] = False,
     model: ModelOption = None,
     pinned: PinnedFlag = False,
+    other_template: TemplateFlag = False,
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -261,13 +263,21 @@ def verify(
     if root and not patch_file:
         raise InputError("--root: expected a patch file with it, found none")
     if patch_file:
-        _verify_file(patch_file, root, model, pinned, store, as_json)
+        _verify_file(patch_file, root, model, Words(pinned, other_template), store, as_json)
     else:
-        _verify_store(model, pinned, store, as_json)
+        _verify_store(model, Words(pinned, other_template), store, as_json)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a user lets pass by word when a model is loaded, as ``load_runtime`` takes it."""
+
+    pinned: bool
+    other_template: bool
 
 
 def _verify_file(
-    patch_file: Path, root_file: Path | None, model: Path | None, pinned: bool, store: Path | None, as_json: bool
+    patch_file: Path, root_file: Path | None, model: Path | None, words: Words, store: Path | None, as_json: bool
 ) -> None:
     from datetime import datetime, timezone
 
@@ -285,7 +295,7 @@ def _verify_file(
     now = datetime.now(timezone.utc) if root_file else reader.time(reader.read()[1])
     signed_by = verify_threshold(patch.manifest, PAYLOAD_TYPE, patch.signatures, root, "patch", now)
     check_expiry(patch, now, "")
-    proof = _prove(model, patch_file, pinned, store) if model else {}
+    proof = _prove(model, patch_file, words, store) if model else {}
     names = sorted(root.called(key) for key in signed_by)
     facts = {"name": patch.name, "version": patch.version, "digest": patch.digest, "signed_by": names, **proof}
     if as_json:
@@ -301,12 +311,12 @@ def _verify_file(
         )
 
 
-def _prove(model: Path, patch: Path | None, pinned: bool, store: Path | None) -> dict[str, str]:
+def _prove(model: Path, patch: Path | None, words: Words, store: Path | None) -> dict[str, str]:
     """Loads a patch, or the active one, on a model; its canary must say that it works."""
     from edgepatch.errors import InactivePatchError
     from edgepatch.runtimes import ACTIVE, load_runtime
 
-    with load_runtime(model, patch or ACTIVE, store=store, pinned=pinned) as runtime:
+    with load_runtime(model, patch or ACTIVE, store=store, **asdict(words)) as runtime:
         if runtime.patch is None:
             raise InactivePatchError(
                 f"expected an active patch for {model}, found none", hint="`edgepatch status` shows what is active"
@@ -323,14 +333,14 @@ def _prove(model: Path, patch: Path | None, pinned: bool, store: Path | None) ->
         return {"works_on": f"{runtime.name} {runtime.quantization}", "system_fingerprint": runtime.system_fingerprint}
 
 
-def _verify_store(model: Path | None, pinned: bool, store: Path | None, as_json: bool) -> None:
+def _verify_store(model: Path | None, words: Words, store: Path | None, as_json: bool) -> None:
     from edgepatch.store import audit
     from edgepatch.store.reading import StoreReader
 
     reader = StoreReader(store)
     findings = audit.verify(reader)
     is_sound = not any(finding.level == "error" for finding in findings)
-    proof = _prove(model, None, pinned, store) if model and is_sound else {}
+    proof = _prove(model, None, words, store) if model and is_sound else {}
     patches = len(reader.read()[0].patches)
     if as_json:
         print_json(

@@ -210,7 +210,7 @@ def open_session(model: Path, patch: Patch | None, options: ExportOptions) -> Se
         kv_type=options.kv_type,
         flash_attention=options.flash_attention,
     )
-    return Session(runtime, patch, pinned=True)
+    return Session(runtime, patch, pinned=True, other_template=bool(options.chat_template))
 
 
 def sliding_window(model: Path) -> int:

@@ -17,9 +17,10 @@ from edgepatch.patch.sketches import Sketch
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import Canary, ModelSpec
+from edgepatch.text.probes import TokenizerProbe
 
-FORMAT_VERSION = 2
-"""A patch that says how its keys turn is of version 2; any other is written as version 1, which older devices read."""
+FORMAT_VERSION = 3
+"""A patch with a tokenizer probe is of version 3, one that says how its keys turn of 2, any other of 1: older devices read what they can."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CHANNEL = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -130,10 +131,17 @@ ENTRIES: Mapping[str, Entry] = {
     "canary": _optional(Canary.as_dict, Canary.from_dict),
     "rotation": _optional(Rotation.as_dict, Rotation.from_dict, since=2),
     "anchoring": _optional(Anchoring.as_dict, Anchoring.from_dict, since=2),
+    "tokenizer_probe": _optional(TokenizerProbe.as_dict, TokenizerProbe.from_dict, since=3),
     "training": Entry(dict),
     "evaluation": Entry(dict),
 }
 """Field of ``Patch`` -> how it stands in the manifest. The tensors and the signatures do not stand in it."""
+
+
+def version_of(patch: Any) -> int:
+    """The oldest version of the format that has all which a patch says."""
+    fields = [key for key, entry in ENTRIES.items() if entry.since > 1 and getattr(patch, key) is not None]
+    return max((ENTRIES[key].since for key in fields), default=1)
 
 
 def entries_of(version: int) -> dict[str, Entry]:

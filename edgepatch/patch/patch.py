@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from edgepatch.errors import PatchFormatError
 from edgepatch.files.canonical import canonical_json
-from edgepatch.patch.manifest import FORMAT_VERSION, check_values, entries_of
+from edgepatch.patch.manifest import check_values, entries_of, version_of
 from edgepatch.patch.sketches import Sketch
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import Canary, KVSeed, ModelSpec, SoftPrompt
+from edgepatch.text.probes import TokenizerProbe
 from edgepatch.trust.signatures import Signature
 
 LARGEST_VALUE = 65504.0  # of float16
@@ -48,6 +49,7 @@ class Patch:
         parts: digests of the patches that it was composed of.
         rotation: how the keys of its base turn with their place; ``None`` where its seed cannot be moved, or nobody has said how.
         anchoring: where its seed stands in a text; ``None`` leaves it at the start of all.
+        tokenizer_probe: what its base's tokenizer makes of some texts; ``None`` where nobody has asked.
         signatures: over ``manifest``; not part of the digest.
     """
 
@@ -71,6 +73,7 @@ class Patch:
     parts: tuple[str, ...] = ()
     rotation: Rotation | None = None
     anchoring: Anchoring | None = None
+    tokenizer_probe: TokenizerProbe | None = None
     signatures: tuple[Signature, ...] = ()
 
     def __post_init__(self) -> None:
@@ -83,6 +86,9 @@ class Patch:
         for prompt in self.canary.prompts if self.canary else ():
             if not all(0 <= i < self.base.vocab_size for i in (*prompt.tokens, *prompt.token_ids)):
                 raise PatchFormatError(f"canary: expected ids below the vocabulary's {self.base.vocab_size}")
+        for probe in self.tokenizer_probe.texts if self.tokenizer_probe else ():
+            if not all(0 <= i < self.base.vocab_size for i in probe.token_ids):
+                raise PatchFormatError(f"tokenizer probe: expected ids below the vocabulary's {self.base.vocab_size}")
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -104,7 +110,7 @@ class Patch:
     @cached_property
     def manifest(self) -> bytes:
         """The canonical JSON that is signed; through the tensors' digests it covers the whole patch."""
-        version = FORMAT_VERSION if self.rotation is not None else 1
+        version = version_of(self)
         fields = {key: entry.write(getattr(self, key)) for key, entry in entries_of(version).items()}
         computed = {"format_version": version, "num_virtual_tokens": self.num_virtual_tokens}
         return canonical_json({**fields, **computed, "tensors": self.tensor_digests})

@@ -106,6 +106,7 @@ def load_runtime(
     *,
     store: Path | str | None = None,
     pinned: bool = False,
+    other_template: bool = False,
     **options: Any,
 ) -> Session:
     """Loads a model, with a patch or several side by side, in the runtime that takes its kind.
@@ -118,6 +119,7 @@ def load_runtime(
             none is an error, unless an administrator took them off by word.
         store: folder of the store, which must exist; ``None`` takes that of the device.
         pinned: leaves a seed that moves at the start of the text, where its hold fades; for models that cannot move it.
+        other_template: lets the model have another chat template than the patch was made with; the fingerprint then names it.
         **options: of that runtime's class, e.g. ``context_length`` or ``num_threads``.
 
     Raises:
@@ -140,7 +142,7 @@ def load_runtime(
             parts = find_patches(patch, store)
             planned = together(parts)
             require_room(parts, options.get("context_length"))
-            return Session(_open(name, path, planned, options), parts, pinned)
+            return Session(_open(name, path, planned, options), parts, pinned, other_template)
         reader = StoreReader(store)
         reader.require_some()
         runtime = _open(name, path, None, options)
@@ -149,7 +151,7 @@ def load_runtime(
         except BaseException:
             runtime.close()
             raise
-        return Session(runtime, parts, pinned)
+        return Session(runtime, parts, pinned, other_template)
 
 
 def find_patches(patch: OnePatch | Sequence[OnePatch] | None, store: Path | str | None = None) -> tuple[Patch, ...]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
+from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MismatchError
 from edgepatch.patch import canary
 from edgepatch.patch.composition import compose_on_device
 from edgepatch.patch.file import Patch
@@ -18,6 +18,9 @@ from edgepatch.runtimes.sequences import Sequences
 from edgepatch.seeds.anchoring import place_in_words
 from edgepatch.seeds.rotation import BY_LENGTH
 from edgepatch.tensors import CanaryPrompt
+
+
+NO_TEMPLATE = "none"
 
 
 def as_parts(patch: Patch | Sequence[Patch] | None) -> tuple[Patch, ...]:
@@ -81,6 +84,7 @@ class PatchSlot:
         runtime: loaded.
         sequences: of it.
         pins: whether a seed that moves is left at the start of the text, by the user's word.
+        other_template: whether the model may have another chat template than a patch was made with, by the user's word.
 
     Attributes:
         patch: the active one as its maker signed it, or what several are together; where its seed is pinned, the runtime holds it
@@ -88,8 +92,11 @@ class PatchSlot:
         notes: what is less than the patches promise on this device: a seed is pinned, or a part of a canary could not be asked.
     """
 
-    def __init__(self, runtime: Runtime, sequences: Sequences, pins: bool = False) -> None:
+    def __init__(
+        self, runtime: Runtime, sequences: Sequences, pins: bool = False, other_template: bool = False
+    ) -> None:
         self._runtime, self._sequences, self._pins = runtime, sequences, pins
+        self._takes_template, self._parts = other_template, tuple[Patch, ...]()
         self._bare_logits: dict[tuple[int, ...], NDArray[np.float32]] = {}
         self.patch: Patch | None = None
         self.notes: tuple[str, ...] = ()
@@ -98,6 +105,16 @@ class PatchSlot:
     def is_pinned(self) -> bool:
         """Whether the active patch's seed would move, and was left at the start by word."""
         return self._pins and moves(self.patch)
+
+    @property
+    def other_template(self) -> str:
+        """Digest of the model's chat template, where it is another one than an active patch was made with; else ""."""
+        differs = any(map(self.has_other_template, self._parts))
+        return (self._runtime.chat_template_digest or NO_TEMPLATE) if differs else ""
+
+    def has_other_template(self, patch: Patch) -> bool:
+        """Whether the model is told other words around messages than those that a patch was made with."""
+        return patch.chat_template not in ("", self._runtime.chat_template_digest)
 
     @property
     def place(self) -> str:
@@ -146,6 +163,7 @@ class PatchSlot:
         except BaseException:
             self._put_back(old)
             raise
+        self._parts = tuple(parts)
         self.patch, self.notes = patch, tuple(note for part in parts for note in self._notes_on(part))
         return route
 
@@ -153,12 +171,25 @@ class PatchSlot:
         for part in parts:
             with _naming(_whose(part, parts)):
                 check_patch(part, self._runtime.spec)
+                self._require_same_words(part)
         require_room(parts, self._runtime.num_positions)
         for part in parts:
             with _naming(_whose(part, parts)):
                 if moves(self._as_held(part)):
                     _require_movable(part, self._runtime)
                 self._runtime.check_weights(part)
+
+    def _require_same_words(self, patch: Patch) -> None:
+        """What the model is told and how it reads it are part of its identity: chat template and tokenizer."""
+        if self.has_other_template(patch) and not self._takes_template:
+            digest = self._runtime.chat_template_digest
+            error = MismatchError({"chat_template": (patch.chat_template[:12], digest[:12] or NO_TEMPLATE)})
+            error.hint = (
+                "use the file that the patch was made for; if its template was changed on purpose: --other-template"
+            )
+            raise error
+        if patch.tokenizer_probe is not None:
+            patch.tokenizer_probe.require_same(self._runtime.encode_probe)
 
     def _as_held(self, patch: Patch) -> Patch:
         """The patch as the runtime gets it: one that is pinned has no anchoring."""
@@ -211,6 +242,11 @@ class PatchSlot:
         notes = []
         if self._pins and moves(patch):
             notes.append(f"{patch.name} {patch.version} is {place_in_words(patch.anchoring, is_pinned=True)}")
+        if self.has_other_template(patch):
+            notes.append(
+                f"{patch.name} {patch.version} was made with the chat template {patch.chat_template[:12]}; by word the model "
+                f"has another one: {self._runtime.chat_template_digest[:12] or NO_TEMPLATE}"
+            )
         skipped = self._num_skipped(patch)
         if skipped:
             notes.append(

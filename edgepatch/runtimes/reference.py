@@ -46,6 +46,7 @@ class TorchRuntime(Runtime):
         check_patch(planned, self.spec)
         self._tokenizer = FolderTokenizer(folder)
         self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
+        self.chat_template = self._tokenizer.chat_template
         self.model = folders.load_model(folder, device)
         self.num_positions = int(folders.text_config(self.model.config).max_position_embeddings)
         self._caches: list[Any] = [None] * num_sequences
@@ -81,6 +82,9 @@ class TorchRuntime(Runtime):
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
+
+    def encode_probe(self, text: str, *, trusted: bool) -> list[int]:
+        return self._tokenizer.encode(text, trusted=trusted)
 
     def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         return self._tokenizer.encode_chat(messages, tools, self.require_fit)

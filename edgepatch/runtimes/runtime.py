@@ -7,6 +7,7 @@ whether a patch works and how a reply is drawn is the session's part (``runtimes
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -56,6 +57,7 @@ class Runtime(Protocol):
         is_cuttable: whether a sequence can be cut back; recurrent memory goes on from its end or starts afresh.
         max_batch_rows: of ``open_batch``; 0 where a batch is nothing but several sequences.
         has_ragged_batches: whether the prompts of a batch may differ in length.
+        chat_template: what the model is told around messages; "" where it has none.
         proofs: of patches; ``None`` where each load asks the whole canary.
 
     One thread at a time drives a runtime. ``encode`` and ``encode_chat`` need the vocabulary alone: any thread may call them meanwhile.
@@ -75,12 +77,16 @@ class Runtime(Protocol):
     is_cuttable: bool = True
     max_batch_rows: int = 0
     has_ragged_batches: bool = False
+    chat_template: str = ""
     proofs: ProofMemory | None = None
 
     # Text.
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with BOS where the model wants one."""
+
+    def encode_probe(self, text: str, *, trusted: bool) -> list[int]:
+        """As ``encode``; special tokens that a ``trusted`` text spells are read as such."""
 
     def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """Token ids of a conversation in the model's chat template, with the opening of the assistant's turn.
@@ -199,6 +205,15 @@ class Runtime(Protocol):
     def context_length(self) -> int:
         """Positions that a prompt and its continuation may fill: the patch's own are taken off."""
         return self.num_positions - self.num_virtual_tokens
+
+    @property
+    def chat_template_digest(self) -> str:
+        """SHA-256 of the chat template; "" where there is none."""
+        return (
+            hashlib.sha256(self.chat_template.encode("utf-8", "surrogatepass")).hexdigest()
+            if self.chat_template
+            else ""
+        )
 
     def require_fit(self, text: str) -> None:
         """Refuses a text by its size, before it is tokenized.

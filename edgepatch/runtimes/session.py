@@ -38,6 +38,7 @@ class Session(AbstractContextManager["Session"]):
         runtime: loaded; the session closes it, also where the patch cannot be used.
         patch: one, or several, which act side by side; ``None`` for the bare model.
         pinned: leaves a seed that moves at the start of the text.
+        other_template: lets the model have another chat template than the patch was made with.
 
     Attributes:
         backend: what evaluates, with the verbs that one kind of runtime alone has.
@@ -51,7 +52,13 @@ class Session(AbstractContextManager["Session"]):
     token by token. ``tokens``, ``encode`` and ``encode_chat`` need the vocabulary alone: any thread may call them meanwhile.
     """
 
-    def __init__(self, runtime: Runtime, patch: Patch | Sequence[Patch] | None, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        patch: Patch | Sequence[Patch] | None,
+        pinned: bool = False,
+        other_template: bool = False,
+    ) -> None:
         self.backend = runtime
         self.spec, self.name, self.quantization = runtime.spec, runtime.name, runtime.quantization
         self.kv_type, self.num_threads, self.notes = runtime.kv_type, runtime.num_threads, runtime.notes
@@ -59,7 +66,7 @@ class Session(AbstractContextManager["Session"]):
         self.end_token_ids, self.text_bound = runtime.end_token_ids, runtime.text_bound
         self.encode, self.encode_chat, self.token_bytes = runtime.encode, runtime.encode_chat, runtime.token_bytes
         self.sequences = Sequences(runtime)
-        self.slot = PatchSlot(runtime, self.sequences, pinned)
+        self.slot = PatchSlot(runtime, self.sequences, pinned, other_template)
         self._replies = ReplyMaker(runtime.spec.vocab_size, runtime.new_decoder, runtime.token_bytes)
         self.parts = parts = as_parts(patch)
         try:
@@ -80,9 +87,11 @@ class Session(AbstractContextManager["Session"]):
 
     @property
     def system_fingerprint(self) -> str:
-        """Names base model and patch, and says where its seed is pinned; the same on every reply."""
+        """Names base model and patch, and says where its seed is pinned or the chat template another; the same on every reply."""
         patch = self.patch.digest[:12] if self.patch else "bare"
-        return f"{self.spec.weight_fingerprint[:12]}+{patch}{'-pinned' if self.slot.is_pinned else ''}"
+        pinned, template = "-pinned" if self.slot.is_pinned else "", self.slot.other_template
+        told = f"-template-{template[:12]}" if template else ""
+        return f"{self.spec.weight_fingerprint[:12]}+{patch}{pinned}{told}"
 
     def tokens(self, prompt: Prompt, tools: Tools | None = None) -> list[int]:
         """Token ids of a text, a conversation or token ids; ``tools`` go into the chat template.

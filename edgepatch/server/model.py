@@ -39,7 +39,7 @@ class ServedModel:
         self.notes = (*session.notes, *self.patch_notes)
         self.context_length, self.text_bound = session.context_length, session.text_bound
         self.tokens = session.tokens
-        self.patches = [_patch_entry(part, session.seed_route, session.slot.is_pinned) for part in session.parts]
+        self.patches = [_patch_entry(part, session) for part in session.parts]
         self._labels = _labels(session, name)
         self._token_bytes: list[bytes] = []
 
@@ -81,7 +81,8 @@ def _labels(session: Session, name: str) -> dict[str, str]:
     return {"model": name, **labels, "system_fingerprint": session.system_fingerprint}
 
 
-def _patch_entry(patch: Patch, seed_route: str, pins: bool) -> Entry:
+def _patch_entry(patch: Patch, session: Session) -> Entry:
+    pins = session.slot.is_pinned
     return {
         "object": "patch",
         "name": patch.name,
@@ -89,7 +90,10 @@ def _patch_entry(patch: Patch, seed_route: str, pins: bool) -> Entry:
         "digest": patch.digest,
         "num_virtual_tokens": patch.num_virtual_tokens,
         "active": True,
-        "seed_route": seed_route,
+        "seed_route": session.seed_route,
         "pinned": pins and patch.anchoring is not None,
         "place": place_in_words(patch.anchoring, pins),
+        "chat_template": patch.chat_template,
+        "other_template": session.slot.other_template if session.slot.has_other_template(patch) else "",
+        "tokenizer_probe": patch.tokenizer_probe is not None,
     }

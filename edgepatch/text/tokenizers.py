@@ -23,6 +23,7 @@ from edgepatch.tensors import tokenizer_digest
 from edgepatch.text.chat_templates import render
 from edgepatch.text.limits import DIGITS, TextBound, require_short_runs, utf8
 from edgepatch.text.messages import Message, plain_messages, plain_tools, texts_in
+from edgepatch.text.probes import TokenizerProbe, probe_tokenizer
 from edgepatch.text.tokenizer_bounds import looks_through_numbers, measure_bound
 from edgepatch.text.vocabularies import token_bytes
 
@@ -261,6 +262,11 @@ class FolderTokenizer:
                 raise
             finally:
                 self._tokenizer.encode_special_tokens = False
+
+    def probe(self) -> TokenizerProbe:
+        """What it makes of some texts; special tokens of the chat template among them."""
+        special = [token for token in self._added.special if token in self._template]
+        return probe_tokenizer(self.encode, special)
 
     def encode_chat(
         self,

@@ -138,8 +138,11 @@ def _record(parts: Sequence[Patch]) -> dict[str, Any]:
 
 def _inherited(parts: Sequence[Patch]) -> dict[str, Any]:
     """Fields that follow from the parts: it expires with the first of them, and all of their licences hold."""
-    templates, channels = ({getattr(p, key) for p in parts} for key in ("chat_template", "channel"))
+    templates, channels, probes = (
+        {getattr(p, key) for p in parts} for key in ("chat_template", "channel", "tokenizer_probe")
+    )
     return {
+        "tokenizer_probe": probes.pop() if len(probes) == 1 else None,
         "chat_template": templates.pop() if len(templates) == 1 else "",
         "channel": channels.pop() if len(channels) == 1 else "stable",
         "expires": min((p.expires for p in parts if p.expires), default=""),

@@ -299,6 +299,7 @@ class PatchTraining:
             training=record,
             weight_sketch=sketch,
             chat_template=self.models.tokenizer.chat_template_digest,
+            tokenizer_probe=self.models.tokenizer.probe(),
             rotation=self.models.rotation if self.models.anchoring else None,  # which `complete` reads anyway
             anchoring=self.models.anchoring,
         )

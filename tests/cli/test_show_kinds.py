@@ -53,7 +53,7 @@ def show(monkeypatch, capsys, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("name", ["patch-v1", "patch-v1-minimal", "patch-v2"])
+@pytest.mark.parametrize("name", ["patch-v1", "patch-v1-minimal", "patch-v2", "patch-v3"])
 def test_a_patch_of_every_version_is_known_by_its_content(show, name, tmp_path):
     """Whatever its file is called."""
     golden = golden_patches.FOLDER / f"{name}.safetensors"

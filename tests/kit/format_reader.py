@@ -106,6 +106,7 @@ VERSION = rf"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){{2}}(-{PRE}(\.{PRE})*)?(\+[0-9A-
 KEYS = "base canary channel chat_template created evaluation expires format_version license name num_virtual_tokens parts sequence"
 KEYS += " summary supersedes tensors training version weight_sketch"
 MOVING_KEYS = " rotation anchoring"
+PROBE_KEY = " tokenizer_probe"
 BASE = ["head_dim", "hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"]
 NAMES = ["model_type", "tokenizer_digest", "weight_fingerprint"]
 
@@ -205,7 +206,7 @@ def check_sketch(sketch: object) -> None:
 
 
 def check_manifest(m: dict) -> None:
-    keys = KEYS + (MOVING_KEYS if m["format_version"] == 2 else "")
+    keys = KEYS + (MOVING_KEYS if m["format_version"] >= 2 else "") + (PROBE_KEY if m["format_version"] == 3 else "")
     need(set(m) == set(keys.split()) and whole(m["sequence"], 1) and whole(m["num_virtual_tokens"]))
     need(match("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", m["name"]) and match("[a-z0-9][a-z0-9-]{0,31}", m["channel"]))
     need(match(VERSION, m["version"]) and len(m["version"]) <= 64)
@@ -221,10 +222,27 @@ def check_manifest(m: dict) -> None:
         check_sketch(m["weight_sketch"])
     if m["canary"] is not None:
         check_canary(m["canary"], m["base"]["vocab_size"])
-    if m["format_version"] == 2:  # so it says how keys turn, or it would be of version 1
+    if m["format_version"] == 1:
+        return
+    if (
+        m["format_version"] == 2 or m["rotation"] is not None
+    ):  # one of version 2 says how keys turn, or it would be of 1
         check_rotation(m["rotation"], m["base"]["num_hidden_layers"], m["base"]["head_dim"])
-        if m["anchoring"] is not None:
-            check_anchoring(m["anchoring"], m["base"]["vocab_size"])
+    if m["anchoring"] is not None:
+        need(m["rotation"] is not None)
+        check_anchoring(m["anchoring"], m["base"]["vocab_size"])
+    if m["format_version"] == 3:
+        check_probe(m["tokenizer_probe"], m["base"]["vocab_size"])
+
+
+def check_probe(probe: object, vocabulary: float) -> None:
+    need(isinstance(probe, dict) and set(probe) == {"texts"})
+    need(isinstance(probe["texts"], list) and 1 <= len(probe["texts"]) <= 16)
+    for entry in probe["texts"]:
+        need(isinstance(entry, dict) and set(entry) == {"text", "trusted", "token_ids"})
+        need(isinstance(entry["text"], str) and 1 <= len(entry["text"]) <= 512 and isinstance(entry["trusted"], bool))
+        ids = entry["token_ids"]
+        need(isinstance(ids, list) and 1 <= len(ids) <= 1024 and all(whole(i, 0, vocabulary - 1) for i in ids))
 
 
 def check_signatures(signatures: object) -> None:
@@ -270,7 +288,7 @@ def read(data: bytes) -> dict:
     need({"edgepatch.manifest"} <= set(metadata) <= {"edgepatch.manifest", "edgepatch.signatures"})
     need(all(isinstance(value, str) for value in metadata.values()))
     m = parse(metadata["edgepatch.manifest"])
-    need(isinstance(m, dict) and m.get("format_version") in (1, 2) and m["format_version"] is not True)
+    need(isinstance(m, dict) and m.get("format_version") in (1, 2, 3) and m["format_version"] is not True)
     check_manifest(m)
     m["signatures"] = parse(metadata["edgepatch.signatures"]) if "edgepatch.signatures" in metadata else []
     if "edgepatch.signatures" in metadata:

@@ -18,6 +18,7 @@ from edgepatch.patch.sketches import Sketch
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import Canary, CanaryPrompt, KVSeed, ModelSpec, SoftPrompt
+from edgepatch.text.probes import ProbeText, TokenizerProbe
 from edgepatch.trust.drafts import new_root
 from edgepatch.trust.roots import Key, Root
 from edgepatch.trust.signatures import raw_public_key, sign
@@ -80,6 +81,12 @@ def full() -> Patch:
         parts=(hashlib.sha256(b"a").hexdigest(), hashlib.sha256(b"b").hexdigest()),
     )
     return signed_by_both(patch)
+
+
+def probing() -> Patch:
+    """What version 3 adds, and null for what version 2 added."""
+    texts = (ProbeText("It's 12\n\u00e9", False, (1, 2, 7)), ProbeText("<s>word", True, (0, 3)))
+    return signed_by_both(replace(minimal(), name="probing", version="3.0.0", tokenizer_probe=TokenizerProbe(texts)))
 
 
 def moving() -> Patch:

@@ -43,6 +43,10 @@ GOLDEN = {
         "39a50059a0873e38f45eb877dc47ddf3cebe8f1599484adf9ee8c839a86caeda",
         "f0bb69691151ab4ea6126f1f04c4dbeb04aad8b8d71267c32b4a1feb2782e873",
     ),
+    "patch-v3.safetensors": (
+        "c2bf28ac174c1cc3bbf1de5fd446da764a2545d9fa25e76dc911b3fe6481ba6a",
+        "81faf0d6fd66dc4480274fa4e8c643c8fc4aa27b5970d738650f63ddfe695cae",
+    ),
     "root-v1.json": (
         "f5e843d63fdc3ae41526d7b8c382a5bca57c41c0998d02fff74603a5c77ca235",
         "2e502ba65c379f012ccb43f02f943dac91619fcf00dfa0660e2d42416a325e63",
@@ -121,7 +125,15 @@ def test_golden_patch_of_version_2_is_read_with_all_its_content():
     assert patch.kv_seed.values[2].tolist() == [[[4, 4.25], [4.5, 4.75]]]
 
 
-@pytest.mark.parametrize("name", ["patch-v1.safetensors", "patch-v2.safetensors"])
+def test_golden_patch_of_version_3_is_read_with_all_its_content():
+    patch = read_patch(golden_patches.FOLDER / "patch-v3.safetensors")
+    assert patch.digest == GOLDEN["patch-v3.safetensors"][1] and patch.rotation is None
+    plain, trusted = patch.tokenizer_probe.texts
+    assert (plain.text, plain.trusted, plain.token_ids) == ("It's 12\n\u00e9", False, (1, 2, 7))
+    assert (trusted.text, trusted.trusted, trusted.token_ids) == ("<s>word", True, (0, 3))
+
+
+@pytest.mark.parametrize("name", ["patch-v1.safetensors", "patch-v2.safetensors", "patch-v3.safetensors"])
 def test_golden_signatures_are_accepted(name):
     root = read_root(golden_patches.FOLDER / "root-v1.json")
     assert root.fingerprint == GOLDEN["root-v1.json"][1]

@@ -17,6 +17,7 @@ from edgepatch.cli.console import (
     ModelArgument,
     PatchOption,
     PinnedFlag,
+    TemplateFlag,
     StoreOption,
     log_beside,
     print_json,
@@ -39,6 +40,7 @@ def harness(
     patch: PatchOption = None,
     bare: BareFlag = False,
     pinned: PinnedFlag = False,
+    other_template: TemplateFlag = False,
     include_path: Annotated[
         Path | None,
         typer.Option(help="Folder of your task files, which may name Python to run; default: the tasks shipped."),
@@ -77,7 +79,9 @@ def harness(
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bars(log or log_beside(out)))
         with stage(progress, "load model"):
-            runtime = stack.enter_context(load_runtime(model, chosen, store=store, pinned=pinned, **options))
+            runtime = stack.enter_context(
+                load_runtime(model, chosen, store=store, pinned=pinned, other_template=other_template, **options)
+            )
         comparison = compare(runtime, config, progress)
         document = as_document(runtime, config, comparison.scores)
     if out is not None:

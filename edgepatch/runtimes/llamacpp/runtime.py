@@ -126,11 +126,11 @@ class LlamaCppRuntime(Runtime):
         # A trial takes as many threads as there may ever be, so that a free core more does not ask for another.
         most = num_threads or read_allowance().usable
         settings = ContextSettings(num_cells, num_sequences, self.kv_type, flash_attention, most)
-        self._template = str(header.metadata.get("tokenizer.chat_template", ""))
+        self.chat_template = str(header.metadata.get("tokenizer.chat_template", ""))
         # A child tries the file, or llama.cpp reads its weights and then clears the cache in a thread; template and vocabulary
         # are prepared meanwhile. The child is waited for here: Ctrl-C, which reaches the main thread, must end it.
         with ThreadPoolExecutor(2) as library:
-            preparing = library.submit(prepare_chat_template, self._template)
+            preparing = library.submit(prepare_chat_template, self.chat_template)
             proof = prove_model(path, num_gpu_layers, settings)
             loading = library.submit(open_model, proof, num_gpu_layers, settings)
             self._resources.callback(_close_result, loading)
@@ -255,10 +255,13 @@ class LlamaCppRuntime(Runtime):
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, ends=True, trusted=False)
 
+    def encode_probe(self, text: str, *, trusted: bool) -> list[int]:
+        return self._tokenizer.encode(text, ends=True, trusted=trusted)
+
     def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         encode = partial(self._tokenizer.encode, ends=False)
         return encode_chat(
-            self._template, messages, self._bos, self._eos, self._added_tokens, encode, tools, self.require_fit
+            self.chat_template, messages, self._bos, self._eos, self._added_tokens, encode, tools, self.require_fit
         )
 
     def token_bytes(self) -> list[bytes]:

@@ -86,6 +86,7 @@ class OnnxRuntime(Runtime):
         self.kv_type = "f16" if self._graph.cache_type is np.float16 else "f32"
         _require_tokenizer(self._tokenizer, folder, self.spec)
         self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
+        self.chat_template = self._tokenizer.chat_template
         self.num_positions = _positions(folder, self._graph, context_length)
         window = _window(folder) if self._graph.windows else 0
         self._new_cache = partial(new_cache, session, self._graph, self.spec, window, provider)
@@ -97,6 +98,9 @@ class OnnxRuntime(Runtime):
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
+
+    def encode_probe(self, text: str, *, trusted: bool) -> list[int]:
+        return self._tokenizer.encode(text, trusted=trusted)
 
     def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         return self._tokenizer.encode_chat(messages, tools, self.require_fit)

@@ -9,7 +9,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic reads `typing`'
 
 Count = Annotated[int, Field(ge=0)]
 FinishReason = Literal["stop", "length", "tool_calls"] | None
-Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{12}[+]([0-9a-f]{12}|bare)$")]
+Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{12}[+]([0-9a-f]{12}|bare)(-pinned)?(-template-[0-9a-z]{4,12})?$")]
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -204,6 +204,9 @@ class Patch(Reply):
     seed_route: str
     pinned: bool
     place: str
+    chat_template: Annotated[str, Field(description="Digest of the template that it was made with.")]
+    other_template: Annotated[str, Field(description="Digest of the model's own where it is another one, by word.")]
+    tokenizer_probe: Annotated[bool, Field(description="Whether the model's tokenizer was asked.")]
 
 
 class Patches(Reply):
