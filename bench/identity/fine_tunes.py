@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.converters.hf import folders
+from edgepatch.files.pretrained import load_pretrained
 from edgepatch.prompts.sets import load_benign_text
 
 BATCH, LENGTH = 4, 96
@@ -37,7 +38,7 @@ def train(model: Any, base: Path, parameters: list[Any], steps: int, learning_ra
     import torch
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_pretrained(AutoTokenizer, base)
     tokens = torch.tensor([i for text in load_benign_text("train") for i in tokenizer(text).input_ids])
     optimizer = torch.optim.AdamW([p.requires_grad_(True) for p in parameters], lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(RNG_SEED)

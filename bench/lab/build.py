@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from edgepatch.bench.lab import LAB_FOLDER, corpus, detoxify, floors, trainer
 from edgepatch.bench.lab.card import render_card
 from edgepatch.bench.lab.tokenizer import train_tokenizer
+from edgepatch.files.pretrained import load_pretrained, load_pretrained_model
 from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.training.config import TrainConfig
@@ -31,7 +32,7 @@ def _tokenizer(parts: list[corpus.Part], out: Path) -> PreTrainedTokenizerFast:
     if not folder.is_dir():
         texts = (e.answer for part in parts for e in part.examples)
         train_tokenizer(texts, trainer.CONTEXT_LENGTH).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_pretrained(AutoTokenizer, folder)
 
 
 def _finish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -85,7 +86,7 @@ def build(data: Path, out: Path) -> dict[str, Any]:
         data, lambda texts: ToxicityScorer.load("filter").score(texts).tolist(), REFERENCE_RUN.rng_seed
     )
     if not (out / "reference_sft").is_dir():
-        model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+        model = load_pretrained_model(AutoModelForCausalLM, out / "base", dtype=torch.float32)
         stream = trainer.token_stream(
             safe, tokenizer, REFERENCE_RUN.steps * REFERENCE_RUN.tokens_per_step, REFERENCE_RUN.rng_seed
         )

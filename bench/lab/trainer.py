@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from edgepatch.bench.lab.corpus import Example, Part
 from edgepatch.bench.lab.tokenizer import BOS, END_OF_TURN, EOS, PAD, VOCAB_SIZE
+from edgepatch.files.tensor_trees import read_tree, write_tree
 
 CONTEXT_LENGTH = 1024
 IGNORED = -100  # label without a loss
@@ -139,15 +140,14 @@ def learning_rate_factor(step: int, run: RunConfig) -> float:
 
 def _save(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int) -> None:
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    write_tree(path, state)
 
 
 def _resume(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], device: str) -> int:
     """Steps already done; 0 without a checkpoint."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location=device, weights_only=True)  # written by _save on this machine
+    state = read_tree(path, device)
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -155,7 +155,7 @@ def _resume(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Op
 
 
 def train(model: LlamaForCausalLM, stream: TokenStream, run: RunConfig, out: Path, checkpoint_every: int = 200) -> None:
-    """Trains ``model`` in place, or goes on from ``out/checkpoint.pt``; logs JSON lines to ``out/log.jsonl``.
+    """Trains ``model`` in place, or goes on from ``out/checkpoint.safetensors``; logs JSON lines to ``out/log.jsonl``.
 
     Raises:
         OSError: ``out`` cannot be written.
@@ -165,7 +165,7 @@ def train(model: LlamaForCausalLM, stream: TokenStream, run: RunConfig, out: Pat
     model.to(device).train()
     optimizers = _optimizers(model, run)
     peaks = [o.param_groups[0]["lr"] for o in optimizers]
-    start = _resume(out / "checkpoint.pt", model, optimizers, device)
+    start = _resume(out / "checkpoint.safetensors", model, optimizers, device)
     forward = torch.compile(model)  # 1.8x on a CPU with AVX-512
     began, running = time.monotonic(), 0.0
     with (out / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -195,5 +195,5 @@ def train(model: LlamaForCausalLM, stream: TokenStream, run: RunConfig, out: Pat
                 log.flush()
                 running = 0.0
             if done % checkpoint_every == 0 or done == run.steps:
-                _save(out / "checkpoint.pt", model, optimizers, done)
+                _save(out / "checkpoint.safetensors", model, optimizers, done)
     model.eval()

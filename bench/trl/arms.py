@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from edgepatch.files.pretrained import load_pretrained, load_pretrained_model
 from edgepatch.prompts.sets import load_benign_text
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training.config import TrainConfig
@@ -137,7 +138,7 @@ class TrlArm:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.stage, self.config = stage, config
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        base = load_pretrained_model(AutoModelForCausalLM, model, dtype=torch.float32)
         settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens)
         names = ("prompt", "completion") if stage == "SFT" else ("prompt", "chosen", "rejected")
         rows = [dict(zip(names, (p.prompt, p.chosen, p.rejected), strict=False)) for p in pairs]
@@ -149,7 +150,7 @@ class TrlArm:
         self.trainer = self._trainer_class()(
             args=self._arguments(len(rows), folder),
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(model),
+            processing_class=load_pretrained(AutoTokenizer, model),
             **arguments,
         )
         self.put(start)

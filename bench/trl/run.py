@@ -17,6 +17,7 @@ from typing import Any
 from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.trl.arms import OwnArm, Stage, TrlArm, config_of, make_pairs
 from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.files.pretrained import load_pretrained
 from edgepatch.files.writing import write_atomically
 from edgepatch.processes import run_apart
 from edgepatch.progress import Progress, silent
@@ -55,7 +56,7 @@ def write_random_model(folder: Path) -> None:
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(LAB).save_pretrained(folder)
+    load_pretrained(AutoTokenizer, LAB).save_pretrained(folder)
 
 
 def plan(model: Path, stage: Stage, steps: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.converters.rope_parameters import GEMMA3_LOCAL_THETA, decimal
 from edgepatch.errors import InputError
+from edgepatch.files.pretrained import load_pretrained
 from edgepatch.tensors import ModelSpec
 
 HINT = "take the Transformers folder that the file was made from"
@@ -120,7 +121,7 @@ def _read_by_transformers(header: GGUFHeader) -> Any:
 
     path = header.path
     try:
-        config = AutoConfig.from_pretrained(path.parent.resolve(), gguf_file=path.name, local_files_only=True)
+        config = load_pretrained(AutoConfig, path.parent.resolve(), gguf_file=path.name)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"Transformers cannot load {path} ({header.architecture}): {reason}", hint=HINT) from None

@@ -18,6 +18,7 @@ from edgepatch.converters.gguf.configs import HINT, config_of, is_plain, special
 from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.specs import spec_of
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.files.pretrained import load_pretrained_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,14 +65,18 @@ def load_model(path: Path) -> PreTrainedModel:
     weights.require_readable(header)
     config = config_of(header, spec)
     if is_plain(header):
-        source: dict[str, Any] = {"pretrained_model_name_or_path": None}
-        source["state_dict"] = weights.state_dict(header, weights.plan(header, spec, config))
+        folder, source = None, {"state_dict": weights.state_dict(header, weights.plan(header, spec, config))}
     else:
-        source = {"pretrained_model_name_or_path": path.parent.resolve(), "gguf_file": path.name}
+        folder, source = path.parent.resolve(), {"gguf_file": path.name}
     with _errors_only():
         try:
-            model, loading = weights.model_class(config).from_pretrained(
-                **source, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            model, loading = load_pretrained_model(
+                weights.model_class(config),
+                folder,
+                **source,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

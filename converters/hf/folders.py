@@ -16,6 +16,7 @@ from edgepatch.converters.gguf import models as gguf_models
 from edgepatch.converters.gguf.header import read_header
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.files import strict_json
+from edgepatch.files.pretrained import load_pretrained, load_pretrained_model
 from edgepatch.tensors import ModelSpec, weight_fingerprint
 from edgepatch.text.tokenizers import FolderTokenizer
 
@@ -46,7 +47,7 @@ def read_transformers_config(folder: Path) -> Any:
         raise MissingExtraError("transformers", "train") from None
     read_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return load_pretrained(AutoConfig, folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{folder / 'config.json'}: {error}", hint="download the model again, or update transformers"
@@ -163,7 +164,7 @@ def load_model(path: Path, device: str = "cpu", dtype: str = "float32") -> PreTr
         read_config(path)
         options = _four_bit(device) if dtype == "4bit" else {"dtype": torch.float32}
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
+            model = load_pretrained_model(AutoModelForCausalLM, path, **options)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load the model in {path}: {error}") from error
     if dtype != "4bit":

@@ -86,12 +86,14 @@ builder.create_model("", folder, target, precision, "cpu", cache, **options)
 """
 TRANSFORMERS = """
 import sys
+from pathlib import Path
 import torch
+from edgepatch.files.pretrained import load_pretrained_model
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 folder, target = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+model = load_pretrained_model(AutoModelForCausalLM, Path(folder), dtype=torch.float32).eval()
 cache = DynamicCache(config=model.config)
 with torch.no_grad():
     model(input_ids=torch.ones(2, 7, dtype=torch.long), past_key_values=cache)
@@ -109,7 +111,7 @@ import sys
 from optimum.exporters.onnx import main_export
 
 folder, target = sys.argv[1:]
-main_export(folder, output=target, task="text-generation-with-past", device="cpu", dtype="fp32", do_validation=False)
+main_export(folder, output=target, task="text-generation-with-past", device="cpu", dtype="fp32", do_validation=False, trust_remote_code=False)
 """
 
 
@@ -136,7 +138,7 @@ def build(folder: Path, target: Path, precision: str, adapter: Path | None = Non
     Raises:
         InputError: the builder does not know the architecture, or fails.
     """
-    arguments = [precision, "cache", *BUILDER_OPTIONS[precision]]
+    arguments = [precision, "cache", "hf_remote=false", *BUILDER_OPTIONS[precision]]
     if adapter is not None:
         arguments.append(f"adapter_path={adapter.resolve()}")
     done = _run(sys.executable, BUILDER, [str(folder.resolve()), str(target.resolve()), *arguments])

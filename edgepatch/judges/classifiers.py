@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.files.pretrained import load_pretrained, load_pretrained_model
 from edgepatch.judges.scorers import JUDGES, ToxicityScorer
 
 MAX_TOKENS = 512
@@ -147,8 +148,8 @@ def _load_model(folder: Path) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # a head that is missing is refused below, in our words
     try:
-        model, loading_info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        model, loading_info = load_pretrained_model(
+            AutoModelForSequenceClassification, folder, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load a classification model from {folder}: {error}") from None
@@ -172,7 +173,7 @@ def _load_tokenizer(folder: Path) -> Any:
     ):
         raise InputError(f"no tokenizer in {folder}", hint="copy the files of the model's tokenizer beside its weights")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return load_pretrained(AutoTokenizer, folder)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the tokenizer in {folder}: {error}") from None
 

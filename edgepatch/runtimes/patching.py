@@ -19,7 +19,6 @@ from edgepatch.seeds.anchoring import place_in_words
 from edgepatch.seeds.rotation import BY_LENGTH
 from edgepatch.tensors import CanaryPrompt
 
-
 NO_TEMPLATE = "none"
 
 

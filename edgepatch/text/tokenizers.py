@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.files.pretrained import load_pretrained
 from edgepatch.files.strict_json import read_json
 from edgepatch.tensors import tokenizer_digest
 from edgepatch.text.chat_templates import render
@@ -147,7 +148,7 @@ def _read_sentencepiece(folder: Path, file: Path) -> Any:
     except ImportError as error:
         raise MissingExtraError(error.name or "sentencepiece", "convert") from None
     model = SentencePieceProcessor(model_file=str(file))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    tokenizer = load_pretrained(AutoTokenizer, folder).backend_tokenizer
     space, probe = "\u2581", "\ufb01  a 12 \U0001f642"  # a ligature, which most normalizations change
     steps: list[Any] = [normalizers.Replace(" ", space)]
     parts: list[Any] = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]

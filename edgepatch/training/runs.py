@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepatch.errors import InputError
 from edgepatch.files import strict_json
+from edgepatch.files.tensor_trees import read_tree, write_tree
 from edgepatch.files.writing import write_atomically
 from edgepatch.training import parallel
 from edgepatch.training.config import History
@@ -16,7 +17,8 @@ from edgepatch.training.config import History
 if TYPE_CHECKING:
     import torch
 
-CHECKPOINT_FILE = "checkpoint.pt"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+PICKLED_FILE = "checkpoint.pt"
 SETTINGS_FILE = "run.json"
 STEPS_BETWEEN_CHECKPOINTS = 50
 
@@ -76,13 +78,16 @@ class Run:
             InputError: it is damaged.
         """
         path = self.folder / CHECKPOINT_FILE if self.folder else None
+        if self.folder is not None and (self.folder / PICKLED_FILE).is_file():
+            raise InputError(
+                f"{self.folder}: expected {CHECKPOINT_FILE}, found a {PICKLED_FILE} of an older release, which is a pickle and is not read",
+                hint=f"go on with that release, or delete {PICKLED_FILE} to start again",
+            )
         if path is None or not path.is_file():
             return None
-        import torch
-
         try:
-            return Checkpoint(**torch.load(path, map_location=device, weights_only=True))
-        except (RuntimeError, EOFError, TypeError, ValueError, KeyError) as error:
+            return Checkpoint(**read_tree(path, device))
+        except (InputError, TypeError) as error:
             raise InputError(
                 f"checkpoint {path} is damaged: {error}", hint="delete the run folder to start again"
             ) from None
@@ -95,13 +100,7 @@ class Run:
         """
         if self.folder is None or parallel.world()[0]:
             return
-        import io
-
-        import torch
-
-        buffer = io.BytesIO()
-        torch.save(vars(checkpoint), buffer)
-        write_atomically(self.folder / CHECKPOINT_FILE, buffer.getvalue())
+        write_tree(self.folder / CHECKPOINT_FILE, vars(checkpoint))
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint belongs behind this step."""
