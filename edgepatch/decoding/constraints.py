@@ -2,20 +2,26 @@
 
 ``Constraint`` is the plain value that a caller gives; ``ConstraintEngine`` knows one model's vocabulary and turns constraints into
 matchers, which the llguidance library drives. A matcher says before each draw which tokens can go on.
+
+A definition is a program of whoever sends it: twenty characters can ask for minutes of computing and gigabytes. So a child compiles it first,
+with limits of time and memory, and what it cannot do there is refused; the library's own limits bound each step that follows.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.processes.kept import KeptChild
 
 ConstraintKind = Literal["json_schema", "json_object", "grammar", "regex"]
 KINDS: tuple[str, ...] = get_args(ConstraintKind)
@@ -27,6 +33,17 @@ MAX_DEFINITION = 64 * 1024
 JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ ]|\n[ ]{0,16}"}
 
 KEPT_MATCHERS = 8
+COMPILE_DEADLINE_S = 2.0
+"""Of computing time in a child. The largest schemas of the tests take 0.2 s."""
+
+COMPILE_MEMORY_BYTES = 256 * 2**20
+LIMITS = {"max_lexer_states": 20_000, "max_grammar_size": 100_000}
+"""Of llguidance, below its own: a state takes up to 2 kB, and 8 compiled constraints are kept."""
+
+KEPT_REFUSALS = 64
+HINT = "simplify it: fewer alternatives and repetitions, no large multipleOf, no long patterns beside each other"
+
+_trial = KeptChild("edgepatch.decoding.constraints:compile_here", COMPILE_MEMORY_BYTES)
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,7 @@ class ConstraintMatcher:
         """(V,) true for each token that can come next, end tokens included where the reply may end.
 
         Raises:
-            EdgepatchError: the constraint grew too complex to follow.
+            InputError: the constraint grew too complex to follow.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
@@ -103,9 +120,23 @@ class ConstraintMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise EdgepatchError(
-                f"the constraint cannot be followed: {_short(self._matcher.get_error())}", hint="simplify it"
-            )
+            raise InputError(f"the constraint cannot be followed: {_short(self._matcher.get_error())}", hint=HINT)
+
+
+class CompiledConstraint:
+    """A constraint over the vocabulary of one model, for any number of replies.
+
+    Args:
+        matcher: llguidance's, at its start.
+        vocab_size: V.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def matcher(self) -> ConstraintMatcher:
+        """A matcher for one reply."""
+        return ConstraintMatcher(self._matcher.deep_copy(), self._vocab_size)
 
 
 class ConstraintEngine:
@@ -136,31 +167,97 @@ class ConstraintEngine:
         )
         vocabulary.tokenize = plain.greedy_tokenize
         self._tokenizer = plain.with_slices(llguidance.LLTokenizer.general_slices())
-        self._kept: OrderedDict[Constraint, Any] = OrderedDict()
+        self._kept: OrderedDict[Constraint, CompiledConstraint] = OrderedDict()
+        self._refused: OrderedDict[Constraint, InputError] = OrderedDict()
+        self._lock = threading.Lock()
 
     def matcher(self, constraint: Constraint) -> ConstraintMatcher:
-        """A matcher for one reply.
+        """A matcher for one reply; errors as in ``compile``."""
+        return self.compile(constraint).matcher()
+
+    def compile(self, constraint: Constraint) -> CompiledConstraint:
+        """Compiles a constraint, or finds it among the latest; any thread may call it.
 
         Raises:
-            InputError: the library cannot read the definition or does not know a part of it.
+            InputError: the library cannot read the definition, does not know a part of it, or needs more time or memory for it
+                than a request may have.
         """
-        if constraint not in self._kept:
-            self._kept[constraint] = self._compile(constraint)
-            if len(self._kept) > KEPT_MATCHERS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(constraint)
-        return ConstraintMatcher(self._kept[constraint].deep_copy(), self._vocab_size)
+        with self._lock:
+            if constraint in self._refused:
+                raise self._refused[constraint]
+            if constraint not in self._kept:
+                _remember(self._kept, constraint, self._compile(constraint), KEPT_MATCHERS)
+            self._kept.move_to_end(constraint)
+            return self._kept[constraint]
 
-    def _compile(self, constraint: Constraint) -> Any:
-        from llguidance import LLMatcher
-
+    def _compile(self, constraint: Constraint) -> CompiledConstraint:
         try:
-            matcher = LLMatcher(self._tokenizer, _grammar(constraint), log_level=0)
-        except Exception as error:  # the converters to the library's own syntax raise Exception itself
-            raise InputError(f"constraint: {constraint.kind}: {_short(str(error))}") from None
-        if matcher.is_error():
-            raise InputError(f"constraint: {constraint.kind}: {_short(matcher.get_error())}")
-        return matcher
+            _require_affordable(constraint)
+            return CompiledConstraint(_compiled(constraint, self._tokenizer), self._vocab_size)
+        except InputError as error:
+            _remember(self._refused, constraint, error, KEPT_REFUSALS)
+            raise
+
+
+def _remember(kept: OrderedDict[Constraint, Any], constraint: Constraint, value: Any, most: int) -> None:
+    kept[constraint] = value
+    if len(kept) > most:
+        kept.popitem(last=False)
+
+
+def _compiled(constraint: Constraint, tokenizer: Any) -> Any:
+    from llguidance import LLMatcher, LLParserLimits
+
+    try:
+        matcher = LLMatcher(tokenizer, _grammar(constraint), log_level=0, limits=LLParserLimits(**LIMITS))
+    except Exception as error:  # the converters to the library's own syntax raise Exception itself
+        raise InputError(f"constraint: {constraint.kind}: {_short(str(error))}") from None
+    if matcher.is_error():
+        raise InputError(f"constraint: {constraint.kind}: {_short(matcher.get_error())}")
+    return matcher
+
+
+def _require_affordable(constraint: Constraint) -> None:
+    """Refuses what a child cannot compile within its time and memory."""
+    outcome = _trial.ask({"kind": constraint.kind, "definition": constraint.definition}, COMPILE_DEADLINE_S)
+    if outcome.error is not None:
+        raise outcome.error
+    if outcome.failure:
+        raise InputError(
+            f"constraint: {constraint.kind}: expected one that compiles within {COMPILE_DEADLINE_S:g} s and "
+            f"{COMPILE_MEMORY_BYTES // 2**20} MB, found one whose compilation {outcome.failure}",
+            hint=HINT,
+        )
+
+
+# In the child.
+
+
+def compile_here(request: dict[str, str]) -> None:
+    """Compiles a constraint over the 256 bytes and takes its first step, without limits of time and memory of its own.
+
+    Args:
+        request: "kind" and "definition" of a constraint.
+
+    Raises:
+        InputError: it cannot be compiled.
+    """
+    kind: Any = request["kind"]
+    matcher = _compiled(Constraint(kind, request["definition"]), _byte_tokenizer())
+    ConstraintMatcher(matcher, 256).allowed()
+
+
+@cache
+def _byte_tokenizer() -> Any:
+    import llguidance
+
+    vocabulary = _Vocabulary([bytes([byte]) for byte in range(256)] + [b""], 256)
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary), n_vocab=257, eos_token=[256], slices=[])
+    vocabulary.tokenize = tokenizer.greedy_tokenize
+    return tokenizer
+
+
+# The library's own syntax.
 
 
 def _grammar(constraint: Constraint) -> str:

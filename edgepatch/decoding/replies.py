@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.decoding.constraints import ConstraintEngine, ConstraintMatcher
+from edgepatch.decoding.constraints import CompiledConstraint, ConstraintEngine, ConstraintMatcher
 from edgepatch.decoding.sampling import Draw, Sampling, TokenSampler, draw_rows
 
 T = TypeVar("T")
@@ -145,19 +145,35 @@ class ReplyMaker:
         self._vocab_size, self._new_decoder, self._token_bytes = vocab_size, new_decoder, token_bytes
         self._engine: ConstraintEngine | None = None
 
+    def engine(self, end_token_ids: frozenset[int]) -> ConstraintEngine:
+        """What compiles constraints over the model's vocabulary, which is read the first time."""
+        if self._engine is None:
+            self._engine = ConstraintEngine(self._token_bytes(), self._vocab_size, end_token_ids)
+        return self._engine
+
     def new(
-        self, sampling: Sampling, tokens: Sequence[int], context_length: int, end_token_ids: frozenset[int]
+        self,
+        sampling: Sampling,
+        tokens: Sequence[int],
+        context_length: int,
+        end_token_ids: frozenset[int],
+        compiled: CompiledConstraint | None = None,
     ) -> Reply:
         """A reply to a prompt, nothing of it drawn yet.
+
+        Args:
+            sampling: how to draw.
+            tokens: the prompt.
+            context_length: positions that prompt and reply may fill.
+            end_token_ids: the tokens that end a reply.
+            compiled: the sampling's constraint, where somebody has compiled it beforehand.
 
         Raises:
             InputError: a setting does not fit the model.
         """
         matcher = None
         if sampling.constraint is not None:
-            if self._engine is None:
-                self._engine = ConstraintEngine(self._token_bytes(), self._vocab_size, end_token_ids)
-            matcher = self._engine.matcher(sampling.constraint)
+            matcher = (compiled or self.engine(end_token_ids).compile(sampling.constraint)).matcher()
         room = min(sampling.max_new_tokens, context_length - len(tokens) + 1)
         return Reply(sampling, tokens, room, self._vocab_size, self._new_decoder(), end_token_ids, matcher)
 
@@ -226,10 +242,21 @@ def next_pieces(replies: Sequence[Reply], logits: Sequence[NDArray[Any]]) -> lis
     """
     events: list[Any] = [_caught(reply._sampler.prepare, row) for reply, row in zip(replies, logits, strict=True)]
     fit = [i for i, prepared in enumerate(events) if not isinstance(prepared, Exception)]
-    draws = draw_rows([replies[i]._sampler for i in fit], [events[i] for i in fit], [logits[i] for i in fit])
+    draws = _draw_each([replies[i]._sampler for i in fit], [events[i] for i in fit], [logits[i] for i in fit])
     for i, draw in zip(fit, draws, strict=True):
-        events[i] = _caught(replies[i]._take, draw)
+        events[i] = draw if isinstance(draw, Exception) else _caught(replies[i]._take, draw)
     return events
+
+
+def _draw_each(
+    samplers: Sequence[TokenSampler], prepared: Sequence[NDArray[Any]], logits: Sequence[NDArray[Any]]
+) -> Sequence[Draw | Exception]:
+    """A draw of each row, all at once; where that fails each by itself, so that the row which cannot be drawn is the one to end."""
+    try:
+        return draw_rows(samplers, prepared, logits)
+    except Exception:
+        rows = zip(samplers, prepared, logits, strict=True)
+        return [_caught(lambda row: draw_rows([row[0]], [row[1]], [row[2]])[0], row) for row in rows]
 
 
 def _caught(function: Callable[[Any], T], argument: object) -> T | Exception:

@@ -23,6 +23,12 @@ from numpy.typing import NDArray
 from edgepatch.decoding.constraints import Constraint, ConstraintMatcher
 from edgepatch.errors import EdgepatchError, InputError
 
+LEAST_TEMPERATURE = 1e-4
+"""What is lower draws the likeliest token, as 0 does: nothing else is left at it."""
+
+LEAST_PENALTY = 0.01
+"""Of ``repetition_penalty``: below it a factor only overflows."""
+
 CANDIDATES = 1024
 """So many likeliest tokens are sorted first; the whole vocabulary only where they hold less than top-p."""
 
@@ -88,7 +94,7 @@ class Sampling:
             "top_k": self.top_k >= 0,
             "rng_seed": self.rng_seed is None or self.rng_seed >= 0,
             "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": 0 < self.repetition_penalty <= 100,
+            "repetition_penalty": LEAST_PENALTY <= self.repetition_penalty <= 100,
             "presence_penalty": -2 <= self.presence_penalty <= 2,
             "frequency_penalty": -2 <= self.frequency_penalty <= 2,
             "num_logprobs": self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS,
@@ -117,6 +123,8 @@ class Sampling:
                 fits = isinstance(value, bool) if name == "ignore_end_tokens" else isinstance(value, Constraint | None)
             if not fits:
                 raise InputError(f"sampling: {name} = {value!r:.200} cannot be used, expected {f.type}")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
@@ -240,6 +248,10 @@ class TokenSampler:
         if adjusted.max() == BANNED:
             raise InputError(
                 "no token is left to draw: logit_bias and constraint rule out the whole vocabulary", hint="ban fewer"
+            )
+        if not math.isfinite(adjusted.max()):
+            raise InputError(
+                "sampling: the settings make logits that are no numbers", hint="use penalties nearer to 1 or 0"
             )
         return adjusted
 

@@ -12,6 +12,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.decoding.constraints import CompiledConstraint, ConstraintEngine
 from edgepatch.decoding.replies import (
     Continuation,
     Piece,
@@ -158,13 +159,23 @@ class Session(AbstractContextManager["Session"]):
 
     # Replies.
 
-    def begin(self, tokens: Sequence[int], sampling: Sampling, sequence: int = 0) -> Continuation:
-        """Evaluates a prompt in a sequence, to be continued by ``advance``.
+    def constraint_engine(self) -> ConstraintEngine:
+        """What compiles constraints, on any thread; the first call reads the vocabulary."""
+        return self._replies.engine(self.end_token_ids)
+
+    def begin(
+        self,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        sequence: int = 0,
+        compiled: CompiledConstraint | None = None,
+    ) -> Continuation:
+        """Evaluates a prompt in a sequence, to be continued by ``advance``; ``compiled`` is the sampling's constraint, if it is at hand.
 
         Raises:
             InputError: the prompt is longer than the context, or a setting does not fit the model.
         """
-        reply = self._replies.new(sampling, tokens, self.context_length, self.end_token_ids)
+        reply = self._replies.new(sampling, tokens, self.context_length, self.end_token_ids, compiled)
         return Continuation(sequence, reply, self.sequences.evaluate({sequence: tokens})[sequence][-1])
 
     def advance(self, continuations: Sequence[Continuation]) -> list[Piece | Exception]:

@@ -47,6 +47,7 @@ def _lifespan(service: Service) -> Callable[[Starlette], Any]:
         yield
         await building
         service.text_threads.close()
+        service.constraint_thread.shutdown(wait=False, cancel_futures=True)
         service.scheduler.drain(0)
         service.scheduler.join(JOIN_S)
 

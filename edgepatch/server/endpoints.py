@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from edgepatch.decoding.constraints import CompiledConstraint
 from edgepatch.decoding.replies import Piece
 from edgepatch.errors import EdgepatchError
 from edgepatch.server import requests
@@ -69,7 +70,8 @@ class GenerationEndpoint:
 
     async def _serve(self, order: Order, model: ServedModel, send: Send, start: float) -> None:
         tokens = await self._tokenize(order, model, start)
-        run = OrderRun(self._service, order, model, tokens, start)
+        compiled = await self._compile(order, start)
+        run = OrderRun(self._service, order, model, tokens, start, compiled)
         try:
             await (self._stream if order.is_streamed else self._reply)(run, self._writer(order, model), send)
         finally:
@@ -91,6 +93,24 @@ class GenerationEndpoint:
         except EdgepatchError:
             scheduler.require_serving()  # a model that has just been closed is no fault of the request's
             raise
+
+    async def _compile(self, order: Order, start: float) -> CompiledConstraint | None:
+        """The constraint of an order, compiled beside the thread that owns the model: a client's program holds up no other reply."""
+        constraint = order.sampling.constraint if order.sampling is not None else None
+        if constraint is None:
+            return None
+        scheduler, end = self._service.scheduler, start + self._service.settings.request_timeout_s
+        try:
+            engine = await _in_time(
+                asyncio.wrap_future(scheduler.call(lambda session: session.constraint_engine())), end
+            )
+            work = self._service.constraint_thread.submit(engine.compile, constraint)
+            return await _in_time(asyncio.wrap_future(work), end)
+        except asyncio.TimeoutError:
+            limit_s = self._service.settings.request_timeout_s
+            raise Refusal(
+                504, f"the constraint was not compiled after {limit_s:g} seconds", code="request_timeout"
+            ) from None
 
     async def _reply(self, run: OrderRun, writer: ReplyWriter, send: Send) -> None:
         async for _ in run.pieces():
@@ -125,10 +145,17 @@ class OrderRun:
         model: what is served.
         tokens: each prompt.
         start: when the request came, by ``time.monotonic``.
+        compiled: the constraint that it has.
     """
 
     def __init__(
-        self, service: Service, order: Order, model: ServedModel, tokens: list[list[int]], start: float
+        self,
+        service: Service,
+        order: Order,
+        model: ServedModel,
+        tokens: list[list[int]],
+        start: float,
+        compiled: CompiledConstraint | None = None,
     ) -> None:
         self._service, self._order, self._model, self._start = service, order, model, start
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -136,7 +163,7 @@ class OrderRun:
         plans = requests.choices(order, tokens)
         self.choices = [Choice(index, prompt) for index, (prompt, _) in enumerate(plans)]
         scored = order.echo and order.num_logprobs is not None
-        self._generations = [Generation(p, s, self._emitter(i), scored) for i, (p, s) in enumerate(plans)]
+        self._generations = [Generation(p, s, self._emitter(i), scored, compiled) for i, (p, s) in enumerate(plans)]
 
     def _emitter(self, index: int) -> Callable[[Event], None]:
         loop, put = asyncio.get_running_loop(), self._events.put_nowait

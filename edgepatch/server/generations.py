@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.decoding.constraints import CompiledConstraint
 from edgepatch.decoding.replies import Continuation, Piece
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.runtimes.session import Session
@@ -61,12 +62,14 @@ class Generation:
         sampling: ``None`` generates nothing, for scoring alone.
         emit: takes the events, on the scheduler's thread.
         scored: give the prompt's logits too.
+        compiled: the sampling's constraint, where it has one.
     """
 
     tokens: list[int]
     sampling: Sampling | None
     emit: Callable[[Event], None]
     scored: bool = False
+    compiled: CompiledConstraint | None = None
     cancelled: bool = field(default=False, init=False)
 
 
@@ -87,7 +90,7 @@ def steps_of(session: Session, generation: Generation, sequence: int) -> Iterato
             session.logits_of_last(tokens[:end], sequence)
             yield None
     if generation.sampling is not None:
-        yield session.begin(tokens, generation.sampling, sequence)
+        yield session.begin(tokens, generation.sampling, sequence, generation.compiled)
 
 
 def _require_room_for_scores(session: Session, num_tokens: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from edgepatch.errors import EdgepatchError
 from edgepatch.runtimes.session import Session
@@ -35,6 +36,7 @@ class Service:
         on_failed: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self.settings, self.metrics, self.text_threads = settings, Metrics(), TextThreads()
+        self.constraint_thread = ThreadPoolExecutor(1, thread_name_prefix="edgepatch-constraints")
         self.on_ready, self.on_failed = on_ready, on_failed
         self._load = load
         self._model: ServedModel | None = None
