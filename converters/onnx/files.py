@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,11 @@ MODEL_FILES = (MODEL_FILE, "onnx/model.onnx")
 """Where published folders keep their graph; the second is a folder for several precisions."""
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+MAX_TAG, MAX_LENGTH, MAX_VALUE = (1 << 32) - 1, (1 << 31) - 1, (1 << 64) - 1
+"""What protobuf takes a tag, a length and a number for. It cuts some longer ones and refuses others, by version: here all are refused."""
+
+WHOLE = re.compile(r"[0-9]{1,18}")
+"""An offset or a length in the one spelling that every program reads alike."""
 MAX_DEPTH = 16  # of graphs within nodes
 MAX_FILE_BYTES = 1 << 31  # of a graph; protobuf's own limit
 NUMPY_TYPES = {1: "<f4", 2: "u1", 3: "i1", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}  # those of norms, and small ones
@@ -66,6 +72,26 @@ MESSAGES: Mapping[str, Mapping[int, str]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
+
+
+_LISTS = {
+    number: (BYTES, wire) for number, wire in ((4, FIXED32), (5, VARINT), (7, VARINT), (10, FIXED64), (11, VARINT))
+}
+WIRES: Mapping[str, Mapping[int, tuple[int, ...]]] = {
+    "model": {1: (VARINT,), 5: (VARINT,)} | dict.fromkeys((2, 3, 4, 6, 7, 8, 14, 20, 25, 26), (BYTES,)),
+    "training": dict.fromkeys(range(1, 5), (BYTES,)),
+    "function": dict.fromkeys((1, *range(4, 15)), (BYTES,)),
+    "graph": dict.fromkeys((1, 2, 5, *range(10, 17)), (BYTES,)),
+    "node": dict.fromkeys(range(1, 11), (BYTES,)),
+    "attribute": {2: (FIXED32,), 3: (VARINT,), 7: (BYTES, FIXED32), 8: (BYTES, VARINT), 20: (VARINT,)}
+    | dict.fromkeys((1, 4, 5, 6, 9, 10, 11, 13, 14, 15, 21, 22, 23), (BYTES,)),
+    "sparse": {1: (BYTES,), 2: (BYTES,), 3: (BYTES, VARINT)},
+    "tensor": {1: (BYTES, VARINT), 2: (VARINT,), 14: (VARINT,)}
+    | _LISTS
+    | dict.fromkeys((3, 6, 8, 9, 12, 13, 16), (BYTES,)),
+    "entry": {1: (BYTES,), 2: (BYTES,)},
+}
+"""Message -> field number -> the wire types that it may have. protobuf passes over a field of another one, and other readers do not."""
 
 
 @dataclass(frozen=True)
@@ -203,12 +229,10 @@ def _check_external(model_file: Path, tensor: Tensor) -> None:
             f"{which}: expected the name of a file beside it, found {location!r}",
             hint="do not run this model: its graph reads files outside its folder",
         )
-    try:
-        offset, length = (
-            int(tensor.external.get(key, default)) for key, default in (("offset", 0), ("length", tensor.num_bytes))
-        )
-    except ValueError:
-        raise InputError(f"{which}: offset and length must be numbers, found {dict(tensor.external)}") from None
+    texts = (tensor.external.get("offset", "0"), tensor.external.get("length", str(tensor.num_bytes)))
+    if not all(map(WHOLE.fullmatch, texts)):
+        raise InputError(f"{which}: offset and length must be numbers, found {dict(tensor.external)}")
+    offset, length = map(int, texts)
     path = model_file.with_name(location)
     if not path.is_file():
         raise InputError(
@@ -260,12 +284,10 @@ class _Walk:
         if kind == "node":
             self._node(start, end)
         inner = MESSAGES[kind]
-        for number, wire, first, last in self._fields(start, end):
+        for number, wire, first, last in self._fields(start, end, kind):
             if wire == BYTES and depth <= 1:
                 self._describe(kind, number, first, last)
             if number in inner:
-                if wire != BYTES:
-                    raise ValueError(f"field {number} of a {kind} has the wire type {wire}")
                 self.message(inner[number], first, last, depth + 1)
 
     def _describe(self, kind: str, number: int, first: int, last: int) -> None:
@@ -294,18 +316,20 @@ class _Walk:
                 return name, next((v for n, w, v, _ in self._fields(first, last) if n == 1 and w == VARINT), 0)
         return name, 0
 
-    def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(number, wire type, first byte or value, end) of each field."""
+    def _fields(self, start: int, end: int, kind: str = "") -> Iterator[tuple[int, int, int, int]]:
+        """(number, wire type, first byte or value, end) of each field of a message, which has the wire types of its kind."""
         position = start
         while position < end:
-            tag, position = self._varint(position, end)
+            tag, position = self._varint(position, end, MAX_TAG)
             wire = tag & 7
+            if not tag >> 3 or wire not in WIRES.get(kind, {}).get(tag >> 3, (wire,)):
+                raise ValueError(f"field {tag >> 3} of a {kind or 'message'} has the wire type {wire}")
             if wire == VARINT:
                 value, position = self._varint(position, end)
                 yield tag >> 3, wire, value, 0
                 continue
             if wire == BYTES:
-                size, position = self._varint(position, end)
+                size, position = self._varint(position, end, MAX_LENGTH)
             elif wire in (FIXED32, FIXED64):
                 size = 4 if wire == FIXED32 else 8
             else:
@@ -315,15 +339,18 @@ class _Walk:
             yield tag >> 3, wire, position, position + size
             position += size
 
-    def _varint(self, position: int, end: int) -> tuple[int, int]:
+    def _varint(self, position: int, end: int, most: int = MAX_VALUE) -> tuple[int, int]:
         value = shift = 0
         while position < end and shift < 70:
             byte = self._data[position]
             position += 1
             value |= (byte & 127) << shift
-            if byte < 128:
-                return value, position
-            shift += 7
+            if byte >= 128:
+                shift += 7
+                continue
+            if value > most or (not byte and shift):
+                raise ValueError("a number is longer than it may be, or spelled longer than it is")
+            return value, position
         raise ValueError("it ends within a number")
 
     def _text(self, first: int, last: int) -> str:
@@ -331,7 +358,7 @@ class _Walk:
 
     def _node(self, start: int, end: int) -> None:
         operator, inputs, attributes = "", [], {}
-        for number, wire, first, last in self._fields(start, end):
+        for number, wire, first, last in self._fields(start, end, "node"):
             if number == 1 and wire == BYTES:
                 inputs.append(self._text(first, last))
             elif number == 4 and wire == BYTES:
@@ -350,7 +377,7 @@ class _Walk:
     def _integer(self, start: int, end: int) -> tuple[str, int]:
         """Name of an attribute, and its integer."""
         name, value = "", 0
-        for number, wire, first, last in self._fields(start, end):
+        for number, wire, first, last in self._fields(start, end, "attribute"):
             if number == 1 and wire == BYTES:
                 name = self._text(first, last)
             elif number == 3 and wire == VARINT:
@@ -359,7 +386,7 @@ class _Walk:
 
     def _tensor(self, start: int, end: int) -> Tensor:
         name, shape, kind, span, external = "", [], 0, None, {}
-        for number, wire, first, last in self._fields(start, end):
+        for number, wire, first, last in self._fields(start, end, "tensor"):
             if number == 1:
                 shape += [first] if wire == VARINT else self._packed(first, last)
             elif number == 2:
@@ -373,6 +400,8 @@ class _Walk:
                 if key in external:
                     raise ValueError(f"the external data of {name} names its {key} twice")
                 external[key] = value
+        if kind >= 1 << 31 or any(size >= 1 << 63 for size in shape):
+            raise ValueError(f"a dimension or the element type of {name or 'a constant'} is out of range")
         return Tensor(name, tuple(shape), kind, span, external)
 
     def _packed(self, position: int, end: int) -> list[int]:
@@ -384,6 +413,8 @@ class _Walk:
 
     def _entry(self, start: int, end: int) -> tuple[str, str]:
         texts = {
-            number: self._text(first, last) for number, wire, first, last in self._fields(start, end) if wire == BYTES
+            number: self._text(first, last)
+            for number, wire, first, last in self._fields(start, end, "entry")
+            if wire == BYTES
         }
         return texts.get(1, ""), texts.get(2, "")

@@ -163,7 +163,14 @@ class OrderRun:
         plans = requests.choices(order, tokens)
         self.choices = [Choice(index, prompt) for index, (prompt, _) in enumerate(plans)]
         scored = order.echo and order.num_logprobs is not None
-        self._generations = [Generation(p, s, self._emitter(i), scored, compiled) for i, (p, s) in enumerate(plans)]
+        self._account = service.logprob_budget.open()
+        self._num_logprobs = 0 if order.num_logprobs is None else 1 + order.num_logprobs
+        if scored:
+            self._account.take(self._num_logprobs * sum(len(prompt) for prompt, _ in plans))
+        self._generations = [
+            Generation(p, s, self._emitter(i), scored, compiled=compiled, num_logprobs=order.num_logprobs or 0)
+            for i, (p, s) in enumerate(plans)
+        ]
 
     def _emitter(self, index: int) -> Callable[[Event], None]:
         loop, put = asyncio.get_running_loop(), self._events.put_nowait
@@ -194,6 +201,7 @@ class OrderRun:
                 logprobs = self.choices[index].add(event, self._model.end_token_ids)
                 if not isinstance(event, Piece):
                     continue
+                self._account.take(self._num_logprobs)
                 if is_first:
                     is_first = False
                     self._service.metrics.observe_first_token(time.monotonic() - self._start)
@@ -212,11 +220,12 @@ class OrderRun:
         """Works out the logprobs of the prompts, off the event loop."""
         for index, scored in self._scores.items():
             assert isinstance(writer, CompletionWriter)  # chat requests have no echo
-            prompt, count = self.choices[index].prompt, self._order.num_logprobs or 0
-            writer.prompt_logprobs[index] = await asyncio.to_thread(score, prompt, scored.logits, count)
+            prompt = self.choices[index].prompt
+            writer.prompt_logprobs[index] = await asyncio.to_thread(score, prompt, scored)
 
     def cancel(self) -> None:
-        """Frees the sequences of what is not finished."""
+        """Frees the sequences of what is not finished, and what the reply held."""
+        self._account.close()
         self._service.scheduler.cancel(self._generations)
 
 
@@ -242,6 +251,8 @@ async def read_body(request: Request, service: Service) -> bytes:
     except asyncio.TimeoutError:
         message = f"the body did not arrive within {service.settings.body_timeout_s:g} seconds"
         raise Refusal(408, message, code="request_timeout") from None
+    except ClientDisconnect:
+        raise Refusal(400, "the connection was closed before the body was complete", code="incomplete_body") from None
 
 
 async def _gather(request: Request, limit: int) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,13 +12,12 @@ from edgepatch.decoding.constraints import CompiledConstraint
 from edgepatch.decoding.replies import Continuation, Piece
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.runtimes.session import Session
-from edgepatch.server.refusals import Refusal
 
 PREFILL_CHUNK = 256
 """Tokens of a prompt that one step evaluates."""
 
-MAX_SCORES_BYTES = 2 * 2**30
-"""The most memory that the logits of a scored prompt may take."""
+MAX_LOGITS_BYTES = 64 * 2**20
+"""The most memory that the logits of a scored prompt take at a time: log-probabilities are made of them part by part."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,17 @@ class Started:
 
 @dataclass(frozen=True)
 class Scored:
-    """The prompt's own logits.
+    """What the model gives the tokens of a prompt of T tokens, all but the first.
 
     Attributes:
-        logits: (T, V) float32, row t of what comes after token t.
+        logprobs: (T - 1,) of the tokens themselves.
+        top_ids: (T - 1, N) the likeliest tokens in their place, falling.
+        top_logprobs: (T - 1, N) their log-probabilities.
     """
 
-    logits: NDArray[np.float32]
+    logprobs: NDArray[np.float64]
+    top_ids: NDArray[np.int64]
+    top_logprobs: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ class Generation:
         tokens: the prompt.
         sampling: ``None`` generates nothing, for scoring alone.
         emit: takes the events, on the scheduler's thread.
-        scored: give the prompt's logits too.
+        scored: give the log-probabilities of the prompt too.
         compiled: the sampling's constraint, where it has one.
+        num_logprobs: likeliest tokens to name for each of the prompt.
     """
 
     tokens: list[int]
@@ -70,6 +74,7 @@ class Generation:
     emit: Callable[[Event], None]
     scored: bool = False
     compiled: CompiledConstraint | None = None
+    num_logprobs: int = 0
     cancelled: bool = field(default=False, init=False)
 
 
@@ -80,9 +85,8 @@ def steps_of(session: Session, generation: Generation, sequence: int) -> Iterato
     """
     tokens = generation.tokens
     if generation.scored:
-        _require_room_for_scores(session, len(tokens))
         yield Started(0)
-        yield Scored(session.logits(tokens, sequence))
+        yield from _scores(session, generation, sequence)
     else:
         cached = min(session.sequences.num_cached(tokens, sequence), len(tokens) - 1)
         yield Started(cached)
@@ -90,12 +94,30 @@ def steps_of(session: Session, generation: Generation, sequence: int) -> Iterato
             session.logits_of_last(tokens[:end], sequence)
             yield None
     if generation.sampling is not None:
-        yield session.begin(tokens, generation.sampling, sequence, generation.compiled)
+        yield session.begin(tokens, generation.sampling, sequence, compiled=generation.compiled)
 
 
-def _require_room_for_scores(session: Session, num_tokens: int) -> None:
-    most = MAX_SCORES_BYTES // (4 * session.spec.vocab_size)
-    if num_tokens > most:
-        raise Refusal(
-            400, f"expected a prompt of at most {most} tokens with echo and logprobs, found {num_tokens}", "prompt"
-        )
+def _scores(session: Session, generation: Generation, sequence: int) -> Iterator[Scored | None]:
+    """Log-probabilities of a prompt, part by part, so that the logits of all of it are never there at once."""
+    tokens, count = generation.tokens, generation.num_logprobs
+    size = max(MAX_LOGITS_BYTES // (4 * session.spec.vocab_size), 1)
+    parts = [Scored(np.empty(0), np.empty((0, count), np.int64), np.empty((0, count)))]
+    for start in range(0, len(tokens) - 1, size):
+        end = min(start + size, len(tokens) - 1)
+        parts.append(_scored(session.logits(tokens[:end], sequence, end - start), tokens[start + 1 : end + 1], count))
+        yield None
+    columns = zip(*((part.logprobs, part.top_ids, part.top_logprobs) for part in parts), strict=True)
+    yield Scored(*(np.concatenate(column) for column in columns))
+
+
+def _scored(logits: NDArray[np.float32], tokens: Sequence[int], count: int) -> Scored:
+    """Log-probabilities of tokens, each by the (V,) logits in front of it."""
+    logprobs, top_ids, top_logprobs = np.empty(len(tokens)), np.empty((len(tokens), count), np.int64), []
+    for number, (token, row) in enumerate(zip(tokens, logits, strict=True)):
+        values = row.astype(np.float64) - float(row.max())
+        values -= np.log(np.exp(values).sum())
+        best = np.argpartition(-values, min(count, len(values) - 1))[:count]
+        best = best[np.argsort(-values[best], kind="stable")]
+        logprobs[number], top_ids[number] = values[token], best
+        top_logprobs.append(values[best])
+    return Scored(logprobs, top_ids, np.array(top_logprobs).reshape(len(tokens), count))

@@ -59,6 +59,10 @@ class Guard:
         try:
             self._check_host(headers.getlist("host"))
             _check_origin(headers.getlist("origin"))
+            if "transfer-encoding" in headers and "content-length" in headers:
+                raise Refusal(
+                    400, "expected a content length or a transfer encoding, found both", code="ambiguous_length"
+                )
             if len(headers) > MAX_HEADERS:
                 raise Refusal(
                     431, f"expected at most {MAX_HEADERS} header fields, found {len(headers)}", code="too_many_headers"

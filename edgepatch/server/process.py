@@ -9,6 +9,7 @@ import threading
 import uvicorn
 
 from edgepatch.server.app import create_app
+from edgepatch.server.connections import Connection, watch_all
 from edgepatch.server.service import Service
 
 MAX_HEADER_BYTES = 32 * 1024
@@ -29,10 +30,10 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service),
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="on",
-                log_level="warning",
+                log_level="critical",  # it writes a line for each malformed request, and tracebacks with what requests held
                 access_log=False,
                 proxy_headers=False,  # nobody may claim another address or scheme
                 server_header=False,
@@ -41,6 +42,12 @@ class HttpServer(uvicorn.Server):
                 timeout_graceful_shutdown=int(service.settings.grace_s) + END_S,
             )
         )
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; every second the connections are looked at."""
+        if counter % 10 == 0:
+            watch_all(self.server_state.connections)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends what is running within the grace period."""

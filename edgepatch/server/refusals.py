@@ -39,8 +39,8 @@ class Refusal(InputError):
     """
 
     def __init__(self, status: int, message: str, param: str = "", code: str = "") -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        super().__init__(_sendable(message))
+        self.status, self.param, self.code = status, _sendable(param), code
 
     def body(self) -> Error:
         """The reply's JSON."""
@@ -57,6 +57,11 @@ class Refusal(InputError):
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else {}
+
+
+def _sendable(text: str) -> str:
+    """A text in which halves of characters, which no reply can carry, are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def refusal_of(error: BaseException) -> Refusal:

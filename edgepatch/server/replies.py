@@ -9,11 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edgepatch.decoding.replies import Piece
-from edgepatch.server.generations import Started
+from edgepatch.server.generations import Scored, Started
 from edgepatch.server.model import ServedModel
 from edgepatch.server.requests import Order
 from edgepatch.server.tool_streams import ToolStream
@@ -80,22 +77,19 @@ class Choice:
         return "".join(self.texts)
 
 
-def score(tokens: Sequence[int], logits: NDArray[np.float32], count: int) -> list[TokenLogprob]:
+def score(tokens: Sequence[int], scored: Scored) -> list[TokenLogprob]:
     """Log-probabilities of a prompt's own tokens.
 
     Args:
         tokens: T ids.
-        logits: (T, V), row t of what comes after token t.
-        count: likeliest tokens to report for each.
+        scored: those of all but the first.
     """
-    scored = [TokenLogprob(tokens[0], None)]
-    for token, row in zip(tokens[1:], logits[:-1], strict=True):
-        values = row.astype(np.float64) - float(row.max())
-        values -= np.log(np.exp(values).sum())
-        best = np.argpartition(-values, min(count, len(values) - 1))[:count]
-        top = tuple((int(i), float(values[i])) for i in best[np.argsort(-values[best], kind="stable")])
-        scored.append(TokenLogprob(token, float(values[token]), top))
-    return scored
+    columns = zip(tokens[1:], scored.logprobs, scored.top_ids, scored.top_logprobs, strict=True)
+    rest = [
+        TokenLogprob(token, float(logprob), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+        for token, logprob, ids, values in columns
+    ]
+    return [TokenLogprob(tokens[0], None), *rest]
 
 
 class ReplyWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgepatch.decoding.constraints import Constraint
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
+from edgepatch.files.strict_json import finite
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
 from edgepatch.server.schemas.limits import INT32, MAX_PROMPTS
@@ -28,6 +30,11 @@ COMPLETION_TOKENS = 16
 MAX_RNG_SEED = 2**64
 MAX_DEPTH = 64
 """Of a body: far below what makes the programs behind us run out of stack."""
+
+MAX_DIGITS = 20
+"""Of a whole number: the largest that any field takes has 19."""
+
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 CHAT_SLACK = 4
 """So many times as long as what fits may a conversation be before its template has written it."""
@@ -141,7 +148,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
         Refusal: the body is no JSON object, or one that no two programs read alike.
     """
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
+        value = json.loads(
+            body.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_int=_whole,
+            parse_float=finite,
+            object_pairs_hook=_with_plain_names,
+        )
     except (ValueError, RecursionError) as error:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)
         raise Refusal(400, f"the body is not JSON: {reason}", code="invalid_json") from None
@@ -163,10 +176,18 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"expected whole numbers of at most {MAX_DIGITS} digits, found {len(text)}")
+    return int(text)
+
+
+def _with_plain_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("a field appears twice")
+    if any(SURROGATES.search(name) for name in values):
+        raise ValueError("the name of a field holds half a surrogate pair")
     return values
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from edgepatch.errors import EdgepatchError
 from edgepatch.runtimes.session import Session
+from edgepatch.server.budgets import LogprobBudget
 from edgepatch.server.metrics import Metrics
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
 from edgepatch.server.scheduler import Scheduler
 from edgepatch.server.settings import ServerSettings
 from edgepatch.server.text_threads import TextThreads
+
+NUM_PLACES = 6
+"""Of the way to an error, from its end."""
 
 logger = logging.getLogger("edgepatch.server")
 
@@ -37,6 +43,7 @@ class Service:
     ) -> None:
         self.settings, self.metrics, self.text_threads = settings, Metrics(), TextThreads()
         self.constraint_thread = ThreadPoolExecutor(1, thread_name_prefix="edgepatch-constraints")
+        self.logprob_budget = LogprobBudget()
         self.on_ready, self.on_failed = on_ready, on_failed
         self._load = load
         self._model: ServedModel | None = None
@@ -69,8 +76,14 @@ class Service:
         return self._model
 
     def note_error(self, error: BaseException) -> None:
-        """Logs an error that no client caused."""
+        """Logs an error that no client caused, in one line without anything that a request or a reply held."""
         if not isinstance(error, EdgepatchError):
-            logger.error("internal error", exc_info=error)
+            logger.error("internal error: %s in %s", type(error).__name__, _places(error))
         elif error.exit_code == 1:
             logger.error("%s", error)
+
+
+def _places(error: BaseException) -> str:
+    """Where an error came from, from the inside out: files, lines and functions, but no values."""
+    frames = traceback.extract_tb(error.__traceback__)[-NUM_PLACES:]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))

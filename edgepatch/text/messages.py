@@ -9,6 +9,9 @@ from typing import Any
 from edgepatch.errors import InputError
 
 Message = Mapping[str, Any]
+MAX_DEPTH = 64
+"""Of the arguments of a call, and of a tool."""
+
 ROLES = ("system", "user", "assistant", "tool")
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
 FIELDS = ("role", "content", "tool_calls", *TEXT_FIELDS)
@@ -90,8 +93,19 @@ def _plain_call(call: object) -> dict[str, Any]:
         or not isinstance(call.get("id", ""), str)
     ):
         raise InputError(f"tool_calls: expected a name, arguments in an object and an id of text, found {name!r}")
+    _require_shallow(arguments, f"tool_calls: the arguments of {name!r}")
     given_id = {"id": call["id"]} if "id" in call else {}
     return {**given_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _require_shallow(value: object, what: str) -> None:
+    """Refuses what is nested so deeply that the programs behind us would run out of stack."""
+    level, depth = [value], 0
+    while level := [entry for entry in level if isinstance(entry, (Mapping, list, tuple))]:
+        level = [child for entry in level for child in (entry.values() if isinstance(entry, Mapping) else entry)]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise InputError(f"{what}: expected at most {MAX_DEPTH} levels, found more deeply nested ones")
 
 
 def texts_in(value: object) -> list[str]:
@@ -119,4 +133,5 @@ def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any
             raise InputError(
                 f"tool {number}: expected an object of type 'function' with a named function", hint="see OpenAI's tools"
             )
+        _require_shallow(tool, f"tool {number}")
     return [dict(tool) for tool in tools] if tools else None

@@ -180,7 +180,7 @@ class SampledRequest(RequestModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Extension: keep tokens of at least this share of the likeliest one's probability."
     )
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = Field(
         None, description="Extension: above 1 makes repeated tokens less likely."
     )
     presence_penalty: Penalty | None = None
