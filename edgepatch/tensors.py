@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
 
 MAX_CANARY_PROMPTS = 16
+MAX_CANARY_TOKENS = 2**15
+"""Of all prompts together: whoever verifies a patch reads each of them."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,9 @@ class Canary:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise InputError("canary: expected a prompt, found none")
+        num_tokens = sum(len(prompt.tokens) + len(prompt.token_ids) for prompt in self.prompts)
+        if num_tokens > MAX_CANARY_TOKENS:
+            raise InputError(f"canary: expected at most {MAX_CANARY_TOKENS} token ids, found {num_tokens}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from math import isfinite, prod
 from pathlib import Path
 
@@ -15,23 +15,52 @@ from edgepatch.tensors import ModelSpec, tokenizer_digest, weight_fingerprint
 UNUSED = 5
 """Type of a token that only fills the embedding matrix up."""
 
+MIXED_BITS = 1.5
+"""So many bits a weight more than their name says do mixtures have: 4.9 Q4_K_M, 3.4 Q2_K."""
+
+GOOD_PART = 0.1
 GUESSED = 1024
 """Added to ``general.file_type`` where the converter guessed it."""
 
 
 def quantization(header: GGUFHeader) -> str:
-    """The file's quantization by name ("F32", "Q4_K_M"); where the file does not say, the type of most of its weights."""
+    """The file's quantization by name ("F32", "Q4_K_M"); where the file does not say, or says another than its weights have, their type.
+
+    The name decides how far a patch's effect may deviate, and nobody signs it; so a name for coarser weights than are there is none.
+    """
     number = header.metadata.get("general.file_type")
-    if isinstance(number, int) and number % GUESSED in FILE_TYPES:
-        return FILE_TYPES[number % GUESSED]
-    return _commonest_type(header)
+    name = FILE_TYPES.get(number % GUESSED) if isinstance(number, int) else None
+    weights = _weights_by_type(header)
+    if name is not None and _bits(weights) <= _named_bits(name) + MIXED_BITS:
+        return name
+    return type_name(_coarsest(weights) if name is not None else max(weights, key=lambda kind: weights[kind][0]))
 
 
-def _commonest_type(header: GGUFHeader) -> str:
-    weights: Counter[int] = Counter()
-    for info in header.tensors.values():
-        weights[info.ggml_type] += prod(info.shape)
-    return type_name(weights.most_common(1)[0][0])
+def _weights_by_type(header: GGUFHeader) -> dict[int, tuple[int, int]]:
+    """Type -> (how many weights have it, their bits); of the layers' matrices, where there are any."""
+    counts: dict[int, tuple[int, int]] = {}
+    matrices = [i for n, i in header.tensors.items() if n.startswith("blk.") and len(i.shape) > 1]
+    for info in matrices or list(header.tensors.values()):
+        count, bits = counts.get(info.ggml_type, (0, 0))
+        counts[info.ggml_type] = (count + prod(info.shape), bits + 8 * info.num_bytes)
+    return counts
+
+
+def _bits(weights: dict[int, tuple[int, int]]) -> float:
+    return sum(bits for _, bits in weights.values()) / max(sum(count for count, _ in weights.values()), 1)
+
+
+def _named_bits(name: str) -> int:
+    """Bits of a weight, as a name says them: "Q4_K_M" 4."""
+    digits = re.search(r"[0-9]+", name)
+    return int(digits[0]) if digits else 32
+
+
+def _coarsest(weights: dict[int, tuple[int, int]]) -> int:
+    """The type of fewest bits among those that a good part of the weights have."""
+    total = sum(count for count, _ in weights.values())
+    common = {kind: bits / count for kind, (count, bits) in weights.items() if count >= GOOD_PART * total}
+    return min(common, key=lambda kind: common[kind])
 
 
 def vocabulary(header: GGUFHeader) -> list[str]:

@@ -14,6 +14,9 @@ from edgepatch.tensors import ModelSpec
 
 SPEC_KEY = "edgepatch.model_spec"
 QUANTIZATION_KEY = "edgepatch.quantization"
+QUANTIZING = {"DequantizeLinear", "DynamicQuantizeLinear", "GatherBlockQuantized", "MatMulInteger", "QLinearMatMul"}
+"""Operators of graphs that hold whole numbers for weights, beside ``MatMulNBits``."""
+
 BAKED_KEY = "edgepatch.baked_patch"
 QUANTIZATIONS: dict[str, str] = {"fp32": "F32", "fp16": "F16", "int8": "int8", "int4": "int4"}
 """Precision of an export -> what ``Runtime.quantization`` says."""
@@ -34,9 +37,18 @@ def read_identity(folder: Path, file: GraphFile, metadata: Mapping[str, str]) ->
     if SPEC_KEY not in metadata or metadata.get(QUANTIZATION_KEY) not in QUANTIZATIONS.values():
         raise InputError(f"{file.path} was not converted by edgepatch: its metadata names no base model", hint=hint)
     try:
-        return ModelSpec.from_dict(json.loads(metadata[SPEC_KEY])), metadata[QUANTIZATION_KEY]
+        return ModelSpec.from_dict(json.loads(metadata[SPEC_KEY])), _quantization(file, metadata[QUANTIZATION_KEY])
     except (ValueError, RecursionError, PatchFormatError) as error:
         raise InputError(f"{file.path}: its metadata is damaged: {error}", hint=hint) from None
+
+
+def _quantization(file: GraphFile, named: str) -> str:
+    """The type of the weights: nobody signs its name, which decides how far a patch's effect may deviate, so the graph must show it."""
+    if not named.startswith("int"):
+        return named
+    if file.bits:
+        return f"int{min(file.bits)}"
+    return named if QUANTIZING & file.operators.keys() else QUANTIZATIONS["fp32"]
 
 
 def identity(spec: ModelSpec, quantization: str) -> dict[str, str]:

@@ -298,7 +298,22 @@ def load_model(
         note(line)
     if patch is ACTIVE:
         note(_source(session, StoreReader(store)))
+    note_unasked(patch, store)
     return session
+
+
+def note_unasked(patch: PatchChoice, store: Path | None) -> None:
+    """Says where a patch from a file passes by the trust root of this device."""
+    from edgepatch.runtimes import PIN
+    from edgepatch.store.reading import StoreReader
+
+    files = [str(one) for one in patch if not str(one).startswith(PIN)] if isinstance(patch, (list, tuple)) else []
+    try:
+        has_root = bool(files) and StoreReader(store).root() is not None
+    except EdgepatchError:
+        has_root = True  # a store that cannot be read vouches for nothing
+    if has_root:
+        note(f"not asked of this device's trust root: {', '.join(files)}; `edgepatch verify FILE` asks it")
 
 
 def _source(session: Session, store: StoreReader) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads, choice
+from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads, choice, note_unasked
 from edgepatch.cli.console import (
     BareFlag,
     JsonFlag,
@@ -145,6 +145,7 @@ def _loader(
     settings = {name: value for name, value in options.items() if value is not None}
 
     def load() -> Session:
+        note_unasked(patch, store)
         session = load_runtime(model, patch, store=store, pinned=pinned, other_template=other_template, **settings)
         if patch is not None and session.patch is None:
             reader = StoreReader(store)

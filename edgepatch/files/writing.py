@@ -58,16 +58,29 @@ def replacing_file(target: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         temporary = Path(name)
         os.close(handle)
+        mode = _mode_of(target)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(target)
     except OSError as error:
         raise unwritable(target, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _mode_of(target: Path) -> int:
+    """The rights of the file that is replaced; of a new one those that the user's mask leaves."""
+    try:
+        return target.stat().st_mode & 0o777
+    except FileNotFoundError:
+        pass
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        new = Path(folder) / "new"
+        new.touch(0o666)  # the mask itself can only be read by changing it, for every thread
+        return new.stat().st_mode & 0o777
 
 
 def unwritable(target: Path, error: OSError) -> InputError:

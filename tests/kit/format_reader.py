@@ -120,12 +120,15 @@ def check_base(base: object) -> None:
 def check_canary(canary: object, vocabulary: float) -> None:
     need(isinstance(canary, dict) and set(canary) == {"prompts"} and isinstance(canary["prompts"], list))
     need(1 <= len(canary["prompts"]) <= 16)
+    length = 0
     for prompt in canary["prompts"]:
         need(isinstance(prompt, dict) and set(prompt) == {"tokens", "token_ids", "bare", "patched"})
         need(
             all(isinstance(entries, list) and all(isinstance(e, float) for e in entries) for entries in prompt.values())
         )
         ids = prompt["token_ids"]
+        length += len(ids) + len(prompt["tokens"])
+        need(length <= 32768)
         need(all(whole(i, 0) and i < vocabulary for i in ids + prompt["tokens"]) and prompt["tokens"])
         need(
             2 <= len(ids) == len(set(ids)) == len(prompt["bare"]) == len(prompt["patched"])
