@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -188,3 +189,27 @@ def test_vocabularies_with_no_one_and_several_ends(ends):
     assert set(np.flatnonzero(matcher.allowed())) == {ord("a"), ord("c"), 258} | ends, "special tokens have no text"
     other = engine.matcher(Constraint("regex", "(ab|c)+"))
     assert set(np.flatnonzero(other.allowed())) == {ord("a"), ord("c"), 258}, "replies do not share their state"
+
+
+COSTLY = {
+    "a large multiple": Constraint("json_schema", '{"type": "integer", "multipleOf": 999983}'),
+    "patterns beside each other": Constraint(
+        "json_schema", json.dumps({"allOf": [{"type": "string", "pattern": f"^.*{c}.{{24}}$"} for c in "abcdefgh"]})
+    ),
+    "a long grammar": Constraint(
+        "grammar",
+        "root ::= a0\n" + "".join(f"a{i} ::= a{i + 1} a{i + 1} | [a-z]*\n" for i in range(2500)) + "a2500 ::= []",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_what_costs_too_much_is_refused_in_a_child(runtime, kind):
+    """Its computing time and memory are the child's; asked again, the refusal is remembered."""
+    engine = runtime.constraint_engine()
+    before = time.process_time()
+    for _ in range(2):
+        with pytest.raises(InputError, match="constraint"):
+            engine.compile(COSTLY[kind])
+    assert time.process_time() - before < 1
+    assert engine.compile(Constraint("json_schema", json.dumps(SCHEMA)))

@@ -231,3 +231,15 @@ def test_settings_from_names():
     with pytest.raises(InputError, match="unknown: top_q"):
         Sampling.from_dict({"top_q": 3})
     assert hash(Sampling(logit_bias={1: 2.0})) == hash(Sampling(logit_bias={1: 2.0}))
+
+
+def test_parameters_have_floors():
+    """Next to nothing is no setting: a penalty that only overflows is refused, and a temperature under which one token is left is 0."""
+    for penalty in (5e-324, 1e-9, 0.009):
+        with pytest.raises(InputError, match="repetition_penalty"):
+            Sampling(repetition_penalty=penalty)
+    assert Sampling(temperature=5e-324).temperature == Sampling(temperature=1e-7).temperature == 0
+    logits = np.array([1.0, 3.0e38, -3.0e38, 2.0], np.float32)
+    sampling = Sampling(repetition_penalty=0.01, presence_penalty=-2, frequency_penalty=-2, rng_seed=1)
+    sampler = TokenSampler(sampling, [0, 1, 2, 3], 4)
+    assert all(0 <= sampler.draw(logits).token_id < 4 for _ in range(5))

@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from edgepatch.decoding.replies import Piece
@@ -222,13 +223,23 @@ def test_draining_lets_replies_end_and_takes_no_more(scheduler, runtime):
     assert text == runtime.generate("fox", GREEDY)
 
 
-def test_the_scores_of_a_prompt_have_a_limit(scheduler, runtime, monkeypatch):
-    monkeypatch.setattr(generations, "MAX_SCORES_BYTES", 4 * runtime.spec.vocab_size * 3)
-    listener = Listener(runtime.tokens("The quick brown fox"))
-    listener.generation.scored = True
-    scheduler.submit([listener.generation])
-    listener.wait()
-    assert "at most 3 tokens" in str(listener.error)
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_a_prompt_is_scored_part_by_part(scheduler, runtime, monkeypatch, rows):
+    """The logits of all of it are never there at once, and its scores are those of the whole."""
+    monkeypatch.setattr(generations, "MAX_LOGITS_BYTES", 4 * runtime.spec.vocab_size * rows)
+    tokens, events = runtime.tokens("The quick brown fox"), []
+    generation = generations.Generation(tokens, None, events.append, scored=True, num_logprobs=2)
+    steps = list(generations.steps_of(runtime, generation, 0))
+    scored = next(step for step in steps if isinstance(step, generations.Scored))
+    logits = runtime.logits(tokens, 0)[:-1].astype(np.float64)
+    expected = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    np.testing.assert_allclose(scored.logprobs, expected[np.arange(len(tokens) - 1), tokens[1:]], atol=1e-4)
+    np.testing.assert_allclose(scored.top_logprobs, -np.sort(-expected, axis=1)[:, :2], atol=1e-4)
+    assert scored.top_ids.shape == (len(tokens) - 1, 2)
 
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'

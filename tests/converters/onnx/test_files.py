@@ -196,3 +196,53 @@ def test_a_folder_without_a_graph_is_named(tmp_path):
     shutil.copyfile(__file__, tmp_path / "notes.txt")
     with pytest.raises(InputError, match="not an ONNX model folder"):
         open_folder(tmp_path)
+
+
+def number(value: int, size: int = 0) -> bytes:
+    """A varint; of ``size`` bytes where that is longer than it needs."""
+    digits = [value >> 7 * i & 127 for i in range(max(size, (value.bit_length() + 6) // 7, 1))]
+    return bytes([digit | 128 for digit in digits[:-1]] + digits[-1:])
+
+
+def field(tag: bytes, content: bytes) -> bytes:
+    return tag + number(len(content)) + content
+
+
+def graph_bytes(hidden: bytes) -> bytes:
+    """A graph with an operator and a tensor that ends with some bytes."""
+    entry = field(b"\x0a", b"location") + field(b"\x12", b"../secret")
+    weights = (
+        b"\x08\x04\x10\x01" + field(b"\x42", b"w") + b"\x70\x01" + hidden.replace(b"ENTRY", number(len(entry)) + entry)
+    )
+    graph = field(b"\x0a", field(b"\x22", b"Identity")) + field(b"\x2a", weights)
+    return b"\x08\x09" + field(b"\x3a", graph)
+
+
+EXTERNAL = 13 << 3 | 2  # the tag of external_data
+HIDDEN = {
+    "a tag beyond 32 bits": number(EXTERNAL | 1 << 32) + b"ENTRY",
+    "a tag beyond 64 bits": number(EXTERNAL, 9) + b"\x02ENTRY",
+    "a tag spelled longer than it is": number(EXTERNAL, 5) + b"ENTRY",
+    "another wire type": number(13 << 3) + b"\x05",
+    "a field without a number": b"\x02\x00" + number(EXTERNAL) + b"ENTRY",
+    "a group": b"\x83\x01" + number(EXTERNAL) + b"ENTRY" + b"\x84\x01",
+    "a length spelled longer than it is": number(EXTERNAL) + b"\x80\x80\x00",
+    "an element type that is cut to 32 bits": b"\x10" + number(1 << 32 | 1),
+    "a dimension below zero": b"\x08" + number((1 << 64) - 4),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_what_two_parsers_may_read_differently_is_refused(folder, kind):
+    (folder / MODEL_FILE).write_bytes(graph_bytes(b""))
+    assert [t.name for t in open_folder(folder).tensors] == ["w"], "the graph itself is sound"
+    (folder / MODEL_FILE).write_bytes(graph_bytes(HIDDEN[kind]))
+    with pytest.raises(InputError, match="is damaged, or no ONNX model"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize("text", ["\uff13\uff12", "3_2", " 32", "+32", "0x20", "-0", "32\n"])
+def test_numbers_have_one_spelling(folder, text):
+    save(folder, tensor(location="model.data", offset=text))
+    with pytest.raises(InputError, match="must be numbers"):
+        open_folder(folder)
