@@ -154,7 +154,7 @@ def test_folder_without_a_model_is_2(run, tmp_path):
 
 
 def test_option_that_a_runtime_lacks_is_2(run, tiny_folder):
-    code, _, err = run("generate", tiny_folder, "--prompt", "x", "--threads", "1")
+    code, _, err = run("generate", tiny_folder, "--bare", "--prompt", "x", "--threads", "1")
     assert code == 2 and "num_threads" in err
 
 
@@ -165,7 +165,7 @@ def test_generate_with_patch(run, tiny_folder, patch_file, tiny_patch):
     assert code == 0 and "patch tiny 1.0.0" in err
     assert patched["system_fingerprint"].endswith(tiny_patch.digest[:12])
     assert 1 <= len(patched["token_ids"]) <= 6
-    assert json.loads(run(*common, "--json")[1])["text"] != patched["text"]
+    assert json.loads(run(*common, "--bare", "--json")[1])["text"] != patched["text"]
 
 
 def test_chat_answers_on_stdout_and_reports_on_stderr(run, tiny_folder, patch_file):
@@ -178,7 +178,18 @@ def test_chat_answers_on_stdout_and_reports_on_stderr(run, tiny_folder, patch_fi
 
 
 def test_chat_reads_questions_until_the_end_of_input(gguf_file):
-    command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1", "--max-new-tokens", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "edgepatch.cli",
+        "chat",
+        str(gguf_file),
+        "--bare",
+        "--threads",
+        "1",
+        "--max-new-tokens",
+        "3",
+    ]
     done = subprocess.run(command, input="Hello\n\nAgain\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr.count("first after") == 2
 
@@ -235,7 +246,18 @@ def test_chat_commands(gguf_file, tiny_patch, tmp_path):
         "/quit",
         "not read",
     ]
-    command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1", "--max-new-tokens", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "edgepatch.cli",
+        "chat",
+        str(gguf_file),
+        "--bare",
+        "--threads",
+        "1",
+        "--max-new-tokens",
+        "3",
+    ]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     err = done.stderr
@@ -248,7 +270,7 @@ def test_chat_commands(gguf_file, tiny_patch, tmp_path):
 
 
 def test_ctrl_c_is_130(gguf_file):
-    command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1"]
+    command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--bare", "--threads", "1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:
         while "no patch" not in (line := process.stderr.readline()):

@@ -11,7 +11,7 @@ import pytest
 
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
-from edgepatch.errors import InactivePatchError, PatchFormatError
+from edgepatch.errors import InactivePatchError, InputError, PatchFormatError
 from edgepatch.patch import canary
 from edgepatch.patch.file import Patch, parse_patch, patch_bytes
 from edgepatch.runtimes import load_runtime
@@ -194,3 +194,21 @@ def test_a_prompt_on_which_the_patch_does_nothing_proves_nothing_and_is_left_out
     effects[second] = 0.01 * slope
     measured = canary.make_canary(512, lambda t: bare[tuple(t)], lambda t: bare[tuple(t)] + effects[tuple(t)])
     assert [prompt.tokens for prompt in measured.prompts] == [first, third]
+
+
+def test_a_canary_has_a_bound(tiny_patch):
+    """Whoever verifies a patch reads all of its ids."""
+    prompt = tiny_patch.canary.prompts[0]
+    long = replace(prompt, tokens=(1,) * 30_000)
+    assert Canary((long,))
+    with pytest.raises(InputError, match="expected at most 32768 token ids, found"):
+        Canary((long,) * 14)
+
+
+def test_no_tolerance_lets_another_patchs_seed_pass():
+    """Seeds of other patches deviate by 0.53 or more."""
+    types = ("F32", "Q8_0", "Q4_K_M", "Q3_K_M", "IQ1_S", "TQ1_0", "whatever")
+    assert (
+        max(canary.tolerance(t, kv, decoded) for t in types for kv in ("f16", "q4_0") for decoded in (False, True))
+        <= 0.5
+    )

@@ -159,6 +159,20 @@ def test_generate(monkeypatch, capsys, tiny_folder, store, tiny_patch):
     assert generate(monkeypatch, capsys, tiny_folder, "--store", store.folder)[0] == 3
 
 
+def test_a_patch_file_beside_a_trust_root_says_that_nobody_was_asked(
+    monkeypatch, capsys, tiny_folder, tiny_patch, tmp_path
+):
+    from kit.stores import make_store
+
+    file = tmp_path / "tiny.safetensors"
+    write_patch(tiny_patch, file)
+    for root, expected in ((True, True), (False, False)):
+        folder = make_store(tmp_path / "rooted").folder if root else Store(tmp_path / "rootless").folder
+        folder.mkdir(exist_ok=True)
+        code, _, err = generate(monkeypatch, capsys, tiny_folder, "--store", folder, "--patch", file)
+        assert (code, f"not asked of this device's trust root: {file}" in err) == (0, expected)
+
+
 def test_deep_verification(monkeypatch, capsys, tiny_folder, store, tiny_patch, tmp_path):
     code, out, _ = run(monkeypatch, capsys, "verify", "--deep", "--model", tiny_folder, "--store", store.folder)
     assert (code, "torch F32" in out) == (0, True)

@@ -246,7 +246,15 @@ def test_a_file_that_does_not_name_its_quantization_gets_its_commonest_type(tmp_
     header = gguf_header.read_header(tmp_path / "llama.gguf")
     for value in (None, 9999, "Q4_0"):
         assert specs.quantization(replace(header, metadata=header.metadata | {"general.file_type": value})) == "F32"
-    assert specs.quantization(replace(header, metadata=header.metadata | {"general.file_type": 1024 + 2})) == "Q4_0"
+    assert specs.quantization(replace(header, metadata=header.metadata | {"general.file_type": 1024 + 0})) == "F32"
+
+
+@pytest.mark.parametrize("claimed", [2, 10, 15, 19, 30])
+def test_a_name_for_coarser_weights_than_are_there_is_none(tmp_path, claimed):
+    """Nobody signs the name, and it decides how far a patch's effect may deviate."""
+    tiny_gguf.write_llama(tmp_path / "m.gguf")
+    header = gguf_header.read_header(tmp_path / "m.gguf")
+    assert specs.quantization(replace(header, metadata=header.metadata | {"general.file_type": claimed})) == "F32"
 
 
 @pytest.mark.parametrize(
