@@ -202,6 +202,7 @@ REPLY = [{"role": "assistant", "content": "x"}]
         ({"prompt": [USER], "chosen": REPLY, "rejected": "y"}, "must be texts"),
         ({"chosen": [USER, *REPLY], "rejected": [*REPLY]}, "expected messages"),
         ("[" * 100_000, "expected a JSON object"),
+        ('{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}', "a key appears twice: 'prompt'"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, bad, message):
