@@ -14,6 +14,7 @@ from edgepatch.cli.bench.door import (
     ThreadsOption,
     bench_app,
     end_with,
+    require_data,
     use_one_thread,
 )
 from edgepatch.cli.console import LogOption, progress_bars
@@ -149,6 +150,7 @@ def length(
 
 @bench_app.command()
 def composition(
+    data: DataOption = None,
     items: Annotated[int, typer.Option(min=1, help="Prompts or requests of each domain.")] = 60,
     threads: ThreadsOption = 1,
     out: OutOption = RESULTS / "composition.json",
@@ -164,6 +166,7 @@ def composition(
     use_one_thread()
     from edgepatch.bench.safety import composing
 
+    folder = require_data(data)
     kept = "what is made is kept; the same command goes on from there"
     with progress_bars(log or work / "composition.log", lambda: kept) as progress:
-        composing.run(out, work, items, threads, progress)
+        composing.run(out, work, folder, items, threads, progress)
