@@ -169,19 +169,23 @@ def in_front() -> str:
     return table(("in front", "EMT bare, short", "gain, short", "gain, mixed"), rows)
 
 
-def length_cell(trained: bool, anchoring: str, block: int, place: tuple[int, str, int]) -> Row:
-    fields = ("trained_with_float", "anchoring", "block", "front_tokens", "front_kind", "turn")
-    return next(
-        row for row in document("length")["cells"] if tuple(map(row.get, fields)) == (trained, anchoring, block, *place)
-    )
+def length_row(domain: str, standing: tuple[bool, str, int]) -> list[str]:
+    """The gain of a patch at each place, and its largest cost."""
+    fields = ("domain", "trained_with_float", "anchoring", "block", "front_tokens", "front_kind", "turn")
+    rows = {tuple(map(row.get, fields)): row for row in document("length")["cells"]}
+    cells = [rows[domain, *standing, *place] for place in PLACES.values()]
+    dearest = max(100 * cell["perplexity_change"] for cell in cells)
+    return [*(figure(cell, "gain") for cell in cells), f"{dearest:+.1f} %"]
 
 
 def behind() -> str:
-    rows = []
-    for name, standing in STANDING.items():
-        cells = [length_cell(*standing, place) for place in PLACES.values()]
-        dearest = max(100 * cell["perplexity_change"] for cell in cells)
-        rows.append([name, *(figure(cell, "gain") for cell in cells), f"{dearest:+.1f} %"])
+    rows = [[name, *length_row("toxicity", standing)] for name, standing in STANDING.items()]
+    return table(("patch", *PLACES, "perplexity, at most"), rows)
+
+
+def behind_others() -> str:
+    names = ("trained at the start, pinned", "trained to move, moving")
+    rows = [[f"{d}, {name}", *length_row(d, STANDING[name])] for d in ("gender", "harm") for name in names]
     return table(("patch", *PLACES, "perplexity, at most"), rows)
 
 
@@ -251,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipped": shipped,
     "in front": in_front,
     "behind": behind,
+    "behind others": behind_others,
     "composed": composed,
     "cost": cost,
     "alternatives": alternatives,

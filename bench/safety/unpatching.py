@@ -20,7 +20,7 @@ import edgepatch
 from edgepatch.bench.lab import LAB_FOLDER, LAB_PATCH
 from edgepatch.bench.likelihoods import tokens_behind
 from edgepatch.bench.metrics import expected_max_toxicity, paired_bootstrap_difference
-from edgepatch.bench.safety.length import passage
+from edgepatch.bench.safety.probes import passage
 from edgepatch.converters.gguf import writer
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.files.writing import write_atomically

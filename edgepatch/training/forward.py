@@ -37,6 +37,12 @@ KEPT_LOGIT_BYTES = 1 << 28
 """Logits of a bare model on benign text are kept up to this size, and computed again beyond it."""
 
 
+def tokenizer_of(model: Path) -> FolderTokenizer:
+    """The tokenizer of a Transformers folder or GGUF file."""
+    with hf_folders.tokenizer_folder(model) as folder:
+        return FolderTokenizer(folder)
+
+
 class FrozenModels:
     """What a run trains on.
 
@@ -72,8 +78,7 @@ class FrozenModels:
         self.num_virtual_tokens, self.place = config.num_virtual_tokens, ""
         self.context = int(hf_folders.read_text_config(self.folders[0], self.spec).max_position_embeddings)
         self._require_room()
-        with hf_folders.tokenizer_folder(self.folders[0]) as folder:
-            self.tokenizer = FolderTokenizer(folder)
+        self.tokenizer = tokenizer_of(self.folders[0])
         self.anchoring = self._read_anchoring()
         dtype = "float32" if config.dtype == "auto" else config.dtype
         self.bases = [hf_folders.load_model(folder, self.device, dtype) for folder in self.folders]

@@ -115,15 +115,24 @@ def length(
     block: Annotated[
         list[int] | None, typer.Option(help="W to try; may be repeated. Default: 32, 64, 128, 256.")
     ] = None,
+    domain: Annotated[
+        str,
+        typer.Option(help="toxicity, gender or harm; the patches of the latter two are those of `bench composition`."),
+    ] = "toxicity",
     data: DataOption = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each place.")] = 40,
     samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
     threads: ThreadsOption = 1,
     out: OutOption = RESULTS / "length.json",
     work: Annotated[Path, typer.Option(metavar="DIR", help="Folder of what is measured already.")] = Path("out/length"),
+    made: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of pairs and patches that `bench composition` has made.")
+    ] = Path("out/composition"),
     log: LogOption = None,
 ) -> None:
     """Does a patch hold behind text and in later turns? Pinned against moving, gain and cost (an hour; it goes on where it stopped).
+
+    Results of other domains stay in the file.
 
     Example: `edgepatch bench length --prompts 12 --block 128`
     """
@@ -131,19 +140,27 @@ def length(
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.lab import LAB_PATCHES
     from edgepatch.bench.safety import length as places
+    from edgepatch.bench.safety.composing import Workshop
+    from edgepatch.patch.file import read_patch
 
     kept = "what is measured is kept; the same command goes on from there"
     with progress_bars(log or work / "length.log", lambda: kept) as progress:
+        if patch or domain == "toxicity":
+            patches = [read_patch(path) for path in patch or LAB_PATCHES]
+        else:
+            workshop = Workshop(made, require_data(data), progress)
+            patches = [workshop.alone(domain), workshop.moving(domain)]
         places.run(
             out,
             work,
             model,
-            patch or LAB_PATCHES,
+            patches,
             block or [32, 64, 128, 256],
             data_folder(data),
             prompts,
             samples,
             threads,
+            domain,
             progress,
         )
 
