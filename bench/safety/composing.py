@@ -42,6 +42,7 @@ from edgepatch.training.composition import compose
 from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
 from edgepatch.training.patching import PatchTraining
 
+Cell = tuple[str, tuple[str, ...], tuple[str, ...]]
 DOMAINS = ("gender", "harm", "toxicity")
 # The same patches on every machine; pinned, so that distance does not mix with company.
 ALONE = replace(PATCH_CONFIG, dtype="float32")
@@ -241,10 +242,10 @@ def run(out: Path, work: Path, data: Path, items: int, num_threads: int, progres
     return document
 
 
-def _cells(sets: Sequence[tuple[str, ...]]) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+def _cells(sets: Sequence[tuple[str, ...]]) -> list[Cell]:
     """(arm, parts, order) of everything that is measured: each set of several in two orders."""
     several = [names for names in sets if len(names) > 1]
-    cells = [("alone", names, names) for names in sets if len(names) == 1]
+    cells: list[Cell] = [("alone", names, names) for names in sets if len(names) == 1]
     for arm in ("side_by_side", "joint"):
         cells += [(arm, names, order) for names in several for order in (names, names[::-1])]
     return cells

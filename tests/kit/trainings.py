@@ -36,6 +36,7 @@ def small(**changes) -> TrainConfig:
         "dtype": "float32",
         "block": 0,
         "turns": False,
+        "front_tokens": 0,
     } | changes
     return TrainConfig(**settings)
 

@@ -87,7 +87,9 @@ def unpatch(
     model: Annotated[
         Path | None, typer.Option(help="Model that the patch fits; default: the lab model at F16.")
     ] = None,
-    patch: Annotated[Path | None, typer.Option("--patch", "-p", help="Patch file; default: the lab patch.")] = None,
+    patch: Annotated[
+        Path | None, typer.Option("--patch", "-p", help="Patch file; default: the lab patch that moves.")
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each attempt.")] = 48,
     samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
     threads: ThreadsOption = 1,
@@ -98,10 +100,9 @@ def unpatch(
     Example: `edgepatch bench unpatch --prompts 12`
     """
     use_one_thread()
-    from edgepatch.bench.lab import LAB_PATCH
     from edgepatch.bench.safety import unpatching
 
-    unpatching.run(out, model, patch or LAB_PATCH, prompts, samples, threads)
+    unpatching.run(out, model, patch or unpatching.PATCH, prompts, samples, threads)
 
 
 @bench_app.command()
