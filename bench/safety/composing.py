@@ -51,7 +51,7 @@ JOINT = replace(ALONE, sft_steps=0, dpo_steps=300, dpo_learning_rate=1e-2, kl_we
 MOVING = replace(
     ALONE,
     sft_steps=0,
-    dpo_steps=80,
+    dpo_steps=60,
     dpo_learning_rate=1e-2,
     beta=0.05,
     max_tokens=96,

@@ -63,8 +63,8 @@ class Arm:
         return "both" if rule.block and rule.turn_tokens else "blocks" if rule.block else "turns"
 
 
-def arms(patch: Patch, blocks: Sequence[int], turn_tokens: Sequence[int]) -> list[Arm]:
-    """A patch pinned, moved at turns, every W tokens, and at both.
+def arms(patch: Patch, blocks: Sequence[int], turn_tokens: Sequence[int], alone: bool = True) -> list[Arm]:
+    """A patch pinned, moved at turns, every W tokens, and at both; without the middle two unless each is tried ``alone``.
 
     Raises:
         InputError: it does not say how its keys turn.
@@ -74,9 +74,12 @@ def arms(patch: Patch, blocks: Sequence[int], turn_tokens: Sequence[int]) -> lis
             f"{patch.name} {patch.version} does not say how its keys turn",
             hint="add that: edgepatch convert seed",
         )
-    rules: list[Anchoring | None] = [None, *(Anchoring(block) for block in blocks)]
+    rules: list[Anchoring | None] = [None]
+    if alone or not turn_tokens:
+        rules += [Anchoring(block) for block in blocks]
     if turn_tokens:
-        rules += [Anchoring(0, tuple(turn_tokens)), *(Anchoring(block, tuple(turn_tokens)) for block in blocks)]
+        at_turns = [Anchoring(0, tuple(turn_tokens))] if alone or not blocks else []
+        rules += [*at_turns, *(Anchoring(block, tuple(turn_tokens)) for block in blocks)]
     # What the canary expects is true of the patch's own anchoring alone.
     return [Arm(replace(patch, anchoring=rule, canary=None), patch.anchoring is not None) for rule in rules]
 
@@ -210,6 +213,7 @@ def run(
     samples: int,
     num_threads: int,
     domain: str = "toxicity",
+    alone: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measures every patch in every way of standing, and writes the document after each; what it holds of other domains stays.
@@ -224,6 +228,7 @@ def run(
         num_prompts, samples: prompts, and continuations of each where they are sampled.
         num_threads: of a forward pass.
         domain: one of ``PROBES``.
+        alone: whether turns and blocks are tried each alone as well.
         progress: told of arms.
 
     Raises:
@@ -233,7 +238,7 @@ def run(
         raise InputError(f"domain: expected one of {', '.join(PROBES)}, found {domain}")
     loaded = [_with_rotation(patch) for patch in patches]
     turn_tokens = _turn_tokens(loaded, model)
-    every = [arm for patch in loaded for arm in arms(patch, blocks, turn_tokens)]
+    every = [arm for patch in loaded for arm in arms(patch, blocks, turn_tokens, alone)]
     model = model or _lab_model(work)
     probe: Probe = PROBES[domain](choose_texts(data, num_prompts, domain), SampleConfig(samples_per_prompt=samples))
     cells = Cells(work / "cells", model, probe, num_threads)

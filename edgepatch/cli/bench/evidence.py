@@ -116,6 +116,12 @@ def length(
     block: Annotated[
         list[int] | None, typer.Option(help="W to try; may be repeated. Default: 32, 64, 128, 256.")
     ] = None,
+    all_rules: Annotated[
+        bool,
+        typer.Option(
+            "--all-rules/--both-rules", help="Moving at turns and in blocks alone as well, or at both together."
+        ),
+    ] = True,
     domain: Annotated[
         str,
         typer.Option(help="toxicity, gender or harm; the patches of the latter two are those of `bench composition`."),
@@ -162,6 +168,7 @@ def length(
             samples,
             threads,
             domain,
+            all_rules,
             progress,
         )
 
