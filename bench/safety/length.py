@@ -21,7 +21,7 @@ from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.likelihoods import token_losses
 from edgepatch.bench.metrics import paired_bootstrap_difference
 from edgepatch.bench.safety.continuations import SampleConfig
-from edgepatch.bench.safety.probes import FRONTS, PROBES, Place, Probe, choose_texts, passage, places
+from edgepatch.bench.safety.probes import FRONTS, Place, Probe, choose_texts, passage, places, probe_of
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.hf.rotary import read_rotation
@@ -234,13 +234,11 @@ def run(
     Raises:
         InputError: a file or the domain cannot be used.
     """
-    if domain not in PROBES:
-        raise InputError(f"domain: expected one of {', '.join(PROBES)}, found {domain}")
+    probe = probe_of(domain)(choose_texts(data, num_prompts, domain), SampleConfig(samples_per_prompt=samples))
     loaded = [_with_rotation(patch) for patch in patches]
     turn_tokens = _turn_tokens(loaded, model)
     every = [arm for patch in loaded for arm in arms(patch, blocks, turn_tokens, alone)]
     model = model or _lab_model(work)
-    probe: Probe = PROBES[domain](choose_texts(data, num_prompts, domain), SampleConfig(samples_per_prompt=samples))
     cells = Cells(work / "cells", model, probe, num_threads)
     document = _kept(out, model.name, domain)
     document["runs"].append(

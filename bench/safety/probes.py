@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from edgepatch.bench import datasets
 from edgepatch.bench.likelihoods import tokens_behind
 from edgepatch.bench.safety import gender, gender_prompts, harm
 from edgepatch.bench.safety.continuations import SampleConfig, score_rows
-from edgepatch.errors import EdgepatchError
+from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
 from edgepatch.runtimes.session import Session
@@ -198,4 +197,15 @@ class HarmProbe(Probe):
         return runtime.tokens(harm.chat(request))
 
 
-PROBES: dict[str, Any] = {probe.domain: probe for probe in (ToxicityProbe, GenderProbe, HarmProbe)}
+PROBES: dict[str, type[Probe]] = {probe.domain: probe for probe in (ToxicityProbe, GenderProbe, HarmProbe)}
+
+
+def probe_of(domain: str) -> type[Probe]:
+    """What is asked in a domain.
+
+    Raises:
+        InputError: the domain is not known.
+    """
+    if domain not in PROBES:
+        raise InputError(f"domain: expected one of {', '.join(PROBES)}, found {domain}")
+    return PROBES[domain]

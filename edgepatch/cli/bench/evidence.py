@@ -148,13 +148,16 @@ def length(
     from edgepatch.bench.lab import LAB_PATCHES
     from edgepatch.bench.safety import length as places
     from edgepatch.bench.safety.composing import Workshop
+    from edgepatch.bench.safety.probes import probe_of
     from edgepatch.patch.file import read_patch
 
+    probe_of(domain)
+    is_made = not patch and domain != "toxicity"
+    folder = require_data(data) if is_made else data_folder(data)
     kept = "what is measured is kept; the same command goes on from there"
     with progress_bars(log or work / "length.log", lambda: kept) as progress:
-        if patch or domain == "toxicity":
-            patches = [read_patch(path) for path in patch or LAB_PATCHES]
-        else:
+        patches = [read_patch(path) for path in patch or LAB_PATCHES]
+        if is_made:
             workshop = Workshop(made, require_data(data), progress)
             patches = [workshop.alone(domain), workshop.moving(domain)]
         places.run(
@@ -163,7 +166,7 @@ def length(
             model,
             patches,
             block or [32, 64, 128, 256],
-            data_folder(data),
+            folder,
             prompts,
             samples,
             threads,
