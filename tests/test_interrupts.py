@@ -136,7 +136,7 @@ def training(tiny_folder, tmp_path) -> list[object]:
     """Arguments of a training of seconds."""
     write_pairs(PAIRS, tmp_path / "pairs.jsonl")
     (tmp_path / "benign.txt").write_text("\n".join(BENIGN))
-    sizes = ["--num-virtual-tokens", 4, "--batch-size", 4, "--sft-steps", 30, "--dpo-steps", 30]
+    sizes = ["--num-virtual-tokens", 4, "--batch-size", 4, "--sft-steps", 30, "--dpo-steps", 30, "--pinned"]
     return ["train", tiny_folder, "--pairs", tmp_path / "pairs.jsonl", "--benign", tmp_path / "benign.txt", *sizes]
 
 
@@ -152,7 +152,7 @@ def test_a_training_that_is_stopped_again_and_again_gives_the_same_patch(trainin
         assert log.read_text().splitlines()[-1].split(" ", 1)[1].startswith(last) and not leftovers(tmp_path)
     with started(*command) as process:
         assert process.wait(timeout=300) == 0, process.communicate()
-    config = TrainConfig(num_virtual_tokens=4, batch_size=4, sft_steps=30, dpo_steps=30)
+    config = TrainConfig(num_virtual_tokens=4, batch_size=4, sft_steps=30, dpo_steps=30, block=0, turns=False)
     whole = PatchTraining(tiny_folder, config).soft_prompt(PAIRS, BENIGN, "patch")
     assert np.array_equal(read_patch(out).soft_prompt.embeddings, whole.soft_prompt.embeddings)
 

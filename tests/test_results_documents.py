@@ -48,13 +48,6 @@ ALTERNATIVES = {
     "control-vector": "control vector",
     "4 patches": "four patches of 50",
 }
-FRONT = {
-    "plain continuation": "nothing",
-    "128 tokens of toxic text in front": "128 tokens, toxic",
-    "128 tokens of benign text in front": "128 tokens, benign",
-    "512 tokens of toxic text in front": "512 tokens, toxic",
-    "512 tokens of benign text in front": "512 tokens, benign",
-}
 STANDING = {
     "trained at the start, pinned": (False, "pinned", 0),
     "trained at the start, moving": (False, "both", 128),
@@ -159,29 +152,30 @@ def shipped() -> str:
 
 
 def in_front() -> str:
-    short, mixed = (
-        {row["attack"]: row for row in document(name)["rows"]} for name in ("unpatching", "unpatching_text_in_front")
-    )
     rows = [
-        [name, interval(short[attack]["bare"]), interval(short[attack]["gain"]), interval(mixed[attack]["gain"])]
-        for attack, name in FRONT.items()
+        [row["attack"], *(interval(row[name]) for name in ("bare", "patched", "gain"))]
+        for row in document("unpatching")["rows"]
     ]
-    return table(("in front", "EMT bare, short", "gain, short", "gain, mixed"), rows)
+    return table(("attempt", "EMT bare", "EMT patched", "gain"), rows)
 
 
-def length_cell(trained: bool, anchoring: str, block: int, place: tuple[int, str, int]) -> Row:
-    fields = ("trained_with_float", "anchoring", "block", "front_tokens", "front_kind", "turn")
-    return next(
-        row for row in document("length")["cells"] if tuple(map(row.get, fields)) == (trained, anchoring, block, *place)
-    )
+def length_row(domain: str, standing: tuple[bool, str, int]) -> list[str]:
+    """The gain of a patch at each place, and its largest cost."""
+    fields = ("domain", "trained_with_float", "anchoring", "block", "front_tokens", "front_kind", "turn")
+    rows = {tuple(map(row.get, fields)): row for row in document("length")["cells"]}
+    cells = [rows[(domain, *standing, *place)] for place in PLACES.values()]
+    dearest = max(100 * cell["perplexity_change"] for cell in cells)
+    return [*(figure(cell, "gain") for cell in cells), f"{dearest:+.1f} %"]
 
 
 def behind() -> str:
-    rows = []
-    for name, standing in STANDING.items():
-        cells = [length_cell(*standing, place) for place in PLACES.values()]
-        dearest = max(100 * cell["perplexity_change"] for cell in cells)
-        rows.append([name, *(figure(cell, "gain") for cell in cells), f"{dearest:+.1f} %"])
+    rows = [[name, *length_row("toxicity", standing)] for name, standing in STANDING.items()]
+    return table(("patch", *PLACES, "perplexity, at most"), rows)
+
+
+def behind_others() -> str:
+    names = ("trained at the start, pinned", "trained to move, moving")
+    rows = [[f"{d}, {name}", *length_row(d, STANDING[name])] for d in ("gender", "harm") for name in names]
     return table(("patch", *PLACES, "perplexity, at most"), rows)
 
 
@@ -251,6 +245,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipped": shipped,
     "in front": in_front,
     "behind": behind,
+    "behind others": behind_others,
     "composed": composed,
     "cost": cost,
     "alternatives": alternatives,

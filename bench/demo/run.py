@@ -30,6 +30,9 @@ from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.pairs.preferences import PairConfig, build_pairs, write_pairs
 from edgepatch.training.patching import train_patch
 
+TRAIN = TrainConfig(dtype="float32", block=0, turns=False)
+"""The same table on every machine, and pinned: training with the move takes longer than the whole demo may."""
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -46,7 +49,7 @@ class DemoConfig:
     num_prompts: int = 64
     num_benign_texts: int = 30
     pairs: PairConfig = PairConfig()
-    train: TrainConfig = TrainConfig(dtype="float32")  # the same table on every machine
+    train: TrainConfig = TRAIN
     samples: SampleConfig = SampleConfig()
     timing_repeats: int = 7
 

@@ -39,7 +39,14 @@ PATCH_FILE = "patch.safetensors"
 ADAPTER_FOLDER = "adapter"
 
 PATCH_CONFIG = TrainConfig(
-    sft_steps=100, dpo_steps=250, dpo_learning_rate=2e-2, dtype="bfloat16", max_tokens=224, kl_batch_size=3
+    sft_steps=100,
+    dpo_steps=250,
+    dpo_learning_rate=2e-2,
+    dtype="bfloat16",
+    max_tokens=224,
+    kl_batch_size=3,
+    block=0,  # what the published matrix was measured with: pinned
+    turns=False,
 )
 KV_CONFIG = replace(PATCH_CONFIG, sft_steps=0, dpo_steps=200, beta=0.02)
 LORA_CONFIG = replace(PATCH_CONFIG, sft_learning_rate=1e-3, dpo_learning_rate=5e-4)

@@ -22,6 +22,8 @@ from edgepatch.training.trainer import Trainer
 
 PAIRS = PairConfig(samples_per_prompt=16, max_chosen_score=0.3, min_margin=0.4, rng_seed=7)
 TRAIN = TrainConfig(
+    block=0,  # all weights are trained: there is no seed
+    turns=False,
     sft_steps=0,
     dpo_steps=260,
     dpo_learning_rate=1e-4,

@@ -37,6 +37,7 @@ from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent
 from edgepatch.prompts.sets import evenly, load_benign_text
+from edgepatch.runtimes.prompts import Prompt
 from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import Pair, PairConfig, build_pairs
 
@@ -64,7 +65,7 @@ def one_token_words(runtime: Session) -> list[NDArray[np.int64]]:
     return [np.array(ids(gender)) for gender in GENDERS]
 
 
-def masses(runtime: Session, prompts: Sequence[str]) -> NDArray[np.float64]:
+def masses(runtime: Session, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
     """(N, 3) next-token probabilities behind each prompt, summed over female, male and neutral words."""
     tokens = one_token_words(runtime)
     rows = []

@@ -1,14 +1,12 @@
 """Does a patch hold behind text? Its gain behind other text and in later turns, pinned and moving, and what it costs there.
 
-Prompts are pulled towards insults; what stands in front of them is foreign: texts that no training has seen. Bare and patched are sampled with the same random
-seeds. The score is expected maximum toxicity under the report judge (RealToxicityPrompts' protocol); the cost is the change of
-the perplexity of benign text as far behind.
+What is asked stands in ``probes``. Bare and patched are sampled with the same random seeds. A score is the mean of each prompt's largest
+value, for toxicity EMT; the cost is the change of the perplexity of benign text as far behind.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,55 +16,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.bench import datasets
 from edgepatch.bench.environment import environment
 from edgepatch.bench.lab import LAB_FOLDER
-from edgepatch.bench.likelihoods import token_losses, tokens_behind
+from edgepatch.bench.likelihoods import token_losses
 from edgepatch.bench.metrics import paired_bootstrap_difference
-from edgepatch.bench.safety.continuations import SampleConfig, score_rows
+from edgepatch.bench.safety.continuations import SampleConfig
+from edgepatch.bench.safety.probes import FRONTS, Place, Probe, choose_texts, passage, places, probe_of
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.hf.rotary import read_rotation
-from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.errors import InputError
 from edgepatch.files.canonical import canonical_json
 from edgepatch.files.writing import write_atomically
-from edgepatch.judges.scorers import ToxicityScorer
-from edgepatch.patch.file import Patch, read_patch
+from edgepatch.patch.file import Patch
 from edgepatch.progress import Progress, command_line, silent
-from edgepatch.prompts.sets import load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.text.tokenizers import FolderTokenizer
 
-FRONTS = (128, 512, 800)
-"""Tokens in front; a length that the model's context has no room for is left out."""
-
-KINDS = ("toxic", "benign")
-TURN = 5
-REPLY_WORDS = 30
 WINDOW = 128
 """Tokens of benign text whose perplexity is taken at each place."""
 
 NUM_PASSAGES = 14
 LARGEST_SEED = 64
-ROOM = 96
-"""Tokens for a prompt and its continuation."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a prompt stands.
-
-    Attributes:
-        front_tokens: of other text in front of it.
-        front_kind: "toxic", "benign", "" for none, or "conversation".
-        turn: of the conversation that the prompt is.
-    """
-
-    front_tokens: int = 0
-    front_kind: str = ""
-    turn: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,14 +63,8 @@ class Arm:
         return "both" if rule.block and rule.turn_tokens else "blocks" if rule.block else "turns"
 
 
-def places(context_length: int, has_chat: bool) -> list[Place]:
-    """All places that a context has room for, the plain one first."""
-    behind = [Place(n, kind) for n in FRONTS if n + ROOM <= context_length for kind in KINDS]
-    return [Place(), *behind, *([Place(0, "conversation", TURN)] if has_chat else [])]
-
-
-def arms(patch: Patch, blocks: Sequence[int], turn_tokens: Sequence[int]) -> list[Arm]:
-    """A patch pinned, moved at turns, every W tokens, and at both.
+def arms(patch: Patch, blocks: Sequence[int], turn_tokens: Sequence[int], alone: bool = True) -> list[Arm]:
+    """A patch pinned, moved at turns, every W tokens, and at both; without the middle two unless each is tried ``alone``.
 
     Raises:
         InputError: it does not say how its keys turn.
@@ -107,79 +74,17 @@ def arms(patch: Patch, blocks: Sequence[int], turn_tokens: Sequence[int]) -> lis
             f"{patch.name} {patch.version} does not say how its keys turn",
             hint="add that: edgepatch convert seed",
         )
-    rules: list[Anchoring | None] = [None, *(Anchoring(block) for block in blocks)]
+    rules: list[Anchoring | None] = [None]
+    if alone or not turn_tokens:
+        rules += [Anchoring(block) for block in blocks]
     if turn_tokens:
-        rules += [Anchoring(0, tuple(turn_tokens)), *(Anchoring(block, tuple(turn_tokens)) for block in blocks)]
+        at_turns = [Anchoring(0, tuple(turn_tokens))] if alone or not blocks else []
+        rules += [*at_turns, *(Anchoring(block, tuple(turn_tokens)) for block in blocks)]
     # What the canary expects is true of the patch's own anchoring alone.
     return [Arm(replace(patch, anchoring=rule, canary=None), patch.anchoring is not None) for rule in rules]
 
 
-# Texts.
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Prompts, and foreign texts to put in front of them."""
-
-    prompts: list[str]
-    toxic: list[str]
-    benign: list[str]
-
-
-def choose_texts(data: Path | None, num_prompts: int) -> Texts:
-    """Our own prompts for evaluation; in front of them others of these, or public texts where a data folder is named."""
-    prompts = load_prompts("toxic", "eval")
-    if data is None:
-        return Texts(prompts[:num_prompts], prompts[num_prompts:] or prompts, load_benign_text("eval"))
-    rows = [case.prompt for case in datasets.rtp_challenging(data)][datasets.RTP_SPLIT :]
-    return Texts(prompts[:num_prompts], rows, datasets.wikitext_paragraphs(data, "test", 200))
-
-
-def passage(runtime: Session, texts: Sequence[str], start: int, length: int) -> list[int]:
-    """``length`` tokens of texts one behind the other, from number ``start`` on; BOS in front where the model wants one."""
-    tokens = runtime.encode("")
-    for i in itertools.count(start):
-        tokens = tokens + tokens_behind(runtime, texts[i % len(texts)] + "\n")
-        if len(tokens) >= length:
-            return tokens[:length]
-    raise AssertionError("count has no end")
-
-
-def prompt_at(runtime: Session, place: Place, texts: Texts, number: int) -> list[int]:
-    """Token ids of a prompt in its place; each prompt has other texts in front of it."""
-    prompt = texts.prompts[number]
-    if place.turn > 1:
-        messages = []
-        for turn in range(place.turn - 1):
-            i = number * place.turn + turn
-            reply = " ".join(texts.benign[i % len(texts.benign)].split()[:REPLY_WORDS])
-            messages += [
-                {"role": "user", "content": texts.toxic[i % len(texts.toxic)]},
-                {"role": "assistant", "content": reply},
-            ]
-        return runtime.tokens([*messages, {"role": "user", "content": prompt}])
-    if not place.front_tokens:
-        return runtime.tokens(prompt)
-    front = texts.toxic if place.front_kind == "toxic" else texts.benign
-    return passage(runtime, front, 7 * number, place.front_tokens) + tokens_behind(runtime, prompt)
-
-
 # Measuring.
-
-
-def scores_at(
-    runtime: Session, place: Place, texts: Texts, config: SampleConfig, scorer: ToxicityScorer, progress: Progress
-) -> NDArray[np.float32]:
-    """(N, S) toxicity of the continuations; a failed generation scores 1."""
-    rows = []
-    for number in range(len(texts.prompts)):
-        progress("prompts", number, len(texts.prompts))
-        tokens = prompt_at(runtime, place, texts, number)
-        try:
-            rows.append(runtime.generate_many(tokens, config.sampling, config.samples_per_prompt))
-        except EdgepatchError:
-            rows.append([])
-    return score_rows(rows, scorer.score, config.samples_per_prompt)
 
 
 def losses_of(runtime: Session, texts: Sequence[str], length: int) -> NDArray[np.float64]:
@@ -207,14 +112,12 @@ class Cells:
     Args:
         folder: of the files.
         model: GGUF file, ONNX folder or Transformers folder.
-        texts: prompts and what stands in front.
-        config: continuations a prompt.
+        probe: what is asked.
         num_threads: of a forward pass.
     """
 
-    def __init__(self, folder: Path, model: Path, texts: Texts, config: SampleConfig, num_threads: int) -> None:
-        self._folder, self._model, self._texts, self._config = folder, model, texts, config
-        self._num_threads, self._scorer = num_threads, ToxicityScorer.load("report")
+    def __init__(self, folder: Path, model: Path, probe: Probe, num_threads: int) -> None:
+        self._folder, self._model, self._probe, self._num_threads = folder, model, probe, num_threads
 
     def measure(self, patch: Patch | None, progress: Progress = silent) -> Measured:
         """An arm's measurements; those that are kept are read."""
@@ -235,21 +138,24 @@ class Cells:
         return measured
 
     def _key(self, patch: Patch | None) -> str:
-        facts = [patch.digest if patch else "bare", self._model.name, asdict(self._texts), asdict(self._config), FRONTS]
+        texts, config = asdict(self._probe.texts), asdict(self._probe.config)
+        facts = [patch.digest if patch else "bare", self._model.name, texts, config, FRONTS]
         return hashlib.sha256(canonical_json(json.loads(json.dumps(facts)))).hexdigest()[:16]
 
     def _measure(self, patch: Patch | None, progress: Progress) -> Measured:
         # The last positions are for the seed, so that bare and patched have room for the same texts.
         with load_runtime(
-            self._model, patch, num_threads=self._num_threads, num_sequences=self._config.samples_per_prompt
+            self._model, patch, num_threads=self._num_threads, num_sequences=self._probe.config.samples_per_prompt
         ) as runtime:
             room = runtime.num_positions - LARGEST_SEED
             stands = places(room, has_chat=_has_chat(runtime))
-            scores = {
-                place: scores_at(runtime, place, self._texts, self._config, self._scorer, progress) for place in stands
-            }
+            scores = {}
+            for number, place in enumerate(stands):
+                progress("places", number, len(stands))
+                prompts = range(len(self._probe.texts.prompts))
+                scores[place] = self._probe.values(runtime, [self._probe.tokens(runtime, place, i) for i in prompts])
             length = max((place.front_tokens for place in stands), default=0) + WINDOW + 1
-            return Measured(scores, losses_of(runtime, self._texts.benign, min(length, room)))
+            return Measured(scores, losses_of(runtime, self._probe.texts.benign, min(length, room)))
 
 
 def _has_chat(runtime: Session) -> bool:
@@ -263,10 +169,10 @@ def _has_chat(runtime: Session) -> bool:
 # The document.
 
 
-def cells_of(model: str, arm: Arm, measured: Measured, bare: Measured) -> Iterator[dict[str, Any]]:
+def cells_of(model: str, domain: str, arm: Arm, measured: Measured, bare: Measured) -> Iterator[dict[str, Any]]:
     """A cell for each place, with the patch's gain over the bare model there."""
     plain = _gain(measured, bare, Place()).value
-    # Behind benign text the bare model is less toxic, so that there is less to gain: the share of what there is tells more.
+    # Behind benign text the bare model is safer, so that there is less to gain: the share of what there is tells more.
     plain_relative = plain / float(bare.scores[Place()].max(axis=1).mean())
     for place, scores in measured.scores.items():
         gain = _gain(measured, bare, place)
@@ -274,7 +180,7 @@ def cells_of(model: str, arm: Arm, measured: Measured, bare: Measured) -> Iterat
         yield {
             "model": model,
             "patch": f"{arm.patch.name} {arm.patch.version}",
-            "domain": "toxicity",
+            "domain": domain,
             "anchoring": arm.anchoring,
             "block": rule.block if rule else 0,
             "trained_with_float": arm.trained_with_float,
@@ -300,50 +206,68 @@ def run(
     out: Path,
     work: Path,
     model: Path | None,
-    patches: Sequence[Path],
+    patches: Sequence[Patch],
     blocks: Sequence[int],
     data: Path | None,
     num_prompts: int,
     samples: int,
     num_threads: int,
+    domain: str = "toxicity",
+    alone: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measures every patch in every way of standing, and writes the document after each.
+    """Measures every patch in every way of standing, and writes the document after each; what it holds of other domains stays.
 
     Args:
         out: JSON file.
         work: folder for the model and for what is measured already.
         model: that the patches fit; ``None`` makes the lab model's F16 file.
-        patches: files.
+        patches: of the domain.
         blocks: W that are tried.
         data: folder of the public data sets; ``None`` takes texts that ship with edgepatch.
-        num_prompts, samples: prompts, and continuations of each.
+        num_prompts, samples: prompts, and continuations of each where they are sampled.
         num_threads: of a forward pass.
+        domain: one of ``PROBES``.
+        alone: whether turns and blocks are tried each alone as well.
         progress: told of arms.
 
     Raises:
-        InputError: a file cannot be used.
+        InputError: a file or the domain cannot be used.
     """
-    loaded = [_with_rotation(read_patch(path)) for path in patches]
+    probe = probe_of(domain)(choose_texts(data, num_prompts, domain), SampleConfig(samples_per_prompt=samples))
+    loaded = [_with_rotation(patch) for patch in patches]
     turn_tokens = _turn_tokens(loaded, model)
-    every = [arm for patch in loaded for arm in arms(patch, blocks, turn_tokens)]
+    every = [arm for patch in loaded for arm in arms(patch, blocks, turn_tokens, alone)]
     model = model or _lab_model(work)
-    texts, config = choose_texts(data, num_prompts), SampleConfig(samples_per_prompt=samples)
-    cells = Cells(work / "cells", model, texts, config, num_threads)
-    document: dict[str, Any] = {
-        "command": command_line(),
-        "environment": environment(),
-        "model": model.name,
-        "prompts": {"count": len(texts.prompts), "samples_per_prompt": samples, "source": "data" if data else "own"},
-        "patches": [{"name": p.name, "version": p.version, "digest": p.digest} for p in loaded],
-        "cells": [],
-    }
+    cells = Cells(work / "cells", model, probe, num_threads)
+    document = _kept(out, model.name, domain)
+    document["runs"].append(
+        {
+            "domain": domain,
+            "command": command_line(),
+            "environment": environment(),
+            "prompts": {
+                "count": len(probe.texts.prompts),
+                "samples_per_prompt": samples if domain == "toxicity" else 1,
+                "source": "data" if data else "own",
+            },
+            "patches": [{"name": p.name, "version": p.version, "digest": p.digest} for p in loaded],
+        }
+    )
     bare = cells.measure(None, progress)
     for number, arm in enumerate(every):
         progress("arms", number, len(every))
-        document["cells"] += cells_of(model.stem, arm, cells.measure(arm.patch, progress), bare)
+        document["cells"] += cells_of(model.stem, domain, arm, cells.measure(arm.patch, progress), bare)
         write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
     return document
+
+
+def _kept(out: Path, model: str, domain: str) -> dict[str, Any]:
+    """The document with what it holds of the same model and other domains."""
+    document: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.is_file() else {}
+    is_same = document.get("model") == model
+    rows = {name: document[name] if is_same else [] for name in ("runs", "cells")}
+    return {"model": model, **{name: [row for row in kept if row["domain"] != domain] for name, kept in rows.items()}}
 
 
 def _lab_model(work: Path) -> Path:

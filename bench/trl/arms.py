@@ -68,6 +68,8 @@ def config_of(
 ) -> TrainConfig:
     """One stage alone, without what TRL does not do: KL term, checks."""
     return TrainConfig(
+        block=0,  # TRL knows no moving seed
+        turns=False,
         num_virtual_tokens=num_virtual_tokens,
         sft_steps=steps if stage == "SFT" else 0,
         dpo_steps=steps if stage == "DPO" else 0,

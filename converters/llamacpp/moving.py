@@ -8,6 +8,7 @@ says of its place is in the key.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,10 @@ from edgepatch.converters.rope import deinterleave, interleave
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import KVSeed
+
+
+MAX_KEPT_PLACES = 4
+"""States of one seed at different places that stay in memory: conversations of one server pass the same ones."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class _Keys:
 class MovableState:
     """A seed whose state can be had at any anchor.
 
-    What does not change is laid out once; a move turns the keys of all layers at once and puts them into a copy.
+    What does not change is laid out once; a move turns the keys of all layers at once and puts them into a copy. Copies are kept and used
+    again: fresh memory costs a move more than all of its arithmetic.
 
     Args:
         probe: read from the running library.
@@ -64,6 +70,7 @@ class MovableState:
         count = seed.num_virtual_tokens
         self._fields = key_fields(probe, [len(cells) for cells in cells_of(probe, count, window)])
         self._at_start = np.frombuffer(seeded_state(probe, layout, seed, window), np.uint8)
+        self._kept: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()  # by anchor, the one that was longest unused first
         self._keys = [
             keys
             for cache, layers, cells, fields in zip(
@@ -93,10 +100,23 @@ class MovableState:
             yield _Keys(layers[slots[0]], laid_out, ggml_type, tuple(fields.layers[slot] for slot in slots))
 
     def at(self, anchor: int) -> NDArray[np.uint8]:
-        """The state of the seed directly in front of text position ``anchor``; its P positions overlap those of the text."""
-        state: NDArray[np.uint8] = self._at_start.copy()
+        """The state of the seed directly in front of text position ``anchor``; its P positions overlap those of the text.
+
+        It holds until ``MAX_KEPT_PLACES`` other anchors were asked for; then its memory is used again.
+        """
+        state = self._kept.pop(anchor, None)
+        if state is None:
+            state = self._written(anchor)
+        self._kept[anchor] = state
+        return state
+
+    def _written(self, anchor: int) -> NDArray[np.uint8]:
+        if len(self._kept) < MAX_KEPT_PLACES:
+            place, state = 0, self._at_start.copy()
+        else:
+            place, state = self._kept.popitem(last=False)
         for fields in self._fields:
-            fields.move(state, anchor)
+            fields.move(state, anchor - place)
         for group in self._keys:
             turned = self._rotation.turned(group.keys, group.layer, anchor, self._neighbours)
             heads = hadamard(turned, self._layout.key_block)  # (n, P, K, H)

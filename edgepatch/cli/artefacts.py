@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, model_path, print_json
+from edgepatch.cli.console import JsonFlag, model_path, note, print_json
 from edgepatch.errors import InputError
 
 
@@ -48,6 +48,7 @@ def compose(
     Example: `edgepatch compose detox.safetensors polite.safetensors -o both.safetensors --model models/llama --name both`
     """
     from edgepatch.patch.file import read_patch, write_patch
+    from edgepatch.seeds.anchoring import place_in_words
     from edgepatch.training.composition import compose as composed
 
     parts = [read_patch(file) for file in patch_files]
@@ -56,18 +57,27 @@ def compose(
         parts, model, name, version, sequence=sequence, **{key: value for key, value in fields.items() if value}
     )
     digest = write_patch(patch, out)
+    place = place_in_words(patch.anchoring)
+    for part in parts:
+        if part.anchoring != patch.anchoring:
+            note(
+                f"{part.name} {part.version} alone {place_in_words(part.anchoring)}; beside the others it {place}: "
+                "measure what that costs, or train them alike"
+            )
     if as_json:
         print_json(
             {
                 "path": str(out),
                 "digest": digest,
                 "num_virtual_tokens": patch.num_virtual_tokens,
+                "anchoring": patch.anchoring.as_dict() if patch.anchoring else None,
                 "parts": list(patch.parts),
             }
         )
     else:
         print(
-            f"{out}: {len(parts)} patches, {patch.num_virtual_tokens} virtual tokens, SHA-256 {digest}; unsigned, not evaluated"
+            f"{out}: {len(parts)} patches, {patch.num_virtual_tokens} virtual tokens, {place}; SHA-256 {digest}; "
+            "unsigned, not evaluated"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,7 @@ def demo(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a patch for the lab model and measure it on PyTorch, GGUF and ONNX, bare and patched.
+    """Train a patch for the lab model and measure it on PyTorch, GGUF and ONNX, bare and patched. It stays at the start of the text.
 
     Example: `edgepatch demo --out out/demo`
     """
@@ -38,12 +39,11 @@ def demo(
     from edgepatch.bench.lab import LAB_FOLDER
     from edgepatch.bench.report.matrix_page import print_table
     from edgepatch.bench.safety.continuations import SampleConfig
-    from edgepatch.training.config import TrainConfig
 
     config = main_job.DemoConfig(
         num_prompts=prompts,
         samples=SampleConfig(samples),
-        train=TrainConfig(rng_seed=rng_seed, dtype="float32"),  # the same table on every machine
+        train=replace(main_job.TRAIN, rng_seed=rng_seed),
     )
     kept = f"complete files stay in {out}, the measurements do not; the same command starts again"
     with progress_bars(log or out / "demo.log", lambda: kept) as bars:

@@ -106,16 +106,27 @@ def train(
     block: Annotated[
         int | None,
         typer.Option(
-            min=0, help="The seed moves on every so many tokens of a text, 8 to 512; 128 is usual. Default: it stays."
+            min=0,
+            help="The seed moves on every so many tokens of a text, 8 to 512. Default: 128 where the model's seeds can move.",
         ),
     ] = None,
     turns: Annotated[
-        bool, typer.Option("--turns", help="The seed moves to the opening of each turn of a conversation.")
+        bool | None,
+        typer.Option(
+            "--turns/--no-turns",
+            help="The seed moves to the opening of each turn of a conversation. Default: where that can be done.",
+            show_default=False,
+        ),
+    ] = None,
+    pinned: Annotated[
+        bool, typer.Option("--pinned", help="The seed stays at the start of the text, where its hold fades.")
     ] = False,
     front_tokens: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Put texts of 20 to so many tokens, or earlier turns, in front of three pairs in four."
+            min=0,
+            help="Put texts of 20 to so many tokens, or earlier turns, in front of three pairs in four. "
+            "Default: 500 where the seed moves, or what the context has room for.",
         ),
     ] = None,
     kl_weight: Annotated[float | None, typer.Option(min=0, help="Weight of the KL term on benign text.")] = None,
@@ -145,7 +156,7 @@ def train(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a patch on the frozen model: SFT, then DPO.
+    """Train a patch on the frozen model: SFT, then DPO. Its seed moves along with the text where the model's seeds can move.
 
     Several GPUs: `accelerate launch --multi_gpu -m edgepatch.cli train ...`
 
@@ -155,7 +166,10 @@ def train(
         raise InputError(
             f"--kind: expected soft-prompt, or kv with --start; found {kind} {'with' if start else 'without'} --start"
         )
+    if pinned and (block or turns):
+        raise InputError("--pinned: the seed stays at the start, so expected no --block and no --turns beside it")
     options = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
+    options |= {"block": 0, "turns": False} if pinned else {}
     config = _config(options)
     from edgepatch.patch.file import read_patch, write_patch
     from edgepatch.training import parallel

@@ -11,6 +11,8 @@ from edgepatch.seeds.anchoring import Anchoring
 REFERENCES = ("base", "sft", "model")
 DTYPES = ("auto", "float32", "bfloat16", "4bit")
 INITIALISATIONS = ("text", "random")
+USUAL_BLOCK, USUAL_FRONT = 128, 500
+"""The fewest anchors that keep a patch's gain behind text, and what it takes to train between them (docs/results/safety.md)."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,13 @@ class TrainConfig:
         kl_weight: weight of the KL term to the bare model on benign text, in both stages; 0 leaves it out.
         kl_batch_size: benign texts a step.
         max_tokens: prompt and answer together; a longer prompt loses its start, a longer answer its end.
-        block: W: the seed moves on every so many tokens of a text; 0 does not.
-        turns: it moves to the opening of each turn of a conversation, where the model's chat template marks one by a special token.
+        block: W: the seed moves on every so many tokens of a text; 0 does not. ``None`` is ``USUAL_BLOCK`` on a model whose seeds can move,
+            and 0 on others.
+        turns: whether it moves to the opening of each turn of a conversation, where the model's chat template marks one by a special
+            token. ``None`` does where that can be done. A seed with block 0 and without turns stays at the start of the text.
         front_tokens: half of the pairs stand behind a text of 20 to so many tokens, a quarter in a later turn of a conversation, and an
-            answer in four has been begun; benign texts are of the same lengths. 0 trains on pairs as they are.
+            answer in four has been begun; benign texts are of the same lengths. 0 trains on pairs as they are. ``None`` is
+            ``USUAL_FRONT`` where the seed moves, or what the model's context has room for, and 0 where it stays.
         held_out: share of the pairs and of the benign texts kept for the checks.
         check_every: steps of stage 2 between two checks on what is held out.
         patience: stage 2 ends after so many checks without a better one; the best one's state is what training gives. A check is as good
@@ -59,9 +64,9 @@ class TrainConfig:
     kl_weight: float = 1.0
     kl_batch_size: int = 4
     max_tokens: int = 96
-    block: int = 0
-    turns: bool = False
-    front_tokens: int = 0
+    block: int | None = None
+    turns: bool | None = None
+    front_tokens: int | None = None
     held_out: float = 0.1
     check_every: int = 25
     patience: int = 0
@@ -69,19 +74,29 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     rng_seed: int = 1
 
+    @property
+    def must_move(self) -> bool:
+        """Whether a model whose seeds cannot move is refused, because it was asked for by name."""
+        return bool(self.block or self.turns)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of a prompt with its answer and what stands in front."""
+        return self.max_tokens + (self.front_tokens or 0)
+
     def __post_init__(self) -> None:
         for name in ("num_virtual_tokens", "batch_size", "kl_batch_size", "check_every", "max_tokens"):
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
         for name in ("sft_steps", "dpo_steps", "micro_batch_size", "patience", "beta", "block", "front_tokens"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+            _require((getattr(self, name) or 0) >= 0, name, "0 or more", getattr(self, name))
         _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
         if self.block:
             Anchoring(self.block)  # says which lengths there are
         _require(
-            not (self.gradient_checkpointing and (self.block or self.turns)),
+            not (self.gradient_checkpointing and self.must_move),
             "gradient_checkpointing",
             "False where the seed moves, because its copies stand in a cache, which checkpointing turns off",
-            f"True with block {self.block} and turns {self.turns}",
+            f"True with block {self.block or 0} and turns {bool(self.turns)}",
         )
         for name, choices in (("dpo_reference", REFERENCES), ("dtype", DTYPES), ("init", INITIALISATIONS)):
             _require(getattr(self, name) in choices, name, " or ".join(choices), repr(getattr(self, name)))

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from edgepatch.converters.hf import caches, rotary
 from edgepatch.converters.hf import folders as hf_folders
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.seeds.anchoring import Anchoring
+from edgepatch.seeds.anchoring import Anchoring, place_in_words
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import FolderTokenizer
-from edgepatch.training.config import TrainConfig
+from edgepatch.training.config import USUAL_BLOCK, USUAL_FRONT, TrainConfig
 from edgepatch.training.memory import Memory, copied, turned_copies
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.rows import Batch, Example, attention_mask, make_batch
@@ -37,6 +37,12 @@ KEPT_LOGIT_BYTES = 1 << 28
 """Logits of a bare model on benign text are kept up to this size, and computed again beyond it."""
 
 
+def tokenizer_of(model: Path) -> FolderTokenizer:
+    """The tokenizer of a Transformers folder or GGUF file."""
+    with hf_folders.tokenizer_folder(model) as folder:
+        return FolderTokenizer(folder)
+
+
 class FrozenModels:
     """What a run trains on.
 
@@ -46,6 +52,11 @@ class FrozenModels:
         config: hyperparameters; its dtype "auto" is float32 until ``settle``.
         device: "cpu" or "cuda"; the default is a GPU where there is one.
         trusted: read special tokens that texts spell as such; for texts rendered by the caller.
+
+    Attributes:
+        config: as given, with what it left open filled in.
+        anchoring: where the seed moves; ``None`` leaves it at the start.
+        place: a line on where it stands, for people; "" where the configuration says it.
 
     Raises:
         InputError: a folder cannot be read, or the models are not one model.
@@ -64,11 +75,10 @@ class FrozenModels:
         for folder in self.folders[1:]:
             self.spec.require_same(hf_folders.read_spec(folder))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.num_virtual_tokens = config.num_virtual_tokens
+        self.num_virtual_tokens, self.place = config.num_virtual_tokens, ""
         self.context = int(hf_folders.read_text_config(self.folders[0], self.spec).max_position_embeddings)
         self._require_room()
-        with hf_folders.tokenizer_folder(self.folders[0]) as folder:
-            self.tokenizer = FolderTokenizer(folder)
+        self.tokenizer = tokenizer_of(self.folders[0])
         self.anchoring = self._read_anchoring()
         dtype = "float32" if config.dtype == "auto" else config.dtype
         self.bases = [hf_folders.load_model(folder, self.device, dtype) for folder in self.folders]
@@ -80,8 +90,7 @@ class FrozenModels:
                 )  # PyTorch's fused attention is slower there, forth and back, at lengths of training
             if config.gradient_checkpointing:
                 _checkpoint_activations(base)
-        if self.anchoring is not None:
-            _ = self.rotation  # what cannot be trained is refused before anything is tokenized
+        self._settle_place()
         self._kept_logits: dict[tuple[int, int], torch.Tensor] = {}
 
     @property
@@ -91,30 +100,59 @@ class FrozenModels:
 
     def _require_room(self) -> None:
         config = self.config
-        longest = config.num_virtual_tokens + config.front_tokens + config.max_tokens
+        longest = config.num_virtual_tokens + config.longest_row
         if config.front_tokens and longest > self.context:
             raise InputError(
-                f"front_tokens: expected at most {max(0, self.context - longest + config.front_tokens)}, found {config.front_tokens}: with "
+                f"front_tokens: expected at most {self._room()}, found {config.front_tokens}: with "
                 f"max_tokens {config.max_tokens} and {config.num_virtual_tokens} virtual tokens they make {longest}, and the model's "
                 f"context is {self.context}",
                 hint="put shorter texts in front, or train on shorter pairs",
             )
 
+    def _room(self) -> int:
+        """Tokens of text in front that the context has room for."""
+        return max(0, self.context - self.config.num_virtual_tokens - self.config.max_tokens)
+
     def _read_anchoring(self) -> Anchoring | None:
-        """Where the seed stands, by the configuration; read before the weights are."""
-        if not self.config.block and not self.config.turns:
-            return None
-        return Anchoring(self.config.block, self._turn_tokens() if self.config.turns else ())
+        """Where the seed is to stand, by the configuration; read before the weights are."""
+        block = USUAL_BLOCK if self.config.block is None else self.config.block
+        turn_tokens = () if self.config.turns is False else self._turn_tokens()
+        return Anchoring(block, turn_tokens) if block or turn_tokens else None
 
     def _turn_tokens(self) -> tuple[int, ...]:
         tokens, template = self.tokenizer.turn_tokens(), self.tokenizer.chat_template
-        if not tokens:
+        if not tokens and self.config.turns:
             raise InputError(
                 f"{self.folders[0]}: turns: expected a chat template that opens a turn with a special token, "
                 f"found {f'{template!r:.120}' if template else 'no chat template'}",
                 hint="leave turns out; with a block the seed moves every so many tokens",
             )
         return tokens
+
+    def _settle_place(self) -> None:
+        """Leaves the seed at the start where it cannot move and nobody asked for it; fills in what the configuration leaves open.
+
+        Raises:
+            InputError: it was asked for, and cannot be done; before anything is tokenized.
+        """
+        was_open, reason = None in (self.config.block, self.config.turns), ""
+        try:
+            _ = self.anchoring and self.rotation
+        except InputError as error:
+            if self.config.must_move:
+                raise
+            self.anchoring, reason = None, f"; it cannot move: {error}"
+        rule, front_tokens = self.anchoring, self.config.front_tokens
+        if front_tokens is None:
+            front_tokens = min(USUAL_FRONT, self._room()) if rule else 0
+        self.config = replace(
+            self.config,
+            block=rule.block if rule else 0,
+            turns=bool(rule and rule.turn_tokens),
+            front_tokens=front_tokens,
+        )
+        if was_open:
+            self.place = f"the seed {place_in_words(rule)}{reason}"
 
     @cached_property
     def rotation(self) -> Rotation:
@@ -167,7 +205,7 @@ class FrozenModels:
             InputError: the prompt alone fills the model's context, or an answer has no token.
         """
         prompt = self.encode_prompt(pair.prompt)
-        is_cut = self.config.front_tokens > 0  # to what has room: its start is a text that was put there
+        is_cut = bool(self.config.front_tokens)  # to what has room: its start is a text that was put there
         if not is_cut and len(prompt) + self.num_virtual_tokens >= self.context:
             raise InputError(
                 f"a prompt has {len(prompt)} tokens: with {self.num_virtual_tokens} virtual tokens the context of "
@@ -179,7 +217,7 @@ class FrozenModels:
         )
         if not all(answers):
             raise InputError(f"an answer to {str(pair.prompt)[:60]!r} has no token", hint="leave the pair out")
-        return Example(prompt, answers).cut(self.config.max_tokens + self.config.front_tokens)
+        return Example(prompt, answers).cut(self.config.longest_row)
 
     def benign_example(self, text: BenignText) -> Example:
         """A benign text as a row whose tokens are all predicted but those of a conversation's earlier turns."""
@@ -189,9 +227,9 @@ class FrozenModels:
                 raise InputError(
                     f"benign text {text[:60]!r}: expected two tokens or more, found {len(ids)}", hint="leave it out"
                 )
-            return Example(ids[:1], (ids[1:],)).cut(self.config.max_tokens + self.config.front_tokens)
+            return Example(ids[:1], (ids[1:],)).cut(self.config.longest_row)
         answer = tuple(self.tokenizer.encode(str(text[-1]["content"]), bos=False))
-        return Example(self.encode_prompt(text[:-1]), (answer,)).cut(self.config.max_tokens + self.config.front_tokens)
+        return Example(self.encode_prompt(text[:-1]), (answer,)).cut(self.config.longest_row)
 
     # Forward passes.
 

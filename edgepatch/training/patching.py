@@ -46,7 +46,7 @@ class PatchTraining:
         run: folder for settings, checkpoint and curves; a run that was killed goes on from there. ``None`` keeps nothing.
         reference: the safer model, where ``config.dpo_reference`` is "model".
         device: "cpu" or "cuda".
-        tell: takes a line for whoever watches: which type was chosen where the configuration leaves it open.
+        tell: takes a line for whoever watches: which type and which place of the seed were chosen where the configuration leaves them open.
         progress: told of the loading.
 
     Raises:
@@ -66,15 +66,18 @@ class PatchTraining:
         tell: Callable[[str], None] = lambda line: None,
         progress: Progress = silent,
     ) -> None:
-        self.folder, self.config, self.reference, self._run = folder, config, reference, run
+        self.folder, self.reference, self._run = folder, reference, run
         self.weights = list(weights)
         with stage(progress, "load model"):
             self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
             folders.read_spec(folder).require_same(self.models.spec)
-        self.history, self._tell = History(), tell
-        if config.block >= config.max_tokens + config.front_tokens:
+        self.history, self._tell, self.config = History(), tell, self.models.config
+        if self.models.place:
+            tell(self.models.place)
+        block, longest = self.config.block or 0, self.config.longest_row
+        if block >= longest:
             tell(
-                f"block {config.block}: no row is longer than {config.max_tokens + config.front_tokens} tokens, so training never sees the "
+                f"block {block}: no row is longer than {longest} tokens, so training never sees the "
                 "seed move inside a text; front_tokens puts texts in front"
             )
         self._dtype_choice: dict[str, Any] = {}

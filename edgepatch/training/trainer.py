@@ -17,7 +17,7 @@ from edgepatch.progress import Progress, silent, stage
 from edgepatch.training import parallel
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.contexts import Contexts
-from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.forward import BenignText, FrozenModels, tokenizer_of
 from edgepatch.training.memory import Memory
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import Policy
@@ -93,7 +93,8 @@ class Trainer:
         if not self.config.front_tokens:
             return None
         kept = [pair for pairs, _ in self._tasks for pair in pairs]
-        has_turns = bool(self.models.tokenizer.chat_template)
+        others = [tokenizer_of(self.reference)] if self.reference else []
+        has_turns = all(tokenizer.chat_template for tokenizer in (self.models.tokenizer, *others))
         return Contexts(kept, benign_texts, self.config.front_tokens, self.config.rng_seed, has_turns)
 
     def _benign_examples(self, texts: Sequence[BenignText]) -> list[Example]:

@@ -1,6 +1,7 @@
 """The main job from end to end on the lab model, at small sizes, through the command line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,6 @@ from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
 from edgepatch.prompts.sets import evenly
-from edgepatch.training.config import TrainConfig
 from edgepatch.training.pairs.preferences import PairConfig
 
 SMALL = demo.DemoConfig(
@@ -20,7 +20,7 @@ SMALL = demo.DemoConfig(
     num_prompts=4,
     num_benign_texts=2,
     pairs=PairConfig(samples_per_prompt=4),
-    train=TrainConfig(num_virtual_tokens=8, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=1, dtype="float32"),
+    train=replace(demo.TRAIN, num_virtual_tokens=8, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=1),
     samples=SampleConfig(samples_per_prompt=3, max_new_tokens=8),
     timing_repeats=1,
 )

@@ -87,6 +87,9 @@ def test_machine_writes_what_it_prints(run, tmp_path):
         (["first-contact"], "expected --model, --forged or both"),
         (["lab"], "no data folder was named"),
         (["judge-card"], "no data folder was named"),
+        (["composition"], "no data folder was named"),
+        (["length", "--domain", "harm"], "no data folder was named"),
+        (["length", "--domain", "nosuch"], "domain: expected one of toxicity, gender, harm, found nosuch"),
     ],
 )
 def test_wrong_use_is_2_and_leaves_nothing(run, tmp_path, monkeypatch, arguments, message):

@@ -34,6 +34,9 @@ def small(**changes) -> TrainConfig:
         "kl_batch_size": 1,
         "check_every": 3,
         "dtype": "float32",
+        "block": 0,
+        "turns": False,
+        "front_tokens": 0,
     } | changes
     return TrainConfig(**settings)
 

@@ -347,6 +347,8 @@ def test_a_moved_state_is_that_of_the_moved_seed(forms, patch, kv_type):
     """All layers at once, against the layout of one seed that was moved before."""
     with load(forms, "F16", replace(patch, canary=None), kv_type=kv_type) as runtime:
         anchor = 37
+        for other in range(100, 109):  # its memory has held other places before
+            runtime.backend.places.state_at(other)
         state = read_state(runtime.backend.places.state_at(anchor).tobytes())
         layout = runtime.backend.calibration.layout
         expected = read_state(seeded_state(state, layout, patch.rotation.moved(patch.kv_seed, anchor)))

@@ -137,9 +137,19 @@ def test_its_manifest_tells_what_it_is(parts, composed, model):
     assert composed.anchoring is None and composed.weight_sketch is not None
 
 
-def test_it_moves_where_one_of_its_parts_does(parts, model, tiny_folder):
+def test_it_moves_where_one_of_its_parts_does_and_says_which_did_not(parts, model, tiny_folder, tmp_path, capfd):
+    from edgepatch.cli import app
+
     moving = seeds.complete(replace(parts[0], rotation=rotary.read_rotation(model), anchoring=Anchoring(16)), model)
-    whole = compose([moving, *parts[1:]], tiny_folder, "all", "1.0.0")
+    files = [tmp_path / f"{number}.safetensors" for number in range(len(parts))]
+    for part, file in zip([moving, *parts[1:]], files, strict=True):
+        write_patch(part, file)
+    with pytest.raises(SystemExit):
+        app(["compose", *map(str, [*files, "-o", tmp_path / "all", "--model", tiny_folder, "--name", "all"])])
+    out, errors = capfd.readouterr()
+    assert "moves: every 16 tokens" in out and errors.count("alone stays at the start") == len(parts) - 1
+    assert all(f"{part.name} {part.version} alone" in errors for part in parts[1:])
+    whole = read_patch(tmp_path / "all")
     assert whole.anchoring == Anchoring(16) and len(max((p.tokens for p in whole.canary.prompts), key=len)) == 34
     with load_runtime(tiny_folder, whole) as runtime:
         assert runtime.patch is whole

@@ -55,7 +55,7 @@ def test_pinned_rows_differ_from_moved_ones(seed):
     example = random_examples(np.random.default_rng(0), [200])
     results = []
     for block in (0, 32):
-        models = FrozenModels([LAB_FOLDER / "base"], TrainConfig(block=block, dtype="float32"), "cpu")
+        models = FrozenModels([LAB_FOLDER / "base"], TrainConfig(block=block, turns=False, dtype="float32"), "cpu")
         results.append(models.log_probabilities(models.base, example, KVPolicy(seed, "cpu").memory(models.base)))
     assert (results[0] - results[1]).abs().max() > 0.1
 
@@ -114,12 +114,51 @@ def test_contexts_are_of_every_kind_and_repeatable():
     assert all(example.prompt + example.answers[1] == (1, 2, 5, 6, 7) for example in begun)
 
 
-def test_a_model_with_windows_is_not_trained_with_a_moving_seed(tmp_path):
+# What the configuration leaves open.
+
+
+def test_a_seed_moves_by_default(tiny_folder):
+    models = FrozenModels([LAB_FOLDER / "base"], TrainConfig(dtype="float32"), "cpu")
+    assert (
+        models.anchoring == Anchoring(128, (3,)) and models.place == "the seed moves: at each turn and every 128 tokens"
+    )
+    assert (models.config.block, models.config.turns, models.config.front_tokens) == (128, True, 500)
+    in_blocks = FrozenModels([LAB_FOLDER / "base"], TrainConfig(turns=False, dtype="float32"), "cpu")
+    assert in_blocks.anchoring == Anchoring(128) and in_blocks.config.turns is False
+    short = FrozenModels([tiny_folder], TrainConfig(dtype="float32"), "cpu")  # 512 positions
+    assert short.config.front_tokens == 366, "what the context has room for"
+
+
+def test_a_model_without_turns_moves_every_128_tokens(tiny_folder, tmp_path):
+    folder = copy_folder(tiny_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    models = FrozenModels([folder], TrainConfig(dtype="float32"), "cpu")
+    assert models.anchoring == Anchoring(128) and models.config.turns is False
+
+
+@pytest.mark.parametrize(
+    "settings, place", [({"gradient_checkpointing": True}, "checkpointing"), ({"block": 0, "turns": False}, "")]
+)
+def test_a_seed_that_stays_is_trained_on_pairs_as_they_are(settings, place):
+    models = FrozenModels([LAB_FOLDER / "base"], TrainConfig(dtype="float32", **settings), "cpu")
+    assert models.anchoring is None and models.config.front_tokens == 0
+    assert place in models.place and bool(models.place) == bool(place)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "lfm2"])
+def test_a_model_that_cannot_move_its_seeds_is_trained_at_the_start_and_says_so(name, tmp_path):
     from edgepatch.bench.parity import models as parity_models
 
-    parity_models.build_folder(parity_models.architecture("gemma2"), tmp_path)
-    with pytest.raises(InputError, match="full attention in every layer"):
-        FrozenModels([tmp_path], TrainConfig(block=64, dtype="float32"), "cpu")
+    parity_models.build_folder(parity_models.architecture(name), tmp_path)
+    models = FrozenModels([tmp_path], TrainConfig(dtype="float32"), "cpu")
+    assert models.anchoring is None and (models.config.block, models.config.turns, models.config.front_tokens) == (
+        0,
+        False,
+        0,
+    )
+    assert models.place.startswith("the seed stays at the start of the text") and "cannot move" in models.place
+    with pytest.raises(InputError, match="seeds that move"):
+        FrozenModels([tmp_path], TrainConfig(block=128, dtype="float32"), "cpu")
 
 
 # Settings that cannot be used.

@@ -424,6 +424,7 @@ def test_ctrl_c_keeps_the_run_and_exits_130(tiny_folder, tmp_path):
         "4",
         "--batch-size",
         "4",
+        "--pinned",
         "--run",
         str(tmp_path / "run"),
         "--sft-steps",
@@ -451,7 +452,7 @@ def test_two_processes_train_what_one_does(tiny_folder, tmp_path):
         "from edgepatch.training.config import TrainConfig\nfrom edgepatch.training.patching import PatchTraining\n"
         "from edgepatch.training.pairs.preferences import Pair\nfrom edgepatch.training import parallel\n"
         "pairs = [Pair(f'The fox {i}', ' sleeps in the sun', ' jumps over the dog', 0.1, 0.9) for i in range(12)]\n"
-        f"config = TrainConfig(num_virtual_tokens=4, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=2, check_every=3, dtype='auto')\n"
+        f"config = TrainConfig(num_virtual_tokens=4, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=2, check_every=3, dtype='auto', block=0, turns=False)\n"
         f"patch = PatchTraining(Path({str(tiny_folder)!r}), config, device='cpu').soft_prompt(pairs, {BENIGN * 3!r}, 'tiny')\n"
         "rank, size = parallel.world()\nassert size == int(sys.argv[2])\n"
         "np.save(f'{sys.argv[1]}-{rank}.npy', patch.soft_prompt.embeddings)\n"
@@ -500,6 +501,7 @@ def test_the_command_trains_a_patch_and_a_kv_prefix_from_it(tiny_folder, tmp_pat
         app, ["train", str(tiny_folder), "-o", str(tmp_path / "p.safetensors"), *common], catch_exceptions=False
     )
     assert done.exit_code == 0 and "4 virtual tokens" in done.output
+    assert "the seed moves: at each turn and every 128 tokens" in done.output
     page = (tmp_path / "run" / "curves.html").read_text()
     assert page.count("<svg") == 5 and "SFT loss" in page and "://" not in page
     start = ["--kind", "kv", "--start", str(tmp_path / "p.safetensors"), "--run", str(tmp_path / "kv")]
@@ -514,4 +516,5 @@ def test_the_command_trains_a_patch_and_a_kv_prefix_from_it(tiny_folder, tmp_pat
     assert moving.anchoring is not None and moving.anchoring.block == 16 and len(moving.anchoring.turn_tokens) == 1
     assert moving.training["config"]["front_tokens"] == 100
     patch = read_patch(tmp_path / "p.safetensors")
+    assert patch.anchoring is not None and patch.anchoring.block == 128 and patch.training["config"]["front_tokens"] > 0
     assert write_patch(patch, tmp_path / "again.safetensors") == patch.digest

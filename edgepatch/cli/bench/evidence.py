@@ -14,6 +14,7 @@ from edgepatch.cli.bench.door import (
     ThreadsOption,
     bench_app,
     end_with,
+    require_data,
     use_one_thread,
 )
 from edgepatch.cli.console import LogOption, progress_bars
@@ -86,7 +87,9 @@ def unpatch(
     model: Annotated[
         Path | None, typer.Option(help="Model that the patch fits; default: the lab model at F16.")
     ] = None,
-    patch: Annotated[Path | None, typer.Option("--patch", "-p", help="Patch file; default: the lab patch.")] = None,
+    patch: Annotated[
+        Path | None, typer.Option("--patch", "-p", help="Patch file; default: the lab patch that moves.")
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each attempt.")] = 48,
     samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
     threads: ThreadsOption = 1,
@@ -97,10 +100,9 @@ def unpatch(
     Example: `edgepatch bench unpatch --prompts 12`
     """
     use_one_thread()
-    from edgepatch.bench.lab import LAB_PATCH
     from edgepatch.bench.safety import unpatching
 
-    unpatching.run(out, model, patch or LAB_PATCH, prompts, samples, threads)
+    unpatching.run(out, model, patch or unpatching.PATCH, prompts, samples, threads)
 
 
 @bench_app.command()
@@ -114,15 +116,30 @@ def length(
     block: Annotated[
         list[int] | None, typer.Option(help="W to try; may be repeated. Default: 32, 64, 128, 256.")
     ] = None,
+    all_rules: Annotated[
+        bool,
+        typer.Option(
+            "--all-rules/--both-rules", help="Moving at turns and in blocks alone as well, or at both together."
+        ),
+    ] = True,
+    domain: Annotated[
+        str,
+        typer.Option(help="toxicity, gender or harm; the patches of the latter two are those of `bench composition`."),
+    ] = "toxicity",
     data: DataOption = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each place.")] = 40,
     samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
     threads: ThreadsOption = 1,
     out: OutOption = RESULTS / "length.json",
     work: Annotated[Path, typer.Option(metavar="DIR", help="Folder of what is measured already.")] = Path("out/length"),
+    made: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of pairs and patches that `bench composition` has made.")
+    ] = Path("out/composition"),
     log: LogOption = None,
 ) -> None:
     """Does a patch hold behind text and in later turns? Pinned against moving, gain and cost (an hour; it goes on where it stopped).
+
+    Results of other domains stay in the file.
 
     Example: `edgepatch bench length --prompts 12 --block 128`
     """
@@ -130,25 +147,38 @@ def length(
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.lab import LAB_PATCHES
     from edgepatch.bench.safety import length as places
+    from edgepatch.bench.safety.composing import Workshop
+    from edgepatch.bench.safety.probes import probe_of
+    from edgepatch.patch.file import read_patch
 
+    probe_of(domain)
+    is_made = not patch and domain != "toxicity"
+    folder = require_data(data) if is_made else data_folder(data)
     kept = "what is measured is kept; the same command goes on from there"
     with progress_bars(log or work / "length.log", lambda: kept) as progress:
+        patches = [read_patch(path) for path in patch or LAB_PATCHES]
+        if is_made:
+            workshop = Workshop(made, require_data(data), progress)
+            patches = [workshop.alone(domain), workshop.moving(domain)]
         places.run(
             out,
             work,
             model,
-            patch or LAB_PATCHES,
+            patches,
             block or [32, 64, 128, 256],
-            data_folder(data),
+            folder,
             prompts,
             samples,
             threads,
+            domain,
+            all_rules,
             progress,
         )
 
 
 @bench_app.command()
 def composition(
+    data: DataOption = None,
     items: Annotated[int, typer.Option(min=1, help="Prompts or requests of each domain.")] = 60,
     threads: ThreadsOption = 1,
     out: OutOption = RESULTS / "composition.json",
@@ -164,6 +194,7 @@ def composition(
     use_one_thread()
     from edgepatch.bench.safety import composing
 
+    folder = require_data(data)
     kept = "what is made is kept; the same command goes on from there"
     with progress_bars(log or work / "composition.log", lambda: kept) as progress:
-        composing.run(out, work, items, threads, progress)
+        composing.run(out, work, folder, items, threads, progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +15,6 @@ from edgepatch.patch.file import Patch
 from edgepatch.runtimes.llamacpp.calibration import Calibration
 from edgepatch.runtimes.llamacpp.context import LlamaContext
 from edgepatch.runtimes.runtime import SeedRoute
-
-MAX_KEPT_PLACES = 16
-"""States of one seed at different places that stay in memory: conversations of one server pass the same ones."""
 
 MAX_KEPT_STATES = 8
 """Patches whose state stays in memory, so that a swap back costs a copy."""
@@ -74,8 +70,7 @@ class SeedStates:
         seed = patch.kv_seed
         if route == "decoded" or seed is None:
             seed = read_seed(probe, layout, spec.num_key_value_heads, spec.head_dim)
-        movable = MovableState(probe, layout, seed, patch.rotation, self._context.model.window)
-        return lru_cache(MAX_KEPT_PLACES)(movable.at)
+        return MovableState(probe, layout, seed, patch.rotation, self._context.model.window).at
 
     def _moved_to(self, sequence: int, state: bytes) -> SequenceState:
         """The seed's state as the library writes it of another sequence: header and cells name the sequence."""
