@@ -17,8 +17,6 @@ from edgepatch.converters.gguf.library import library_errors, load_library
 from edgepatch.converters.gguf.text import GGUFTokenizer
 from edgepatch.errors import InputError
 
-"""Tokens that vocabularies set aside."""
-
 TEXTS = ("word", "a  b", "4 \u00bd, 1234", "\u00e9\u4e2d\U0001f642", "\n\tit's")
 MAX_PIECES_BYTES = 64 * 2**20
 

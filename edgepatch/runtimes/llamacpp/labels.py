@@ -10,78 +10,64 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from edgepatch.converters.llamacpp.layout import Layout, one_label_state, seeded_state
 from edgepatch.converters.llamacpp.moving import read_seed
-from edgepatch.converters.llamacpp.state import SequenceState, read_state
+from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.patch.file import Patch
-from edgepatch.runtimes.llamacpp.calibration import Calibration
-from edgepatch.runtimes.llamacpp.context import ContextSettings, LlamaContext, LlamaModel
+from edgepatch.runtimes.llamacpp.context import LlamaContext
 from edgepatch.runtimes.llamacpp.turning import read_rotation
-from edgepatch.tensors import KVSeed, ModelSpec
+from edgepatch.tensors import KVSeed
 
 
-class LabelledSeed:
-    """The seed of a patch with the first token of every prompt behind it.
+def labelled_cells(client: LlamaContext, num_rotated: int, patch: Patch, layout: Layout, token: int) -> KVSeed:
+    """The stored seed of a patch and a text's first token behind it, in float32.
 
     Args:
-        model: loaded; keys of it turn with their place.
-        settings: of the context in which the state is wanted.
-        calibration: of the model.
-        patch: with a seed whose layout is confirmed, or with a soft prompt.
-        layout: measured on this model under these settings.
+        client: whose model computes the token's cell.
+        num_rotated: R, dimensions of a head that turn.
+        patch: with a stored seed.
+        layout: measured on this model.
         token: its id.
+
+    Returns:
+        P + 1 cells, canonical, at places -P to 0.
 
     Raises:
         InputError: keys of the model do not turn with their place.
         InactivePatchError: llama.cpp did not take the seed.
     """
-
-    def __init__(
-        self,
-        model: LlamaModel,
-        settings: ContextSettings,
-        calibration: Calibration,
-        patch: Patch,
-        layout: Layout,
-        token: int,
-    ) -> None:
-        self._layout, self._window, self._token = layout, model.window, token
-        exact = replace(settings, num_cells=patch.num_virtual_tokens + 1, num_sequences=1)
-        context = LlamaContext(model, replace(exact, kv_type="f32", flash_attention=False))
-        plain = replace(layout, key_block=0, value_block=0)  # quantized caches alone are multiplied
-        try:
-            rotation = patch.rotation or read_rotation(context, plain, patch.base, calibration.num_rotated)
-            context.clear()
-            if patch.kv_seed is not None:
-                context.evaluate(0, [token])
-                probe = read_state(context.state(0))
-                context.restore(0, seeded_state(probe, plain, patch.kv_seed, model.window))
-            elif patch.soft_prompt is not None:
-                factor = calibration.embedding_factor(context, 0)
-                context.evaluate_embeddings(0, patch.soft_prompt.embeddings * np.float32(factor))
-            context.evaluate(0, [token])
-            self._cells = rotation.moved(self._read(context, plain, patch.base), -patch.num_virtual_tokens)
-        finally:
-            context.close()
-
-    @staticmethod
-    def _read(context: LlamaContext, layout: Layout, spec: ModelSpec) -> KVSeed:
-        return read_seed(read_state(context.state(0)), layout, spec.num_key_value_heads, spec.head_dim)
-
-    def state(self, context: LlamaContext, sequence: int) -> bytes:
-        """The state of all cells at position 0.
-
-        Args:
-            context: whose cache takes it; what it held is lost.
-            sequence: that takes it.
-
-        Raises:
-            InputError: a value is beyond the cache's type.
-        """
+    assert patch.kv_seed is not None  # save_seed_file
+    model, spec, count = client.model, patch.base, patch.num_virtual_tokens
+    exact = replace(client.settings, num_cells=count + 1, num_sequences=1, kv_type="f32", flash_attention=False)
+    plain = replace(layout, key_block=0, value_block=0)  # quantized caches alone are multiplied
+    context = LlamaContext(model, exact)
+    try:
+        rotation = patch.rotation or read_rotation(context, plain, spec, num_rotated)
         context.clear()
-        context.evaluate(sequence, [self._token])
-        probe: SequenceState = read_state(context.state(sequence))
-        context.clear()
-        return one_label_state(probe, self._layout, self._cells, self._window)
+        context.evaluate(0, [token])
+        context.restore(0, seeded_state(read_state(context.state(0)), plain, patch.kv_seed, model.window))
+        context.evaluate(0, [token])
+        cells = read_seed(read_state(context.state(0)), plain, spec.num_key_value_heads, spec.head_dim)
+    finally:
+        context.close()
+    return rotation.moved(cells, -count)
+
+
+def labelled_state(context: LlamaContext, sequence: int, cells: KVSeed, layout: Layout, token: int) -> bytes:
+    """The state of such cells under the label of the token, all at position 0.
+
+    Args:
+        context: whose cache takes it; it is empty afterwards.
+        sequence: that takes it.
+        cells: of ``labelled_cells``.
+        layout: measured on this model under these settings.
+        token: any will do; the structure of its state is wanted.
+
+    Raises:
+        InputError: a value is beyond the cache's type.
+    """
+    context.clear()
+    context.evaluate(sequence, [token])
+    probe = read_state(context.state(sequence))
+    context.clear()
+    return one_label_state(probe, layout, cells, context.model.window)

@@ -32,7 +32,7 @@ from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
 from edgepatch.runtimes.llamacpp.calibration import Calibration
 from edgepatch.runtimes.llamacpp.context import KV_TYPES, Closed, ContextSettings, LlamaContext, LlamaModel
-from edgepatch.runtimes.llamacpp.labels import LabelledSeed
+from edgepatch.runtimes.llamacpp.labels import labelled_cells, labelled_state
 from edgepatch.runtimes.llamacpp.places import SavedText, SeedPlaces
 from edgepatch.runtimes.llamacpp.proof import open_model, prove_model
 from edgepatch.runtimes.llamacpp.seeds import SeedStates
@@ -217,17 +217,20 @@ class LlamaCppRuntime(Runtime):
         if self.patch is None:
             raise InputError("expected a patch, found the bare model")
         self._require_turning()
+        if self.patch.kv_seed is None:
+            raise InputError(
+                f"{self.patch.name} {self.patch.version} has no stored seed, which a slot file is made of",
+                hint="add it with `edgepatch convert seed`, or use `edgepatch serve`",
+            )
         layout = self.seeds.layout_of(self.patch)
-        if layout is None and self.patch.kv_seed is None:
-            layout = self.calibration.layout or self.calibration.layout_by_rope()
         if layout is None:
             raise InactivePatchError(
                 f"the seed of {self.patch.name} {self.patch.version} cannot be turned: {self.seeds.reason or 'its layout is not confirmed'}",
                 hint="use `edgepatch serve`, which needs no slot file",
             )
-        labelled = LabelledSeed(self.model, self.context.settings, self.calibration, self.patch, layout, token)
+        cells = labelled_cells(self.context, self.calibration.num_rotated, self.patch, layout, token)
         try:
-            self.context.restore(self._master, labelled.state(self.context, self._master))
+            self.context.restore(self._master, labelled_state(self.context, self._master, cells, layout, token))
             self.context.save_state_file(path, self._master, [token])
         finally:
             self.restore_seed()
