@@ -91,7 +91,7 @@ def export_patch(
         print_json(manifest)
         return
     label = manifest["label"]["text"]
-    print(f"{out}: {patch.name} {patch.version} for {manifest['model']['file']}, under the label {label}")
+    print(f"{out}: {patch.name} {patch.version} for {manifest['model']['file']}, under the label {label!r}")
     for line in manifest["losses"]:
         print(f"note: {line}")
     print(f"start the server with {out / 'start.sh'}, then run {out / 'restore.sh'}, then `edgepatch check-server`")

@@ -34,7 +34,8 @@ LEAST_LOGPROB = -1e4
 def new_conversations() -> tuple[list[Message], ...]:
     """Three turns of one conversation, and others that nobody can have foreseen: recorded answers prove nothing."""
     drawn = (f"Tell me something about rivers, number {secrets.randbelow(10**6)}." for _ in range(2))
-    return (*TURNS, *([{"role": "user", "content": text}] for text in drawn))
+    others: list[list[Message]] = [[{"role": "user", "content": text}] for text in drawn]
+    return (*TURNS, *others)
 
 
 class Examiner:

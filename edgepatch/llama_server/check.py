@@ -100,6 +100,9 @@ class _Check:
         prompts = self.see_template()
         with open_session(self.model, self.patch, self.options) as session:
             self.examiner = Examiner(session, prompts)
+            self.ask()
+
+    def ask(self) -> None:
         if not self.client_restores:
             self.see_as_found()
         self.see_restore()
