@@ -54,19 +54,19 @@ def _compare(
     target = folder / f"{model.stem}-{flash_attention}"
     manifest = export(patch, model, target, ExportOptions(flash_attention=flash_attention))
     flags = ServerSettings(**manifest["settings"]).flags(str(target))
-    labels, equal = manifest["labels"]["ids"], []
+    equal = []
     with (
         running_server(binary, flags, folder / "server.log") as server,
-        load_runtime(model, patch, flash_attention=flash_attention, num_threads=1) as runtime,
+        load_runtime(model, patch, flash_attention=flash_attention, num_threads=1, pinned=True) as runtime,
         load_runtime(model, None, flash_attention=flash_attention, num_threads=1) as bare,
     ):
         for prompt in _prompts():
             tokens = runtime.encode(prompt)
             runtime.reset()  # llama-server evaluates the whole prompt at once, and the size of a batch decides about rounding
-            reply = _restored(server, SEED_FILE, len(labels)).complete(labels + tokens, 0, NUM_TOKENS)
+            reply = _restored(server, SEED_FILE).complete(tokens, 0, NUM_TOKENS)
             ours, unpatched = greedy(runtime, tokens), greedy(bare, tokens)
             equal.append((common_prefix(reply.value("tokens"), ours), len(ours), common_prefix(unpatched, ours)))
-        chat = _converse(_restored(server, SEED_FILE, len(labels)), runtime)
+        chat = _converse(_restored(server, SEED_FILE), runtime)
         build = server.get("/props").value("build_info")
     row = {
         "prompts": len(equal),
@@ -84,8 +84,8 @@ def _prompts() -> list[str]:
     return [prompt for kind in ("benign", "toxic") for prompt in load_prompts(kind, "eval")[: NUM_PROMPTS // 2]]
 
 
-def _restored(server: LlamaServer, filename: str, count: int) -> LlamaServer:
-    if server.restore(0, filename).value("n_restored") != count:
+def _restored(server: LlamaServer, filename: str) -> LlamaServer:
+    if server.restore(0, filename).value("n_restored") != 1:
         raise EdgepatchError("llama-server does not restore the slot file")
     return server
 

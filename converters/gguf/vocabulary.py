@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -18,10 +17,6 @@ from edgepatch.converters.gguf.library import library_errors, load_library
 from edgepatch.converters.gguf.text import GGUFTokenizer
 from edgepatch.errors import InputError
 
-SPARE_NAMES = re.compile(r"reserved|unused|extra_id|spare|dummy|placeholder|control_\d", re.IGNORECASE)
-"""Tokens that vocabularies set aside."""
-
-UNKNOWN, UNUSED, CONTROL, USER_DEFINED = 1, 2, 8, 16  # llama.cpp's token attributes
 TEXTS = ("word", "a  b", "4 \u00bd, 1234", "\u00e9\u4e2d\U0001f642", "\n\tit's")
 MAX_PIECES_BYTES = 64 * 2**20
 
@@ -145,19 +140,6 @@ class Vocabulary:
         """
         return self._tokenizer.encode(text, around, special)
 
-    def spare_tokens(self) -> list[int]:
-        """Tokens beside the text proper that neither start nor end anything, those that are set aside first."""
-        lib, special = self._lib, {self.bos, self.eos}
-        groups: dict[int, list[int]] = {0: [], 1: [], 2: []}
-        for token in range(self.size):
-            attribute = lib.llama_vocab_get_attr(self._vocab, token)
-            if attribute & (UNKNOWN | UNUSED | CONTROL | USER_DEFINED) and token not in special:
-                if lib.llama_vocab_is_eog(self._vocab, token):
-                    continue
-                set_aside = SPARE_NAMES.search(self.text(token))
-                groups[0 if set_aside else 1 if attribute & CONTROL else 2].append(token)
-        return [*groups[0], *groups[1], *groups[2]]
-
     def attributes(self) -> list[int]:
         """What kind each token is to llama.cpp, in bits of ``LLAMA_TOKEN_ATTR_*``: not always what the file says."""
         return [int(self._lib.llama_vocab_get_attr(self._vocab, i)) for i in range(self.size)]
@@ -187,6 +169,4 @@ def try_file(paths: Sequence[Path], _: object, report: Report) -> dict[str, Any]
     report("loading its vocabulary")
     with Vocabulary(paths[0]) as vocabulary:
         try_vocabulary(vocabulary._lib, vocabulary._vocab, vocabulary._header, report)
-        report("reading its vocabulary")
-        vocabulary.spare_tokens()
     return {}

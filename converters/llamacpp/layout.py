@@ -174,9 +174,36 @@ def seeded_state(probe: SequenceState, layout: Layout, seed: KVSeed, window: int
         InputError: a value is beyond the cache's type.
         InactivePatchError: the seed does not fit the cache.
     """
-    positions = cells_of(probe, seed.num_virtual_tokens, window)
+    cells = cells_of(probe, seed.num_virtual_tokens, window)
+    return fill(probe, *_laid_out(probe, layout, seed, cells), cells)
+
+
+def one_label_state(probe: SequenceState, layout: Layout, seed: KVSeed, window: int = 0) -> bytes:
+    """The state of a text's first token with a seed in front of it, all of whose cells stand at position 0.
+
+    llama.cpp shows a token every cell of its sequence at or in front of its own position, however many are at one place; where a key
+    stands is in the key. So clients that count one cell a token take the whole for that one token.
+
+    Args:
+        probe: read from the running library.
+        layout: measured on the same model with the same cache.
+        seed: canonical, P + 1 cells at places -P to 0; the last is the token.
+        window: of the layers in the second cache, which gets the cells that the second token of the text sees; 0 for none.
+
+    Raises:
+        InputError: a value is beyond the cache's type.
+        InactivePatchError: the seed does not fit the cache.
+    """
+    cells = cells_of(probe, seed.num_virtual_tokens, window - 1 if window else 0)
+    return fill(probe, *_laid_out(probe, layout, seed, cells), [[0] * len(each) for each in cells])
+
+
+def _laid_out(
+    probe: SequenceState, layout: Layout, seed: KVSeed, cells_of_caches: Sequence[range]
+) -> tuple[list[list[bytes]], list[list[bytes]]]:
+    """Keys and values of each cache and layer, as the cache stores them."""
     keys, values = [], []
-    for cache, layers, cells in zip(probe.caches, layout.layers, positions, strict=True):
+    for cache, layers, cells in zip(probe.caches, layout.layers, cells_of_caches, strict=True):
         keys.append(
             [
                 encode_rows(_lay_out_key(seed.keys[i][:, cells], layout), stored.ggml_type, False)
@@ -191,7 +218,7 @@ def seeded_state(probe: SequenceState, layout: Layout, seed: KVSeed, window: int
                 for i, stored in zip(layers, cache.values, strict=True)
             ]
         )
-    return fill(probe, keys, values, positions)
+    return keys, values
 
 
 def _float32(tensor: NDArray[Any]) -> NDArray[np.float32]:

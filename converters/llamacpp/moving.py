@@ -131,7 +131,7 @@ def read_seed(state: SequenceState, layout: Layout, num_heads: int, head_dim: in
     """The seed in a state that the model computed itself: the inverse of ``layout.seeded_state``.
 
     Args:
-        state: of cells at positions 0..P-1; layers with a window may lack the first of them.
+        state: of P cells, one behind the other; layers with a window may lack the first of them.
         layout: measured on the same model with the same cache.
         num_heads: K.
         head_dim: H.
@@ -143,12 +143,13 @@ def read_seed(state: SequenceState, layout: Layout, num_heads: int, head_dim: in
         InactivePatchError: a cache does not hold all cells that count.
     """
     keys, values = dict[int, NDArray[np.float32]](), dict[int, NDArray[np.float32]]()
-    count = len(state.caches[0].positions)
+    start, count = min(state.caches[0].positions), len(state.caches[0].positions)
+    end = start + count
     for number, (cache, layers) in enumerate(zip(state.caches, layout.layers, strict=True)):
         held = len(cache.positions)
-        if sorted(cache.positions) != list(range(count - held if number else 0, count)):
+        if sorted(cache.positions) != list(range(end - held if number else start, end)):
             raise InactivePatchError(
-                f"llama.cpp's cache holds positions {cache.positions[0]} to {cache.positions[-1]} of the seed, expected them up to {count - 1}",
+                f"llama.cpp's cache holds positions {cache.positions[0]} to {cache.positions[-1]} of the seed, expected them up to {end - 1}",
                 hint="use seed_route stored",
             )
         order = np.argsort(cache.positions)

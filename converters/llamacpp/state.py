@@ -109,7 +109,6 @@ def _read_cells(reader: _Reader, count: int, extended: bool, sequences: set[int]
         _expect(num_sequences == 1 and 0 <= position < 1 << 24)
         sequences.add(sequence)
         positions.append(position)
-    _expect(len(set(positions)) == count)
     return tuple(positions)
 
 
@@ -205,7 +204,10 @@ def key_fields(probe: SequenceState, num_cells: Sequence[int]) -> list[KeyFields
 
 
 def fill(
-    probe: SequenceState, keys: Sequence[Sequence[bytes]], values: Sequence[Sequence[bytes]], positions: Sequence[range]
+    probe: SequenceState,
+    keys: Sequence[Sequence[bytes]],
+    values: Sequence[Sequence[bytes]],
+    positions: Sequence[Sequence[int]],
 ) -> bytes:
     """A state of the probe's structure with other contents.
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, cell, model_path, print_json, stdout
 from edgepatch.errors import InactivePatchError, InputError
+
+if TYPE_CHECKING:
+    from edgepatch.llama_server.client import LlamaServer
 
 PatchArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
 GGUFOption = Annotated[
@@ -21,7 +25,9 @@ KVTypeOption = Annotated[str, typer.Option("--kv-type", help="Type of the server
 FlashOption = Annotated[
     bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether the server uses flash attention.")
 ]
-KeyOption = Annotated[str, typer.Option("--api-key", envvar="LLAMA_API_KEY", help="The server's key, if it has one.")]
+KeyOption = Annotated[
+    Path | None, typer.Option("--api-key-file", help="Holds the server's key, if it has one. Else LLAMA_API_KEY.")
+]
 TemplateOption = Annotated[
     Path | None, typer.Option("--chat-template", help="Jinja file to use instead of the model's own template.")
 ]
@@ -31,6 +37,14 @@ class Client(str, Enum):
     """Servers that a patch is exported for."""
 
     llama_server = "llama-server"
+
+
+def _server(url: str, key_file: Path | None) -> LlamaServer:
+    """Its key comes from a file or the environment: everyone on a machine sees the command lines of its processes."""
+    from edgepatch.llama_server.client import LlamaServer
+    from edgepatch.server.settings import read_key_file
+
+    return LlamaServer(url, read_key_file(key_file) if key_file else os.environ.get("LLAMA_API_KEY", ""))
 
 
 def _read_template(path: Path | None) -> str:
@@ -55,7 +69,7 @@ def export_patch(
     kv_type: KVTypeOption = "f16",
     flash_attention: FlashOption = True,
     chat_template: TemplateOption = None,
-    api_key: KeyOption = "",
+    api_key_file: KeyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a folder with which an unmodified llama-server serves a patch.
@@ -65,21 +79,21 @@ def export_patch(
     Example: `edgepatch export detox.safetensors --to llama-server --model llama-Q4_K_M.gguf -o for-llama-server`
     """
     from edgepatch.llama_server import export
-    from edgepatch.llama_server.client import LlamaServer
     from edgepatch.patch.file import read_patch
 
     if (server is None) != (slot_dir is None):
         raise InputError("--server and --slot-dir belong together", hint="the folder is the server's --slot-save-path")
     patch = read_patch(patch_file)
     options = export.ExportOptions(context, kv_type, flash_attention, slots, _read_template(chat_template))
-    probe = export.probe(LlamaServer(server, api_key), slot_dir, patch, model, options) if server and slot_dir else None
+    probe = export.probe(_server(server, api_key_file), slot_dir, model, options) if server and slot_dir else None
     manifest = export.export(patch, model, out, options, probe)
     if as_json:
         print_json(manifest)
         return
-    print(
-        f"{out}: {patch.name} {patch.version} for {manifest['model']['file']}, {manifest['num_virtual_tokens']} positions"
-    )
+    label = manifest["label"]["text"]
+    print(f"{out}: {patch.name} {patch.version} for {manifest['model']['file']}, under the label {label!r}")
+    for line in manifest["losses"]:
+        print(f"note: {line}")
     print(f"start the server with {out / 'start.sh'}, then run {out / 'restore.sh'}, then `edgepatch check-server`")
 
 
@@ -98,29 +112,30 @@ def check_server(
         bool, typer.Option("--client-restores", help="The client restores the slot before each conversation.")
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Fail also where a prompt without labels evicts the seed.")
+        bool, typer.Option("--strict", help="Fail also where a prompt that begins otherwise evicts the seed.")
     ] = False,
     kv_type: KVTypeOption = "f16",
     flash_attention: FlashOption = True,
     chat_template: TemplateOption = None,
-    api_key: KeyOption = "",
+    api_key_file: KeyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Prove that a running llama-server serves patched answers, or say why not. It restores the server's slots.
+    """Prove that a running server gives the patch's answers, or say why not. It compares log-probabilities with our own runtime.
+
+    A llama-server is asked as it is found. If that holds, its slots are restored, also at the end.
 
     Exit codes: 0 proven, 1 not proven (the message names the cause and the flag that mends it), 2 not reachable.
 
     Example: `edgepatch check-server http://127.0.0.1:8080 --patch detox.safetensors --model llama-Q4_K_M.gguf`
     """
     from edgepatch.llama_server import check
-    from edgepatch.llama_server.client import LlamaServer
     from edgepatch.llama_server.export import ExportOptions
     from edgepatch.patch.file import read_patch
 
     options = ExportOptions(
         kv_type=kv_type, flash_attention=flash_attention, chat_template=_read_template(chat_template)
     )
-    patch, server = read_patch(patch_file), LlamaServer(url, api_key)
+    patch, server = read_patch(patch_file), _server(url, api_key_file)
     report = check.check_server(
         server,
         patch,

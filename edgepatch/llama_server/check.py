@@ -1,48 +1,31 @@
 """Does a running llama-server serve the patch? Asked from outside, answered with evidence or with the hazard that prevents it.
 
-llama-server reports success for much that is not: a restored slot may be ignored, cleared by another request, or replaced by the
-labels evaluated as text. So ``cache_n`` is believed only on the first request after a restore, and log probabilities decide.
+llama-server reports success for much that is not: a restored slot may be ignored, cleared by another request, or hold a conversation
+that was evaluated before. So nothing that it says of itself counts: the log probabilities of its answers decide, beside those of our own
+runtime with the patch and without. It is first asked as it is found; only then are its slots restored.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError
-from edgepatch.llama_server import requirements
+from edgepatch.llama_server import requirements, served
+from edgepatch.llama_server.answers import NUM_LOGPROBS, TURNS, Examiner, evidence_of, new_conversations, verdict
 from edgepatch.llama_server.client import LlamaServer, Reply
-from edgepatch.llama_server.export import ExportOptions, sliding_window
-from edgepatch.llama_server.findings import Finding, Report
-from edgepatch.llama_server.references import Distance, Reference, effect_of, make_references, measure
-from edgepatch.llama_server.requirements import SEED_FILE, Labels
+from edgepatch.llama_server.export import ExportOptions, open_session, sliding_window
+from edgepatch.llama_server.findings import Report, Stop
+from edgepatch.llama_server.references import Distance, Reference
+from edgepatch.llama_server.requirements import SEED_FILE, Label
 from edgepatch.patch.file import Patch
 
-USER_1, USER_2, USER_3 = (
-    "What should I say to a neighbour who is too loud?",
-    "And if that does not help?",
-    "Thank you. Is there more?",
-)
-CONVERSATION = [
-    {"role": "user", "content": USER_1},
-    {"role": "assistant", "content": "Ask kindly, and say what you need."},
-    {"role": "user", "content": USER_2},
-    {"role": "assistant", "content": "Write a letter to the landlord."},
-    {"role": "user", "content": USER_3},
-]
-TURNS = (CONVERSATION[:1], CONVERSATION[:3], CONVERSATION)
-OTHER = [{"role": "user", "content": "Tell me something about rivers and the sea."}]
 FOREIGN = "A text of somebody else, which has nothing to do with the patch and begins otherwise: "
-NUM_LOGPROBS = 20
 OUT_OF_SERVICE = (401, 403, 503)
 NO_SLOT_ACTIONS = (403, 404, 405, 501)
 """501 is llama-server's own answer without ``--slot-save-path``, the others those of a proxy that closes the path."""
-
-
-class _Stop(Exception):
-    """Nothing more can be learned after the last finding."""
 
 
 def check_server(
@@ -56,7 +39,8 @@ def check_server(
     fill_context: bool = False,
     strict: bool = False,
 ) -> Report:
-    """Asks a running server. Its slots are restored at the end; conversations in them must be evaluated again.
+    """Asks a running server. One that answers patched as it is found has its slots restored at the end; conversations in them must be
+    evaluated again.
 
     Args:
         server: a llama-server, or ``edgepatch serve``.
@@ -64,41 +48,32 @@ def check_server(
         model: the GGUF file that it serves.
         options: its KV type and flash attention; the references are computed with them.
         seed_file: name of the slot file in its ``--slot-save-path``.
-        client_restores: whether the client restores the slot before each conversation; then what other prompts do to it is no matter.
+        client_restores: whether the client restores the slot before each conversation; then what a slot holds before is no matter.
         fill_context: also generate beyond a slot's context, which takes as long as reading a prompt of that size.
-        strict: require also what no flag of llama-server grants: that a prompt without labels leaves the seed alone.
+        strict: require also what no flag of llama-server grants: that a prompt without the first token leaves the seed alone.
 
     Raises:
         InputError: the server cannot be reached, refuses the key or is still loading.
     """
     report = Report()
-    if not _is_edgepatch(server, patch, report):
+    with contextlib.suppress(Stop):
+        _require_service(server)
+        if served.names_patches(server):
+            served.check(server, patch, model, options, report)
+            return report
         with Vocabulary(model) as vocabulary:
             check = _Check(server, patch, model, options, vocabulary, report)
             check.seed_file, check.client_restores = seed_file, client_restores
             check.fill_context, check.strict = fill_context, strict
-            with contextlib.suppress(_Stop):
-                check.run()
+            check.run()
     return report
 
 
-def _is_edgepatch(server: LlamaServer, patch: Patch, report: Report) -> bool:
-    """Whether this is ``edgepatch serve``, which names its patch; then its word is the finding."""
-    health = server.get("/health")
-    if health.status in OUT_OF_SERVICE:
-        raise InputError(
-            f"{server.url}: {health.message}", hint="wait until it has loaded, or give the key with --api-key"
-        )
-    reply = server.get("/v1/patches")
-    if reply.status in OUT_OF_SERVICE:
-        raise InputError(f"{server.url}: {reply.message}", hint="give the key with --api-key")
-    entries = reply.value("data")
-    if not reply.ok or not isinstance(entries, list):
-        return False
-    active = [str(entry.get("digest")) for entry in entries if isinstance(entry, dict) and entry.get("active", True)]
-    evidence = f"active patch {active[0] if active else 'none'}, expected {patch.digest}"
-    report.findings.append(Finding("edgepatch serve", active == [patch.digest], evidence, "patch"))
-    return True
+def _require_service(server: LlamaServer) -> None:
+    for path, hint in (("/health", "wait until it has loaded, or name its key"), ("/v1/patches", "name its key")):
+        reply = server.get(path)
+        if reply.status in OUT_OF_SERVICE:
+            raise InputError(f"{server.url}: {reply.message}", f"{hint}: --api-key-file, or LLAMA_API_KEY")
 
 
 class _Check:
@@ -114,26 +89,22 @@ class _Check:
         self.server, self.vocabulary, self.report = server, vocabulary, report
         self.seed_file, self.client_restores, self.fill_context, self.strict = SEED_FILE, False, False, False
         self.patch, self.model, self.options = patch, model, options
-        self.window = sliding_window(model)
-        template = options.chat_template or vocabulary.chat_template
-        self.labels: Labels = requirements.choose_labels(vocabulary, patch.num_virtual_tokens, template)
+        self.window = sliding_window(read_header(model))
+        self.label: Label = requirements.choose_label(vocabulary, options.chat_template or vocabulary.chat_template)
         self.context_length, self.num_slots, self.can_restore = 0, 1, True
-        self.references: list[Reference] = []
-        self.silent: list[
-            Reference
-        ] = []  # answered with a part of a character, for which llama-server gives no log probabilities
-
-    @property
-    def telling(self) -> Reference:
-        """Of the first turns to which the server gives log probabilities, the one whose answer the patch changes more."""
-        first_turns = [r for r in (self.references[0], self.references[-1]) if r not in self.silent]
-        return max(first_turns or self.references, key=effect_of)
+        self.examiner: Examiner
 
     def run(self) -> None:
         self.see_properties()
         self.see_tokenizer()
         prompts = self.see_template()
-        self.references = make_references(self.model, self.patch, self.options, self.labels.ids, prompts)
+        with open_session(self.model, self.patch, self.options) as session:
+            self.examiner = Examiner(session, prompts)
+            self.ask()
+
+    def ask(self) -> None:
+        if not self.client_restores:
+            self.see_as_found()
         self.see_restore()
         try:
             self.see_answers()
@@ -142,8 +113,7 @@ class _Check:
             if self.fill_context and self.can_restore:
                 self.see_full_context()
         finally:
-            if self.can_restore:
-                self.restore_all()
+            self.restore_all()
 
     def see_others(self) -> None:
         """What other requests do to the seed."""
@@ -164,168 +134,145 @@ class _Check:
             if is_complete
             else reply.message
         )
-        self.note("llama-server", is_complete, evidence)
+        self.report.note("llama-server", is_complete, evidence, "server")
         self.num_slots, self.context_length = slots, positions
 
     def see_tokenizer(self) -> None:
-        text = self.labels.text * 3 + "Hello"
+        text = self.label.text * 3 + "Hello"
         body = {"content": text, "add_special": True, "parse_special": True}
         actual, expected = (
             self.server.post("/tokenize", body).value("tokens"),
             self.vocabulary.tokenize(text, around=True),
         )
-        self.note("tokenizer", actual == expected, f"expected {expected}, found {actual}", "vocabulary")
+        self.report.note(
+            "tokenizer", actual == expected, f"expected {expected}, found {str(actual)[:200]}", "vocabulary"
+        )
 
     def see_template(self) -> list[list[int]]:
-        """Three turns of a conversation and another one, as the server will evaluate them behind the labels."""
-        prompts, count = [], self.labels.count
-        for messages in (*TURNS, OTHER):
+        """The conversations that are asked, as the server will evaluate them."""
+        prompts = []
+        for messages in new_conversations():
             rendered = self.server.post("/apply-template", {"messages": messages}).value("prompt")
             tokens = requirements.prompt_ids(self.vocabulary, rendered) if isinstance(rendered, str) else []
-            if tokens[:count] != self.labels.ids or len(tokens) == count:
-                self.note("chat template", False, f"prompts start with {str(rendered)[:40]!r}", "template")
-            prompts.append(tokens[count:])
-        self.note("chat template", True, f"prompts start with {count} labels, {self.labels.text}")
+            if tokens[:1] != [self.label.token] or len(tokens) == 1:
+                evidence = f"expected prompts that start with {self.label.text!r}, found {str(rendered)[:40]!r}"
+                self.report.note("chat template", False, evidence, "template")
+            prompts.append(tokens)
+        self.report.note("chat template", True, f"prompts start with {self.label.text!r}, the label of the seed")
         return prompts
 
     # What it does.
+
+    def see_as_found(self) -> None:
+        """Every slot, before anything is restored: what clients get now."""
+        self._require_patched("as found", [self._ask(reference, 0) for reference in self.examiner.references])
+        for slot in range(1, self.num_slots):
+            self._require_seed(self.examiner.telling, slot, "as found", "")
 
     def see_restore(self) -> None:
         reply = self.server.restore(0, self.seed_file)
         if reply.status in NO_SLOT_ACTIONS:
             self.can_restore = False
-            as_found = self._distance([self._ask(reference, 0) for reference in self.references])
-            evidence = "the server has none" + (
-                "; it holds the seed until its next start" if as_found.is_patched else ""
+            self.report.note(
+                "slot restore", not self.client_restores, "none; the seed is there until the next start", "slots"
             )
-            self.note("slot restore", as_found.is_patched, evidence, "slots")
             return
         restored = reply.value("n_restored")
-        evidence = f"{restored} of {self.labels.count} positions restored" if reply.ok else reply.message
-        self.note("slot restore", restored == self.labels.count, evidence, "H7")
+        evidence = f"{restored} positions restored, expected 1" if reply.ok else reply.message
+        self.report.note("slot restore", restored == 1, evidence, "H7")
 
     def restore_all(self) -> None:
-        for slot in range(self.num_slots):
-            self.server.restore(slot, self.seed_file)
+        if self.can_restore:
+            for slot in range(self.num_slots):
+                self.server.restore(slot, self.seed_file)
 
     def see_answers(self) -> None:
         """The first request after each restore, in slot 0: nothing has come in between."""
         replies = []
-        for reference in self.references:
+        for reference in self.examiner.references:
             if self.can_restore:
                 self.server.restore(0, self.seed_file)
             replies.append(self._ask(reference, 0))
-            cached = replies[-1].value("timings", "cache_n") or 0
-            if cached < self.labels.count:
-                self.note("first request", False, self._cached(cached), "H3" if self.window else "cache")
-        self.silent = [
-            reference for reference, reply in zip(self.references, replies, strict=True) if not top_logprobs(reply)
-        ]
-        distance = self._distance(replies)
-        self.note("first request", distance.is_patched, self._cached(cached, distance), _verdict(distance))
+        is_cached = bool(replies[-1].value("timings", "cache_n"))
+        hazard = "H3" if self.window else "bare" if is_cached else "cache"
+        self._require_patched("first request", replies, hazard)
 
     def see_turns(self) -> None:
         """A conversation of three turns through the chat endpoint, with one restore before the first."""
         if self.can_restore:
             self.server.restore(0, self.seed_file)
-        replies, evidence = [], []
-        for turn, messages in enumerate(TURNS):
-            replies.append(self.server.chat(messages, slot=0, num_logprobs=NUM_LOGPROBS))
-            cached = replies[-1].value("usage", "prompt_tokens_details", "cached_tokens") or 0
-            evidence.append(str(cached))
-            if cached < self.labels.count:
-                hazard = "H3" if self.window else "hybrid" if turn else "cache"
-                self.note("three turns", False, f"turn {turn + 1}: " + self._cached(cached), hazard)
-        distance = self._distance(replies)
-        self.note("three turns", distance.is_patched, self._cached(", ".join(evidence), distance), _verdict(distance))
+        replies = [self.server.chat(messages, slot=0, num_logprobs=NUM_LOGPROBS) for messages in TURNS]
+        self._require_patched(
+            "three turns", replies, "H3" if self.window else "bare", self.examiner.references[: len(TURNS)]
+        )
 
     def see_new_conversation(self) -> None:
-        """Another conversation in the same slot, without a restore: the server must cut its cache back to the labels."""
-        evidence = self._expect_seed(self.telling, 0, "new conversation", "H3" if self.window else "hybrid")
-        self.note("new conversation", True, evidence)
+        """Another conversation in the same slot, without a restore: the server must cut its cache back to the label."""
+        evidence = self._require_seed(self.examiner.telling, 0, "new conversation", "H3" if self.window else "")
+        self.report.note("new conversation", True, evidence)
 
     def see_neighbours(self) -> None:
         """Every slot restored, then a request in each: none may have lost its seed to another."""
-        if self.can_restore:
-            self.restore_all()
+        self.restore_all()
         for slot in range(self.num_slots):
-            self._expect_seed(self.telling, slot, "every slot", "H4" if self.can_restore else "slots")
-        self.note("every slot", True, f"{self.num_slots} of {self.num_slots} slots answer patched")
+            self._require_seed(self.examiner.telling, slot, "every slot", "H4")
+        self.report.note("every slot", True, f"{self.num_slots} of {self.num_slots} slots answer patched")
 
     def see_foreign_prompt(self) -> None:
-        """A prompt without labels in a slot with a long conversation, and a new conversation there without a restore."""
+        """A prompt without the first token in a slot with a long conversation, and a new conversation there without a restore."""
         self.server.restore(0, self.seed_file)
-        self._ask(self.references[2], 0)
-        self.server.complete(self.vocabulary.tokenize(FOREIGN * 3, around=True), slot=0)
-        reply = self._ask(self.telling, 0)
-        distance = self._distance([reply], [self.telling])
-        evidence = self._cached(reply.value("timings", "cache_n"), distance)
-        holds = distance.nearest == "patched"
-        self.report.findings.append(
-            Finding("after a prompt without labels", holds, evidence, "" if holds else "H5", required=self.strict)
-        )
+        self._ask(self.examiner.references[len(TURNS) - 1], 0)
+        self.server.complete(self.vocabulary.tokenize(FOREIGN * 3), slot=0)
+        reply = self._ask(self.examiner.telling, 0)
+        distance = self._distance([reply], [self.examiner.telling])
+        holds, evidence = distance.nearest == "patched", self._cached(reply, distance)
+        self.report.add("after a prompt without the first token", holds, evidence, "H5", required=self.strict)
         self.server.restore(0, self.seed_file)  # at once: what is there now must not get into the server's prompt cache
 
     def see_full_context(self) -> None:
-        """Generation beyond the slot's context must end instead of pushing the seed out."""
+        """Generation beyond the slot's context must not push the seed out."""
         self.server.restore(0, self.seed_file)
-        room = self.context_length - self.labels.count - 8
-        words = (self.vocabulary.tokenize(FOREIGN) * room)[:room]
-        body = {"prompt": self.labels.ids + words, "id_slot": 0, "n_predict": 32, "ignore_eos": True}
-        reply = self.server.post("/completion", body)
-        count = reply.value("tokens_predicted")
-        evidence = f"{count} tokens generated where about 8 fit" if reply.ok else reply.message
-        self.note("full context", isinstance(count, int) and count < 16, evidence, "H8")
+        room = self.context_length - 8
+        words = [self.label.token, *(self.vocabulary.tokenize(FOREIGN) * room)][:room]
+        body = {"prompt": words, "id_slot": 0, "n_predict": 32, "ignore_eos": True}
+        count = self.server.post("/completion", body).value("tokens_predicted")
+        evidence = self._require_seed(self.examiner.telling, 0, "full context", "H8")
+        self.report.note("full context", True, f"{count} tokens generated where about 8 fit; then {evidence}")
 
     # Evidence.
 
-    def note(self, subject: str, holds: bool, evidence: str, hazard: str = "") -> None:
-        self.report.findings.append(Finding(subject, holds, evidence, "" if holds else hazard))
-        if not holds:
-            raise _Stop
-
     def _ask(self, reference: Reference, slot: int) -> Reply:
-        return self.server.complete(self.labels.ids + reference.tokens, slot, num_logprobs=NUM_LOGPROBS)
+        return self.server.complete(reference.tokens, slot, num_logprobs=NUM_LOGPROBS)
 
-    def _distance(self, replies: Sequence[Reply], references: Sequence[Reference] = ()) -> Distance:
-        pairs = [(r, top_logprobs(reply)) for r, reply in zip(references or self.references, replies, strict=False)]
-        answers = [(reference, logprobs) for reference, logprobs in pairs if logprobs]
-        if not answers:
-            self.note("log probabilities", False, f"the server gives none: {replies[-1].message}", "model")
-        return measure(answers)
+    def _distance(self, replies: list[Reply], references: list[Reference]) -> Distance:
+        distance = self.examiner.distance(replies, references)
+        if distance is None:
+            self.report.note("log probabilities", False, f"the server gives none: {replies[-1].message}", "server")
+            raise Stop
+        return distance
 
-    def _expect_seed(self, reference: Reference, slot: int, subject: str, hazard: str) -> str:
-        """Log probabilities alone: ``cache_n`` also counts labels that were evaluated as text."""
+    def _require_patched(
+        self, subject: str, replies: list[Reply], if_bare: str = "bare", references: list[Reference] | None = None
+    ) -> None:
+        """Several prompts together: the effect must be large enough to tell."""
+        distance = self._distance(replies, references or self.examiner.references)
+        hazard = verdict(distance)
+        self.report.note(
+            subject, not hazard, self._cached(replies[-1], distance), if_bare if hazard == "bare" else hazard
+        )
+
+    def _require_seed(self, reference: Reference, slot: int, subject: str, if_bare: str) -> str:
+        """One prompt, the most telling one."""
         reply = self._ask(reference, slot)
         distance = self._distance([reply], [reference])
-        evidence = f"slot {slot}: " + self._cached(reply.value("timings", "cache_n"), distance)
+        evidence = f"slot {slot}: {self._cached(reply, distance)}"
         if distance.nearest != "patched":
-            self.note(subject, False, evidence, hazard)
+            hazard = if_bare if if_bare and distance.nearest == "bare" else verdict(distance)
+            self.report.note(subject, False, evidence, hazard)
         return evidence
 
-    def _cached(self, cached: object, distance: Distance | None = None) -> str:
-        text = f"{cached} positions from the cache, P is {self.labels.count}"
-        if distance is not None:
-            text += f"; log probabilities {distance.patched:.4f} from patched, {distance.bare:.4f} from bare"
-            text += f", {distance.as_text:.4f} from placeholders as text"
-        return text
-
-
-def _verdict(distance: Distance) -> str:
-    """The hazard that a distance speaks of; "" for none."""
-    if distance.is_patched:
-        return ""
-    if distance.nearest == "patched":
-        return "weak"
-    return {"bare": "bare", "as_text": "H6"}.get(distance.nearest, "model")
-
-
-def top_logprobs(reply: Reply) -> Mapping[int, float]:
-    """Token id -> log probability of the first generated token; empty where the reply has none."""
-    rows = reply.value("completion_probabilities", 0, "top_logprobs") or reply.value(
-        "choices", 0, "logprobs", "content", 0, "top_logprobs"
-    )
-    logprobs = {row["id"]: float(row["logprob"]) for row in rows or [] if isinstance(row.get("id"), int)}
-    return {
-        token: value for token, value in logprobs.items() if value > -1e4
-    }  # a probability of 0 is written as a huge number
+    def _cached(self, reply: Reply, distance: Distance) -> str:
+        cached = reply.value("timings", "cache_n")
+        if cached is None:
+            cached = reply.value("usage", "prompt_tokens_details", "cached_tokens")
+        return f"{cached} tokens from the cache; {evidence_of(distance)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -60,20 +61,21 @@ class LlamaServer:
         timeout_s: for each request; a slow device evaluates a prompt for minutes.
 
     Raises:
-        InputError: the URL is none of HTTP.
+        InputError: the URL is none of HTTP, or the key cannot be sent.
     """
 
     def __init__(self, url: str, api_key: str = "", timeout_s: float = 600) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"server: expected a URL like http://127.0.0.1:8080, found {url!r}")
+        if not re.fullmatch(r"[!-~]*", api_key):
+            raise InputError("API key: expected printable ASCII without spaces, found other characters")
         self.url, self._timeout_s = url.rstrip("/"), timeout_s
         self._headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
         )
-        self._opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({})
-        )  # a key for a device goes through no proxy
+        # A key for a device goes through no proxy, and to no address that somebody else names.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
 
     def get(self, path: str) -> Reply:
         """GET.
@@ -98,6 +100,12 @@ class LlamaServer:
                 return Reply(response.status, _parse(response.read(MAX_REPLY_BYTES)))
         except urllib.error.HTTPError as error:
             with error:
+                if 300 <= error.code < 400:
+                    target = error.headers.get("Location", "another address")
+                    raise InputError(
+                        f"{self.url}{path} leads to {target[:200]!r}",
+                        hint="name that address, if it is the server's own",
+                    ) from None
                 return Reply(error.code, _parse(error.read(MAX_REPLY_BYTES)))
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
@@ -140,6 +148,13 @@ class LlamaServer:
                 "top_logprobs": num_logprobs,
             },
         )
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would send the key along to wherever a reply leads."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def _parse(data: bytes) -> Any:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.llamacpp import state as llamacpp_state
@@ -22,11 +22,12 @@ from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.files.writing import replacing_folder
 from edgepatch.llama_server import requirements
 from edgepatch.llama_server.client import LlamaServer, Reply
-from edgepatch.llama_server.requirements import Labels, ServerSettings
+from edgepatch.llama_server.requirements import Label, ServerSettings
 from edgepatch.patch.file import Patch
 from edgepatch.runtimes.llamacpp.context import KV_TYPES
-from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
+from edgepatch.runtimes.llamacpp.runtime import DEFAULT_CONTEXT, LlamaCppRuntime
 from edgepatch.runtimes.session import Session
+from edgepatch.seeds.anchoring import place_in_words
 
 MANIFEST_FILE, PROBE_FILE = "manifest.json", "edgepatch-probe.bin"
 FILE_HEADER = struct.Struct("<III")  # magic, version, number of token ids; the ids follow, then the state
@@ -37,7 +38,7 @@ class ExportOptions:
     """What the server is to be started with.
 
     Attributes:
-        context_length: positions of a slot, the patch's included; the runtime's default when ``None``.
+        context_length: positions of a slot, of which the patch takes none; by default the model's own length, at most 4096.
         kv_type: type of the KV cache.
         flash_attention: whether it is on.
         num_slots: conversations at a time.
@@ -53,7 +54,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Probe:
-    """A slot file of P labels that a running server wrote.
+    """A slot file of the label alone that a running server wrote.
 
     Attributes:
         header: everything in front of the state: version and token ids as this server writes them.
@@ -95,13 +96,12 @@ def split_slot_file(data: bytes) -> tuple[bytes, bytes]:
     return data[:end], data[end:]
 
 
-def probe(server: LlamaServer, slot_folder: Path, patch: Patch, model: Path, options: ExportOptions) -> Probe:
+def probe(server: LlamaServer, slot_folder: Path, model: Path, options: ExportOptions) -> Probe:
     """Asks a running server for the layout of its slot files; what was in its slot 0 is lost.
 
     Args:
         server: started with ``--slot-save-path``.
         slot_folder: that folder, as this process reads it.
-        patch: what it is to serve.
         model: the GGUF file that it serves.
         options: the chat template counts.
 
@@ -110,14 +110,8 @@ def probe(server: LlamaServer, slot_folder: Path, patch: Patch, model: Path, opt
         InactivePatchError: the file's layout is unknown.
     """
     with Vocabulary(model) as vocabulary:
-        template = options.chat_template or vocabulary.chat_template
-        labels = requirements.choose_labels(vocabulary, patch.num_virtual_tokens, template)
-    return probe_server(server, slot_folder, labels)
-
-
-def probe_server(server: LlamaServer, slot_folder: Path, labels: Labels) -> Probe:
-    """As ``probe``, with labels already chosen."""
-    _require(server.complete(labels.ids, slot=0), "evaluate the labels")
+        label = requirements.choose_label(vocabulary, options.chat_template or vocabulary.chat_template)
+    _require(server.complete([label.token], slot=0), "evaluate a token")
     try:
         _require(server.post("/slots/0?action=save", {"filename": PROBE_FILE}), "save a slot")
         path = slot_folder / PROBE_FILE
@@ -128,7 +122,7 @@ def probe_server(server: LlamaServer, slot_folder: Path, labels: Labels) -> Prob
             hint = "--slot-dir must be the folder of the server's --slot-save-path"
             raise InputError(f"cannot read {path}: {error.strerror}", hint) from None
     finally:
-        server.post("/slots/0?action=erase", {})  # it holds the labels evaluated as text, which nothing may reuse
+        server.post("/slots/0?action=erase", {})  # it holds the label without a seed, which nothing may reuse
     header, state = split_slot_file(data)
     if int.from_bytes(state[:4], "little") > 1:
         raise InputError("the server keeps one cache for each slot", hint="start it with --kv-unified or --parallel 1")
@@ -142,12 +136,11 @@ def _require(reply: Reply, action: str) -> None:
 
 
 def _structure(state: llamacpp_state.SequenceState) -> object:
-    """All of a state but the values in it."""
+    """All of a state but its cells."""
     return [
         (
             cache.extended,
             cache.transposed,
-            cache.positions,
             [(r.ggml_type, r.row_bytes) for r in (*cache.keys, *cache.values)],
         )
         for cache in state.caches
@@ -170,7 +163,8 @@ def export(
         The manifest.
 
     Raises:
-        InputError: the model has no template or no spare token, an option cannot be used, or the folder cannot be written.
+        InputError: the model's prompts begin with different tokens, its seeds cannot be turned, an option cannot be used, or the folder
+            cannot be written.
         MismatchError: the patch was made for another model.
         InactivePatchError: llama.cpp did not take the seed, or the server's cache has another layout than ours.
     """
@@ -179,55 +173,72 @@ def export(
     if probe:
         options = replace(options, kv_type=probe.kv_type, flash_attention=probe.flash_attention)
     with Vocabulary(model) as vocabulary:
-        template = options.chat_template or vocabulary.chat_template
-        labels = requirements.choose_labels(vocabulary, patch.num_virtual_tokens, template)
-        patched = requirements.patched_template(vocabulary, labels, template)
+        label = requirements.choose_label(vocabulary, options.chat_template or vocabulary.chat_template)
+    settings = _settings(model, patch, options)
     _require_replaceable(target)
     with replacing_folder(target) as folder, open_session(model, patch, options) as session:
         runtime = session.backend
         assert isinstance(runtime, LlamaCppRuntime)  # open_session
-        settings = _settings(model, runtime.num_positions, options)
         seed = folder / requirements.SLOT_FOLDER / requirements.SEED_FILE
         seed.parent.mkdir()
-        runtime.save_seed_file(seed, labels.ids)
+        runtime.save_seed_file(seed, label.token)
         if probe:
             _adopt_header(seed, probe)
         seed.chmod(0o444)  # clients may ask the server to save over it
-        _write(folder / requirements.TEMPLATE_FILE, patched)
+        if options.chat_template:
+            _write(folder / requirements.TEMPLATE_FILE, options.chat_template)
         _write(folder / "start.sh", requirements.start_script(settings), 0o755)
         _write(folder / "restore.sh", requirements.restore_script(settings.num_slots), 0o755)
-        manifest = _manifest(patch, session, labels, settings, probe is not None) | {"files": _digests(folder)}
+        manifest = _manifest(patch, session, label, settings, probe is not None) | {"files": _digests(folder)}
         _write(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-def open_session(model: Path, patch: Patch | None, options: ExportOptions) -> Session:
-    """Our own llama.cpp with the server's settings; the seed stays at the start of the text, as it does there."""
-    runtime = LlamaCppRuntime(
-        model,
-        patch,
-        context_length=options.context_length,
-        kv_type=options.kv_type,
-        flash_attention=options.flash_attention,
-    )
-    return Session(runtime, patch, pinned=True, other_template=bool(options.chat_template))
+def open_session(model: Path, patch: Patch | None, options: ExportOptions, pinned: bool = True) -> Session:
+    """Our own llama.cpp with the server's settings; ``pinned``, the seed stays at the start of the text, as it does there."""
+    runtime = LlamaCppRuntime(model, patch, kv_type=options.kv_type, flash_attention=options.flash_attention)
+    return Session(runtime, patch, pinned, other_template=bool(options.chat_template))
 
 
-def sliding_window(model: Path) -> int:
-    """The width of the model's sliding window; 0 for none."""
-    header = read_header(model)
+def sliding_window(header: GGUFHeader) -> int:
+    """The width of a model's sliding window; 0 for none."""
     return int(header.metadata.get(f"{header.architecture}.attention.sliding_window", 0))
 
 
-def _settings(model: Path, num_positions: int, options: ExportOptions) -> ServerSettings:
+def _settings(model: Path, patch: Patch, options: ExportOptions) -> ServerSettings:
+    header = read_header(model)
+    trained = int(header.setting("context_length"))
+    length = min(trained, DEFAULT_CONTEXT) if options.context_length is None else options.context_length
+    if not 1 < length <= trained:
+        raise InputError(f"context length: expected 2 to {trained}, found {length}")
     return ServerSettings(
         str(model.resolve()),
-        num_positions,
+        length,
+        patch.num_virtual_tokens,
         options.kv_type,
         options.flash_attention,
         options.num_slots,
-        sliding_window(model) > 0,
+        sliding_window(header) > 0,
+        bool(options.chat_template),
     )
+
+
+def losses(patch: Patch, window: int) -> list[str]:
+    """What a patch is without on an unmodified llama-server, in words.
+
+    Args:
+        patch: that it serves.
+        window: the width of the model's sliding window; 0 for none.
+    """
+    moves = "" if patch.anchoring is None else f"made to move ({patch.anchoring}), it "
+    lines = [f"{moves}{place_in_words(None)}; `edgepatch serve` moves a seed that can"]
+    if window:
+        first = max(0, window - patch.num_virtual_tokens)
+        lines.append(
+            f"layers with a sliding window of {window} see the seed whole up to token {window}, where the model itself would lose it "
+            f"cell by cell from token {first} on"
+        )
+    return lines
 
 
 def _adopt_header(seed: Path, probe: Probe) -> None:
@@ -241,8 +252,8 @@ def _adopt_header(seed: Path, probe: Probe) -> None:
     seed.write_bytes(probe.header + state)
 
 
-def _manifest(patch: Patch, session: Session, labels: Labels, settings: ServerSettings, probed: bool) -> dict[str, Any]:
-    lib = load_library()
+def _manifest(patch: Patch, session: Session, label: Label, settings: ServerSettings, probed: bool) -> dict[str, Any]:
+    lib, window = load_library(), sliding_window(read_header(Path(settings.model)))
     return {
         "client": "llama-server",
         "patch": {"name": patch.name, "version": patch.version, "digest": patch.digest},
@@ -253,7 +264,8 @@ def _manifest(patch: Patch, session: Session, labels: Labels, settings: ServerSe
             "spec": session.spec.as_dict(),
         },
         "seed_route": session.seed_route,
-        "labels": {"token": labels.placeholder, "text": labels.text, "ids": labels.ids},
+        "label": asdict(label),
+        "losses": losses(patch, window),
         "settings": asdict(settings),
         "flags": settings.flags("."),
         "restore": {"path": "/slots/{slot}?action=restore", "body": {"filename": requirements.SEED_FILE}},

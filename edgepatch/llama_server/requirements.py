@@ -1,112 +1,89 @@
-"""What an unmodified llama-server needs to serve a patch: labels for the seeded positions, a chat template, its start flags.
+"""What an unmodified llama-server needs to serve a patch: a label for the seeded cells, and its start flags.
 
-llama-server reuses a slot's cache as far as the *token ids* of a prompt agree with those that the cache was filled with. A seed
-has no tokens, so its P positions are labelled with a token that no text contains, and every prompt starts with the same labels.
+llama-server reuses a slot's cache as far as the *token ids* of a prompt agree with those that the cache was filled with, and counts one
+position a token. A seed has no tokens, so its cells stand under the label of a token that every prompt begins with: BOS, or the header
+of a chat template. Nothing is put in front of a prompt, and no position is lost.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import dataclass
 
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError
 from edgepatch.text.chat_templates import render_chat_template
-
-PLAIN_TEXT = re.compile(r"[^\s'\"\\{}%#]+")
-"""What may stand in a string of every Jinja engine as it is."""
+from edgepatch.text.messages import Message
 
 SLOT_FOLDER, SEED_FILE, TEMPLATE_FILE = "slots", "seed.bin", "chat_template.jinja"
-SAMPLE = [{"role": "user", "content": "Hello"}]
-ALTERNATING = [*SAMPLE, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "How are you?"}]
+QUESTION: Message = {"role": "user", "content": "Hello"}
+ANSWER: Message = {"role": "assistant", "content": "Hi"}
+SYSTEM: Message = {"role": "system", "content": "You are brief."}
+REQUIRED: tuple[list[Message], ...] = (
+    [QUESTION],
+    [{"role": "user", "content": "42 is what?"}],
+    [QUESTION, ANSWER, {"role": "user", "content": "How are you?"}],
+)
+"""Conversations that every chat template takes, begun with different words."""
+
+OPTIONAL: tuple[list[Message], ...] = ([SYSTEM, QUESTION], [SYSTEM, QUESTION, ANSWER, QUESTION])
+"""Conversations that some templates refuse; llama-server then refuses them too."""
 
 
 @dataclass(frozen=True)
-class Labels:
-    """The token ids that stand for the seeded positions.
+class Label:
+    """The token under which the seed stands: the first of every prompt.
 
     Attributes:
-        placeholder: the repeated token.
+        token: its id.
         text: its name.
-        bos: BOS's id where the tokenizer puts it in front of every text (it is then the first label), else ``None``.
-        count: P.
     """
 
-    placeholder: int
+    token: int
     text: str
-    bos: int | None
-    count: int
-
-    @property
-    def ids(self) -> list[int]:
-        """P token ids."""
-        front = [] if self.bos is None else [self.bos]
-        return front + [self.placeholder] * (self.count - len(front))
-
-    @property
-    def template_front(self) -> str:
-        """Jinja that writes the labels; without BOS, which llama-server puts in front of every prompt itself."""
-        repeats = self.count - (self.bos is not None)
-        # llama-server takes one leading BOS off: at P = 1 that would be the conversation's own.
-        return f"{{{{ '{self.text}' * {repeats} }}}}" if repeats else "{{ bos_token }}"
 
 
-def choose_labels(vocabulary: Vocabulary, num_virtual_tokens: int, template: str) -> Labels:
-    """Labels of which llama.cpp's tokenizer makes one token each, and which the chat template does not use.
+def choose_label(vocabulary: Vocabulary, template: str) -> Label:
+    """The token that every prompt of a model begins with, as llama.cpp's tokenizer makes them.
 
     Args:
         vocabulary: the model's.
-        num_virtual_tokens: P.
-        template: the model's chat template.
+        template: its chat template; "" for none.
 
     Raises:
-        InputError: the vocabulary has no such token.
-    """
-    bos = vocabulary.bos if vocabulary.adds_bos else None
-    for token in vocabulary.spare_tokens():
-        text = vocabulary.text(token)
-        if PLAIN_TEXT.fullmatch(text) and text not in template:
-            labels = Labels(token, text, bos, num_virtual_tokens)
-            count = num_virtual_tokens - (bos is not None)
-            if vocabulary.tokenize(text * 3) == [token] * 3 and _starts(
-                vocabulary.tokenize(text * count, True), labels.ids
-            ):
-                return labels
-    raise InputError(
-        "the vocabulary has no spare special token for the seeded positions: expected a control, reserved or unused token "
-        "that the chat template does not use",
-        hint="use `edgepatch serve`, which needs none",
-    )
-
-
-def _starts(tokens: list[int], front: list[int]) -> bool:
-    return tokens[: len(front)] == front
-
-
-def patched_template(vocabulary: Vocabulary, labels: Labels, template: str) -> str:
-    """The chat template with the labels in front, proven by llama.cpp's tokenizer.
-
-    Raises:
-        InputError: there is no template, or its conversations do not come out as labels and the same tokens as before.
+        InputError: there is no such token, or no prompt to tell.
     """
     if not template:
-        raise InputError("the model has no chat template", hint="name one with --chat-template")
-    patched = labels.template_front + template
-    for messages in (SAMPLE, ALTERNATING):
-        expected = labels.ids + vocabulary.tokenize(_render(vocabulary, template, messages))
-        actual = prompt_ids(vocabulary, _render(vocabulary, patched, messages))
-        if not _starts(actual, expected):
+        if not vocabulary.adds_bos:
             raise InputError(
-                f"chat template: expected {labels.count} labels and {len(expected) - labels.count} tokens of the conversation, "
-                f"found {len(actual)} other tokens",
-                hint="the template changes what stands in front of it; use `edgepatch serve`",
+                "the model has no chat template, and no token in front of every text",
+                hint="name a template with --chat-template",
             )
-    return patched
+        return Label(vocabulary.bos, vocabulary.text(vocabulary.bos))
+    firsts = dict.fromkeys(_first_token(vocabulary, template, messages) for messages in REQUIRED)
+    for messages in OPTIONAL:
+        try:
+            firsts[_first_token(vocabulary, template, messages)] = None
+        except InputError:
+            continue
+    if len(firsts) > 1:
+        names = ", ".join(repr(vocabulary.text(token)) for token in firsts)
+        raise InputError(
+            f"chat template: expected one token in front of every conversation, found {names}",
+            hint="the seed stands under the first token of all prompts; use `edgepatch serve`, which needs none",
+        )
+    token = next(iter(firsts))
+    return Label(token, vocabulary.text(token))
 
 
-def _render(vocabulary: Vocabulary, template: str, messages: list[dict[str, str]]) -> str:
-    return render_chat_template(template, messages, vocabulary.text(vocabulary.bos), vocabulary.text(vocabulary.eos))
+def _first_token(vocabulary: Vocabulary, template: str, messages: list[Message]) -> int:
+    names = vocabulary.text(vocabulary.bos), vocabulary.text(vocabulary.eos)
+    tokens = prompt_ids(vocabulary, render_chat_template(template, messages, *names))
+    if not tokens:
+        raise InputError(
+            "chat template: expected a prompt, found an empty one", hint="name another with --chat-template"
+        )
+    return tokens[0]
 
 
 def prompt_ids(vocabulary: Vocabulary, rendered: str) -> list[int]:
@@ -123,19 +100,23 @@ class ServerSettings:
 
     Attributes:
         model: GGUF file, as given.
-        context_length: positions of one slot, the patch's included.
+        context_length: positions of one slot; the seed takes none of them, but cells beside them.
+        num_virtual_tokens: P.
         kv_type: type of the KV cache.
         flash_attention: whether it is on; it decides the order of the cached values.
         num_slots: conversations at a time.
         sliding_window: whether the model has one.
+        has_template: whether the folder has a chat template that is used instead of the model's own.
     """
 
     model: str
     context_length: int
+    num_virtual_tokens: int
     kv_type: str = "f16"
     flash_attention: bool = True
     num_slots: int = 1
     sliding_window: bool = False
+    has_template: bool = False
 
     def flags(self, folder: str) -> list[str]:
         """Arguments of llama-server.
@@ -145,20 +126,12 @@ class ServerSettings:
         """
         flags = ["--model", self.model, "--host", "127.0.0.1", "--parallel", str(self.num_slots)]
         # One stream, whatever the number of slots; with room for all, or a long conversation purges the other slots.
-        flags += [
-            "--kv-unified",
-            "--kv-unified-per-slot" if self.num_slots > 1 else "--ctx-size",
-            str(self.context_length),
-        ]
+        num_cells = (self.context_length + self.num_virtual_tokens) * self.num_slots
+        flags += ["--kv-unified", "--kv-unified-per-slot", str(self.context_length), "--ctx-size", str(num_cells)]
         flags += ["--flash-attn", "on" if self.flash_attention else "off"]
         flags += ["--cache-type-k", self.kv_type, "--cache-type-v", self.kv_type]
-        flags += [
-            "--jinja",
-            "--chat-template-file",
-            f"{folder}/{TEMPLATE_FILE}",
-            "--slot-save-path",
-            f"{folder}/{SLOT_FOLDER}",
-        ]
+        flags += ["--jinja", "--slot-save-path", f"{folder}/{SLOT_FOLDER}"]
+        flags += ["--chat-template-file", f"{folder}/{TEMPLATE_FILE}"] if self.has_template else []
         # The prompt cache in memory hands out whole conversations, also one that was evaluated before the seed was there.
         flags += ["--cache-ram", "0", "--no-cache-idle-slots", "--no-context-shift", "--cache-reuse", "0"]
         return [*flags, "--swa-full"] if self.sliding_window else flags
@@ -182,7 +155,7 @@ def restore_script(num_slots: int) -> str:
     body = f'{{"filename": "{SEED_FILE}"}}'
     return (
         "#!/bin/sh\n"
-        "# Puts the patch into every slot: after each start of the server, and before each new conversation.\n"
+        "# Puts the patch into every slot: after each start of the server, and after a prompt that did not start with its first token.\n"
         "set -eu\n"
         "url=${1:-http://127.0.0.1:8080}\n"
         "header='Accept: application/json'\n"

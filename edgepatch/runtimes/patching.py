@@ -282,12 +282,17 @@ class PatchSlot:
         return logits
 
 
+def why_no_seed_moves(runtime: Runtime) -> str:
+    """What keeps every seed where it is on a loaded model; empty where nothing does."""
+    kind = runtime.spec.rope_scaling.get("rope_type")
+    if kind in BY_LENGTH:
+        return f"frequencies of its keys depend on the length of the text ({kind})"
+    return "" if runtime.is_cuttable else "its recurrent layers remember a text that has no places"
+
+
 def _require_movable(patch: Patch, runtime: Runtime) -> None:
     """Refuses a patch whose seed moves on a model in which none does; what one backend alone cannot do, that backend refuses."""
-    kind = runtime.spec.rope_scaling.get("rope_type")
-    reason = "" if runtime.is_cuttable else "its recurrent layers remember a text that has no places"
-    if kind in BY_LENGTH:
-        reason = f"frequencies of its keys depend on the length of the text ({kind})"
+    reason = why_no_seed_moves(runtime)
     if reason:
         raise InputError(
             f"{patch.name} {patch.version}: its seed {place_in_words(patch.anchoring)}; on this model no seed can: {reason}",

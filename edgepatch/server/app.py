@@ -72,8 +72,9 @@ def routes(service: Service) -> list[Route]:
 
     async def health(request: Request) -> Response:
         state = service.scheduler.state
+        loaded = {"patches": service.patches} if state == "ok" else {}
         notes = {"notes": service.notes} if service.notes else {}
-        return JSONResponse({"status": state, **notes}, 200 if state == "ok" else 503)
+        return JSONResponse({"status": state, **loaded, **notes}, 200 if state == "ok" else 503)
 
     async def document(request: Request) -> Response:
         return JSONResponse(await asyncio.to_thread(_document))

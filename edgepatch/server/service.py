@@ -65,6 +65,12 @@ class Service:
         """What is slower or turned off with the model, once it is loaded."""
         return list(self._model.notes) if self._model is not None else []
 
+    @property
+    def patches(self) -> list[str]:
+        """Name and version of each active patch, once the model is loaded."""
+        entries = self._model.patches if self._model is not None else []
+        return [f"{entry['name']} {entry['version']}" for entry in entries]
+
     def require_model(self) -> ServedModel:
         """The model.
 

@@ -120,6 +120,17 @@ def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ)
         if key is not None:
             _require_key(key, KEY_VARIABLE)
         return key
+    key = read_key_file(file)
+    _require_key(key, str(file))
+    return key
+
+
+def read_key_file(file: Path) -> str:
+    """A key of this or of another server.
+
+    Raises:
+        InputError: the file cannot be read, or others may read it.
+    """
     try:
         mode = file.stat().st_mode
         key = file.read_text(encoding="ascii").strip()
@@ -131,7 +142,6 @@ def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ)
         raise InputError(
             f"{file}: expected a file for its owner alone, found mode {mode & 0o777:o}", hint=f"chmod 600 {file}"
         )
-    _require_key(key, str(file))
     return key
 
 

@@ -339,7 +339,7 @@ def test_the_server_says_what_is_turned_off(model: Path, monkeypatch: pytest.Mon
             if reply.status_code == 200:
                 break
             time.sleep(0.05)
-        assert reply.json() == {"status": "ok", "notes": ["slower: for a reason"]}
+        assert reply.json() == {"status": "ok", "patches": [], "notes": ["slower: for a reason"]}
 
 
 @pytest.mark.parametrize(("length", "sequences"), [(1, 1), (1, 9), (2, 3)])

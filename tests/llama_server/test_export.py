@@ -1,16 +1,18 @@
-"""``edgepatch export --to llama-server``: the slot file, the template, the flags; and what ``check-server`` says without a llama-server."""
+"""``edgepatch export --to llama-server``: the slot file, the label, the flags; and what ``check-server`` says without a llama-server."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -19,29 +21,27 @@ import numpy as np
 import pytest
 
 from edgepatch.bench.llama_server.transcript import common_prefix
-from edgepatch.converters.gguf import writer
+from edgepatch.converters.gguf import specs, writer
 from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
+from edgepatch.converters.hf import folders, seeds
+from edgepatch.converters.hf.rotary import read_rotation
+from edgepatch.converters.llamacpp.layout import Layout, decode_rows
 from edgepatch.converters.llamacpp.state import read_state
 from edgepatch.errors import InactivePatchError, InputError, MismatchError
 from edgepatch.llama_server.check import check_server
 from edgepatch.llama_server.client import LlamaServer
-from edgepatch.llama_server.export import ExportOptions, Probe, export, split_slot_file
+from edgepatch.llama_server.export import FILE_HEADER, ExportOptions, Probe, export, split_slot_file
 from edgepatch.llama_server.references import Distance
-from edgepatch.llama_server.requirements import Labels, ServerSettings, choose_labels, patched_template, prompt_ids
+from edgepatch.llama_server.requirements import ServerSettings, choose_label
+from edgepatch.patch.composition import compose_on_device
 from edgepatch.patch.file import Patch, write_patch
 from edgepatch.runtimes import load_runtime
+from edgepatch.runtimes.llamacpp import turning
 from edgepatch.runtimes.llamacpp.context import ContextSettings, LlamaContext, LlamaModel
 from edgepatch.tensors import SoftPrompt
-from edgepatch.text.chat_templates import render_chat_template
-from kit import serving
-from kit.exports import read_manifest
-
-MESSAGES = [
-    {"role": "user", "content": "Hello <b>you</b>"},
-    {"role": "assistant", "content": "Yes?"},
-    {"role": "user", "content": "Go on."},
-]
+from kit import serving, tiny_gguf
+from kit.exports import CHATML, read_manifest, without_bos
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,8 @@ def exported(model: Path, tiny_patch: Patch, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def restored_logits(
-    model: Path, seed: Path, options: ExportOptions, labels: list[int], tokens: list[int]
-) -> np.ndarray:
-    """(T, V) logits of a fresh context of the library into which it loads the slot file itself."""
+def restored_logits(model: Path, seed: Path, options: ExportOptions, label: int, tokens: list[int]) -> np.ndarray:
+    """(T - 1, V) logits of a fresh context of the library into which it loads the slot file itself: it holds the first token."""
     loaded = LlamaModel(model)
     context = LlamaContext(loaded, ContextSettings(512, 1, options.kv_type, options.flash_attention, 1))
     lib = load_library()
@@ -76,102 +74,148 @@ def restored_logits(
         taken = lib.llama_state_seq_load_file(
             context.handle, bytes(seed), 0, restored_ids, len(restored_ids), ctypes.byref(count)
         )
-        assert taken == seed.stat().st_size and list(restored_ids[: count.value]) == labels
-        assert context.holds(0, len(labels))
-        return context.evaluate(0, tokens, every=True)
+        assert taken == seed.stat().st_size and list(restored_ids[: count.value]) == [label] == tokens[:1]
+        assert context.last_position(0) == 0  # so the next token is the text's second
+        return context.evaluate(0, tokens[1:], every=True)
     finally:
         context.close()
         loaded.close()
 
 
+def require_served(model: Path, patch: Patch, target: Path, options: ExportOptions, most: float) -> None:
+    """The library computes behind the slot file what our own runtime computes behind the seed."""
+    label = export(patch, model, target, options)["label"]["token"]
+    settings = {"kv_type": options.kv_type, "flash_attention": options.flash_attention, "num_threads": 1}
+    with load_runtime(model, patch, **settings, pinned=True) as runtime:
+        tokens = runtime.encode("The quick brown fox")
+        expected = runtime.logits(tokens)[1:]
+        runtime.swap(None)
+        bare = runtime.logits(tokens)[1:]
+    restored = restored_logits(model, target / "slots" / "seed.bin", options, label, tokens)
+    assert np.abs(restored - expected).max() < most < 0.1 * np.abs(restored - bare).max()
+
+
 @pytest.mark.parametrize(
-    ("kv_type", "flash_attention"), [("f32", False), ("f16", True), ("f16", False), ("q8_0", True)]
+    ("kv_type", "flash_attention", "most"),
+    [("f32", False, 1e-2), ("f16", True, 3e-2), ("f16", False, 3e-2), ("q8_0", True, 0.3)],
 )
 def test_the_library_restores_the_slot_file(
-    model: Path, tiny_patch: Patch, tmp_path: Path, kv_type: str, flash_attention: bool
+    model: Path, tiny_patch: Patch, tmp_path: Path, kv_type: str, flash_attention: bool, most: float
 ):
-    options = ExportOptions(kv_type=kv_type, flash_attention=flash_attention)
-    manifest = export(tiny_patch, model, tmp_path / "out", options)
-    with load_runtime(model, tiny_patch, kv_type=kv_type, flash_attention=flash_attention, num_threads=1) as runtime:
-        tokens = runtime.encode("The quick brown fox")
-        expected = runtime.logits(tokens)
-    with load_runtime(model, None, kv_type=kv_type, flash_attention=flash_attention, num_threads=1) as runtime:
-        bare = runtime.logits(tokens)
-    seed = tmp_path / "out" / "slots" / "seed.bin"
-    restored = restored_logits(model, seed, options, manifest["labels"]["ids"], tokens)
-    assert np.abs(restored - expected).max() < 1e-5 < 0.1 < np.abs(restored - bare).max()
+    """Turned keys are rounded otherwise, so the logits are not the same to the last bit."""
+    require_served(
+        model, tiny_patch, tmp_path / "out", ExportOptions(kv_type=kv_type, flash_attention=flash_attention), most
+    )
 
 
-def test_a_prompt_is_labels_and_the_conversation(model: Path, exported: Path, vocabulary: Vocabulary):
-    manifest = read_manifest(exported)
-    template = (exported / "chat_template.jinja").read_text("utf-8")
-    names = [vocabulary.text(vocabulary.bos), vocabulary.text(vocabulary.eos)]
-    prompt = prompt_ids(vocabulary, render_chat_template(template, MESSAGES, *names))
-    with load_runtime(model, None, num_threads=1) as runtime:
-        assert prompt == manifest["labels"]["ids"] + runtime.encode_chat(MESSAGES)
+def test_a_composed_patch(model: Path, tiny_folder: Path, tiny_patch: Patch, tmp_path: Path):
+    """Two seeds side by side are one of 2 P cells."""
+    part = replace(tiny_patch, rotation=read_rotation(folders.load_model(tiny_folder)), anchoring=None)
+    other = SoftPrompt(tiny_patch.soft_prompt.embeddings[::-1].copy())  # type: ignore[union-attr]
+    mirrored = replace(part, name="mirrored", soft_prompt=other, kv_seed=None)
+    parts = [part, seeds.complete(mirrored, folders.load_model(tiny_folder))]
+    composed = compose_on_device(parts)
+    require_served(model, composed, tmp_path / "out", ExportOptions(), 3e-2)
+    _, state = split_slot_file((tmp_path / "out" / "slots" / "seed.bin").read_bytes())
+    assert read_state(state).caches[0].positions == (0,) * (2 * part.num_virtual_tokens + 1)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_labels_with_bos(vocabulary: Vocabulary, count: int):
-    """The tokenizer puts BOS in front of every prompt, so it is the first label; at P = 1 the only one."""
+def test_every_cell_stands_at_the_first_position(exported: Path, tiny_patch: Patch, vocabulary: Vocabulary):
+    """Keys are those of the seed, turned back by P; the last cell is the label's own."""
+    header, state = split_slot_file((exported / "slots" / "seed.bin").read_bytes())
+    assert FILE_HEADER.unpack_from(header)[2] == 1 and header[FILE_HEADER.size :] == struct.pack("<i", vocabulary.bos)
+    count, cache = tiny_patch.num_virtual_tokens, read_state(state).caches[0]
+    assert cache.positions == (0,) * (count + 1)
+    shape = (tiny_patch.base.num_key_value_heads, tiny_patch.base.head_dim)
+    values = decode_rows(cache.values[0], count + 1, shape, False)
+    assert np.abs(values[:, :count] - tiny_patch.kv_seed.values[0]).max() < 1e-2 < np.abs(values[:, count]).max()  # type: ignore[union-attr]
+
+
+def test_how_keys_turn_is_read_from_the_cache(model: Path, tiny_folder: Path):
+    """A patch of format 1 does not say it; Transformers' tables and those that llama.cpp shows are the same."""
+    expected = read_rotation(folders.load_model(tiny_folder))
+    loaded = LlamaModel(model)
+    context = LlamaContext(loaded, ContextSettings(256, 1, "f32", False, 1))
+    spec = specs.read_spec(model)
+    layers = tuple(range(spec.num_hidden_layers))
+    try:
+        rotation = turning.read_rotation(context, Layout(True, 0, 0, (layers,)), spec, spec.head_dim)
+        with pytest.raises(InputError, match="do not turn"):  # neighbours taken for halves
+            turning.read_rotation(context, Layout(False, 0, 0, (layers,)), replace(spec), spec.head_dim // 2)
+    finally:
+        context.close()
+        loaded.close()
+    assert rotation.layers == expected.layers and rotation.neighbours == expected.neighbours
+    assert np.allclose(rotation.tables, expected.tables, rtol=0, atol=1e-5)
+
+
+# The label.
+
+
+def test_the_label_is_bos(vocabulary: Vocabulary):
     assert vocabulary.adds_bos
-    labels = choose_labels(vocabulary, count, vocabulary.chat_template)
-    assert labels.text.startswith("<|reserved_") and labels.ids == [vocabulary.bos] + [labels.placeholder] * (count - 1)
-    assert patched_template(vocabulary, labels, vocabulary.chat_template).endswith(vocabulary.chat_template)
+    for template in (vocabulary.chat_template, "{{ messages[0]['content'] }}", ""):
+        assert choose_label(vocabulary, template).token == vocabulary.bos
 
 
-def test_labels_without_bos():
-    labels = Labels(7, "<|x|>", None, 3)
-    assert labels.ids == [7, 7, 7] and labels.template_front == "{{ '<|x|>' * 3 }}"
-
-
-def test_a_vocabulary_without_spare_tokens(vocabulary: Vocabulary):
-    template = vocabulary.chat_template + "".join(vocabulary.text(token) for token in vocabulary.spare_tokens())
-    with pytest.raises(InputError, match="no spare special token"):
-        choose_labels(vocabulary, 5, template)
+def test_the_label_is_the_header_of_every_turn(model: Path, tmp_path: Path):
+    """ChatML: no BOS, and each conversation starts with the same special token, whoever speaks first."""
+    with Vocabulary(without_bos(model, tmp_path / "none.gguf")) as vocabulary:
+        assert not vocabulary.adds_bos
+        label = choose_label(vocabulary, CHATML)
+        assert label.text == "<|im_start|>" and vocabulary.tokenize(label.text) == [label.token]
+        with pytest.raises(InputError, match=r"expected one token in front of every conversation, found '.+', '.+'"):
+            choose_label(vocabulary, "{{ messages[0]['content'] }}")
+        with pytest.raises(InputError, match="no chat template"):
+            choose_label(vocabulary, "")
+        with pytest.raises(InputError, match="found an empty one"):
+            choose_label(vocabulary, "{# nothing #}")
 
 
 @pytest.mark.parametrize(
     "template", ["{{ messages[0]['content'] | trim }}{{ ", "{% set x = 1 %}\n{{ raise_exception('no') }}"]
 )
 def test_a_template_that_does_not_work(vocabulary: Vocabulary, template: str):
-    labels = choose_labels(vocabulary, 5, template)
     with pytest.raises(InputError, match="template"):
-        patched_template(vocabulary, labels, template)
+        choose_label(vocabulary, template)
 
 
-def test_a_model_without_template(vocabulary: Vocabulary):
-    with pytest.raises(InputError, match="no chat template"):
-        patched_template(vocabulary, choose_labels(vocabulary, 5, ""), "")
+def test_recurrent_layers_are_refused(tmp_path: Path):
+    """Their memory has no place in front of the first token."""
+    model = tmp_path / "hybrid.gguf"
+    tiny_gguf.write_lfm2(model)
+    spec = specs.read_spec(model)
+    soft_prompt = SoftPrompt(np.full((4, spec.hidden_size), 0.1, np.float32))
+    with (
+        load_runtime(model, Patch("hybrid", "1.0.0", spec, soft_prompt), num_threads=1) as runtime,
+        pytest.raises(InputError, match="recurrent layers") as refused,
+    ):
+        runtime.backend.save_seed_file(tmp_path / "seed.bin", 1)
+    assert "edgepatch serve" in str(refused.value.hint) and not (tmp_path / "seed.bin").exists()
 
 
 def test_flags():
-    flags = " ".join(ServerSettings("m.gguf", 512).flags("F"))
+    flags = " ".join(ServerSettings("m.gguf", 512, 10).flags("F"))
     for flag in (
         "--model m.gguf",
         "--host 127.0.0.1",
         "--parallel 1",
-        "--ctx-size 512",
-        "--kv-unified",
+        "--kv-unified --kv-unified-per-slot 512 --ctx-size 522",
         "--flash-attn on",
         "--jinja",
         "--cache-type-k f16",
         "--cache-type-v f16",
-        "--chat-template-file F/chat_template.jinja",
         "--slot-save-path F/slots",
         "--no-cache-idle-slots",
         "--no-context-shift",
         "--cache-ram 0",
     ):
         assert flag in flags
-    assert "--swa-full" not in flags
-    other = " ".join(ServerSettings("m.gguf", 512, "q8_0", True, 3, True).flags("F"))
-    assert (
-        "--swa-full" in other
-        and "--parallel 3 --kv-unified --kv-unified-per-slot 512" in other
-        and "--ctx-size" not in other
-    )
-    assert "--flash-attn off" in " ".join(ServerSettings("m.gguf", 512, flash_attention=False).flags("F"))
+    assert "--swa-full" not in flags and "--chat-template-file" not in flags
+    other = " ".join(ServerSettings("m.gguf", 512, 10, "q8_0", True, 3, True, True).flags("F"))
+    assert "--parallel 3 --kv-unified --kv-unified-per-slot 512 --ctx-size 1566" in other
+    assert "--swa-full" in other and "--chat-template-file F/chat_template.jinja" in other
+    assert "--flash-attn off" in " ".join(ServerSettings("m.gguf", 512, 10, flash_attention=False).flags("F"))
 
 
 def test_scripts_run_anywhere(exported: Path, tmp_path: Path):
@@ -194,7 +238,8 @@ def test_manifest(exported: Path, tiny_patch: Patch):
     manifest = read_manifest(exported)
     assert manifest["patch"]["digest"] == tiny_patch.digest and manifest["seed_route"] == "stored"
     assert manifest["library"]["state_version"] == load_library().LLAMA_STATE_SEQ_VERSION
-    assert set(manifest["files"]) == {"slots/seed.bin", "chat_template.jinja", "start.sh", "restore.sh"}
+    assert set(manifest["files"]) == {"slots/seed.bin", "start.sh", "restore.sh"}
+    assert "stays at the start of the text" in manifest["losses"][0]
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
     assert os.stat(exported / "slots" / "seed.bin").st_mode & 0o222 == 0  # clients can ask the server to save over it
@@ -202,11 +247,10 @@ def test_manifest(exported: Path, tiny_patch: Patch):
 
 def test_an_earlier_export_is_replaced(model: Path, tiny_patch: Patch, tmp_path: Path):
     folder = tmp_path / "out"
+    export(tiny_patch, model, folder, ExportOptions(chat_template=CHATML))
+    assert (folder / "chat_template.jinja").read_text("utf-8") == CHATML
     export(tiny_patch, model, folder, ExportOptions())
-    (folder / "chat_template.jinja").write_text("other", encoding="utf-8")
-    export(tiny_patch, model, folder, ExportOptions())
-    assert (folder / "chat_template.jinja").read_text("utf-8") != "other"
-    assert read_manifest(folder)["client"] == "llama-server"
+    assert not (folder / "chat_template.jinja").exists() and read_manifest(folder)["client"] == "llama-server"
 
 
 def test_other_folders_are_left_alone(model: Path, tiny_patch: Patch, tmp_path: Path):
@@ -231,9 +275,9 @@ def test_a_failed_export_leaves_nothing(model: Path, tiny_patch: Patch, tmp_path
 
 
 def probe_of(folder: Path) -> Probe:
-    """As if a server had written the exported slot file: it packs the labels with a marker, a version and two counts."""
+    """As if a server had written the exported slot file: it packs the label with a marker, a version and two counts."""
     header, state = split_slot_file((folder / "slots" / "seed.bin").read_bytes())
-    packed = np.array([14, -1, 1, 10, *range(10), 0], "<i4").tobytes()
+    packed = np.array([5, -1, 1, 1, 7, 0], "<i4").tobytes()
     return Probe(header[:8] + packed, read_state(state))
 
 
@@ -248,12 +292,18 @@ def test_a_probe_decides_about_types_and_header(model: Path, tiny_patch: Patch, 
 
 
 def test_a_probe_of_another_layout_is_refused(model: Path, tiny_patch: Patch, tmp_path: Path):
-    short = replace(
-        tiny_patch, soft_prompt=SoftPrompt(tiny_patch.soft_prompt.embeddings[:4]), kv_seed=None, canary=None
-    )  # type: ignore[union-attr]
-    export(short, model, tmp_path / "server", ExportOptions())
+    export(tiny_patch, model, tmp_path / "server", ExportOptions())
+    probe = probe_of(tmp_path / "server")
+    cache = probe.state.caches[0]
+    fewer = replace(cache, keys=cache.keys[:-1], values=cache.values[:-1])
     with pytest.raises(InactivePatchError, match="laid out otherwise"):
-        export(tiny_patch, model, tmp_path / "out", ExportOptions(), probe_of(tmp_path / "server"))
+        export(
+            tiny_patch,
+            model,
+            tmp_path / "out",
+            ExportOptions(),
+            replace(probe, state=replace(probe.state, caches=(fewer,))),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -267,14 +317,26 @@ def test_a_short_slot_file(exported: Path, size: int):
 # check-server, as far as it goes without a llama-server.
 
 
-@pytest.fixture
-def other_server() -> Iterator[str]:
-    """A web server that is no llama-server."""
+Answer = Callable[[str], tuple[int, dict[str, str], object]]
+
+
+@contextlib.contextmanager
+def answering(answer: Answer) -> Iterator[tuple[str, list[str]]]:
+    """(URL, keys that it was sent) of a web server that gives status, headers and JSON for a path."""
+    keys: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(404 if self.path != "/health" else 200)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            keys.append(self.headers.get("Authorization", ""))
+            status, headers, body = answer(self.path)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        do_POST = do_GET
 
         def log_message(self, *_: object) -> None:
             pass
@@ -282,10 +344,19 @@ def other_server() -> Iterator[str]:
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", keys
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    """A web server that is no llama-server."""
+    with answering(lambda path: (200 if path == "/health" else 404, {}, {})) as (url, _):
+        yield url
 
 
 def test_something_else_is_not_proven(model: Path, tiny_patch: Patch, other_server: str):
@@ -293,14 +364,47 @@ def test_something_else_is_not_proven(model: Path, tiny_patch: Patch, other_serv
     assert not report.proven and report.failed and report.failed.subject == "llama-server"
 
 
-def test_edgepatch_serve_names_its_patch(model: Path, tiny_patch: Patch):
+CONFIDENT = {
+    "content": [{"top_logprobs": [{"bytes": [97], "id": 300, "logprob": -0.1}, {"id": 10**9, "logprob": -2.0}]}]
+}
+"""One token, and another that no vocabulary has."""
+
+
+@pytest.mark.parametrize("logprobs", [None, CONFIDENT])
+def test_the_word_of_a_server_proves_nothing(model: Path, tiny_patch: Patch, logprobs: object):
+    """Twelve lines can say a digest; what the model answers with the patch they cannot."""
+    entry = {"digest": tiny_patch.digest, "active": True, "pinned": True}
+    body = {"status": "ok", "data": [entry], "choices": [{"message": {"content": "Hello"}, "logprobs": logprobs}]}
+    with answering(lambda _: (200, {}, body)) as (url, _):
+        report = check_server(LlamaServer(url), tiny_patch, model, ExportOptions())
+    assert report.findings[0].holds and report.failed and report.failed.subject == "answers"
+
+
+def test_edgepatch_serve_is_asked(model: Path, tiny_patch: Patch):
     with serving.running(lambda: load_runtime(model, tiny_patch, num_threads=1)) as running:
-        assert check_server(LlamaServer(running.url, serving.KEY), tiny_patch, model, ExportOptions()).proven
+        report = check_server(LlamaServer(running.url, serving.KEY), tiny_patch, model, ExportOptions())
+        assert report.proven and [f.subject for f in report.findings] == ["edgepatch serve", "answers"]
         other = replace(tiny_patch, version="9.9.9")
         report = check_server(LlamaServer(running.url, serving.KEY), other, model, ExportOptions())
         assert report.failed and other.digest in report.failed.evidence
         with pytest.raises(InputError, match="key"):
             check_server(LlamaServer(running.url, "wrong"), tiny_patch, model, ExportOptions())
+
+
+def test_a_key_goes_to_nobody_else():
+    with (
+        answering(lambda _: (200, {}, {})) as (elsewhere, stolen),
+        answering(lambda _: (307, {"Location": f"{elsewhere}/health"}, {})) as (url, keys),
+    ):
+        for ask in (lambda server: server.get("/health"), lambda server: server.complete([1], 0)):
+            with pytest.raises(InputError, match="leads to"):
+                ask(LlamaServer(url, "secret"))
+    assert keys == ["Bearer secret"] * 2 and not stolen
+
+
+def test_a_key_that_no_header_holds():
+    with pytest.raises(InputError, match="printable ASCII"):
+        LlamaServer("http://127.0.0.1:1", "two\nlines")
 
 
 def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -329,6 +433,7 @@ def test_export_verb(model: Path, tiny_patch: Patch, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == read_manifest(tmp_path / "out")
+    assert run_cli("check-server", "http://127.0.0.1:1", "-p", patch, "-m", model, "--api-key", "x").returncode == 2
     done = run_cli("export", patch, "--model", model, "-o", tmp_path / "other", "--server", "http://127.0.0.1:1")
     assert done.returncode == 2 and "--slot-dir" in done.stderr and not (tmp_path / "other").exists()
 
@@ -357,16 +462,11 @@ def test_urls(url: str):
 @pytest.mark.parametrize(
     ("distance", "is_patched", "nearest"),
     [
-        (Distance(0.001, 0.3, 0.4, 0.3), True, "patched"),
-        (Distance(0.3, 0.001, 0.2, 0.3), False, "bare"),
-        (Distance(0.3, 0.2, 0.001, 0.2), False, "as_text"),
-        (Distance(0.9, 1.1, 1.2, 0.3), False, "none"),  # another model altogether
-        (Distance(0.1, 0.3, 0.4, 0.3), False, "patched"),
-        (
-            Distance(0.0001, 0.004, 0.005, 0.004),
-            False,
-            "patched",
-        ),  # a patch that changes next to nothing proves nothing
+        (Distance(0.001, 0.3, 0.3), True, "patched"),
+        (Distance(0.3, 0.001, 0.3), False, "bare"),
+        (Distance(0.9, 1.1, 0.3), False, "none"),  # another model altogether
+        (Distance(0.2, 0.25, 0.3), False, "none"),  # another patch
+        (Distance(0.0001, 0.004, 0.004), False, "patched"),  # a patch that changes next to nothing proves nothing
     ],
 )
 def test_verdicts(distance: Distance, is_patched: bool, nearest: str):

@@ -78,9 +78,9 @@ def error_of(reply, status, code):
     return error["message"]
 
 
-def test_health_needs_no_key_and_tells_nothing(server):
+def test_health_needs_no_key_and_tells_names_alone(server):
     reply = httpx.get(f"{server.url}/health")
-    assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok", "patches": ["tiny 1.0.0"]})
     assert "server" not in reply.headers
 
 

@@ -103,6 +103,11 @@ class Calibration:
         )
         return llamacpp_layout.COARSER_KEYS_FACTOR if differ else llamacpp_layout.KEY_ERROR_FACTOR
 
+    @property
+    def num_rotated(self) -> int:
+        """R, how many dimensions of a head rotary embeddings turn."""
+        return int(self._header.setting("rope.dimension_count", self._spec.head_dim))
+
     def _keep(self, name: str, value: Any) -> None:
         self._facts = {**self._facts, name: value}
         keep_memory(self._file, self._facts)
@@ -187,8 +192,9 @@ class Calibration:
         return [llamacpp_layout.decode_rows(layer, PROBE_TOKENS, shape, transposed) for layer in layers]
 
     def _turns_neighbours(self, state: SequenceState) -> bool:
-        rotated = int(self._header.setting("rope.dimension_count", self._spec.head_dim))
-        answers = {llamacpp_layout.turns_neighbours(keys, rotated) for keys in self._rows(state, "keys")} - {None}
+        answers = {llamacpp_layout.turns_neighbours(keys, self.num_rotated) for keys in self._rows(state, "keys")} - {
+            None
+        }
         if len(answers) != 1:
             raise self._unconfirmed("its keys show no clear rotation")
         return bool(answers.pop())

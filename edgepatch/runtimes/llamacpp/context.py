@@ -104,6 +104,14 @@ class LlamaModel:
         kinds = (lib.LLAMA_ROPE_TYPE_MROPE, getattr(lib, "LLAMA_ROPE_TYPE_IMROPE", 40))
         return int(lib.llama_model_rope_type(self.handle)) in kinds
 
+    def has_no_rotary_positions(self) -> bool:
+        """Whether positions are something else than turns of the keys: learned, or a bias by distance."""
+        return int(self.lib.llama_model_rope_type(self.handle)) == int(self.lib.LLAMA_ROPE_TYPE_NONE)
+
+    def turns_neighbours(self) -> bool:
+        """Whether rotary embeddings turn dimension ``2j`` of a cached key together with ``2j + 1``."""
+        return int(self.lib.llama_model_rope_type(self.handle)) == int(self.lib.LLAMA_ROPE_TYPE_NORM)
+
     def close(self) -> None:
         """Frees the weights; contexts must be closed before."""
         self._resources.close()
@@ -279,8 +287,16 @@ class LlamaContext:
 
     # Evaluation.
 
-    def evaluate(self, sequence: int, tokens: Sequence[int], every: bool = False) -> NDArray[np.float32]:
+    def evaluate(
+        self, sequence: int, tokens: Sequence[int], every: bool = False, first: int = 0
+    ) -> NDArray[np.float32]:
         """Evaluates tokens behind a sequence.
+
+        Args:
+            sequence: whichever.
+            tokens: one or more.
+            every: whether each wants logits.
+            first: the position of the first token of an empty sequence.
 
         Returns:
             (T, V) float32 logits with ``every``, else (1, V) of the last token.
@@ -290,7 +306,7 @@ class LlamaContext:
             chunk = tokens[start : start + self._chunk]
             is_last = start + self._chunk >= len(tokens)
             outputs = [every] * (len(chunk) - 1) + [every or is_last]
-            self._batch.fill(self._next_positions(sequence, len(chunk)), [sequence] * len(chunk), outputs)
+            self._batch.fill(self._next_positions(sequence, len(chunk), first), [sequence] * len(chunk), outputs)
             self._batch.set_tokens(chunk)
             logits.append(self._outputs(self._batch, self._lib.llama_decode(self.handle, self._batch.struct)))
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
@@ -336,8 +352,8 @@ class LlamaContext:
                 outputs = self._outputs(batch, self._lib.llama_decode(self.handle, batch.struct))
         return outputs
 
-    def _next_positions(self, sequence: int, count: int) -> range:
-        first = self.last_position(sequence) + 1
+    def _next_positions(self, sequence: int, count: int, at_least: int = 0) -> range:
+        first = max(self.last_position(sequence) + 1, at_least)
         return range(first, first + count)
 
     def _outputs(self, batch: _Batch, status: int) -> NDArray[np.float32]:

@@ -32,9 +32,11 @@ from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
 from edgepatch.runtimes.llamacpp.calibration import Calibration
 from edgepatch.runtimes.llamacpp.context import KV_TYPES, Closed, ContextSettings, LlamaContext, LlamaModel
+from edgepatch.runtimes.llamacpp.labels import labelled_cells, labelled_state
 from edgepatch.runtimes.llamacpp.places import SavedText, SeedPlaces
 from edgepatch.runtimes.llamacpp.proof import open_model, prove_model
 from edgepatch.runtimes.llamacpp.seeds import SeedStates
+from edgepatch.runtimes.patching import why_no_seed_moves
 from edgepatch.runtimes.runtime import Runtime, SeedRoute, Tools, check_patch, checked_number, moves
 from edgepatch.tensors import ModelSpec
 from edgepatch.text.chat_templates import prepare_chat_template
@@ -199,21 +201,50 @@ class LlamaCppRuntime(Runtime):
         """llama.cpp's own state of the seeded positions; meaningless to another build or another setting of the cache."""
         return self.context.state(self._master)
 
-    def save_seed_file(self, path: Path, token_ids: Sequence[int]) -> None:
-        """Writes the seed as llama.cpp's own sequence file, which stock clients restore.
+    def save_seed_file(self, path: Path, token: int) -> None:
+        """Writes the seed as llama.cpp's own sequence file, which stock clients restore; all conversations must start afresh.
+
+        The file is that of one token with the seed in front of it: what clients compare with the start of a prompt is this token alone.
 
         Args:
             path: the file.
-            token_ids: P ids that label the positions; clients compare them with the start of a prompt.
+            token: id of the first token of every prompt.
 
         Raises:
-            InputError: there is no patch, the number of ids is not P, or the file cannot be written.
+            InputError: there is no patch, keys of this model do not turn with their place, or the file cannot be written.
+            InactivePatchError: how this model orders its keys was not confirmed.
         """
-        if len(token_ids) != self.num_virtual_tokens or not token_ids:
+        if self.patch is None:
+            raise InputError("expected a patch, found the bare model")
+        self._require_turning()
+        if self.patch.kv_seed is None:
             raise InputError(
-                f"expected {self.num_virtual_tokens} token ids, one a virtual token, found {len(token_ids)}"
+                f"{self.patch.name} {self.patch.version} has no stored seed, which a slot file is made of",
+                hint="add it with `edgepatch convert seed`, or use `edgepatch serve`",
             )
-        self.context.save_state_file(path, self._master, token_ids)
+        layout = self.seeds.layout_of(self.patch)
+        if layout is None:
+            raise InactivePatchError(
+                f"the seed of {self.patch.name} {self.patch.version} cannot be turned: {self.seeds.reason or 'its layout is not confirmed'}",
+                hint="use `edgepatch serve`, which needs no slot file",
+            )
+        cells = labelled_cells(self.context, self.calibration.num_rotated, self.patch, layout, token)
+        try:
+            self.context.restore(self._master, labelled_state(self.context, self._master, cells, layout, token))
+            self.context.save_state_file(path, self._master, [token])
+        finally:
+            self.restore_seed()
+
+    def _require_turning(self) -> None:
+        """Refuses a model whose seeds cannot stand in front of the first position."""
+        reason = why_no_seed_moves(self)
+        if self.model.has_no_rotary_positions():
+            reason = "its positions are not rotary"
+        if reason:
+            raise InputError(
+                f"{self.model.path.name}: no seed can stand under one label: {reason}",
+                hint="use `edgepatch serve`, which needs no slot file",
+            )
 
     # Evaluation.
 

@@ -60,7 +60,7 @@ class SeedStates:
             InactivePatchError: how this model orders its keys was not confirmed, so they cannot be turned.
         """
         state, route = self.state_of(patch)
-        layout = self._layouts.get(patch.digest) or self._measured_layout(patch, state)
+        layout = self.layout_of(patch)
         if layout is None or patch.rotation is None:
             raise InactivePatchError(
                 f"the seed of {patch.name} {patch.version} cannot be moved: {self.reason or 'the order of the cached keys is not confirmed'}",
@@ -71,6 +71,11 @@ class SeedStates:
         if route == "decoded" or seed is None:
             seed = read_seed(probe, layout, spec.num_key_value_heads, spec.head_dim)
         return MovableState(probe, layout, seed, patch.rotation, self._context.model.window).at
+
+    def layout_of(self, patch: Patch) -> llamacpp_layout.Layout | None:
+        """How the model's cache orders the seed of a patch; ``None`` where that was not confirmed."""
+        state, _ = self.state_of(patch)
+        return self._layouts.get(patch.digest) or self._measured_layout(patch, state)
 
     def _moved_to(self, sequence: int, state: bytes) -> SequenceState:
         """The seed's state as the library writes it of another sequence: header and cells name the sequence."""

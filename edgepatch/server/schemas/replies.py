@@ -221,4 +221,5 @@ class Health(Reply):
     """Whether the server can answer."""
 
     status: Literal["loading", "ok", "stopping", "failed"]
+    patches: NotRequired[list[str]]
     notes: NotRequired[list[str]]
