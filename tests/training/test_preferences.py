@@ -46,8 +46,8 @@ from kit.serving import KEY, MODEL, Paced, running
 USER = {"role": "user", "content": "Who are you?"}
 CHAT = (USER,)
 EXACT = {"num_threads": 1, "kv_type": "f32", "flash_attention": False}
-LOOSE = ("--min-margin", "0", "--max-chosen-score", "1", "--min-words", "1", "--threads", "1")
-"""A random model's texts are all alike to a judge."""
+LOOSE = ("--min-margin", "0", "--max-chosen-score", "1", "--min-words", "1", "--threads", "1", "--any-teacher")
+"""A random model's texts are all alike to a judge, and it is no safer than itself."""
 
 ANYTHING = PairConfig(samples_per_prompt=3, max_new_tokens=6, min_margin=0.01, max_chosen_score=1, min_words=0)
 
@@ -564,6 +564,7 @@ def test_the_verb_writes_pairs_and_their_provenance(run, model_file, prompts, tm
     assert document["pairs"] == len(pairs) > 0 and document["prompts"] == 4
     notes = json.loads(provenance_path(out).read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "pairs.dropped.jsonl",
         "pairs.jsonl",
         "pairs.jsonl.log",
         "pairs.provenance.json",
