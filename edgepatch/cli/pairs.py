@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +18,9 @@ from edgepatch.progress import NOTHING_KEPT, Progress, stage
 
 if TYPE_CHECKING:
     from edgepatch.training.pairs.domains import DomainPrompts, PairDomain
+    from edgepatch.training.pairs.judging import FilterJudge
     from edgepatch.training.pairs.makers import PairMaker
-    from edgepatch.training.pairs.preferences import PairConfig, PairSet, Score
+    from edgepatch.training.pairs.preferences import PairConfig, PairSet
     from edgepatch.training.pairs.sources import Means, Source
     from edgepatch.training.pairs.teacher_safety import TeacherSafety
 
@@ -56,50 +56,6 @@ OF_SAMPLING = (
 """Parameters that say nothing about ready pairs."""
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A filter judge: what scores, and what the provenance says of it."""
-
-    score: Score
-    identity: dict[str, Any]
-
-
-def _load_judge(choice: str, unsafe_labels: list[str]) -> Judge:
-    from edgepatch.judges.classifiers import load_judge
-    from edgepatch.judges.genders import gender_scores
-    from edgepatch.judges.scorers import ToxicityScorer, judge_bytes
-    from edgepatch.training.pairs.provenance import digest_of
-
-    if choice == "gender":
-        return Judge(gender_scores, {"judge": choice})
-    scorer = load_judge(choice, unsafe_labels)
-    if not isinstance(scorer, ToxicityScorer):
-        labels = {"unsafe_labels": unsafe_labels} if unsafe_labels else {}
-        return Judge(scorer.score, {"judge": scorer.name, "sha256": digest_of(Path(choice)), **labels})
-    if scorer.name == "report":
-        raise InputError(
-            "--judge: the judge of reports must not filter what is trained on",
-            hint="take filter, or a classifier of yours",
-        )
-    return Judge(scorer.score, {"judge": scorer.name, "sha256": hashlib.sha256(judge_bytes(scorer.judge)).hexdigest()})
-
-
-def _maker(
-    domain: PairDomain, choice: str | None, unsafe_labels: list[str], asked: DomainPrompts, config: PairConfig
-) -> tuple[PairMaker, dict[str, Any]]:
-    """What makes pairs of answers, and what the provenance says of it."""
-    from edgepatch.training.pairs.makers import RefusalPairs, ScoredPairs
-
-    if domain.judge == "refusal":
-        if choice is not None:
-            raise InputError(
-                f"--judge {choice}: pairs of the domain harm are made by whether a reply declines", hint="leave it out"
-            )
-        return RefusalPairs(asked.harmless), {"judge": domain.judge, "harmless": len(asked.harmless)}
-    judge = _load_judge(choice or domain.judge, unsafe_labels)
-    return ScoredPairs(judge.score, config), judge.identity
-
-
 def _teacher(positional: str | None, option: str | None) -> str:
     """The teacher, however it was named."""
     if positional is not None and option is not None:
@@ -109,7 +65,7 @@ def _teacher(positional: str | None, option: str | None) -> str:
     teacher = option or positional
     if teacher is None:
         raise InputError(
-            "expected MODEL and a teacher, or --from FILE",
+            "expected two models, MODEL and its teacher, or --from FILE",
             hint="no safer model? --teacher self is MODEL behind a safety text; edgepatch pairs --help shows examples",
         )
     return teacher
@@ -213,7 +169,9 @@ def _kept(out: Path) -> str:
     return f"{done} prompts are kept in {journal}; the same command goes on from there"
 
 
-def _filter(ready: Path, judge: Judge | None, config: PairConfig, progress: Progress) -> tuple[PairSet, dict[str, Any]]:
+def _filter(
+    ready: Path, judge: FilterJudge | None, config: PairConfig, progress: Progress
+) -> tuple[PairSet, dict[str, Any]]:
     from edgepatch.training.pairs.files import read_placed_pairs
     from edgepatch.training.pairs.preferences import filter_pairs, score_pairs
     from edgepatch.training.pairs.provenance import digest_of
@@ -350,6 +308,7 @@ def make_pairs(
     """
     from edgepatch.training.pairs.domains import domain_prompts, find_domain
     from edgepatch.training.pairs.dropped import write_dropped
+    from edgepatch.training.pairs.judging import load_filter, pair_maker
     from edgepatch.training.pairs.preferences import PairConfig, require_pairs, write_pairs
     from edgepatch.training.pairs.provenance import write_provenance
     from edgepatch.training.pairs.sources import Means, Source
@@ -371,14 +330,14 @@ def make_pairs(
         forget: Callable[[], None] = lambda: None  # noqa: E731
         if ready:
             _refuse_mixture(context)
-            judged_by = _load_judge(judge, unsafe_label or []) if judge else None
+            judged_by = load_filter(judge, unsafe_label or []) if judge else None
             pair_set, settings = _filter(ready, judged_by, config, progress)
         else:
             taught_by = _teacher(reference, teacher)
             if model is None:
                 raise InputError("expected MODEL, the model to be patched", hint="name it in front of the teacher")
             asked = domain_prompts(chosen_domain, prompts, harmless, chat, system)
-            maker, identity = _maker(chosen_domain, judge, unsafe_label or [], asked, config)
+            maker, identity = pair_maker(chosen_domain, judge, unsafe_label or [], asked, config)
             pair_set, settings, forget = _sample(
                 (
                     Source(_resolved(model), model_name, api_key_env),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ class Teacher:
         from peft import PeftModel
 
         require_lora_of(self.adapter, {name: tuple(value.shape) for name, value in base.named_parameters()})
-        return PeftModel.from_pretrained(copy.deepcopy(base), self.adapter).eval()
+        with warnings.catch_warnings():  # PEFT 0.21 asks Transformers 5.23 by an old name
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            return PeftModel.from_pretrained(copy.deepcopy(base), self.adapter).eval()
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Trainer:
         self.run, self.history = run or Run(None), History()
         self._tasks = [_split(config, pairs, f"task {i}") for i, pairs in enumerate(tasks)]
         texts, held_out = _split(config, benign_texts, "benign", HELD_OUT_TEXTS) if config.kl_weight else ([], [])
-        self._contexts = self._new_contexts(texts)
+        self._contexts = _contexts(models, [pair for kept, _ in self._tasks for pair in kept], texts)
         self._benign, self._held_benign = (self._benign_examples(part) for part in (texts, held_out))
         examples = iter(self._pair_examples(models))
         self._pairs = [[next(examples) for _ in kept] for kept, _ in self._tasks]
@@ -94,13 +94,6 @@ class Trainer:
         self._best: dict[str, torch.Tensor] = {}
         self._best_check, self._checks_since = -np.inf, 0
         self._place: tuple[str, int, torch.optim.Optimizer | None] = "SFT", 0, None  # stage, its steps that are done
-
-    def _new_contexts(self, benign_texts: Sequence[BenignText]) -> Contexts | None:
-        if not self.config.front_tokens:
-            return None
-        kept = [pair for pairs, _ in self._tasks for pair in pairs]
-        has_turns = bool(self.models.tokenizer.chat_template)
-        return Contexts(kept, benign_texts, self.config.front_tokens, self.config.rng_seed, has_turns)
 
     def _benign_examples(self, texts: Sequence[BenignText]) -> list[Example]:
         contexts = self._contexts
@@ -392,6 +385,14 @@ class Trainer:
         )
         self._reference, self.history = checkpoint.reference, History(**checkpoint.history)
         return checkpoint.stage, checkpoint.step, checkpoint.optimizer
+
+
+def _contexts(models: FrozenModels, pairs: Sequence[Pair], benign_texts: Sequence[BenignText]) -> Contexts | None:
+    """What stands in front of pairs and texts, where something does."""
+    config = models.config
+    if not config.front_tokens:
+        return None
+    return Contexts(pairs, benign_texts, config.front_tokens, config.rng_seed, bool(models.tokenizer.chat_template))
 
 
 def _split(config: TrainConfig, items: Sequence[Any], name: str, most: int = 1 << 30) -> tuple[list[Any], list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,9 @@ class TeacherSafety:
         return self.num_prompts >= LEAST_PROMPTS and self.high < 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For the record."""
-        return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
+        """For the record; without a prompt that tells, there are no figures."""
+        figures = {name: round(value, 4) for name, value in asdict(self).items() if not isnan(value)}
+        return {**figures, "is_safer": self.is_safer}
 
     def __str__(self) -> str:
         return (
