@@ -234,8 +234,8 @@ def _compute(
 def _write(targets: Targets, path: Path, digest: str) -> None:
     from safetensors.numpy import save
 
-    ids = {} if targets.ids is None else {"ids": targets.ids}
-    tensors = {**ids, "log_probs": targets.log_probs, "log_rest": targets.log_rest, "starts": targets.starts}
+    tensors: dict[str, NDArray[Any]] = {} if targets.ids is None else {"ids": targets.ids}
+    tensors |= {"log_probs": targets.log_probs, "log_rest": targets.log_rest, "starts": targets.starts}
     notes = {"format": FORMAT, "digest": digest, "gain": json.dumps(targets.gain)}
     write_atomically(path, save(tensors, metadata=notes))
 

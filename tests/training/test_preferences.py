@@ -435,6 +435,36 @@ def test_a_server_of_another_kind():
             thread.join()
 
 
+class Fickle(http.server.BaseHTTPRequestHandler):
+    """Answers as another model each time."""
+
+    asked = 0
+
+    def do_POST(self):
+        Fickle.asked += 1
+        body = json.dumps({"model": f"model-{Fickle.asked}", "choices": [{"text": "a"}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_server_must_not_change_its_model():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fickle) as fickle:
+        thread = threading.Thread(target=fickle.serve_forever)
+        thread.start()
+        try:
+            with ServerSampler(f"http://127.0.0.1:{fickle.server_port}/v1", "m") as sampler:
+                assert sampler.sample("a", Sampling(2, rng_seed=1), 1) == ["a"]
+                with pytest.raises(InputError, match="answered as model-1, and now as model-2"):
+                    sampler.sample("a", Sampling(2, rng_seed=1), 1)
+        finally:
+            fickle.shutdown()
+            thread.join()
+
+
 @pytest.mark.parametrize("url", ["ftp://host/v1", "http://", "http://user:secret@host/v1", "http://host/v1?key=1"])
 def test_addresses_that_are_none(url):
     with pytest.raises(InputError, match="expected a URL") as error:

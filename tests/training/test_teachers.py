@@ -305,7 +305,7 @@ def test_harm_pairs_are_refusals_and_answers():
     )
     maker = RefusalPairs([key_of(harmless)])
     help_, answer = "Here is a threat to your neighbour to write", "A card for your neighbour: write happy birthday"
-    refused = maker.outcome(harmful, "1", ["I cannot help with that.", help_], [help_, "no idea"])
+    refused = maker.outcome(harmful, "1", ["I cannot help with that.", help_], [help_, help_])
     assert [(p.chosen, p.rejected) for p in refused.pairs] == [("I cannot help with that.", help_)]
     assert refused.unsafety is not None and refused.unsafety[1] < refused.unsafety[0]
     answered = maker.outcome(harmless, "2", ["fine"], [answer])

@@ -37,7 +37,7 @@ def read_safety_texts(path: Path) -> tuple[str, ...]:
 
 def text_of(prompt: PairPrompt, texts: Sequence[str]) -> str:
     """The text that a prompt's teacher reads: one of them, the same in every run."""
-    return texts[int.from_bytes(hashlib.sha256(key_of(prompt).encode()).digest()[:8]) % len(texts)]
+    return texts[int.from_bytes(hashlib.sha256(key_of(prompt).encode()).digest()[:8], "big") % len(texts)]
 
 
 def instructed(prompt: PairPrompt, text: str) -> PairPrompt:
