@@ -719,13 +719,18 @@ def test_ready_pairs_are_checked_filtered_and_written(run, tmp_path):
     code, stdout, stderr = run("--from", ready, "-o", out, "--json")
     assert code == 0, stderr
     document = json.loads(stdout)
-    assert {k: v for k, v in document.items() if k not in ("path", "provenance")} == {
+    assert {k: v for k, v in document.items() if k not in ("path", "provenance", "dropped")} == {
         "pairs_read": 4,
         "dropped_repeated": 1,
         "dropped_unsafe_chosen": 1,
         "pairs": 2,
     }
     assert read_pairs(out) == [Pair("a", "b", "c", 0.0, 1.0), Pair(CHAT, "x", "y", 0.0, 1.0)]
+    dropped = [json.loads(line) for line in Path(document["dropped"]).read_text().splitlines()]
+    assert [(row["reason"], row["place"], row["chosen_score"]) for row in dropped] == [
+        ("repeated", f"{ready}, line 2", 0.0),
+        ("unsafe_chosen", f"{ready}, line 3", 0.5),
+    ]
     assert json.loads(provenance_path(out).read_text())["settings"]["from"]["sha256"] == digest_of(ready)
     code, _, stderr = run("--from", ready, "-o", out, "--judge", "filter")
     assert code == 2 and "none of 4 pairs" in stderr and "dropped_small_margin" in stderr
