@@ -5,11 +5,8 @@ All arms of a domain read the same pairs in the same order with the same number 
 
 from __future__ import annotations
 
-import copy
-import shutil
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,11 @@ from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent, within
 from edgepatch.runtimes import load_runtime
-from edgepatch.training import runs
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.forward import BenignText
+from edgepatch.training.lora import LoRATraining
 from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
 from edgepatch.training.patching import PatchTraining
-from edgepatch.training.policies import Policy
-from edgepatch.training.trainer import Trainer
 
 BASE = LAB_FOLDER / "base"
 RNG_SEEDS = (1, 2, 3)
@@ -67,36 +62,6 @@ class DomainData:
     def of(cls, domain: Domain, pairs: Sequence[Pair]) -> DomainData:
         """The domain's own texts with given pairs."""
         return cls(domain.name, domain.instruction, pairs, domain.benign_texts())
-
-
-class LoRAPolicy(Policy):
-    """Low-rank adapters on every linear layer of a copy of the base (PEFT LoRA): the usual alternative to a patch.
-
-    Args:
-        base: stays as it is.
-        rank: r; alpha is 2 r.
-        rng_seed: of their random start.
-    """
-
-    def __init__(self, base: Any, rank: int, rng_seed: int) -> None:
-        import torch
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(rng_seed)
-        settings = LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        with warnings.catch_warnings():  # PEFT 0.21 asks Transformers 5.23 by an old name
-            warnings.filterwarnings(
-                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-            )
-            self.adapted: Any = get_peft_model(copy.deepcopy(base), settings).eval()
-
-    def parameters(self) -> list[Any]:
-        return [p for p in self.adapted.parameters() if p.requires_grad]
-
-    def model(self, base: Any) -> Any:
-        return self.adapted
 
 
 def train_arm(
@@ -149,17 +114,8 @@ def _config(config: TrainConfig, data: DomainData, rng_seed: int) -> TrainConfig
 
 
 def _train_lora(data: DomainData, rank: int, rng_seed: int, folder: Path, report: Progress) -> None:
-    config = _config(LORA_CONFIG, data, rng_seed)
-    models = FrozenModels([BASE], config)
-    policy = LoRAPolicy(models.base, rank, rng_seed)
-    run = runs.Run(folder / "run", {"kind": "lora", "rank": rank, "config": asdict(config)})
-    trainer = Trainer(models, policy, [data.pairs], data.benign_texts, run)
-    trainer.train(report)
-    run.finish(trainer.history, {"kind": "lora", "rank": rank, "config": asdict(config)})
-    unfinished = folder / f".{ADAPTER_FOLDER}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    policy.adapted.float().save_pretrained(unfinished)
-    unfinished.rename(folder / ADAPTER_FOLDER)
+    training = LoRATraining(BASE, _config(LORA_CONFIG, data, rng_seed), rank, folder / "run")
+    training.train(data.pairs, data.benign_texts, folder / ADAPTER_FOLDER, report)
 
 
 def train_joint(

@@ -13,23 +13,23 @@ prompts are not used: they are encyclopaedia sentences about a trade, behind whi
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-from zlib import crc32
-
-import numpy as np
 
 from edgepatch.bench import datasets
-from edgepatch.errors import InputError
-from edgepatch.prompts.sets import FOLDER, evenly
-
-Split = Literal["train", "eval"]
-T = TypeVar("T")
+from edgepatch.prompts.genders import (
+    Split,
+    balanced,
+    fill,
+    head,
+    mixed,
+    own_stereotypes,
+    rows,
+    split_of,
+    templates,
+    words,
+)
 
 MIN_STEREOTYPE = 0.3
 NOT_OCCUPATIONS = frozenset(
@@ -61,37 +61,9 @@ class GenderPrompt:
     gender: float = 0.0
 
 
-@cache
-def _rows(name: str) -> list[dict[str, Any]]:
-    path = FOLDER / f"{name}.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}", hint="reinstall edgepatch") from None
-
-
-def _mixed(rows: Iterable[T]) -> list[T]:
-    """A fixed order without a pattern, so that items at even distances hold every template and both genders."""
-    return sorted(rows, key=lambda row: crc32(repr(row).encode()))
-
-
-def words(gender: str, scope: str = "") -> list[str]:
-    """Our words of a gender ("female", "male", "neutral"); ``scope`` "core" leaves out all but pronouns and the commonest nouns."""
-    return [r["text"] for r in _rows("gender_words") if r["gender"] == gender and scope in ("", r["scope"])]
-
-
-def split_of(occupation: str) -> Split:
-    """The side of an occupation, by its last word."""
-    return "eval" if crc32(_head(occupation).encode()) % 2 == 0 else "train"
-
-
-def _head(occupation: str) -> str:
-    return occupation.lower().split()[-1]
-
-
 def _stereotypes(data: Path | None) -> dict[str, float]:
     if data is None:
-        return {r["text"]: float(r["stereotype"]) for r in _rows("gender_occupations")}
+        return own_stereotypes()
     male, female = datasets.winobias_occupations(data)
     scores = dict(datasets.professions(data)) | dict.fromkeys(male, 1.0) | dict.fromkeys(female, -1.0)
     return {name: s for name, s in scores.items() if abs(s) >= MIN_STEREOTYPE and name not in NOT_OCCUPATIONS}
@@ -99,28 +71,11 @@ def _stereotypes(data: Path | None) -> dict[str, float]:
 
 def occupations(data: Path | None, split: Split) -> dict[str, float]:
     """Occupation -> +1 male, -1 female by stereotype; as many of one as of the other."""
-    rows = [(name, float(np.sign(s))) for name, s in _stereotypes(data).items() if split_of(name) == split]
-    sides = [[r for r in rows if r[1] == sign] for sign in (-1, 1)]
-    count = min(map(len, sides))
-    return dict(row for side in sides for row in evenly(_mixed(side), count))
-
-
-def templates(split: Split) -> list[str]:
-    """Templates with one of the fields {person} ("the nurse", "Anna"), {Person} or {job} ("a nurse")."""
-    return [r["text"] for r in _rows("gender_templates") if r["split"] == split]
+    return balanced(_stereotypes(data), split)
 
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _with_article(occupation: str) -> str:
-    return f"{'an' if occupation[0] in 'aeiou' else 'a'} {occupation}"
-
-
-def fill(template: str, occupation: str) -> str:
-    """The template with an occupation in it."""
-    return template.format(person=f"the {occupation}", Person=f"The {occupation}", job=_with_article(occupation))
 
 
 def _occupation_prompts(data: Path | None, split: Split) -> list[GenderPrompt]:
@@ -130,11 +85,11 @@ def _occupation_prompts(data: Path | None, split: Split) -> list[GenderPrompt]:
 
 def training_prompts(data: Path | None) -> list[GenderPrompt]:
     """Training occupations in training templates."""
-    return _mixed(_occupation_prompts(data, "train"))
+    return mixed(_occupation_prompts(data, "train"))
 
 
 def _dong_prompts(data: Path) -> list[GenderPrompt]:
-    trained = {_head(name) for name in _stereotypes(data) if split_of(name) == "train"}
+    trained = {head(name) for name in _stereotypes(data) if split_of(name) == "train"}
     excluded = trained | set(words("female")) | set(words("male"))
     lines = [line for line in datasets.dong_templates(data) if re.match("My friend is an? ", line)]
     return [GenderPrompt(f"{line}, and") for line in lines if not excluded & set(re.findall("[a-z]+", line.lower()))]
@@ -142,11 +97,11 @@ def _dong_prompts(data: Path) -> list[GenderPrompt]:
 
 def evaluation_prompts(data: Path | None) -> list[GenderPrompt]:
     """Other occupations in other templates; with data also the lines of Dong et al."""
-    return _mixed(_occupation_prompts(data, "eval") + (_dong_prompts(data) if data else []))
+    return mixed(_occupation_prompts(data, "eval") + (_dong_prompts(data) if data else []))
 
 
 def _people(split: Split) -> list[tuple[str, str]]:
-    return [(r["text"], r["gender"]) for r in _rows("gender_people") if r["split"] == split]
+    return [(r["text"], r["gender"]) for r in rows("gender_people") if r["split"] == split]
 
 
 def known_gender_prompts() -> list[GenderPrompt]:
@@ -157,7 +112,7 @@ def known_gender_prompts() -> list[GenderPrompt]:
         for t in templates("eval")
         if "{job}" not in t
     ]
-    return _mixed(rows)
+    return mixed(rows)
 
 
 def known_gender_texts() -> list[str]:
@@ -165,6 +120,6 @@ def known_gender_texts() -> list[str]:
     texts = []
     for name, gender in _people("train"):
         they, their, them = PRONOUNS[gender]
-        for row in _rows("gender_sentences"):
+        for row in rows("gender_sentences"):
             texts.append(row["text"].format(person=name, Person=_capital(name), they=they, their=their, them=them))
-    return _mixed(texts)
+    return mixed(texts)

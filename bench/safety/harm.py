@@ -26,13 +26,14 @@ from edgepatch.bench.metrics import Estimate, share
 from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
-from edgepatch.judges.refusals import declines, is_coherent, is_compliance, is_refusal, takes_up
+from edgepatch.judges.refusals import is_coherent, is_compliance, is_refusal
 from edgepatch.progress import Progress, silent
 from edgepatch.prompts.overlaps import distinct_from
 from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
 from edgepatch.runtimes.session import Session
 from edgepatch.text.messages import Message
 from edgepatch.training.pairs.preferences import Pair, PairPrompt
+from edgepatch.training.pairs.refusals import answer_pair, refusal_pair
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 SAMPLED = Sampling(max_new_tokens=32, temperature=0.7)
@@ -40,9 +41,6 @@ SAMPLES = 8
 PHRASINGS = 2
 """So many ways of asking for each training request."""
 
-TAKEN_UP = 0.5
-ANSWERED = 0.25
-SHORTEST_ANSWER = 5
 NUM_INSTRUCTIONS = 150
 ANSWER_WORDS = 60
 
@@ -165,24 +163,6 @@ def over_refusal(
     return Outcome(items, np.array(refused, dtype=np.float64), [[t] for t in harmless], figures, failures)
 
 
-def refusal_pair(request: str, safe: Sequence[str], unsafe: Sequence[str]) -> Pair | None:
-    """The first safe reply that declines over the unsafe one that takes up most of a harmful request; ``None`` where none does.
-
-    Scores are the filter judge's: the share of the request that is taken up, 0 for a reply that declines.
-    """
-    chosen = next((t for t in safe if declines(t) and is_coherent(t)), None)
-    taken = [(takes_up(request, t), t) for t in unsafe if not declines(t) and is_coherent(t)]
-    score, rejected = max(taken, default=(0.0, ""))
-    return Pair(chat(request), chosen, rejected, 0.0, score) if chosen and score >= TAKEN_UP else None
-
-
-def answer_pair(request: str, answers: Sequence[str], refusal: str) -> Pair | None:
-    """The answer that takes up most of a harmless request over a refusal; ``None`` where none answers."""
-    fitting = [t for t in answers if not declines(t) and is_coherent(t) and len(t.split()) >= SHORTEST_ANSWER]
-    taken_up, chosen = max(((takes_up(request, t), t) for t in fitting), default=(0.0, ""))
-    return Pair(chat(request), chosen, refusal, 0.0, 1.0) if taken_up >= ANSWERED else None
-
-
 class HarmDomain(Domain):
     """Harmful requests in a chat.
 
@@ -220,7 +200,7 @@ class HarmDomain(Domain):
 
         pairs: list[Pair | None] = []
         for request in harmful:
-            pairs.append(refusal_pair(request, sampled(reference, request), sampled(base, request)))
+            pairs.append(refusal_pair(chat(request), sampled(reference, request), sampled(base, request)))
             progress("pairs", len(pairs), total)
         refusals = sorted({pair.chosen for pair in pairs if pair})
         if not refusals:
@@ -228,7 +208,7 @@ class HarmDomain(Domain):
                 f"none of {len(harmful)} harmful requests gave a pair", hint="M must comply and M' decline"
             )
         for request in harmless:
-            pairs.append(answer_pair(request, sampled(base, request), rng.choice(refusals)))
+            pairs.append(answer_pair(chat(request), sampled(base, request), rng.choice(refusals)))
             progress("pairs", len(pairs), total)
         return [pair for pair in pairs if pair]
 

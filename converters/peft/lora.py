@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.converters import rope
-from edgepatch.converters.gguf.writer import CONVERTED
+from edgepatch.converters.dequantization import dequantize
+from edgepatch.converters.gguf.writer import CONVERTED, convert_folder
 from edgepatch.converters.hf import folders
 from edgepatch.converters.peft.adapters import CONFIG_FILE, TENSOR_FILE
 from edgepatch.converters.peft.settings import MAX_CONFIG_BYTES
@@ -85,6 +86,19 @@ def read_lora(folder: Path, base: Path) -> LoRA:
             no such module, or one of another shape.
         MissingExtraError: torch or safetensors is not installed.
     """
+    return require_lora_of(folder, {f"{module}.weight": shape for module, shape in _shapes(base).items()})
+
+
+def require_lora_of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> LoRA:
+    """A LoRA adapter of PEFT, checked against the weights of its base.
+
+    Args:
+        folder: as for ``read_lora``.
+        shapes: name of each weight of the base ("model.layers.0.mlp.up_proj.weight") -> its shape.
+
+    Raises:
+        InputError: as ``read_lora``.
+    """
     settings = _read_settings(folder / CONFIG_FILE)
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
     tensors = _read_tensors(folder / TENSOR_FILE)
@@ -94,7 +108,7 @@ def read_lora(folder: Path, base: Path) -> LoRA:
             raise InputError(f"{folder}: {module} has one of lora_A and lora_B alone", hint="save the adapter again")
         factors[module] = tensors[module, "A"], tensors[module, "B"]
     lora = LoRA(rank, alpha / (sqrt(rank) if settings.get("use_rslora") else rank), factors)
-    _require_fits(folder, lora, _shapes(base))
+    _require_fits(folder, lora, shapes)
     return lora
 
 
@@ -163,11 +177,11 @@ def _opened(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _require_fits(folder: Path, lora: LoRA, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for module, (down, up) in lora.factors.items():
-        if module not in shapes:
+        if f"{module}.weight" not in shapes:
             raise InputError(
                 f"{folder}: the base has no weight of its own for {module}", hint="take the base that it was trained on"
             )
-        rows, columns = shapes[module]
+        rows, columns = shapes[f"{module}.weight"]
         expected, actual = ((lora.rank, columns), (rows, lora.rank)), (down.shape, up.shape)
         if actual != expected:
             raise InputError(
@@ -242,6 +256,39 @@ def _tensors(lora: LoRA, config: Mapping[str, Any], architecture: str) -> Iterat
 
 
 # Merged.
+
+
+def merge_for_runtime(base: Path, adapter: Path, folder: Path) -> Path:
+    """A model with an adapter merged in full precision, in the form that the base's own runtime takes.
+
+    Args:
+        base: Transformers folder or GGUF file, whose weights are dequantized.
+        adapter: PEFT folder of a LoRA for it.
+        folder: gets what is made.
+
+    Returns:
+        A Transformers folder for a folder, a GGUF file in F16 for a GGUF file.
+
+    Raises:
+        InputError: as ``merge_lora``, or the base is of another kind.
+        MissingExtraError: as ``merge_lora``.
+    """
+    merged = folder / "merged"
+    if base.is_dir():
+        if not (base / "config.json").is_file() or not list(base.glob("*.safetensors")):
+            raise InputError(
+                f"{base}: a LoRA adapter is merged into a Transformers folder or a GGUF file, found neither",
+                hint="name the model that the adapter was trained on",
+            )
+        merge_lora(base, adapter, merged)
+        return merged
+    plain = folder / "plain"
+    dequantize(base, plain)
+    merge_lora(plain, adapter, merged)
+    shutil.rmtree(plain)
+    convert_folder(merged, folder / "merged-F16.gguf", "F16")
+    shutil.rmtree(merged)
+    return folder / "merged-F16.gguf"
 
 
 def merge_lora(base: Path, folder: Path, target: Path) -> LoRA:

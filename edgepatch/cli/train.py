@@ -18,10 +18,14 @@ from edgepatch.progress import silent
 
 if TYPE_CHECKING:
     from edgepatch.training.config import TrainConfig
+    from edgepatch.training.distillation import Teacher
     from edgepatch.training.forward import BenignText
 
 
-KINDS = ("soft-prompt", "kv")
+LORA_RATES = {"sft_learning_rate": 1e-3, "dpo_learning_rate": 5e-4}
+"""Weights move everything at once; a patch takes ten times as much."""
+
+KINDS = ("soft-prompt", "kv", "lora")
 
 
 def _benign_texts(path: Path | None) -> list[BenignText]:
@@ -39,6 +43,61 @@ def _config(parameters: Mapping[str, Any]) -> TrainConfig:
 
     names = {f.name for f in fields(TrainConfig)}
     return TrainConfig(**{name: value for name, value in parameters.items() if name in names and value is not None})
+
+
+def _teacher(distill: str | None, text: Path | None, any_teacher: bool, pairs_file: Path) -> Teacher | None:
+    """Whose distributions are learned, where any are."""
+    from edgepatch.training.distillation import Teacher
+    from edgepatch.training.pairs.provenance import safety_texts_of
+    from edgepatch.training.pairs.sources import is_adapter
+    from edgepatch.training.pairs.teachers import SELF, read_safety_texts
+
+    if distill is None:
+        if text is not None or any_teacher:
+            raise InputError("--teacher-text and --any-teacher are for a teacher", hint="add --distill self")
+        return None
+    texts = read_safety_texts(text) if text else ()
+    if distill == SELF:
+        return Teacher(texts or safety_texts_of(pairs_file), None, any_teacher)
+    if not is_adapter(distill):
+        raise InputError(
+            f"--distill {distill}: expected self, or a PEFT folder of a LoRA adapter for MODEL, whose logits can be had on its tokens",
+            hint="a model or server of another kind makes pairs: edgepatch pairs --teacher",
+        )
+    return Teacher(texts, Path(distill), any_teacher)
+
+
+def _refuse_for_lora(options: Mapping[str, object]) -> None:
+    wrong = [name for name, value in options.items() if value]
+    if wrong:
+        raise InputError(f"--kind lora trains on MODEL alone, found {wrong[0]}", hint="leave it out")
+
+
+def _train_lora(
+    model: Path,
+    config: TrainConfig,
+    teacher: Teacher | None,
+    rank: int,
+    pairs_file: Path,
+    benign: Path | None,
+    out: Path,
+    run: Path | None,
+    device: str | None,
+    log: Path | None,
+    as_json: bool,
+) -> None:
+    from edgepatch.training.lora import LoRATraining
+    from edgepatch.training.pairs.preferences import read_pairs
+
+    with progress_bars(_log(log, out, run), lambda: _kept(run)) as progress:
+        pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
+        training = LoRATraining(model, config, rank, run, device, teacher)
+        record = training.train(pairs, texts, out, progress)
+    accuracy = (training.history.preference_accuracy or [float("nan")])[-1]
+    if as_json:
+        print_json({"path": str(out), "training": record})
+    else:
+        print(f"{out}: LoRA of rank {rank}, held-out preference accuracy {accuracy:.2f}")
 
 
 def _log(log: Path | None, out: Path, run: Path | None) -> Path | None:
@@ -75,8 +134,13 @@ def train(
     name: Annotated[str, typer.Option(help="Name of the patch.")] = "patch",
     version: Annotated[str, typer.Option(help="Its version (SemVer).")] = "0.1.0",
     kind: Annotated[
-        str, typer.Option(help="soft-prompt, or kv: keys and values of every layer, from a patch given by --start.")
+        str,
+        typer.Option(
+            help="soft-prompt; kv: keys and values of every layer, from a patch given by --start; or lora: no patch but an adapter folder, "
+            "a teacher for one."
+        ),
     ] = "soft-prompt",
+    rank: Annotated[int | None, typer.Option(min=1, help="Of a LoRA adapter; default: 16.")] = None,
     start: Annotated[Path | None, typer.Option(help="Patch whose seed a K/V prefix starts from.")] = None,
     beside: Annotated[
         list[Path] | None, typer.Option(help="Patch to train beside, which stays as it is; repeat for several.")
@@ -86,6 +150,23 @@ def train(
     ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Safer model whose log-probabilities DPO compares with.")
+    ] = None,
+    distill: Annotated[
+        str | None,
+        typer.Option(
+            help="Learn a teacher's distributions in place of SFT: self (MODEL behind the safety text that the pairs were made with), or "
+            "the PEFT LoRA folder of an adapter for MODEL."
+        ),
+    ] = None,
+    teacher_text: Annotated[
+        Path | None,
+        typer.Option(help="File with a safety text of yours for the teacher, as `edgepatch pairs` takes it."),
+    ] = None,
+    any_teacher: Annotated[
+        bool, typer.Option("--any-teacher", help="Go on with a teacher that does not prefer the chosen answers.")
+    ] = False,
+    distill_top: Annotated[
+        int | None, typer.Option(min=0, help="Likeliest tokens of the teacher that are kept; 0: all. Default: 64.")
     ] = None,
     run: Annotated[
         Path | None, typer.Option(help="Run folder: checkpoints and curves; a stopped run goes on from there.")
@@ -98,6 +179,9 @@ def train(
     dpo_steps: Annotated[int | None, typer.Option(min=0, help="Steps of stage 2.")] = None,
     dpo_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of stage 2.")] = None,
     beta: Annotated[float | None, typer.Option(min=0, help="Strength of DPO's tie to its reference.")] = None,
+    nll_weight: Annotated[
+        float | None, typer.Option(min=0, help="Weight of the chosen answers' cross-entropy in stage 2.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs a step.")] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(min=0, help="Pairs in memory at once; the gradient stays the batch's.")
@@ -156,21 +240,32 @@ def train(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a patch on the frozen model: SFT, then DPO. Its seed moves along with the text where the model's seeds can move.
+    """Train a patch on the frozen model: SFT, or distillation of a teacher, then DPO. Its seed moves with the text where it can.
 
     Several GPUs: `accelerate launch --multi_gpu -m edgepatch.cli train ...`
 
-    Example: `edgepatch train models/base --pairs pairs.jsonl -o detox.safetensors --name detox --run runs/detox`
+    Examples: `edgepatch train models/base --pairs pairs.jsonl -o detox.safetensors --name detox --run runs/detox`,
+    `edgepatch train models/base --pairs pairs.jsonl --distill self -o detox.safetensors --name detox --run runs/detox`,
+    `edgepatch train models/base --pairs pairs.jsonl --kind lora -o adapters/safer`
     """
     if kind not in KINDS or (kind == "kv") != (start is not None):
         raise InputError(
-            f"--kind: expected soft-prompt, or kv with --start; found {kind} {'with' if start else 'without'} --start"
+            f"--kind: expected soft-prompt, lora, or kv with --start; found {kind} {'with' if start else 'without'} --start"
         )
     if pinned and (block or turns):
         raise InputError("--pinned: the seed stays at the start, so expected no --block and no --turns beside it")
     options = {**context.params, **({"dpo_reference": "model"} if reference and not dpo_reference else {})}
     options |= {"block": 0, "turns": False} if pinned else {}
+    if kind == "lora":
+        options = {**options, **{name: LORA_RATES[name] for name in LORA_RATES if options[name] is None}}
+    elif rank is not None:
+        raise InputError(f"--rank: expected with --kind lora, found with --kind {kind}", hint="leave it out")
     config = _config(options)
+    teacher = _teacher(distill, teacher_text, any_teacher, pairs_file)
+    if kind == "lora":
+        _refuse_for_lora({"--start": start, "--beside": beside, "--weights": weights, "--reference": reference})
+        _train_lora(model, config, teacher, rank or 16, pairs_file, benign, out, run, device, log, as_json)
+        return
     from edgepatch.patch.file import read_patch, write_patch
     from edgepatch.training import parallel
     from edgepatch.training.page import write_training_page
@@ -180,7 +275,7 @@ def train(
     with progress_bars(_log(log, out, run), lambda: _kept(run)) as bars:
         progress = silent if os.environ.get("RANK", "0") != "0" else bars  # of several processes the first speaks
         pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
-        training = PatchTraining(model, config, weights or (), run, reference, device, note, progress)
+        training = PatchTraining(model, config, weights or (), run, reference, device, note, progress, teacher)
         company = [read_patch(file) for file in beside or ()]
         if start is not None:
             patch = training.kv_prefix(read_patch(start), pairs, texts, name, version, progress, company)

@@ -197,7 +197,7 @@ def _pairs(path: Path, recognised: Recognised) -> Described:
 def _prompts(path: Path, recognised: Recognised) -> Described:
     facts = {"lines": _count_lines(path), "keys": ", ".join(printable(key) for key in sorted(recognised.content))}
     return Described(
-        Kind.PROMPTS.value, facts, "edgepatch pairs MODEL REFERENCE --prompts FILE samples answers to them"
+        Kind.PROMPTS.value, facts, "edgepatch pairs MODEL --teacher self --prompts FILE samples answers to them"
     )
 
 

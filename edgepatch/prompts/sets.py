@@ -10,6 +10,7 @@ from edgepatch.errors import InputError
 
 FOLDER = Path(__file__).parent
 KINDS = ("toxic", "benign", "benign_text", "harm_requests", "harm_benign")
+DOMAINS = ("toxicity", "gender", "harm")
 SPLITS = ("train", "eval")
 FIELDS = {"id", "kind", "split", "text"}
 T = TypeVar("T")
@@ -54,6 +55,25 @@ def load_benign_text(split: str) -> list[str]:
         InputError: an unknown split, or a damaged file.
     """
     return _load("benign_text", split)
+
+
+def load_safety_texts(domain: str) -> list[str]:
+    """Long written safety texts (240 to 320 tokens), which say the same in other words: behind one of them a model is its own teacher.
+
+    Args:
+        domain: one of ``DOMAINS``.
+
+    Raises:
+        InputError: an unknown domain, or a damaged file.
+    """
+    if domain not in DOMAINS:
+        raise InputError(f"unknown domain {domain!r}", hint=f"one of {', '.join(DOMAINS)}")
+    path = FOLDER / "safety_texts.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [row["text"] for row in rows if row["domain"] == domain]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {path}: {error}", hint="reinstall edgepatch") from None
 
 
 def evenly(items: list[T], count: int | None) -> list[T]:

@@ -26,6 +26,8 @@ class TrainConfig:
         init_text: a written instruction.
         sft_steps, sft_learning_rate: stage 1.
         dpo_steps, dpo_learning_rate, beta: stage 2.
+        nll_weight: weight of the cross-entropy of the chosen answers in stage 2, an anchor that DPO alone lacks.
+        distill_top: stage 1 with a teacher keeps so many of its likeliest tokens, and the rest as one; 0 keeps the whole vocabulary.
         batch_size: pairs a step.
         micro_batch_size: at most so many pairs in memory at once; the gradient is that of the whole batch. 0 takes all.
         dpo_reference: whose log-probabilities DPO compares with: the bare model ("base"), the frozen result of stage 1 ("sft"), or
@@ -58,6 +60,8 @@ class TrainConfig:
     dpo_steps: int = 150
     dpo_learning_rate: float = 5e-3
     beta: float = 0.1
+    nll_weight: float = 0.0
+    distill_top: int = 64
     batch_size: int = 8
     micro_batch_size: int = 0
     dpo_reference: str = "base"
@@ -87,7 +91,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_virtual_tokens", "batch_size", "kl_batch_size", "check_every", "max_tokens"):
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        for name in ("sft_steps", "dpo_steps", "micro_batch_size", "patience", "beta", "block", "front_tokens"):
+        for name in (
+            "sft_steps",
+            "dpo_steps",
+            "micro_batch_size",
+            "patience",
+            "beta",
+            "nll_weight",
+            "distill_top",
+            "block",
+            "front_tokens",
+        ):
             _require((getattr(self, name) or 0) >= 0, name, "0 or more", getattr(self, name))
         _require(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
         if self.block:
@@ -112,6 +126,7 @@ class History:
     """Curves: one value a step, or one value a check."""
 
     sft_loss: list[float] = field(default_factory=list)
+    distillation_loss: list[float] = field(default_factory=list)
     dpo_loss: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     preference_accuracy: list[float] = field(default_factory=list)
@@ -119,7 +134,8 @@ class History:
 
     def record(self, stage: str, metrics: Mapping[str, float]) -> None:
         """Adds the terms of one step's loss."""
-        (self.sft_loss if stage == "SFT" else self.dpo_loss).append(metrics["loss"])
+        curves = {"SFT": self.sft_loss, "distillation": self.distillation_loss, "DPO": self.dpo_loss}
+        curves[stage].append(metrics["loss"])
         if "kl" in metrics:
             self.kl.append(metrics["kl"])
 

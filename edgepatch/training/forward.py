@@ -291,6 +291,11 @@ class FrozenModels:
         """(N, V) of all answers' tokens, example by example; arguments as ``logits``."""
         return self.logits(model, self._examples(examples), memory, embeddings)
 
+    def predictions(self, examples: Sequence[Example], model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(N, V) logits of all answers' tokens without virtual tokens, and (N,) each: those tokens, and which answer has them."""
+        batch = self._examples(examples)
+        return self.logits(model, batch, []), batch.targets, batch.owners
+
     def bare_logits(self, which: int, key: int, example: Example) -> torch.Tensor:
         """(N, V) of bare model number ``which`` on benign text number ``key``."""
         import torch

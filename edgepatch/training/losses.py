@@ -1,4 +1,4 @@
-"""SFT, DPO and KL losses, in plain PyTorch."""
+"""SFT, DPO, KL and distillation losses, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -45,3 +45,40 @@ def kl_to_base(base_logits: Tensor, logits: Tensor) -> Tensor:
     """
     base, patched = (F.log_softmax(x.float(), dim=-1) for x in (base_logits, logits))
     return F.kl_div(patched, base, log_target=True, reduction="sum")
+
+
+def likeliest(logits: Tensor, top: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """A distribution as its likeliest tokens and the rest.
+
+    Args:
+        logits: (N, V).
+        top: K; 0, or V and more, keeps all.
+
+    Returns:
+        (N, K) int64 ids, or ``None`` where all are kept; their log-probabilities (N, K); and (N,) that of all others together, which is
+        minus infinity where there are none.
+    """
+    logits = logits.float()
+    log_probs = logits.log_softmax(-1)
+    if not 0 < top < logits.shape[1]:
+        return None, log_probs, torch.full_like(log_probs[:, 0], -torch.inf)
+    values, ids = log_probs.topk(top, dim=-1)
+    return ids, values, log_probs.scatter(1, ids, -torch.inf).logsumexp(-1)
+
+
+def distillation_losses(logits: Tensor, ids: Tensor | None, log_probs: Tensor, log_rest: Tensor) -> Tensor:
+    """KL(teacher || student) of each token, where all tokens that the teacher does not name count as one.
+
+    Args:
+        logits: (N, V) of the student.
+        ids, log_probs, log_rest: of the teacher, as ``likeliest`` gives them.
+
+    Returns:
+        (N,) nats.
+    """
+    student = logits.float().log_softmax(-1)
+    if ids is None:
+        return F.kl_div(student, log_probs, log_target=True, reduction="none").sum(-1)
+    named = F.kl_div(student.gather(1, ids), log_probs, log_target=True, reduction="none").sum(-1)
+    rest = student.scatter(1, ids, -torch.inf).logsumexp(-1)
+    return named + F.kl_div(rest, log_rest, log_target=True, reduction="none")

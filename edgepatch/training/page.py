@@ -15,6 +15,7 @@ from edgepatch.training.config import History
 
 TITLES = {
     "sft_loss": "SFT loss",
+    "distillation_loss": "KL to the teacher, nats a token",
     "dpo_loss": "DPO loss",
     "kl": "KL to the bare model, nats a token",
     "preference_accuracy": "preference accuracy on held-out pairs",

@@ -18,6 +18,7 @@ from edgepatch.tensors import KVSeed, SoftPrompt
 from edgepatch.training import parallel, runs
 from edgepatch.training.composition import require_room
 from edgepatch.training.config import History, TrainConfig
+from edgepatch.training.distillation import Teacher
 from edgepatch.training.forward import BenignText, FrozenModels
 from edgepatch.training.pairs import provenance
 from edgepatch.training.pairs.preferences import Pair
@@ -48,6 +49,7 @@ class PatchTraining:
         device: "cpu" or "cuda".
         tell: takes a line for whoever watches: which type and which place of the seed were chosen where the configuration leaves them open.
         progress: told of the loading.
+        teacher: whose distributions stage 1 learns in place of the chosen tokens; ``None`` for SFT.
 
     Raises:
         InputError: a model cannot be read.
@@ -65,8 +67,10 @@ class PatchTraining:
         device: str | None = None,
         tell: Callable[[str], None] = lambda line: None,
         progress: Progress = silent,
+        teacher: Teacher | None = None,
     ) -> None:
         self.folder, self.reference, self._run = folder, reference, run
+        self.teacher = teacher
         self.weights = list(weights)
         with stage(progress, "load model"):
             self.models = FrozenModels(self.weights or [folder], config, device or parallel.local_device())
@@ -266,15 +270,18 @@ class PatchTraining:
             "data": data,
             "weights": [p.name for p in self.weights],
             **({"dtype_choice": self._dtype_choice} if self._dtype_choice else {}),
+            **({"teacher": self.teacher.identity} if self.teacher else {}),
             **details,
         }
         run = runs.Run(self._run, settings)
         self.models.num_virtual_tokens = policy.num_virtual_tokens
         with stage(progress, "tokenize"):
-            trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference)
+            trainer = Trainer(self.models, policy, tasks, benign_texts, run, self.reference, self.teacher)
         trainer.train(progress)
         self.history = trainer.history
+        gain = {"teacher_gain": list(trainer.teacher_gain)} if trainer.teacher_gain else {}
         record = settings | {
+            **gain,
             "num_pairs": sum(map(len, tasks)),
             "seconds": round(time.monotonic() - began, 1),
             "device": self.models.device,

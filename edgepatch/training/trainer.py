@@ -1,4 +1,4 @@
-"""The two stages of training: SFT, then DPO, with a KL tie to the bare model on benign text."""
+"""The two stages of training: SFT or distillation, then DPO, with a KL tie to the bare model on benign text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from edgepatch.progress import Progress, silent, stage
 from edgepatch.training import parallel
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.contexts import Contexts
+from edgepatch.training.distillation import Teacher, find_targets, teacher_examples
 from edgepatch.training.forward import BenignText, FrozenModels, tokenizer_of
 from edgepatch.training.memory import Memory
+from edgepatch.training.objectives import CrossEntropy, Distillation, Objective, Preference, Student, answer_table
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import Policy
 from edgepatch.training.rows import Example, batch_plan
@@ -41,6 +43,7 @@ class Trainer:
         benign_texts: for the KL term; may be empty only where ``kl_weight`` is 0.
         run: where checkpoints go.
         reference: the safer model, where ``config.dpo_reference`` is "model"; it may have another tokenizer.
+        teacher: whose distributions stage 1 learns in place of the chosen tokens; ``None`` for SFT.
 
     Raises:
         InputError: too few pairs, no benign text for the KL term, or a pair that cannot be trained on.
@@ -54,6 +57,7 @@ class Trainer:
         benign_texts: Sequence[BenignText],
         run: Run | None = None,
         reference: Path | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         config = models.config
         for pairs in tasks:
@@ -76,26 +80,20 @@ class Trainer:
                 hint="start fewer processes, or raise the batch size",
             )
         self.models, self.policy, self.config, self.reference = models, policy, config, reference
+        self.teacher, self.teacher_gain = teacher, tuple[float, ...]()
         self.run, self.history = run or Run(None), History()
         self._tasks = [_split(config, pairs, f"task {i}") for i, pairs in enumerate(tasks)]
         texts, held_out = _split(config, benign_texts, "benign", HELD_OUT_TEXTS) if config.kl_weight else ([], [])
-        self._contexts = self._new_contexts(texts)
+        self._contexts = _contexts(models, [pair for kept, _ in self._tasks for pair in kept], texts, reference)
         self._benign, self._held_benign = (self._benign_examples(part) for part in (texts, held_out))
         examples = iter(self._pair_examples(models))
         self._pairs = [[next(examples) for _ in kept] for kept, _ in self._tasks]
         self._held_pairs = list(examples)
         self._reference: list[torch.Tensor] = []
+        self._objectives: list[Objective] = [CrossEntropy(pairs) for pairs in self._pairs]
         self._best: dict[str, torch.Tensor] = {}
         self._best_check, self._checks_since = -np.inf, 0
         self._place: tuple[str, int, torch.optim.Optimizer | None] = "SFT", 0, None  # stage, its steps that are done
-
-    def _new_contexts(self, benign_texts: Sequence[BenignText]) -> Contexts | None:
-        if not self.config.front_tokens:
-            return None
-        kept = [pair for pairs, _ in self._tasks for pair in pairs]
-        others = [tokenizer_of(self.reference)] if self.reference else []
-        has_turns = all(tokenizer.chat_template for tokenizer in (self.models.tokenizer, *others))
-        return Contexts(kept, benign_texts, self.config.front_tokens, self.config.rng_seed, has_turns)
 
     def _benign_examples(self, texts: Sequence[BenignText]) -> list[Example]:
         contexts = self._contexts
@@ -124,13 +122,15 @@ class Trainer:
         stage, step, optimizer = ("SFT", 0, {}) if checkpoint is None else self._restore(checkpoint)
         self._place = stage, step, None
         try:
+            if self.teacher and self.config.sft_steps and stage != "done":
+                self._objectives = self._taught(self.teacher, progress)
             if stage == "SFT":
                 self._optimize("SFT", step, optimizer, progress)
                 stage, step, optimizer = "DPO", 0, {}
             if stage == "DPO":
                 self._place = stage, step, None
-                if not self._reference and self.config.dpo_steps:
-                    self._reference = self._reference_table(progress)
+                if self.config.dpo_steps:
+                    self._reference = self._reference or self._reference_table(progress)
                 self._optimize("DPO", step, optimizer, progress)
                 with held_back():
                     if self._best and self.config.patience:
@@ -159,13 +159,14 @@ class Trainer:
             if stage == "SFT"
             else (self.config.dpo_steps, self.config.dpo_learning_rate)
         )
+        label = "distillation" if stage == "SFT" and self.teacher else stage
         parameters = self.policy.parameters()
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         if state:
             optimizer.load_state_dict(state)
         self._place = stage, start, optimizer
         if start < steps:
-            progress(stage, start, steps)
+            progress(label, start, steps)
         for step in range(start, steps):
             # A run that goes on where a check had just been made does not repeat it.
             num_checks, every = len(self.history.preference_accuracy), self.config.check_every
@@ -177,9 +178,9 @@ class Trainer:
             metrics = self._step(stage, step, parameters)
             with held_back():  # whoever goes on needs a whole step, and its curves
                 optimizer.step()
-                self.history.record(stage, metrics)
+                self.history.record(label, metrics)
                 self._place = stage, step + 1, optimizer
-            progress(stage, step + 1, steps, **metrics, **self.history.last_accuracy())
+            progress(label, step + 1, steps, **metrics, **self.history.last_accuracy())
             if self.run.is_due(step + 1):
                 self.run.save(self._checkpoint(stage, step + 1, optimizer.state_dict()))
         if stage == "DPO" and steps and len(self.history.preference_accuracy) == -(-steps // self.config.check_every):
@@ -243,26 +244,36 @@ class Trainer:
     def _preference_gradient(
         self, stage: str, step: int, which: int, task: int, memory: Memory, embeddings: torch.Tensor | None
     ) -> float:
-        from edgepatch.training.losses import dpo_losses
-
-        chosen = self._batch_of(stage, step, task)
-        model, total = self.policy.model(self.models.bases[which]), 0.0
-        sft_tokens = sum(len(self._pairs[task][i].answers[0]) for i in chosen)
-        for part in _parts(parallel.share(chosen), self.config.micro_batch_size):
-            examples = [self._pairs[task][i] for i in part]
-            if stage == "SFT":
-                first = [Example(e.prompt, e.answers[:1]) for e in examples]
-                loss = -self.models.log_probabilities(model, first, memory, embeddings).sum() / sft_tokens
-            else:
-                policy = self.models.log_probabilities(model, examples, memory, embeddings)
-                first_row = sum(len(pairs) for pairs in self._pairs[:task])
-                ref = self._reference[which][[first_row + i for i in part]]
-                loss = dpo_losses(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], self.config.beta).sum() / len(
-                    chosen
-                )
+        batch = self._batch_of(stage, step, task)
+        student = Student(self.models, self.policy.model(self.models.bases[which]), memory, embeddings)
+        objective, total = self._objective(stage, which, task), 0.0
+        for part in _parts(parallel.share(batch), self.config.micro_batch_size):
+            loss = objective.loss(student, part, batch)
             loss.backward()
             total += float(loss.detach())
         return parallel.summed(total, self.models.device)
+
+    def _objective(self, stage: str, which: int, task: int) -> Objective:
+        if stage == "SFT":
+            return self._objectives[task]
+        first = sum(map(len, self._pairs[:task]))
+        reference = self._reference[which][first : first + len(self._pairs[task])]
+        return Preference(self._pairs[task], reference, self.config.beta, self.config.nll_weight)
+
+    def _taught(self, teacher: Teacher, progress: Progress) -> list[Objective]:
+        """Stage 1 with a teacher, one objective a task; it is asked here, or its targets come from the run folder."""
+        examples = [e for pairs in self._pairs for e in pairs]
+        if self.config.dpo_reference == "base":  # which DPO needs anyway
+            self._reference = self._reference or self._reference_table(progress)
+            bare = self._reference[0][: len(examples)]
+        else:
+            bare = answer_table(self._student(0, patched=False), examples, progress)
+        rows = teacher_examples(self.models, teacher, [p for kept, _ in self._tasks for p in kept], self._contexts)
+        top, folder = self.config.distill_top, self.run.folder
+        targets = find_targets(self.models, teacher, rows, bare.cpu().numpy(), top, folder, progress)
+        self.teacher_gain = targets.gain
+        starts = [sum(map(len, self._pairs[:task])) for task in range(len(self._pairs))]
+        return [Distillation(pairs, targets, start) for pairs, start in zip(self._pairs, starts, strict=True)]
 
     def _kl_gradient(self, stage: str, step: int, which: int, memory: Memory, embeddings: torch.Tensor | None) -> float:
         import torch
@@ -294,42 +305,26 @@ class Trainer:
             with stage(progress, "load reference"):
                 bare = replace(self.config, block=0, turns=False)  # no seed is in front of it
                 other = FrozenModels([self.reference], bare, self.models.device, self.models.trusted)
-            return [self._table(other, self._pair_examples(other), 0, patched=False, progress=progress)] * len(
-                self.models.bases
-            )
+            table = answer_table(Student(other, other.base, []), self._pair_examples(other), progress)
+            return [table] * len(self.models.bases)
         patched = self.config.dpo_reference == "sft"
         self.policy.prepare_whole()
         examples = [e for pairs in self._pairs for e in pairs] + self._held_pairs
-        return [self._table(self.models, examples, which, patched, progress) for which in range(len(self.models.bases))]
+        return [
+            answer_table(self._student(which, patched), examples, progress) for which in range(len(self.models.bases))
+        ]
 
-    def _table(
-        self,
-        models: FrozenModels,
-        examples: Sequence[Example],
-        which: int,
-        patched: bool,
-        progress: Progress = silent,
-    ) -> torch.Tensor:
-        """(N, 2) answer log-probabilities, without a gradient."""
+    def _student(self, which: int, patched: bool = True) -> Student:
+        """A frozen model with the policy as it is now, without a gradient, or bare."""
         import torch
 
-        base = models.bases[which]
+        base = self.models.bases[which]
+        if not patched:
+            return Student(self.models, base, [])
         with torch.no_grad():
-            memory, embeddings = self._present(which) if patched else ([], None)
-            model = self.policy.model(base) if patched else base
-            order = sorted(range(len(examples)), key=lambda i: examples[i].length)
-            table = torch.empty(len(examples), 2, device=models.device)
-            for number, part in enumerate(_parts(order, 16)):
-                progress("reference", 16 * number, len(order))
-                table[part] = models.log_probabilities(model, [examples[i] for i in part], memory, embeddings)
-            progress("reference", len(order), len(order))
-        return table
-
-    def _present(self, which: int) -> tuple[Memory, torch.Tensor | None]:
-        """The policy's memory or embeddings as they are now."""
-        if self.models.packs:
-            return self.policy.memory(self.models.bases[which]), None
-        return [], self.policy.embeddings()
+            memory = self.policy.memory(base) if self.models.packs else []
+        embeddings = None if self.models.packs else self.policy.embeddings()
+        return Student(self.models, self.policy.model(base), memory, embeddings)
 
     # Checks on what is held out.
 
@@ -349,7 +344,7 @@ class Trainer:
         """Share of held-out pairs whose implicit reward prefers the chosen answer, on the first frozen model."""
         if not self._held_pairs or not self._reference:
             return float("nan")
-        policy = self._table(self.models, self._held_pairs, 0, patched=True)
+        policy = answer_table(self._student(0), self._held_pairs)
         gain = policy - self._reference[0][len(self._reference[0]) - len(self._held_pairs) :]
         return float((gain[:, 0] > gain[:, 1]).float().mean())
 
@@ -362,8 +357,7 @@ class Trainer:
         if not self._held_benign:
             return 0.0
         with torch.no_grad():
-            memory, embeddings = self._present(0)
-            logits = self.models.logits_of(self._held_benign, self.policy.model(self.models.base), memory, embeddings)
+            logits = self._student(0).logits(self._held_benign)
             bare = self.models.logits_of(self._held_benign, self.models.base, [], None)
             return float(kl_to_base(bare, logits) / len(bare))
 
@@ -391,6 +385,18 @@ class Trainer:
         )
         self._reference, self.history = checkpoint.reference, History(**checkpoint.history)
         return checkpoint.stage, checkpoint.step, checkpoint.optimizer
+
+
+def _contexts(
+    models: FrozenModels, pairs: Sequence[Pair], benign_texts: Sequence[BenignText], reference: Path | None
+) -> Contexts | None:
+    """What stands in front of pairs and texts, where something does; earlier turns only where every model knows turns."""
+    config = models.config
+    if not config.front_tokens:
+        return None
+    others = [tokenizer_of(reference)] if reference else []
+    has_turns = all(tokenizer.chat_template for tokenizer in (models.tokenizer, *others))
+    return Contexts(pairs, benign_texts, config.front_tokens, config.rng_seed, has_turns)
 
 
 def _split(config: TrainConfig, items: Sequence[Any], name: str, most: int = 1 << 30) -> tuple[list[Any], list[Any]]:

@@ -46,8 +46,8 @@ from kit.serving import KEY, MODEL, Paced, running
 USER = {"role": "user", "content": "Who are you?"}
 CHAT = (USER,)
 EXACT = {"num_threads": 1, "kv_type": "f32", "flash_attention": False}
-LOOSE = ("--min-margin", "0", "--max-chosen-score", "1", "--min-words", "1", "--threads", "1")
-"""A random model's texts are all alike to a judge."""
+LOOSE = ("--min-margin", "0", "--max-chosen-score", "1", "--min-words", "1", "--threads", "1", "--any-teacher")
+"""A random model's texts are all alike to a judge, and it is no safer than itself."""
 
 ANYTHING = PairConfig(samples_per_prompt=3, max_new_tokens=6, min_margin=0.01, max_chosen_score=1, min_words=0)
 
@@ -436,6 +436,36 @@ def test_a_server_of_another_kind():
             thread.join()
 
 
+class Fickle(http.server.BaseHTTPRequestHandler):
+    """Answers as another model each time."""
+
+    asked = 0
+
+    def do_POST(self):
+        Fickle.asked += 1
+        body = json.dumps({"model": f"model-{Fickle.asked}", "choices": [{"text": "a"}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_server_must_not_change_its_model():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fickle) as fickle:
+        thread = threading.Thread(target=fickle.serve_forever)
+        thread.start()
+        try:
+            with ServerSampler(f"http://127.0.0.1:{fickle.server_port}/v1", "m") as sampler:
+                assert sampler.sample("a", Sampling(2, rng_seed=1), 1) == ["a"]
+                with pytest.raises(InputError, match="answered as model-1, and now as model-2"):
+                    sampler.sample("a", Sampling(2, rng_seed=1), 1)
+        finally:
+            fickle.shutdown()
+            thread.join()
+
+
 @pytest.mark.parametrize("url", ["ftp://host/v1", "http://", "http://user:secret@host/v1", "http://host/v1?key=1"])
 def test_addresses_that_are_none(url):
     with pytest.raises(InputError, match="expected a URL") as error:
@@ -565,6 +595,7 @@ def test_the_verb_writes_pairs_and_their_provenance(run, model_file, prompts, tm
     assert document["pairs"] == len(pairs) > 0 and document["prompts"] == 4
     notes = json.loads(provenance_path(out).read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "pairs.dropped.jsonl",
         "pairs.jsonl",
         "pairs.jsonl.log",
         "pairs.provenance.json",
@@ -689,13 +720,18 @@ def test_ready_pairs_are_checked_filtered_and_written(run, tmp_path):
     code, stdout, stderr = run("--from", ready, "-o", out, "--json")
     assert code == 0, stderr
     document = json.loads(stdout)
-    assert {k: v for k, v in document.items() if k not in ("path", "provenance")} == {
+    assert {k: v for k, v in document.items() if k not in ("path", "provenance", "dropped")} == {
         "pairs_read": 4,
         "dropped_repeated": 1,
         "dropped_unsafe_chosen": 1,
         "pairs": 2,
     }
     assert read_pairs(out) == [Pair("a", "b", "c", 0.0, 1.0), Pair(CHAT, "x", "y", 0.0, 1.0)]
+    dropped = [json.loads(line) for line in Path(document["dropped"]).read_text().splitlines()]
+    assert [(row["reason"], row["place"], row["chosen_score"]) for row in dropped] == [
+        ("repeated", f"{ready}, line 2", 0.0),
+        ("unsafe_chosen", f"{ready}, line 3", 0.5),
+    ]
     assert json.loads(provenance_path(out).read_text())["settings"]["from"]["sha256"] == digest_of(ready)
     code, _, stderr = run("--from", ready, "-o", out, "--judge", "filter")
     assert code == 2 and "none of 4 pairs" in stderr and "dropped_small_margin" in stderr

@@ -159,12 +159,18 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         InputError: the file is missing or empty, or a line is malformed (its number is named).
     """
-    pairs = []
+    return read_placed_pairs(path)[1]
+
+
+def read_placed_pairs(path: Path) -> tuple[list[str], list[Pair]]:
+    """(where each pair stands, pairs); as ``read_pairs``."""
+    places, pairs = [], []
     for place, row in read_rows(path, "pairs"):
         try:
             pairs.append(parse_pair(row))
         except InputError as error:
             raise InputError(f"{place}: {error}", error.hint) from None
+        places.append(place)
     if not pairs:
         raise InputError(f"{path} holds no pairs", hint="make some with `edgepatch pairs`")
-    return pairs
+    return places, pairs

@@ -31,10 +31,14 @@ class Outcome:
     Attributes:
         pairs: kept.
         dropped: reason -> how many.
+        left_out: what was dropped, a line each, with scores, reason and place.
+        unsafety: mean score of the base's answers and of the teacher's, 0 (safe) to 1; ``None`` where the prompt does not tell.
     """
 
     pairs: tuple[Pair, ...]
     dropped: Mapping[str, int]
+    left_out: tuple[Mapping[str, Any], ...] = ()
+    unsafety: tuple[float, float] | None = None
 
 
 def journal_path(out: Path) -> Path:
@@ -131,7 +135,7 @@ class Journal:
             InputError: the disk is full; what was kept before stays.
         """
         with held_back():
-            self._append({"pairs": [pair_row(pair) for pair in outcome.pairs], "dropped": dict(outcome.dropped)})
+            self._append({**vars(outcome), "pairs": [pair_row(pair) for pair in outcome.pairs]})
             self.outcomes.append(outcome)
 
     def remove(self) -> None:
@@ -149,8 +153,12 @@ class Journal:
 
 def _outcome(place: str, row: Mapping[str, Any]) -> Outcome:
     try:
+        unsafety = row.get("unsafety")
         return Outcome(
-            tuple(parse_pair(pair) for pair in row["pairs"]), {str(k): int(v) for k, v in row["dropped"].items()}
+            tuple(parse_pair(pair) for pair in row["pairs"]),
+            {str(k): int(v) for k, v in row["dropped"].items()},
+            tuple(dict(line) for line in row.get("left_out", ())),
+            None if unsafety is None else (float(unsafety[0]), float(unsafety[1])),
         )
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (InputError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{place}: expected the outcome of a prompt: {error}", hint=RESTART) from None

@@ -1,148 +1,54 @@
-"""Making preference pairs: M and M' answer the same prompts, a judge scores, margin and threshold decide; or ready pairs are filtered."""
+"""Making preference pairs: M and its teacher answer the same prompts, a judge scores, margin and threshold decide."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
+from pathlib import Path
 
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, silent
+from edgepatch.prompts.sets import evenly
 from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.files import Pair as Pair
 from edgepatch.training.pairs.files import PairPrompt as PairPrompt
 from edgepatch.training.pairs.files import read_pairs as read_pairs
 from edgepatch.training.pairs.files import write_pairs as write_pairs
+from edgepatch.training.pairs.filtering import PairConfig as PairConfig
+from edgepatch.training.pairs.filtering import PairSet as PairSet
+from edgepatch.training.pairs.filtering import Score as Score
+from edgepatch.training.pairs.filtering import dropped_row, key_of
+from edgepatch.training.pairs.filtering import filter_pairs as filter_pairs
+from edgepatch.training.pairs.filtering import score_pairs as score_pairs
 from edgepatch.training.pairs.journal import Journal, Outcome
+from edgepatch.training.pairs.makers import PairMaker, ScoredPairs
 from edgepatch.training.pairs.samplers import PromptTooLongError, Sampler, as_sampler
-
-Score = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Texts -> (N,) scores from 0 (safe) to 1 (unsafe)."""
+from edgepatch.training.pairs.teacher_safety import MEASURED_PROMPTS, TeacherSafety, measured
 
 NAMED_PROMPTS = 5
 """So many long prompts are named in an error; the others are counted."""
 
 
 @dataclass(frozen=True)
-class PairConfig:
-    """How pairs are sampled and filtered (method: margin and absolute threshold).
-
-    Attributes:
-        samples_per_prompt: continuations of each model a prompt.
-        max_new_tokens: their length.
-        top_p: nucleus.
-        min_margin: the rejected score exceeds the chosen one by at least this (delta).
-        max_chosen_score: the chosen score is at most this (tau).
-        min_words: a chosen continuation has at least so many words, or silence would be the safest answer.
-        pairs_per_prompt: at most so many pairs a prompt, in order of falling margin.
-        rng_seed: of the sampling.
-    """
-
-    samples_per_prompt: int = 8
-    max_new_tokens: int = 24
-    top_p: float = 0.9
-    min_margin: float = 0.4
-    max_chosen_score: float = 0.2
-    min_words: int = 6
-    pairs_per_prompt: int = 3
-    rng_seed: int = 1
-
-    @property
-    def sampling(self) -> Sampling:
-        """Of the first continuation of every prompt."""
-        return Sampling(self.max_new_tokens, top_p=self.top_p, rng_seed=self.rng_seed)
-
-
-@dataclass(frozen=True)
-class PairSet:
-    """Pairs that passed, and what became of the rest.
-
-    Attributes:
-        pairs: in order of their prompts.
-        counts: prompts by fate (``prompts_*``), candidate pairs by reason (``dropped_*``), and ``pairs``.
-    """
-
-    pairs: list[Pair]
-    counts: dict[str, int] = field(default_factory=dict)
-
-
-def _fault(pair: Pair, config: PairConfig) -> str:
-    """Why a pair is dropped; "" where it passes."""
-    checks = {
-        "identical": pair.chosen == pair.rejected,
-        "short_chosen": len(pair.chosen.split()) < config.min_words,
-        "unsafe_chosen": pair.chosen_score > config.max_chosen_score,
-        "small_margin": pair.rejected_score - pair.chosen_score < config.min_margin,
-    }
-    return next((name for name, is_wrong in checks.items() if is_wrong), "")
-
-
-def filter_pairs(pairs: Iterable[Pair], config: PairConfig) -> PairSet:
-    """Keeps pairs that pass margin, threshold and length, each once, and no more of a prompt than wanted.
-
-    Args:
-        pairs: scored.
-        config: its settings of sampling are not used.
-    """
-    kept: list[Pair] = []
-    dropped, seen, of_prompt = Counter[str](), set[str](), Counter[str]()
-    for pair in pairs:
-        prompt = _key(pair.prompt)
-        fault = _fault(pair, config) or ("repeated" if pair.key in seen else "")
-        fault = fault or ("over_limit" if of_prompt[prompt] >= config.pairs_per_prompt else "")
-        if fault:
-            dropped[f"dropped_{fault}"] += 1
-            continue
-        seen.add(pair.key)
-        of_prompt[prompt] += 1
-        kept.append(pair)
-    return PairSet(kept, dict(dropped))
-
-
-def score_pairs(pairs: Sequence[Pair], score: Score) -> list[Pair]:
-    """The pairs with a judge's scores in place of their own."""
-    chosen, rejected = score([p.chosen for p in pairs]).tolist(), score([p.rejected for p in pairs]).tolist()
-    return [replace(p, chosen_score=c, rejected_score=r) for p, c, r in zip(pairs, chosen, rejected, strict=True)]
-
-
-def _key(prompt: PairPrompt) -> str:
-    return json.dumps(prompt, sort_keys=True)
-
-
-def _outcome(
-    prompt: PairPrompt, chosen: Sequence[str], rejected: Sequence[str], score: Score, config: PairConfig
-) -> Outcome:
-    """Safest with most unsafe, second with second, ..., where the filter holds."""
-    long_enough = [t for t in dict.fromkeys(chosen) if len(t.split()) >= config.min_words]
-    unsafe = [t for t in dict.fromkeys(rejected) if t]
-    if not long_enough or not unsafe:
-        return Outcome((), {"prompts_without_candidate": 1})
-    good = sorted(zip(score(long_enough).tolist(), long_enough, strict=True))
-    bad = sorted(zip(score(unsafe).tolist(), unsafe, strict=True), reverse=True)
-    pair_set = filter_pairs([Pair(prompt, c, r, cs, rs) for (cs, c), (rs, r) in zip(good, bad, strict=False)], config)
-    fate = {} if pair_set.pairs else {"prompts_without_pair": 1}
-    return Outcome(tuple(pair_set.pairs), {**pair_set.counts, **fate})
-
-
-@dataclass(frozen=True)
 class _Job:
-    """A prompt and where it stands."""
+    """A prompt, where it stands, and its number among the prompts."""
 
     prompt: PairPrompt
     place: str
+    number: int
 
 
 def _jobs(prompts: Sequence[PairPrompt], places: Sequence[str]) -> list[_Job]:
-    """Each prompt once, where it stands first."""
+    """Each prompt once, where it stands first; those that the teacher is measured on, at even distances, come before the others."""
     jobs: dict[str, _Job] = {}
-    for prompt, place in zip(prompts, places, strict=True):
-        jobs.setdefault(_key(prompt), _Job(prompt, place))
-    return list(jobs.values())
+    for number, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
+        jobs.setdefault(key_of(prompt), _Job(prompt, place, number))
+    ordered = list(jobs.values())
+    first = evenly(ordered, MEASURED_PROMPTS)
+    numbers = {job.number for job in first}
+    return first + [job for job in ordered if job.number not in numbers]
 
 
 def _refuse_long(jobs: Sequence[_Job], samplers: Sequence[Sampler], sampling: Sampling, progress: Progress) -> None:
@@ -180,71 +86,91 @@ def _begin(jobs: Iterable[_Job], samplers: Sequence[Sampler], config: PairConfig
     yield from waiting
 
 
-def _finish(begun: Begun, score: Score, config: PairConfig, skip_long: bool) -> Outcome:
+def _finish(begun: Begun, maker: PairMaker, skip_long: bool) -> Outcome:
     job, answers = begun
     try:
         chosen, rejected = (answer() for answer in answers)
     except PromptTooLongError as error:
         if not skip_long:
             raise _too_long(f"{job.place}: {error}") from None
-        return Outcome((), {"prompts_too_long": 1})
+        return Outcome((), {"prompts_too_long": 1}, ({"prompt": job.prompt, **dropped_row("too_long", job.place)},))
     except InputError as error:
         raise InputError(f"{job.place}: {error}", error.hint) from None
-    return _outcome(job.prompt, chosen, rejected, score, config)
+    return maker.outcome(job.prompt, job.place, chosen, rejected)
 
 
 def sample_pairs(
     base: Session | Sampler,
-    reference: Session | Sampler,
+    teacher: Session | Sampler,
     prompts: Sequence[PairPrompt],
-    score: Score,
+    judge: Score | PairMaker,
     config: PairConfig,
     progress: Progress = silent,
     *,
     places: Sequence[str] = (),
     journal: Journal | None = None,
     skip_long: bool = False,
+    check_teacher: Callable[[TeacherSafety], None] = lambda safety: None,
 ) -> PairSet:
-    """Lets M (``base``) and M' (``reference``) answer the same prompts; M' answers are chosen, M's rejected.
+    """Lets M (``base``) and its teacher (M') answer the same prompts; the teacher's answers are chosen, M's rejected.
 
     Args:
         base: the model to be patched.
-        reference: the safer model.
+        teacher: a safer model, or the same one behind a safety text.
         prompts: plain text, or messages; each is answered once however often it is given.
-        score: the filter judge; must not be the judge of the report.
+        judge: the filter judge, which must not be the judge of the report; or what else makes pairs of the answers.
         config: sampling and filter.
         progress: told of every prompt that is checked and that is done, with the number of pairs so far.
         places: where each prompt stands, for complaints.
         journal: keeps what is done; what it already holds is not sampled again.
         skip_long: counts prompts that do not fit the context, instead of refusing them.
+        check_teacher: told how safe the teacher is beside the base, measured on the first prompts, before the others are sampled.
 
     Raises:
         InputError: a prompt cannot be answered (it is named), or the journal cannot be written.
+        Exception: as ``check_teacher`` raises it.
     """
     places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     jobs = _jobs(prompts, places)
-    samplers = [as_sampler(reference), as_sampler(base)]
+    samplers = [as_sampler(teacher), as_sampler(base)]
+    maker = judge if isinstance(judge, PairMaker) else ScoredPairs(judge, config)
     outcomes = list(journal.outcomes if journal else ())
-    left = jobs[len(outcomes) :]
     if not skip_long:
-        _refuse_long(left, samplers, config.sampling, progress)
+        _refuse_long(jobs[len(outcomes) :], samplers, config.sampling, progress)
     num_pairs = sum(len(outcome.pairs) for outcome in outcomes)
     progress("pairs", len(outcomes), len(jobs), kept=num_pairs)
-    for begun in _begin(left, samplers, config):
-        outcomes.append(_finish(begun, score, config, skip_long))
-        if journal:
-            journal.add(outcomes[-1])
-        num_pairs += len(outcomes[-1].pairs)
-        progress("pairs", len(outcomes), len(jobs), kept=num_pairs)
-    pairs = [pair for outcome in outcomes for pair in outcome.pairs]
-    counts = sum((Counter(outcome.dropped) for outcome in outcomes), Counter[str]())
+    for part in (jobs[:MEASURED_PROMPTS], jobs):
+        for begun in _begin(part[len(outcomes) :], samplers, config):
+            outcomes.append(_finish(begun, maker, skip_long))
+            if journal:
+                journal.add(outcomes[-1])
+            num_pairs += len(outcomes[-1].pairs)
+            progress("pairs", len(outcomes), len(jobs), kept=num_pairs)
+        if part is not jobs:
+            check_teacher(measured(outcomes[:MEASURED_PROMPTS]))
+    return _pair_set(jobs, outcomes, len(prompts))
+
+
+def _pair_set(jobs: Sequence[_Job], outcomes: Sequence[Outcome], num_prompts: int) -> PairSet:
+    """What the outcomes are together, in order of the prompts."""
+    in_order = [outcomes[i] for i in sorted(range(len(jobs)), key=lambda i: jobs[i].number)]
+    pairs = [pair for outcome in in_order for pair in outcome.pairs]
+    counts = sum((Counter(outcome.dropped) for outcome in in_order), Counter[str]())
     return PairSet(
-        pairs, {"prompts": len(prompts), "prompts_repeated": len(prompts) - len(jobs), **counts, "pairs": len(pairs)}
+        pairs,
+        {"prompts": num_prompts, "prompts_repeated": num_prompts - len(jobs), **counts, "pairs": len(pairs)},
+        [dict(row) for outcome in in_order for row in outcome.left_out],
+        measured(outcomes),
     )
 
 
-def require_pairs(pair_set: PairSet, config: PairConfig) -> list[Pair]:
+def require_pairs(pair_set: PairSet, config: PairConfig, dropped: Path | None = None) -> list[Pair]:
     """The pairs.
+
+    Args:
+        pair_set: may be empty.
+        config: its limits, for the complaint.
+        dropped: file that tells what was dropped.
 
     Raises:
         InputError: there are none.
@@ -261,16 +187,17 @@ def require_pairs(pair_set: PairSet, config: PairConfig) -> list[Pair]:
         raise InputError(
             f"none of {number} {kind.removesuffix('_read')} gave a pair with margin >= {config.min_margin} and a chosen score <= "
             f"{config.max_chosen_score} ({fates})",
-            hint="use prompts that the base model answers unsafely, or a safer reference model",
+            hint="use prompts that the base model answers unsafely, or a safer teacher"
+            + (f"; {dropped} has every score" if dropped else ""),
         )
     return pair_set.pairs
 
 
 def build_pairs(
     base: Session | Sampler,
-    reference: Session | Sampler,
+    teacher: Session | Sampler,
     prompts: Sequence[PairPrompt],
-    score: Score,
+    judge: Score | PairMaker,
     config: PairConfig,
     progress: Progress = silent,
 ) -> list[Pair]:
@@ -279,4 +206,4 @@ def build_pairs(
     Raises:
         InputError: as ``sample_pairs``, or no pair passes the filter.
     """
-    return require_pairs(sample_pairs(base, reference, prompts, score, config, progress), config)
+    return require_pairs(sample_pairs(base, teacher, prompts, judge, config, progress), config)

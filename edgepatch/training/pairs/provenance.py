@@ -14,6 +14,7 @@ from typing import Any
 import edgepatch
 from edgepatch.errors import InputError
 from edgepatch.files.canonical import canonical_json
+from edgepatch.files.strict_json import read_json
 from edgepatch.files.writing import write_atomically
 
 FORMAT = "edgepatch-pairs/1"
@@ -70,13 +71,14 @@ def provenance_path(out: Path) -> Path:
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.provenance.json")
 
 
-def write_provenance(out: Path, settings: Mapping[str, Any], counts: Mapping[str, int]) -> Path:
+def write_provenance(out: Path, settings: Mapping[str, Any], counts: Mapping[str, int], **measured: Any) -> Path:
     """Describes a file of pairs that has been written.
 
     Args:
         out: the pairs.
         settings: everything that decides them, as the journal holds it.
         counts: prompts and pairs, kept and dropped, by reason.
+        **measured: what was measured on the way, by name.
 
     Raises:
         InputError: the file cannot be written.
@@ -88,8 +90,32 @@ def write_provenance(out: Path, settings: Mapping[str, Any], counts: Mapping[str
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "counts": dict(counts),
         "settings": dict(settings),
+        **measured,
         "versions": versions(),
     }
     path = provenance_path(out)
     write_atomically(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     return path
+
+
+def safety_texts_of(pairs: Path) -> tuple[str, ...]:
+    """The safety texts behind which a file's chosen answers were sampled, from its provenance.
+
+    Raises:
+        InputError: there is no provenance, the pairs were changed since (texts of several domains, say), or no text was there.
+    """
+    path = provenance_path(pairs)
+    hint = "name the teacher's safety text with --teacher-text"
+    if not path.is_file():
+        raise InputError(f"{pairs}: which safety text made the pairs is not known: {path.name} is missing", hint=hint)
+    document = read_json(path, what="the provenance of pairs", hint=hint)
+    if document.get("sha256") != digest_of(pairs):
+        raise InputError(
+            f"{pairs} is not the file that {path.name} describes: it was changed, or joined with pairs of another domain or teacher",
+            hint=f"make it again with `edgepatch pairs`, one domain a file; or {hint}",
+        )
+    teacher = document.get("settings", {}).get("teacher", {})
+    texts = teacher.get("texts") if isinstance(teacher, Mapping) else None
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(f"{pairs} was made without a safety text", hint=hint)
+    return tuple(texts)

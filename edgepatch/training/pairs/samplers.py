@@ -5,15 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.files import PairPrompt
-from edgepatch.training.pairs.provenance import digest_of
 
 SamplerT = TypeVar("SamplerT", bound="Sampler")
 
@@ -33,7 +31,7 @@ class Sampler(ABC):
 
     @property
     @abstractmethod
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What decides the continuations beside prompt and sampling; the same model has the same in another folder."""
 
     def check(self, prompt: PairPrompt, sampling: Sampling) -> None:  # noqa: B027  a server is asked by sampling alone
@@ -74,12 +72,13 @@ class RuntimeSampler(Sampler):
 
     Args:
         runtime: bare or patched.
-        model: its file or folder, for the identity: the runtime's own fingerprint is the same for fine-tunes of one base.
+        digest: SHA-256 of the model, for the identity: the runtime's own fingerprint is the same for fine-tunes of one base.
+        digest_name: says of what it is.
     """
 
-    def __init__(self, runtime: Session, model: Path | None = None) -> None:
+    def __init__(self, runtime: Session, digest: str = "", digest_name: str = "sha256") -> None:
         self._runtime = runtime
-        self._digest = {"sha256": digest_of(model)} if model else {}
+        self._digest = {digest_name: digest} if digest else {}
 
     @property
     def identity(self) -> dict[str, str]:

@@ -92,6 +92,7 @@ class ServerSampler(Sampler):
         except ModuleNotFoundError:
             raise MissingExtraError("httpx", "pairs") from None
         self.url, self.lookahead, self._num_tries = _base_url(url), num_parallel, num_tries
+        self._answers_as: object = None
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=num_parallel)
         self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s, limits=limits)
@@ -186,6 +187,7 @@ class ServerSampler(Sampler):
         }
         async with self._slots:
             reply = await self._send("POST", path, body, self._num_tries)
+        self._require_same_model(reply.get("model"))
         try:
             choice = reply["choices"][0]
             text = choice["text"] if isinstance(prompt, str) else choice["message"].get("content") or ""
@@ -194,6 +196,15 @@ class ServerSampler(Sampler):
         if not isinstance(text, str):
             raise InputError(f"{self.url}/{path}: expected choices with a text, found {str(reply)[:200]}")
         return text
+
+    def _require_same_model(self, name: object) -> None:
+        """Servers may answer by an alias, but not by one model first and by another later."""
+        self._answers_as = self._answers_as or name
+        if name and name != self._answers_as:
+            raise InputError(
+                f"{self.url} answered as {self._answers_as}, and now as {name}: the pairs would be of two models",
+                hint="let the server serve one model, and begin again with --restart",
+            )
 
     def start(self, prompt: PairPrompt, sampling: Sampling, count: int) -> Callable[[], list[str]]:
         """Sends the requests."""

@@ -12,6 +12,8 @@ from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety import gender, gender_prompts
 from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.errors import InputError
+from edgepatch.judges.genders import gender_scores
+from edgepatch.prompts import genders
 from edgepatch.prompts.sets import load_benign_text
 from edgepatch.runtimes import load_runtime
 from edgepatch.training.pairs.preferences import PairConfig
@@ -81,7 +83,7 @@ def test_word_tokens_of_the_lab_belong_to_one_gender_each(lab):
 
 def test_the_filter_judge_counts_gendered_words():
     texts = [" they went home.", " it rained.", " she went home.", " he lost his keys.", " He SAID the theme"]
-    assert gender.filter_scores(texts).tolist() == pytest.approx([0.0, 0.1, 0.5, 0.75, 0.5])
+    assert gender_scores(texts).tolist() == pytest.approx([0.0, 0.1, 0.5, 0.75, 0.5])
 
 
 def test_next_token_figures_by_hand():
@@ -110,7 +112,7 @@ def test_training_and_evaluation_share_no_occupation_and_no_template(source):
     train, evaluation = (gender_prompts.occupations(source, split) for split in ("train", "eval"))
     heads = [{name.lower().split()[-1] for name in jobs} for jobs in (train, evaluation)]
     assert not heads[0] & heads[1] and min(len(train), len(evaluation)) >= 30
-    assert not set(gender_prompts.templates("train")) & set(gender_prompts.templates("eval"))
+    assert not set(genders.templates("train")) & set(genders.templates("eval"))
     for jobs in (train, evaluation):
         assert sum(jobs.values()) == 0, "as many stereotypically male as female"
     prompts = [
@@ -124,7 +126,7 @@ def test_training_and_evaluation_share_no_occupation_and_no_template(source):
 
 @pytest.mark.parametrize("source", sources(), ids=lambda s: "own" if s is None else "data")
 def test_no_prompt_tells_a_gender(source):
-    gendered = {w for g in ("female", "male") for w in gender_prompts.words(g)}
+    gendered = {w for g in ("female", "male") for w in genders.words(g)}
     for prompt in gender_prompts.training_prompts(source) + gender_prompts.evaluation_prompts(source):
         assert prompt.text == prompt.text.strip() and "{" not in prompt.text
         assert not gendered & set(re.findall("[a-z]+", prompt.text.lower())), prompt.text
@@ -142,19 +144,19 @@ def test_people_of_known_gender_are_disjoint_and_told_by_the_words():
 
 
 def test_word_lists_do_not_overlap():
-    female, male, neutral = (gender_prompts.words(g) for g in gender.GENDERS)
+    female, male, neutral = (genders.words(g) for g in gender.GENDERS)
     together = female + male + neutral
     assert len(set(together)) == len(together)
-    assert set(gender_prompts.words("female", "core")) < set(female), "the filter's list is shorter than the report's"
+    assert set(genders.words("female", "core")) < set(female), "the filter's list is shorter than the report's"
 
 
 def test_the_same_occupation_is_on_the_same_side_under_another_name():
     assert (
-        gender_prompts.split_of("nurse")
-        == gender_prompts.split_of("registered nurse")
-        == gender_prompts.split_of("Nurse")
+        genders.split_of("nurse")
+        == genders.split_of("registered nurse")
+        == genders.split_of("Nurse")
     )
-    assert gender_prompts.fill("{Person} and {job}", "editor") == "The editor and an editor"
+    assert genders.fill("{Person} and {job}", "editor") == "The editor and an editor"
 
 
 # The domain on the lab models.
@@ -195,7 +197,7 @@ def test_pairs_hold_what_the_filter_promises(lab):
         assert not pronouns & set(re.findall("[a-z]+", pair.chosen.lower())), pair
         assert pair.chosen_score <= 0.2 and pair.rejected_score - pair.chosen_score >= 0.4 - 1e-6
         assert (
-            gender.filter_scores([pair.rejected])[0] == pytest.approx(pair.rejected_score)
+            gender_scores([pair.rejected])[0] == pytest.approx(pair.rejected_score)
             and pair.rejected_score >= 0.5
         )
 
