@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -80,20 +79,14 @@ class Means:
 
 
 def _load_judge(choice: str, unsafe_labels: list[str]) -> Judge:
-    from edgepatch.judges.classifiers import load_judge
-    from edgepatch.judges.scorers import ToxicityScorer, judge_bytes
+    from edgepatch.judges.classifiers import TransformersClassifier, load_judge
     from edgepatch.training.pairs.provenance import digest_of
 
-    scorer = load_judge(choice, unsafe_labels)
-    if not isinstance(scorer, ToxicityScorer):
-        labels = {"unsafe_labels": unsafe_labels} if unsafe_labels else {}
-        return Judge(scorer.score, {"judge": scorer.name, "sha256": digest_of(Path(choice)), **labels})
-    if scorer.name == "report":
-        raise InputError(
-            "--judge: the judge of reports must not filter what is trained on",
-            hint="take filter, or a classifier of yours",
-        )
-    return Judge(scorer.score, {"judge": scorer.name, "sha256": hashlib.sha256(judge_bytes(scorer.judge)).hexdigest()})
+    scorer = load_judge(choice, unsafe_labels, purpose="filter")
+    if not isinstance(scorer, TransformersClassifier):
+        return Judge(scorer.score, {"judge": scorer.name, "sha256": scorer.sha256})
+    labels = {"unsafe_labels": unsafe_labels} if unsafe_labels else {}
+    return Judge(scorer.score, {"judge": scorer.name, "sha256": digest_of(Path(choice)), **labels})
 
 
 def _api_key(variable: str | None) -> str:
@@ -257,7 +250,7 @@ def make_pairs(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="filter (shipped), or a Transformers text-classification folder; default: filter, and none with --from."
+            help="filter or semantic (shipped), or a Transformers text-classification folder; default: filter, and none with --from."
         ),
     ] = None,
     unsafe_label: Annotated[
