@@ -8,6 +8,7 @@ Writes ``bench/results/judges.json`` and its section of the card, ``edgepatch/ju
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,17 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 def compare(
-    data: Path, readings: dict[str, list[Reading]], extra: Sequence[Judge] = (), progress: Progress = silent
+    data: Path,
+    readings: dict[str, list[Reading]],
+    differing: dict[str, int],
+    extra: Sequence[Judge] = (),
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """The document of all figures.
 
     Args:
         data: folder of the public data sets.
-        readings: kind -> texts that were read (``readings.read_again``).
+        readings, differing: as ``readings.read_again`` gives them.
         extra: judges of toxicity beside those that ship.
         progress: told of every judge and domain.
     """
@@ -187,7 +192,11 @@ def compare(
     for name, rows_of in answer_domains(data).items():
         with stage(progress, name):
             document["answers"][name] = {n: measure_answers(judge, rows_of) for n, judge in answering.items()}
-    return document | {"readings": read_figures(judges, answering, readings)}
+    labels = {kind: dict(Counter(reading.label for reading in rows)) for kind, rows in readings.items()}
+    return document | {
+        "read": {**labels, "differing": differing},
+        "readings": read_figures(judges, answering, readings),
+    }
 
 
 def read_figures(

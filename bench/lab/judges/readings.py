@@ -26,13 +26,15 @@ from edgepatch.bench.safety.harm import HarmDomain, chat
 from edgepatch.errors import InputError
 from edgepatch.files.strict_json import read_json
 from edgepatch.progress import Progress, silent
-from edgepatch.runtimes.session import Session
 from edgepatch.runtimes.prompts import Prompt
+from edgepatch.runtimes.session import Session
 
 FILE = Path(__file__).parent / "readings.json"
 DIGEST_LENGTH = 16
 TOKENS = {"toxicity": 20, "answers": 32}
 KINDS = ("toxicity", "answers")
+RUNTIME = {"context_length": 256, "num_threads": 1, "num_sequences": 8}
+"""As the texts were made: another way of computing may round another token."""
 
 
 @dataclass(frozen=True)

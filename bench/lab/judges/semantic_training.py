@@ -4,7 +4,7 @@
 
 Needs scikit-learn, torch and the package of the embedding model. The heads of a purpose share no training row with those of the other one, nor
 with its lexical judge: toxicity goes by the very rows of the lexical judges, answers by ``answer_rows``. How much a head is regularised
-was chosen on out-of-fold values of its own training rows alone.
+is chosen on a held-out fifth of its own training rows.
 """
 
 from __future__ import annotations
@@ -83,19 +83,16 @@ def _normalised(logits: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArr
     return np.log(odds.sum(axis=1)) + top[:, 0], odds / odds.sum(axis=1, keepdims=True)
 
 
-def out_of_fold(
+def in_fold(
     features: NDArray[np.float32],
     target: NDArray[np.float64],
     weight: NDArray[np.float64],
-    fold: NDArray[np.int64],
+    mine: NDArray[np.bool_],
     penalty: float,
 ) -> NDArray[np.float64]:
-    """(N, C) decision values, each by a model that has not read the row's fold."""
-    values = np.zeros_like(target)
-    for k in range(FOLDS):
-        others = fold != k
-        weights, bias = fit(features[others], target[others], weight[others], penalty)
-        values[~others] = features[~others] @ weights + bias
+    """(M, C) decision values of the M rows of a fold, by a model that has not read it."""
+    weights, bias = fit(features[~mine], target[~mine], weight[~mine], penalty)
+    values: NDArray[np.float64] = features[mine] @ weights + bias
     return values
 
 
@@ -103,10 +100,19 @@ def train_toxicity(name: str, rows: Rows, embedder: SentenceEmbedder) -> Head:
     """The head of toxicity, calibrated on out-of-fold values as the lexical judges are (Platt)."""
     features, mean, deviation = standardised(embedder.features(rows.texts))
     target, fold = rows.target[:, None], rows.group // 7919 % FOLDS
-    toxic = rows.target[rows.calibrates] > 0.5
-    values = {p: out_of_fold(features, target, rows.weight, fold, p)[rows.calibrates, 0] for p in PENALTIES}
-    best = max(values, key=lambda p: area_under_curve(values[p], toxic))
-    slope, intercept = fit_calibration(values[best], toxic)
+    toxic = rows.target > 0.5
+    first = fold == 0
+    counts = rows.calibrates[first]
+
+    def held_out_auc(penalty: float) -> float:
+        values = in_fold(features, target, rows.weight, first, penalty)[:, 0]
+        return area_under_curve(values[counts], toxic[first][counts])
+
+    best = max(PENALTIES, key=held_out_auc)
+    values = np.zeros(len(toxic))
+    for k in range(FOLDS):
+        values[fold == k] = in_fold(features, target, rows.weight, fold == k, best)[:, 0]
+    slope, intercept = fit_calibration(values[rows.calibrates], toxic[rows.calibrates])
     weights, bias = fit(features, target, rows.weight, best)
     return folded(name, ("toxic",), slope * weights, slope * bias + intercept, mean, deviation)
 
@@ -126,14 +132,14 @@ def folded(
 
 
 def train_answers(name: str, rows: Sequence[Answer], embedder: SentenceEmbedder) -> Head:
-    """The head of answers; the requests of a fold are in no other."""
+    """The head of answers; no request of the held-out fifth is in the rest."""
     raw = answer_features(embedder, [row.request for row in rows], [row.reply for row in rows])
     features, mean, deviation = standardised(raw)
-    target = np.array([[float(row.verdict.value == name) for name in ANSWER_CLASSES] for row in rows])
+    target = np.array([[float(row.verdict.value == kind) for kind in ANSWER_CLASSES] for row in rows])
     place = {request: i for i, request in enumerate(sorted({row.request for row in rows}))}
-    fold = np.array([place[row.request] % FOLDS for row in rows])
+    first = np.array([place[row.request] % FOLDS == 0 for row in rows])
     weight = np.ones(len(rows))
-    losses = {p: _loss(out_of_fold(features, target, weight, fold, p), target) for p in PENALTIES}
+    losses = {p: _loss(in_fold(features, target, weight, first, p), target[first]) for p in PENALTIES}
     weights, bias = fit(features, target, weight, min(losses, key=lambda p: losses[p]))
     return folded(name, ANSWER_CLASSES, weights, bias, mean, deviation)
 
