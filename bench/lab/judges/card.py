@@ -195,7 +195,8 @@ def put_section(text: str, new: str, name: str = SECTION) -> str:
     _, end, tail = rest.partition(end_mark + "\n")
     if not begin or not end:
         raise InputError(
-            f"model card: expected the lines {begin_mark} and {end_mark} in this order", hint="remove both and try again"
+            f"model card: expected the lines {begin_mark} and {end_mark} in this order",
+            hint="remove both and try again",
         )
     return head + block + tail
 

@@ -27,7 +27,7 @@ from edgepatch.progress import Progress, silent, stage
 from edgepatch.prompts.sets import evenly
 
 PURPOSES: tuple[Purpose, ...] = ("report", "filter")
-PENALTIES = (0.003, 0.01, 0.03, 0.1)
+PENALTIES = (0.1, 0.3, 1.0, 3.0)
 MAX_STEPS = 200
 MOST_OTHERS = 2000
 """Rows of a source that counts little in the loss; embedding more of them takes long and adds next to nothing."""
