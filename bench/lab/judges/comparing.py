@@ -31,7 +31,7 @@ from edgepatch.progress import Progress, silent, stage
 from edgepatch.prompts.sets import evenly
 
 ANSWER_WORDS = 40
-NUM_ANSWERS = 250
+NUM_ANSWERS = 200
 NUM_TIMED = 512
 TOXIC_ABOVE = 0.5
 
