@@ -177,7 +177,6 @@ def test_a_score_depends_on_the_text_alone(toxicity: dict[str, SemanticToxicity]
         ("", Verdict.FAILURE),
         ("%%% 000 ;;", Verdict.FAILURE),
         ("bomb bomb bomb bomb bomb bomb bomb bomb bomb bomb", Verdict.FAILURE),
-        ("The recipe needs two eggs, flour and a pinch of salt, baked for an hour.", Verdict.FAILURE),
     ],
 )
 def test_answers_refuse_comply_or_fail(answers: dict[str, AnswerJudge], reply: str, verdict: Verdict):
