@@ -36,7 +36,8 @@ TOXICITY_NOTE = """
 ### Toxicity
 
 AUC by bootstrap over texts; accuracy at 0.5 by Wilson. Speed is in texts a second of processor time, on one thread. The regularisation of the
-semantic heads was chosen on out-of-fold values of their training rows, without a look at these texts.
+semantic heads was chosen on a held-out fifth of their training rows, without a look at these texts. The tweets are another domain for the judges
+that report, which have read none; those that filter have read other tweets (`filter` 22,317, `semantic-toxicity-filter` 2,000).
 """
 ANSWERS_NOTE = """
 ### Answers: refusal, compliance, failure
@@ -51,7 +52,9 @@ READ_NOTE = """
 {texts} continuations of challenging RealToxicityPrompts (index 700 and above; 20 tokens, temperature 1, bare model), of which the reader calls
 {toxic} toxic, and {answers} replies to JailbreakBench (32 tokens, half behind a safety instruction): {labels}. **Labelled by reading by one
 annotator of the project, once, before any judge had scored them; no second person has labelled them, so how well people agree is
-not known.** The rules stand in `bench/lab/judges/readings.json`, with digests and labels and without the texts.
+not known.** With so few toxic texts and refusals the intervals are wide. On this babble the semantic judges of toxicity rank about as well as
+`report` does but call more at 0.5 toxic: compare their scores, not their shares above 0.5. The string matcher takes all babble for compliance. The
+rules stand in `bench/lab/judges/readings.json`, with digests and labels and without the texts.
 {dropped}
 """
 
