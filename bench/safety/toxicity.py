@@ -26,7 +26,8 @@ from edgepatch.bench.metrics import (
 from edgepatch.bench.safety.continuations import SampleConfig, sample_prompt, score_rows
 from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.errors import InputError
-from edgepatch.judges.scorers import ToxicityScorer, normalize
+from edgepatch.judges.classifiers import load_judge
+from edgepatch.judges.scorers import normalize
 from edgepatch.progress import Progress, silent
 from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
 from edgepatch.runtimes.session import Session
@@ -118,6 +119,12 @@ class ToxicityDomain(Domain):
         pairs: how pairs are sampled and filtered; its random seed is not used.
         config: continuations a prompt, their length and nucleus; its random seed is not used.
         progress: told of every prompt that is measured.
+        judge: what scores the continuations: "report", "semantic", or a text-classification folder.
+        unsafe_labels: of a folder that has several labels.
+        filter_judge: what filters training pairs: "filter", "semantic", or a folder; never the judge that reports.
+
+    Raises:
+        InputError: a judge cannot be used, or one is to filter and to report.
     """
 
     name = "toxicity"
@@ -131,12 +138,18 @@ class ToxicityDomain(Domain):
         pairs: PairConfig | None = None,
         config: SampleConfig | None = None,
         progress: Progress = silent,
+        judge: str = "report",
+        unsafe_labels: Sequence[str] = (),
+        filter_judge: str = "filter",
     ) -> None:
         super().__init__(data)
         if not 0 <= front_share <= 1:
             raise InputError(f"front_share: expected 0 to 1, found {front_share}")
         self.front_share, self.num_training_prompts = front_share, num_training_prompts
-        self._progress = progress
+        if Path(judge).is_dir() and Path(filter_judge).is_dir() and Path(judge).samefile(filter_judge):
+            raise InputError(f"judge {judge}: what filters the pairs must not report", hint="name two different judges")
+        self._progress, self._filter_judge = progress, filter_judge
+        self.judge, self._unsafe_labels = load_judge(judge, unsafe_labels), unsafe_labels
         self.pairs, self.config = pairs or PairConfig(pairs_per_prompt=2), config or SampleConfig()
 
     def short_prompts(self) -> list[str]:
@@ -172,7 +185,8 @@ class ToxicityDomain(Domain):
         self, base: Session, reference: Session, rng_seed: int = 1, progress: Progress = silent
     ) -> list[Pair]:
         """As ``Domain.training_pairs``; what stands in front of a prompt is there when M and M' are sampled."""
-        score = ToxicityScorer.load("filter").score
+        labels = self._unsafe_labels if Path(self._filter_judge).is_dir() else ()
+        score = load_judge(self._filter_judge, labels, "filter").score
         prompts = self.training_prompts(base.encode, rng_seed)
         return build_pairs(base, reference, prompts, score, replace(self.pairs, rng_seed=rng_seed), progress)
 
@@ -229,7 +243,7 @@ class ToxicityDomain(Domain):
             sampled.append(sample_prompt(runtime, behind(instruction, item), config))
             self._progress("prompts", done, len(items))
         texts = [row or [] for row in sampled]
-        scores = score_rows(texts, ToxicityScorer.load("report").score, config.samples_per_prompt)
+        scores = score_rows(texts, self.judge.score, config.samples_per_prompt)
         figures = _figures(scores, texts)
         if fluency_judge is not None:
             figures |= _fluency(fluency_judge, items, texts)

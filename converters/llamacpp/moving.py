@@ -24,7 +24,6 @@ from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import KVSeed
 
-
 MAX_KEPT_PLACES = 4
 """States of one seed at different places that stay in memory: conversations of one server pass the same ones."""
 
@@ -70,7 +69,9 @@ class MovableState:
         count = seed.num_virtual_tokens
         self._fields = key_fields(probe, [len(cells) for cells in cells_of(probe, count, window)])
         self._at_start = np.frombuffer(seeded_state(probe, layout, seed, window), np.uint8)
-        self._kept: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()  # by anchor, the one that was longest unused first
+        self._kept: OrderedDict[int, NDArray[np.uint8]] = (
+            OrderedDict()
+        )  # by anchor, the one that was longest unused first
         self._keys = [
             keys
             for cache, layers, cells, fields in zip(

@@ -252,7 +252,7 @@ def make_pairs(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="filter (shipped), gender (word lists), or a Transformers text-classification folder; default: the domain's, and none with --from."
+            help="filter or semantic (shipped), gender (word lists), or a Transformers text-classification folder; default: the domain's, and none with --from."
         ),
     ] = None,
     unsafe_label: Annotated[

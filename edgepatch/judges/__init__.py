@@ -1,1 +1,1 @@
-"""Judges of text: toxicity scorers, local classifiers, string judges of refusals."""
+"""Judges of text: toxicity scorers, heads on sentence embeddings, local classifiers, string judges of refusals."""

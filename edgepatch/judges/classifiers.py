@@ -1,4 +1,4 @@
-"""Any local Transformers text-classification folder as a judge (Detoxify-like), beside the judges that ship with edgepatch."""
+"""Judges by name or place: those that ship with edgepatch, or any local Transformers text-classification folder (Detoxify-like)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.files.pretrained import load_pretrained, load_pretrained_model
-from edgepatch.judges.scorers import JUDGES, ToxicityScorer
+from edgepatch.judges.scorers import JUDGES, ToxicityScorer, require_texts
+from edgepatch.judges.semantic import SEMANTIC, Purpose, SemanticToxicity
 
 MAX_TOKENS = 512
 BATCH_SIZE = 16
@@ -84,8 +85,7 @@ class TransformersClassifier:
         Raises:
             InputError: ``texts`` is one string, or holds something that is not a string; or the model gives NaN.
         """
-        if isinstance(texts, str) or any(not isinstance(t, str) for t in texts):
-            raise InputError("expected a sequence of strings to score")
+        require_texts(texts)
         scores = np.zeros(len(texts), dtype=np.float32)
         speaking = [i for i, text in enumerate(texts) if any(map(str.isalnum, text))]
         speaking.sort(key=lambda i: len(texts[i]))  # texts of like length share a batch, so that little is padding
@@ -110,31 +110,47 @@ class TransformersClassifier:
         return scores
 
 
-def load_judge(name_or_path: str | Path, unsafe_labels: Sequence[str] = ()) -> Judge:
+def load_judge(name_or_path: str | Path, unsafe_labels: Sequence[str] = (), purpose: Purpose = "report") -> Judge:
     """A judge by name or place.
 
     Args:
-        name_or_path: "report" or "filter" (shipped), a judge file, or a Transformers text-classification folder.
+        name_or_path: "report" or "filter" (shipped, of words), "semantic" (shipped, of meaning: the head of the purpose), a judge file, or
+            a Transformers text-classification folder.
         unsafe_labels: of a folder, as in ``TransformersClassifier``.
+        purpose: what the scores are for. What filters training data must not report on the result: of the shipped judges, each is for
+            one purpose, and loads for no other.
 
     Raises:
-        InputError: there is no such judge, or it cannot be used.
+        InputError: there is no such judge, it cannot be used, or it is for the other purpose.
         PatchFormatError: a judge file breaks its format.
-        MissingExtraError: a folder needs torch and transformers.
+        MissingExtraError: a folder, or the embedding model, needs torch and transformers.
     """
-    path = Path(name_or_path)
-    if name_or_path not in JUDGES and path.is_dir():
+    path, is_shipped = Path(name_or_path), name_or_path in (*JUDGES, SEMANTIC)
+    if not is_shipped and path.is_dir():
         return TransformersClassifier(path, unsafe_labels)
-    if name_or_path not in JUDGES and not path.is_file():
+    if not is_shipped and not path.is_file():
         raise InputError(
-            f"no judge {name_or_path}", hint=f"{' or '.join(JUDGES)}, a judge file, or a text-classification folder"
+            f"no judge {name_or_path}",
+            hint=f"{', '.join((*JUDGES, SEMANTIC))}, a judge file, or a text-classification folder",
         )
     if unsafe_labels:
         raise InputError(
             f"judge {name_or_path} has no labels to choose from, found {', '.join(unsafe_labels)}",
             hint="leave them out",
         )
-    return ToxicityScorer.load(name_or_path)
+    return SemanticToxicity.load(purpose) if name_or_path == SEMANTIC else _lexical(name_or_path, purpose)
+
+
+def _lexical(name_or_path: str | Path, purpose: Purpose) -> ToxicityScorer:
+    scorer = ToxicityScorer.load(name_or_path)
+    if scorer.name != purpose:
+        raise InputError(
+            f"judge {name_or_path}: the judge of reports must not filter what is trained on"
+            if purpose == "filter"
+            else f"judge {name_or_path}: the judge that filters what is trained on must not report",
+            hint=f"take {purpose}, {SEMANTIC}, or a classifier of yours",
+        )
+    return scorer
 
 
 def _load_model(folder: Path) -> Any:

@@ -63,6 +63,16 @@ class FeatureSpec:
             raise InputError(f"feature specification out of range: {self}")
 
 
+def require_texts(texts: Sequence[str]) -> None:
+    """Refuses what no judge can score.
+
+    Raises:
+        InputError: ``texts`` is one string, or holds something that is not a string.
+    """
+    if isinstance(texts, str) or any(not isinstance(text, str) for text in texts):
+        raise InputError("expected a sequence of strings to score")
+
+
 def normalize(text: str) -> str:
     """Compatibility form, straight quotes, lower case, runs of three or more equal characters cut to two."""
     folded = unicodedata.normalize("NFKC", text).translate(_QUOTES).lower()
@@ -171,7 +181,8 @@ class JudgeWeights:
             raise PatchFormatError("judge: expected idf >= 0 and a rising calibration")
 
 
-def _digests(tensors: dict[str, NDArray[Any]]) -> dict[str, str]:
+def tensor_digests(tensors: dict[str, NDArray[Any]]) -> dict[str, str]:
+    """Name -> SHA-256 of the numbers, as a judge's manifest holds them."""
     return {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in sorted(tensors.items())}
 
 
@@ -184,7 +195,7 @@ def judge_bytes(judge: JudgeWeights) -> bytes:
         "char_ngrams": [spec.char_min, spec.char_max],
         "format_version": FORMAT_VERSION,
         "name": judge.name,
-        "sha256": _digests(tensors),
+        "sha256": tensor_digests(tensors),
         "word_ngrams": spec.word_max,
     }
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
@@ -239,7 +250,7 @@ def read_judge(path: Path) -> JudgeWeights:
             tensors = {key: file.get_tensor(key) for key in names}
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise PatchFormatError(f"judge file {path}: not a readable safetensors file ({error})") from None
-    if _digests(tensors) != digests:
+    if tensor_digests(tensors) != digests:
         raise PatchFormatError(f"judge file {path}: a tensor does not match the SHA-256 in the manifest")
     return JudgeWeights(name, spec, **tensors)
 
@@ -273,6 +284,11 @@ class ToxicityScorer:
             path = Path(__file__).parent / f"{path}.safetensors"
         return cls(read_judge(Path(path)))
 
+    @property
+    def sha256(self) -> str:
+        """Digest of the judge's file."""
+        return hashlib.sha256(judge_bytes(self.judge)).hexdigest()
+
     def decision_values(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """(N,) float64: weights times the L2-normalised TF-IDF row (TF = 1 + log count), before calibration."""
         rows, buckets, counts = self._counter.count(texts)
@@ -294,8 +310,7 @@ class ToxicityScorer:
         Raises:
             InputError: ``texts`` is one string, or holds something that is not a string.
         """
-        if isinstance(texts, str) or any(not isinstance(t, str) for t in texts):
-            raise InputError("expected a sequence of strings to score")
+        require_texts(texts)
         slope, intercept = self.judge.affine
         scores = np.zeros(len(texts), dtype=np.float32)
         for start in range(0, len(texts), BATCH_TEXTS):

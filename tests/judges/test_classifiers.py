@@ -153,3 +153,15 @@ def test_judges_load_by_name_file_or_folder(two_way: Path) -> None:
         load_judge("nobody")
     with pytest.raises(InputError, match="no labels to choose from"):
         load_judge("report", ["unsafe"])
+
+
+def test_a_judge_serves_one_purpose() -> None:
+    """Whatever its file is called."""
+    folder = Path(scorers.__file__).parent
+    assert load_judge("filter", purpose="filter").name == load_judge(folder / "filter.safetensors", (), "filter").name
+    for judge in ("report", folder / "report.safetensors"):
+        with pytest.raises(InputError, match="must not filter") as caught:
+            load_judge(judge, purpose="filter")
+        assert "take filter, semantic" in caught.value.hint
+    with pytest.raises(InputError, match="must not report"):
+        load_judge("filter")

@@ -1,1 +1,1 @@
-"""The two toxicity judges: trained, measured, described."""
+"""The judges: trained, measured, set beside each other, described."""

@@ -27,7 +27,7 @@ from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer, judge_bytes, normalize
 
 FOLDER = Path(__file__).parent.parent.parent.parent / "judges"
-BEGIN, END = "<!-- judge_card: begin -->", "<!-- judge_card: end -->"
+SECTION = "judge_card"
 HATE, OFFENCE, NEITHER = 0, 1, 2
 COLOURS = ("#1f6f8b", "#c8553d", "#6b6b6b")
 SIDE, MARGIN = 320, 46
@@ -176,20 +176,27 @@ def plot(document: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def put_section(text: str, new: str) -> str:
-    """The model card with its section replaced, or added at the end of a card that has none.
+def marks(name: str) -> tuple[str, str]:
+    """The lines in front of a section and behind it."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def put_section(text: str, new: str, name: str = SECTION) -> str:
+    """The model card with a section replaced, or added at the end of a card that has none.
 
     Raises:
-        InputError: the card has one marker only.
+        InputError: the card has one of its marks only.
     """
-    block = f"{BEGIN}\n{new}{END}\n"
-    if BEGIN not in text and END not in text:
+    begin_mark, end_mark = marks(name)
+    block = f"{begin_mark}\n{new}{end_mark}\n"
+    if begin_mark not in text and end_mark not in text:
         return f"{text.rstrip()}\n\n{block}"
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END + "\n")
+    head, begin, rest = text.partition(begin_mark)
+    _, end, tail = rest.partition(end_mark + "\n")
     if not begin or not end:
         raise InputError(
-            f"model card: expected the lines {BEGIN} and {END} in this order", hint="remove both and try again"
+            f"model card: expected the lines {begin_mark} and {end_mark} in this order",
+            hint="remove both and try again",
         )
     return head + block + tail
 

@@ -38,8 +38,24 @@ def reliability(scores: NDArray[Any], toxic: NDArray[np.bool_]) -> list[tuple[fl
     return table
 
 
-def kappa(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Cohen's kappa: agreement beyond what the two shares alone would give (Cohen 1960)."""
+def kappa(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Cohen's kappa: agreement beyond what the two shares alone would give (Cohen 1960).
+
+    Args:
+        first, second: (N,) labels of any kind.
+
+    Returns:
+        1 for agreement everywhere, 0 for chance; 0 where both give one and the same label throughout, which says nothing.
+    """
     observed = float((first == second).mean())
-    expected = float(first.mean() * second.mean() + (1 - first.mean()) * (1 - second.mean()))
-    return (observed - expected) / (1 - expected)
+    labels = np.union1d(first, second)
+    expected = float(sum((first == label).mean() * (second == label).mean() for label in labels))
+    return (observed - expected) / (1 - expected) if expected < 1 else 0.0
+
+
+def kappa_interval(first: NDArray[Any], second: NDArray[Any]) -> tuple[float, float, float]:
+    """(kappa, low, high): percentile bootstrap over texts, 95 %."""
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(0, len(first), len(first)) for _ in range(BOOTSTRAP_DRAWS)]
+    low, high = np.quantile([kappa(first[d], second[d]) for d in draws], [0.025, 0.975])
+    return kappa(first, second), float(low), float(high)

@@ -226,6 +226,14 @@ def render_card(
     return "\n".join(lines) + "\n" + CARD_TAIL.format(probes="; ".join(probes))
 
 
+def with_comparison(card: str, old: Path) -> str:
+    """The new card with the section of the old one that another verb writes, ``edgepatch bench compare-judges``."""
+    begin, end = judge_card.marks("judges")
+    if not old.is_file() or begin not in (text := old.read_text(encoding="utf-8")):
+        return card
+    return f"{card.rstrip()}\n\n{begin}{text.partition(begin)[2].partition(end)[0]}{end}\n"
+
+
 def run(data: Path, out: Path) -> str:
     """Trains, writes and measures both judges.
 
@@ -242,6 +250,6 @@ def run(data: Path, out: Path) -> str:
         judges[name] = train_judge(name, as_rows(sources))
         write_atomically(out / f"{name}.safetensors", judge_bytes(judges[name]))
     card = render_card(judges, rows_of_judges, measure(judges, data))
-    write_atomically(out / "README.md", card.encode())
+    write_atomically(out / "README.md", with_comparison(card, out / "README.md").encode())
     judge_card.write_card(data, out)
     return (out / "README.md").read_text(encoding="utf-8")

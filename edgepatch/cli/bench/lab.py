@@ -1,4 +1,4 @@
-"""``bench lab``, ``judges``, ``judge-card``: what the measurements of this project stand on, built anew from public data."""
+"""``bench lab``, ``judges``, ``judge-card``, ``compare-judges``: what the measurements of this project stand on, built anew from public data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from edgepatch.cli.bench.door import DataOption, bench_app, print_table, require_data
+from edgepatch.cli.bench.door import (
+    RESULTS,
+    DataOption,
+    OutOption,
+    bench_app,
+    print_table,
+    require_data,
+    use_one_thread,
+)
+from edgepatch.cli.console import model_path, progress_bars
 
 JudgesOption = Annotated[
     Path | None,
@@ -38,14 +47,30 @@ def lab(
 
 
 @bench_app.command()
-def judges(data: DataOption = None, out: JudgesOption = None) -> None:
+def judges(
+    data: DataOption = None,
+    out: JudgesOption = None,
+    semantic: Annotated[
+        bool, typer.Option("--semantic", help="Train the semantic judges instead: ten minutes, with torch and minilm.")
+    ] = False,
+) -> None:
     """Train the two toxicity judges from public data and measure them; half a minute, with scikit-learn.
 
-    Example: `edgepatch bench judges --data data`
+    Examples: `edgepatch bench judges --data data`, `edgepatch bench judges --semantic --data data`
     """
     folder = require_data(data)
-    from edgepatch.bench.lab.judges import training
     from edgepatch.bench.lab.judges.card import FOLDER
+
+    if semantic:
+        use_one_thread()
+        from edgepatch.bench.lab.judges import semantic_training
+
+        with progress_bars() as progress:
+            files = semantic_training.run(folder, out or FOLDER, progress)
+        for file in files:
+            print(file)
+        return
+    from edgepatch.bench.lab.judges import training
 
     print(training.run(folder, out or FOLDER))
 
@@ -60,3 +85,39 @@ def judge_card(data: DataOption = None, out: JudgesOption = None) -> None:
     from edgepatch.bench.lab.judges.card import FOLDER, section, write_card
 
     print(section(write_card(folder, out or FOLDER)))
+
+
+@bench_app.command()
+def compare_judges(
+    data: DataOption = None,
+    model: Annotated[
+        str, typer.Option("--model", help="The model whose texts were read: smollm2, or its file.")
+    ] = "smollm2",
+    judge: Annotated[
+        Path | None, typer.Option("--judge", metavar="DIR", help="One more judge: a text-classification folder.")
+    ] = None,
+    unsafe_label: Annotated[
+        list[str] | None, typer.Option(help="Label of that folder that counts as unsafe; repeat it.")
+    ] = None,
+    card: JudgesOption = None,
+    out: OutOption = RESULTS / "judges.json",
+) -> None:
+    """Set all judges beside each other: on data that none was trained on, and on 300 texts of a real model that were read.
+
+    Example: `edgepatch bench compare-judges --data data`
+    """
+    folder = require_data(data)
+    use_one_thread()
+    from edgepatch.bench.lab.judges import comparing, readings
+    from edgepatch.bench.lab.judges.card import FOLDER
+    from edgepatch.bench.lab.judges.comparison_card import section, write_comparison
+    from edgepatch.judges.classifiers import load_judge
+    from edgepatch.runtimes import load_runtime
+
+    extra = [load_judge(judge, unsafe_label or [])] if judge else []
+    with progress_bars() as progress:
+        with load_runtime(model_path(model), None, **readings.RUNTIME) as session:
+            texts, differing = readings.read_again(session, folder, progress=progress)
+        document = comparing.compare(folder, texts, differing, extra, progress)
+    write_comparison(document, card or FOLDER, out)
+    print(section(document))

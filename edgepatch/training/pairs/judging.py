@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import InputError
-from edgepatch.judges.classifiers import load_judge
+from edgepatch.judges.classifiers import TransformersClassifier, load_judge
 from edgepatch.judges.genders import gender_scores
-from edgepatch.judges.scorers import ToxicityScorer, judge_bytes
 from edgepatch.training.pairs.domains import DomainPrompts, PairDomain
 from edgepatch.training.pairs.filtering import PairConfig, Score
 from edgepatch.training.pairs.makers import PairMaker, RefusalPairs, ScoredPairs
@@ -27,7 +25,7 @@ class FilterJudge:
 
 
 def load_filter(choice: str, unsafe_labels: Sequence[str] = ()) -> FilterJudge:
-    """A filter judge: "filter", "gender", or a Transformers text-classification folder.
+    """A filter judge: "filter", "semantic", "gender", or a Transformers text-classification folder.
 
     Raises:
         InputError: there is none, or it is the judge of reports.
@@ -35,17 +33,11 @@ def load_filter(choice: str, unsafe_labels: Sequence[str] = ()) -> FilterJudge:
     """
     if choice == "gender":
         return FilterJudge(gender_scores, {"judge": choice})
-    scorer = load_judge(choice, unsafe_labels)
-    if not isinstance(scorer, ToxicityScorer):
-        labels = {"unsafe_labels": list(unsafe_labels)} if unsafe_labels else {}
-        return FilterJudge(scorer.score, {"judge": scorer.name, "sha256": digest_of(Path(choice)), **labels})
-    if scorer.name == "report":
-        raise InputError(
-            "--judge: the judge of reports must not filter what is trained on",
-            hint="take filter, or a classifier of yours",
-        )
-    digest = hashlib.sha256(judge_bytes(scorer.judge)).hexdigest()
-    return FilterJudge(scorer.score, {"judge": scorer.name, "sha256": digest})
+    scorer = load_judge(choice, unsafe_labels, purpose="filter")
+    if not isinstance(scorer, TransformersClassifier):
+        return FilterJudge(scorer.score, {"judge": scorer.name, "sha256": scorer.sha256})
+    labels = {"unsafe_labels": list(unsafe_labels)} if unsafe_labels else {}
+    return FilterJudge(scorer.score, {"judge": scorer.name, "sha256": digest_of(Path(choice)), **labels})
 
 
 def pair_maker(

@@ -64,7 +64,7 @@ def test_a_section_is_added_then_replaced():
     once = judge_card.put_section("# Card\n", "one\n")
     assert judge_card.put_section(once + "tail\n", "two\n") == once.replace("one", "two") + "tail\n"
     with pytest.raises(InputError, match="expected the lines"):
-        judge_card.put_section(f"# Card\n{judge_card.BEGIN}\n", "two\n")
+        judge_card.put_section(f"# Card\n{judge_card.marks(judge_card.SECTION)[0]}\n", "two\n")
 
 
 def test_a_card_that_is_not_there_is_named(tmp_path: Path):

@@ -151,11 +151,7 @@ def test_word_lists_do_not_overlap():
 
 
 def test_the_same_occupation_is_on_the_same_side_under_another_name():
-    assert (
-        genders.split_of("nurse")
-        == genders.split_of("registered nurse")
-        == genders.split_of("Nurse")
-    )
+    assert genders.split_of("nurse") == genders.split_of("registered nurse") == genders.split_of("Nurse")
     assert genders.fill("{Person} and {job}", "editor") == "The editor and an editor"
 
 
@@ -196,10 +192,7 @@ def test_pairs_hold_what_the_filter_promises(lab):
         assert pair.prompt in prompts and pair.chosen != pair.rejected
         assert not pronouns & set(re.findall("[a-z]+", pair.chosen.lower())), pair
         assert pair.chosen_score <= 0.2 and pair.rejected_score - pair.chosen_score >= 0.4 - 1e-6
-        assert (
-            gender_scores([pair.rejected])[0] == pytest.approx(pair.rejected_score)
-            and pair.rejected_score >= 0.5
-        )
+        assert gender_scores([pair.rejected])[0] == pytest.approx(pair.rejected_score) and pair.rejected_score >= 0.5
 
 
 def test_benign_texts_keep_known_genders_and_are_not_evaluated():

@@ -176,3 +176,14 @@ def test_the_control_asks_harmless_prompts(runtime: Session, domain: ToxicityDom
 def test_a_share_is_checked():
     with pytest.raises(InputError, match="front_share"):
         ToxicityDomain(front_share=1.5)
+
+
+def test_judges_are_named_and_stay_apart():
+    with pytest.raises(InputError, match="must not report"):
+        ToxicityDomain(judge="filter")
+    with pytest.raises(InputError, match="no judge nobody"):
+        ToxicityDomain(judge="nobody")
+
+
+def test_the_semantic_judge_scores_by_name(minilm):
+    assert ToxicityDomain(judge="semantic").judge.name == "semantic-toxicity-report"
