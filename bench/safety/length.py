@@ -23,23 +23,25 @@ from edgepatch.bench.environment import environment
 from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.likelihoods import token_losses, tokens_behind
 from edgepatch.bench.metrics import paired_bootstrap_difference
-from edgepatch.bench.safety.continuations import SampleConfig, score_rows
+from edgepatch.bench.safety.continuations import SampleConfig, sample_prompt, score_rows
+from edgepatch.bench.safety.domain import Outcome
+from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.hf.rotary import read_rotation
-from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.errors import InputError
 from edgepatch.files.canonical import canonical_json
 from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.patch.file import Patch, read_patch
 from edgepatch.progress import Progress, command_line, silent
-from edgepatch.prompts.sets import load_benign_text, load_prompts
+from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.text.tokenizers import FolderTokenizer
 
-FRONTS = (128, 512, 800)
+FRONTS = (128, 512, 800, 1500)
 """Tokens in front; a length that the model's context has no room for is left out."""
 
 KINDS = ("toxic", "benign")
@@ -67,6 +69,17 @@ class Place:
     front_tokens: int = 0
     front_kind: str = ""
     turn: int = 1
+
+    @classmethod
+    def of(cls, name: str) -> Place:
+        """The place with such a name: "toxic-512", or "turn-5"."""
+        kind, _, number = name.rpartition("-")
+        return cls(0, "conversation", int(number)) if kind == "turn" else cls(int(number), kind)
+
+    @property
+    def name(self) -> str:
+        """For files and tables."""
+        return f"turn-{self.turn}" if self.turn > 1 else f"{self.front_kind}-{self.front_tokens}"
 
 
 @dataclass(frozen=True)
@@ -167,18 +180,24 @@ def prompt_at(runtime: Session, place: Place, texts: Texts, number: int) -> list
 # Measuring.
 
 
+def outcome(domain: ToxicityDomain, runtime: Session, place: Place, num_items: int, rng_seed: int) -> Outcome:
+    """Toxicity behind other text, on the prompts that the plain measure has too, each with other texts in front of it."""
+    every = domain.evaluation_prompts()
+    items = evenly(every, num_items)
+    foreign = choose_texts(domain.data, 0)
+    texts = Texts(items, [text for text in foreign.toxic if text not in items] or every, foreign.benign)
+    prompts = (prompt_at(runtime, place, texts, number) for number in range(len(items)))
+    return domain.measure(runtime, items, prompts, rng_seed)
+
+
 def scores_at(
     runtime: Session, place: Place, texts: Texts, config: SampleConfig, scorer: ToxicityScorer, progress: Progress
 ) -> NDArray[np.float32]:
     """(N, S) toxicity of the continuations; a failed generation scores 1."""
     rows = []
-    for number in range(len(texts.prompts)):
+    for number, prompt in enumerate(texts.prompts):
         progress("prompts", number, len(texts.prompts))
-        tokens = prompt_at(runtime, place, texts, number)
-        try:
-            rows.append(runtime.generate_many(tokens, config.sampling, config.samples_per_prompt))
-        except EdgepatchError:
-            rows.append([])
+        rows.append(sample_prompt(runtime, prompt_at(runtime, place, texts, number), config, prompt) or [])
     return score_rows(rows, scorer.score, config.samples_per_prompt)
 
 
@@ -244,7 +263,7 @@ class Cells:
             self._model, patch, num_threads=self._num_threads, num_sequences=self._config.samples_per_prompt
         ) as runtime:
             room = runtime.num_positions - LARGEST_SEED
-            stands = places(room, has_chat=_has_chat(runtime))
+            stands = places(room, has_chat=has_chat(runtime))
             scores = {
                 place: scores_at(runtime, place, self._texts, self._config, self._scorer, progress) for place in stands
             }
@@ -252,7 +271,8 @@ class Cells:
             return Measured(scores, losses_of(runtime, self._texts.benign, min(length, room)))
 
 
-def _has_chat(runtime: Session) -> bool:
+def has_chat(runtime: Session) -> bool:
+    """Whether a model takes conversations: base models have no chat template."""
     try:
         runtime.tokens([{"role": "user", "content": "Hello"}])
     except InputError:

@@ -44,6 +44,12 @@ def load_prompts(kind: str, split: str) -> list[str]:
     return _load(kind, split)
 
 
+def load_minimal_pairs() -> list[tuple[str, str]]:
+    """(acceptable, unacceptable) sentences of ten phenomena of English grammar, ten of each; for evaluation only."""
+    lines = (FOLDER / "minimal_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(row["good"], row["bad"]) for row in map(json.loads, lines)]
+
+
 def load_benign_text(split: str) -> list[str]:
     """Paragraphs of 40 to 90 words, for perplexity and for the KL anchor.
 

@@ -1,0 +1,358 @@
+"""``edgepatch bench safety``: does a patch hold on a model of the user's own? Bare against patched, on every form that is asked for.
+
+The cells, the processes that measure them and the statistics are those of the evidence matrix. What is measured is kept: a run that was
+stopped goes on, and one with a further quantization measures that alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgepatch.bench.columns import Column
+from edgepatch.bench.environment import environment
+from edgepatch.bench.evidence.cells import SHARED, CellKey, EvidenceConfig, groups, read_cell
+from edgepatch.bench.evidence.forms import given_column, made_columns, make_forms, reference_of
+from edgepatch.bench.evidence.measuring import Workplace, due
+from edgepatch.bench.evidence.probing import Probe, Speed, probe_model
+from edgepatch.bench.evidence.statistics import Matrix
+from edgepatch.bench.evidence.verdict import judge
+from edgepatch.bench.evidence.workers import measure_cells
+from edgepatch.bench.safety.continuations import SampleConfig
+from edgepatch.bench.safety.length import KINDS, LARGEST_SEED, ROOM, TURN, Place
+from edgepatch.bench.safety.retained import Sizes
+from edgepatch.errors import InputError
+from edgepatch.patch.file import Patch, read_patch
+from edgepatch.progress import Progress, command_line, duration, silent
+
+Document = dict[str, Any]
+
+PLAIN_CONTEXT, CONTEXT_STEP = 512, 128
+NUM_EXAMPLES, TEXTS_OF_EXAMPLE = 4, 1
+EVERY_TEXT = 10**6
+
+
+FULL_RETAINED = Sizes(30, 6, 400)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is measured of every form.
+
+    Attributes:
+        prompts, samples: of toxicity.
+        items: prompts of gender, requests of harm.
+        retained: of what must stay.
+        fronted: prompts behind other text.
+        fronts: tokens in front.
+        pairs: of each domain, for margins.
+    """
+
+    prompts: int = 350
+    samples: int = 25
+    items: int = 200
+    retained: Sizes = FULL_RETAINED
+    fronted: int = 60
+    fronts: tuple[int, ...] = (128, 512, 1500)
+    pairs: int = 300
+
+
+QUICK = Amounts(24, 8, 16, Sizes(6, 1, 16), 6, (512,), 48)
+"""About two minutes for a model of 135 million parameters on two cores; intervals are wide."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user wants to know.
+
+    Attributes:
+        model: GGUF file, ONNX folder or Transformers folder.
+        patches: files; none measures the bare model alone.
+        types: further forms, as ``made_columns`` takes them.
+        domains: those that were named; none takes all that can be measured.
+        amounts: how much.
+        judge, unsafe_labels: who reports toxicity.
+        num_workers, num_threads: processes, and threads of each.
+    """
+
+    model: Path
+    patches: tuple[Path, ...] = ()
+    types: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    amounts: Amounts = Amounts()
+    judge: str = "report"
+    unsafe_labels: tuple[str, ...] = ()
+    num_workers: int = 2
+    num_threads: int = 1
+
+
+# What is measured.
+
+
+def plan_model(config: EvidenceConfig, arms: Sequence[str], fronts: Sequence[str], has_chat: bool) -> list[CellKey]:
+    """Every cell, those of one opening together.
+
+    Args:
+        config: domains and columns.
+        arms: "bare", and "patch" where there is one.
+        fronts: places behind other text; measured on the first column.
+        has_chat: whether the model takes conversations.
+    """
+    keys = []
+    for number, column in enumerate(config.chosen_columns()):
+        for arm in arms:
+            keys += [CellKey("safety", domain, arm, column.name) for domain in config.domains]
+            keys.append(CellKey("retained", SHARED, arm, column.name))
+            if len(arms) > 1:
+                keys += [CellKey("margins", domain, arm, column.name) for domain in config.domains]
+            if number == 0 and "toxicity" in config.domains:
+                keys += [CellKey("safety", "toxicity", arm, column.name, front=front) for front in fronts]
+    return keys
+
+
+def _config(question: Question, columns: Sequence[Column], probe: Probe, num_virtual_tokens: int) -> EvidenceConfig:
+    amounts, domains = question.amounts, question.domains or ("toxicity", "gender", "harm")
+    sizes = amounts.retained if probe.has_chat else replace(amounts.retained, num_requests=0)
+    counts = {"toxicity": amounts.prompts, "gender": amounts.items, "harm": amounts.items}
+    longest = max((0, *amounts.fronts)) + ROOM
+    return EvidenceConfig(
+        items={domain: (count,) * 3 for domain, count in counts.items()},
+        retained=(sizes, sizes),
+        rng_seeds=(),
+        domains=tuple(domain for domain in domains if probe.has_chat or domain != "harm"),
+        arms=("bare", "patch"),
+        composition=False,
+        samples=SampleConfig(amounts.samples),
+        num_sequences=min(amounts.samples, 25),
+        context_length=_context(PLAIN_CONTEXT + num_virtual_tokens, probe),
+        long_context=_context(longest + max(num_virtual_tokens, LARGEST_SEED), probe),
+        num_texts_kept=EVERY_TEXT,
+        known_columns=tuple(columns),
+        reference=reference_of(columns),
+        num_threads=question.num_threads,
+        num_sentence_pairs=0,
+        num_margin_pairs=amounts.pairs,
+        num_fronted=amounts.fronted,
+        judge=question.judge,
+        unsafe_labels=question.unsafe_labels,
+    )
+
+
+def _context(positions: int, probe: Probe) -> int:
+    return min(-(-positions // CONTEXT_STEP) * CONTEXT_STEP, probe.num_positions)
+
+
+def _fronts(amounts: Amounts, probe: Probe, num_virtual_tokens: int) -> tuple[list[str], list[str]]:
+    """Places that the context has room for, and why others are skipped."""
+    room = probe.num_positions - max(num_virtual_tokens, LARGEST_SEED)
+    skipped = [
+        f"{count} tokens in front: the context of {probe.num_positions} tokens has no room for them"
+        for count in amounts.fronts
+        if count + ROOM > room
+    ]
+    places = [Place(count, KINDS[0]).name for count in amounts.fronts if count + ROOM <= room]
+    if probe.has_chat:
+        return [*places, Place(0, "conversation", TURN).name], skipped
+    return places, [*skipped, f"turn {TURN}: the model has no chat template"]
+
+
+def _require_domains(question: Question, probe: Probe) -> list[str]:
+    """Why a domain is skipped.
+
+    Raises:
+        InputError: a domain that was named cannot be measured.
+    """
+    if probe.has_chat:
+        return []
+    reason = f"{question.model.name} has no chat template, and harm is asked in conversations"
+    if "harm" in question.domains:
+        raise InputError(f"--domain harm: {reason}", hint="name an instructed model, or leave harm out")
+    return [f"harm: {reason}", "over-refusal: the same"]
+
+
+# Running.
+
+
+def run(
+    question: Question, out: Path, data: Path | None = None, progress: Progress = silent, tell: Any = print
+) -> Document:
+    """Makes the forms, measures them and judges.
+
+    Args:
+        question: what is asked.
+        out: folder for forms and raw cells.
+        data: folder of the public data sets; ``None`` takes the prompts that ship with edgepatch.
+        progress: told of forms and cells.
+        tell: gets what the user must know before the work: what is skipped, and how long it takes.
+
+    Returns:
+        The document.
+
+    Raises:
+        InputError: something cannot be used, or nothing can be written.
+    """
+    began = time.monotonic()
+    patches = [read_patch(path) for path in question.patches]
+    _require_judge(question)
+    made = made_columns(question.model, question.types)
+    probe = probe_model(question.model, patches, question.num_threads, progress)
+    given = given_column(question.model, probe.runtime, probe.quantization)
+    skipped = _require_domains(question, probe)
+    columns = [given, *(column for column in made if column.name != given.name)]
+    num_virtual_tokens = sum(patch.num_virtual_tokens for patch in patches)
+    fronts, short = _fronts(question.amounts, probe, num_virtual_tokens)
+    config = _config(question, columns, probe, num_virtual_tokens)
+    place = Workplace(out, data, question.patches)
+    arms = ("bare", "patch") if patches else ("bare",)
+    keys = plan_model(config, arms, fronts, probe.has_chat)
+    _require_data(config, data)
+    for line in (*skipped, *short):
+        tell(f"skipped: {line}")
+    speed = Speed(probe, config)
+    tell(_forecast(question, speed, keys))
+    files = make_forms(question.model, columns, out, progress)
+    own = tuple(replace(column, file=str(column.path(files).absolute())) for column in columns)
+    config = replace(config, known_columns=own)
+    measure(place, keys, config, speed, question.num_workers, progress)
+    document = {
+        "command": command_line(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - began),
+        "environment": environment(),
+        **_subject(question, probe, patches),
+        "settings": {"data": "public" if data else "own prompts", "judge": question.judge, **asdict(question.amounts)},
+        "skipped": [*skipped, *short],
+    }
+    return document | assemble(keys, partial(read_cell, place.cells), config, question.domains)
+
+
+def _require_judge(question: Question) -> None:
+    from edgepatch.judges.classifiers import load_judge
+
+    load_judge(question.judge, question.unsafe_labels)
+
+
+def _require_data(config: EvidenceConfig, data: Path | None) -> None:
+    """Reads every data set once: a file that is missing shows before the work."""
+    from edgepatch.bench.safety import gender_prompts, harm, retained
+    from edgepatch.bench.safety.toxicity import ToxicityDomain
+
+    if "toxicity" in config.domains:
+        ToxicityDomain(data).evaluation_prompts()
+    if "gender" in config.domains:
+        gender_prompts.evaluation_prompts(data)
+    if "harm" in config.domains:
+        harm.evaluation_requests(data)
+    retained.benign_texts(data, 1)
+
+
+def _forecast(question: Question, speed: Speed, keys: Sequence[CellKey]) -> str:
+    seconds = speed.of_run(keys, question.num_workers)
+    words = f"{len(keys)} measurements, about {duration(seconds)} on {question.num_workers} processes"
+    if question.amounts == QUICK or seconds < 600:
+        return words
+    return f"{words}; --quick says less, much sooner; what is measured is kept, so the run may be stopped"
+
+
+def measure(
+    place: Workplace,
+    keys: Sequence[CellKey],
+    config: EvidenceConfig,
+    speed: Speed,
+    num_workers: int,
+    progress: Progress,
+) -> None:
+    """Measures what is due; margins last, because their pairs are the bare model's continuations."""
+    done = dict.fromkeys(keys, 0.0)
+    weights = {key: speed.seconds(key) for key in keys}
+    total = max(1, round(sum(weights.values())))
+    failed = 0
+
+    def show() -> None:
+        spent = sum(weights[key] * share for key, share in done.items())
+        progress("measure", min(total, round(spent)), total, **({"failed": failed} if failed else {}))
+
+    def moved(key: CellKey, share: float) -> None:
+        done[key] = share
+        show()
+
+    def report(key: CellKey, reason: str) -> None:
+        nonlocal failed
+        failed += bool(reason)
+        moved(key, 1.0)
+
+    first, last = ([key for key in keys if (key.measure == "margins") is is_last] for is_last in (False, True))
+    for part in (first, last):
+        waiting = due(place, part, config)
+        for key in part:
+            done[key] = 0.0 if key in waiting else 1.0
+        show()
+        measure_cells(groups(waiting), place, config, num_workers, report, moved)
+
+
+def _subject(question: Question, probe: Probe, patches: Sequence[Patch]) -> Document:
+    described = [{"name": patch.name, "version": patch.version, "digest": patch.digest} for patch in patches]
+    return {
+        "model": {"name": question.model.name, "runtime": probe.runtime, "quantization": probe.quantization},
+        "base": probe.spec.as_dict(),
+        "patches": described,
+        "patch": described[0] if len(described) == 1 else None,
+    }
+
+
+# The document.
+
+
+def assemble(keys: Sequence[CellKey], read: Any, config: EvidenceConfig, asked: Sequence[str]) -> Document:
+    """The measured part of the document, from raw cells alone."""
+    matrix = Matrix(keys, read, config.known_columns, config.reference)
+    rows, fronted = matrix.rows(), matrix.fronted()
+    fields = ("domain", "runtime", "quantization", "retention", "margin_retention")
+    ends = [f"{field}_{end}" for field in fields[3:] for end in ("low", "high")]
+    kept = [{name: row.get(name) for name in (*fields, *ends)} for row in rows if row["arm"] == "patch"]
+    return {
+        "reference": config.reference,
+        "cells": rows,
+        "fronted": fronted,
+        "retention": kept,
+        "verdict": judge(rows, fronted, config.reference, asked),
+        "examples": list(examples(keys, read)),
+    }
+
+
+def examples(keys: Sequence[CellKey], read: Any) -> Iterator[dict[str, Any]]:
+    """What bare and patched said on the first column: items at even distances, none picked."""
+    for key in keys:
+        if (key.measure, key.arm, key.front, key.column) != ("safety", "patch", "", keys[0].column):
+            continue
+        patched, bare = read(key), read(replace(key, arm="bare"))
+        if any(raw is None or "failed" in raw for raw in (patched, bare)):
+            continue
+        pairs = list(zip(bare["texts"], patched["texts"], strict=True))
+        for one, other in pairs[:: max(1, len(pairs) // NUM_EXAMPLES)][:NUM_EXAMPLES]:
+            yield {
+                "domain": key.domain,
+                "column": key.column,
+                "item": one["item"],
+                "bare": _worst(one),
+                "bare_value": one["value"],
+                "patched": _worst(other),
+                "patched_value": other["value"],
+            }
+
+
+def _worst(row: dict[str, Any]) -> str:
+    """The text with the highest score, where texts are scored; else the first."""
+    scores = row.get("scores")
+    texts = row["texts"] or [""]
+    return str(texts[scores.index(max(scores))] if scores else texts[0])
+
+
+def failures(document: Document) -> list[str]:
+    """Why measurements failed."""
+    return list(dict.fromkeys(reason for row in [*document["cells"], *document["fronted"]] for reason in row["failed"]))
