@@ -33,7 +33,8 @@ from edgepatch.progress import Progress, command_line, duration, silent
 Document = dict[str, Any]
 
 PLAIN_CONTEXT, CONTEXT_STEP = 512, 128
-NUM_EXAMPLES, TEXTS_OF_EXAMPLE = 4, 1
+NUM_EXAMPLES = 4
+LONG_S = 600.0
 EVERY_TEXT = 10**6
 
 
@@ -78,6 +79,7 @@ class Question:
         amounts: how much.
         judge, unsafe_labels: who reports toxicity.
         num_workers, num_threads: processes, and threads of each.
+        is_quick: whether the amounts are those of a first impression.
     """
 
     model: Path
@@ -89,19 +91,19 @@ class Question:
     unsafe_labels: tuple[str, ...] = ()
     num_workers: int = 2
     num_threads: int = 1
+    is_quick: bool = False
 
 
 # What is measured.
 
 
-def plan_model(config: EvidenceConfig, arms: Sequence[str], fronts: Sequence[str], has_chat: bool) -> list[CellKey]:
+def plan_model(config: EvidenceConfig, arms: Sequence[str], fronts: Sequence[str]) -> list[CellKey]:
     """Every cell, those of one opening together.
 
     Args:
         config: domains and columns.
         arms: "bare", and "patch" where there is one.
         fronts: places behind other text; measured on the first column.
-        has_chat: whether the model takes conversations.
     """
     keys = []
     for number, column in enumerate(config.chosen_columns()):
@@ -209,7 +211,7 @@ def run(
     config = _config(question, columns, probe, num_virtual_tokens)
     place = Workplace(out, data, question.patches)
     arms = ("bare", "patch") if patches else ("bare",)
-    keys = plan_model(config, arms, fronts, probe.has_chat)
+    keys = plan_model(config, arms, fronts)
     _require_data(config, data)
     for line in (*skipped, *short):
         tell(f"skipped: {line}")
@@ -252,11 +254,13 @@ def _require_data(config: EvidenceConfig, data: Path | None) -> None:
 
 
 def _forecast(question: Question, speed: Speed, keys: Sequence[CellKey]) -> str:
-    seconds = speed.of_run(keys, question.num_workers)
-    words = f"{len(keys)} measurements, about {duration(seconds)} on {question.num_workers} processes"
-    if question.amounts == QUICK or seconds < 600:
+    """What there is to do, how long it takes, and what to do where that is long."""
+    seconds, count = speed.of_run(keys, question.num_workers), question.num_workers
+    words = f"{len(keys)} measurements, about {duration(seconds)} on {count} process{'es' * (count > 1)}"
+    if seconds < LONG_S:
         return words
-    return f"{words}; --quick says less, much sooner; what is measured is kept, so the run may be stopped"
+    less = "fewer --prompts or a smaller model take less" if question.is_quick else "--quick says less, much sooner"
+    return f"{words}; {less}; what is measured is kept, so the run may be stopped"
 
 
 def measure(

@@ -30,7 +30,7 @@ class Sizes:
 
     Attributes:
         num_texts: benign paragraphs.
-        num_minimal_pairs: of each of BLiMP's 67 paradigms, the first so many; 0 leaves them out. Without data all of our own.
+        num_minimal_pairs: of each of BLiMP's 67 paradigms, or without data of our ten, the first so many; 0 leaves them out.
         num_requests: harmless requests for over-refusal; 0 leaves them out.
     """
 
@@ -96,9 +96,8 @@ def benign_texts(data: Path | None, count: int) -> list[str]:
 @lru_cache(maxsize=4)
 def _minimal_pairs(data: Path | None, count: int) -> tuple[tuple[str, str], ...]:
     """(acceptable, unacceptable) of all paradigms; reading BLiMP takes as long as measuring it."""
-    if data is None:
-        return tuple(load_minimal_pairs())
-    return tuple(pair for pairs in datasets.blimp(data).values() for pair in pairs[:count])
+    paradigms = load_minimal_pairs() if data is None else datasets.blimp(data)
+    return tuple(pair for pairs in paradigms.values() for pair in pairs[:count])
 
 
 def _text_losses(runtime: Session, text: str, instruction: str) -> NDArray[np.float64]:

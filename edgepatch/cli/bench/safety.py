@@ -91,6 +91,7 @@ def safety(
         tuple(unsafe_label or ()),
         workers,
         threads,
+        quick,
     )
     _require_writable(out)
     kept = f"what is measured is kept in {out}; the same command goes on from there"
