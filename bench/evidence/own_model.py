@@ -17,6 +17,7 @@ from typing import Any
 from edgepatch.bench.columns import Column
 from edgepatch.bench.environment import environment
 from edgepatch.bench.evidence.cells import SHARED, CellKey, EvidenceConfig, groups, read_cell
+from edgepatch.bench.evidence.cluster import measure_on_cluster, require_ray
 from edgepatch.bench.evidence.forms import given_column, made_columns, make_forms, reference_of
 from edgepatch.bench.evidence.measuring import Workplace, due
 from edgepatch.bench.evidence.probing import Probe, Speed, probe_model
@@ -80,6 +81,7 @@ class Question:
         judge, unsafe_labels: who reports toxicity.
         num_workers, num_threads: processes, and threads of each.
         is_quick: whether the amounts are those of a first impression.
+        cluster: address of a Ray cluster that measures instead of processes here; "" for none.
     """
 
     model: Path
@@ -92,6 +94,7 @@ class Question:
     num_workers: int = 2
     num_threads: int = 1
     is_quick: bool = False
+    cluster: str = ""
 
 
 # What is measured.
@@ -201,6 +204,8 @@ def run(
     began = time.monotonic()
     patches = [read_patch(path) for path in question.patches]
     _require_judge(question)
+    if question.cluster:
+        require_ray()
     made = made_columns(question.model, question.types)
     probe = probe_model(question.model, patches, question.num_threads, progress)
     given = given_column(question.model, probe.runtime, probe.quantization)
@@ -220,7 +225,7 @@ def run(
     files = make_forms(question.model, columns, out, progress)
     own = tuple(replace(column, file=str(column.path(files).absolute())) for column in columns)
     config = replace(config, known_columns=own)
-    measure(place, keys, config, speed, question.num_workers, progress)
+    measure(place, keys, config, speed, question, progress)
     document = {
         "command": command_line(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -268,7 +273,7 @@ def measure(
     keys: Sequence[CellKey],
     config: EvidenceConfig,
     speed: Speed,
-    num_workers: int,
+    question: Question,
     progress: Progress,
 ) -> None:
     """Measures what is due; margins last, because their pairs are the bare model's continuations."""
@@ -296,7 +301,10 @@ def measure(
         for key in part:
             done[key] = 0.0 if key in waiting else 1.0
         show()
-        measure_cells(groups(waiting), place, config, num_workers, report, moved)
+        if question.cluster:
+            measure_on_cluster(groups(waiting), place, config, question.cluster, report)
+        else:
+            measure_cells(groups(waiting), place, config, question.num_workers, report, moved)
 
 
 def _subject(question: Question, probe: Probe, patches: Sequence[Patch]) -> Document:

@@ -65,6 +65,12 @@ def safety(
     ] = Path("out/safety"),
     workers: Annotated[int, typer.Option(min=1, help="Processes; each loads the model.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="Measure on a Ray cluster (auto, ray://host:10001): the folder must be shared."
+        ),
+    ] = "",
     log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -92,6 +98,7 @@ def safety(
         workers,
         threads,
         quick,
+        cluster,
     )
     _require_writable(out)
     kept = f"what is measured is kept in {out}; the same command goes on from there"
