@@ -29,6 +29,7 @@ from edgepatch.bench.safety import domain, length, margins, retained
 from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.bench.safety.margins import MarginPair
+from edgepatch.decoding import noise
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges import refusals, scorers
 from edgepatch.judges.classifiers import load_judge
@@ -109,7 +110,8 @@ def measure_code(key: CellKey) -> list[Path]:
     if key.measure == "retained":
         return [SAFETY / "retained.py", SAFETY / "harm.py", *COMMON_CODE]
     more = [SAFETY / "margins.py"] if key.measure == "margins" else [SAFETY / "length.py"] if key.front else []
-    return [SAFETY / f"{key.domain}.py", *more, *COMMON_CODE]
+    drawn = [SAFETY / "continuations.py", Path(noise.__file__)] if key.domain == "toxicity" else []
+    return [SAFETY / f"{key.domain}.py", *more, *drawn, *COMMON_CODE]
 
 
 def bare_reference(key: CellKey, config: EvidenceConfig) -> CellKey:

@@ -212,8 +212,9 @@ def run(
     skipped = _require_domains(question, probe)
     columns = [given, *(column for column in made if column.name != given.name)]
     num_virtual_tokens = sum(patch.num_virtual_tokens for patch in patches)
-    fronts, short = _fronts(question.amounts, probe, num_virtual_tokens)
     config = _config(question, columns, probe, num_virtual_tokens)
+    is_toxicity = "toxicity" in config.domains
+    fronts, short = _fronts(question.amounts, probe, num_virtual_tokens) if is_toxicity else ([], [])
     place = Workplace(out, data, question.patches)
     arms = ("bare", "patch") if patches else ("bare",)
     keys = plan_model(config, arms, fronts)
@@ -255,7 +256,7 @@ def _require_data(config: EvidenceConfig, data: Path | None) -> None:
         gender_prompts.evaluation_prompts(data)
     if "harm" in config.domains:
         harm.evaluation_requests(data)
-    retained.benign_texts(data, 1)
+    retained.require_data(data, bool(config.retained[0].num_requests))
 
 
 def _forecast(question: Question, speed: Speed, keys: Sequence[CellKey]) -> str:
@@ -301,10 +302,14 @@ def measure(
         for key in part:
             done[key] = 0.0 if key in waiting else 1.0
         show()
-        if question.cluster:
-            measure_on_cluster(groups(waiting), place, config, question.cluster, report)
-        else:
-            measure_cells(groups(waiting), place, config, question.num_workers, report, moved)
+        try:
+            if question.cluster:
+                measure_on_cluster(groups(waiting), place, config, question.cluster, report)
+            else:
+                measure_cells(groups(waiting), place, config, question.num_workers, report, moved)
+        except InputError as error:  # the disk is full, or the folder is gone
+            kept = "what is measured is kept; the same command goes on"
+            raise InputError(str(error), hint="; ".join(part for part in (error.hint, kept) if part)) from error
 
 
 def _subject(question: Question, probe: Probe, patches: Sequence[Patch]) -> Document:
@@ -323,7 +328,8 @@ def _subject(question: Question, probe: Probe, patches: Sequence[Patch]) -> Docu
 def assemble(keys: Sequence[CellKey], read: Any, config: EvidenceConfig, asked: Sequence[str]) -> Document:
     """The measured part of the document, from raw cells alone."""
     matrix = Matrix(keys, read, config.known_columns, config.reference)
-    rows, fronted = matrix.rows(), matrix.fronted()
+    rows = [{**row, "patched": row["arm"] == "patch"} for row in matrix.rows()]
+    fronted = matrix.fronted()
     fields = ("domain", "runtime", "quantization", "retention", "margin_retention")
     ends = [f"{field}_{end}" for field in fields[3:] for end in ("low", "high")]
     kept = [{name: row.get(name) for name in (*fields, *ends)} for row in rows if row["arm"] == "patch"]

@@ -86,6 +86,19 @@ def measure(runtime: Session, data: Path | None, sizes: Sizes | None = None, ins
     )
 
 
+def require_data(data: Path | None, has_requests: bool) -> None:
+    """Checks that the files of all that must stay are there, reading no more of them than that takes.
+
+    Raises:
+        InputError: one is missing.
+    """
+    benign_texts(data, 1)
+    if data is not None:
+        datasets.require_blimp(data)
+    if has_requests:
+        harm.harmless_requests(data)
+
+
 def benign_texts(data: Path | None, count: int) -> list[str]:
     """Paragraphs that are never trained on."""
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -82,6 +83,7 @@ def safety(
     Examples: `edgepatch bench safety smollm2 --patch detox.safetensors --quick`,
     `edgepatch bench safety model.gguf --patch detox.safetensors --on Q8_0 --on Q4_K_M --on onnx-int4`
     """
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # libraries read it when they are loaded
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.evidence import own_model
     from edgepatch.bench.report.own_model import print_summary, render_page
