@@ -142,7 +142,7 @@ def _config(question: Question, columns: Sequence[Column], probe: Probe, num_vir
         num_threads=question.num_threads,
         num_sentence_pairs=0,
         num_margin_pairs=amounts.pairs,
-        num_fronted=amounts.fronted,
+        num_fronted=min(amounts.fronted, amounts.prompts),
         judge=question.judge,
         unsafe_labels=question.unsafe_labels,
     )
