@@ -126,7 +126,8 @@ class Speed:
         """(sampled, read) tokens of a cell."""
         config = self.config
         if key.measure == "margins":
-            return 0, config.num_margin_pairs * PAIR_TOKENS
+            most = config.num_items(key) if key.domain == "toxicity" else config.num_margin_pairs
+            return 0, min(most, config.num_margin_pairs) * PAIR_TOKENS
         if key.measure == "retained":
             sizes = config.sizes(key)
             read = sizes.num_texts * TEXT_TOKENS + 67 * sizes.num_minimal_pairs * SENTENCE_TOKENS

@@ -14,7 +14,7 @@ from edgepatch.bench.columns import TORCH
 from edgepatch.bench.evidence import forms, workers
 from edgepatch.bench.evidence.cells import CellKey, EvidenceConfig, groups
 from edgepatch.bench.evidence.measuring import Workplace
-from edgepatch.bench.evidence.own_model import plan_model
+from edgepatch.bench.evidence.questions import plan_model
 from edgepatch.bench.evidence.verdict import judge
 from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety.length import Place

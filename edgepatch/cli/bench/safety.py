@@ -16,7 +16,7 @@ from edgepatch.cli.console import JsonFlag, LogOption, ModelArgument, note, prin
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
-    from edgepatch.bench.evidence.own_model import Amounts
+    from edgepatch.bench.evidence.questions import Amounts
 
 
 class SafetyDomain(str, Enum):
@@ -86,15 +86,16 @@ def safety(
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # libraries read it when they are loaded
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.evidence import own_model
+    from edgepatch.bench.evidence.questions import QUICK, Amounts, Question
     from edgepatch.bench.report.own_model import print_summary, render_page
     from edgepatch.files.writing import write_atomically
 
-    question = own_model.Question(
+    question = Question(
         model,
         tuple(patch or ()),
         tuple(on or ()),
         tuple(each.value for each in dict.fromkeys(domain or ())),
-        _amounts(own_model.QUICK if quick else own_model.Amounts(), prompts, samples, items, requests),
+        _amounts(QUICK if quick else Amounts(), prompts, samples, items, requests),
         judge,
         tuple(unsafe_label or ()),
         workers,
