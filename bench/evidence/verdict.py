@@ -165,7 +165,12 @@ def _why(missed: Sequence[Row]) -> str:
 
 
 def _reached(goal: Row) -> str:
-    return f"{goal['goal']} {'not measured' if goal['reached'] is None else format(goal['reached'], '.3g')}"
+    """A goal and what was reached, in its unit."""
+    if goal["reached"] is None:
+        return f"{goal['goal']} not measured"
+    unit = " %" if goal["wanted"].endswith("%") else ""
+    sign = "+" if goal["wanted"].startswith("<= +") else ""
+    return f"{goal['goal']} {goal['reached']:{sign}.3g}{unit}"
 
 
 def _place(goal: Row) -> str:

@@ -59,7 +59,11 @@ def print_summary(document: Document, console: Console) -> None:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         if row["arm"] == ("patch" if is_compared else "bare"):
-            table.add_row(row["domain"], row["column"], *(_compared(row, rows) if is_compared else _alone(row)))
+            table.add_row(
+                row["domain"],
+                row["column"],
+                *(_compared(row, rows, document["reference"]) if is_compared else _alone(row)),
+            )
     console.print(table)
     _print_fronted(document, console)
 
@@ -69,19 +73,24 @@ def _bare_of(row: Row, rows: Sequence[Row]) -> Row:
     return next(r for r in rows if r["arm"] == "bare" and all(r.get(n) == row.get(n) for n in names))
 
 
-def _compared(row: Row, rows: Sequence[Row]) -> list[str]:
+def _compared(row: Row, rows: Sequence[Row], reference: str) -> list[str]:
     name, gain = headline_figure(row)
     ends = [row.get(f"{gain}_{end}") for end in ("low", "high")]
-    interval = f" ({ends[0]:+.2f}..{ends[1]:+.2f})" if None not in ends else ""
+    interval = f" {_short(ends[0])}..{_short(ends[1])}" if None not in ends else ""
     refused = format_number(row.get("over_refusal_change"), 1, 100)
     return [
         format_number(_bare_of(row, rows).get(name)),
         format_number(row.get(name)),
         f"{format_number(row.get(gain), 2)}{interval}",
-        format_number(kept_of(row)[0], 2),
+        "ref." if row["column"] == reference else format_number(kept_of(row)[0], 2),
         format_number(row.get("perplexity_change"), 1),
         refused,
     ]
+
+
+def _short(end: float) -> str:
+    """A signed end of an interval without its leading zero."""
+    return f"{end:+.2f}".replace("0.", ".", 1)
 
 
 def _alone(row: Row) -> list[str]:
