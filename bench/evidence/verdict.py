@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgepatch.bench.evidence.goals import (
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 NAMES = {"toxicity": "toxicity (EMT@5)", "gender": "gender bias", "harm": "harmful compliance"}
 
 
-def headline_figure(row: Row) -> tuple[str, str]:
+def headline_figure(row: Mapping[str, Any]) -> tuple[str, str]:
     """(figure, its gain) that a row is judged by."""
     return ("emt5", "emt5_gain") if row.get("emt5") is not None else ("score", "gain")
 

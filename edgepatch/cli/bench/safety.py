@@ -121,9 +121,10 @@ def safety(
 def _amounts(
     amounts: Amounts, prompts: int | None, samples: int | None, items: int | None, requests: int | None
 ) -> Amounts:
-    given = {"prompts": prompts, "samples": samples, "items": items}
+    """The amounts, with those that were named in place of their own."""
+    named: dict[str, Any] = {"prompts": prompts, "samples": samples, "items": items}
     retained = amounts.retained if requests is None else replace(amounts.retained, num_requests=requests)
-    return replace(amounts, retained=retained, **{name: n for name, n in given.items() if n is not None})
+    return replace(amounts, retained=retained, **{name: n for name, n in named.items() if n is not None})
 
 
 def _require_writable(out: Path) -> None:
