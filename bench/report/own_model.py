@@ -75,8 +75,8 @@ def _bare_of(row: Row, rows: Sequence[Row]) -> Row:
 
 def _compared(row: Row, rows: Sequence[Row], reference: str) -> list[str]:
     name, gain = headline_figure(row)
-    ends = [row.get(f"{gain}_{end}") for end in ("low", "high")]
-    interval = f" {_short(ends[0])}..{_short(ends[1])}" if None not in ends else ""
+    ends = [_short(end) for name_of_end in ("low", "high") if (end := row.get(f"{gain}_{name_of_end}")) is not None]
+    interval = f" {'..'.join(ends)}" if len(ends) == 2 else ""
     refused = format_number(row.get("over_refusal_change"), 1, 100)
     return [
         format_number(_bare_of(row, rows).get(name)),
