@@ -224,10 +224,19 @@ def wikitext_paragraphs(folder: Path, part: str, count: int) -> list[str]:
     return evenly([line for line in lines if 60 <= len(line.split()) <= 160], count)
 
 
+def require_blimp(folder: Path) -> Path:
+    """The archive of BLiMP, which takes long to read.
+
+    Raises:
+        InputError: it is missing.
+    """
+    return _open(folder, "general/BLiMP.zip")
+
+
 def blimp(folder: Path) -> dict[str, list[tuple[str, str]]]:
     """Phenomenon file -> 1,000 (acceptable, unacceptable) sentences: evaluation only."""
     pairs = {}
-    with zipfile.ZipFile(_open(folder, "general/BLiMP.zip")) as archive:
+    with zipfile.ZipFile(require_blimp(folder)) as archive:
         for name in sorted(n for n in archive.namelist() if n.startswith("data/") and n.endswith(".jsonl")):
             rows = [json.loads(line) for line in archive.read(name).decode("utf-8").splitlines() if line]
             pairs[Path(name).stem] = [(r["sentence_good"], r["sentence_bad"]) for r in rows]

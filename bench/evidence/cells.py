@@ -20,6 +20,7 @@ from edgepatch.files.writing import write_atomically
 
 DOMAINS = ("toxicity", "gender", "harm")
 MEASURES = ("safety", "retained", "examples")
+"""Of the matrix; a model of the user's own also has "margins", and "safety" behind other text."""
 ROUTES = ("stored", "decoded")
 UNTRAINED_ARMS = ("bare", "safe_prompt", "reference")
 LORA_ARMS = ("lora_r1", "lora_r16")
@@ -55,13 +56,15 @@ class CellKey:
     """One measurement.
 
     Attributes:
-        measure: "safety", "retained" (what must stay as it was) or "examples" (safety on the prompts that ship with edgepatch).
+        measure: "safety", "retained" (what must stay as it was), "examples" (safety on the prompts that ship with edgepatch) or "margins"
+            (how much likelier chosen texts are than rejected ones).
         domain: what is measured, and what the arm was trained for; ``SHARED`` where the latter does not matter.
         arm: one of ``ARMS`` or ``COMPOSED_ARMS``.
         column: name of a column.
         route: of the seed, "stored" or "decoded"; "" where there is no choice.
-        rng_seed: of the training; 0 where nothing was trained.
+        rng_seed: of the training; 0 where this run trains nothing, as for a patch that the user brings.
         parts: domains of the patches that an arm is composed of, in the order of ``DOMAINS``; no order means anything.
+        front: what stands in front of the prompts, as ``bench.safety.length`` names places; "" for nothing.
     """
 
     measure: str
@@ -71,23 +74,27 @@ class CellKey:
     route: str = ""
     rng_seed: int = 0
     parts: tuple[str, ...] = ()
+    front: str = ""
 
     @property
     def opening(self) -> tuple[str, ...]:
         """Keys with the same opening are measured on one loaded model."""
-        trained_for = "" if self.arm in ("bare", "safe_prompt", "reference") or self.parts else self.domain
+        trained_for = "" if not self.rng_seed or self.parts else self.domain
         model = "bare" if self.arm == "safe_prompt" else self.arm
-        return (model, trained_for, self.column, self.route, str(self.rng_seed), *self.parts)
+        room = "long" if self.front else ""
+        return (model, trained_for, self.column, self.route, str(self.rng_seed), room, *self.parts)
 
     @property
     def path(self) -> Path:
         """Of the raw file, under the folder of cells."""
         arm = "-".join([self.arm, *self.parts])
-        name = "-".join(part for part in (self.column.replace(" ", "-"), self.route, str(self.rng_seed)) if part)
+        name = "-".join(
+            part for part in (self.column.replace(" ", "-"), self.route, str(self.rng_seed), self.front) if part
+        )
         return Path(self.measure, self.domain, arm, f"{name}.json")
 
     def __str__(self) -> str:
-        words = (self.measure, self.domain, self.arm, "+".join(self.parts), self.column, self.route)
+        words = (self.measure, self.domain, self.front, self.arm, "+".join(self.parts), self.column, self.route)
         return " ".join(word for word in words if word) + (f" #{self.rng_seed}" if self.rng_seed else "")
 
 
@@ -107,6 +114,14 @@ class EvidenceConfig:
         composition: whether compositions are measured.
         num_sequences, context_length: of llama.cpp; ``None`` for the model's own length.
         num_texts_kept: items of a cell whose texts are kept in its raw file.
+        known_columns: those that ``columns`` may name.
+        reference: name of the column that retention is told against.
+        num_threads: of a process.
+        num_sentence_pairs: of WinoBias and of CrowS-Pairs, in core cells of gender.
+        num_margin_pairs: the most held-out pairs of a domain.
+        num_fronted: prompts that are measured behind other text.
+        judge, unsafe_labels: who reports toxicity, as ``load_judge`` takes it.
+        long_context: as ``context_length``, for prompts behind other text.
     """
 
     items: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: dict.fromkeys(DOMAINS, DEFAULT_ITEMS))
@@ -123,9 +138,18 @@ class EvidenceConfig:
     num_sequences: int = 25
     context_length: int | None = 512
     num_texts_kept: int = 20
+    known_columns: tuple[Column, ...] = field(default_factory=lambda: tuple(columns()))
+    reference: str = REFERENCE_COLUMN
+    num_threads: int = 1
+    num_sentence_pairs: int = 100
+    num_margin_pairs: int = 300
+    num_fronted: int = 40
+    judge: str = "report"
+    unsafe_labels: tuple[str, ...] = ()
+    long_context: int | None = None
 
     def __post_init__(self) -> None:
-        names = {"domain": DOMAINS, "arm": ARMS, "column": tuple(column.name for column in columns())}
+        names = {"domain": DOMAINS, "arm": ARMS, "column": tuple(column.name for column in self.known_columns)}
         for kind, chosen in (("domain", self.domains), ("arm", self.arms), ("column", self.columns)):
             if unknown := [name for name in chosen if name not in names[kind]]:
                 raise InputError(f"{kind}: there is no {unknown[0]!r}", hint=f"one of {', '.join(names[kind])}")
@@ -133,6 +157,14 @@ class EvidenceConfig:
             for more, fewer in pairwise(counts):
                 if fewer < 1 or more % fewer:
                     raise InputError(f"{domain}: expected a number of prompts that divides {more}, found {fewer}")
+
+    def chosen_columns(self) -> list[Column]:
+        """Those that are measured."""
+        return [column for column in self.known_columns if not self.columns or column.name in self.columns]
+
+    def column_of(self, key: CellKey) -> Column:
+        """The column of a cell."""
+        return next(column for column in self.known_columns if column.name == key.column)
 
     def num_items(self, key: CellKey) -> int:
         """Prompts of a cell."""
@@ -169,9 +201,8 @@ def _runs(arm: str, config: EvidenceConfig) -> tuple[int, ...]:
 
 def _matrix(config: EvidenceConfig) -> Iterable[CellKey]:
     """Every arm on every column."""
-    chosen = [column for column in columns() if not config.columns or column.name in config.columns]
     for arm in config.arms:
-        for column in chosen:
+        for column in config.chosen_columns():
             for domain in config.domains:
                 for route in _routes(arm, column, config):
                     for rng_seed in _runs(arm, config):

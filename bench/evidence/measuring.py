@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgepatch.bench import likelihoods
 from edgepatch.bench.arms import load_lora
-from edgepatch.bench.columns import TORCH, Column, columns
+from edgepatch.bench.columns import TORCH
 from edgepatch.bench.evidence.cells import (
     LORA_ARMS,
     RNG_SEED,
@@ -25,11 +25,14 @@ from edgepatch.bench.evidence.cells import (
     read_cell,
     write_cell,
 )
-from edgepatch.bench.safety import domain, retained
+from edgepatch.bench.safety import domain, margins, probes, retained
 from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.domain import Domain, Outcome
+from edgepatch.bench.safety.margins import MarginPair
+from edgepatch.decoding import noise
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges import refusals, scorers
+from edgepatch.judges.classifiers import load_judge
 from edgepatch.patch.composition import METHOD
 from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent
@@ -37,11 +40,10 @@ from edgepatch.runtimes.session import Session
 
 if TYPE_CHECKING:
     from edgepatch.bench.safety.gender import GenderDomain
+    from edgepatch.bench.safety.toxicity import ToxicityDomain
 
 SAFETY, JUDGES = Path(domain.__file__).parent, Path(scorers.__file__).parent
 COMMON_CODE = tuple(Path(str(module.__file__)) for module in (domain, likelihoods, scorers, refusals))
-NUM_SENTENCE_PAIRS = 100
-"""Of WinoBias and of CrowS-Pairs."""
 SOFT_ARM_FILE, ADAPTER_FOLDER = "patch.safetensors", "adapter"
 
 
@@ -52,10 +54,12 @@ class Workplace:
     Attributes:
         out: folder of models, trained arms, compositions and cells.
         data: folder of the public data sets, or ``None`` for the prompts that ship with edgepatch.
+        patches: files of the patches that the arm "patch" is, side by side, where the user brings it.
     """
 
     out: Path
     data: Path | None
+    patches: tuple[Path, ...] = ()
 
     @property
     def cells(self) -> Path:
@@ -89,16 +93,13 @@ class Workplace:
         """Every trained file that a cell rests on; none for an untrained arm."""
         if key.parts:
             return self.parts(key)
-        return [self.arm(key.domain, key.arm, key.rng_seed)] if key.rng_seed else []
+        if key.rng_seed:
+            return [self.arm(key.domain, key.arm, key.rng_seed)]
+        return list(self.patches) if key.arm == "patch" else []
 
     def base(self, key: CellKey) -> Path:
         """Folder with the files of all columns of the model, M or M'."""
         return self.bases / ("reference" if key.arm == "reference" else "base")
-
-
-def column_of(key: CellKey) -> Column:
-    """The column of a cell."""
-    return next(column for column in columns() if column.name == key.column)
 
 
 # What a cell rests on.
@@ -108,7 +109,29 @@ def measure_code(key: CellKey) -> list[Path]:
     """Modules whose change makes a cell be measured again."""
     if key.measure == "retained":
         return [SAFETY / "retained.py", SAFETY / "harm.py", *COMMON_CODE]
-    return [SAFETY / f"{key.domain}.py", *COMMON_CODE]
+    more = [SAFETY / "margins.py"] if key.measure == "margins" else [SAFETY / "probes.py"] if key.front else []
+    drawn = [SAFETY / "continuations.py", Path(noise.__file__)] if key.domain == "toxicity" else []
+    return [SAFETY / f"{key.domain}.py", *more, *drawn, *COMMON_CODE]
+
+
+def bare_reference(key: CellKey, config: EvidenceConfig) -> CellKey:
+    """The cell whose continuations the pairs of toxicity's margins are chosen from."""
+    return CellKey("safety", key.domain, "bare", config.reference)
+
+
+def margin_pairs(place: Workplace, key: CellKey, config: EvidenceConfig) -> list[MarginPair]:
+    """The held-out pairs of a cell of margins, the same for every arm and column.
+
+    Raises:
+        InputError: they are continuations of the bare model, which are not measured yet.
+    """
+    raw = read_cell(place.cells, bare_reference(key, config)) if key.domain == "toxicity" else {}
+    if raw is None or "failed" in raw:
+        raise InputError(
+            f"{key}: expected continuations of the bare model on {config.reference}, found none",
+            hint="measure that cell first",
+        )
+    return margins.pairs_of(key.domain, place.data, raw, config.num_margin_pairs)
 
 
 def cell_inputs(place: Workplace, key: CellKey, config: EvidenceConfig) -> dict[str, Any]:
@@ -122,13 +145,27 @@ def cell_inputs(place: Workplace, key: CellKey, config: EvidenceConfig) -> dict[
         "key": str(key),
         "sizes": asdict(config.sizes(key)) if key.measure == "retained" else config.num_items(key),
         "rng_seed": RNG_SEED,
-        "model": digest_of(column_of(key).path(place.base(key))),
+        "model": digest_of(config.column_of(key).path(place.base(key))),
         "trained": [digest_of(path) for path in place.trained(key)],
         **({"composition": METHOD} if key.parts else {}),
         "code": [code_digest(path) for path in measure_code(key)],
-        "judges": digest_of(JUDGES),
+        "judges": judge_digest(config),
+        **({"samples": asdict(config.samples)} if config.samples != SampleConfig() else {}),
+        **({"pairs": digest_of_pairs(margin_pairs(place, key, config))} if key.measure == "margins" else {}),
         "data": digest_of(manifest) if manifest and manifest.is_file() else str(bool(place.data)),
     }
+
+
+def judge_digest(config: EvidenceConfig) -> str:
+    """Of who reports toxicity."""
+    if Path(config.judge).is_dir():
+        return f"{digest_of(Path(config.judge))} {' '.join(config.unsafe_labels)}"
+    return digest_of(JUDGES) if config.judge in scorers.JUDGES else str(load_judge(config.judge).sha256)
+
+
+def digest_of_pairs(pairs: Sequence[MarginPair]) -> str:
+    """Names the texts of held-out pairs."""
+    return inputs_digest({"pairs": [asdict(pair) for pair in pairs]})
 
 
 def due(place: Workplace, keys: Iterable[CellKey], config: EvidenceConfig) -> list[CellKey]:
@@ -174,40 +211,40 @@ def open_runtime(place: Workplace, key: CellKey, config: EvidenceConfig) -> Sess
     Raises:
         EdgepatchError: a file is missing or damaged, or the arm does not fit the model.
     """
-    column = column_of(key)
+    column = config.column_of(key)
     options: dict[str, Any] = {}
     if column.runtime == "llamacpp":
         options = {
-            "num_threads": 1,
+            "num_threads": config.num_threads,
             "num_sequences": config.num_sequences,
-            "context_length": config.context_length,
+            "context_length": config.long_context if key.front else config.context_length,
             "kv_type": column.kv_type,
         }
         options |= {"seed_route": key.route} if key.route else {}
     elif column.runtime == "onnx":
-        options = {"num_threads": 1}
+        options = {"num_threads": config.num_threads}
     model = column.path(place.base(key))
+    trained = place.trained(key)
     if key.arm in LORA_ARMS:
-        return load_lora(column, model, place.trained(key)[0], place.out / "lora", **options)
-    patch = composed_patch(place, key) if key.parts else None
-    if key.rng_seed and not key.parts:
-        patch = read_patch(place.trained(key)[0])
+        return load_lora(column, model, trained[0], place.out / "lora", **options)
     from edgepatch.runtimes import load_runtime
 
+    patch = composed_patch(place, key) if key.parts else [read_patch(path) for path in trained] or None
     return load_runtime(model, patch, **options)
 
 
 # Measuring.
 
 
-def domain_of(name: str, data: Path | None, samples: SampleConfig, progress: Progress = silent) -> Domain:
+def domain_of(name: str, data: Path | None, config: EvidenceConfig, progress: Progress = silent) -> Domain:
     """A domain by its name; only toxicity samples so much of a prompt that it tells of each."""
     from edgepatch.bench.safety.gender import GenderDomain
     from edgepatch.bench.safety.harm import HarmDomain
     from edgepatch.bench.safety.toxicity import ToxicityDomain
 
     if name == "toxicity":
-        return ToxicityDomain(data, config=samples, progress=progress)
+        judge, labels = config.judge, config.unsafe_labels
+        return ToxicityDomain(data, config=config.samples, progress=progress, judge=judge, unsafe_labels=labels)
     others: dict[str, type[Domain]] = {"gender": GenderDomain, "harm": HarmDomain}
     return others[name](data)
 
@@ -215,15 +252,17 @@ def domain_of(name: str, data: Path | None, samples: SampleConfig, progress: Pro
 def safety_raw(outcome: Outcome, num_texts_kept: int) -> dict[str, Any]:
     """What is kept of a measured domain; texts of the first items alone."""
     ids = item_ids(outcome.items)
-    rows = zip(outcome.items, outcome.texts, outcome.values, strict=True)
+    scores = outcome.text_scores or [()] * len(outcome.items)
+    rows = zip(outcome.items, outcome.texts, outcome.values, scores, strict=True)
     return {
         "ids": ids,
         "values": [float(value) for value in outcome.values],
         "figures": _figures(outcome),
         "failures": outcome.failures,
+        **{name: values.tolist() for name, values in outcome.more.items()},
         "texts": [
-            {"item": item, "texts": list(texts), "value": float(value)}
-            for item, texts, value in islice(rows, num_texts_kept)
+            {"item": item, "texts": list(texts), "value": float(value), **({"scores": list(scored)} if scored else {})}
+            for item, texts, value, scored in islice(rows, num_texts_kept)
         ],
     }
 
@@ -242,6 +281,16 @@ def retained_raw(figures: retained.Retained) -> dict[str, Any]:
         "figures": _figures(refusal) if refusal else {},
         "failures": refusal.failures if refusal else 0,
     }
+
+
+def margins_raw(runtime: Session, pairs: Sequence[MarginPair], progress: Progress) -> dict[str, Any]:
+    """How much likelier rejected texts are than chosen ones, in nats a token, pair by pair."""
+    values = []
+    for pair in pairs:
+        values.append(margins.lean(runtime, pair))
+        progress("pairs", len(values), len(pairs))
+    ids = item_ids([f"{pair.prompt}\n{pair.chosen}\n{pair.rejected}" for pair in pairs])
+    return {"ids": ids, "values": values, "figures": {}, "failures": 0, "texts": []}
 
 
 def _figures(outcome: Outcome) -> dict[str, list[float]]:
@@ -288,18 +337,29 @@ class Bench:
         instruction = self._domain(key.domain, key).instruction if key.arm == "safe_prompt" else ""
         if key.measure == "retained":
             return retained_raw(retained.measure(runtime, self._place.data, self._config.sizes(key), instruction))
-        domain = self._domain(key.domain, key)
-        outcome = domain.evaluate(runtime, self._config.num_items(key), instruction, RNG_SEED)
-        if key.domain == "gender" and key.measure == "safety" and is_core(key) and domain.data is not None:
-            outcome.figures.update(cast("GenderDomain", domain).log_probability_checks(runtime, NUM_SENTENCE_PAIRS))
+        if key.measure == "margins":
+            return margins_raw(runtime, margin_pairs(self._place, key, self._config), self._progress)
+        domain, config = self._domain(key.domain, key), self._config
+        if key.front:
+            front = probes.Place.of(key.front)
+            outcome = probes.outcome(cast("ToxicityDomain", domain), runtime, front, config.num_fronted, RNG_SEED)
+            return safety_raw(outcome, config.num_texts_kept)
+        outcome = domain.evaluate(runtime, config.num_items(key), instruction, RNG_SEED)
+        if (
+            key.domain == "gender"
+            and key.measure == "safety"
+            and is_core(key)
+            and domain.data
+            and config.num_sentence_pairs
+        ):
+            checks = cast("GenderDomain", domain).log_probability_checks(runtime, config.num_sentence_pairs)
+            outcome.figures.update(checks)
         return safety_raw(outcome, self._config.num_texts_kept)
 
     def _domain(self, name: str, key: CellKey) -> Domain:
         own = key.measure == "examples"
         if (name, own) not in self._domains:
-            self._domains[name, own] = domain_of(
-                name, None if own else self._place.data, self._config.samples, self._progress
-            )
+            self._domains[name, own] = domain_of(name, None if own else self._place.data, self._config, self._progress)
         return self._domains[name, own]
 
     def _open(self, key: CellKey) -> Session:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.bench.columns import columns
+from edgepatch.bench.columns import Column, columns
 from edgepatch.bench.evidence.cells import ARMS, DOMAINS, REFERENCE_COLUMN, SHARED, CellKey
 from edgepatch.bench.metrics import CrossedBootstrap, Estimate
 
@@ -56,6 +56,17 @@ def common_runs(*sides: Runs) -> list[int]:
     if any(not side.raw_of_run for side in sides):
         return []
     return sorted(set.intersection(*trained)) if trained else [0]
+
+
+SCORES = {
+    "score": ("gain", "retention"),
+    "emt5": ("emt5_gain", "emt5_retention"),
+    "mean_toxicity": ("mean_gain", "mean_retention"),
+}
+"""Figure of a row -> its gain and the share of it that is kept; further ones than the score belong to toxicity."""
+
+VALUES = {"score": "values"}
+"""What a raw cell calls the values behind a figure, where that is another name."""
 
 
 def aligned(names: str, values: str, *sides: Sequence[Raw]) -> list[Values]:
@@ -131,14 +142,23 @@ class Matrix:
     Args:
         keys: the plan.
         read: gives the raw result of a key, or ``None``.
+        known_columns: of the keys; default: those of the evidence matrix.
+        reference: name of the column that retention is told against.
     """
 
-    def __init__(self, keys: Sequence[CellKey], read: Read) -> None:
+    def __init__(
+        self,
+        keys: Sequence[CellKey],
+        read: Read,
+        known_columns: Sequence[Column] = (),
+        reference: str = REFERENCE_COLUMN,
+    ) -> None:
+        self._reference = reference
         self._read = lru_cache(maxsize=None)(read)
         self._rows: dict[CellKey, list[CellKey]] = {}
         for key in keys:
             self._rows.setdefault(replace(key, rng_seed=0), []).append(key)
-        self._columns = {column.name: column for column in columns()}
+        self._columns = {column.name: column for column in known_columns or columns()}
 
     def _runs(self, measure: str, like: CellKey, **changed: Any) -> Runs:
         """All training runs of a row that differs from a key in some fields."""
@@ -146,8 +166,8 @@ class Matrix:
         return gather(self._read, self._rows.get(row, []))
 
     def rows(self) -> list[Row]:
-        """One a domain, arm, column and route."""
-        keys = [key for key in self._rows if key.measure == "safety" and not key.parts]
+        """One a domain, arm, column and route, for prompts that nothing stands in front of."""
+        keys = [key for key in self._rows if key.measure == "safety" and not key.parts and not key.front]
         places = {name: place for names in (DOMAINS, ARMS, self._columns) for place, name in enumerate(names)}
         keys.sort(key=lambda key: (places[key.domain], places[key.arm], key.route == "decoded", places[key.column]))
         return [self._row(key) for key in keys]
@@ -166,38 +186,67 @@ class Matrix:
         safety = self._runs("safety", key)
         retained = self._runs("retained", key, domain=self._retained_domain(key))
         self._put_safety(row, key, safety)
+        failed = [*safety.failed, *retained.failed]
+        if self._has("margins", key):
+            failed += self._put_margins(row, key)
         self._put_retained(row, key, retained)
-        row["failed"] = [*safety.failed, *retained.failed]
+        row["failed"] = failed
         return row
 
-    @staticmethod
-    def _retained_domain(key: CellKey) -> str:
-        return SHARED if key.arm in ("bare", "reference") or key.parts else key.domain
+    def fronted(self) -> list[Row]:
+        """One a place, arm and column, for prompts behind other text and in later turns."""
+        rows = []
+        for key in self._rows:
+            if key.measure == "safety" and key.front:
+                there = self._runs("safety", key)
+                row: Row = {"domain": key.domain, "arm": key.arm, "column": key.column, "front": key.front}
+                self._put_safety(row, key, there)
+                rows.append({**row, "failed": list(there.failed)})
+        return rows
+
+    def _has(self, measure: str, key: CellKey) -> bool:
+        return replace(key, measure=measure, rng_seed=0) in self._rows
+
+    def _retained_domain(self, key: CellKey) -> str:
+        return key.domain if self._has("retained", key) else SHARED
+
+    def _put_margins(self, row: Row, key: CellKey) -> tuple[str, ...]:
+        """``margin_gain`` in nats a token and ``margin_retention``; returns what failed."""
+        there, bare = self._runs("margins", key), self._bare("margins", key, key.column)
+        raws = list(there.raw_of_run.values())
+        row["num_pairs"] = len(raws[0]["ids"]) if raws else 0
+        runs = common_runs(bare, there) if key.arm != "bare" and row["num_pairs"] else []
+        gain = difference(*aligned("ids", "values", bare.of(runs), there.of(runs))) if runs else None
+        _put(row, "margin_gain", gain)
+        _put(row, "margin_retention", self._retention("margins", key, bare, there, "values") if runs else None)
+        return there.failed
 
     def _bare(self, measure: str, key: CellKey, column: str) -> Runs:
-        domain = key.domain if measure == "safety" else SHARED
+        domain = SHARED if measure == "retained" else key.domain
         return self._runs(measure, key, domain=domain, arm="bare", column=column, route="", parts=())
 
     def _put_safety(self, row: Row, key: CellKey, there: Runs) -> None:
         raws = list(there.raw_of_run.values())
-        own = aligned("ids", "values", raws)[0] if raws else None
-        _put(row, "score", mean(own) if own is not None else None)
-        row["num_items"], row["num_rng_seeds"] = (own.shape[1] if own is not None else 0), len(raws)
+        row["num_items"], row["num_rng_seeds"] = (len(aligned("ids", "values", raws)[0][0]) if raws else 0), len(raws)
         row["failures"] = sum(raw["failures"] for raw in raws)
         row["figures"] = _figures(raws)
         bare = self._bare("safety", key, key.column)
-        runs = common_runs(bare, there) if key.arm != "bare" else []
-        _put(row, "gain", difference(*aligned("ids", "values", bare.of(runs), there.of(runs))) if runs else None)
-        _put(row, "retention", self._retention(key, bare, there) if runs else None)
+        for name, (gain, retention) in SCORES.items():
+            values = VALUES.get(name, name)
+            sides = [[raw for raw in side if values in raw] for side in (raws, list(bare.raw_of_run.values()))]
+            if name != "score" and not all(sides):
+                continue
+            _put(row, name, mean(aligned("ids", values, raws)[0]) if raws else None)
+            runs = common_runs(bare, there) if key.arm != "bare" else []
+            _put(row, gain, difference(*aligned("ids", values, bare.of(runs), there.of(runs))) if runs else None)
+            _put(row, retention, self._retention("safety", key, bare, there, values) if runs else None)
 
-    def _retention(self, key: CellKey, bare_there: Runs, there: Runs) -> Estimate | None:
-        here, bare = (
-            self._runs("safety", key, column=REFERENCE_COLUMN, route=""),
-            self._bare("safety", key, REFERENCE_COLUMN),
-        )
+    def _retention(self, measure: str, key: CellKey, bare_there: Runs, there: Runs, values: str) -> Estimate | None:
+        here = self._runs(measure, key, column=self._reference, route="")
+        bare = self._bare(measure, key, self._reference)
         sides = (bare, here, bare_there, there)
         runs = common_runs(*sides)
-        return kept(*aligned("ids", "values", *(side.of(runs) for side in sides))) if runs else None
+        return kept(*aligned("ids", values, *(side.of(runs) for side in sides))) if runs else None
 
     def _put_retained(self, row: Row, key: CellKey, there: Runs) -> None:
         bare = self._bare("retained", key, key.column)
@@ -214,7 +263,7 @@ class Matrix:
             estimates[0] = perplexity_change(nll[0], nll[1], tokens)
             if refused[0].size:
                 estimates[1:3] = mean(refused[1]), difference(refused[1], refused[0])
-            if right[0].size:  # no minimal pairs ship with edgepatch
+            if right[0].size:
                 estimates[3] = mean(((right[0] > 0.5) & (right[1] <= 0.5)).astype(np.float64))
         for name, estimate in zip(names, estimates, strict=True):
             _put(row, name, estimate)

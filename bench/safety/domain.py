@@ -15,8 +15,6 @@ from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import Pair, PairPrompt
 
-"""Called with (items done, items in all)."""
-
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -28,6 +26,8 @@ class Outcome:
         texts: the generations behind each value, to be checked by eye.
         figures: further figures by name.
         failures: generations that failed; each counts as unsafe, never as a refusal.
+        more: further values of each item by name, (N,) float64 from 0 to 1, compared as ``values`` are.
+        text_scores: of the texts, where a judge scored each.
     """
 
     items: Sequence[str]
@@ -35,6 +35,8 @@ class Outcome:
     texts: Sequence[Sequence[str]]
     figures: dict[str, Estimate] = field(default_factory=dict)
     failures: int = 0
+    more: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    text_scores: Sequence[Sequence[float]] = ()
 
     @property
     def score(self) -> float:

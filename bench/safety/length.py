@@ -148,7 +148,7 @@ class Cells:
             self._model, patch, num_threads=self._num_threads, num_sequences=self._probe.config.samples_per_prompt
         ) as runtime:
             room = runtime.num_positions - LARGEST_SEED
-            stands = places(room, has_chat=_has_chat(runtime))
+            stands = places(room, has_chat=has_chat(runtime))
             scores = {}
             for number, place in enumerate(stands):
                 progress("places", number, len(stands))
@@ -158,7 +158,8 @@ class Cells:
             return Measured(scores, losses_of(runtime, self._probe.texts.benign, min(length, room)))
 
 
-def _has_chat(runtime: Session) -> bool:
+def has_chat(runtime: Session) -> bool:
+    """Whether a model takes conversations: base models have no chat template."""
     try:
         runtime.tokens([{"role": "user", "content": "Hello"}])
     except InputError:

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from edgepatch.bench import datasets
 from edgepatch.bench.likelihoods import tokens_behind
 from edgepatch.bench.safety import gender, gender_prompts, harm
-from edgepatch.bench.safety.continuations import SampleConfig, score_rows
-from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.bench.safety.continuations import SampleConfig, sample_prompt, score_rows
+from edgepatch.bench.safety.domain import Outcome
+from edgepatch.bench.safety.toxicity import ToxicityDomain
+from edgepatch.errors import InputError
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.prompts.sets import evenly, load_benign_text, load_prompts
 from edgepatch.runtimes.session import Session
 from edgepatch.text.messages import Message
 
-FRONTS = (128, 512, 800)
+FRONTS = (128, 512, 800, 1500)
 """Tokens in front; a length that the model's context has no room for is left out."""
 
 KINDS = ("toxic", "benign")
@@ -47,6 +49,17 @@ class Place:
     front_tokens: int = 0
     front_kind: str = ""
     turn: int = 1
+
+    @classmethod
+    def of(cls, name: str) -> Place:
+        """The place with such a name: "toxic-512", or "turn-5"."""
+        kind, _, number = name.rpartition("-")
+        return cls(0, "conversation", int(number)) if kind == "turn" else cls(int(number), kind)
+
+    @property
+    def name(self) -> str:
+        """For files and tables."""
+        return f"turn-{self.turn}" if self.turn > 1 else f"{self.front_kind}-{self.front_tokens}"
 
 
 def places(context_length: int, has_chat: bool, fronts: Sequence[int] = FRONTS) -> list[Place]:
@@ -159,12 +172,8 @@ class ToxicityProbe(Probe):
     domain = "toxicity"
 
     def values(self, runtime: Session, rows: Sequence[list[int]]) -> NDArray[np.float32]:
-        texts: list[list[str]] = []
-        for row in rows:
-            try:
-                texts.append(runtime.generate_many(row, self.config.sampling, self.config.samples_per_prompt))
-            except EdgepatchError:
-                texts.append([])
+        names = self.texts.prompts
+        texts = [sample_prompt(runtime, row, self.config, names[i % len(names)]) or [] for i, row in enumerate(rows)]
         return score_rows(texts, ToxicityScorer.load("report").score, self.config.samples_per_prompt)
 
 
@@ -195,6 +204,17 @@ class HarmProbe(Probe):
         if place.front_tokens:
             request = f"{_front_text(runtime, self._front(place), 7 * number, place.front_tokens)}\n{request}"
         return runtime.tokens(harm.chat(request))
+
+
+def outcome(domain: ToxicityDomain, runtime: Session, place: Place, num_items: int, rng_seed: int) -> Outcome:
+    """Toxicity behind other text, on the prompts that the plain measure has too, each with other texts in front of it."""
+    every = domain.evaluation_prompts()
+    items = evenly(every, num_items)
+    foreign = choose_texts(domain.data, 0)
+    texts = Texts(items, [text for text in foreign.toxic if text not in items] or every, foreign.benign)
+    probe = ToxicityProbe(texts, domain.config)
+    prompts = (probe.tokens(runtime, place, number) for number in range(len(items)))
+    return domain.measure(runtime, items, prompts, rng_seed)
 
 
 PROBES: dict[str, type[Probe]] = {probe.domain: probe for probe in (ToxicityProbe, GenderProbe, HarmProbe)}

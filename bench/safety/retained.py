@@ -20,7 +20,7 @@ from edgepatch.bench.metrics import Estimate, paired_bootstrap_difference, paire
 from edgepatch.bench.safety import harm
 from edgepatch.bench.safety.domain import Outcome
 from edgepatch.errors import InputError
-from edgepatch.prompts.sets import evenly, load_benign_text
+from edgepatch.prompts.sets import evenly, load_benign_text, load_minimal_pairs
 from edgepatch.runtimes.session import Session
 
 
@@ -30,7 +30,7 @@ class Sizes:
 
     Attributes:
         num_texts: benign paragraphs.
-        num_minimal_pairs: of each of BLiMP's 67 paradigms, the first so many; 0 leaves them out.
+        num_minimal_pairs: of each of BLiMP's 67 paradigms, or without data of our ten, the first so many; 0 leaves them out.
         num_requests: harmless requests for over-refusal; 0 leaves them out.
     """
 
@@ -47,7 +47,7 @@ class Retained:
         texts: N benign texts.
         nll: (N,) float64, negative log-likelihood of each text, summed over its tokens.
         num_tokens: (N,) int64, tokens behind each sum.
-        minimal_pairs: M pairs of an acceptable and an unacceptable sentence; none without data, because none ship with edgepatch.
+        minimal_pairs: M pairs of an acceptable and an unacceptable sentence.
         correct: (M,) bool, whether the acceptable sentence is the likelier one.
         over_refusal: harmless requests, 1 where refused; ``None`` where left out.
     """
@@ -65,7 +65,7 @@ def measure(runtime: Session, data: Path | None, sizes: Sizes | None = None, ins
 
     Args:
         runtime: any runtime.
-        data: folder of the public data sets; ``None`` takes the text that ships with edgepatch, and no minimal pairs.
+        data: folder of the public data sets; ``None`` takes what ships with edgepatch.
         sizes: how much.
         instruction: written in front of every text; a condition, whose own tokens are not scored.
 
@@ -74,7 +74,7 @@ def measure(runtime: Session, data: Path | None, sizes: Sizes | None = None, ins
     """
     sizes = sizes or Sizes()
     texts = benign_texts(data, sizes.num_texts)
-    pairs = _minimal_pairs(data, sizes.num_minimal_pairs) if data is not None and sizes.num_minimal_pairs else ()
+    pairs = _minimal_pairs(data, sizes.num_minimal_pairs) if sizes.num_minimal_pairs else ()
     losses = [_text_losses(runtime, text, instruction) for text in texts]
     return Retained(
         texts,
@@ -86,6 +86,19 @@ def measure(runtime: Session, data: Path | None, sizes: Sizes | None = None, ins
     )
 
 
+def require_data(data: Path | None, has_requests: bool) -> None:
+    """Checks that the files of all that must stay are there, reading no more of them than that takes.
+
+    Raises:
+        InputError: one is missing.
+    """
+    benign_texts(data, 1)
+    if data is not None:
+        datasets.require_blimp(data)
+    if has_requests:
+        harm.harmless_requests(data)
+
+
 def benign_texts(data: Path | None, count: int) -> list[str]:
     """Paragraphs that are never trained on."""
     return (
@@ -94,9 +107,10 @@ def benign_texts(data: Path | None, count: int) -> list[str]:
 
 
 @lru_cache(maxsize=4)
-def _minimal_pairs(data: Path, count: int) -> tuple[tuple[str, str], ...]:
+def _minimal_pairs(data: Path | None, count: int) -> tuple[tuple[str, str], ...]:
     """(acceptable, unacceptable) of all paradigms; reading BLiMP takes as long as measuring it."""
-    return tuple(pair for pairs in datasets.blimp(data).values() for pair in pairs[:count])
+    paradigms = load_minimal_pairs() if data is None else datasets.blimp(data)
+    return tuple(pair for pairs in paradigms.values() for pair in pairs[:count])
 
 
 def _text_losses(runtime: Session, text: str, instruction: str) -> NDArray[np.float64]:

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main", "printable"]
 
-BENCH = tuple(f"bench.{name}" for name in ("harness", "evidence", "parity", "speed", "lab", "attacks", "results"))
+BENCH = tuple(
+    f"bench.{name}" for name in ("safety", "harness", "evidence", "parity", "speed", "lab", "attacks", "results")
+)
 MODULES = (
     "artefacts",
     *BENCH,

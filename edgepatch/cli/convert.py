@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, LogOption, log_beside, model_path, note, print_json, progress_bars
 from edgepatch.errors import InputError
-from edgepatch.progress import Progress, stage
+from edgepatch.progress import stage
 
 if TYPE_CHECKING:
-    from edgepatch.converters.checkpoints import Progress
-    from edgepatch.converters.onnx import conversion as onnx
     from edgepatch.converters.origins import Origin
     from edgepatch.patch.file import Patch
 
@@ -35,10 +33,7 @@ class Target(str, Enum):
     transformers = "transformers"
 
 
-UNQUANTIZED = ("F32", "F16")
 USUAL_TYPES = {Target.gguf: "F16", Target.onnx: "fp32", Target.transformers: "float32"}
-ONNX_BYTES = {"fp32": 4.0, "fp16": 6.0, "int8": 1.3, "int4": 0.9}
-"""What a weight takes on the disk while a graph is made: fp16 is narrowed from fp32."""
 
 
 @convert_app.command("base")
@@ -94,13 +89,15 @@ def convert_base(
         )
     if to is not Target.transformers and force:
         raise InputError(f"--force: expected with --to transformers, found with --to {to.value}", hint="leave it out")
+    from edgepatch.converters import base_models
+
     with progress_bars(log or log_beside(target)) as progress:
         if to is Target.onnx:
-            _convert_onnx(source, target, kind, exporter, optimum_env, progress)
+            base_models.to_onnx(source, target, kind, exporter, optimum_env, progress)
         elif to is Target.transformers:
-            _convert_transformers(source, target, kind, force, progress)
+            base_models.to_transformers(source, target, kind, force, progress)
         else:
-            _convert_gguf(source, target, kind, progress)
+            base_models.to_gguf(source, target, kind, progress)
     _tell(source, target, to, kind, as_json)
 
 
@@ -130,54 +127,6 @@ def _origin(source: Path) -> Origin | None:
         return Origin.of_config(folders.read_config(source))
     header = gguf_header.read_header(source)
     return Origin.of_header(header) if is_quantized(header) else None
-
-
-def _convert_gguf(source: Path, target: Path, kind: str, progress: Progress) -> None:
-    from edgepatch.converters import dequantization
-    from edgepatch.converters.gguf import header as gguf_header
-    from edgepatch.converters.gguf import library, writer
-    from edgepatch.converters.origins import is_quantized
-    from edgepatch.files.writing import folder_beside
-
-    if kind not in library.quantization_types():
-        choices = ", ".join(sorted(library.quantization_types()))
-        raise InputError(f"--type: llama.cpp has no type {kind}", hint=f"take one of {choices}")
-    if source.is_file():
-        if is_quantized(gguf_header.read_header(source)):
-            dequantization.requantize(source, target, kind, progress)
-        else:
-            writer.quantize(source, target, kind, progress=progress)
-    elif kind in UNQUANTIZED:
-        writer.convert_folder(source, target, kind, progress)
-    else:
-        with folder_beside(target) as folder:
-            writer.convert_folder(source, folder / "F16.gguf", "F16", progress)
-            writer.quantize(folder / "F16.gguf", target, kind, progress=progress)
-
-
-def _convert_onnx(
-    source: Path, target: Path, kind: str, exporter: str, optimum_env: Path | None, progress: Progress
-) -> None:
-    from edgepatch.converters.dequantization import dequantized
-    from edgepatch.converters.onnx import conversion as onnx
-
-    with dequantized(source, target, ONNX_BYTES.get(kind, 0), progress) as folder:
-        onnx.export(
-            folder,
-            target,
-            cast("onnx.Precision", kind),
-            cast("onnx.Exporter", exporter),
-            optimum_env,
-            progress=progress,
-        )
-
-
-def _convert_transformers(source: Path, target: Path, kind: str, force: bool, progress: Progress) -> None:
-    from edgepatch.converters.dequantization import dequantize
-
-    if source.is_dir():
-        raise InputError(f"--to transformers: expected a GGUF file, found the folder {source}", hint="use it as it is")
-    dequantize(source, target, kind, force, progress)
 
 
 @convert_app.command("stamp")

@@ -1,7 +1,7 @@
 """Sampling from logits, in numpy: one rule for every runtime, so that runs are paired on the same random numbers.
 
-A token is drawn by inverting the cumulative distribution in order of falling probability with one uniform number a step: two
-runtimes whose logits differ by little draw the same token from the same number.
+A token is drawn by adding a Gumbel number to each log-probability and taking the largest sum (``edgepatch.decoding.noise``): two
+runtimes whose logits differ by little draw the same token with the same random seed.
 
 The order of operations, each left out unless asked for: ``logit_bias`` is added; tokens of prompt and reply are weakened by
 ``repetition_penalty`` (as Transformers and llama.cpp do it, over the whole context), those of the reply alone by
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.decoding.constraints import Constraint, ConstraintMatcher
+from edgepatch.decoding.noise import Noise, exponentials
 from edgepatch.errors import EdgepatchError, InputError
 
 LEAST_TEMPERATURE = 1e-4
@@ -189,7 +190,7 @@ class TokenSampler:
         if wrong is not None:
             raise InputError(f"sampling: logit_bias: token id {wrong} is outside the vocabulary of {vocab_size}")
         self._sampling, self._matcher = sampling, matcher
-        self._rng = np.random.default_rng(sampling.rng_seed)
+        self._noise, self._step = Noise(sampling.rng_seed), 0
         self._bias = _as_arrays(sampling.logit_bias)
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: dict[int, float] = {}
@@ -257,6 +258,7 @@ class TokenSampler:
 
     def _take(self, token: int, logits: NDArray[Any]) -> Draw:
         """Counts a token as part of the reply."""
+        self._step += 1
         if self._adjusts:
             self._seen.add(token)
             self._counts[token] = self._counts.get(token, 0) + 1
@@ -280,7 +282,7 @@ def draw_rows(
         prepared: B times (V,), what each sampler's ``prepare`` has made of its logits.
         logits: B times (V,) float32 as the model gives them.
     """
-    tokens = draw_tokens(prepared, [s._sampling for s in samplers], [s._rng for s in samplers])
+    tokens = draw_tokens(prepared, [s._sampling for s in samplers], [s._noise.key(s._step) for s in samplers])
     return [sampler._take(token, row) for sampler, token, row in zip(samplers, tokens, logits, strict=True)]
 
 
@@ -296,42 +298,40 @@ def _require_finite(best: float) -> None:
         )
 
 
-def draw_token(logits: NDArray[Any], sampling: Sampling, rng: np.random.Generator) -> int:
+def draw_token(logits: NDArray[Any], sampling: Sampling, key: int) -> int:
     """Draws one token id.
 
     Args:
         logits: (V,) float32 or float64; a token at minus infinity is never drawn.
         sampling: temperature, then top-k, min-p and top-p; its other settings are ``TokenSampler``'s.
-        rng: advanced by one uniform number, also at temperature 0.
+        key: of ``Noise.key``.
 
     Raises:
         EdgepatchError: the logits hold NaN or infinity: the model or the patch is damaged.
     """
     _require_finite(float(logits.max()))
-    return draw_tokens([logits], [sampling], [rng])[0]
+    return draw_tokens([logits], [sampling], [key])[0]
 
 
-def draw_tokens(
-    rows: Sequence[NDArray[Any]], samplings: Sequence[Sampling], rngs: Sequence[np.random.Generator]
-) -> list[int]:
+def draw_tokens(rows: Sequence[NDArray[Any]], samplings: Sequence[Sampling], keys: Sequence[int]) -> list[int]:
     """Draws one token of each row, the same ones as ``draw_token`` row by row.
 
     Args:
         rows: B times (V,) float32 or float64, none with NaN or infinity but minus infinity.
         samplings: B, as ``draw_token`` takes them.
-        rngs: B generators, each advanced by one uniform number.
+        keys: B, of ``Noise.key``.
     """
-    uniforms = [rng.random() for rng in rngs]
     tokens = [int(row.argmax()) for row in rows]
     warm = [i for i, sampling in enumerate(samplings) if sampling.temperature]
     size = max(1, BLOCK // len(rows[0])) if warm else 1
     for start in range(0, len(warm), size):
         block = warm[start : start + size]
         weights = _weights([rows[i] for i in block], [tokens[i] for i in block], [samplings[i] for i in block])
-        heads = _heads(weights)
-        parts = zip(block, weights, heads, np.cumsum(heads, axis=1), weights.sum(axis=1), strict=True)
-        for i, row, head, cumulative, mass in parts:
-            tokens[i] = _invert(row, head, cumulative, float(mass), samplings[i], uniforms[i])
+        ids = _kept(weights, [samplings[i] for i in block])
+        for i, weight, kept, numbers in zip(
+            block, weights, ids, exponentials([keys[i] for i in block], ids), strict=True
+        ):
+            tokens[i] = int(kept[(weight[kept] / numbers).argmax()])
     return tokens
 
 
@@ -347,6 +347,17 @@ def _weights(rows: Sequence[NDArray[Any]], best: Sequence[int], samplings: Seque
     return weights
 
 
+def _kept(weights: NDArray[np.float64], samplings: Sequence[Sampling]) -> list[NDArray[np.int64]]:
+    """The token ids that top-k and top-p leave of each of (B, V) rows, rising."""
+    everything = np.arange(weights.shape[1])
+    ids = [everything] * len(samplings)
+    cut = [i for i, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
+    heads = _heads(weights[cut]) if cut else weights[:0]
+    for i, head in zip(cut, heads, strict=True):
+        ids[i] = _likeliest(weights[i], head, samplings[i])
+    return ids
+
+
 def _heads(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """(B, C) highest weights of each row, falling; sorting all V costs more than the draw."""
     rest = max(0, weights.shape[1] - CANDIDATES)
@@ -354,36 +365,25 @@ def _heads(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.sort(heads, axis=1)[:, ::-1]
 
 
-def _invert(
-    weights: NDArray[np.float64],
-    head: NDArray[np.float64],
-    cumulative: NDArray[np.float64],
-    mass: float,
-    sampling: Sampling,
-    uniform: float,
-) -> int:
-    """The token at which the cumulative distribution, in order of falling probability, passes the uniform number.
+def _likeliest(weights: NDArray[np.float64], head: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:
+    """The token ids that top-k and top-p leave, rising.
 
     Args:
         weights: (V,) multiples of the probabilities.
         head: (C,) the highest, falling.
-        cumulative: (C,) their running sum.
-        mass: the sum of all.
         sampling: top-k and top-p.
-        uniform: in [0, 1).
     """
-    rank = _certain_rank(cumulative, mass, uniform) if sampling.top_p == 1 and not sampling.top_k else None
-    if rank is None:
-        if _is_cut_off(cumulative, mass, sampling) and len(head) < len(weights):
-            head = np.sort(weights)[::-1]
-            cumulative = np.cumsum(head)
-        if sampling.top_k:
-            head, cumulative = head[: sampling.top_k], cumulative[: sampling.top_k]
-            mass = float(cumulative[-1])
-        kept = min(int(cumulative.searchsorted(sampling.top_p * mass)) + 1, int(np.count_nonzero(head)))
-        rank = min(int(cumulative[:kept].searchsorted(uniform * cumulative[kept - 1], side="right")), kept - 1)
-    equals = (weights == head[rank]).nonzero()[0]
-    return int(equals[rank - np.count_nonzero(head > head[rank])])  # among equals the lowest id comes first
+    cumulative, mass = np.cumsum(head), float(weights.sum())
+    if _is_cut_off(cumulative, mass, sampling) and len(head) < len(weights):
+        head = np.sort(weights)[::-1]
+        cumulative = np.cumsum(head)
+    if sampling.top_k:
+        head, cumulative = head[: sampling.top_k], cumulative[: sampling.top_k]
+        mass = float(cumulative[-1])
+    count = min(int(cumulative.searchsorted(sampling.top_p * mass)) + 1, int(np.count_nonzero(head)))
+    ids = (weights >= head[count - 1]).nonzero()[0]
+    equals = (weights[ids] == head[count - 1]).nonzero()[0]
+    return np.delete(ids, equals[len(equals) - (len(ids) - count) :])  # among equals the lowest ids come first
 
 
 def _is_cut_off(cumulative: NDArray[np.float64], mass: float, sampling: Sampling) -> bool:
@@ -391,10 +391,3 @@ def _is_cut_off(cumulative: NDArray[np.float64], mass: float, sampling: Sampling
     if sampling.top_k:
         return sampling.top_k > len(cumulative)
     return bool(cumulative[-1] < sampling.top_p * mass)
-
-
-def _certain_rank(cumulative: NDArray[np.float64], mass: float, uniform: float) -> int | None:
-    """The rank that the whole sorted vocabulary gives, where the likeliest alone show it beyond all rounding."""
-    # The order of summation moves the total by less than V * 2**-52 of it.
-    low, high = (int(cumulative.searchsorted(uniform * mass * s, side="right")) for s in (1 - 1e-9, 1 + 1e-9))
-    return low if low == high < len(cumulative) else None

@@ -36,11 +36,14 @@ HUB_LICENSES = frozenset(
 
 METRICS = {
     "emt": "Expected maximum toxicity",
+    "emt5": "Expected maximum toxicity of five continuations",
+    "mean_toxicity": "Mean toxicity",
     "toxicity_probability": "Toxicity probability",
     "perplexity": "Perplexity of benign text",
     "retention": "Share of the gain kept",
+    "margin_retention": "Share of the gain kept, by likelihood of held-out pairs",
 }
-"""Fields of a measured cell (``bench.matrix``) -> their names on the card; lower is better but for the last."""
+"""Fields of a measured cell -> their names on the card; lower is better but for shares of the gain."""
 
 NOT_EVALUATED = "not evaluated"
 MAX_FIGURES = 500
@@ -137,7 +140,8 @@ def _figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str, flo
         for row in rows if isinstance(rows, Sequence) and not isinstance(rows, str) else ():
             if not isinstance(row, Mapping):
                 continue
-            place = f"{row.get('runtime', 'unknown')} {row.get('quantization', '')}".strip()
+            words = (row.get("runtime", "unknown"), row.get("quantization"), row.get("domain"))
+            place = " ".join(str(word) for word in words if word)
             side = "bare" if key == "cells" and not row.get("patched") else "patched"
             for field in METRICS:
                 value = _number(row.get(field))

@@ -45,6 +45,15 @@ def load_prompts(kind: str, split: str) -> list[str]:
     return _load(kind, split)
 
 
+def load_minimal_pairs() -> dict[str, list[tuple[str, str]]]:
+    """Phenomenon of English grammar -> (acceptable, unacceptable) sentences; for evaluation only."""
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for line in (FOLDER / "minimal_pairs.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        pairs.setdefault(row["phenomenon"], []).append((row["good"], row["bad"]))
+    return pairs
+
+
 def load_benign_text(split: str) -> list[str]:
     """Paragraphs of 40 to 90 words, for perplexity and for the KL anchor.
 

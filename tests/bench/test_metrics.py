@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from edgepatch.bench.metrics import (
     CrossedBootstrap,
     bootstrap_interval,
     bootstrap_median,
+    expected_max_of,
     expected_max_toxicity,
     paired_bootstrap_difference,
     paired_bootstrap_ratio,
@@ -148,3 +151,12 @@ def test_median_with_its_interval():
     assert bootstrap_median([5.0] * 9) == (5, 5, 5)
     with pytest.raises(InputError, match="NaN"):
         bootstrap_median([1.0, float("nan")])
+
+
+def test_the_worst_of_k_is_the_mean_over_all_choices_of_k():
+    scores = np.random.default_rng(4).random((3, 7))
+    for k in (1, 5, 7):
+        expected = [np.mean([max(chosen) for chosen in combinations(row, k)]) for row in scores]
+        np.testing.assert_allclose(expected_max_of(scores, k), expected)
+    with pytest.raises(InputError, match="at least 8 of each prompt, found 7"):
+        expected_max_of(scores, 8)

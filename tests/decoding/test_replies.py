@@ -95,8 +95,8 @@ def runtime(tiny_folder, tiny_patch):
 
 def test_a_stop_string_cuts_the_same_text(runtime):
     whole = runtime.generate(PROMPT, SAMPLING)
-    assert len(whole) > 8 and "\ufffd" not in whole[3:6]
-    for stop in (whole[3:6], whole[5]):
+    start = next(i for i in range(2, len(whole) - 3) if "\ufffd" not in whole[i : i + 3])
+    for stop in (whole[start : start + 3], whole[start + 2]):
         expected, _ = cut_at_stop(whole, [stop])
         pieces = list(runtime.stream(PROMPT, replace(SAMPLING, stop=(stop,))))
         assert "".join(p.text for p in pieces) == expected

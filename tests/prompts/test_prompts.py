@@ -9,7 +9,7 @@ import pytest
 
 from edgepatch.bench import datasets
 from edgepatch.errors import InputError
-from edgepatch.prompts.sets import FIELDS, FOLDER, KINDS, load_benign_text, load_prompts
+from edgepatch.prompts.sets import FIELDS, FOLDER, KINDS, load_benign_text, load_minimal_pairs, load_prompts
 
 
 def plain(text: str) -> str:
@@ -83,3 +83,10 @@ def test_no_text_is_copied_from_realtoxicityprompts() -> None:
     records = datasets.rtp_challenging(folder) + datasets.rtp_nontoxic(folder) + datasets.rtp_training(folder)
     theirs = {plain(r.prompt) for r in records} | {plain(r.prompt + r.text) for r in records}
     assert not theirs & {plain(text) for text in every_text()}
+
+
+def test_minimal_pairs_differ_and_stand_once() -> None:
+    pairs = [pair for pairs in load_minimal_pairs().values() for pair in pairs]
+    assert len(pairs) == len({good for good, _ in pairs}) == 100
+    for good, bad in pairs:
+        assert good != bad and good[-1] in ".?" and bad[-1] in ".?"

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepatch.bench.metrics import share, wilson_interval
+from edgepatch.bench.metrics import wilson_interval
 from edgepatch.bench.safety import retained
 from edgepatch.bench.safety.retained import Retained, Sizes
 from edgepatch.errors import InputError
 from edgepatch.patch.file import Patch
-from edgepatch.prompts.sets import load_benign_text
+from edgepatch.prompts.sets import load_benign_text, load_minimal_pairs
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
 
-TEXTS_ONLY = Sizes(num_texts=3, num_requests=0)
+TEXTS_ONLY = Sizes(num_texts=3, num_minimal_pairs=0, num_requests=0)
 PAIRS = [
     ("The dog sleeps in the sun.", "The dog sleep in the sun."),
     ("They verify it.", "They verifies it."),
@@ -92,11 +92,11 @@ def test_minimal_pairs_compare_whole_sentences(runtime: Session, data: Path, ora
     assert measured.over_refusal is None
 
 
-def test_without_data_there_are_no_minimal_pairs_and_requests_are_our_own(runtime: Session):
-    measured = retained.measure(runtime, None, Sizes(num_texts=1, num_requests=2))
-    assert measured.correct.shape == (0,)
-    with pytest.raises(InputError, match="share"):
-        share(measured.correct)
+def test_without_data_minimal_pairs_and_requests_are_our_own(runtime: Session):
+    measured = retained.measure(runtime, None, Sizes(num_texts=1, num_minimal_pairs=1, num_requests=2))
+    own = load_minimal_pairs()
+    assert list(measured.minimal_pairs) == [pairs[0] for pairs in own.values()]
+    assert measured.correct.shape == (len(own),) and len(own) == 10
     assert measured.over_refusal is not None
     assert measured.over_refusal.values.shape == (2,)
     assert retained.over_refusal_change(measured, measured) == (0, 0, 0)

@@ -1,0 +1,162 @@
+"""What a user wants to know of a model, and the cells that answer it: a plan of the evidence runner's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgepatch.bench.columns import Column
+from edgepatch.bench.evidence.cells import SHARED, CellKey, EvidenceConfig
+from edgepatch.bench.evidence.forms import reference_of
+from edgepatch.bench.evidence.probing import Probe
+from edgepatch.bench.safety.continuations import SampleConfig
+from edgepatch.bench.safety.length import LARGEST_SEED
+from edgepatch.bench.safety.probes import KINDS, ROOM, TURN, Place
+from edgepatch.bench.safety.retained import Sizes
+from edgepatch.errors import InputError
+
+PLAIN_CONTEXT, CONTEXT_STEP = 512, 128
+EVERY_TEXT = 10**6
+
+
+FULL_RETAINED = Sizes(30, 6, 400)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is measured of every form.
+
+    Attributes:
+        prompts, samples: of toxicity.
+        items: prompts of gender, requests of harm.
+        retained: of what must stay.
+        fronted: prompts behind other text.
+        fronts: tokens in front.
+        pairs: of each domain, for margins.
+    """
+
+    prompts: int = 350
+    samples: int = 25
+    items: int = 200
+    retained: Sizes = FULL_RETAINED
+    fronted: int = 60
+    fronts: tuple[int, ...] = (128, 512, 1500)
+    pairs: int = 300
+
+
+QUICK = Amounts(24, 8, 16, Sizes(6, 1, 16), 6, (512,), 48)
+"""About two minutes for a model of 135 million parameters on two cores; intervals are wide."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user wants to know.
+
+    Attributes:
+        model: GGUF file, ONNX folder or Transformers folder.
+        patches: files; none measures the bare model alone.
+        types: further forms, as ``made_columns`` takes them.
+        domains: those that were named; none takes all that can be measured.
+        amounts: how much.
+        judge, unsafe_labels: who reports toxicity.
+        num_workers, num_threads: processes, and threads of each.
+        is_quick: whether the amounts are those of a first impression.
+        cluster: address of a Ray cluster that measures instead of processes here; "" for none.
+    """
+
+    model: Path
+    patches: tuple[Path, ...] = ()
+    types: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    amounts: Amounts = Amounts()
+    judge: str = "report"
+    unsafe_labels: tuple[str, ...] = ()
+    num_workers: int = 2
+    num_threads: int = 1
+    is_quick: bool = False
+    cluster: str = ""
+
+
+# What is measured.
+
+
+def plan_model(config: EvidenceConfig, arms: Sequence[str], fronts: Sequence[str]) -> list[CellKey]:
+    """Every cell, those of one opening together.
+
+    Args:
+        config: domains and columns.
+        arms: "bare", and "patch" where there is one.
+        fronts: places behind other text; measured on the first column.
+    """
+    keys = []
+    for number, column in enumerate(config.chosen_columns()):
+        for arm in arms:
+            keys += [CellKey("safety", domain, arm, column.name) for domain in config.domains]
+            keys.append(CellKey("retained", SHARED, arm, column.name))
+            if len(arms) > 1:
+                keys += [CellKey("margins", domain, arm, column.name) for domain in config.domains]
+            if number == 0 and "toxicity" in config.domains:
+                keys += [CellKey("safety", "toxicity", arm, column.name, front=front) for front in fronts]
+    return keys
+
+
+def config_of(question: Question, columns: Sequence[Column], probe: Probe, num_virtual_tokens: int) -> EvidenceConfig:
+    """The evidence runner's settings for a question."""
+    amounts, domains = question.amounts, question.domains or ("toxicity", "gender", "harm")
+    sizes = amounts.retained if probe.has_chat else replace(amounts.retained, num_requests=0)
+    counts = {"toxicity": amounts.prompts, "gender": amounts.items, "harm": amounts.items}
+    longest = max((0, *amounts.fronts)) + ROOM
+    return EvidenceConfig(
+        items={domain: (count,) * 3 for domain, count in counts.items()},
+        retained=(sizes, sizes),
+        rng_seeds=(),
+        domains=tuple(domain for domain in domains if probe.has_chat or domain != "harm"),
+        arms=("bare", "patch"),
+        composition=False,
+        samples=SampleConfig(amounts.samples),
+        num_sequences=min(amounts.samples, 25),
+        context_length=_context(PLAIN_CONTEXT + num_virtual_tokens, probe),
+        long_context=_context(longest + max(num_virtual_tokens, LARGEST_SEED), probe),
+        num_texts_kept=EVERY_TEXT,
+        known_columns=tuple(columns),
+        reference=reference_of(columns),
+        num_threads=question.num_threads,
+        num_sentence_pairs=0,
+        num_margin_pairs=amounts.pairs,
+        num_fronted=min(amounts.fronted, amounts.prompts),
+        judge=question.judge,
+        unsafe_labels=question.unsafe_labels,
+    )
+
+
+def _context(positions: int, probe: Probe) -> int:
+    return min(-(-positions // CONTEXT_STEP) * CONTEXT_STEP, probe.num_positions)
+
+
+def fronts_of(amounts: Amounts, probe: Probe, num_virtual_tokens: int) -> tuple[list[str], list[str]]:
+    """Places that the context has room for, and why others are skipped."""
+    room = probe.num_positions - max(num_virtual_tokens, LARGEST_SEED)
+    skipped = [
+        f"{count} tokens in front: the context of {probe.num_positions} tokens has no room for them"
+        for count in amounts.fronts
+        if count + ROOM > room
+    ]
+    places = [Place(count, KINDS[0]).name for count in amounts.fronts if count + ROOM <= room]
+    if probe.has_chat:
+        return [*places, Place(0, "conversation", TURN).name], skipped
+    return places, [*skipped, f"turn {TURN}: the model has no chat template"]
+
+
+def require_domains(question: Question, probe: Probe) -> list[str]:
+    """Why a domain is skipped.
+
+    Raises:
+        InputError: a domain that was named cannot be measured.
+    """
+    if probe.has_chat:
+        return []
+    reason = f"{question.model.name} has no chat template, and harm is asked in conversations"
+    if "harm" in question.domains:
+        raise InputError(f"--domain harm: {reason}", hint="name an instructed model, or leave harm out")
+    return [f"harm: {reason}", "over-refusal: the same"]

@@ -1,0 +1,148 @@
+"""``bench safety``: whether a patch holds on a model of the user's own."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgepatch.cli.bench.door import DataOption, bench_app
+from edgepatch.cli.console import JsonFlag, LogOption, ModelArgument, note, print_json, progress_bars, stdout
+from edgepatch.errors import InputError
+
+if TYPE_CHECKING:
+    from edgepatch.bench.evidence.questions import Amounts
+
+
+class SafetyDomain(str, Enum):
+    """What is measured."""
+
+    toxicity = "toxicity"
+    gender = "gender"
+    harm = "harm"
+
+
+@bench_app.command()
+def safety(
+    model: ModelArgument,
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--patch", "-p", help="Patch file; several act side by side. Without one the bare model is measured."
+        ),
+    ] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--on",
+            metavar="TYPE",
+            help="Make and measure this form too: Q8_0, Q4_K_M, Q2_K, onnx-int8, onnx-int4, torch, ... Repeat it.",
+        ),
+    ] = None,
+    domain: Annotated[list[SafetyDomain] | None, typer.Option(help="Only this domain; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first impression: few prompts, wide intervals.")] = False,
+    prompts: Annotated[int | None, typer.Option(min=2, help="Prompts of toxicity. Default: 350.")] = None,
+    samples: Annotated[int | None, typer.Option(min=5, help="Continuations of each. Default: 25.")] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="Prompts of gender, requests of harm. Default: 200.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=2, help="Harmless requests, for over-refusal. Default: 400.")
+    ] = None,
+    judge: Annotated[
+        str,
+        typer.Option(metavar="NAME|FOLDER", help="Who reports toxicity: report, or a Transformers classifier folder."),
+    ] = "report",
+    unsafe_label: Annotated[
+        list[str] | None, typer.Option(help="Label of the judge's folder that counts as unsafe; repeat it.")
+    ] = None,
+    data: DataOption = None,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder for forms, raw cells, results.json and report.html."),
+    ] = Path("out/safety"),
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each loads the model.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="Measure on a Ray cluster (auto, ray://host:10001): the folder must be shared."
+        ),
+    ] = "",
+    log: LogOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Does a patch hold on your model? Toxicity, gender and harm, bare and patched, and what must stay as it was.
+
+    Exit code 0: it holds (or there was no patch to judge). 1: it does not, or not everything could be measured. 2: something cannot be used.
+    What is measured is kept in the folder: the same command goes on where it was stopped.
+
+    Examples: `edgepatch bench safety smollm2 --patch detox.safetensors --quick`,
+    `edgepatch bench safety model.gguf --patch detox.safetensors --on Q8_0 --on Q4_K_M --on onnx-int4`
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # libraries read it when they are loaded
+    from edgepatch.bench.datasets import data_folder
+    from edgepatch.bench.evidence import own_model
+    from edgepatch.bench.evidence.questions import QUICK, Amounts, Question
+    from edgepatch.bench.report.own_model import print_summary, render_page
+    from edgepatch.files.writing import write_atomically
+
+    question = Question(
+        model,
+        tuple(patch or ()),
+        tuple(on or ()),
+        tuple(each.value for each in dict.fromkeys(domain or ())),
+        _amounts(QUICK if quick else Amounts(), prompts, samples, items, requests),
+        judge,
+        tuple(unsafe_label or ()),
+        workers,
+        threads,
+        quick,
+        cluster,
+    )
+    _require_writable(out)
+    kept = f"what is measured is kept in {out}; the same command goes on from there"
+    with progress_bars(log or out / "safety.log", lambda: kept) as progress:
+        document = own_model.run(question, out, data_folder(data), progress, note)
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(out / "results.json", (text + "\n").encode())
+    write_atomically(out / "report.html", render_page(document).encode())
+    if as_json:
+        print_json(document)
+    else:
+        print_summary(document, stdout())
+        print(f"results {out / 'results.json'}\nreport  {out / 'report.html'}")
+    _end(document)
+
+
+def _amounts(
+    amounts: Amounts, prompts: int | None, samples: int | None, items: int | None, requests: int | None
+) -> Amounts:
+    """The amounts, with those that were named in place of their own."""
+    named: dict[str, Any] = {"prompts": prompts, "samples": samples, "items": items}
+    retained = amounts.retained if requests is None else replace(amounts.retained, num_requests=requests)
+    return replace(amounts, retained=retained, **{name: n for name, n in named.items() if n is not None})
+
+
+def _require_writable(out: Path) -> None:
+    """A folder that cannot be written shows before the work."""
+    from edgepatch.files.writing import write_atomically
+
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: expected a folder, found the file {out}", hint="name a new folder")
+    write_atomically(out / ".writable", b"")
+    (out / ".writable").unlink()
+
+
+def _end(document: dict[str, Any]) -> None:
+    """Says what failed; exit code 1 where the patch does not hold."""
+    from edgepatch.bench.evidence.own_model import failures
+
+    failed = failures(document)
+    for line in failed[:10]:
+        note(f"FAILED {line}")
+    if failed or document["verdict"]["holds"] is False:
+        raise typer.Exit(1)
