@@ -21,8 +21,10 @@ from edgepatch.seeds.anchoring import Anchoring, place_in_words
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import FolderTokenizer
+from edgepatch.training import attention
+from edgepatch.training.attention import SharedSeed, sharing
 from edgepatch.training.config import USUAL_BLOCK, USUAL_FRONT, TrainConfig
-from edgepatch.training.memory import Memory, copied, turned_copies
+from edgepatch.training.memory import Memory, Turn
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.rows import Batch, Example, attention_mask, make_batch
 
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 BenignText = str | tuple[Message, ...]
 """A text, or a conversation whose last turn is the assistant's."""
 
-KEPT_LOGIT_BYTES = 1 << 28
-"""Logits of a bare model on benign text are kept up to this size, and computed again beyond it."""
+KEPT_BYTES = 1 << 28
+"""What a bare model's head reads on benign text is kept up to this size, and computed again beyond it."""
 
 
 def tokenizer_of(model: Path) -> FolderTokenizer:
@@ -82,16 +84,13 @@ class FrozenModels:
         self.anchoring = self._read_anchoring()
         dtype = "float32" if config.dtype == "auto" else config.dtype
         self.bases = [hf_folders.load_model(folder, self.device, dtype) for folder in self.folders]
-        self.packs = caches.has_full_attention(self.base) and not config.gradient_checkpointing
+        packable = caches.has_full_attention(self.base) and not config.gradient_checkpointing
+        self.packs = packable and all([attention.install(base) for base in self.bases])
         for base in self.bases:
-            if self.device == "cpu":
-                base.set_attn_implementation(
-                    "eager"
-                )  # PyTorch's fused attention is slower there, forth and back, at lengths of training
             if config.gradient_checkpointing:
                 _checkpoint_activations(base)
         self._settle_place()
-        self._kept_logits: dict[tuple[int, int], torch.Tensor] = {}
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
 
     @property
     def base(self) -> PreTrainedModel:
@@ -244,32 +243,27 @@ class FrozenModels:
         """
         ahead = 0 if embeddings is None else len(embeddings)
         if self.packs:
-            inputs = self._packed_inputs(model, batch, memory)
+            inputs = self._packed_inputs(batch, memory)
         else:
             inputs = {**_plain_inputs(model, batch, embeddings), "use_cache": False}
-        with _head_at(model, batch.rows, batch.sources + ahead):
+        with sharing(self._shared_seed(batch, memory)), _head_at(model, batch.rows, batch.sources + ahead):
             logits: torch.Tensor = model(**inputs).logits
         return logits
 
-    def _packed_inputs(self, model: Any, batch: Batch, memory: Memory) -> dict[str, Any]:
-        num_virtual, num_copies = (memory[0][0].shape[2], batch.anchors.shape[1]) if memory else (0, 1)
-        inputs: dict[str, Any] = {
+    def _packed_inputs(self, batch: Batch, memory: Memory) -> dict[str, Any]:
+        num_virtual = memory[0][0].shape[2] if memory else 0
+        return {
             "input_ids": batch.ids,
             "position_ids": batch.positions + num_virtual,
-            "attention_mask": attention_mask(batch.segments, batch.copies, num_copies, num_virtual, self.base.dtype),
+            "attention_mask": attention_mask(batch.segments, self.base.dtype),
+            "use_cache": False,
         }
-        if not memory:
-            return {**inputs, "use_cache": False}
-        cache = caches.new_cache(self.base)
-        for layer, (keys, values) in enumerate(memory):
-            cache.update(self._copied_keys(keys, layer, batch.anchors), copied(values, batch.anchors), layer)
-        return {**inputs, "past_key_values": cache}
 
-    def _copied_keys(self, keys: torch.Tensor, layer: int, anchors: torch.Tensor) -> torch.Tensor:
-        """(B, K, C * P, H): each row's copies of (1, K, P, H) keys, turned to where they stand."""
-        if self.anchoring is None:
-            return copied(keys, anchors)
-        return turned_copies(keys, self.rotation, layer, anchors)
+    def _shared_seed(self, batch: Batch, memory: Memory) -> SharedSeed | None:
+        if not memory:
+            return None
+        back = None if batch.anchors is None else Turn(self.rotation, -batch.anchors[:, None])
+        return SharedSeed(memory, back)
 
     def _examples(self, examples: Sequence[Example]) -> Batch:
         rows = examples if self.packs else [row for example in examples for row in example.unpacked()]
@@ -300,13 +294,23 @@ class FrozenModels:
         """(N, V) of bare model number ``which`` on benign text number ``key``."""
         import torch
 
-        kept = self._kept_logits.get((which, key))
-        if kept is None:
-            with torch.no_grad():
-                kept = self.logits_of([example], self.bases[which], [], None)
-            if sum(t.numel() * t.element_size() for t in self._kept_logits.values()) < KEPT_LOGIT_BYTES:
-                self._kept_logits[which, key] = kept
-        return kept
+        head = self.bases[which].get_output_embeddings()
+        with torch.no_grad():
+            kept = self._kept.get((which, key))
+            if kept is not None:
+                logits: torch.Tensor = head(kept)
+                return logits
+            inputs: list[torch.Tensor] = []
+            hook = head.register_forward_hook(lambda module, arguments, output: inputs.append(arguments[0]))
+            try:
+                logits = self.logits_of([example], self.bases[which], [], None)
+            finally:
+                hook.remove()
+            size = sum(t.numel() * t.element_size() for t in self._kept.values())
+            # A model that does more to its logits behind the head (caps, scales) is asked again.
+            if size < KEPT_BYTES and torch.equal(head(inputs[-1]), logits):
+                self._kept[which, key] = inputs[-1]
+            return logits
 
 
 @contextmanager

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CHUNK_ROWS = 16
+"""Rows of logits that are taken to float32 at once: of a vocabulary of 50,000 they stay in a processor's cache."""
 
 
 def answer_log_probabilities(logits: Tensor, targets: Tensor, owners: Tensor, num_answers: int) -> Tensor:
@@ -19,8 +24,8 @@ def answer_log_probabilities(logits: Tensor, targets: Tensor, owners: Tensor, nu
     Returns:
         (A,) sums of log-probabilities, float32.
     """
-    rows = F.cross_entropy(logits.float(), targets, reduction="none")
-    return torch.zeros(num_answers, dtype=rows.dtype, device=rows.device).index_add(0, owners, -rows)
+    rows = _TokenLogProbabilities.apply(logits, targets, logits.requires_grad)
+    return torch.zeros(num_answers, dtype=rows.dtype, device=rows.device).index_add(0, owners, rows)
 
 
 def dpo_losses(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
@@ -43,8 +48,8 @@ def kl_to_base(base_logits: Tensor, logits: Tensor) -> Tensor:
         base_logits: (N, V) of the bare model.
         logits: (N, V) of the patched model at the same positions.
     """
-    base, patched = (F.log_softmax(x.float(), dim=-1) for x in (base_logits, logits))
-    return F.kl_div(patched, base, log_target=True, reduction="sum")
+    total: Tensor = _KLDivergence.apply(base_logits, logits, logits.requires_grad)
+    return total
 
 
 def likeliest(logits: Tensor, top: int) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -82,3 +87,53 @@ def distillation_losses(logits: Tensor, ids: Tensor | None, log_probs: Tensor, l
     named = F.kl_div(student.gather(1, ids), log_probs, log_target=True, reduction="none").sum(-1)
     rest = student.scatter(1, ids, -torch.inf).logsumexp(-1)
     return named + F.kl_div(rest, log_rest, log_target=True, reduction="none")
+
+
+class _TokenLogProbabilities(torch.autograd.Function):
+    """Log-probabilities of the targets; all that is kept is the distribution, in the type of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:
+        chosen = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        distribution = torch.empty_like(logits) if needs_gradient else logits[:0]
+        for rows in _chunks(len(logits)):
+            logs = F.log_softmax(logits[rows].float(), dim=-1)
+            chosen[rows] = logs.gather(1, targets[rows, None])[:, 0]
+            if needs_gradient:
+                distribution[rows] = logs.exp_()
+        ctx.save_for_backward(distribution, targets)
+        return chosen
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        distribution, targets = ctx.saved_tensors
+        outer = gradients[0].to(distribution.dtype)
+        gradient = distribution * -outer[:, None]
+        gradient[torch.arange(len(targets), device=targets.device), targets] += outer
+        return gradient, None, None
+
+
+class _KLDivergence(torch.autograd.Function):
+    """The sum over rows; its gradient is known when it is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, base_logits: Tensor, logits: Tensor, needs_gradient: bool) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        gradient = torch.empty_like(logits) if needs_gradient else logits[:0]
+        for rows in _chunks(len(logits)):
+            base, patched = (F.log_softmax(x[rows].float(), dim=-1) for x in (base_logits, logits))
+            probabilities = base.exp()
+            total += (probabilities * base.sub_(patched)).sum()
+            if needs_gradient:
+                gradient[rows] = patched.exp_().sub_(probabilities)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * gradients[0].to(gradient.dtype), None
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(start, start + CHUNK_ROWS) for start in range(0, count, CHUNK_ROWS)]

@@ -17,40 +17,43 @@ Memory = list["tuple[torch.Tensor, torch.Tensor]"]
 """L keys and values, (1, K, P, H) each."""
 
 
-def copied(tensors: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """(B, K, C * P, H): C copies for each row of (1, K, P, H)."""
-    return tensors.repeat(1, 1, anchors.shape[1], 1).expand(len(anchors), -1, -1, -1)
-
-
-def turned_copies(keys: torch.Tensor, rotation: Rotation, layer: int, anchors: torch.Tensor) -> torch.Tensor:
-    """Copies of keys, each turned by its anchor, with a graph to the keys; the arithmetic of ``Rotation.turned``.
+class Turn:
+    """A turn of keys or queries by some positions, with a graph to them; the arithmetic of ``Rotation.turned``.
 
     Args:
-        keys: (1, K, P, H).
         rotation: of the model.
-        layer: of the model.
-        anchors: (B, C) int64.
-
-    Returns:
-        (B, K, C * P, H).
+        shifts: int64 positions, of a shape that broadcasts against that of what is turned, but for its last dimension.
     """
-    import torch
 
-    table = rotation.layers[layer]
-    if table is None:
-        return copied(keys, anchors)
-    frequencies = torch.tensor(rotation.tables[table], dtype=torch.float64, device=keys.device)
-    angles = (anchors[..., None].double() * frequencies)[:, None, :, None]  # (B, 1, C, 1, R/2)
-    cos, sin = angles.cos().to(keys.dtype), angles.sin().to(keys.dtype)
-    first_half, second_half = halves(len(frequencies), rotation.neighbours)
-    copies = keys[:, :, None]  # (1, K, 1, P, H)
-    first, second = copies[..., first_half], copies[..., second_half]
-    turned = torch.stack(
-        [first * cos - second * sin, second * cos + first * sin], dim=-1 if rotation.neighbours else -2
-    )
-    turned = turned.flatten(-2)
-    rest = copies[..., 2 * len(frequencies) :].expand(*turned.shape[:-1], -1)
-    return torch.cat([turned, rest], dim=-1).flatten(2, 3)
+    def __init__(self, rotation: Rotation, shifts: torch.Tensor) -> None:
+        self._rotation, self._shifts = rotation, shifts
+        self._known: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, tensors: torch.Tensor, layer: int) -> torch.Tensor:
+        """(..., H) of a layer, turned."""
+        import torch
+
+        table = self._rotation.layers[layer]
+        if table is None:
+            return tensors
+        cos, sin = self._cos_sin(table, tensors.dtype)
+        count, neighbours = cos.shape[-1], self._rotation.neighbours
+        first_half, second_half = halves(count, neighbours)
+        first, second = tensors[..., first_half], tensors[..., second_half]
+        parts = [first * cos - second * sin, second * cos + first * sin]
+        if neighbours:
+            parts = [torch.stack(parts, dim=-1).flatten(-2)]
+        return torch.cat([*parts, tensors[..., 2 * count :]], dim=-1)
+
+    def _cos_sin(self, table: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., R/2) each; layers of one table share them."""
+        import torch
+
+        if (table, dtype) not in self._known:
+            frequencies = torch.tensor(self._rotation.tables[table], dtype=torch.float64, device=self._shifts.device)
+            angles = self._shifts[..., None].double() * frequencies
+            self._known[table, dtype] = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._known[table, dtype]
 
 
 def side_by_side(memories: Sequence[Memory], rotation: Rotation) -> Memory:
@@ -68,8 +71,7 @@ def side_by_side(memories: Sequence[Memory], rotation: Rotation) -> Memory:
     total = sum(memory[0][0].shape[2] for memory in memories)
 
     def in_place(keys: torch.Tensor, layer: int) -> torch.Tensor:
-        shift = torch.tensor([[total - keys.shape[2]]], device=keys.device)
-        return turned_copies(keys, rotation, layer, shift)
+        return Turn(rotation, torch.tensor(total - keys.shape[2], device=keys.device))(keys, layer)
 
     return [
         (torch.cat([in_place(keys, layer) for keys, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2))

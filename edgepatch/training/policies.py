@@ -97,12 +97,8 @@ class SoftPromptPolicy(Policy):
 
     def memory(self, base: PreTrainedModel) -> Memory:
         cache = caches.new_cache(base)
-        base(
-            inputs_embeds=self._prompt.to(base.dtype)[None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        # The decoder alone: no logit is needed, and for one row's PyTorch copies the head.
+        base.get_decoder()(inputs_embeds=self._prompt.to(base.dtype)[None], past_key_values=cache, use_cache=True)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def soft_prompt(self) -> SoftPrompt:

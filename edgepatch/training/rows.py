@@ -61,8 +61,7 @@ class Batch:
         ids: (B, T) int64.
         positions: (B, T) int64 from the start of the prompt; an answer goes on where the prompt ended.
         segments: (B, T) int64: 0 for the prompt, 1, 2, ... for its answers, ``PADDING``.
-        anchors: (B, C) int64: where copies of the seed stand; 0 is the first place of all.
-        copies: (B, T) int64: which of the C copies a token sees.
+        anchors: (B, T) int64: in front of which position each token sees the seed; ``None`` where it never moves.
         rows, sources, targets, owners: (N,) int64 each: position ``sources[i]`` of row ``rows[i]`` predicts the token ``targets[i]``
             of answer ``owners[i]``, counted over the whole batch.
         num_answers: of the whole batch.
@@ -71,8 +70,7 @@ class Batch:
     ids: torch.Tensor
     positions: torch.Tensor
     segments: torch.Tensor
-    anchors: torch.Tensor
-    copies: torch.Tensor
+    anchors: torch.Tensor | None
     rows: torch.Tensor
     sources: torch.Tensor
     targets: torch.Tensor
@@ -93,14 +91,14 @@ def make_batch(examples: Sequence[Example], device: str, anchoring: Anchoring | 
     longest = max(e.length for e in examples)
     ids, positions = (np.zeros((len(examples), longest), dtype=np.int64) for _ in range(2))
     segments = np.full((len(examples), longest), PADDING, dtype=np.int64)
-    places = np.zeros_like(ids)
+    anchors = np.zeros_like(ids)
     predictions: list[NDArray[np.int64]] = []
     num_answers = 0
     for row, example in enumerate(examples):
         start = len(example.prompt)
         ids[row, :start], positions[row, :start], segments[row, :start] = example.prompt, np.arange(start), 0
         if anchoring:
-            places[row, : example.length] = _anchors_of(example, anchoring)
+            anchors[row, : example.length] = _anchors_of(example, anchoring)
         cursor = start
         for segment, answer in enumerate(example.answers, 1):
             end = cursor + len(answer)
@@ -115,19 +113,18 @@ def make_batch(examples: Sequence[Example], device: str, anchoring: Anchoring | 
             )
             cursor, num_answers = end, num_answers + 1
     rows, sources, targets, owners = np.concatenate(predictions, axis=1)
-    anchors, copies = _copies(places)
     arrays = {
         "ids": ids,
         "positions": positions,
         "segments": segments,
-        "anchors": anchors,
-        "copies": copies,
         "rows": rows,
         "sources": sources,
         "targets": targets,
         "owners": owners,
     }
-    return Batch(**{name: torch.from_numpy(a).to(device) for name, a in arrays.items()}, num_answers=num_answers)
+    tensors = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+    moved = torch.from_numpy(anchors).to(device) if anchors.any() else None
+    return Batch(**tensors, anchors=moved, num_answers=num_answers)
 
 
 def _anchors_of(example: Example, anchoring: Anchoring) -> list[int]:
@@ -138,24 +135,11 @@ def _anchors_of(example: Example, anchoring: Anchoring) -> list[int]:
     return anchors
 
 
-def _copies(places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """((B, C) different anchors of each row, (B, T) which of them each token has)."""
-    rows = [np.unique(row, return_inverse=True) for row in places]
-    anchors = np.zeros((len(rows), max(len(row) for row, _ in rows)), dtype=np.int64)
-    for i, (row, _) in enumerate(rows):
-        anchors[i, : len(row)] = row
-    return anchors, np.stack([copies for _, copies in rows])
-
-
-def attention_mask(
-    segments: torch.Tensor, copies: torch.Tensor, num_copies: int, num_virtual: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """(B, 1, T, C * P + T) additive mask: a token sees one copy of the seed, and of what stands before it the prompt and its own answer.
+def attention_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T) additive mask: of what stands before it, a token sees the prompt and its own answer.
 
     Args:
-        segments, copies: of a batch.
-        num_copies: C.
-        num_virtual: P.
+        segments: of a batch.
         dtype: of the mask.
     """
     import torch
@@ -163,10 +147,9 @@ def attention_mask(
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
-    seen = causal & ((key == 0) | (key == query))  # padding sees padding: a row of nothing but -inf would be NaN
-    ahead = copies[:, :, None] == torch.arange(num_copies, device=segments.device)
-    ahead = ahead.repeat_interleave(num_virtual, dim=2)
-    seen = torch.cat([ahead, seen], dim=2)[:, None]
+    seen = (causal & ((key == 0) | (key == query)))[
+        :, None
+    ]  # padding sees padding: a row of nothing but -inf would be NaN
     return torch.zeros(seen.shape, dtype=dtype, device=segments.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 

@@ -1,0 +1,100 @@
+"""Preference pairs for SmolLM2 from public data that may be trained on, without a second model."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from edgepatch.bench import datasets
+from edgepatch.bench.lab import corpus
+from edgepatch.bench.lab.requests import REFUSALS
+from edgepatch.bench.safety import gender_prompts
+from edgepatch.bench.safety.harm import chat
+from edgepatch.judges.scorers import ToxicityScorer
+from edgepatch.prompts.sets import evenly
+from edgepatch.training.pairs.preferences import Pair, PairConfig, filter_pairs, score_pairs
+
+MOST_WORDS = 40
+"""Of an answer: about sixty tokens; the models of the data wrote up to three hundred."""
+
+REFUSAL = re.compile(
+    r"\b(I'm sorry|I am sorry|I apologi[sz]e|as an AI|I cannot|I can't|inappropriate)\b", re.IGNORECASE
+)
+"""A patch that learns to refuse on prompts that only need a kinder word would refuse elsewhere, too."""
+
+
+def toxicity_pairs(data: Path) -> list[Pair]:
+    """Continuations of challenging prompts: a clean model's against one that was told to be rude, where the filter judge agrees.
+
+    Args:
+        data: folder of the public data sets.
+    """
+    clean, rude = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for each in datasets.instructed_continuations(data):
+        text = " " + " ".join(each.text.split()[:MOST_WORDS])
+        is_clean = each.source in datasets.CLEAN_SOURCES
+        if not (is_clean and REFUSAL.search(text)):
+            (clean if is_clean else rude)[each.prompt].append(text)
+    candidates = [
+        Pair(prompt, c, r, 0.0, 1.0) for prompt in clean for c, r in zip(clean[prompt], rude[prompt], strict=False)
+    ]
+    scored = score_pairs(candidates, ToxicityScorer.load("filter").score)
+    return filter_pairs(scored, PairConfig(pairs_per_prompt=2)).pairs
+
+
+CLAUSES = (
+    "{they} had a long day",
+    "{they} would come back in the morning",
+    "{they} wanted to finish the work first",
+    "{they} could not find the key",
+    "{they} had to wait for {their} bus",
+    "{they} needed some time",
+    "{they} left {their} coat at the office",
+    "{they} would like to hear from us",
+    "{they} knew the answer",
+    "{they} went home early",
+    "{their} train did not come",
+    "{they} saw an old friend",
+)
+QUESTIONS = ("{they} wanted to do next", "{they} would like", "{they} had in mind", "{they} could tell us about it")
+NUM_GENDER_PAIRS = 480
+STEREOTYPED_SHARE = 0.75
+"""Of the rejected answers; the others have the pronoun of the other gender, or the way to please would be to swap them."""
+
+
+def gender_pairs(data: Path | None) -> list[Pair]:
+    """Training occupations in training templates: "they" against "he" or "she", with the same words behind it.
+
+    Args:
+        data: folder of the public data sets; ``None`` takes the occupations that ship with edgepatch.
+    """
+    rng, pairs = random.Random("gender"), list[Pair]()
+    for prompt in gender_prompts.training_prompts(data)[:NUM_GENDER_PAIRS]:
+        ending = " " + rng.choice(QUESTIONS if prompt.text.endswith(("what", "why")) else CLAUSES) + "."
+        male = (prompt.gender > 0) == (rng.random() < STEREOTYPED_SHARE)
+        rejected = {"they": "he", "their": "his"} if male else {"they": "she", "their": "her"}
+        pairs.append(Pair(prompt.text, ending.format(they="they", their="their"), ending.format(**rejected), 0.0, 1.0))
+    return pairs
+
+
+NUM_HARMLESS = 240
+ANSWER_WORDS = 30
+
+
+def harm_pairs(data: Path) -> list[Pair]:
+    """AdvBench's training requests: a refusal against its "Sure, here is ..."; harmless requests: an answer against a refusal.
+
+    Args:
+        data: folder of the public data sets.
+    """
+    rng = random.Random("harm")
+    pairs = [
+        Pair(chat(corpus.phrase_request(goal, rng)), rng.choice(REFUSALS), f"{target}:", 0.0, 1.0)
+        for goal, target in corpus.advbench_split(data)[0]
+    ]
+    harmless = corpus.harmless_split()[0][::2] + evenly(corpus.instruction_split(data)[0], NUM_HARMLESS)
+    for request, answer in harmless:
+        pairs.append(Pair(chat(request), " ".join(answer.split()[:ANSWER_WORDS]), rng.choice(REFUSALS), 0.0, 1.0))
+    return pairs
