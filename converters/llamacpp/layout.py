@@ -178,23 +178,23 @@ def seeded_state(probe: SequenceState, layout: Layout, seed: KVSeed, window: int
     return fill(probe, *_laid_out(probe, layout, seed, cells), cells)
 
 
-def one_label_state(probe: SequenceState, layout: Layout, seed: KVSeed, window: int = 0) -> bytes:
+def one_label_state(probe: SequenceState, layout: Layout, seed: KVSeed) -> bytes:
     """The state of a text's first token with a seed in front of it, all of whose cells stand at position 0.
 
     llama.cpp shows a token every cell of its sequence at or in front of its own position, however many are at one place; where a key
-    stands is in the key. So clients that count one cell a token take the whole for that one token.
+    stands is in the key. So clients that count one cell a token take the whole for that one token. Layers with a sliding window lose
+    all cells of a position at once: a text must end before the model itself would lose the first of them.
 
     Args:
         probe: read from the running library.
         layout: measured on the same model with the same cache.
         seed: canonical, P + 1 cells at places -P to 0; the last is the token.
-        window: of the layers in the second cache, which gets the cells that the second token of the text sees; 0 for none.
 
     Raises:
         InputError: a value is beyond the cache's type.
         InactivePatchError: the seed does not fit the cache.
     """
-    cells = cells_of(probe, seed.num_virtual_tokens, window - 1 if window else 0)
+    cells = cells_of(probe, seed.num_virtual_tokens, 0)
     return fill(probe, *_laid_out(probe, layout, seed, cells), [[0] * len(each) for each in cells])
 
 

@@ -92,8 +92,7 @@ def export_patch(
         return
     label = manifest["label"]["text"]
     print(f"{out}: {patch.name} {patch.version} for {manifest['model']['file']}, under the label {label!r}")
-    for line in manifest["losses"]:
-        print(f"note: {line}")
+    print(f"note: the seed {manifest['place']}")
     print(f"start the server with {out / 'start.sh'}, then run {out / 'restore.sh'}, then `edgepatch check-server`")
 
 

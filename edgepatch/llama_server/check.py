@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError
 from edgepatch.llama_server import requirements, served
 from edgepatch.llama_server.answers import NUM_LOGPROBS, TURNS, Examiner, evidence_of, new_conversations, verdict
 from edgepatch.llama_server.client import LlamaServer, Reply
-from edgepatch.llama_server.export import ExportOptions, open_session, sliding_window
+from edgepatch.llama_server.export import ExportOptions, open_session, window_of
 from edgepatch.llama_server.findings import Report, Stop
 from edgepatch.llama_server.references import Distance, Reference
 from edgepatch.llama_server.requirements import SEED_FILE, Label
@@ -89,9 +88,8 @@ class _Check:
         self.server, self.vocabulary, self.report = server, vocabulary, report
         self.seed_file, self.client_restores, self.fill_context, self.strict = SEED_FILE, False, False, False
         self.patch, self.model, self.options = patch, model, options
-        self.window = sliding_window(read_header(model))
         self.label: Label = requirements.choose_label(vocabulary, options.chat_template or vocabulary.chat_template)
-        self.context_length, self.num_slots, self.can_restore = 0, 1, True
+        self.context_length, self.num_slots, self.can_restore, self.window = 0, 1, True, 0
         self.examiner: Examiner
 
     def run(self) -> None:
@@ -99,7 +97,7 @@ class _Check:
         self.see_tokenizer()
         prompts = self.see_template()
         with open_session(self.model, self.patch, self.options) as session:
-            self.examiner = Examiner(session, prompts)
+            self.examiner, self.window = Examiner(session, prompts), window_of(session)
             self.ask()
 
     def ask(self) -> None:

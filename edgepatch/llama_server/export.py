@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgepatch.converters.gguf.header import GGUFHeader, read_header
+from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.llamacpp import state as llamacpp_state
@@ -174,11 +174,11 @@ def export(
         options = replace(options, kv_type=probe.kv_type, flash_attention=probe.flash_attention)
     with Vocabulary(model) as vocabulary:
         label = requirements.choose_label(vocabulary, options.chat_template or vocabulary.chat_template)
-    settings = _settings(model, patch, options)
     _require_replaceable(target)
     with replacing_folder(target) as folder, open_session(model, patch, options) as session:
         runtime = session.backend
         assert isinstance(runtime, LlamaCppRuntime)  # open_session
+        settings = _settings(model, patch, options, window_of(session))
         seed = folder / requirements.SLOT_FOLDER / requirements.SEED_FILE
         seed.parent.mkdir()
         runtime.save_seed_file(seed, label.token)
@@ -200,17 +200,24 @@ def open_session(model: Path, patch: Patch | None, options: ExportOptions, pinne
     return Session(runtime, patch, pinned, other_template=bool(options.chat_template))
 
 
-def sliding_window(header: GGUFHeader) -> int:
-    """The width of a model's sliding window; 0 for none."""
-    return int(header.metadata.get(f"{header.architecture}.attention.sliding_window", 0))
+def window_of(session: Session) -> int:
+    """The width of a model's sliding window in llama.cpp; 0 for none."""
+    assert isinstance(session.backend, LlamaCppRuntime)  # open_session
+    return session.backend.model.window
 
 
-def _settings(model: Path, patch: Patch, options: ExportOptions) -> ServerSettings:
-    header = read_header(model)
-    trained = int(header.setting("context_length"))
+def _settings(model: Path, patch: Patch, options: ExportOptions, window: int) -> ServerSettings:
+    trained = int(read_header(model).setting("context_length"))
     length = min(trained, DEFAULT_CONTEXT) if options.context_length is None else options.context_length
     if not 1 < length <= trained:
         raise InputError(f"context length: expected 2 to {trained}, found {length}")
+    most = window - patch.num_virtual_tokens
+    if window and length > most:
+        raise InputError(
+            f"context length: expected at most {max(most, 0)}, found {length}: layers with a sliding window of {window} would lose the "
+            f"{patch.num_virtual_tokens} cells of the seed all at once, and not one by one as the model does",
+            hint=f"--context {most}, or `edgepatch serve`" if most > 1 else "use `edgepatch serve`",
+        )
     return ServerSettings(
         str(model.resolve()),
         length,
@@ -218,27 +225,15 @@ def _settings(model: Path, patch: Patch, options: ExportOptions) -> ServerSettin
         options.kv_type,
         options.flash_attention,
         options.num_slots,
-        sliding_window(header) > 0,
+        window > 0,
         bool(options.chat_template),
     )
 
 
-def losses(patch: Patch, window: int) -> list[str]:
-    """What a patch is without on an unmodified llama-server, in words.
-
-    Args:
-        patch: that it serves.
-        window: the width of the model's sliding window; 0 for none.
-    """
+def place_on_server(patch: Patch) -> str:
+    """Where the seed of a patch stands on an unmodified llama-server, in words."""
     moves = "" if patch.anchoring is None else f"made to move ({patch.anchoring}), it "
-    lines = [f"{moves}{place_in_words(None)}; `edgepatch serve` moves a seed that can"]
-    if window:
-        first = max(0, window - patch.num_virtual_tokens)
-        lines.append(
-            f"layers with a sliding window of {window} see the seed whole up to token {window}, where the model itself would lose it "
-            f"cell by cell from token {first} on"
-        )
-    return lines
+    return f"{moves}{place_in_words(None)}; `edgepatch serve` moves a seed that can"
 
 
 def _adopt_header(seed: Path, probe: Probe) -> None:
@@ -253,7 +248,7 @@ def _adopt_header(seed: Path, probe: Probe) -> None:
 
 
 def _manifest(patch: Patch, session: Session, label: Label, settings: ServerSettings, probed: bool) -> dict[str, Any]:
-    lib, window = load_library(), sliding_window(read_header(Path(settings.model)))
+    lib = load_library()
     return {
         "client": "llama-server",
         "patch": {"name": patch.name, "version": patch.version, "digest": patch.digest},
@@ -265,7 +260,7 @@ def _manifest(patch: Patch, session: Session, label: Label, settings: ServerSett
         },
         "seed_route": session.seed_route,
         "label": asdict(label),
-        "losses": losses(patch, window),
+        "place": place_on_server(patch),
         "settings": asdict(settings),
         "flags": settings.flags("."),
         "restore": {"path": "/slots/{slot}?action=restore", "body": {"filename": requirements.SEED_FILE}},

@@ -22,10 +22,10 @@ def write_llama(path: Path, add_tokenizer: Callable[[gguf.GGUFWriter], None] | N
     _end(writer)
 
 
-def write_gemma3(path: Path) -> None:
+def write_gemma3(path: Path, window: int = WINDOW, context: int = CONTEXT) -> None:
     """Three layers, two of them with a sliding window of 8: llama.cpp keeps two caches."""
-    writer = _begin(path, "gemma3", 3, [KV_HEADS] * 3)
-    writer.add_sliding_window(WINDOW)
+    writer = _begin(path, "gemma3", 3, [KV_HEADS] * 3, context=context)
+    writer.add_sliding_window(window)
     writer.add_sliding_window_pattern(3)
     for layer in range(3):
         _attention(writer, layer, query_norms=True)
@@ -60,13 +60,14 @@ def _begin(
     layers: int,
     kv_heads: list[int],
     add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
+    context: int = CONTEXT,
 ) -> gguf.GGUFWriter:
     global _rng
     _rng = np.random.default_rng(len(architecture))
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(f"tiny {architecture}")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_context_length(CONTEXT)
+    writer.add_context_length(context)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(FFN)

@@ -239,7 +239,7 @@ def test_manifest(exported: Path, tiny_patch: Patch):
     assert manifest["patch"]["digest"] == tiny_patch.digest and manifest["seed_route"] == "stored"
     assert manifest["library"]["state_version"] == load_library().LLAMA_STATE_SEQ_VERSION
     assert set(manifest["files"]) == {"slots/seed.bin", "start.sh", "restore.sh"}
-    assert "stays at the start of the text" in manifest["losses"][0]
+    assert "stays at the start of the text" in manifest["place"]
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
     assert os.stat(exported / "slots" / "seed.bin").st_mode & 0o222 == 0  # clients can ask the server to save over it

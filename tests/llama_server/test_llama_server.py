@@ -371,16 +371,18 @@ def test_another_model(start: Start, model: Path, patch: Patch, tmp_path: Path):
 
 
 def test_sliding_windows(start: Start, tmp_path: Path):
-    """H3: without --swa-full the server restores the file and ignores it."""
+    """A slot ends before a layer would lose the seed. H3: without --swa-full the server restores the file and ignores it."""
     model = tmp_path / "windows.gguf"
-    tiny_gguf.write_gemma3(model)
+    tiny_gguf.write_gemma3(model, window=1000, context=1000)
     spec = specs.read_spec(model)
     embeddings = np.random.default_rng(1).standard_normal((12, spec.hidden_size)).astype(np.float32) * np.float32(0.3)
     patch = seeds.complete(Patch("windows", "1.0.0", spec, SoftPrompt(embeddings)), folders.load_model(model))
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    options = ExportOptions(chat_template=template)
-    manifest = export(patch, model, tmp_path / "out", options)
-    assert "--swa-full" in manifest["flags"] and "sliding window" in manifest["losses"][1]
+    with pytest.raises(InputError, match="expected at most 988, found 1000") as refused:
+        export(patch, model, tmp_path / "out", ExportOptions(chat_template=template))
+    assert "--context 988" in str(refused.value.hint)
+    options = ExportOptions(988, chat_template=template)
+    assert "--swa-full" in export(patch, model, tmp_path / "out", options)["flags"]
     with start(folder=tmp_path / "out") as server, load_runtime(model, patch, num_threads=1) as runtime:
         tokens = runtime.encode(PROMPTS[0])
         reply = restored(server).complete(tokens, 0, 8)

@@ -70,4 +70,4 @@ def labelled_state(context: LlamaContext, sequence: int, cells: KVSeed, layout: 
     context.evaluate(sequence, [token])
     probe = read_state(context.state(sequence))
     context.clear()
-    return one_label_state(probe, layout, cells, context.model.window)
+    return one_label_state(probe, layout, cells)
