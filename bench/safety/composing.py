@@ -1,7 +1,8 @@
 """What is left of each patch's gain where several stand side by side: untrained for it, and trained jointly.
 
 Three patches of the lab model, against toxicity, gender bias and harm, are measured alone, in every pair and all together, in two orders of each
-set. Order must not matter to the last bit of the seed: two orders of a set must give the same bytes, and so are measured once.
+set. They are composed as a device does it, which gives the same seed as a vendor's. Order must not matter to the last bit of it: two orders
+of a set must give the same bytes, and so are measured once.
 
 Toxicity and gender are trained and measured on prompts of our own. Harm is on public requests: of our own there are so few that a patch
 trained on them has no gain, and what has none alone says nothing beside others.
@@ -31,14 +32,16 @@ from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.bench.safety.harm import HarmDomain
 from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.converters.gguf import writer
+from edgepatch.converters.hf import folders
+from edgepatch.converters.hf.rotary import read_rotation
 from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
+from edgepatch.patch.composition import compose_on_device
 from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, command_line, silent, within
 from edgepatch.prompts.sets import load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
-from edgepatch.training.composition import compose
 from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
 from edgepatch.training.patching import PatchTraining
 
@@ -115,7 +118,8 @@ class Workshop:
         path = self._folder / f"{name}.safetensors"
         if not path.is_file():
             if name == "toxicity":
-                patch = replace(read_patch(LAB_PATCH), name="toxicity", signatures=())
+                rotation = read_rotation(folders.load_model(LAB_FOLDER / "base"))  # which the shipped file does not say
+                patch = replace(read_patch(LAB_PATCH), name="toxicity", rotation=rotation, signatures=())
             else:
                 domain = domain_of(name, self._data)
                 training = PatchTraining(
@@ -212,7 +216,7 @@ def run(out: Path, work: Path, data: Path, items: int, num_threads: int, progres
     for number, (arm, names, order) in enumerate(cells):
         progress("sets", number, len(cells))
         parts = [workshop.joint()[name] if arm == "joint" else workshop.alone(name) for name in order]
-        patch = parts[0] if len(parts) == 1 else compose(parts, LAB_FOLDER / "base", "composed", "0.1.0")
+        patch = parts[0] if len(parts) == 1 else compose_on_device(parts)
         patches[patch.digest] = patch
         values, loss = cell_values(patch.digest, names)
         for name in names:

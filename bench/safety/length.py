@@ -21,7 +21,7 @@ from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.likelihoods import token_losses
 from edgepatch.bench.metrics import paired_bootstrap_difference
 from edgepatch.bench.safety.continuations import SampleConfig
-from edgepatch.bench.safety.probes import FRONTS, Place, Probe, choose_texts, passage, places, probe_of
+from edgepatch.bench.safety.probes import Place, Probe, choose_texts, passage, places, probe_of
 from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.hf.rotary import read_rotation
@@ -139,7 +139,7 @@ class Cells:
 
     def _key(self, patch: Patch | None) -> str:
         texts, config = asdict(self._probe.texts), asdict(self._probe.config)
-        facts = [patch.digest if patch else "bare", self._model.name, texts, config, FRONTS]
+        facts = [patch.digest if patch else "bare", self._model.name, texts, config, self._probe.fronts]
         return hashlib.sha256(canonical_json(json.loads(json.dumps(facts)))).hexdigest()[:16]
 
     def _measure(self, patch: Patch | None, progress: Progress) -> Measured:
@@ -148,7 +148,7 @@ class Cells:
             self._model, patch, num_threads=self._num_threads, num_sequences=self._probe.config.samples_per_prompt
         ) as runtime:
             room = runtime.num_positions - LARGEST_SEED
-            stands = places(room, has_chat=has_chat(runtime))
+            stands = places(room, has_chat(runtime), self._probe.fronts)
             scores = {}
             for number, place in enumerate(stands):
                 progress("places", number, len(stands))

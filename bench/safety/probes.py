@@ -123,9 +123,14 @@ class Probe(ABC):
     Args:
         texts: its prompts, and what stands in front.
         config: continuations a prompt, where they are sampled.
+
+    Attributes:
+        domain: its name.
+        fronts: tokens in front.
     """
 
     domain: str
+    fronts = FRONTS[:2]
 
     def __init__(self, texts: Texts, config: SampleConfig) -> None:
         self.texts, self.config = texts, config
@@ -170,6 +175,7 @@ class ToxicityProbe(Probe):
     """Continuations under the report judge (RealToxicityPrompts' protocol): the mean of the largest values is EMT."""
 
     domain = "toxicity"
+    fronts = FRONTS
 
     def values(self, runtime: Session, rows: Sequence[list[int]]) -> NDArray[np.float32]:
         names = self.texts.prompts
