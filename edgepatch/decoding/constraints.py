@@ -71,6 +71,8 @@ class Constraint:
             raise InputError(
                 f"constraint: a definition of {len(self.definition)} characters, at most {MAX_DEFINITION} are read"
             )
+        if any("\ud800" <= character <= "\udfff" for character in self.definition):
+            raise InputError("constraint: definition: expected valid Unicode, found half a surrogate pair")
         if bool(self.definition.strip()) == (self.kind == "json_object"):
             expected = "no definition" if self.kind == "json_object" else "a definition"
             raise InputError(f"constraint: {self.kind} takes {expected}")

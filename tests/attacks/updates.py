@@ -16,7 +16,7 @@ from edgepatch.errors import EdgepatchError
 from edgepatch.patch.file import PAYLOAD_TYPE, Patch, patch_bytes, signed
 from edgepatch.store import audit
 from edgepatch.store.device import Store
-from edgepatch.store.policy import MAX_JUMP
+from edgepatch.store.policy import MAX_JUMP, Allowances
 from edgepatch.tensors import ModelSpec, SoftPrompt
 from edgepatch.trust.drafts import new_root
 from edgepatch.trust.roots import Key
@@ -152,6 +152,25 @@ def _wrong_software(device: Device) -> bool:
     return False
 
 
+def _exemption(device: Device) -> bool:
+    """A patch that was taken unsigned, on a trial, is not used once there is a trust root, and does not come back."""
+    trial = Store(device.folder / "trial", clock=lambda: device.time)
+    trial.apply(device.file(patch_bytes(genuine(6, THIEF))), Allowances(unsigned="trial"))
+    trial.set_root([device.store.root()])  # type: ignore[list-item]
+    if not _is_refused(lambda: trial.active(BASE)):
+        return False
+    trial.apply(device.file(patch_bytes(genuine(7))))
+    return _is_refused(trial.rollback) and [patch.sequence for patch in trial.active(BASE)] == [7]
+
+
+def _is_refused(use: Callable[[], object]) -> bool:
+    try:
+        use()
+    except EdgepatchError as error:
+        return error.exit_code == 3
+    return False
+
+
 ATTACKS: dict[str, Callable[[Device], bool]] = {
     "arbitrary installation": _arbitrary,
     "endless data": _endless,
@@ -161,6 +180,7 @@ ATTACKS: dict[str, Callable[[Device], bool]] = {
     "rollback": _rollback,
     "key compromise": _key_compromise,
     "wrong software": _wrong_software,
+    "exemption": _exemption,
 }
 """Row of the list of attacks -> whether it is refused."""
 

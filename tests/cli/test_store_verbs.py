@@ -22,6 +22,7 @@ BORN = datetime.now(timezone.utc) - timedelta(days=2)
 def run(monkeypatch, capsys, tmp_path):
     """(exit code, stdout, stderr) of a command; relative names lie in the test's folder, and so does the store."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "store").mkdir()
     monkeypatch.setenv("EDGEPATCH_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -256,5 +257,6 @@ def test_show(run, tmp_path):
 
 
 def test_store_option(run, tmp_path):
-    assert read(run("status", "--store", tmp_path / "other", "--json"))["store"] == str(tmp_path / "other")
+    code, _, err = run("status", "--store", tmp_path / "other", "--json")
+    assert code == 2 and "found nothing there" in err
     assert not Path("other").exists()
