@@ -106,6 +106,7 @@ def load_runtime(
     *,
     store: Path | str | None = None,
     pinned: bool = False,
+    chat_template: str | None = None,
     **options: Any,
 ) -> Session:
     """Loads a model, with a patch or several side by side, in the runtime that takes its kind.
@@ -118,6 +119,7 @@ def load_runtime(
             bare model only where the store has none for it.
         store: folder of the store; ``None`` takes that of the device.
         pinned: leaves a seed that moves at the start of the text, where its hold fades; for models that cannot move it.
+        chat_template: Jinja source to write conversations with instead of the model's own; every fingerprint names it.
         **options: of that runtime's class, e.g. ``context_length`` or ``num_threads``.
 
     Raises:
@@ -138,8 +140,8 @@ def load_runtime(
             parts = find_patches(patch, store)
             planned = together(parts)
             require_room(parts, options.get("context_length"))
-            return Session(_open(name, path, planned, options), parts, pinned)
-        runtime = _open(name, path, None, options)
+            return Session(_with_template(_open(name, path, planned, options), chat_template), parts, pinned)
+        runtime = _with_template(_open(name, path, None, options), chat_template)
         try:
             parts = _active_patches(runtime.spec, store)
         except BaseException:
@@ -204,6 +206,16 @@ def _naming_extras(name: str) -> Iterator[None]:
         if error.name not in PACKAGES[name]:
             raise
         raise MissingExtraError(error.name, EXTRAS[name]) from None
+
+
+def _with_template(runtime: Runtime, source: str | None) -> Runtime:
+    if source is not None:
+        try:
+            runtime.chat_template = runtime.chat_template.replaced(source)
+        except BaseException:
+            runtime.close()
+            raise
+    return runtime
 
 
 def _open(name: str, model: Path, planned: Patch | None, options: dict[str, Any]) -> Runtime:

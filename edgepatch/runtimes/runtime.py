@@ -19,6 +19,7 @@ from edgepatch.patch.file import Patch
 from edgepatch.tensors import ModelSpec
 from edgepatch.text.limits import TextBound
 from edgepatch.text.messages import Message
+from edgepatch.text.templates import PLAIN_CHAT, ChatOptions, ChatTemplate
 
 Tools = Sequence[Mapping[str, Any]]
 SeedRoute = Literal["", "stored", "decoded"]
@@ -49,6 +50,8 @@ class Runtime(Protocol):
         num_positions: of a sequence, the patch's own included.
         num_sequences: conversations held at once, each behind the same seed.
         end_token_ids: the tokens that end a reply.
+        special_tokens: name -> id of each token that has no text of its own.
+        chat_template: how conversations are written.
         text_bound: how many bytes of text its tokens can stand for.
         kv_type: of the cache.
         notes: what is slower or turned off because a library died of it on this machine, why, and what mends it.
@@ -68,6 +71,8 @@ class Runtime(Protocol):
     num_positions: int
     num_sequences: int
     end_token_ids: frozenset[int]
+    special_tokens: Mapping[str, int]
+    chat_template: ChatTemplate
     text_bound: TextBound = TextBound()
     kv_type: str = "f32"
     notes: tuple[str, ...] = ()
@@ -82,7 +87,9 @@ class Runtime(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with BOS where the model wants one."""
 
-    def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Tools | None = None, options: ChatOptions = PLAIN_CHAT
+    ) -> list[int]:
         """Token ids of a conversation in the model's chat template, with the opening of the assistant's turn.
 
         Special tokens that a message spells are text. ``tools`` are objects in OpenAI's form.
