@@ -68,22 +68,22 @@ class GenerationEndpoint:
         await _unless_gone(receive, self._serve(order, model, send, start))
 
     async def _serve(self, order: Order, model: ServedModel, send: Send, start: float) -> None:
-        tokens = await self._tokenize(order, model, start)
+        order, tokens = await self._read(order, model, start)
         run = OrderRun(self._service, order, model, tokens, start)
         try:
             await (self._stream if order.is_streamed else self._reply)(run, self._writer(order, model), send)
         finally:
             run.cancel()
 
-    async def _tokenize(self, order: Order, model: ServedModel, start: float) -> list[list[int]]:
-        """Token ids of each prompt, made beside the thread that owns the model, within the time that the request has."""
+    async def _read(self, order: Order, model: ServedModel, start: float) -> tuple[Order, list[list[int]]]:
+        """The order as the model's template has it, and token ids of each prompt, made beside the thread that owns the model, within the time that the request has."""
         scheduler, end = self._service.scheduler, start + self._service.settings.request_timeout_s
         scheduler.require_serving()
         order.require_fit(model)
         try:
             if order.needs_vocabulary:
                 await _in_time(asyncio.wrap_future(scheduler.call(model.read_vocabulary)), end)
-            reading = self._service.text_threads.submit(order.num_characters, lambda: order.tokenize(model, end))
+            reading = self._service.text_threads.submit(order.num_characters, lambda: order.read(model, end))
             return await _in_time(asyncio.wrap_future(reading), end)
         except asyncio.TimeoutError:
             limit_s = self._service.settings.request_timeout_s
@@ -136,7 +136,9 @@ class OrderRun:
         plans = requests.choices(order, tokens)
         self.choices = [Choice(index, prompt) for index, (prompt, _) in enumerate(plans)]
         scored = order.echo and order.num_logprobs is not None
-        self._generations = [Generation(p, s, self._emitter(i), scored) for i, (p, s) in enumerate(plans)]
+        self._generations = [
+            Generation(p, s, self._emitter(i), scored, order.spelled) for i, (p, s) in enumerate(plans)
+        ]
 
     def _emitter(self, index: int) -> Callable[[Event], None]:
         loop, put = asyncio.get_running_loop(), self._events.put_nowait
@@ -164,7 +166,7 @@ class OrderRun:
             elif isinstance(event, Scored):
                 self._scores[index] = event
             else:
-                logprobs = self.choices[index].add(event, self._model.end_token_ids)
+                logprobs = self.choices[index].add(event)
                 if not isinstance(event, Piece):
                     continue
                 if is_first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,12 +61,14 @@ class Generation:
         sampling: ``None`` generates nothing, for scoring alone.
         emit: takes the events, on the scheduler's thread.
         scored: give the prompt's logits too.
+        spelled: texts of special tokens, by id.
     """
 
     tokens: list[int]
     sampling: Sampling | None
     emit: Callable[[Event], None]
     scored: bool = False
+    spelled: Mapping[int, str] = field(default_factory=dict)
     cancelled: bool = field(default=False, init=False)
 
 
@@ -87,7 +89,7 @@ def steps_of(session: Session, generation: Generation, sequence: int) -> Iterato
             session.logits_of_last(tokens[:end], sequence)
             yield None
     if generation.sampling is not None:
-        yield session.begin(tokens, generation.sampling, sequence)
+        yield session.begin(tokens, generation.sampling, sequence, generation.spelled)
 
 
 def _require_room_for_scores(session: Session, num_tokens: int) -> None:

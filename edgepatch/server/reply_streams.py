@@ -1,55 +1,68 @@
-"""Replies that may hold calls of tools: what of a text can be streamed before it is complete, and what remains at its end."""
+"""Replies that may hold thoughts and calls of tools: what of a text can be streamed before it is complete, and what remains at its end."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Collection
+import string
 from typing import Any
 
-from edgepatch.text.tool_calls import OPENING, parse_tool_calls
+from edgepatch.server.reply_formats import ReplyFormat
+from edgepatch.text.thoughts import num_held, split_thought
+from edgepatch.text.tool_calls import parse_tool_calls
 
-BARE_OPENINGS = ("{", "<|python_tag|>")
-"""A call without a frame is the whole reply, and starts with one of these."""
+ID_CHARACTERS = string.ascii_letters + string.digits
+ID_LENGTH = 9
+"""As Mistral's templates want the ids of calls; others take any."""
 
 
-class ToolStream:
-    """One reply to a request that offers tools.
+class ReplyStream:
+    """One reply of a conversation.
 
     Args:
-        names: of the tools.
+        form: what it may hold.
     """
 
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-        self._text, self._num_delivered = "", 0
+    def __init__(self, form: ReplyFormat) -> None:
+        self._form = form
+        self._text, self._num_thought, self._num_said = "", 0, 0
 
-    def push(self, text: str) -> str:
-        """Takes the next part and returns what is certainly no call."""
+    def push(self, text: str) -> tuple[str, str]:
+        """Takes the next part and returns what is certainly thought, and what is certainly said and no call."""
         self._text += text
-        safe = max(self._num_delivered, _num_safe(self._text))
-        delivered, self._num_delivered = self._text[self._num_delivered : safe], safe
-        return delivered
+        thought, said = self._split(False)
+        safe = _num_safe(said, self._form) if self._form.tools else len(said)
+        parts = thought[self._num_thought :], said[self._num_said : safe]
+        self._num_thought, self._num_said = max(self._num_thought, len(thought)), max(self._num_said, safe)
+        return parts
 
-    def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """What is left of the text, and the calls in OpenAI's form."""
-        content, calls = parse_tool_calls(self._text, self._names)
+    def finish(self) -> tuple[str, str, list[dict[str, Any]]]:
+        """What is left of thoughts and text, and the calls in OpenAI's form."""
+        thought, said = self._split(True)
+        left = thought[self._num_thought :]
+        content, calls = parse_tool_calls(said, self._form.tools, self._form.forms) if self._form.tools else (said, [])
         if not calls:
-            return self._text[self._num_delivered :], []
-        return content.removeprefix(self._text[: self._num_delivered].strip()), [_as_openai(call) for call in calls]
+            return left, said[self._num_said :], []
+        kept = calls if self._form.most_calls is None else calls[: self._form.most_calls]
+        return left, content.removeprefix(said[: self._num_said].strip()), [_as_openai(call) for call in kept]
+
+    def _split(self, is_complete: bool) -> tuple[str, str]:
+        form = self._form
+        if form.thought is None:
+            return "", self._text
+        return split_thought(self._text, form.thought, form.is_thinking, is_complete)
 
 
-def _num_safe(text: str) -> int:
+def _num_safe(text: str, form: ReplyFormat) -> int:
     """Length of the beginning that belongs to no call, whatever follows."""
     start = text.lstrip()
-    if any(opening.startswith(start[: len(opening)]) for opening in BARE_OPENINGS):
+    if any(opening.startswith(start[: len(opening)]) for opening in form.bare_openings):
         return 0
-    if OPENING in text:
-        return text.index(OPENING)
-    held = next((n for n in range(len(OPENING) - 1, 0, -1) if text.endswith(OPENING[:n])), 0)
-    return len(text) - held
+    places = [place for place in map(text.find, form.markers) if place >= 0]
+    return min(places) if places else len(text) - num_held(text, form.markers)
 
 
 def _as_openai(call: dict[str, Any]) -> dict[str, Any]:
     function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+    identifier = "".join(secrets.choice(ID_CHARACTERS) for _ in range(ID_LENGTH))
+    return {"id": identifier, "type": "function", "function": function}

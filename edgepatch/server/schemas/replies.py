@@ -9,7 +9,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic reads `typing`'
 
 Count = Annotated[int, Field(ge=0)]
 FinishReason = Literal["stop", "length", "tool_calls"] | None
-Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{12}[+]([0-9a-f]{12}|bare)$")]
+Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{12}[+]([0-9a-f]{12}|bare)(-pinned)?(-template:[0-9a-f]{8})?$")]
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -50,6 +50,7 @@ class ChatLogprobs(Reply):
     """Log-probabilities of the reply's tokens."""
 
     content: list[ChatTokenLogprob]
+    refusal: None
 
 
 class CompletionLogprobs(Reply):
@@ -82,6 +83,8 @@ class ReplyMessage(Reply):
 
     role: Literal["assistant"]
     content: str | None
+    refusal: None
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ReplyToolCall]]
 
 
@@ -90,6 +93,8 @@ class Delta(Reply, total=False):
 
     role: Literal["assistant"]
     content: str | None
+    refusal: None
+    reasoning_content: str
     tool_calls: list[ReplyToolCall]
 
 
