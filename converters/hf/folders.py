@@ -161,6 +161,7 @@ def load_model(path: Path, device: str = "cpu", dtype: str = "float32") -> PreTr
         model = gguf_models.load_model(path)
     else:
         read_config(path)
+        weight_tables.weight_files(path)
         options = _four_bit(device) if dtype == "4bit" else {"dtype": torch.float32}
         try:
             model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
