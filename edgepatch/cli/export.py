@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, cell, model_path, print_json, stdout
+from edgepatch.cli.console import JsonFlag, TemplateOption, cell, model_path, print_json, read_template, stdout
 from edgepatch.errors import InactivePatchError, InputError
 
 PatchArgument = Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")]
@@ -22,22 +22,12 @@ FlashOption = Annotated[
     bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether the server uses flash attention.")
 ]
 KeyOption = Annotated[str, typer.Option("--api-key", envvar="LLAMA_API_KEY", help="The server's key, if it has one.")]
-TemplateOption = Annotated[
-    Path | None, typer.Option("--chat-template", help="Jinja file to use instead of the model's own template.")
-]
 
 
 class Client(str, Enum):
     """Servers that a patch is exported for."""
 
     llama_server = "llama-server"
-
-
-def _read_template(path: Path | None) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the chat template {path}: {error}", hint="check the path") from None
 
 
 @app.command("export")
@@ -71,7 +61,7 @@ def export_patch(
     if (server is None) != (slot_dir is None):
         raise InputError("--server and --slot-dir belong together", hint="the folder is the server's --slot-save-path")
     patch = read_patch(patch_file)
-    options = export.ExportOptions(context, kv_type, flash_attention, slots, _read_template(chat_template))
+    options = export.ExportOptions(context, kv_type, flash_attention, slots, read_template(chat_template) or "")
     probe = export.probe(LlamaServer(server, api_key), slot_dir, patch, model, options) if server and slot_dir else None
     manifest = export.export(patch, model, out, options, probe)
     if as_json:
@@ -118,7 +108,7 @@ def check_server(
     from edgepatch.patch.file import read_patch
 
     options = ExportOptions(
-        kv_type=kv_type, flash_attention=flash_attention, chat_template=_read_template(chat_template)
+        kv_type=kv_type, flash_attention=flash_attention, chat_template=read_template(chat_template) or ""
     )
     patch, server = read_patch(patch_file), LlamaServer(url, api_key)
     report = check.check_server(
