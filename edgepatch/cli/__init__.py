@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main", "printable"]
 
-BENCH = tuple(f"bench.{name}" for name in ("harness", "evidence", "parity", "speed", "lab", "attacks", "results"))
+BENCH = tuple(f"bench.{name}" for name in ("harness", "evidence", "parity", "speed", "lab", "attacks", "peers", "results"))
 MODULES = (
     "artefacts",
     *BENCH,

@@ -6,9 +6,8 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from edgepatch.decoding.constraints import Constraint
@@ -75,7 +74,7 @@ class Order:
     forced: tuple[str, ...] = ()
     most_calls: int | None = None
     format: ReplyFormat = PLAIN_TEXT
-    spelled: Mapping[int, str] = MappingProxyType({})
+    spelled: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def needs_vocabulary(self) -> bool:

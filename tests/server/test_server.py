@@ -4,6 +4,7 @@ import asyncio
 import codecs
 import json
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -287,6 +288,88 @@ def test_a_tool_call_becomes_one(client, stream):
         assert call.id and isinstance(again, list)
     assert finish == "tool_calls"
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"town": "Ulm"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_forced_call_is_exactly_one_that_fits_its_schema(client, choice, stream):
+    schema = {**TOOL["function"]["parameters"], "properties": {"town": {"enum": ["Ulm", "Rome"]}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "get_weather", "parameters": schema | {"additionalProperties": False}},
+    }
+    asked = {"tools": [tool], "tool_choice": choice, "max_tokens": 200, "temperature": 1, "seed": 3}
+    reply = ask(client, **asked, parallel_tool_calls=False, stream=stream)
+    choices = [chunk.choices[0] for chunk in reply] if stream else reply.choices
+    messages = [c.delta if stream else c.message for c in choices]
+    (call,) = [call for message in messages for call in message.tool_calls or []]
+    assert choices[-1].finish_reason == "tool_calls" and not any(message.content for message in messages)
+    assert call.function.name == "get_weather" and json.loads(call.function.arguments)["town"] in ("Ulm", "Rome")
+    assert re.fullmatch("[A-Za-z0-9]{9}", call.id)
+
+
+def test_a_reply_is_taken_as_the_next_turn(client):
+    said = ask(client).choices[0].message.model_dump()
+    assert said["refusal"] is None and "annotations" in said
+    clients = {
+        "reasoning_details": [],
+        "provider_specific_fields": {"x": 1},
+        "parsed": {"a": 1},
+        "thinking_blocks": None,
+    }
+    again = [
+        *MESSAGES,
+        said | clients,
+        {"role": "user", "content": [{"type": "text", "text": "And?", "cache_control": {"type": "ephemeral"}}]},
+    ]
+    assert ask(client, messages=again).choices[0].message.content is not None
+    empty = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [],
+        "function_call": None,
+        "audio": None,
+        "refusal": "",
+    }
+    assert ask(client, messages=[*MESSAGES, empty, MESSAGES[-1]]).usage.prompt_tokens > 0
+
+
+def test_fields_that_change_nothing_change_nothing(client):
+    plain = ask(client).choices[0].message.content
+    harmless = {
+        "store": False,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+        "tools": [],
+    }
+    more = {"verbosity": "low", "safety_identifier": "x", "modalities": ["text"], "enable_thinking": False}
+    assert ask(client, extra_body=harmless | more).choices[0].message.content == plain
+    assert ask(client, temperature=1, top_p=0, extra_body={"top_k": -1}).choices[0].message.content == plain
+    assert ask(client, max_tokens=-1, extra_body={"grammar": 'root ::= "yes"'}).choices[0].message.content == "yes"
+    twice = [ask(client, temperature=2, seed=-1, max_tokens=30).choices[0].message.content for _ in range(2)]
+    assert twice[0] != twice[1]
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    reply = ask(client, max_tokens=60, response_format={"type": "json_object", "schema": schema})
+    assert json.loads(reply.choices[0].message.content) == {"a": 1}
+
+
+def test_every_generated_token_has_a_logprob_the_end_too(client, runtime):
+    """lm-eval leaves the last entry out, whatever it is."""
+    end = min(runtime.end_token_ids)
+    body = {"model": MODEL, "max_tokens": 1, "temperature": 0, "logit_bias": {str(end): 100}}
+    ids = runtime.encode("The quick brown fox")
+    reply = client.completions.create(prompt=[ids], echo=True, logprobs=1, **body)
+    assert reply.choices[0].finish_reason == "stop" and reply.usage.completion_tokens == 1
+    assert len(reply.choices[0].logprobs.token_logprobs) == len(ids) + 1
+    chat = client.chat.completions.create(messages=MESSAGES, logprobs=True, **body)
+    assert len(chat.choices[0].logprobs.content) == 1 and chat.choices[0].logprobs.content[0].bytes == []
+
+
+def test_a_stop_that_is_one_special_token_stops_there(client, runtime):
+    name, token = next((n, i) for n, i in runtime.special_tokens.items() if i not in runtime.end_token_ids)
+    reply = ask(client, logit_bias={str(token): 100}, stop=[name], max_tokens=5)
+    assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("stop", 1)
 
 
 def test_without_a_call_tools_change_nothing_in_the_shape(client):
