@@ -135,6 +135,8 @@ def _written(template: ChatTemplate, calls: list[tuple[str, dict[str, Any]]]) ->
     opening = template.write([USER], tools, PLAIN_CHAT)
     # The turn is not the last one here, so every template writes it as it stands in a conversation; the result shows where it ends.
     text = template.write([USER, turn, *results], tools, PLAIN_CHAT)
-    said = text[len(opening) :] if text.startswith(opening) else text.rpartition(USER["content"])[2]
-    ends = (said.find(end) for end in (*template.ends, template.bos))
+    same = next((i for i, (a, b) in enumerate(zip(text, opening, strict=False)) if a != b), len(opening))
+    same = max(text.rfind("<", 0, same), 0) if text.rfind("<", 0, same) > text.rfind(">", 0, same) else same
+    said = text[same:]
+    ends = (said.find(end, 1) for end in (*template.ends, template.bos))
     return said[: min((place for place in ends if place > 0), default=len(said))].partition("Result 0.")[0]

@@ -21,7 +21,7 @@ from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.files import strict_json
-from edgepatch.text.end_tokens import END_NAMES, FILLING_NAMES
+from edgepatch.text.end_tokens import END_NAMES
 from edgepatch.text.tokenizers import FolderTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of GGUF
@@ -236,8 +236,8 @@ def _add_special(writer: Any, folder: Path, reader: FolderTokenizer, tokens: lis
 
 def _more_ends(reader: FolderTokenizer, eos: int | None, tokens: list[str]) -> list[int]:
     """End tokens besides EOS, those first that llama.cpp does not know by their names."""
-    ends = sorted(i for i in reader.end_token_ids if i != eos and i < len(tokens))
-    return sorted(ends, key=lambda i: tokens[i] in END_NAMES | FILLING_NAMES)
+    ends = sorted(i for i in reader.configured_end_ids if i != eos and i < len(tokens))
+    return sorted(ends, key=lambda i: tokens[i] in END_NAMES)
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -214,10 +214,17 @@ def _read_braces(form: CallForm, text: str, place: int, tools: Tools | None) -> 
     pieces = text[named[1] :].split(BRACE_QUOTE)
     written, length = "", 0
     for number, piece in enumerate(pieces):
-        is_text = number % 2 == 1
-        written += json.dumps(piece) if is_text else re.sub(r"([{,]\s*)([\w-]+)\s*:", r'\1"\2":', piece)
-        length += len(piece) + (len(BRACE_QUOTE) if number else 0)
-        decoded = None if is_text else _decoded(written, 0)
-        if decoded is not None:
-            return [(named[0], decoded[0])], named[1] + length - (len(written) - decoded[1])
+        length += len(BRACE_QUOTE) if number else 0
+        if number % 2:
+            written, length = written + json.dumps(piece), length + len(piece)
+            continue
+        for end in (match.end() for match in re.finditer("}", piece)):
+            decoded = _decoded(written + _with_quoted_keys(piece[:end]), 0)
+            if decoded is not None:
+                return [(named[0], decoded[0])], named[1] + length + end
+        written, length = written + _with_quoted_keys(piece), length + len(piece)
     return None
+
+
+def _with_quoted_keys(text: str) -> str:
+    return re.sub(r"([{,]\s*)([\w-]+)\s*:", r'\1"\2":', text)

@@ -232,12 +232,14 @@ def _derive_pairs(said: str, place: int) -> dict[str, Any] | None:
         return None
     following = behind.find(NAMES[1])
     between = behind[len(closing) : following] if following >= 0 else None
+    other_name = behind[following + len(NAMES[1]) :].partition(key + "city_key")[0] if following >= 0 else ""
+    after_name = first[: len(first) - same]
     last = behind.rpartition("5328")[2].removeprefix(closing) if following >= 0 else behind[len(closing) :]
     middle = middle if middle == other else _alike(middle, other)
     return {
         "kind": "pairs",
         "begin": said[:place],
-        "after_name": first[: len(first) - same],
+        "after_name": _alike(after_name, other_name) if other_name and other_name != after_name else after_name,
         "pair": (key, middle, closing),
         "between": between,
         "end": last,

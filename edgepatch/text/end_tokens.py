@@ -13,13 +13,12 @@ END_NAMES = frozenset(
 )
 """Tokens that llama.cpp takes for the end by name."""
 
-FILLING_NAMES = frozenset(
-    {
-        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>"),
-        *("<REPO>", "<reponame>", "<|file_sep|>"),
-    }
+FILLING_NAMES = (
+    ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    ("<|file_sep|>",),
 )
-"""Tokens between files of code, which end a reply, too."""
+"""Tokens between files of code, which end a reply, too. llama.cpp takes one of each row; which one of several is left to chance."""
 
 
 def ends_by_name(ids: Mapping[str, int]) -> frozenset[int]:
@@ -28,7 +27,9 @@ def ends_by_name(ids: Mapping[str, int]) -> frozenset[int]:
     Args:
         ids: token -> id.
     """
-    ends = {name: ids[name] for name in END_NAMES | FILLING_NAMES if name in ids}
+    present = ([name for name in names if name in ids] for names in FILLING_NAMES)
+    alone = {names[0] for names in present if len(names) == 1}
+    ends = {name: ids[name] for name in END_NAMES | alone if name in ids}
     if {"<|return|>", "<|call|>", "<|end|>"} <= set(ends) or {"<|calls|>", "<|flush|>", "<|end|>"} <= set(ends):
         del ends["<|end|>"]  # there it only closes one part of a reply
     if "<|tool_response>" in ends:

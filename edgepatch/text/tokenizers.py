@@ -200,11 +200,12 @@ class FolderTokenizer:
         self._special_in_normalized = [token.content for token in added if token.special and token.normalized]
         bos, eos = (self._token_text(config.get(k)) for k in ("bos_token", "eos_token"))
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        ends = {vocabulary.get(eos), *ends_by_name(vocabulary)}
+        ends = {vocabulary.get(eos), vocabulary.get("<|im_end|>")}
         for values in settings:
             ids = values.get("eos_token_id")
             ends |= set(ids if isinstance(ids, list) else [ids])
-        self.end_token_ids: frozenset[int] = frozenset(i for i in ends if i is not None)
+        self.configured_end_ids: frozenset[int] = frozenset(i for i in ends if i is not None)
+        self.end_token_ids = self.configured_end_ids | ends_by_name(vocabulary)
         self.special_tokens = {token.content: vocabulary[token.content] for token in added if token.special}
         named = named_templates(config.get("chat_template")) | _template_files(folder)
         texts = tuple(str(self._tokenizer.id_to_token(i)) for i in sorted(self.end_token_ids))

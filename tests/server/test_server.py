@@ -15,7 +15,7 @@ from edgepatch.decoding.sampling import Sampling
 from edgepatch.patch.composition import compose_on_device
 from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import SoftPrompt
-from kit.serving import KEY, MODEL, Paced, running
+from kit.serving import KEY, MODEL, TOOLS_TEMPLATE, Paced, running
 
 MESSAGES = [{"role": "user", "content": "The quick brown fox"}]
 TOOL = {
@@ -41,6 +41,16 @@ def server(tiny_folder, tiny_patch):
 @pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as openai_client:
+        yield openai_client
+
+
+@pytest.fixture(scope="module")
+def tooled(tiny_folder, tiny_patch):
+    """A client of a model whose template has a place for tools."""
+    with (
+        running(lambda: load(tiny_folder, tiny_patch, chat_template=TOOLS_TEMPLATE)) as running_server,
+        openai.OpenAI(base_url=f"{running_server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as openai_client,
+    ):
         yield openai_client
 
 
@@ -272,9 +282,9 @@ CALL = (
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_tool_call_becomes_one(client, stream):
+def test_a_tool_call_becomes_one(tooled, stream):
     """The grammar makes the random model speak as a model that was trained on tools does."""
-    asked = ask(client, tools=[TOOL], tool_choice="auto", max_tokens=200, extra_body={"grammar": CALL}, stream=stream)
+    asked = ask(tooled, tools=[TOOL], tool_choice="auto", max_tokens=200, extra_body={"grammar": CALL}, stream=stream)
     if stream:
         deltas = [chunk.choices[0] for chunk in asked]
         (call,) = [call for choice in deltas for call in choice.delta.tool_calls or []]
@@ -285,21 +295,23 @@ def test_a_tool_call_becomes_one(client, stream):
         finish = asked.choices[0].finish_reason
         assert asked.choices[0].message.content is None
         again = [*MESSAGES, asked.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
-        assert call.id and isinstance(again, list)
+        said = ask(tooled, messages=again, tools=[TOOL])
+        assert call.id and said.usage.prompt_tokens > asked.usage.prompt_tokens
+        assert said.system_fingerprint.split("-")[1].startswith("template:")
     assert finish == "tool_calls"
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"town": "Ulm"})
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-def test_a_forced_call_is_exactly_one_that_fits_its_schema(client, choice, stream):
+def test_a_forced_call_is_exactly_one_that_fits_its_schema(tooled, choice, stream):
     schema = {**TOOL["function"]["parameters"], "properties": {"town": {"enum": ["Ulm", "Rome"]}}}
     tool = {
         "type": "function",
         "function": {"name": "get_weather", "parameters": schema | {"additionalProperties": False}},
     }
     asked = {"tools": [tool], "tool_choice": choice, "max_tokens": 200, "temperature": 1, "seed": 3}
-    reply = ask(client, **asked, parallel_tool_calls=False, stream=stream)
+    reply = ask(tooled, **asked, parallel_tool_calls=False, stream=stream)
     choices = [chunk.choices[0] for chunk in reply] if stream else reply.choices
     messages = [c.delta if stream else c.message for c in choices]
     (call,) = [call for message in messages for call in message.tool_calls or []]
@@ -370,6 +382,17 @@ def test_a_stop_that_is_one_special_token_stops_there(client, runtime):
     name, token = next((n, i) for n, i in runtime.special_tokens.items() if i not in runtime.end_token_ids)
     reply = ask(client, logit_bias={str(token): 100}, stop=[name], max_tokens=5)
     assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("stop", 1)
+
+
+def test_tools_that_the_model_would_not_see_are_refused(client):
+    for asked in ({}, {"tool_choice": "required"}):
+        with pytest.raises(openai.BadRequestError, match="no place for tools") as caught:
+            ask(client, tools=[TOOL], **asked)
+        assert (caught.value.param, caught.value.code) == ("tools", "tools_not_supported")
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    with pytest.raises(openai.BadRequestError, match="does not appear"):
+        ask(client, messages=[*MESSAGES, turn, {"role": "tool", "tool_call_id": "1", "content": "rain"}])
 
 
 def test_without_a_call_tools_change_nothing_in_the_shape(client):
