@@ -192,7 +192,7 @@ def _keys(entry: Any, number: int) -> tuple[str, str] | None:
 
 
 def _derive_name_json(said: str, place: int) -> dict[str, Any] | None:
-    spans = []
+    spans: list[tuple[int, int, int]] = []
     for name, values in zip(NAMES, ARGUMENTS, strict=True):
         at = said.find(name, spans[-1][2] if spans else 0)
         start = said.find("{", at) if at >= 0 else -1

@@ -93,7 +93,7 @@ def by_tag(field: str, labels: Mapping[str, str]) -> Discriminator:
 class EchoedModel(RequestModel):
     """A part of a conversation, which clients' libraries send back as they got it."""
 
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": list(EMPTY_VALUES)}})
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": [None, "", [], {}]}})
     ignores_empty = True
 
 
