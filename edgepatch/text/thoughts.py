@@ -93,8 +93,9 @@ def _split_channels(text: str, is_complete: bool) -> tuple[str, str]:
         if end == len(behind) and not is_complete:
             body = body[: len(body) - num_held(body, _PART_ENDS)]
         rest = re.sub(r"\A(<\|(end|return|call)\|>)+", "", rest)
-        if "to=" in header:
-            said += f"{CHANNELS[0]}{header.rpartition(CHANNELS[0])[2].strip()}{marker}{body}"
+        receiver = re.search(r"to=([\w.-]+)", header)
+        if receiver:  # behind the role or behind the channel: models write both
+            said += f"{CHANNELS[0]}commentary to={receiver[1]}{marker}{body}"
         elif "analysis" in header:
             thought += ("\n" if thought else "") + body
         else:

@@ -236,5 +236,5 @@ def test_an_adapter_among_the_weights_is_refused_by_name(tmp_path):
     copy_folder(LAB, tmp_path / "model")
     (tmp_path / "model" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for read in (folders.read_spec, folders.load_model):
-        with pytest.raises(InputError, match="adapter_config.json lies beside the weights"):
+        with pytest.raises(InputError, match=r"adapter_config\.json lies beside the weights"):
             read(tmp_path / "model")
