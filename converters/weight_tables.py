@@ -21,6 +21,7 @@ from edgepatch.errors import InputError
 from edgepatch.files import strict_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
 MAX_HEADER_BYTES = 100_000_000
 """Of a safetensors file; the format's own limit."""
 
@@ -146,8 +147,14 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder: those of its index, the single one, or all that are there.
 
     Raises:
-        InputError: there are none, one of the index is missing, or the index is damaged.
+        InputError: there are none, one of the index is missing, or the index is damaged; or an adapter lies among them, which
+            libraries apply without a word.
     """
+    if (folder / ADAPTER_FILE).is_file():
+        raise InputError(
+            f"{folder}: {ADAPTER_FILE} lies beside the weights: Transformers would apply that adapter unasked, and other libraries not",
+            hint="move the adapter's files out of the folder, or merge it into the weights",
+        )
     if (folder / INDEX_FILE).is_file():
         names = _indexed(folder / INDEX_FILE)
     else:

@@ -21,6 +21,7 @@ from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.files import strict_json
+from edgepatch.text.end_tokens import END_NAMES
 from edgepatch.text.tokenizers import FolderTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of GGUF
@@ -29,19 +30,8 @@ ADDED_SCORE = -1000.0
 
 SPACE = "\u2581"
 
-END_NAMES = frozenset(
-    {
-        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
-        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "[e~["),
-        *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
-        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>"),
-        *("<REPO>", "<reponame>", "<|file_sep|>"),
-    }
-)
-"""Tokens that end a reply in llama.cpp whatever the file says; others need one of the keys below."""
-
 END_KEYS = ("eot", "eom")
-"""Keys for end tokens besides EOS."""
+"""Keys for end tokens besides EOS that do not end a reply by their names."""
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
@@ -246,7 +236,7 @@ def _add_special(writer: Any, folder: Path, reader: FolderTokenizer, tokens: lis
 
 def _more_ends(reader: FolderTokenizer, eos: int | None, tokens: list[str]) -> list[int]:
     """End tokens besides EOS, those first that llama.cpp does not know by their names."""
-    ends = sorted(i for i in reader.end_token_ids if i != eos and i < len(tokens))
+    ends = sorted(i for i in reader.configured_end_ids if i != eos and i < len(tokens))
     return sorted(ends, key=lambda i: tokens[i] in END_NAMES)
 
 

@@ -39,6 +39,8 @@ class TokenFacts:
     eos: str
     special: tuple[str, ...]
     user_defined: tuple[str, ...]
+    special_ids: dict[str, int]
+    ends: tuple[str, ...]
 
 
 def read_token_facts(lib: Any, vocabulary: Any) -> TokenFacts:
@@ -50,6 +52,7 @@ def read_token_facts(lib: Any, vocabulary: Any) -> TokenFacts:
     """
     ids = range(lib.llama_vocab_n_tokens(vocabulary))
     kinds = [lib.llama_vocab_get_attr(vocabulary, i) for i in ids]
+    special = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
 
     def text(token: int) -> str:
         return str(lib.llama_vocab_get_text(vocabulary, token).decode("utf-8", "replace")) if token in ids else ""
@@ -62,8 +65,10 @@ def read_token_facts(lib: Any, vocabulary: Any) -> TokenFacts:
         frozenset(i for i in ids if lib.llama_vocab_is_eog(vocabulary, i)),
         text(lib.llama_vocab_bos(vocabulary)),
         text(lib.llama_vocab_eos(vocabulary)),
-        texts(lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN),
+        texts(special),
         texts(lib.LLAMA_TOKEN_ATTR_USER_DEFINED),
+        {text(i): i for i, kind in enumerate(kinds) if kind & special},
+        tuple(text(i) for i in ids if lib.llama_vocab_is_eog(vocabulary, i)),
     )
 
 

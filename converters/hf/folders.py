@@ -162,6 +162,7 @@ def load_model(path: Path, device: str = "cpu", dtype: str = "float32") -> PreTr
         model = gguf_models.load_model(path)
     else:
         read_config(path)
+        weight_tables.weight_files(path)
         options = _four_bit(device) if dtype == "4bit" else {"dtype": torch.float32}
         try:
             model = load_pretrained_model(AutoModelForCausalLM, path, **options)

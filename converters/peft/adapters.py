@@ -23,6 +23,8 @@ from edgepatch.converters.peft.settings import (
     PEFT_VERSION,
     PREFIX_TUNING,
     PROMPT_TUNING,
+    READ_TYPES,
+    SOFT_PROMPTS,
     AdapterConfig,
     read_config,
 )
@@ -40,7 +42,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def read_adapter(folder: Path, spec: ModelSpec, name: str = "", version: str = "0.1.0") -> Patch:
-    """A patch from a PEFT folder of type PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE.
+    """A patch from a PEFT folder of type PROMPT_TUNING, P_TUNING, PREFIX_TUNING or CARTRIDGE.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -72,7 +74,7 @@ def read_adapter(folder: Path, spec: ModelSpec, name: str = "", version: str = "
         }
     }
     name = name or folder.resolve().name
-    if config.peft_type == PROMPT_TUNING:
+    if config.peft_type in SOFT_PROMPTS:
         return Patch(name, version, spec, SoftPrompt(embeddings.astype(np.float32)), training=record)
     return Patch(name, version, spec, None, split_prefix(embeddings, spec), training=record)
 
@@ -121,14 +123,14 @@ def _require_folder(folder: Path) -> None:
 
 
 def _width(peft_type: str, spec: ModelSpec) -> int:
-    if peft_type == PROMPT_TUNING:
+    if peft_type in SOFT_PROMPTS:
         return spec.hidden_size
     return spec.num_hidden_layers * 2 * spec.num_key_value_heads * spec.head_dim
 
 
 def _model_settings(peft_type: str, spec: ModelSpec) -> dict[str, int]:
     """What PEFT writes of the model: for a prefix, heads are key/value heads."""
-    if peft_type == PROMPT_TUNING:
+    if peft_type in SOFT_PROMPTS:
         return {"num_layers": spec.num_hidden_layers, "token_dim": spec.hidden_size}
     heads = spec.num_key_value_heads
     return {"num_layers": spec.num_hidden_layers, "token_dim": heads * spec.head_dim, "num_attention_heads": heads}
@@ -205,7 +207,7 @@ def write_adapter(patch: Patch, folder: Path, base_model_name: str | None = None
 def _source(patch: Patch) -> dict[str, Any]:
     """The record that ``read_adapter`` left, or nothing."""
     source = patch.training.get("source")
-    is_peft = isinstance(source, dict) and source.get("format") == "peft" and source.get("peft_type") in PEFT_TYPES
+    is_peft = isinstance(source, dict) and source.get("format") == "peft" and source.get("peft_type") in READ_TYPES
     return dict(source) if is_peft and isinstance(source, dict) else {}
 
 

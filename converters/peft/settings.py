@@ -14,6 +14,11 @@ from edgepatch.errors import InputError
 from edgepatch.files.strict_json import read_json
 
 PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE = PEFT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE")
+P_TUNING = "P_TUNING"
+"""A soft prompt that an encoder has made: what is saved is the encoder's output, and so a soft prompt like any other."""
+
+READ_TYPES = (*PEFT_TYPES, P_TUNING)
+SOFT_PROMPTS = (PROMPT_TUNING, P_TUNING)
 PEFT_VERSION = "0.21.2"
 """The release whose ``adapter_config.json`` is written."""
 
@@ -33,7 +38,10 @@ FIXED: dict[str, tuple[object, ...]] = {
 IGNORED = frozenset(
     {
         "auto_mapping",
+        "encoder_dropout",
         "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_reparameterization_type",
         "inference_mode",
         "init_weights",
         "num_frozen_tokens",
@@ -53,7 +61,7 @@ class AdapterConfig:
     """What is read of ``adapter_config.json``; ``None`` where the file leaves a value open.
 
     Attributes:
-        peft_type: one of ``PEFT_TYPES``.
+        peft_type: one of ``READ_TYPES``.
         num_virtual_tokens: P.
         num_layers: L.
         token_dim: D of a soft prompt, K * H of a prefix.
@@ -79,9 +87,9 @@ def read_config(path: Path) -> AdapterConfig:
     """
     values = read_json(path, MAX_CONFIG_BYTES, what="settings", hint="name a PEFT adapter folder, or save it again")
     kind = values.get("peft_type")
-    if kind not in PEFT_TYPES:
+    if kind not in READ_TYPES:
         raise InputError(
-            f"{path}: peft_type: expected {', '.join(PEFT_TYPES)}, found {str(kind)[:80]!r}",
+            f"{path}: peft_type: expected {', '.join(READ_TYPES)}, found {str(kind)[:80]!r}",
             hint="a patch is virtual tokens; adapters that change weights (LoRA and others) are merged into the base model instead",
         )
     for key, allowed in FIXED.items():

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["app", "main", "printable"]
 
 BENCH = tuple(
-    f"bench.{name}" for name in ("safety", "harness", "evidence", "parity", "speed", "lab", "attacks", "results")
+    f"bench.{name}"
+    for name in ("safety", "harness", "evidence", "parity", "speed", "lab", "attacks", "peers", "results")
 )
 MODULES = (
     "artefacts",

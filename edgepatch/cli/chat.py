@@ -6,9 +6,10 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,13 +19,16 @@ from edgepatch.cli.console import (
     BareFlag,
     JsonFlag,
     ModelArgument,
+    ModelFileOption,
     PatchOption,
     PinnedFlag,
     StoreOption,
     TemplateFlag,
+    TemplateOption,
     note,
     print_json,
     printable,
+    read_template,
     stderr,
 )
 from edgepatch.errors import EdgepatchError, InputError
@@ -79,16 +83,24 @@ def chat(
     pinned: PinnedFlag = False,
     other_template: TemplateFlag = False,
     store: StoreOption = None,
+    chat_template: TemplateOption = None,
+    model_file: ModelFileOption = None,
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="For models whose template can turn thinking on and off.")
+    ] = None,
 ) -> None:
     """Talk with a model; the replies go to stdout, all else to stderr. `/help` lists the commands.
 
     Example: `edgepatch chat llama.gguf --patch detox.safetensors --prompt "Who are you?"`
     """
     from edgepatch.decoding.sampling import Sampling
+    from edgepatch.text.templates import ChatOptions
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
+    options = ChatOptions({} if think is None else {"enable_thinking": think})
+    choices = {"chat_template": read_template(chat_template), "model_file": model_file}
     with load_model(
-        model, choice(patch, bare), context_length, threads, device, store, pinned, other_template
+        model, choice(patch, bare), context_length, threads, device, store, pinned, other_template, choices
     ) as session:
         conversation = Conversation(session, system, store)
         for line in _questions() if prompt is None else [prompt]:
@@ -97,7 +109,7 @@ def chat(
                     return
                 continue
             printer = ReplyPrinter()
-            for piece in session.stream(conversation.ask(line), sampling):
+            for piece in session.stream(conversation.ask(line), sampling, options=options):
                 printer.show(piece)
             conversation.answer(printer.end())
 
@@ -285,13 +297,14 @@ def load_model(
     store: Path | None = None,
     pinned: bool = False,
     other_template: bool = False,
+    choices: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Session:
     """The model with a patch; what is active is told on stderr, and what is less than the patch promises."""
     from edgepatch.runtimes import ACTIVE, device_options, load_runtime
     from edgepatch.store.reading import StoreReader
 
     options = {"context_length": context_length, "num_threads": threads, **device_options(model, device.value)}
-    settings = {name: value for name, value in options.items() if value is not None}
+    settings = {name: value for name, value in (options | choices).items() if value is not None}
     session = load_runtime(model, patch, store=store, pinned=pinned, other_template=other_template, **settings)
     note(describe(session))
     for line in session.slot.notes:

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgepatch.cli.quiet import libraries_silent
+from edgepatch.errors import InputError
 from edgepatch.progress import NOTHING_KEPT, OF_STREAM, Courses, Lines, Progress, Stream, duration, logged
 
 
@@ -43,6 +44,26 @@ PatchOption = Annotated[
         help="Patch file, or sha256:DIGEST of one in the store; given several times they act side by side; else the active ones.",
     ),
 ]
+TemplateOption = Annotated[
+    Path | None, typer.Option("--chat-template", help="Jinja file to use instead of the model's own template.")
+]
+ModelFileOption = Annotated[
+    str | None, typer.Option("--model-file", help="Of several ONNX graphs in the folder the one to take.")
+]
+
+
+def read_template(path: Path | None) -> str | None:
+    """The text of a chat template, where one is named.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8") if path else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the chat template {path}: {error}", hint="check the path") from None
+
+
 BareFlag = Annotated[bool, typer.Option("--bare", help="Run the model without a patch.")]
 PinnedFlag = Annotated[
     bool,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, cell, model_path, print_json, stdout
+from edgepatch.cli.console import JsonFlag, TemplateOption, cell, model_path, print_json, read_template, stdout
 from edgepatch.errors import InactivePatchError, InputError
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ FlashOption = Annotated[
 KeyOption = Annotated[
     Path | None, typer.Option("--api-key-file", help="Holds the server's key, if it has one. Else LLAMA_API_KEY.")
 ]
-TemplateOption = Annotated[
-    Path | None, typer.Option("--chat-template", help="Jinja file to use instead of the model's own template.")
-]
 
 
 class Client(str, Enum):
@@ -45,13 +42,6 @@ def _server(url: str, key_file: Path | None) -> LlamaServer:
     from edgepatch.server.settings import read_key_file
 
     return LlamaServer(url, read_key_file(key_file) if key_file else os.environ.get("LLAMA_API_KEY", ""))
-
-
-def _read_template(path: Path | None) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the chat template {path}: {error}", hint="check the path") from None
 
 
 @app.command("export")
@@ -84,7 +74,7 @@ def export_patch(
     if (server is None) != (slot_dir is None):
         raise InputError("--server and --slot-dir belong together", hint="the folder is the server's --slot-save-path")
     patch = read_patch(patch_file)
-    options = export.ExportOptions(context, kv_type, flash_attention, slots, _read_template(chat_template))
+    options = export.ExportOptions(context, kv_type, flash_attention, slots, read_template(chat_template) or "")
     probe = export.probe(_server(server, api_key_file), slot_dir, model, options) if server and slot_dir else None
     manifest = export.export(patch, model, out, options, probe)
     if as_json:
@@ -132,7 +122,7 @@ def check_server(
     from edgepatch.patch.file import read_patch
 
     options = ExportOptions(
-        kv_type=kv_type, flash_attention=flash_attention, chat_template=_read_template(chat_template)
+        kv_type=kv_type, flash_attention=flash_attention, chat_template=read_template(chat_template) or ""
     )
     patch, server = read_patch(patch_file), _server(url, api_key_file)
     report = check.check_server(

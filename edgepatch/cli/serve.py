@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,13 +17,16 @@ from edgepatch.cli.console import (
     BareFlag,
     JsonFlag,
     ModelArgument,
+    ModelFileOption,
     PatchOption,
     PinnedFlag,
     StoreOption,
     TemplateFlag,
+    TemplateOption,
     cell,
     note,
     print_json,
+    read_template,
     stderr,
     stdout,
     table,
@@ -64,6 +67,11 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option("--allow-host", help="A name of this machine that clients use; may be repeated.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", help="A page or app that may call, such as app://obsidian.md; may be repeated."),
+    ] = None,
+    chat_template: TemplateOption = None,
     queue: Annotated[int, typer.Option("--queue", min=1, help="The most replies that wait; more get status 503.")] = 64,
     request_timeout: Annotated[float, typer.Option("--request-timeout", min=1, help="Seconds for one reply.")] = 600,
     grace: Annotated[
@@ -72,6 +80,7 @@ def serve(
     context_length: ContextLength = None,
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
+    model_file: ModelFileOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a model to OpenAI's clients, on this machine alone unless told otherwise. Stop it with Ctrl-C or SIGTERM.
@@ -92,6 +101,7 @@ def serve(
         port=port,
         allow_remote=allow_remote,
         allowed_hosts=tuple(name.lower() for name in allow_host or ()),
+        allowed_origins=tuple(allow_origin or ()),
         max_waiting=queue,
         request_timeout_s=request_timeout,
         grace_s=grace,
@@ -99,7 +109,18 @@ def serve(
     with settings.listen() as listener:
         url = _url(settings, listener.getsockname()[1])
         note(f"loading {model}")
-        load = _loader(model, chosen, sequences, context_length, threads, device, store, pinned, other_template)
+        load = _loader(
+            model,
+            chosen,
+            sequences,
+            context_length,
+            threads,
+            device,
+            store,
+            pinned,
+            other_template,
+            {"chat_template": read_template(chat_template), "model_file": model_file},
+        )
         service = Service(load, settings, lambda served: _announce(served, settings, url, is_new, as_json))
         run(service, listener)
     if not service.scheduler.join(0):
@@ -136,12 +157,13 @@ def _loader(
     store: Path | None,
     pinned: bool,
     other_template: bool,
+    choices: Mapping[str, str | None],
 ) -> Callable[[], Session]:
     from edgepatch.runtimes import device_options, load_runtime
     from edgepatch.store.reading import StoreReader
 
     options: dict[str, object] = {"context_length": context_length, "num_threads": threads, "num_sequences": sequences}
-    options |= device_options(model, device.value)
+    options |= device_options(model, device.value) | choices
     settings = {name: value for name, value in options.items() if value is not None}
 
     def load() -> Session:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.processes.kept import KeptChild
 
-ConstraintKind = Literal["json_schema", "json_object", "grammar", "regex"]
+ConstraintKind = Literal["json_schema", "json_object", "grammar", "regex", "lark"]
 KINDS: tuple[str, ...] = get_args(ConstraintKind)
 
 MAX_DEFINITION = 64 * 1024
@@ -51,8 +51,8 @@ class Constraint:
     """What a reply must look like.
 
     Attributes:
-        kind: "json_schema", "json_object" (any JSON object), "grammar" (GBNF, as llama.cpp writes it) or "regex" (Rust's
-            syntax, matched against the whole reply).
+        kind: "json_schema", "json_object" (any JSON object), "grammar" (GBNF, as llama.cpp writes it), "regex" (Rust's
+            syntax, matched against the whole reply) or "lark" (llguidance's own syntax, in which special tokens have a place).
         definition: the schema, grammar or expression; empty for "json_object".
 
     Raises:
@@ -271,6 +271,8 @@ def _grammar(constraint: Constraint) -> str:
         return str(LLMatcher.grammar_from_regex(constraint.definition))
     if constraint.kind == "grammar":
         return str(LLMatcher.grammar_from_lark(gbnf_to_lark(constraint.definition)))
+    if constraint.kind == "lark":
+        return constraint.definition
     schema = constraint.definition or '{"type": "object"}'
     return str(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS))
 

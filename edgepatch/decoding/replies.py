@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -90,6 +91,7 @@ class Reply:
         decode: takes one token after the other and returns the text that each completes.
         end_token_ids: the tokens that end a reply.
         matcher: where ``sampling`` has a constraint.
+        stop_token_ids: tokens without text that ``sampling.stop`` names.
 
     Attributes:
         tokens: the prompt and what has been drawn.
@@ -104,13 +106,14 @@ class Reply:
         decode: Callable[[int], str],
         end_token_ids: frozenset[int],
         matcher: ConstraintMatcher | None = None,
+        stop_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.tokens = list(prompt)
         self._end = len(self.tokens) + room
         self._sampler = TokenSampler(sampling, prompt, vocab_size, matcher)
         self._stops = StopMatcher(sampling.stop)
         self._decode = decode
-        self._ends = frozenset() if sampling.ignore_end_tokens else end_token_ids
+        self._ends = (frozenset() if sampling.ignore_end_tokens else end_token_ids) | stop_token_ids
 
     def next(self, logits: NDArray[Any]) -> Piece:
         """Draws a token from (V,) float32 logits."""
@@ -137,12 +140,18 @@ class ReplyMaker:
         vocab_size: V.
         new_decoder: gives a function that takes one token after the other and returns the text that each completes.
         token_bytes: gives the bytes of each token; none for special tokens.
+        special_tokens: name -> id of each token without text.
     """
 
     def __init__(
-        self, vocab_size: int, new_decoder: Callable[[], Callable[[int], str]], token_bytes: Callable[[], list[bytes]]
+        self,
+        vocab_size: int,
+        new_decoder: Callable[[], Callable[[int], str]],
+        token_bytes: Callable[[], list[bytes]],
+        special_tokens: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._vocab_size, self._new_decoder, self._token_bytes = vocab_size, new_decoder, token_bytes
+        self._special_tokens = special_tokens
         self._engine: ConstraintEngine | None = None
 
     def engine(self, end_token_ids: frozenset[int]) -> ConstraintEngine:
@@ -158,8 +167,9 @@ class ReplyMaker:
         context_length: int,
         end_token_ids: frozenset[int],
         compiled: CompiledConstraint | None = None,
+        spelled: Mapping[int, str] = MappingProxyType({}),
     ) -> Reply:
-        """A reply to a prompt, nothing of it drawn yet.
+        """A reply to a prompt, nothing of it drawn yet; ``spelled`` gives some tokens without text one, by id.
 
         Args:
             sampling: how to draw.
@@ -175,7 +185,13 @@ class ReplyMaker:
         if sampling.constraint is not None:
             matcher = (compiled or self.engine(end_token_ids).compile(sampling.constraint)).matcher()
         room = min(sampling.max_new_tokens, context_length - len(tokens) + 1)
-        return Reply(sampling, tokens, room, self._vocab_size, self._new_decoder(), end_token_ids, matcher)
+        stops = frozenset(self._special_tokens[stop] for stop in sampling.stop if stop in self._special_tokens)
+        decode = _spelling(self._new_decoder(), spelled)
+        return Reply(sampling, tokens, room, self._vocab_size, decode, end_token_ids, matcher, stops)
+
+
+def _spelling(decode: Callable[[int], str], spelled: Mapping[int, str]) -> Callable[[int], str]:
+    return (lambda token: spelled[token] if token in spelled else decode(token)) if spelled else decode
 
 
 class Batch(Protocol):

@@ -107,6 +107,7 @@ def load_runtime(
     store: Path | str | None = None,
     pinned: bool = False,
     other_template: bool = False,
+    chat_template: str | None = None,
     **options: Any,
 ) -> Session:
     """Loads a model, with a patch or several side by side, in the runtime that takes its kind.
@@ -120,6 +121,7 @@ def load_runtime(
         store: folder of the store, which must exist; ``None`` takes that of the device.
         pinned: leaves a seed that moves at the start of the text, where its hold fades; for models that cannot move it.
         other_template: lets the model have another chat template than the patch was made with; the fingerprint then names it.
+        chat_template: Jinja source to write conversations with instead of the model's own; every fingerprint names it.
         **options: of that runtime's class, e.g. ``context_length`` or ``num_threads``.
 
     Raises:
@@ -136,22 +138,23 @@ def load_runtime(
     from edgepatch.store.reading import StoreReader
 
     path = Path(model)
-    name = runtime_name(path)
+    name, is_other = runtime_name(path), other_template or chat_template is not None
     with _naming_extras(name):
         if patch is not ACTIVE:
             parts = find_patches(patch, store)
             planned = together(parts)
             require_room(parts, options.get("context_length"))
-            return Session(_open(name, path, planned, options), parts, pinned, other_template)
+            runtime = _with_template(_open(name, path, planned, options), chat_template)
+            return Session(runtime, parts, pinned, is_other)
         reader = StoreReader(store)
         reader.require_some()
-        runtime = _open(name, path, None, options)
+        runtime = _with_template(_open(name, path, None, options), chat_template)
         try:
             parts = reader.require_active(runtime.spec)
         except BaseException:
             runtime.close()
             raise
-        return Session(runtime, parts, pinned, other_template)
+        return Session(runtime, parts, pinned, is_other)
 
 
 def find_patches(patch: OnePatch | Sequence[OnePatch] | None, store: Path | str | None = None) -> tuple[Patch, ...]:
@@ -203,6 +206,16 @@ def _naming_extras(name: str) -> Iterator[None]:
         if error.name not in PACKAGES[name]:
             raise
         raise MissingExtraError(error.name, EXTRAS[name]) from None
+
+
+def _with_template(runtime: Runtime, source: str | None) -> Runtime:
+    if source is not None:
+        try:
+            runtime.chat_template = runtime.chat_template.replaced(source)
+        except BaseException:
+            runtime.close()
+            raise
+    return runtime
 
 
 def _open(name: str, model: Path, planned: Patch | None, options: dict[str, Any]) -> Runtime:

@@ -10,12 +10,15 @@ import numpy as np
 from edgepatch.errors import InputError
 from edgepatch.runtimes.runtime import Runtime, Tools
 from edgepatch.text.messages import Message
+from edgepatch.text.templates import PLAIN_CHAT, ChatOptions
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
-def token_ids(runtime: Runtime, prompt: Prompt, tools: Tools | None = None) -> list[int]:
-    """Token ids of a prompt; ``tools`` go into the chat template.
+def token_ids(
+    runtime: Runtime, prompt: Prompt, tools: Tools | None = None, options: ChatOptions = PLAIN_CHAT
+) -> list[int]:
+    """Token ids of a prompt; ``tools`` go into the chat template, which ``options`` belong to.
 
     Raises:
         InputError: the prompt is empty or malformed, or an id is outside the vocabulary, or a text has so many bytes that it fits
@@ -28,7 +31,7 @@ def token_ids(runtime: Runtime, prompt: Prompt, tools: Tools | None = None) -> l
         runtime.require_fit(prompt)
         ids = runtime.encode(prompt)
     elif is_chat:
-        ids = runtime.encode_chat(cast(Sequence[Message], prompt), tools)
+        ids = runtime.encode_chat(cast(Sequence[Message], prompt), tools, options)
     else:
         ids = _checked_ids(prompt)
     if not ids:

@@ -17,6 +17,7 @@ from edgepatch.patch.sketches import compare
 from edgepatch.runtimes.runtime import Evaluate, Runtime, SeedRoute, Tools, check_patch, checked_number, moves
 from edgepatch.tensors import as_float32
 from edgepatch.text.messages import Message
+from edgepatch.text.templates import PLAIN_CHAT, ChatOptions
 from edgepatch.text.tokenizers import FolderTokenizer
 
 MAX_BATCH_ROWS = 64
@@ -46,7 +47,7 @@ class TorchRuntime(Runtime):
         check_patch(planned, self.spec)
         self._tokenizer = FolderTokenizer(folder)
         self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
-        self.chat_template = self._tokenizer.chat_template
+        self.chat_template, self.special_tokens = self._tokenizer.template, self._tokenizer.special_tokens
         self.model = folders.load_model(folder, device)
         self.num_positions = int(folders.text_config(self.model.config).max_position_embeddings)
         self._caches: list[Any] = [None] * num_sequences
@@ -86,8 +87,10 @@ class TorchRuntime(Runtime):
     def encode_probe(self, text: str, *, trusted: bool) -> list[int]:
         return self._tokenizer.encode(text, trusted=trusted)
 
-    def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        return self._tokenizer.encode_chat(messages, tools, self.require_fit)
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Tools | None = None, options: ChatOptions = PLAIN_CHAT
+    ) -> list[int]:
+        return self._tokenizer.encode_chat(messages, tools, self.require_fit, options, self.chat_template)
 
     def new_decoder(self) -> Callable[[int], str]:
         return self._tokenizer.new_decoder()

@@ -7,7 +7,6 @@ whether a patch works and how a reply is drawn is the session's part (``runtimes
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -20,6 +19,7 @@ from edgepatch.patch.file import Patch
 from edgepatch.tensors import ModelSpec
 from edgepatch.text.limits import TextBound
 from edgepatch.text.messages import Message
+from edgepatch.text.templates import PLAIN_CHAT, ChatOptions, ChatTemplate
 
 Tools = Sequence[Mapping[str, Any]]
 SeedRoute = Literal["", "stored", "decoded"]
@@ -50,6 +50,8 @@ class Runtime(Protocol):
         num_positions: of a sequence, the patch's own included.
         num_sequences: conversations held at once, each behind the same seed.
         end_token_ids: the tokens that end a reply.
+        special_tokens: name -> id of each token that has no text of its own.
+        chat_template: how conversations are written.
         text_bound: how many bytes of text its tokens can stand for.
         kv_type: of the cache.
         notes: what is slower or turned off because a library died of it on this machine, why, and what mends it.
@@ -57,7 +59,6 @@ class Runtime(Protocol):
         is_cuttable: whether a sequence can be cut back; recurrent memory goes on from its end or starts afresh.
         max_batch_rows: of ``open_batch``; 0 where a batch is nothing but several sequences.
         has_ragged_batches: whether the prompts of a batch may differ in length.
-        chat_template: what the model is told around messages; "" where it has none.
         proofs: of patches; ``None`` where each load asks the whole canary.
 
     One thread at a time drives a runtime. ``encode`` and ``encode_chat`` need the vocabulary alone: any thread may call them meanwhile.
@@ -70,6 +71,8 @@ class Runtime(Protocol):
     num_positions: int
     num_sequences: int
     end_token_ids: frozenset[int]
+    special_tokens: Mapping[str, int]
+    chat_template: ChatTemplate
     text_bound: TextBound = TextBound()
     kv_type: str = "f32"
     notes: tuple[str, ...] = ()
@@ -77,7 +80,6 @@ class Runtime(Protocol):
     is_cuttable: bool = True
     max_batch_rows: int = 0
     has_ragged_batches: bool = False
-    chat_template: str = ""
     proofs: ProofMemory | None = None
 
     # Text.
@@ -88,7 +90,9 @@ class Runtime(Protocol):
     def encode_probe(self, text: str, *, trusted: bool) -> list[int]:
         """As ``encode``; special tokens that a ``trusted`` text spells are read as such."""
 
-    def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Tools | None = None, options: ChatOptions = PLAIN_CHAT
+    ) -> list[int]:
         """Token ids of a conversation in the model's chat template, with the opening of the assistant's turn.
 
         Special tokens that a message spells are text. ``tools`` are objects in OpenAI's form.
@@ -209,11 +213,7 @@ class Runtime(Protocol):
     @property
     def chat_template_digest(self) -> str:
         """SHA-256 of the chat template; "" where there is none."""
-        return (
-            hashlib.sha256(self.chat_template.encode("utf-8", "surrogatepass")).hexdigest()
-            if self.chat_template
-            else ""
-        )
+        return self.chat_template.digest
 
     def require_fit(self, text: str) -> None:
         """Refuses a text by its size, before it is tokenized.

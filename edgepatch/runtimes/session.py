@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,7 @@ from edgepatch.runtimes.runtime import Runtime, SeedRoute, Tools
 from edgepatch.runtimes.seats import Job, Seats, require_text_only
 from edgepatch.runtimes.sequences import Sequences
 from edgepatch.text.messages import Message
+from edgepatch.text.templates import PLAIN_CHAT, ChatOptions
 
 
 class Session(AbstractContextManager["Session"]):
@@ -65,10 +66,13 @@ class Session(AbstractContextManager["Session"]):
         self.kv_type, self.num_threads, self.notes = runtime.kv_type, runtime.num_threads, runtime.notes
         self.num_positions, self.num_sequences = runtime.num_positions, runtime.num_sequences
         self.end_token_ids, self.text_bound = runtime.end_token_ids, runtime.text_bound
+        self.chat_template, self.special_tokens = runtime.chat_template, runtime.special_tokens
         self.encode, self.encode_chat, self.token_bytes = runtime.encode, runtime.encode_chat, runtime.token_bytes
         self.sequences = Sequences(runtime)
         self.slot = PatchSlot(runtime, self.sequences, pinned, other_template)
-        self._replies = ReplyMaker(runtime.spec.vocab_size, runtime.new_decoder, runtime.token_bytes)
+        self._replies = ReplyMaker(
+            runtime.spec.vocab_size, runtime.new_decoder, runtime.token_bytes, runtime.special_tokens
+        )
         self.parts = parts = as_parts(patch)
         try:
             self.seed_route: SeedRoute = self.slot.load(parts)
@@ -90,18 +94,19 @@ class Session(AbstractContextManager["Session"]):
     def system_fingerprint(self) -> str:
         """Names base model and patch, and says where its seed is pinned or the chat template another; the same on every reply."""
         patch = self.patch.digest[:12] if self.patch else "bare"
-        pinned, template = "-pinned" if self.slot.is_pinned else "", self.slot.other_template
-        told = f"-template-{template[:12]}" if template else ""
-        return f"{self.spec.weight_fingerprint[:12]}+{patch}{pinned}{told}"
+        replaced = self.chat_template.digest if self.chat_template.is_replaced else ""
+        template = replaced or self.slot.other_template
+        pinned, named = "-pinned" if self.slot.is_pinned else "", f"-template-{template[:12]}" if template else ""
+        return f"{self.spec.weight_fingerprint[:12]}+{patch}{pinned}{named}"
 
-    def tokens(self, prompt: Prompt, tools: Tools | None = None) -> list[int]:
-        """Token ids of a text, a conversation or token ids; ``tools`` go into the chat template.
+    def tokens(self, prompt: Prompt, tools: Tools | None = None, options: ChatOptions = PLAIN_CHAT) -> list[int]:
+        """Token ids of a text, a conversation or token ids; ``tools`` go into the chat template, which ``options`` belong to.
 
         Raises:
             InputError: the prompt is empty or malformed, or an id is outside the vocabulary, or a text has so many bytes that it fits
                 into no context.
         """
-        return token_ids(self.backend, prompt, tools)
+        return token_ids(self.backend, prompt, tools, options)
 
     def reset(self) -> None:
         """Forgets every prompt; the seed stays."""
@@ -169,13 +174,22 @@ class Session(AbstractContextManager["Session"]):
         sampling: Sampling,
         sequence: int = 0,
         compiled: CompiledConstraint | None = None,
+        spelled: Mapping[int, str] | None = None,
     ) -> Continuation:
-        """Evaluates a prompt in a sequence, to be continued by ``advance``; ``compiled`` is the sampling's constraint, if it is at hand.
+        """Evaluates a prompt in a sequence, to be continued by ``advance``.
+
+        Args:
+            tokens: the prompt.
+            sampling: how to draw.
+            sequence: to evaluate it in.
+            compiled: the sampling's constraint, if it is at hand.
+            spelled: a text for special tokens, by id.
 
         Raises:
             InputError: the prompt is longer than the context, or a setting does not fit the model.
         """
-        reply = self._replies.new(sampling, tokens, self.context_length, self.end_token_ids, compiled)
+        limits = (self.context_length, self.end_token_ids)
+        reply = self._replies.new(sampling, tokens, *limits, compiled=compiled, spelled=spelled or {})
         return Continuation(sequence, reply, self.sequences.evaluate({sequence: tokens})[sequence][-1])
 
     def advance(self, continuations: Sequence[Continuation]) -> list[Piece | Exception]:
@@ -206,7 +220,13 @@ class Session(AbstractContextManager["Session"]):
         return next_pieces([c.reply for c in continuations], [c.take_logits() for c in continuations])
 
     def stream(
-        self, prompt: Prompt, sampling: Sampling | None = None, *, sequence: int = 0, tools: Tools | None = None
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        sequence: int = 0,
+        tools: Tools | None = None,
+        options: ChatOptions = PLAIN_CHAT,
     ) -> Iterator[Piece]:
         """Continues a prompt token by token.
 
@@ -215,11 +235,12 @@ class Session(AbstractContextManager["Session"]):
             sampling: defaults to ``Sampling()``.
             sequence: which of the conversations behind the seed; its cache is reused as far as the prompts agree.
             tools: what the model may call, in OpenAI's form, where its chat template knows tools.
+            options: how a conversation is written.
 
         Raises:
             InputError: the prompt is empty, malformed or longer than the context, or a setting does not fit the model.
         """
-        continuation = self.begin(self.tokens(prompt, tools), sampling or Sampling(), sequence)
+        continuation = self.begin(self.tokens(prompt, tools, options), sampling or Sampling(), sequence)
         while True:
             piece = require_piece(self.advance([continuation])[0])
             yield piece

@@ -106,7 +106,7 @@ def routes(service: Service) -> list[Route]:
         Route("/openapi.json", document),
         Route("/metrics", figures),
         Route("/v1/models", models),
-        Route("/v1/models/{model}", model),
+        Route("/v1/models/{model:path}", model),
         Route("/v1/patches", patches),
         Route("/v1/chat/completions", GenerationEndpoint(service, requests.parse_chat, ChatWriter), methods=["POST"]),
         Route(
@@ -126,7 +126,11 @@ def _answer_error(service: Service) -> Callable[[Request, Exception], Response]:
 
 
 def _answer_http_error(request: Request, error: HTTPException) -> Response:
-    words = {404: "there is no such path", 405: f"the path does not take {request.method[:20]}"}
+    paths = ", ".join(path for path in PATHS if path.startswith("/v1"))
+    words = {
+        404: f"there is no such path; clients' base URL ends in /v1, and the paths are {paths}",
+        405: f"the path does not take {request.method[:20]}",
+    }
     status = error.status_code if error.status_code in words else 400
     response = refusal_response(
         Refusal(status, words.get(status, str(error.detail)), code="not_found" if status == 404 else "")

@@ -69,7 +69,7 @@ class GenerationEndpoint:
         await _unless_gone(receive, self._serve(order, model, send, start))
 
     async def _serve(self, order: Order, model: ServedModel, send: Send, start: float) -> None:
-        tokens = await self._tokenize(order, model, start)
+        order, tokens = await self._read(order, model, start)
         compiled = await self._compile(order, start)
         run = OrderRun(self._service, order, model, tokens, start, compiled)
         try:
@@ -77,15 +77,15 @@ class GenerationEndpoint:
         finally:
             run.cancel()
 
-    async def _tokenize(self, order: Order, model: ServedModel, start: float) -> list[list[int]]:
-        """Token ids of each prompt, made beside the thread that owns the model, within the time that the request has."""
+    async def _read(self, order: Order, model: ServedModel, start: float) -> tuple[Order, list[list[int]]]:
+        """The order as the model's template has it, and token ids of each prompt, made beside the thread that owns the model, within the time that the request has."""
         scheduler, end = self._service.scheduler, start + self._service.settings.request_timeout_s
         scheduler.require_serving()
         order.require_fit(model)
         try:
             if order.needs_vocabulary:
                 await _in_time(asyncio.wrap_future(scheduler.call(model.read_vocabulary)), end)
-            reading = self._service.text_threads.submit(order.num_characters, lambda: order.tokenize(model, end))
+            reading = self._service.text_threads.submit(order.num_characters, lambda: order.read(model, end))
             return await _in_time(asyncio.wrap_future(reading), end)
         except asyncio.TimeoutError:
             limit_s = self._service.settings.request_timeout_s
@@ -167,8 +167,9 @@ class OrderRun:
         self._num_logprobs = 0 if order.num_logprobs is None else 1 + order.num_logprobs
         if scored:
             self._account.take(self._num_logprobs * sum(len(prompt) for prompt, _ in plans))
+        named = order.num_logprobs or 0
         self._generations = [
-            Generation(p, s, self._emitter(i), scored, compiled=compiled, num_logprobs=order.num_logprobs or 0)
+            Generation(p, s, self._emitter(i), scored, compiled=compiled, num_logprobs=named, spelled=order.spelled)
             for i, (p, s) in enumerate(plans)
         ]
 
@@ -198,7 +199,7 @@ class OrderRun:
             elif isinstance(event, Scored):
                 self._scores[index] = event
             else:
-                logprobs = self.choices[index].add(event, self._model.end_token_ids)
+                logprobs = self.choices[index].add(event)
                 if not isinstance(event, Piece):
                     continue
                 self._account.take(self._num_logprobs)

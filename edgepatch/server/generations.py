@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,6 +67,7 @@ class Generation:
         scored: give the log-probabilities of the prompt too.
         compiled: the sampling's constraint, where it has one.
         num_logprobs: likeliest tokens to name for each of the prompt.
+        spelled: texts of special tokens, by id.
     """
 
     tokens: list[int]
@@ -75,6 +76,7 @@ class Generation:
     scored: bool = False
     compiled: CompiledConstraint | None = None
     num_logprobs: int = 0
+    spelled: Mapping[int, str] = field(default_factory=dict)
     cancelled: bool = field(default=False, init=False)
 
 
@@ -94,7 +96,9 @@ def steps_of(session: Session, generation: Generation, sequence: int) -> Iterato
             session.logits_of_last(tokens[:end], sequence)
             yield None
     if generation.sampling is not None:
-        yield session.begin(tokens, generation.sampling, sequence, compiled=generation.compiled)
+        yield session.begin(
+            tokens, generation.sampling, sequence, compiled=generation.compiled, spelled=generation.spelled
+        )
 
 
 def _scores(session: Session, generation: Generation, sequence: int) -> Iterator[Scored | None]:

@@ -21,7 +21,8 @@ LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{
 ALLOWED_METHODS = "GET, POST"
 # What the clients' libraries send beside Authorization and Content-Type, of which browsers ask.
 CLIENT_HEADERS = re.compile(
-    r"authorization|content-type|accept|x-stainless-[a-z-]+|openai-(organization|project)|user-agent"
+    r"authorization|content-type|accept|x-stainless-[a-z-]+|openai-[a-z-]+|user-agent|http-referer|x-title|x-requested-with"
+    r"|cache-control|pragma|idempotency-key|x-request-id|traceparent|tracestate|baggage|sentry-trace"
 )
 MAX_HEADERS = 64
 PREFLIGHT_AGE_S = 600
@@ -47,6 +48,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._names = {"localhost", *settings.allowed_hosts}
+        self._origins = frozenset(settings.allowed_origins)
         self._takes_any_address = not settings.is_loopback
         self._key = _digest(settings.api_key.encode("latin-1")) if settings.api_key else None
 
@@ -58,7 +60,7 @@ class Guard:
         origin = headers.get("origin", "")
         try:
             self._check_host(headers.getlist("host"))
-            _check_origin(headers.getlist("origin"))
+            self._check_origin(headers.getlist("origin"))
             if "transfer-encoding" in headers and "content-length" in headers:
                 raise Refusal(
                     400, "expected a content length or a transfer encoding, found both", code="ambiguous_length"
@@ -72,7 +74,7 @@ class Guard:
                 return
             self._check_key(scope["path"], headers.get("authorization", ""))
         except Refusal as refusal:
-            allowed = origin if LOOPBACK_ORIGIN.fullmatch(origin) else ""
+            allowed = origin if self._is_let_in(origin) else ""
             await refusal_response(refusal)(scope, receive, _with_origin(send, allowed))
             return
         await self._app(scope, receive, _with_origin(send, origin))
@@ -80,7 +82,21 @@ class Guard:
     def _check_host(self, hosts: list[str]) -> None:
         name = _host_name(hosts[0]) if len(hosts) == 1 else ""
         if not (name in self._names or self._is_our_address(name)):
-            raise Refusal(403, f"host: expected this server's name, found {name[:100]!r}", code="wrong_host")
+            hint = f"; if it is a name of this machine, start the server with --allow-host {name[:100]}" if name else ""
+            raise Refusal(403, f"host: expected this server's name, found {name[:100]!r}{hint}", code="wrong_host")
+
+    def _is_let_in(self, origin: str) -> bool:
+        return LOOPBACK_ORIGIN.fullmatch(origin) is not None or origin in self._origins
+
+    def _check_origin(self, origins: list[str]) -> None:
+        wrong = [origin for origin in origins if not self._is_let_in(origin)]
+        if wrong or len(origins) > 1:
+            name = (wrong or origins)[0][:100]
+            raise Refusal(
+                403,
+                f"origin: expected a page of this machine, found {name!r}; if it is yours, start the server with --allow-origin",
+                code="foreign_origin",
+            )
 
     def _is_our_address(self, name: str) -> bool:
         try:
@@ -108,16 +124,6 @@ def _host_name(host: str) -> str:
     """The name in a Host header, without port and brackets; empty where it is malformed."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", host.strip())
     return (match[1] or match[2]).lower() if match else ""
-
-
-def _check_origin(origins: list[str]) -> None:
-    wrong = [origin for origin in origins if not LOOPBACK_ORIGIN.fullmatch(origin)]
-    if wrong or len(origins) > 1:
-        raise Refusal(
-            403,
-            f"origin: expected a page of this machine, found {(wrong or origins)[0][:100]!r}",
-            code="foreign_origin",
-        )
 
 
 def _preflight(headers: Headers) -> Response:

@@ -27,6 +27,8 @@ class ServedModel:
         patch_notes: what is less than the patches promise; they are among the ``notes``.
         patches: the active ones.
         tokens: ``Session.tokens``, which needs the vocabulary alone, so that any thread may call it.
+        chat_template: how conversations are written.
+        special_tokens: name -> id of each token without text.
     """
 
     def __init__(self, session: Session, name: str) -> None:
@@ -39,6 +41,7 @@ class ServedModel:
         self.notes = (*session.notes, *self.patch_notes)
         self.context_length, self.text_bound = session.context_length, session.text_bound
         self.tokens = session.tokens
+        self.chat_template, self.special_tokens = session.chat_template, session.special_tokens
         self.patches = [_patch_entry(part, session) for part in session.parts]
         self._labels = _labels(session, name)
         self._token_bytes: list[bytes] = []

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from edgepatch.decoding.replies import Piece
 from edgepatch.server.generations import Scored, Started
 from edgepatch.server.model import ServedModel
+from edgepatch.server.reply_streams import ReplyStream
 from edgepatch.server.requests import Order
-from edgepatch.server.tool_streams import ToolStream
 
 if TYPE_CHECKING:
     from edgepatch.server.schemas.replies import CompletionLogprobs, Usage
@@ -44,7 +44,7 @@ class Choice:
         index: its place in the reply.
         prompt: token ids that it continues.
         texts: the pieces' texts.
-        logprobs: of the tokens that have text.
+        logprobs: one for each token.
         num_tokens: all that were generated, the end token included.
     """
 
@@ -56,7 +56,7 @@ class Choice:
     cached_tokens: int = 0
     finish_reason: str | None = None
 
-    def add(self, event: Started | Piece, end_token_ids: frozenset[int]) -> list[TokenLogprob]:
+    def add(self, event: Started | Piece) -> list[TokenLogprob]:
         """Takes the next event and returns the logprobs that it brings."""
         if isinstance(event, Started):
             self.cached_tokens = event.cached_tokens
@@ -64,10 +64,7 @@ class Choice:
         self.num_tokens += 1
         self.texts.append(event.text)
         self.finish_reason = event.finish_reason or None
-        is_end = event.finish_reason == "stop" and event.token_id in end_token_ids
-        new = (
-            [] if is_end or event.logprob is None else [TokenLogprob(event.token_id, event.logprob, event.top_logprobs)]
-        )
+        new = [] if event.logprob is None else [TokenLogprob(event.token_id, event.logprob, event.top_logprobs)]
         self.logprobs += new
         return new
 
@@ -162,45 +159,46 @@ class ChatWriter(ReplyWriter):
 
     def __init__(self, order: Order, model: ServedModel) -> None:
         super().__init__(order, model)
-        self._names = [tool["function"]["name"] for tool in order.tools or ()]
-        self._streams: dict[int, ToolStream] = {}
+        self._streams: dict[int, ReplyStream] = {}
 
     def _whole(self, choice: Choice) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
-        finish_reason = choice.finish_reason
-        if self._names:
-            stream = ToolStream(self._names)
-            text = stream.push(choice.text)
-            rest, calls = stream.finish()
-            message["content"] = text.rstrip() + rest if calls else text + rest
-            if calls:
-                message, finish_reason = (
-                    {**message, "content": message["content"] or None, "tool_calls": calls},
-                    "tool_calls",
-                )
+        stream = ReplyStream(self._order.format)
+        thought, said = stream.push(choice.text)
+        more_thought, rest, calls = stream.finish()
+        content = said.rstrip() + rest if calls else said + rest
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content or None if calls else content,
+            "refusal": None,
+        }
+        if thought + more_thought:
+            message["reasoning_content"] = thought + more_thought
+        if calls:
+            message["tool_calls"] = calls
+        finish_reason = "tool_calls" if calls else choice.finish_reason
         logprobs = self._logprobs(choice.logprobs)
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def first_chunks(self, choice: Choice) -> list[dict[str, Any]]:
-        return [self._chunk(choice, delta={"role": "assistant", "content": ""}, logprobs=None, finish_reason=None)]
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return [self._chunk(choice, delta=delta, logprobs=None, finish_reason=None)]
 
     def chunks(self, choice: Choice, piece: Piece, logprobs: list[TokenLogprob]) -> list[dict[str, Any]]:
-        text, reason = piece.text, piece.finish_reason or None
+        reason = piece.finish_reason or None
         calls: list[dict[str, Any]] = []
-        if self._names:
-            stream = self._streams.setdefault(choice.index, ToolStream(self._names))
-            text = stream.push(text)
-            if reason:
-                rest, calls = stream.finish()
-                text += rest
+        stream = self._streams.setdefault(choice.index, ReplyStream(self._order.format))
+        thought, text = stream.push(piece.text)
+        if reason:
+            more_thought, rest, calls = stream.finish()
+            thought, text = thought + more_thought, text + rest
         chunks = []
-        if text or logprobs:
-            chunks.append(
-                self._chunk(choice, delta={"content": text}, logprobs=self._logprobs(logprobs), finish_reason=None)
-            )
+        if thought or text or logprobs:
+            delta: dict[str, Any] = {"reasoning_content": thought} if thought else {}
+            delta |= {"content": text} if text or not thought else {}
+            chunks.append(self._chunk(choice, delta=delta, logprobs=self._logprobs(logprobs), finish_reason=None))
         if calls:
-            delta = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
-            chunks.append(self._chunk(choice, delta=delta, logprobs=None, finish_reason=None))
+            numbered = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
+            chunks.append(self._chunk(choice, delta=numbered, logprobs=None, finish_reason=None))
         if reason:
             chunks.append(self._chunk(choice, delta={}, logprobs=None, finish_reason="tool_calls" if calls else reason))
         return chunks
@@ -212,7 +210,7 @@ class ChatWriter(ReplyWriter):
         for entry in entries:
             top = [self._named(i, logprob) for i, logprob in entry.top]
             values.append({**self._named(entry.token_id, entry.logprob), "top_logprobs": top})
-        return {"content": values}
+        return {"content": values, "refusal": None}
 
     def _named(self, token_id: int, logprob: float | None) -> dict[str, Any]:
         return {

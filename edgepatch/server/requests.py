@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,18 @@ from edgepatch.errors import InputError
 from edgepatch.files.strict_json import finite
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
-from edgepatch.server.schemas.limits import INT32, MAX_PROMPTS
+from edgepatch.server.reply_formats import PLAIN_TEXT, ReplyFormat, with_format
+from edgepatch.server.schemas.limits import EMPTY_VALUES, INT32, MAX_PROMPTS
 from edgepatch.text.limits import TooLongError
 from edgepatch.text.messages import texts_in
+from edgepatch.text.templates import PLAIN_CHAT, ChatOptions, NoPlaceForToolsError
 
 if TYPE_CHECKING:
-    from edgepatch.server.schemas.requests import SampledRequest
+    from edgepatch.server.schemas.requests import ChatCompletionRequest, SampledRequest
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for ``/v1/completions``."""
 
-MAX_RNG_SEED = 2**64
 MAX_DEPTH = 64
 """Of a body: far below what makes the programs behind us run out of stack."""
 
@@ -56,6 +57,11 @@ class Order:
         sampling: ``max_new_tokens`` is cut to what the context holds; ``None`` generates nothing.
         num_choices: continuations of each prompt.
         tools: OpenAI's tool objects, or ``None``.
+        options: how a conversation is written.
+        forced: names of the functions of which exactly one must be called; empty where none must.
+        most_calls: that a reply may have; ``None`` for any number.
+        format: what a reply may hold beside text, once the model's template has been asked.
+        spelled: texts of special tokens that mark parts of the reply, by id.
         is_streamed: answer in server-sent events.
         with_usage: end the stream with a chunk of token counts.
         num_logprobs: likeliest tokens to report, ``None`` for no logprobs.
@@ -71,6 +77,11 @@ class Order:
     with_usage: bool
     num_logprobs: int | None
     echo: bool = False
+    options: ChatOptions = PLAIN_CHAT
+    forced: tuple[str, ...] = ()
+    most_calls: int | None = None
+    format: ReplyFormat = PLAIN_TEXT
+    spelled: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def needs_vocabulary(self) -> bool:
@@ -111,6 +122,11 @@ class Order:
                 f"expected at most {MAX_BATCH_CHARACTERS} characters in all prompts, found {self.num_characters}"
             )
 
+    def read(self, model: ServedModel, end: float) -> tuple[Order, list[list[int]]]:
+        """The order with all that the model's template says of its reply, and the token ids of each prompt; as ``tokenize``."""
+        tokens = self.tokenize(model, end)
+        return (with_format(self, model) if self.is_chat else self), tokens
+
     def tokenize(self, model: ServedModel, end: float) -> list[list[int]]:
         """Token ids of each prompt.
 
@@ -127,9 +143,11 @@ class Order:
             if time.monotonic() > end:
                 raise Refusal(504, "the prompts could not be read in time", code="request_timeout")
             try:
-                ids = model.tokens(prompt, self.tools)
+                ids = model.tokens(prompt, self.tools, self.options)
             except TooLongError as error:
                 raise self._too_long(str(error)) from None
+            except NoPlaceForToolsError as error:
+                raise Refusal(400, f"{error}; {error.hint}", "tools", "tools_not_supported") from None
             if len(ids) > model.context_length:
                 raise self._too_long(f"expected a prompt of at most {model.context_length} tokens, found {len(ids)}")
             tokens.append(ids)
@@ -211,9 +229,49 @@ def parse_chat(values: dict[str, Any]) -> Order:
         raise _refuse("top_logprobs", "expected logprobs true beside it, found it false or missing")
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     # Templates write conversations and tools in the order of the client's own fields.
-    tools = None if request.tool_choice == "none" else values.get("tools")
     messages = [_message(message) for message in values["messages"]]
-    return _order(request, (messages,), limits.pop() if limits else INT32, num_logprobs, tools=tools)
+    tools = [_tool(tool) for tool in values.get("tools") or ()]
+    names = [tool["function"]["name"] for tool in tools]
+    chosen, forced = _choice(request.tool_choice, names)
+    return _order(
+        request,
+        (messages,),
+        limits.pop() if limits else INT32,
+        num_logprobs,
+        tools=[tool for tool in tools if tool["function"]["name"] in chosen] or None,
+        options=_chat_options(request),
+        forced=forced,
+        most_calls=1 if request.parallel_tool_calls is False else None,
+    )
+
+
+def _choice(choice: Any, names: Sequence[str]) -> tuple[Sequence[str], tuple[str, ...]]:
+    """The tools that the model sees, and those of which it must call one."""
+    if choice is None or choice in ("auto", "none"):
+        return (() if choice == "none" else names), ()
+    if not names:
+        raise _refuse("tool_choice", "expected tools beside it, found none")
+    if choice == "required":
+        return names, tuple(names)
+    name = choice.function.name
+    if name not in names:
+        raise _refuse("tool_choice.function.name", f"expected one of {', '.join(names)}, found {name!r}")
+    return names, (name,)
+
+
+def _chat_options(request: ChatCompletionRequest) -> ChatOptions:
+    values = request.chat_template_kwargs.model_dump(exclude_none=True) if request.chat_template_kwargs else {}
+    for name in ("enable_thinking", "reasoning_effort"):
+        value = getattr(request, name)
+        if value is not None and values.setdefault(name, value) != value:
+            raise _refuse(name, f"expected {values[name]!r} as in chat_template_kwargs, found {value!r}")
+    continues = bool(request.continue_final_message)
+    if request.add_generation_prompt is not None and request.add_generation_prompt == continues:
+        expected = (
+            "false beside continue_final_message" if continues else "true, or continue_final_message beside false"
+        )
+        raise _refuse("add_generation_prompt", f"expected {expected}, found {request.add_generation_prompt}".lower())
+    return ChatOptions(values, continues)
 
 
 def parse_completion(values: dict[str, Any]) -> Order:
@@ -228,6 +286,7 @@ def parse_completion(values: dict[str, Any]) -> Order:
     prompt, max_new_tokens = request.prompt, request.max_tokens
     if max_new_tokens is None:
         max_new_tokens = COMPLETION_TOKENS
+    max_new_tokens = INT32 if max_new_tokens < 0 else max_new_tokens
     if not max_new_tokens and not request.echo:
         raise _refuse("max_tokens", "expected at least 1 without echo, found 0")
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
@@ -252,9 +311,13 @@ def _order(
 
 def _sampling(request: SampledRequest, max_new_tokens: int, num_logprobs: int | None) -> Sampling:
     # A draw that is not asked to be repeatable gets a seed too: it tells the choices of one request apart.
-    rng_seed = secrets.randbits(64) if request.seed is None else request.seed % MAX_RNG_SEED
+    rng_seed = secrets.randbits(64) if request.seed is None or request.seed < 0 else request.seed
     stop = request.stop or ()
     settings = {name: getattr(request, name) for name in SAME_NAMES}
+    if settings["top_p"] == 0:  # nothing but the likeliest token
+        settings |= {"temperature": 0.0, "top_p": None}
+    if settings["top_k"] == -1:
+        settings["top_k"] = None
     try:
         return Sampling(
             max_new_tokens=max_new_tokens,
@@ -277,13 +340,24 @@ def _constraint(request: SampledRequest) -> Constraint | None:
         return Constraint("grammar", request.grammar)
     if reply is not None and reply.type == "json_schema":
         return Constraint("json_schema", json.dumps(reply.json_schema.definition, ensure_ascii=False))
-    return Constraint("json_object") if reply is not None and reply.type == "json_object" else None
+    if reply is None or reply.type != "json_object":
+        return None
+    schema = reply.definition
+    return (
+        Constraint("json_object")
+        if schema is None
+        else Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
+    )
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's newer word for the system role is put as chat templates know it; fields that are null are left out."""
-    fields = {name: value for name, value in message.items() if value is not None}
+    """OpenAI's newer word for the system role is put as chat templates know it; fields without a value are left out."""
+    fields = {name: value for name, value in message.items() if name == "content" or value not in EMPTY_VALUES}
     return {**fields, "role": "system"} if fields["role"] == "developer" else fields
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {name: v for name, v in tool["function"].items() if v is not None}}
 
 
 def choices(order: Order, tokens: Sequence[list[int]]) -> list[tuple[list[int], Sampling | None]]:

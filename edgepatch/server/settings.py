@@ -17,7 +17,10 @@ KEY_VARIABLE = "EDGEPATCH_API_KEY"
 BACKLOG = 128
 MIN_KEY_LENGTH = 16
 MAX_KEY_LENGTH = 512
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9][A-Za-z0-9._:-]*)*")
+MAX_NAME_LENGTH = 128
+ORIGIN = re.compile(r"null|file://|[a-z][a-z0-9+.-]*://[A-Za-z0-9._-]+(:[0-9]{1,5})?")
+"""How browsers and desktop apps write the page that a request comes from."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class ServerSettings:
         port: 0 takes a free one.
         allow_remote: must be true for an address that other machines reach.
         allowed_hosts: names of this machine that clients may use, beside addresses and "localhost".
+        allowed_origins: pages and apps that may call the server, beside pages of this machine ("app://obsidian.md").
         max_body_bytes: of one request.
         max_waiting: continuations that wait for a sequence; more are told to come again.
         body_timeout_s: for a request to arrive.
@@ -47,6 +51,7 @@ class ServerSettings:
     port: int = 8080
     allow_remote: bool = False
     allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 2**20
     max_waiting: int = 64
     body_timeout_s: float = 30.0
@@ -54,9 +59,16 @@ class ServerSettings:
     grace_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
+        if len(self.name) > MAX_NAME_LENGTH or not NAME.fullmatch(self.name):
             raise InputError(
-                f"model name: expected letters, digits and . _ : -, found {self.name!r}", hint="name it with --alias"
+                f"model name: expected letters, digits and . _ : - / inside, found {self.name!r}",
+                hint="name it with --alias",
+            )
+        foreign = next((origin for origin in self.allowed_origins if not ORIGIN.fullmatch(origin)), None)
+        if foreign is not None:
+            raise InputError(
+                f"origin: expected one like app://obsidian.md, https://chat.example or null, found {foreign!r}",
+                hint="the server's reply to a page that it refuses names the page's origin",
             )
         wrong = next((host for host in self.allowed_hosts if not re.fullmatch(r"[a-z0-9._-]+", host)), None)
         if wrong is not None:

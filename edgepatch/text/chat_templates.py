@@ -46,19 +46,55 @@ def render_chat_template(
     return render(template, plain_messages(messages), bos_token, eos_token, plain_tools(tools))
 
 
-def render(template: str, messages: Any, bos_token: str, eos_token: str, tools: Any) -> str:
-    """As ``render_chat_template``, of messages and tools that are plain already."""
-    _require_short(template)
-    context = {"messages": messages, "tools": tools, "bos_token": bos_token, "eos_token": eos_token}
+def render(
+    template: str,
+    messages: Any,
+    bos_token: str,
+    eos_token: str,
+    tools: Any,
+    values: Mapping[str, Any] | None = None,
+    opens_turn: bool = True,
+) -> str:
+    """As ``render_chat_template``, of messages and tools that are plain already.
+
+    Args:
+        values: more variables of the template, such as "enable_thinking".
+        opens_turn: ends with the opening of the assistant's turn.
+    """
+    context = {
+        **(values or {}),
+        "messages": messages,
+        "tools": tools,
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+        "add_generation_prompt": opens_turn,
+    }
+    return str(_ask({"template": template, "context": context}))
+
+
+@lru_cache(maxsize=8)
+def examine(template: str, bos_token: str, eos_token: str, end_texts: tuple[str, ...]) -> Mapping[str, Any]:
+    """What a template wants and writes, as ``template_traits.examine_here`` finds by rendering probes.
+
+    Raises:
+        InputError: the template is too long, or needs more than it may have.
+        MissingExtraError: jinja2 is not installed.
+    """
+    request = {"template": template, "probe": [bos_token, eos_token, list(end_texts)]}
+    return dict(_ask(request))
+
+
+def _ask(request: dict[str, Any]) -> Any:
+    _require_short(request["template"])
     try:
-        outcome = _renderer.ask({"template": template, "context": context}, RENDER_DEADLINE_S)
+        outcome = _renderer.ask(request, RENDER_DEADLINE_S)
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"the messages cannot be written as JSON: {error}") from None
     if outcome.error is not None:
         raise outcome.error
     if outcome.failure:
         raise InputError(f"the model's chat template cannot be rendered: its process {outcome.failure}", hint=HINT)
-    return str(outcome.value)
+    return outcome.value
 
 
 def prepare_chat_template(template: str) -> None:
@@ -78,17 +114,20 @@ def _require_short(template: str) -> None:
 # In the child.
 
 
-def render_here(request: dict[str, Any]) -> str:
+def render_here(request: dict[str, Any]) -> Any:
     """Renders in this process, without limits of time and memory of its own.
 
     Args:
-        request: "template", and "context": messages, tools and the texts of BOS and EOS; ``None`` only compiles.
+        request: "template", and "context", the template's variables, where ``None`` only compiles; or "probe", the texts of BOS, EOS
+            and all end tokens, which examines the template instead.
 
     Raises:
         InputError: the template refuses the messages, is broken, or writes too much.
     """
     try:
         compiled = _compile(request["template"])
+        if "probe" in request:
+            return _examine(compiled, request["template"], *request["probe"])
         return "" if request["context"] is None else _write(compiled, request["context"])
     except (InputError, MissingExtraError):
         raise
@@ -100,9 +139,19 @@ def render_here(request: dict[str, Any]) -> str:
         raise InputError(f"the model's chat template refuses these messages: {reason}") from None
 
 
+def _examine(compiled: Any, template: str, bos_token: str, eos_token: str, end_texts: list[str]) -> dict[str, Any]:
+    from edgepatch.text.template_traits import examine_here
+
+    def write(messages: Any, tools: Any = None, opens_turn: bool = False, values: Any = None) -> str:
+        special = {"bos_token": bos_token, "eos_token": eos_token, **(values or {})}
+        return _write(compiled, {"messages": messages, "tools": tools, "add_generation_prompt": opens_turn, **special})
+
+    return examine_here(write, template, end_texts)
+
+
 def _write(compiled: Any, context: dict[str, Any]) -> str:
     parts, size = [], 0
-    for part in compiled.generate(**context, documents=None, add_generation_prompt=True):
+    for part in compiled.generate(**{"documents": None, **context}):
         parts.append(part)
         size += len(part)
         if size > MAX_RENDERED_CHARACTERS:

@@ -15,6 +15,8 @@ MAX_DEPTH = 64
 ROLES = ("system", "user", "assistant", "tool")
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
 FIELDS = ("role", "content", "tool_calls", *TEXT_FIELDS)
+UNUSED = ("annotations", "parsed", "provider_specific_fields", "cache_control")
+"""Fields of replies and of clients' libraries that come back with a conversation, and that no template knows."""
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -38,6 +40,10 @@ def _plain_message(message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(f"expected an object, found {type(message).__name__}")
     fields = {name: value for name, value in message.items() if value is not None and value != [] and value != {}}
+    fields = {name: value for name, value in fields.items() if name not in UNUSED}
+    if "reasoning" in fields and "reasoning_content" not in fields:
+        fields["reasoning_content"] = fields["reasoning"]  # the newer name for the same
+    fields.pop("reasoning", None)
     unknown = sorted(str(name) for name in fields if name not in FIELDS)
     if unknown:
         raise InputError(f"unknown: {', '.join(unknown)}", hint=f"known: {', '.join(FIELDS)}")
@@ -52,7 +58,7 @@ def _plain_message(message: Message) -> dict[str, Any]:
         if role != "assistant" or not isinstance(calls, list):
             raise InputError(f"tool_calls: expected a list, of an assistant, found {type(calls).__name__} of {role}")
         fields["tool_calls"] = [_plain_call(call) for call in calls]
-    if "content" not in fields and calls is None:
+    if "content" not in fields and calls is None and not (role == "assistant" and "content" in message):
         raise InputError("content is missing")
     return {**fields, "content": _plain_content(fields.get("content", ""))}
 
@@ -65,7 +71,7 @@ def _plain_content(content: object) -> str:
     for part in content:
         if (
             not isinstance(part, Mapping)
-            or set(part) != {"type", "text"}
+            or set(part) - set(UNUSED) != {"type", "text"}
             or part["type"] != "text"
             or not isinstance(part["text"], str)
         ):

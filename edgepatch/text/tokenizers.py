@@ -6,7 +6,6 @@ spells such a token: ``encode_chat`` keeps the two apart, so that no message can
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import secrets
@@ -21,12 +20,13 @@ from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
 from edgepatch.files.pretrained import load_pretrained
 from edgepatch.files.strict_json import read_json
 from edgepatch.tensors import tokenizer_digest
-from edgepatch.text.chat_templates import render
+from edgepatch.text.end_tokens import ends_by_name
 from edgepatch.text.limits import DIGITS, TextBound, require_short_runs, utf8
 from edgepatch.text.messages import Message, plain_messages, plain_tools, texts_in
 from edgepatch.text.probes import TokenizerProbe, probe_tokenizer
+from edgepatch.text.templates import PLAIN_CHAT, ChatOptions, ChatTemplate
 from edgepatch.text.tokenizer_bounds import looks_through_numbers, measure_bound
-from edgepatch.text.vocabularies import token_bytes
+from edgepatch.text.vocabularies import ByteDecoder, piece_reader, token_bytes
 
 MARKER = re.compile(r"[<\[].*\w.*[>\]]", re.DOTALL)
 """How added tokens look that may open and close something, unlike those for blanks and line ends."""
@@ -56,14 +56,13 @@ class AddedTokens:
 
 
 def encode_chat(
-    template: str,
+    template: ChatTemplate,
     messages: Sequence[Message],
-    bos_token: str,
-    eos_token: str,
     added: AddedTokens,
     encode: Encoder,
     tools: Sequence[Mapping[str, Any]] | None = None,
     require_fit: Callable[[str], None] = lambda text: None,
+    options: ChatOptions = PLAIN_CHAT,
 ) -> list[int]:
     """Token ids of a conversation, in which special tokens come from the template alone.
 
@@ -74,26 +73,24 @@ def encode_chat(
     Args:
         template: the model's chat template.
         messages: the conversation.
-        bos_token: the text of BOS, for the template.
-        eos_token: the text of EOS, for the template.
         added: the texts that ``encode`` reads as single tokens.
         encode: token ids of a text without BOS; special tokens spelled in it are read as such if it is trusted.
         tools: tool objects in OpenAI's form.
         require_fit: refuses a rendered text by its size.
+        options: how it is written.
 
     Raises:
-        InputError: there is no template, or as in ``render_chat_template``.
+        InputError: as in ``ChatTemplate.write``.
     """
-    if not template:
-        raise InputError("the model has no chat template", hint="pass plain text or token ids instead of messages")
+    source = template.default + template.tool_use
     mark, fence = secrets.token_hex(16), secrets.token_hex(16)
     # A system prompt may explain the model's markers of calls and thoughts, and what the model wrote may hold them.
-    markers = [*added.special, *(token for token in added.other if MARKER.fullmatch(token) and token in template)]
+    markers = [*added.special, *(token for token in added.other if MARKER.fullmatch(token) and token in source)]
     guarded = [
         _break_up(message, markers if message["role"] in ("user", "tool") else added.special, mark, fence)
         for message in plain_messages(messages)
     ]
-    text = render(template, guarded, bos_token, eos_token, _break_up(plain_tools(tools), added.special, mark, fence))
+    text = template.write(guarded, _break_up(plain_tools(tools), added.special, mark, fence), options)
     # A template may change the case of a text. Only a special token of one character stands between fences.
     first, *parts = re.split(f"{mark}|{fence}(.){fence}", text, flags=re.DOTALL | re.IGNORECASE)
     require_fit("".join(part for part in (first, *parts) if part))
@@ -203,13 +200,18 @@ class FolderTokenizer:
         )
         self._encoding = threading.Lock()  # whether special tokens are read is a state of the tokenizer
         self._special_in_normalized = [token.content for token in added if token.special and token.normalized]
-        self._template = template or default_template(config.get("chat_template"))
-        self._bos, self._eos = (self._token_text(config.get(k)) for k in ("bos_token", "eos_token"))
-        ends = {self._tokenizer.token_to_id(self._eos), self._tokenizer.token_to_id("<|im_end|>")}
+        bos, eos = (self._token_text(config.get(k)) for k in ("bos_token", "eos_token"))
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        ends = {vocabulary.get(eos), vocabulary.get("<|im_end|>")}
         for values in settings:
             ids = values.get("eos_token_id")
             ends |= set(ids if isinstance(ids, list) else [ids])
-        self.end_token_ids: frozenset[int] = frozenset(i for i in ends if i is not None)
+        self.configured_end_ids: frozenset[int] = frozenset(i for i in ends if i is not None)
+        self.end_token_ids = self.configured_end_ids | ends_by_name(vocabulary)
+        self.special_tokens = {token.content: vocabulary[token.content] for token in added if token.special}
+        named = named_templates(config.get("chat_template")) | _template_files(folder)
+        texts = tuple(str(self._tokenizer.id_to_token(i)) for i in sorted(self.end_token_ids))
+        self.template = ChatTemplate(template or named.get("default", ""), named.get("tool_use", ""), bos, eos, texts)
 
     @staticmethod
     def _token_text(value: Any) -> str:
@@ -229,12 +231,12 @@ class FolderTokenizer:
     @property
     def chat_template(self) -> str:
         """The chat template's text; "" where there is none."""
-        return self._template
+        return self.template.default
 
     @property
     def chat_template_digest(self) -> str:
         """SHA-256 of the chat template, or "" where there is none."""
-        return hashlib.sha256(self._template.encode("utf-8")).hexdigest() if self._template else ""
+        return self.template.digest
 
     @property
     def digest(self) -> str:
@@ -274,15 +276,17 @@ class FolderTokenizer:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         require_fit: Callable[[str], None] = lambda text: None,
+        options: ChatOptions = PLAIN_CHAT,
+        template: ChatTemplate | None = None,
     ) -> list[int]:
-        """Token ids of a conversation in the model's chat template; special tokens that a message spells are text.
+        """Token ids of a conversation in the model's chat template, or another; special tokens that a message spells are text.
 
         Raises:
             InputError: the model has no chat template, or it refuses the messages, or ``require_fit`` refuses their text.
         """
         self._refuse_disguised([messages, tools])
         encode = partial(self.encode, bos=False)
-        return encode_chat(self._template, messages, self._bos, self._eos, self._added, encode, tools, require_fit)
+        return encode_chat(template or self.template, messages, self._added, encode, tools, require_fit, options)
 
     def turn_tokens(self) -> tuple[int, ...]:
         """The special token that opens the assistant's turn in the chat template; empty where it opens with plain text, or none is there.
@@ -332,15 +336,49 @@ class FolderTokenizer:
         return texts + [b""] * (vocab_size - len(texts))
 
     def new_decoder(self) -> Callable[[int], str]:
-        """A function that takes one token after the other and returns the text that each completes."""
-        from tokenizers.decoders import DecodeStream
+        """A function that takes one token after the other and returns the text that each completes; it never fails."""
+        return ByteDecoder(self._bytes_of)
 
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+    def _bytes_of(self, token: int) -> bytes:
+        """A token's own bytes; none for special tokens and for ids without a token."""
+        if token not in self._pieces:
+            self._pieces[token] = self._read_piece(token)
+        return self._pieces[token]
+
+    def _read_piece(self, token: int) -> bytes:
+        if self._reader is None:  # words whose blanks are not in the vocabulary: each is read alone
+            return str(self._tokenizer.decode([token], skip_special_tokens=True)).encode("utf-8", "replace")
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None or piece in self.special_tokens:
+            return b""
+        return piece.encode("utf-8") if piece in self._added.other else self._reader(piece)
+
+    @cached_property
+    def _pieces(self) -> dict[int, bytes]:
+        return {}
+
+    @cached_property
+    def _reader(self) -> Callable[[str], bytes] | None:
+        try:
+            return piece_reader(json.loads(self.definition)["decoder"])
+        except InputError:
+            return None
+
+
+def named_templates(value: Any) -> dict[str, str]:
+    """Name -> template: a folder may hold one, or several by name."""
+    if isinstance(value, str):
+        return {"default": value}
+    entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    named = {entry.get("name"): entry.get("template") for entry in entries}
+    return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def default_template(value: Any) -> str:
-    """A folder may hold one template, or several by name."""
-    if isinstance(value, list):
-        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get("default")
-    return value if isinstance(value, str) else ""
+    """Of several templates by name the one in general use."""
+    return named_templates(value).get("default", "")
+
+
+def _template_files(folder: Path) -> dict[str, str]:
+    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return {file.stem: file.read_text(encoding="utf-8") for file in files if file.is_file()}

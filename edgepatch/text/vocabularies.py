@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -24,7 +25,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     """
     added = tokenizer.get_added_tokens_decoder()
     special = {i for i, token in added.items() if token.special}
-    read = _piece_reader(json.loads(tokenizer.to_str())["decoder"])
+    read = piece_reader(json.loads(tokenizer.to_str())["decoder"])
     by_id = {i: piece for piece, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     texts = [b""] * (max(by_id) + 1)
     for i, piece in by_id.items():
@@ -51,8 +52,27 @@ def definition_tokens(definition: Mapping[str, Any]) -> list[str]:
     return sorted(ids, key=ids.__getitem__)
 
 
-def _piece_reader(decoder: Any) -> Callable[[str], bytes]:
-    """How the pieces of a vocabulary are to be read: as GPT-2's stand-ins for bytes, or as SentencePiece's text."""
+class ByteDecoder:
+    """Takes one token after the other and returns the text that each completes; whatever bytes come, it never fails.
+
+    Args:
+        bytes_of: a token's own bytes.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def __call__(self, token: int) -> str:
+        return self._decoder.decode(self._bytes_of(token))
+
+
+def piece_reader(decoder: Any) -> Callable[[str], bytes]:
+    """How the pieces of a vocabulary are to be read: as GPT-2's stand-ins for bytes, or as SentencePiece's text.
+
+    Raises:
+        InputError: they have no bytes of their own.
+    """
     kinds = {part["type"]: part for part in _decoders(decoder)}
     if "ByteLevel" in kinds:
         byte_of = {char: bytes([byte]) for byte, char in enumerate(byte_characters())}

@@ -229,3 +229,12 @@ def test_pickles_are_refused_by_name(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(InputError, match=r"found the pickle pytorch_model\.bin"):
         weight_tables.read_checkpoint(tmp_path)
+
+
+def test_an_adapter_among_the_weights_is_refused_by_name(tmp_path):
+    """Transformers applies it without a word; identity and sketches are of the weights alone."""
+    copy_folder(LAB, tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for read in (folders.read_spec, folders.load_model):
+        with pytest.raises(InputError, match=r"adapter_config\.json lies beside the weights"):
+            read(tmp_path / "model")

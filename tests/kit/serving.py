@@ -17,6 +17,15 @@ from edgepatch.server.service import Service
 from edgepatch.server.settings import ServerSettings
 
 KEY = "ep-test-key-0123456789"
+TOOLS_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ '\n<tool_call>\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' + call.function.arguments | tojson + '}\n</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The lab model's template with a place for tools and calls, as Qwen's has it."""
+
 MODEL = "tiny"
 
 

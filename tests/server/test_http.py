@@ -135,6 +135,25 @@ def test_foreign_pages_are_refused_as_a_whole(server, http, origin):
         assert "access-control-allow-origin" not in reply.headers
 
 
+def test_apps_and_pages_that_are_named_are_let_in(load):
+    origins = ("app://obsidian.md", "tauri://localhost", "https://chat.example", "null")
+    with running(load, allowed_origins=origins, name="Qwen/Qwen2.5-0.5B") as named, named.client() as http:
+        for origin in origins:
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            asked["Access-Control-Request-Headers"] = "authorization,openai-beta,x-title,http-referer,x-requested-with"
+            reply = httpx.options(named.url + CHAT, headers=asked)
+            assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (204, origin)
+            assert http.get("/v1/models", headers={"Origin": origin}).status_code == 200
+        refused = error_of(http.get("/v1/models", headers={"Origin": "app://other"}), 403, "foreign_origin")
+        assert "--allow-origin" in refused
+        assert "--allow-host box.lan" in error_of(
+            http.get("/v1/models", headers={"Host": "box.lan"}), 403, "wrong_host"
+        )
+        assert http.get("/v1/models/Qwen/Qwen2.5-0.5B").json()["id"] == "Qwen/Qwen2.5-0.5B"
+        for path in ("/v1/embeddings", "/v1/responses", "/chat/completions", f"{CHAT}/"):
+            assert CHAT in error_of(http.post(path, json={}), 404, "not_found")
+
+
 @pytest.mark.parametrize(
     "asked",
     [

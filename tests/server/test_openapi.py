@@ -105,14 +105,16 @@ def test_the_document_is_openapi_and_describes_the_paths_that_there_are(server):
     document = openapi.document()
     OPENAPI_31_VALIDATOR.validate(document)
     described = {(path, method.upper()) for path, item in document["paths"].items() for method in item}
-    answered = {(route.path, method) for route in routes(server.service) for method in route.methods}
+    answered = {
+        (route.path.replace(":path", ""), method) for route in routes(server.service) for method in route.methods
+    }
     assert described == answered - {(path, "HEAD") for path, _ in answered}
     schemas = document["components"]["schemas"]
     referred = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert referred <= set(schemas)
     for name, schema in schemas.items():
         jsonschema_rs.Draft202012Validator(schema_of(name))
-        assert schema["additionalProperties"] is False, name
+        assert schema["additionalProperties"] in (False, {"enum": [None, "", [], {}]}), name
 
 
 def schema_of(name):

@@ -1,5 +1,6 @@
 """The scheduler alone: turns, the queue, long prompts, cancellation, failure, the end."""
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -15,8 +16,11 @@ from edgepatch.server import generations
 from edgepatch.server.generations import Finished, Generation, Started
 from edgepatch.server.metrics import Metrics
 from edgepatch.server.refusals import Refusal, refusal_of
+from edgepatch.server.reply_formats import ReplyFormat
+from edgepatch.server.reply_streams import ReplyStream
 from edgepatch.server.scheduler import Scheduler
-from edgepatch.server.tool_streams import ToolStream
+from edgepatch.text.call_forms import GENERAL, CallForm
+from edgepatch.text.thoughts import CHANNELS
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0)
 
@@ -242,6 +246,56 @@ def test_a_prompt_is_scored_part_by_part(scheduler, runtime, monkeypatch, rows):
     assert scored.top_ids.shape == (len(tokens) - 1, 2)
 
 
+THINK = ("<think>", "</think>")
+CALL_TEXT = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+GPT_OSS_CALL = (
+    "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.f "
+    '<|constrain|>json<|message|>{"x": 1}'
+)
+
+
+@pytest.mark.parametrize(
+    ("pair", "is_open", "text", "thought", "said", "num_calls"),
+    [
+        (THINK, False, "<think>\nHm, 1 < 2.\n</think>\n\nYes.", "Hm, 1 < 2.", "Yes.", 0),
+        (THINK, True, "Hm.\n</think>\n\nYes.", "Hm.", "Yes.", 0),
+        (THINK, True, "cut off", "cut off", "", 0),
+        (THINK, False, "No thought, </think> or not.", "", "No thought, </think> or not.", 0),
+        (
+            THINK,
+            False,
+            f"<think>Maybe {CALL_TEXT}? No.</think>I will not.",
+            f"Maybe {CALL_TEXT}? No.",
+            "I will not.",
+            0,
+        ),
+        (THINK, False, f"<think>Then.</think>{CALL_TEXT}", "Then.", "", 1),
+        (None, False, f"<think>Maybe {CALL_TEXT}? No.</think>No.", "", f"<think>Maybe {CALL_TEXT}? No.</think>No.", 0),
+        (("[THINK]", "[/THINK]"), False, "[THINK]a[/THINK]b", "a", "b", 0),
+        (
+            CHANNELS,
+            False,
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+            "Hm.",
+            "Yes.",
+            0,
+        ),
+        (CHANNELS, False, GPT_OSS_CALL, "Hm.", "", 1),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_thoughts_are_split_off_and_hold_no_calls(pair, is_open, text, thought, said, num_calls, size):
+    forms = (CallForm("channels", "to=functions.", None, ""), *GENERAL)
+    stream = ReplyStream(ReplyFormat(pair, is_open, {"f": {}}, forms))
+    parts = [stream.push(text[i : i + size]) for i in range(0, len(text), size)]
+    rest = stream.finish()
+    assert "".join(part[0] for part in parts) + rest[0] == thought
+    assert "".join(part[1] for part in parts) + rest[1] == said
+    assert len(rest[2]) == num_calls
+    for call in rest[2]:
+        assert call["function"] == {"name": "f", "arguments": '{"x": 1}'} and re.fullmatch("[A-Za-z0-9]{9}", call["id"])
+
+
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 
 
@@ -261,8 +315,8 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_text_is_streamed_as_soon_as_it_is_certainly_no_call(text, streamed, rest, num_calls, size):
-    stream = ToolStream(["f"])
-    parts = "".join(stream.push(text[i : i + size]) for i in range(0, len(text), size))
-    left, calls = stream.finish()
-    assert (parts, left, len(calls)) == (streamed, rest, num_calls)
+    stream = ReplyStream(ReplyFormat(tools={"f": {}}, forms=GENERAL))
+    parts = "".join(stream.push(text[i : i + size])[1] for i in range(0, len(text), size))
+    thought, left, calls = stream.finish()
+    assert (parts, left, len(calls), thought) == (streamed, rest, num_calls, "")
     assert all(call["function"] == {"name": "f", "arguments": '{"x": 1}'} for call in calls)

@@ -4,6 +4,7 @@ import asyncio
 import codecs
 import json
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from edgepatch.decoding.sampling import Sampling
 from edgepatch.patch.composition import compose_on_device
 from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import SoftPrompt
-from kit.serving import KEY, MODEL, Paced, running
+from kit.serving import KEY, MODEL, TOOLS_TEMPLATE, Paced, running
 
 MESSAGES = [{"role": "user", "content": "The quick brown fox"}]
 TOOL = {
@@ -40,6 +41,16 @@ def server(tiny_folder, tiny_patch):
 @pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as openai_client:
+        yield openai_client
+
+
+@pytest.fixture(scope="module")
+def tooled(tiny_folder, tiny_patch):
+    """A client of a model whose template has a place for tools."""
+    with (
+        running(lambda: load(tiny_folder, tiny_patch, chat_template=TOOLS_TEMPLATE)) as running_server,
+        openai.OpenAI(base_url=f"{running_server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as openai_client,
+    ):
         yield openai_client
 
 
@@ -271,9 +282,9 @@ CALL = (
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_tool_call_becomes_one(client, stream):
+def test_a_tool_call_becomes_one(tooled, stream):
     """The grammar makes the random model speak as a model that was trained on tools does."""
-    asked = ask(client, tools=[TOOL], tool_choice="auto", max_tokens=200, extra_body={"grammar": CALL}, stream=stream)
+    asked = ask(tooled, tools=[TOOL], tool_choice="auto", max_tokens=200, extra_body={"grammar": CALL}, stream=stream)
     if stream:
         deltas = [chunk.choices[0] for chunk in asked]
         (call,) = [call for choice in deltas for call in choice.delta.tool_calls or []]
@@ -284,9 +295,104 @@ def test_a_tool_call_becomes_one(client, stream):
         finish = asked.choices[0].finish_reason
         assert asked.choices[0].message.content is None
         again = [*MESSAGES, asked.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
-        assert call.id and isinstance(again, list)
+        said = ask(tooled, messages=again, tools=[TOOL])
+        assert call.id and said.usage.prompt_tokens > asked.usage.prompt_tokens
+        assert said.system_fingerprint.split("-")[1].startswith("template:")
     assert finish == "tool_calls"
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"town": "Ulm"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_forced_call_is_exactly_one_that_fits_its_schema(tooled, choice, stream):
+    schema = {**TOOL["function"]["parameters"], "properties": {"town": {"enum": ["Ulm", "Rome"]}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "get_weather", "parameters": schema | {"additionalProperties": False}},
+    }
+    asked = {"tools": [tool], "tool_choice": choice, "max_tokens": 200, "temperature": 1, "seed": 3}
+    reply = ask(tooled, **asked, parallel_tool_calls=False, stream=stream)
+    choices = [chunk.choices[0] for chunk in reply] if stream else reply.choices
+    messages = [c.delta if stream else c.message for c in choices]
+    (call,) = [call for message in messages for call in message.tool_calls or []]
+    assert choices[-1].finish_reason == "tool_calls" and not any(message.content for message in messages)
+    assert call.function.name == "get_weather" and json.loads(call.function.arguments)["town"] in ("Ulm", "Rome")
+    assert re.fullmatch("[A-Za-z0-9]{9}", call.id)
+
+
+def test_a_reply_is_taken_as_the_next_turn(client):
+    said = ask(client).choices[0].message.model_dump()
+    assert said["refusal"] is None and "annotations" in said
+    clients = {
+        "reasoning_details": [],
+        "provider_specific_fields": {"x": 1},
+        "parsed": {"a": 1},
+        "thinking_blocks": None,
+    }
+    again = [
+        *MESSAGES,
+        said | clients,
+        {"role": "user", "content": [{"type": "text", "text": "And?", "cache_control": {"type": "ephemeral"}}]},
+    ]
+    assert ask(client, messages=again).choices[0].message.content is not None
+    empty = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [],
+        "function_call": None,
+        "audio": None,
+        "refusal": "",
+    }
+    assert ask(client, messages=[*MESSAGES, empty, MESSAGES[-1]]).usage.prompt_tokens > 0
+
+
+def test_fields_that_change_nothing_change_nothing(client):
+    plain = ask(client).choices[0].message.content
+    harmless = {
+        "store": False,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+        "tools": [],
+    }
+    more = {"verbosity": "low", "safety_identifier": "x", "modalities": ["text"], "enable_thinking": False}
+    assert ask(client, extra_body=harmless | more).choices[0].message.content == plain
+    assert ask(client, temperature=1, top_p=0, extra_body={"top_k": -1}).choices[0].message.content == plain
+    assert ask(client, max_tokens=-1, extra_body={"grammar": 'root ::= "yes"'}).choices[0].message.content == "yes"
+    twice = [ask(client, temperature=2, seed=-1, max_tokens=30).choices[0].message.content for _ in range(2)]
+    assert twice[0] != twice[1]
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    reply = ask(client, max_tokens=60, response_format={"type": "json_object", "schema": schema})
+    assert json.loads(reply.choices[0].message.content) == {"a": 1}
+
+
+def test_every_generated_token_has_a_logprob_the_end_too(client, runtime):
+    """lm-eval leaves the last entry out, whatever it is."""
+    end = min(runtime.end_token_ids)
+    body = {"model": MODEL, "max_tokens": 1, "temperature": 0, "logit_bias": {str(end): 100}}
+    ids = runtime.encode("The quick brown fox")
+    reply = client.completions.create(prompt=[ids], echo=True, logprobs=1, **body)
+    assert reply.choices[0].finish_reason == "stop" and reply.usage.completion_tokens == 1
+    assert len(reply.choices[0].logprobs.token_logprobs) == len(ids) + 1
+    chat = client.chat.completions.create(messages=MESSAGES, logprobs=True, **body)
+    assert len(chat.choices[0].logprobs.content) == 1 and chat.choices[0].logprobs.content[0].bytes == []
+
+
+def test_a_stop_that_is_one_special_token_stops_there(client, runtime):
+    name, token = next((n, i) for n, i in runtime.special_tokens.items() if i not in runtime.end_token_ids)
+    reply = ask(client, logit_bias={str(token): 100}, stop=[name], max_tokens=5)
+    assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("stop", 1)
+
+
+def test_tools_that_the_model_would_not_see_are_refused(client):
+    for asked in ({}, {"tool_choice": "required"}):
+        with pytest.raises(openai.BadRequestError, match="no place for tools") as caught:
+            ask(client, tools=[TOOL], **asked)
+        assert (caught.value.param, caught.value.code) == ("tools", "tools_not_supported")
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    with pytest.raises(openai.BadRequestError, match="does not appear"):
+        ask(client, messages=[*MESSAGES, turn, {"role": "tool", "tool_call_id": "1", "content": "rain"}])
 
 
 def test_without_a_call_tools_change_nothing_in_the_shape(client):
@@ -361,7 +467,17 @@ def test_a_cancelled_stream_frees_its_sequence_at_once(slow, runtime):
         ({"temperature": 3}, "temperature", "at most 2"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs true"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream true"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "'required'"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", "'required'"),
+        ({"tool_choice": "required"}, "tool_choice", "found none"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "rm"}}},
+            "tool_choice.function.name",
+            "expected one of get_weather, found 'rm'",
+        ),
+        ({"extra_body": {"prompt_cache_key": "x"}}, "prompt_cache_key", "unknown field"),
+        ({"extra_body": {"chat_template_kwargs": {"tools": "x"}}}, "chat_template_kwargs.tools", "unknown field"),
+        ({"extra_body": {"continue_final_message": True}}, None, "a last message of the assistant"),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages.0.refusal", "unknown"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "expected"),
         ({"logit_bias": {"99999": 1}}, None, "99999"),
         ({"extra_body": {"grammar": "root ::= ("}}, None, "grammar"),

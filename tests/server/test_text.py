@@ -41,10 +41,10 @@ ATTACK = textwrap.dedent("""
 class SlowReader(Paced):
     """A runtime that reads some prompts slowly."""
 
-    def tokens(self, prompt, tools=None):
+    def tokens(self, prompt, *more):
         if "slow" in str(prompt):
             time.sleep(5)
-        return self._runtime.tokens(prompt, tools)
+        return self._runtime.tokens(prompt, *more)
 
 
 @pytest.fixture(scope="module")

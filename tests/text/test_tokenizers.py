@@ -332,6 +332,21 @@ def test_bytes_of_tokens_spell_the_text(tokenizer, kind):
         assert spelled == (" " if "mistral" in kind else "") + text
 
 
+def test_decoding_never_fails_and_keeps_the_first_space(folders):
+    """Bytes of a character come one by one, or none of a character at all; a prompt is continued with the space that stands there."""
+    for kind in ("gemma", "mistral", "mistral-metaspace"):
+        tokenizer, library = FolderTokenizer(folders[kind]), Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
+        decode = tokenizer.new_decoder()
+        text = "".join(
+            decode(library.token_to_id(piece)) for piece in ("<0x33>", "<0xA1>", "<0x68>", "<0xE4>", "<0xB8>")
+        )
+        assert text == "3\ufffdh" and decode(10**6) == "" and decode(library.token_to_id("<0xAD>")) == "中"
+        ids = tokenizer.encode("a the quick", bos=False)
+        bytewise = b"".join(tokenizer.token_bytes(2000)[i] for i in ids)
+        decode = tokenizer.new_decoder()
+        assert "".join(map(decode, ids)) == bytewise.decode() and bytewise.decode().lstrip() == "a the quick"
+
+
 def test_bytes_of_an_unknown_kind_of_tokenizer_are_refused(tmp_path):
     tokenizer = Tokenizer(models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()

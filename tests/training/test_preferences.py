@@ -795,3 +795,14 @@ def test_wrong_use_is_told(run, model_file, tmp_path, arguments, message):
 def test_a_folder_is_no_output_file(run, model_file, tmp_path):
     code, _, stderr = run(model_file, model_file, "-o", tmp_path)
     assert code == 2 and "found a folder" in stderr
+
+
+def test_a_prompt_that_both_conversations_repeat_is_their_common_beginning():
+    """As ultrafeedback_binarized is published."""
+    user = {"role": "user", "content": "Sky?"}
+    blue, green = ({"role": "assistant", "content": text} for text in ("Blue.", "Green."))
+    row = {"prompt": "Sky?", "prompt_id": "x", "chosen": [user, blue], "rejected": [user, green]}
+    pair = parse_pair(row)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((user,), "Blue.", "Green.")
+    with pytest.raises(InputError, match="expected messages"):
+        parse_pair({**row, "prompt": "Sea?"})

@@ -6,10 +6,9 @@ those cells, so no request can overwrite them, and the seed is in memory once.
 
 from __future__ import annotations
 
-import codecs
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,6 +24,7 @@ from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.library import require_installed
 from edgepatch.converters.gguf.text import GGUFTokenizer
+from edgepatch.converters.gguf.vocabularies import chat_templates
 from edgepatch.converters.gguf.vocabulary import read_token_facts
 from edgepatch.cores import begin_choice, read_allowance
 from edgepatch.errors import InactivePatchError, InputError
@@ -41,7 +41,9 @@ from edgepatch.runtimes.runtime import Runtime, SeedRoute, Tools, check_patch, c
 from edgepatch.tensors import ModelSpec
 from edgepatch.text.chat_templates import prepare_chat_template
 from edgepatch.text.messages import Message
+from edgepatch.text.templates import PLAIN_CHAT, ChatOptions, ChatTemplate
 from edgepatch.text.tokenizers import AddedTokens, encode_chat
+from edgepatch.text.vocabularies import ByteDecoder
 
 DEFAULT_CONTEXT = 4096
 
@@ -128,11 +130,11 @@ class LlamaCppRuntime(Runtime):
         # A trial takes as many threads as there may ever be, so that a free core more does not ask for another.
         most = num_threads or read_allowance().usable
         settings = ContextSettings(num_cells, num_sequences, self.kv_type, flash_attention, most)
-        self.chat_template = str(header.metadata.get("tokenizer.chat_template", ""))
+        templates = chat_templates(header.metadata)
         # A child tries the file, or llama.cpp reads its weights and then clears the cache in a thread; template and vocabulary
         # are prepared meanwhile. The child is waited for here: Ctrl-C, which reaches the main thread, must end it.
         with ThreadPoolExecutor(2) as library:
-            preparing = library.submit(prepare_chat_template, self.chat_template)
+            preparing = library.submit(prepare_chat_template, templates.get("default", ""))
             proof = prove_model(path, num_gpu_layers, settings)
             loading = library.submit(open_model, proof, num_gpu_layers, settings)
             self._resources.callback(_close_result, loading)
@@ -148,19 +150,22 @@ class LlamaCppRuntime(Runtime):
             for readers in (self._tokenizer, self._pieces):  # closed before the model is freed
                 self._resources.callback(readers.close)
             self.text_bound = self._tokenizer.bound
-            self._read_vocabulary(path)
+            self._read_vocabulary(path, templates)
             self.context = creating.result()
         self.quantization = specs.quantization(header)
         return settings
 
-    def _read_vocabulary(self, path: Path) -> None:
+    def _read_vocabulary(self, path: Path, templates: Mapping[str, str]) -> None:
         facts = read_token_facts(self.model.lib, self.model.vocab)
         if facts.size != self.spec.vocab_size:
             raise InputError(
                 f"{path}: expected {self.spec.vocab_size} tokens, found {facts.size}", hint="download it again"
             )
-        self.end_token_ids, self._bos, self._eos = facts.end_token_ids, facts.bos, facts.eos
+        self.end_token_ids, self.special_tokens = facts.end_token_ids, facts.special_ids
         self._added_tokens = AddedTokens(facts.special, facts.user_defined)
+        self.chat_template = ChatTemplate(
+            templates.get("default", ""), templates.get("tool_use", ""), facts.bos, facts.eos, facts.ends
+        )
 
     def check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None and patch.digest not in self._fitting:
@@ -289,18 +294,17 @@ class LlamaCppRuntime(Runtime):
     def encode_probe(self, text: str, *, trusted: bool) -> list[int]:
         return self._tokenizer.encode(text, ends=True, trusted=trusted)
 
-    def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Tools | None = None, options: ChatOptions = PLAIN_CHAT
+    ) -> list[int]:
         encode = partial(self._tokenizer.encode, ends=False)
-        return encode_chat(
-            self.chat_template, messages, self._bos, self._eos, self._added_tokens, encode, tools, self.require_fit
-        )
+        return encode_chat(self.chat_template, messages, self._added_tokens, encode, tools, self.require_fit, options)
 
     def token_bytes(self) -> list[bytes]:
         return [self._pieces.bytes_of(i) for i in range(self.spec.vocab_size)]
 
     def new_decoder(self) -> Callable[[int], str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda token: decoder.decode(self._pieces.bytes_of(token))
+        return ByteDecoder(self._pieces.bytes_of)
 
     def close(self) -> None:
         """Frees the model; may be called more than once."""

@@ -29,6 +29,7 @@ from edgepatch.runtimes.onnx.proof import TRIAL
 from edgepatch.runtimes.runtime import Evaluate, Runtime, SeedRoute, Tools, checked_number, moves
 from edgepatch.tensors import KVSeed, ModelSpec, as_float32
 from edgepatch.text.messages import Message
+from edgepatch.text.templates import PLAIN_CHAT, ChatOptions
 from edgepatch.text.tokenizers import FolderTokenizer
 
 DEFAULT_POSITIONS = 2048  # as far as a model can; shared buffers for them are allocated at once
@@ -86,7 +87,7 @@ class OnnxRuntime(Runtime):
         self.kv_type = "f16" if self._graph.cache_type is np.float16 else "f32"
         _require_tokenizer(self._tokenizer, folder, self.spec)
         self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
-        self.chat_template = self._tokenizer.chat_template
+        self.chat_template, self.special_tokens = self._tokenizer.template, self._tokenizer.special_tokens
         self.num_positions = _positions(folder, self._graph, context_length)
         window = _window(folder) if self._graph.windows else 0
         self._new_cache = partial(new_cache, session, self._graph, self.spec, window, provider)
@@ -102,8 +103,10 @@ class OnnxRuntime(Runtime):
     def encode_probe(self, text: str, *, trusted: bool) -> list[int]:
         return self._tokenizer.encode(text, trusted=trusted)
 
-    def encode_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        return self._tokenizer.encode_chat(messages, tools, self.require_fit)
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Tools | None = None, options: ChatOptions = PLAIN_CHAT
+    ) -> list[int]:
+        return self._tokenizer.encode_chat(messages, tools, self.require_fit, options, self.chat_template)
 
     def new_decoder(self) -> Callable[[int], str]:
         return self._tokenizer.new_decoder()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, model_validator
 from pydantic_core import PydanticCustomError
+
+from edgepatch.server.schemas.limits import EMPTY_VALUES
 
 
 def problem(kind: str, expected: str, **context: str) -> PydanticCustomError:
@@ -20,7 +22,9 @@ def problem(kind: str, expected: str, **context: str) -> PydanticCustomError:
 class RequestModel(BaseModel):
     """An object in a request. What a client adds is looked for first, so that many unknown fields are no more work than one."""
 
-    # Built by `build_models`, which the server calls while the model loads, or at the first use.
+    # Built by `build_models`, which the server calls while the model loads, or at the first use. What a client's library sends back
+    # with a conversation may hold fields without a value, whatever their names: where `ignores_empty`, those are left out.
+    ignores_empty: ClassVar[bool] = False
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="before")
@@ -33,10 +37,14 @@ class RequestModel(BaseModel):
             # A wrong tag says that another kind of object was meant, whose fields are no surprise then.
             if name in value and value[name] not in tags:
                 raise problem(f"wrong_{name}", " or ".join(map(repr, tags)))
-        unknown = next((name for name in value if name not in names), None)
+        unknown = next((name for name in value if name not in names and not cls._is_ignored(value[name])), None)
         if unknown is not None:
             raise problem("unknown_field", f"one of {', '.join(names)}", field=unknown)
-        return value
+        return {name: item for name, item in value.items() if name in names} if cls.ignores_empty else value
+
+    @classmethod
+    def _is_ignored(cls, item: object) -> bool:
+        return cls.ignores_empty and item in EMPTY_VALUES
 
 
 @cache
@@ -62,9 +70,9 @@ def as_integer(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def by_shape(choose: Callable[[object], str | None]) -> Discriminator:
+def by_shape(choose: Callable[[object], str | None], expected: str = "text or a list") -> Discriminator:
     """Alternatives that are told apart by what kind of value they are. Tags are in brackets, as no field's name is."""
-    return Discriminator(choose, "wrong_shape", "text or a list")
+    return Discriminator(choose, "wrong_shape", expected)
 
 
 def by_tag(field: str, labels: Mapping[str, str]) -> Discriminator:
@@ -80,6 +88,13 @@ def by_tag(field: str, labels: Mapping[str, str]) -> Discriminator:
         return labels.get(tag) if isinstance(tag, str) else None
 
     return Discriminator(choose, f"wrong_{field}", " or ".join(map(repr, labels)))
+
+
+class EchoedModel(RequestModel):
+    """A part of a conversation, which clients' libraries send back as they got it."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": [None, "", [], {}]}})
+    ignores_empty = True
 
 
 WHOLE = BeforeValidator(as_integer)

@@ -5,3 +5,5 @@ MAX_PROMPTS = 64
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 INT32 = 2**31 - 1
+EMPTY_VALUES: tuple[object, ...] = (None, "", [], {})
+"""What counts as no value in a part of a conversation."""

@@ -50,6 +50,7 @@ class ChatLogprobs(Reply):
     """Log-probabilities of the reply's tokens."""
 
     content: list[ChatTokenLogprob]
+    refusal: None
 
 
 class CompletionLogprobs(Reply):
@@ -82,6 +83,8 @@ class ReplyMessage(Reply):
 
     role: Literal["assistant"]
     content: str | None
+    refusal: None
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ReplyToolCall]]
 
 
@@ -90,6 +93,8 @@ class Delta(Reply, total=False):
 
     role: Literal["assistant"]
     content: str | None
+    refusal: None
+    reasoning_content: str
     tool_calls: list[ReplyToolCall]
 
 

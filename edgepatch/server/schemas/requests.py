@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
-from edgepatch.server.schemas.base import WHOLE, RequestModel, Text, by_shape, by_tag, problem
+from edgepatch.server.schemas.base import WHOLE, EchoedModel, RequestModel, Text, by_shape, by_tag, problem
 from edgepatch.server.schemas.limits import INT32, MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
 
 
@@ -32,63 +32,91 @@ def _tag_of_prompt(value: object) -> str | None:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _without_limit(value: object) -> object:
+    """Clients say "no limit" with -1, which is what a field says that is left out."""
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
+NO_LIMIT = BeforeValidator(_without_limit)
 MaxTokens = Annotated[int, Field(ge=1, le=INT32), WHOLE]
+MaxTokensOrNone = Annotated[
+    MaxTokens | None,
+    NO_LIMIT,
+    Field(
+        json_schema_extra={
+            "anyOf": [{"type": "integer", "minimum": 1, "maximum": INT32}, {"const": -1}, {"type": "null"}]
+        }
+    ),
+]
+Unused = Annotated[Any, Field(description="Accepted and not used.")]
 TokenId = Annotated[int, Field(ge=0, le=INT32), WHOLE]
 Prompt = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)]
 
 
-class TextPart(RequestModel):
+class TextPart(EchoedModel):
     """A part of a message; there is no other kind."""
 
     type: Literal["text"]
     text: Text
+    cache_control: Unused = None
 
 
 TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
 Content = Annotated[Annotated[Text, Tag("<text>")] | Annotated[TextParts, Tag("<list>")], by_shape(_tag_of_content)]
 
 
-class CalledFunction(RequestModel):
+class CalledFunction(EchoedModel):
     """A function that the model called, with its arguments."""
 
     name: Name
     arguments: Annotated[Text, Field(description="A JSON object as text.")]
+    parsed_arguments: Unused = None
 
 
-class ToolCall(RequestModel):
+class ToolCall(EchoedModel):
     """A call that the model made in an earlier turn."""
 
     id: Name
     type: Literal["function"]
     function: CalledFunction
+    index: Unused = None
 
 
-class PlainMessage(RequestModel):
+class PlainMessage(EchoedModel):
     """A turn of the user, or what holds for the whole conversation; "developer" is OpenAI's newer word for "system"."""
 
     role: Literal["system", "developer", "user"]
     content: Content
     name: Name | None = None
+    cache_control: Unused = None
 
 
-class AssistantMessage(RequestModel):
-    """An earlier turn of the model."""
+class AssistantMessage(EchoedModel):
+    """An earlier turn of the model, as replies bring it."""
 
     role: Literal["assistant"]
     content: Content | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
-    refusal: None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
+    reasoning_content: Text | None = Field(None, description="The thoughts of that turn; for the chat template.")
+    reasoning: Text | None = Field(None, description="Another name of reasoning_content.")
+    annotations: Unused = None
+    parsed: Unused = None
+    provider_specific_fields: Unused = None
+    cache_control: Unused = None
 
 
-class ToolMessage(RequestModel):
+class ToolMessage(EchoedModel):
     """What a called function returned."""
 
     role: Literal["tool"]
     content: Content
     name: Name | None = None
     tool_call_id: Name
+    cache_control: Unused = None
 
 
 ROLES = dict.fromkeys(("system", "developer", "user"), "<plain>") | {"assistant": "<assistant>", "tool": "<tool>"}
@@ -100,7 +128,7 @@ ChatMessage = Annotated[
 ]
 
 
-class OfferedFunction(RequestModel):
+class OfferedFunction(EchoedModel):
     """A function that the model may call."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -109,11 +137,47 @@ class OfferedFunction(RequestModel):
     strict: bool | None = None
 
 
-class Tool(RequestModel):
+class Tool(EchoedModel):
     """A tool that the model may use."""
 
     type: Literal["function"]
     function: OfferedFunction
+    cache_control: Unused = None
+
+
+class ChosenFunction(RequestModel):
+    """The name of an offered function."""
+
+    name: Name
+
+
+class NamedTool(RequestModel):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+def _tag_of_choice(value: object) -> str | None:
+    return "<word>" if isinstance(value, str) else "<tool>" if isinstance(value, dict) else None
+
+
+ToolWord = Literal["auto", "none", "required"]
+ToolChoice = Annotated[
+    Annotated[ToolWord, Tag("<word>")] | Annotated[NamedTool, Tag("<tool>")],
+    by_shape(_tag_of_choice, "'auto', 'none', 'required' or a tool"),
+]
+
+
+class TemplateValues(RequestModel):
+    """Variables that the chat template may take; none of them holds text of its own."""
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+    preserve_thinking: bool | None = None
+    clear_thinking: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking_budget: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = None
 
 
 class TextFormat(RequestModel):
@@ -123,9 +187,10 @@ class TextFormat(RequestModel):
 
 
 class JsonObjectFormat(RequestModel):
-    """Any JSON object."""
+    """Any JSON object, or one that follows a schema, as llama.cpp's clients write it."""
 
     type: Literal["json_object"]
+    definition: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
 class NamedSchema(RequestModel):
@@ -164,6 +229,7 @@ class StreamOptions(RequestModel):
     """What a stream brings beside its text."""
 
     include_usage: bool | None = None
+    include_obfuscation: Unused = None
 
 
 class SampledRequest(RequestModel):
@@ -173,9 +239,11 @@ class SampledRequest(RequestModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="0 takes the most likely token. Default 1."
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = Field(
-        None, description="Extension: keep the k likeliest tokens; 0 keeps all."
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Keep the likeliest tokens up to this probability; 0 takes the most likely one."
+    )
+    top_k: Annotated[int, Field(ge=-1, le=INT32), WHOLE] | None = Field(
+        None, description="Extension: keep the k likeliest tokens; 0 and -1 keep all."
     )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Extension: keep tokens of at least this share of the likeliest one's probability."
@@ -187,7 +255,7 @@ class SampledRequest(RequestModel):
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = Field(
-        None, description="Makes the draw repeatable."
+        None, description="Makes the draw repeatable, as far as sums come out alike; a negative one draws afresh."
     )
     stop: Stop | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
@@ -198,18 +266,38 @@ class SampledRequest(RequestModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1024)] | None = Field(None, description="Accepted and not used.")
+    store: Unused = None
+    metadata: Unused = None
+    service_tier: Unused = None
+    safety_identifier: Unused = None
 
 
 class ChatCompletionRequest(SampledRequest):
     """A request to ``/v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
-    max_tokens: MaxTokens | None = Field(None, description="Default: as many as the context holds.")
-    max_completion_tokens: MaxTokens | None = Field(None, description="The same as max_tokens.")
+    max_tokens: MaxTokensOrNone = Field(None, description="Default, and with -1: as many as the context holds.")
+    max_completion_tokens: MaxTokensOrNone = Field(None, description="The same as max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = Field(None, description="With required, or a tool: exactly one call.")
+    parallel_tool_calls: bool | None = Field(None, description="false keeps the first call of a reply.")
+    chat_template_kwargs: TemplateValues | None = Field(None, description="Extension: variables of the chat template.")
+    enable_thinking: bool | None = Field(None, description="Extension: the same in chat_template_kwargs.")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="For chat templates that know it."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Extension: the reply continues the last message, which is the assistant's."
+    )
+    add_generation_prompt: bool | None = Field(None, description="Extension: false beside continue_final_message.")
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    verbosity: Unused = None
+    prediction: None = None
+    audio: None = None
+    functions: None = None
+    function_call: None = None
 
 
 class CompletionRequest(SampledRequest):
@@ -222,8 +310,8 @@ class CompletionRequest(SampledRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<lists>")],
         by_shape(_tag_of_prompt),
     ] = Field(description="Text, token ids, or a list of either. No chat template is applied.")
-    max_tokens: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = Field(
-        None, description="Default 16; 0 only with echo."
+    max_tokens: Annotated[int, Field(ge=-1, le=INT32), WHOLE] | None = Field(
+        None, description="Default 16; 0 only with echo; -1: as many as the context holds."
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     echo: bool | None = Field(None, description="Put the prompt, and its logprobs if asked for, in front of the reply.")

@@ -109,11 +109,18 @@ def _reply(name: str, messages: object) -> str:
     return str(message["content"])
 
 
+def _is_said_first(prompt: object, chosen: list[Any], rejected: list[Any]) -> bool:
+    """Whether a prompt of text only repeats what both conversations hold in front of their answers, as published sets have it."""
+    shared, _, _ = _split_conversation(chosen, rejected)
+    texts = [message.get("content") for message in shared if isinstance(message, Mapping)]
+    return isinstance(prompt, str) and prompt in texts
+
+
 def _parts(row: Mapping[str, Any]) -> tuple[PairPrompt, str, str]:
     """(prompt, chosen, rejected) of a line in any of TRL's forms."""
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
     if isinstance(chosen, list) and isinstance(rejected, list):
-        if "prompt" not in row:
+        if "prompt" not in row or _is_said_first(prompt, chosen, rejected):
             prompt, chosen, rejected = _split_conversation(chosen, rejected)
         if not isinstance(prompt, list) or not prompt:
             raise InputError("prompt: expected messages, as chosen and rejected are messages")

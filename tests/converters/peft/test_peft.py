@@ -233,6 +233,18 @@ def test_the_training_record_names_the_source(adapters, spec, tiny_folder):
     assert len(source["adapter_sha256"]) == 64
 
 
+def test_a_saved_p_tuning_adapter_is_a_soft_prompt(tiny_patch, spec, tmp_path):
+    peft.write_adapter(tiny_patch, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    encoder = {"encoder_reparameterization_type": "MLP", "encoder_num_layers": 2, "encoder_dropout": 0.0}
+    config |= {"peft_type": "P_TUNING", "encoder_hidden_size": 128, **encoder}
+    config.pop("prompt_tuning_init", None)
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    patch = peft.read_adapter(tmp_path / "a", spec)
+    assert patch.soft_prompt and (patch.soft_prompt.embeddings == tiny_patch.soft_prompt.embeddings).all()
+    assert peft.write_adapter(patch, tmp_path / "b") == "PROMPT_TUNING"
+
+
 # What must be refused.
 
 
