@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepatch.cli.application import app
+from edgepatch.cli.application import Application, app
 from edgepatch.cli.console import JsonFlag, StoreOption, model_path, print_json, stdout, table
 from edgepatch.cli.keys import PassphraseFile, Unencrypted, read_passphrase
 from edgepatch.errors import InputError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgepatch.bundles.contents import Manifest
     from edgepatch.store.reading import StoreReader
 
-bundle_app = typer.Typer(
+bundle_app = Application(
     help="Make bundles for machines without a network, and take them in.\n\nExample: `edgepatch bundle import site.tar`",
     no_args_is_help=True,
 )

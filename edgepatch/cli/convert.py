@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from edgepatch.cli.application import app
+from edgepatch.cli.application import Application, app
 from edgepatch.cli.console import JsonFlag, LogOption, log_beside, model_path, note, print_json, progress_bars
 from edgepatch.errors import InputError
 from edgepatch.progress import Progress, stage
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgepatch.converters.origins import Origin
     from edgepatch.patch.file import Patch
 
-convert_app = typer.Typer(
+convert_app = Application(
     help="Convert base models and patches.\n\nExample: `edgepatch convert base models/llama llama.gguf --type Q4_K_M`",
     no_args_is_help=True,
 )

@@ -18,6 +18,7 @@ from typer.main import get_command
 
 import edgepatch
 from edgepatch import cli
+from edgepatch.cli import application
 from edgepatch.converters.hf import folders
 from edgepatch.errors import PatchFormatError
 from edgepatch.patch.file import read_patch, signed, write_patch
@@ -85,6 +86,39 @@ def test_help_lists_every_verb(run):
     _, out, _ = run("--help")
     assert {"doctor", "show", "convert", "chat", "generate"} <= {verb[0] for verb in verbs()}
     assert all(verb[0] in out for verb in verbs())
+    assert {name for names in application.VERBS.values() for name in names} == {verb[0] for verb in verbs() if verb}
+
+
+def test_help_lists_the_verbs_in_the_order_of_a_patch_s_life(run):
+    _, out, _ = run("-h")
+    places = [out.index(f"\n{group}:") for group in application.VERBS]
+    assert places == sorted(places) and "..." not in out[places[0] :]
+
+
+@pytest.mark.parametrize("verb", verbs(), ids=" ".join)
+def test_no_option_is_cut_on_a_narrow_terminal(run, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = run(*verb, "--help")
+    command = get_command(cli.app)
+    for name in verb:
+        command = command.commands[name]
+    assert all(option in out for param in command.params for option in param.opts if option.startswith("--"))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "m", "--prompt", "x", "--prompt", "y"),
+        ("serve", "m", "--port", "1", "--bare", "--port=2"),
+        ("train", "m", "--pairs", "a", "-o", "b", "--out", "c"),
+        ("apply", "p", "--model", "m", "--model", "m"),
+        ("bundle", "create", "p", "-o", "a", "-o", "b"),
+    ],
+)
+def test_an_option_of_one_value_is_taken_once(run, arguments):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and "expected once, found 2 times" in " ".join(err.split())
 
 
 @pytest.mark.parametrize("arguments", [["nosuch"], ["show"], ["show", "a", "--nosuch"], ["generate", "m"]])
@@ -95,7 +129,7 @@ def test_wrong_use_is_2(run, arguments):
 
 def test_show_for_people_and_for_programs(run, patch_file, tiny_patch):
     code, out, err = run("show", patch_file)
-    assert (code, err) == (0, "") and "base hidden_size" in out and tiny_patch.digest[:40] in out
+    assert (code, err) == (0, "") and "hidden size 256" in out and tiny_patch.digest[:40] in out
     code, out, _ = run("show", patch_file, "--json")
     facts = json.loads(out)
     assert code == 0
@@ -105,12 +139,12 @@ def test_show_for_people_and_for_programs(run, patch_file, tiny_patch):
 
 
 def test_show_says_where_the_seed_stands_and_of_what_it_is_composed(run):
-    code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors")
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors", "--all")
     assert code == 0 and re.search(r"^place +moves: at each turn and every 128 tokens", out, re.MULTILINE)
     assert re.search(r"^parts +none", out, re.MULTILINE) and re.search(r"^can_move +True", out, re.MULTILINE)
     code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors", "--json")
     assert code == 0 and json.loads(out)["kind"] == "patch" and json.loads(out)["parts"] == []
-    code, out, _ = run("show", golden_patches.FOLDER / "patch-v1.safetensors")
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v1.safetensors", "--all")
     parts = golden_patches.full().parts
     assert re.search(rf"^parts +{parts[0][:12]}, {parts[1][:12]}", out, re.MULTILINE)
     assert re.search(r"^place +stays at the start of the text: its hold fades", out, re.MULTILINE)
@@ -358,7 +392,7 @@ def test_patch_name_cannot_steer_the_terminal(run, tiny_patch, tmp_path):
     ("error", "code", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "/data/x: No space left on device"),
-        (ModuleNotFoundError("No module named 'peft'", name="peft"), 2, "pip install 'edgepatch[train]'"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), 2, "[train]'"),
         (ModuleNotFoundError("No module named 'nosuch'", name="nosuch.part"), 2, "nosuch.part is not installed"),
         (ZeroDivisionError("surprise"), 1, "internal error: ZeroDivisionError: surprise"),
         (KeyboardInterrupt(), 130, ""),
