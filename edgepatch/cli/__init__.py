@@ -48,6 +48,7 @@ MODULES = (
 
 STARTED_ALONE = {
     "chat": ("chat",),
+    "run": ("chat",),
     "generate": ("chat",),
     "serve": ("serve",),
     "show": ("inspection",),

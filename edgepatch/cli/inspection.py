@@ -149,7 +149,7 @@ def _show_patch(path: Path, everything: bool, as_json: bool, store: Path | None)
     if as_json:
         print_json({"kind": "patch"} | _summary(patch) | {"trust": trust})
         return
-    from edgepatch.cli.patch_tables import parts_in_words, summary_rows
+    from edgepatch.cli.tables.patch import parts_in_words, summary_rows
 
     stdout().print(table(summary_rows(patch, path, trust)))
     if not everything:
@@ -164,7 +164,7 @@ def _show_patch(path: Path, everything: bool, as_json: bool, store: Path | None)
 
 
 def _show_model(path: Path, kind: Kind, everything: bool, as_json: bool, store: Path | None) -> None:
-    from edgepatch.cli.model_tables import further_rows, summary_rows
+    from edgepatch.cli.tables.model import further_rows, summary_rows
     from edgepatch.inspection.models import examine_model
 
     report = examine_model(path, kind, store, loads_libraries=everything)

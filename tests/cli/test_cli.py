@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,10 +216,73 @@ def test_chat_answers_on_stdout_and_reports_on_stderr(run, tiny_folder, patch_fi
     assert "Loading" not in err, "no progress bars"
 
 
-def test_chat_reads_questions_until_the_end_of_input(gguf_file):
+@pytest.mark.parametrize("options", [[], ["--prompt", "-"]])
+def test_a_piped_text_is_one_message(gguf_file, options):
     command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1", "--max-new-tokens", "3"]
-    done = subprocess.run(command, input="Hello\n\nAgain\n", capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr.count("first after") == 2
+    done = subprocess.run([*command, *options], input="Hello\n\nAgain\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.count("first after") == 1
+
+
+def test_an_empty_pipe_is_no_prompt(run, gguf_file, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    code, out, err = run("chat", gguf_file, "--prompt", "-")
+    assert (code, out) == (2, "") and "expected text on stdin" in err
+
+
+class Terminal:
+    """``chat`` at a terminal of its own, as a person has it."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.screen = ""
+        process, self._file = pty.fork()
+        if process == 0:
+            environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+            os.execve(
+                sys.executable, [sys.executable, "-m", "edgepatch.cli", "chat", *map(str, arguments)], environment
+            )
+        self._process = process
+
+    def until(self, text: str, timeout_s: float = 60) -> None:
+        """Reads the screen until a text stands there behind what was read before."""
+        begin, end = len(self.screen), time.monotonic() + timeout_s
+        while text not in self.screen[begin:]:
+            assert time.monotonic() < end, f"expected {text!r}, found {self.screen!r}"
+            if select.select([self._file], [], [], 0.2)[0]:
+                self.screen += os.read(self._file, 65536).decode("utf-8", "replace")
+
+    def type(self, text: str) -> None:
+        os.write(self._file, text.encode())
+
+    def end(self) -> int:
+        """The exit code."""
+        with contextlib.suppress(OSError):  # the other side is gone
+            while select.select([self._file], [], [], 30)[0] and os.read(self._file, 65536):
+                pass
+        code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        os.close(self._file)
+        return code
+
+
+def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
+    """Ctrl-C stops a reply and the conversation goes on, arrows edit and recall, unknown commands say so, Ctrl-D ends."""
+    terminal = Terminal(gguf_file, "--bare", "--threads", "1", "--max-new-tokens", "400", "--rng-seed", "1")
+    terminal.until("> ")
+    terminal.type("Hello\n")
+    terminal.until("Hello")
+    terminal.type("\x03")
+    terminal.until("first after")
+    terminal.until("> ")
+    terminal.type("/foo\n")
+    terminal.until("unknown command: /foo")
+    terminal.until("> ")
+    terminal.type("/stats\n")
+    terminal.until("2 messages")
+    terminal.until("> ")
+    terminal.type("\x1b[A\x1b[A\x1b[D!\n")  # up to /foo, one to the left, an exclamation mark: /fo!o
+    terminal.until("unknown command: /fo!o")
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
 
 
 MAX_FRAMES = 6
@@ -247,26 +315,28 @@ def test_chat_is_a_few_frames_away_from_the_library(run, tmp_path, monkeypatch):
 
 
 def test_chat_commands(gguf_file, tiny_patch, tmp_path):
-    """Swap, unpatch, save and load at the terminal; an error is told and the conversation goes on."""
+    """Patch, bare, save and load at the terminal; an error is told and the conversation goes on."""
     patch_file, talk = tmp_path / "p.safetensors", tmp_path / "talk.json"
     write_patch(tiny_patch, patch_file)
     (tmp_path / "broken").write_text("{")
     (tmp_path / "deep").write_text("[" * 100_000)
     lines = [
-        "Hello",
         "/patch",
-        f"/swap {patch_file}",
-        "/swap nowhere",
         "Hello",
+        f"/patch {patch_file}",
+        "/patch nowhere",
+        '"""Hello,',
+        'you"""',
         f"/save {talk}",
-        "/unpatch",
+        f"/save {talk}",
+        "/bare",
         f"/load {talk}",
         f"/load {tmp_path / 'broken'}",
         f"/load {tmp_path / 'deep'}",
         "/save",
         "/new",
         "/unknown",
-        "/quit",
+        "/bye",
         "not read",
     ]
     command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--threads", "1", "--max-new-tokens", "3"]
@@ -277,7 +347,9 @@ def test_chat_commands(gguf_file, tiny_patch, tmp_path):
     assert "patch tiny 1.0.0 (seed stored, canary passed)" in err and tiny_patch.digest[:12] in err
     assert "cannot read patch nowhere" in err and "/save needs" in err
     assert err.count("cannot read a conversation") == 2
-    assert "2 messages, held with" in err and "/unpatch" in err
+    assert "2 messages, held with" in err and "unknown command: /unknown" in err
+    assert f"{talk} exists" in err.replace("\n", "")
+    assert json.loads(talk.read_text())["messages"][0]["content"] == "Hello,\nyou"
     assert [m["role"] for m in json.loads(talk.read_text())["messages"]] == ["user", "assistant"]
 
 
