@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from edgepatch.cli.application import Application, app
-from edgepatch.cli.console import JsonFlag, LogOption, log_beside, model_path, note, print_json, progress_bars
+from edgepatch.cli.console import (
+    ForceFlag,
+    JsonFlag,
+    LogOption,
+    log_beside,
+    model_path,
+    new_file,
+    note,
+    print_json,
+    progress_bars,
+)
 from edgepatch.errors import InputError
+from edgepatch.files.writing import require_new_file
 from edgepatch.progress import Progress, stage
 
 if TYPE_CHECKING:
@@ -71,9 +82,7 @@ def convert_base(
         Path | None,
         typer.Option("--optimum-env", help="onnx: virtual environment for optimum; made if it does not exist."),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="transformers: replace a Transformers folder that is there already.")
-    ] = False,
+    force: ForceFlag = False,
     log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -87,13 +96,15 @@ def convert_base(
     `edgepatch convert base models/gemma gemma-onnx --to onnx --exporter transformers`,
     `edgepatch convert base llama-Q4_1.gguf models/llama --to transformers`
     """
-    kind = kind or USUAL_TYPES[to]
+    kind = _type_of(kind, to)
     if to is not Target.onnx and (exporter != "builder" or optimum_env is not None):
         raise InputError(
             f"--exporter and --optimum-env: expected with --to onnx, found with --to {to.value}", hint="leave them out"
         )
-    if to is not Target.transformers and force:
-        raise InputError(f"--force: expected with --to transformers, found with --to {to.value}", hint="leave it out")
+    if to is Target.gguf:
+        require_new_file(target, force)
+    elif to is Target.onnx and target.exists() and not force:
+        raise InputError(f"{target} exists", hint="name another folder, or replace it with --force")
     with progress_bars(log or log_beside(target)) as progress:
         if to is Target.onnx:
             _convert_onnx(source, target, kind, exporter, optimum_env, progress)
@@ -102,6 +113,17 @@ def convert_base(
         else:
             _convert_gguf(source, target, kind, progress)
     _tell(source, target, to, kind, as_json)
+
+
+def _type_of(kind: str | None, to: Target) -> str:
+    """The type that is asked for, as its format spells it: llama.cpp has capitals."""
+    if kind is None:
+        return USUAL_TYPES[to]
+    if to is not Target.gguf:
+        return kind.lower()
+    if kind.lower() in ONNX_BYTES and kind.upper() not in UNQUANTIZED:
+        raise InputError(f"--type {kind}: a type of ONNX, found with --to gguf", hint="add --to onnx")
+    return kind.upper()
 
 
 def _tell(source: Path, target: Path, to: Target, kind: str, as_json: bool) -> None:
@@ -261,7 +283,8 @@ def convert_seed(
             "--model", metavar="MODEL", parser=model_path, help="Transformers folder or GGUF file of the base model."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    out: Annotated[Path, new_file("Patch file to write.")],
+    force: ForceFlag = False,
     log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -302,7 +325,8 @@ def convert_adapter(
     source: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="PEFT folder, or a GGUF file of `convert patch --to gguf`.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    out: Annotated[Path, new_file("Patch file to write.")],
+    force: ForceFlag = False,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -360,6 +384,7 @@ def convert_patch(
             "--peft-type", help="PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE; default: what the patch was trained as."
         ),
     ] = None,
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a patch as a PEFT adapter folder, or as a GGUF file for registries.
@@ -378,6 +403,7 @@ def convert_patch(
     elif peft_type is not None:
         raise InputError("--peft-type: expected with --to peft, found with --to gguf", hint="leave it out")
     else:
+        require_new_file(target, force)
         adapters_gguf.write_gguf(patch, target, base_model_name)
         kind = "GGUF adapter"
     if as_json:

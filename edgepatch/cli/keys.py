@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgepatch.cli.application import Application, app
-from edgepatch.cli.console import JsonFlag, print_json, stdout, table
+from edgepatch.cli.console import ForceFlag, JsonFlag, new_file, print_json, stdout, table
 from edgepatch.errors import InputError, UntrustedError
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def _key_to_revoke(value: str) -> str:
 
 @root_app.command("create")
 def create(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Trust root file to write, unsigned.")],
+    out: Annotated[Path, new_file("Trust root file to write, unsigned.")],
+    force: ForceFlag = False,
     key: Annotated[
         list[Path] | None, typer.Option("--key", help="Public key that signs patches; may be repeated.")
     ] = None,
