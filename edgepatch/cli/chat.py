@@ -94,7 +94,11 @@ def chat(
                         break
 
 
-app.command("run", hidden=True, help="What `chat` does, under the name that other tools have for it.")(chat)
+app.command(
+    "run",
+    hidden=True,
+    help="What `chat` does, under the name that other tools have for it.\n\nExample: `edgepatch run smollm2 --bare`",
+)(chat)
 
 
 def whole_prompt(text: str) -> str:
