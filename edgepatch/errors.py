@@ -13,6 +13,10 @@ EdgepatchError            exit 1
 
 from __future__ import annotations
 
+import json
+from importlib import metadata
+from urllib.parse import unquote, urlsplit
+
 
 class EdgepatchError(Exception):
     """Base of all errors that edgepatch raises on purpose.
@@ -41,6 +45,39 @@ class UnfitModelError(InputError):
     exit_code = 5
 
 
+def install_command(extra: str, is_again: bool = False) -> str:
+    """What a user types to get an extra.
+
+    From a checkout it installs the checkout, from a wheel the wheel. Only where nothing says where edgepatch came from
+    does it name the folder of wheels that the user has.
+
+    Args:
+        extra: e.g. "gguf".
+        is_again: whether the packages are there, and broken.
+    """
+    again = " --force-reinstall" if is_again else ""
+    url, is_editable = _source()
+    if is_editable:
+        return f"pip install{again} -e '{_path(url)}[{extra}]'"
+    if url:
+        return f"pip install{again} 'edgepatch[{extra}] @ {url}'"
+    return f"pip install{again} --find-links WHEELS 'edgepatch[{extra}]', where WHEELS is the folder that edgepatch came in"
+
+
+def _path(url: str) -> str:
+    return unquote(urlsplit(url).path)
+
+
+def _source() -> tuple[str, bool]:
+    """(address, whether it is a checkout) that edgepatch was installed from; ("", False) where pip did not write it down."""
+    try:
+        text = metadata.distribution("edgepatch").read_text("direct_url.json")
+        written = json.loads(text or "{}")
+        return str(written.get("url", "")), bool(written.get("dir_info", {}).get("editable"))
+    except (metadata.PackageNotFoundError, ValueError, AttributeError):
+        return "", False
+
+
 class MissingExtraError(EdgepatchError):
     """An optional package is not installed.
 
@@ -52,7 +89,7 @@ class MissingExtraError(EdgepatchError):
     exit_code = 2
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed", hint=f"pip install 'edgepatch[{extra}]'")
+        super().__init__(f"{package} is not installed", hint=install_command(extra))
 
 
 class PatchFormatError(EdgepatchError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import re
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -73,16 +74,26 @@ KNOWN_MODELS = {
 }
 
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
 def resolve(model: str) -> Path:
     """What the word for a model on a command line stands for: a path, or the file of a model that has a short name.
 
     Whatever lies in the working directory under that name wins, as it did before the name was known.
 
     Raises:
-        InputError: as ``find``.
+        InputError: as ``find``, or the word is a hub's name for a model, from where edgepatch loads nothing.
     """
     path, known = Path(model), KNOWN_MODELS.get(model)
-    return find(model) if known and known.generates and not path.exists() else path
+    if path.exists():
+        return path
+    if HUB_NAME.fullmatch(model) and not path.parent.exists():
+        raise InputError(
+            f"{model}: expected a file or folder, found what looks like a model's name on a hub",
+            hint=f"edgepatch loads nothing from a hub; download it first: hf download {model} --local-dir {path.name}",
+        )
+    return find(model) if known and known.generates else path
 
 
 @cache

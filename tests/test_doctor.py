@@ -16,7 +16,7 @@ import edgepatch
 from edgepatch import doctor
 from edgepatch.cli import app
 from edgepatch.doctor import llamacpp_types, probing
-from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.errors import EdgepatchError, InputError, install_command
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -39,7 +39,7 @@ def test_every_optional_package_is_listed_with_its_install_line(report):
     names = set(re.findall(r'"([\w-]+)>=', section)) | {"transformers"}
     rows = {row["name"]: row for row in report["packages"]}
     assert names <= set(rows)
-    assert rows["llama-cpp-python"]["install"] == "pip install 'edgepatch[gguf]'"
+    assert rows["llama-cpp-python"]["install"] == install_command("gguf")
     assert rows["pytest"]["version"]
 
 
@@ -177,7 +177,7 @@ def test_library_that_does_not_load_is_named_and_counts_as_missing(tmp_path, str
     assert message in libraries["torch"]["error"] and rows == []
     broken = {**report, "libraries": libraries}
     assert any(message in line for line in doctor.missing(broken, "train"))
-    assert doctor.remedy(broken, "train") == "pip install --force-reinstall 'edgepatch[train]'"
+    assert doctor.remedy(broken, "train") == install_command("train", is_again=True)
 
 
 def test_missing_package_fails_the_requirement(monkeypatch, report):
@@ -186,7 +186,7 @@ def test_missing_package_fails_the_requirement(monkeypatch, report):
     result = CliRunner().invoke(app, ["doctor", "--require", "train"])
     assert isinstance(result.exception, EdgepatchError) and result.exception.exit_code == 1
     assert "peft" in str(result.exception)
-    assert "pip install 'edgepatch[train]'" in result.output
+    assert install_command("train") in result.output.replace("\n", "")
 
 
 def test_unknown_extra(report):
@@ -196,6 +196,8 @@ def test_unknown_extra(report):
 
 def test_table_and_json(monkeypatch, report):
     monkeypatch.setattr(doctor, "examine", lambda: report)
-    table = CliRunner().invoke(app, ["doctor"]).output
+    verdicts = CliRunner().invoke(app, ["doctor"]).output
+    assert verdicts.splitlines()[0].split() == ["run", "GGUF", "models", "ready"] and len(verdicts.splitlines()) < 20
+    table = CliRunner().invoke(app, ["doctor", "--all"]).output
     assert "llama-cpp-python" in table and report["cpu"]["model"][:8] in table
     assert json.loads(CliRunner().invoke(app, ["doctor", "--json", "--require", "gguf"]).output) == report

@@ -48,10 +48,10 @@ MODULES = (
     "demo",
     "keys",
 )
-"""In the order of ``--help``."""
 
 STARTED_ALONE = {
     "chat": ("chat",),
+    "run": ("chat",),
     "generate": ("chat",),
     "serve": ("serve",),
     "show": ("inspection",),
@@ -59,6 +59,9 @@ STARTED_ALONE = {
     "--version": (),
 }
 """Verb -> its modules: the only ones that are imported, for a user waits for the first token, or a glance at a file."""
+
+COMPLETION_VARIABLE = "_EDGEPATCH_COMPLETE"
+"""Set by a shell that asks how a command line could go on: any verb's options may be asked for."""
 
 OTHERS = (*(module for module in MODULES if module not in BENCH), "bench.door")
 """For all other verbs and for ``--help``: ``bench`` is listed there, its verbs are not."""
@@ -107,7 +110,7 @@ def _install_hint(module: str) -> str:
 def _narrowed(words: list[str]) -> Typer:
     """The application with the one verb that the command line names: building all of them takes longer than to load a small model."""
     verb = words[0] if words else ""
-    for module in STARTED_ALONE.get(verb, OTHERS):
+    for module in MODULES if COMPLETION_VARIABLE in os.environ else STARTED_ALONE.get(verb, OTHERS):
         import_module(f"{__name__}.{module}")
     narrowed = copy.copy(application.app)
     narrowed.registered_commands = [

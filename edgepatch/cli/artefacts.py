@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, model_path, note, print_json
+from edgepatch.cli.console import ForceFlag, JsonFlag, model_path, new_file, note, print_json
 from edgepatch.errors import InputError
 
 
@@ -19,7 +19,7 @@ def compose(
     patch_files: Annotated[
         list[Path], typer.Argument(metavar="PATCH PATCH...", help="Patch files; their order changes nothing.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    out: Annotated[Path, new_file("Patch file to write.")],
     model: Annotated[
         Path,
         typer.Option(
@@ -39,6 +39,7 @@ def compose(
     expires: Annotated[str, typer.Option("--expires", help="The same; default: with the first of its parts.")] = "",
     license_: Annotated[str, typer.Option("--license", help="SPDX expression; default: those of all parts.")] = "",
     summary: Annotated[str, typer.Option("--summary", help="A sentence for people.")] = "",
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make one patch of several for the same base: their seeds side by side, in no order, and a canary that proves each of them.
@@ -84,8 +85,9 @@ def compose(
 @app.command()
 def card(
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Markdown file to write.")],
+    out: Annotated[Path, new_file("Markdown file to write.")],
     base_model: Annotated[str, typer.Option("--base-model", help="What the hub calls the base: org/model.")] = "",
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write the model card of a patch, by the conventions of the Hugging Face hub.
@@ -108,7 +110,7 @@ def card(
 @app.command()
 def release(
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file as trained or composed.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    out: Annotated[Path, new_file("Patch file to write.")],
     version: Annotated[str, typer.Option("--version", help="SemVer; default: as it is.")] = "",
     sequence: Annotated[
         int, typer.Option("--sequence", help="Number of the release within its channel; 0 leaves it.")
@@ -123,6 +125,7 @@ def release(
     supersedes: Annotated[
         list[Path] | None, typer.Option("--supersedes", help="Patch file that this one replaces; repeatable.")
     ] = None,
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Set what a release says of itself, and take in what was measured. The new file is unsigned: sign it last.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, StoreOption, model_path, print_json, stdout, table
+from edgepatch.cli.application import Application, app
+from edgepatch.cli.console import ForceFlag, JsonFlag, StoreOption, model_path, new_file, print_json, stdout, table
 from edgepatch.cli.keys import PassphraseFile, Unencrypted, read_passphrase
 from edgepatch.errors import InputError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgepatch.bundles.contents import Manifest
     from edgepatch.store.reading import StoreReader
 
-bundle_app = typer.Typer(
+bundle_app = Application(
     help="Make bundles for machines without a network, and take them in.\n\nExample: `edgepatch bundle import site.tar`",
     no_args_is_help=True,
 )
@@ -27,7 +27,8 @@ app.add_typer(bundle_app, name="bundle")
 @bundle_app.command("create")
 def create(
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Tar file to write.")],
+    out: Annotated[Path, new_file("Tar file to write.")],
+    force: ForceFlag = False,
     extra: Annotated[str, typer.Option("--extra", help="Wheels of edgepatch with this extra: gguf, onnx, ...")] = "",
     platform: Annotated[
         list[str] | None,

@@ -88,6 +88,26 @@ LogOption = Annotated[
     typer.Option("--log", metavar="FILE", help="Log of the progress, added to; default: OUT.log beside the output."),
 ]
 
+ForceFlag = Annotated[
+    bool, typer.Option("--force", is_eager=True, help="Replace what is there: an existing file stays otherwise.")
+]
+"""Read by ``new_file`` alone, and eager, so that it is known when the output is checked."""
+
+
+def new_file(help: str) -> Any:
+    """The option ``--out`` of a verb that also takes ``force: ForceFlag``: a file that must not be there yet, checked before any work."""
+    return typer.Option("--out", "-o", metavar="FILE", callback=require_new, help=help)
+
+
+def require_new(context: typer.Context, target: Path | None) -> Path | None:
+    """The callback behind ``new_file``, and behind arguments that name a file to write."""
+    from edgepatch.files.writing import require_new_file
+
+    if target is not None and not context.resilient_parsing:
+        require_new_file(target, bool(context.params.get("force")))
+    return target
+
+
 BARS_KEPT = 8
 _during_work: Console | None = None
 

@@ -9,16 +9,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, LogOption, log_beside, model_path, note, print_json, progress_bars
+from edgepatch.cli.application import Application, app
+from edgepatch.cli.console import (
+    ForceFlag,
+    JsonFlag,
+    LogOption,
+    log_beside,
+    model_path,
+    new_file,
+    note,
+    print_json,
+    progress_bars,
+)
 from edgepatch.errors import InputError
+from edgepatch.files.writing import require_new_file
 from edgepatch.progress import stage
 
 if TYPE_CHECKING:
     from edgepatch.converters.origins import Origin
     from edgepatch.patch.file import Patch
 
-convert_app = typer.Typer(
+convert_app = Application(
     help="Convert base models and patches.\n\nExample: `edgepatch convert base models/llama llama.gguf --type Q4_K_M`",
     no_args_is_help=True,
 )
@@ -33,6 +44,7 @@ class Target(str, Enum):
     transformers = "transformers"
 
 
+ONNX_TYPES = ("fp32", "fp16", "int8", "int4")
 USUAL_TYPES = {Target.gguf: "F16", Target.onnx: "fp32", Target.transformers: "float32"}
 
 
@@ -66,9 +78,7 @@ def convert_base(
         Path | None,
         typer.Option("--optimum-env", help="onnx: virtual environment for optimum; made if it does not exist."),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="transformers: replace a Transformers folder that is there already.")
-    ] = False,
+    force: ForceFlag = False,
     log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -82,13 +92,15 @@ def convert_base(
     `edgepatch convert base models/gemma gemma-onnx --to onnx --exporter transformers`,
     `edgepatch convert base llama-Q4_1.gguf models/llama --to transformers`
     """
-    kind = kind or USUAL_TYPES[to]
+    kind = _type_of(kind, to)
     if to is not Target.onnx and (exporter != "builder" or optimum_env is not None):
         raise InputError(
             f"--exporter and --optimum-env: expected with --to onnx, found with --to {to.value}", hint="leave them out"
         )
-    if to is not Target.transformers and force:
-        raise InputError(f"--force: expected with --to transformers, found with --to {to.value}", hint="leave it out")
+    if to is Target.gguf:
+        require_new_file(target, force)
+    elif to is Target.onnx and target.exists() and not force:
+        raise InputError(f"{target} exists", hint="name another folder, or replace it with --force")
     from edgepatch.converters import base_models
 
     with progress_bars(log or log_beside(target)) as progress:
@@ -99,6 +111,17 @@ def convert_base(
         else:
             base_models.to_gguf(source, target, kind, progress)
     _tell(source, target, to, kind, as_json)
+
+
+def _type_of(kind: str | None, to: Target) -> str:
+    """The type that is asked for, as its format spells it: llama.cpp has capitals."""
+    if kind is None:
+        return USUAL_TYPES[to]
+    if to is not Target.gguf:
+        return kind.lower()
+    if kind.lower() in ONNX_TYPES:
+        raise InputError(f"--type {kind}: a type of ONNX, found with --to gguf", hint="add --to onnx")
+    return kind.upper()
 
 
 def _tell(source: Path, target: Path, to: Target, kind: str, as_json: bool) -> None:
@@ -210,7 +233,8 @@ def convert_seed(
             "--model", metavar="MODEL", parser=model_path, help="Transformers folder or GGUF file of the base model."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    out: Annotated[Path, new_file("Patch file to write.")],
+    force: ForceFlag = False,
     log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -251,7 +275,8 @@ def convert_adapter(
     source: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="PEFT folder, or a GGUF file of `convert patch --to gguf`.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    out: Annotated[Path, new_file("Patch file to write.")],
+    force: ForceFlag = False,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -309,6 +334,7 @@ def convert_patch(
             "--peft-type", help="PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE; default: what the patch was trained as."
         ),
     ] = None,
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a patch as a PEFT adapter folder, or as a GGUF file for registries.
@@ -327,6 +353,7 @@ def convert_patch(
     elif peft_type is not None:
         raise InputError("--peft-type: expected with --to peft, found with --to gguf", hint="leave it out")
     else:
+        require_new_file(target, force)
         adapters_gguf.write_gguf(patch, target, base_model_name)
         kind = "GGUF adapter"
     if as_json:

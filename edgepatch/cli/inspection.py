@@ -26,26 +26,41 @@ SETTINGS = {
 
 @app.command()
 def doctor(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also the machine, each type of weights, and each package.")
+    ] = False,
     as_json: JsonFlag = False,
     require: Annotated[
         list[str] | None, typer.Option("--require", help="Exit with 1 unless this extra works; may be repeated.")
     ] = None,
 ) -> None:
-    """Show what this machine brings, what the model libraries compute with weights of each type, and what settings would be chosen.
+    """Say what this machine is ready for, and what mends the rest. Each library computes with weights of each type.
 
-    Example: `edgepatch doctor --require gguf`
+    Examples: `edgepatch doctor`, `edgepatch doctor --require gguf`
     """
-    from edgepatch.doctor import examine, missing, remedy
+    from edgepatch.doctor import examine, missing, remedy, verdicts
 
     report = examine()
     lacking = {extra: missing(report, extra) for extra in require or []}
     if as_json:
         print_json(report)
     else:
-        _print_report(report)
+        stdout().print(table([*verdicts(report), *_remarks(report)]))
+        if everything:
+            stdout().print()
+            _print_report(report)
     for extra, names in lacking.items():
         if names:
             raise EdgepatchError(f"{extra} lacks {', '.join(names)}", hint=remedy(report, extra))
+
+
+def _remarks(report: dict[str, Any]) -> list[tuple[str, object]]:
+    """What a user should know behind the verdicts; everything else waits for ``--all``."""
+    rows: list[tuple[str, object]] = [("GPU", "; ".join(gpu["name"] for gpu in report["gpus"]) or "none")]
+    rows += [("limited", f"{entry['file']}: {entry['note']}") for entry in report["limited_models"]]
+    if any(row["library"] == "llama_cpp" and row["note"] for row in report["weight_types"]):
+        rows.append(("llama.cpp", f"`{COMMAND}` compiles it for this machine, so that all its kernels run"))
+    return rows
 
 
 def _print_report(report: dict[str, Any]) -> None:
@@ -63,14 +78,11 @@ def _print_report(report: dict[str, Any]) -> None:
         rows.append((title, report["settings"][name]["reason"]))
     for name, facts in report["libraries"].items():
         rows.append((name, "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items())))
-    rows += [("limited", f"{entry['file']}: {entry['note']}") for entry in report["limited_models"]]
     console = stdout()
     console.print(table(rows))
     for part in (_weight_types(report), _packages(report)):
         console.print()
         console.print(part)
-    if any(row["library"] == "llama_cpp" and row["note"] for row in report["weight_types"]):
-        console.print(f"\nllama.cpp: `{COMMAND}` compiles it for this machine, so that all its kernels run")
 
 
 def _weight_types(report: dict[str, Any]) -> Table:
@@ -106,7 +118,7 @@ def show(
         ),
     ],
     everything: Annotated[
-        bool, typer.Option("--all", help="A model: everything; what its config leaves open is asked of Transformers.")
+        bool, typer.Option("--all", help="Everything; what a model's config leaves open is asked of Transformers.")
     ] = False,
     as_json: JsonFlag = False,
     store: StoreOption = None,
@@ -122,14 +134,14 @@ def show(
 
     recognised = recognise(path)
     if recognised.kind is Kind.PATCH:
-        _show_patch(path, as_json, store)
+        _show_patch(path, everything, as_json, store)
     elif recognised.kind in MODEL_KINDS:
         _show_model(path, recognised.kind, everything, as_json, store)
     else:
         _show_other(path, recognised, as_json)
 
 
-def _show_patch(path: Path, as_json: bool, store: Path | None) -> None:
+def _show_patch(path: Path, everything: bool, as_json: bool, store: Path | None) -> None:
     from edgepatch.patch.file import read_patch
 
     patch = read_patch(path)
@@ -137,16 +149,22 @@ def _show_patch(path: Path, as_json: bool, store: Path | None) -> None:
     if as_json:
         print_json({"kind": "patch"} | _summary(patch) | {"trust": trust})
         return
+    from edgepatch.cli.tables.patch import parts_in_words, summary_rows
+
+    stdout().print(table(summary_rows(patch, path, trust)))
+    if not everything:
+        return
     rows: list[tuple[str, object]] = []
-    facts = {"parts": _parts(patch), "trust": trust, "evaluation": patch.evaluation or "not evaluated"}
+    facts = {"parts": parts_in_words(patch), "evaluation": patch.evaluation or "not evaluated"}
     for name, value in (_summary(patch) | facts).items():
         nested = value if isinstance(value, dict) else {"": value}
         rows += [(f"{name} {key}".strip(), entry) for key, entry in nested.items()]
+    stdout().print()
     stdout().print(table(rows))
 
 
 def _show_model(path: Path, kind: Kind, everything: bool, as_json: bool, store: Path | None) -> None:
-    from edgepatch.cli.model_tables import further_rows, summary_rows
+    from edgepatch.cli.tables.model import further_rows, summary_rows
     from edgepatch.inspection.models import examine_model
 
     report = examine_model(path, kind, store, loads_libraries=everything)
@@ -184,14 +202,6 @@ def _trust(patch: Patch, store: Path | None) -> str:
         return "signed by " + ", ".join(sorted(root.called(key) for key in require_vouched(patch, state)))
     except EdgepatchError as error:
         return f"refused: {error}"
-
-
-def _parts(patch: Patch) -> str:
-    """The patches that one was composed of, for people."""
-    from edgepatch.patch.card import part_titles
-
-    titles = zip(patch.parts, part_titles(patch), strict=True)
-    return ", ".join(f"{title} ({digest[:12]})" if title else digest[:12] for digest, title in titles) or "none"
 
 
 def _summary(patch: Patch) -> dict[str, Any]:

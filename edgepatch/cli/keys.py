@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, print_json, stdout, table
+from edgepatch.cli.application import Application, app
+from edgepatch.cli.console import ForceFlag, JsonFlag, new_file, print_json, stdout, table
 from edgepatch.errors import InputError, UntrustedError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PASSPHRASE_VARIABLE = "EDGEPATCH_KEY_PASSPHRASE"
 MAX_PASSPHRASE_BYTES = 1024
 
-root_app = typer.Typer(
+root_app = Application(
     help="Make, sign, rotate and show trust roots.\n\nExample: `edgepatch root show root.json`", no_args_is_help=True
 )
 app.add_typer(root_app, name="root")
@@ -129,7 +129,8 @@ def _key_to_revoke(value: str) -> str:
 
 @root_app.command("create")
 def create(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Trust root file to write, unsigned.")],
+    out: Annotated[Path, new_file("Trust root file to write, unsigned.")],
+    force: ForceFlag = False,
     key: Annotated[
         list[Path] | None,
         typer.Option(

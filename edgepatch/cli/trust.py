@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from edgepatch.cli.application import app
+from edgepatch.cli.application import Application, app
 from edgepatch.cli.console import JsonFlag, StoreOption, print_json, stdout, table
 from edgepatch.cli.keys import PassphraseFile, Unencrypted, read_passphrase
 from edgepatch.errors import InputError
 
-trust_app = typer.Typer(
+trust_app = Application(
     help="Set and show the trust root of this device.\n\nExample: `edgepatch trust show`", no_args_is_help=True
 )
 app.add_typer(trust_app, name="trust")

@@ -16,9 +16,19 @@ from edgepatch.defaults import chosen_settings
 from edgepatch.doctor.machine import cpu, gpus, memory
 from edgepatch.doctor.packages import extras, packages
 from edgepatch.doctor.probing import LIBRARIES, probe_libraries
-from edgepatch.errors import InputError
+from edgepatch.errors import InputError, install_command
 
-__all__ = ["cpu", "examine", "extras", "gpus", "missing", "packages", "remedy"]
+PURPOSES = {
+    "run GGUF models": "gguf",
+    "run ONNX models": "onnx",
+    "serve models": "serve",
+    "train patches": "train",
+    "convert models": "convert",
+    "measure with lm-eval": "harness",
+}
+"""What people want to do -> the extra that does it."""
+
+__all__ = ["cpu", "examine", "extras", "gpus", "missing", "packages", "remedy", "verdicts"]
 
 
 def examine() -> dict[str, Any]:
@@ -37,6 +47,19 @@ def examine() -> dict[str, Any]:
         "limited_models": remembered_notes(),
         "settings": chosen_settings(),
     }
+
+
+def verdicts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """(purpose, "ready" or what is missing and the command that mends it), of everything in ``PURPOSES``.
+
+    Args:
+        report: of ``examine``.
+    """
+    rows = []
+    for purpose, extra in PURPOSES.items():
+        names = missing(report, extra)
+        rows.append((purpose, f"needs {', '.join(names)}: {remedy(report, extra)}" if names else "ready"))
+    return rows
 
 
 def missing(report: dict[str, Any], extra: str) -> list[str]:
@@ -78,5 +101,4 @@ def remedy(report: dict[str, Any], extra: str) -> str:
     """The command that mends what ``missing`` names; llama.cpp, where it does not compute, has to be compiled for this machine."""
     broken = _broken(report, extra)
     is_compiled = any(name.startswith("llama_cpp") for name in broken) and not _absent(report, extra)
-    again = " --force-reinstall" if broken else ""
-    return compilation.COMMAND if is_compiled else f"pip install{again} 'edgepatch[{extra}]'"
+    return compilation.COMMAND if is_compiled else install_command(extra, is_again=bool(broken))

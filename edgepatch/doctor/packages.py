@@ -6,7 +6,7 @@ import importlib.metadata
 import re
 from typing import Any
 
-from edgepatch.errors import InputError
+from edgepatch.errors import InputError, install_command
 
 
 def extras() -> dict[str, set[str]]:
@@ -57,7 +57,7 @@ def packages() -> list[dict[str, Any]]:
                 "name": name,
                 "version": version_of(name),
                 "extras": homes,
-                "install": f"pip install 'edgepatch[{homes[0]}]'",
+                "install": install_command(homes[0]),
             }
         )
     return rows

@@ -83,6 +83,28 @@ def _mode_of(target: Path) -> int:
         return new.stat().st_mode & 0o777
 
 
+def require_new_file(target: Path, force: bool = False) -> None:
+    """Checks, before any work, that a file can be written, and that it takes nobody's place.
+
+    Args:
+        target: the file.
+        force: whether it may take the place of a file.
+
+    Raises:
+        InputError: a file or folder is there, or nothing can be written there.
+    """
+    if target.is_dir():
+        raise InputError(f"cannot write {target}: it is a folder", hint="name a file in it")
+    if not force and (target.exists() or target.is_symlink()):
+        raise InputError(f"{target} exists", hint="name another file, or replace it with --force")
+    home = next(folder for folder in target.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise unwritable(target, error) from error
+
+
 def unwritable(target: Path, error: OSError) -> InputError:
     """The error for a target that the system does not let us write."""
     return InputError(f"cannot write {target}: {error.strerror or error}", HINT)

@@ -47,6 +47,7 @@ METRICS = {
 
 NOT_EVALUATED = "not evaluated"
 MAX_FIGURES = 500
+MAX_SOURCE = 120
 
 
 def model_card(patch: Patch, base_model: str = "") -> str:
@@ -148,6 +149,27 @@ def _figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str, flo
                 if value is not None and count < MAX_FIGURES:
                     count += 1
                     yield place, side, field, value, _interval(row, field)
+
+
+def measured_in_words(evaluation: Mapping[str, Any]) -> str:
+    """One sentence on what was measured: the first measure of the first form bare and patched, and the share of the gain kept elsewhere."""
+    figures = list(_figures(evaluation))
+    firsts: dict[str, tuple[str, str, str, float, str]] = {}
+    for figure in figures:
+        if figure[2] != "retention":
+            firsts.setdefault(figure[1], figure)
+    phrases = []
+    if {"bare", "patched"} <= set(firsts):
+        place, _, field, bare, _ = firsts["bare"]
+        patched = [value for where, side, name, value, _ in figures if (where, side, name) == (place, "patched", field)]
+        phrases += [
+            f"{METRICS[field].lower()} {bare:.3f} bare, {value:.3f} patched on {place}" for value in patched[:1]
+        ]
+    shares = [value for _, _, field, value, _ in figures if field == "retention"]
+    if shares:
+        phrases.append(f"{min(shares):.0%} to {max(shares):.0%} of the gain kept on {len(shares)} forms of the model")
+    source = str(evaluation.get("source") or "prompts not told")[:MAX_SOURCE]
+    return f"{'; '.join(phrases)} ({source})" if phrases else NOT_EVALUATED
 
 
 def _number(value: object) -> float | None:

@@ -290,4 +290,4 @@ def test_without_lm_eval_the_extra_is_named(run, tiny_folder, monkeypatch):
     )
     code, _, error = run("bench", "harness", tiny_folder, "--bare", "-t", "own_text")
     assert code == 2
-    assert "edgepatch[harness]" in error
+    assert "[harness]" in error

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +23,7 @@ from typer.main import get_command
 
 import edgepatch
 from edgepatch import cli
+from edgepatch.cli import application
 from edgepatch.converters.hf import folders
 from edgepatch.errors import PatchFormatError
 from edgepatch.patch.file import read_patch, signed, write_patch
@@ -85,6 +91,39 @@ def test_help_lists_every_verb(run):
     _, out, _ = run("--help")
     assert {"doctor", "show", "convert", "chat", "generate"} <= {verb[0] for verb in verbs()}
     assert all(verb[0] in out for verb in verbs())
+    assert {name for names in application.VERBS.values() for name in names} == {verb[0] for verb in verbs()} - {"run"}
+
+
+def test_help_lists_the_verbs_in_the_order_of_a_patch_s_life(run):
+    _, out, _ = run("-h")
+    places = [out.index(f"\n{group}:") for group in application.VERBS]
+    assert places == sorted(places) and "..." not in out[places[0] :]
+
+
+@pytest.mark.parametrize("verb", verbs(), ids=" ".join)
+def test_no_option_is_cut_on_a_narrow_terminal(run, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = run(*verb, "--help")
+    command = get_command(cli.app)
+    for name in verb:
+        command = command.commands[name]
+    assert all(option in out for param in command.params for option in param.opts if option.startswith("--"))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "m", "--prompt", "x", "--prompt", "y"),
+        ("serve", "m", "--port", "1", "--bare", "--port=2"),
+        ("train", "m", "--pairs", "a", "-o", "b", "--out", "c"),
+        ("apply", "p", "--model", "m", "--model", "m"),
+        ("bundle", "create", "p", "-o", "a", "-o", "b"),
+    ],
+)
+def test_an_option_of_one_value_is_taken_once(run, arguments):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and "expected once, found 2 times" in " ".join(err.split())
 
 
 @pytest.mark.parametrize("arguments", [["nosuch"], ["show"], ["show", "a", "--nosuch"], ["generate", "m"]])
@@ -95,7 +134,7 @@ def test_wrong_use_is_2(run, arguments):
 
 def test_show_for_people_and_for_programs(run, patch_file, tiny_patch):
     code, out, err = run("show", patch_file)
-    assert (code, err) == (0, "") and "base hidden_size" in out and tiny_patch.digest[:40] in out
+    assert (code, err) == (0, "") and "hidden size 256" in out and tiny_patch.digest[:40] in out
     code, out, _ = run("show", patch_file, "--json")
     facts = json.loads(out)
     assert code == 0
@@ -105,12 +144,12 @@ def test_show_for_people_and_for_programs(run, patch_file, tiny_patch):
 
 
 def test_show_says_where_the_seed_stands_and_of_what_it_is_composed(run):
-    code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors")
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors", "--all")
     assert code == 0 and re.search(r"^place +moves: at each turn and every 128 tokens", out, re.MULTILINE)
     assert re.search(r"^parts +none", out, re.MULTILINE) and re.search(r"^can_move +True", out, re.MULTILINE)
     code, out, _ = run("show", golden_patches.FOLDER / "patch-v2.safetensors", "--json")
     assert code == 0 and json.loads(out)["kind"] == "patch" and json.loads(out)["parts"] == []
-    code, out, _ = run("show", golden_patches.FOLDER / "patch-v1.safetensors")
+    code, out, _ = run("show", golden_patches.FOLDER / "patch-v1.safetensors", "--all")
     parts = golden_patches.full().parts
     assert re.search(rf"^parts +{parts[0][:12]}, {parts[1][:12]}", out, re.MULTILINE)
     assert re.search(r"^place +stays at the start of the text: its hold fades", out, re.MULTILINE)
@@ -177,21 +216,74 @@ def test_chat_answers_on_stdout_and_reports_on_stderr(run, tiny_folder, patch_fi
     assert "Loading" not in err, "no progress bars"
 
 
-def test_chat_reads_questions_until_the_end_of_input(gguf_file):
-    command = [
-        sys.executable,
-        "-m",
-        "edgepatch.cli",
-        "chat",
-        str(gguf_file),
-        "--bare",
-        "--threads",
-        "1",
-        "--max-new-tokens",
-        "3",
-    ]
-    done = subprocess.run(command, input="Hello\n\nAgain\n", capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr.count("first after") == 2
+@pytest.mark.parametrize("options", [[], ["--prompt", "-"]])
+def test_a_piped_text_is_one_message(gguf_file, options):
+    command = [sys.executable, "-m", "edgepatch.cli", "chat", str(gguf_file), "--bare", "--threads", "1"]
+    command += ["--max-new-tokens", "3"]
+    done = subprocess.run([*command, *options], input="Hello\n\nAgain\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.count("first after") == 1
+
+
+def test_an_empty_pipe_is_no_prompt(run, gguf_file, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    code, out, err = run("chat", gguf_file, "--bare", "--prompt", "-")
+    assert (code, out) == (2, "") and "expected text on stdin" in err
+
+
+class Terminal:
+    """``chat`` at a terminal of its own, as a person has it."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.screen = ""
+        process, self._file = pty.fork()
+        if process == 0:
+            environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+            os.execve(
+                sys.executable, [sys.executable, "-m", "edgepatch.cli", "chat", *map(str, arguments)], environment
+            )
+        self._process = process
+
+    def until(self, text: str, timeout_s: float = 60) -> None:
+        """Reads the screen until a text stands there behind what was read before."""
+        begin, end = len(self.screen), time.monotonic() + timeout_s
+        while text not in self.screen[begin:]:
+            assert time.monotonic() < end, f"expected {text!r}, found {self.screen!r}"
+            if select.select([self._file], [], [], 0.2)[0]:
+                self.screen += os.read(self._file, 65536).decode("utf-8", "replace")
+
+    def type(self, text: str) -> None:
+        os.write(self._file, text.encode())
+
+    def end(self) -> int:
+        """The exit code."""
+        with contextlib.suppress(OSError):  # the other side is gone
+            while select.select([self._file], [], [], 30)[0] and os.read(self._file, 65536):
+                pass
+        code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        os.close(self._file)
+        return code
+
+
+def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
+    """Ctrl-C stops a reply and the conversation goes on, arrows edit and recall, unknown commands say so, Ctrl-D ends."""
+    terminal = Terminal(gguf_file, "--bare", "--threads", "1", "--max-new-tokens", "400", "--rng-seed", "1")
+    terminal.until("> ")
+    terminal.type("Hello\n")
+    terminal.until("Hello")
+    terminal.type("\x03")
+    terminal.until("first after")
+    terminal.until("> ")
+    terminal.type("/foo\n")
+    terminal.until("unknown command: /foo")
+    terminal.until("> ")
+    terminal.type("/stats\n")
+    terminal.until("2 messages")
+    terminal.until("> ")
+    terminal.type("\x1b[A\x1b[A\x1b[D!\n")  # up to /foo, one to the left, an exclamation mark: /fo!o
+    terminal.until("unknown command: /fo!o")
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
 
 
 MAX_FRAMES = 6
@@ -224,26 +316,28 @@ def test_chat_is_a_few_frames_away_from_the_library(run, tmp_path, monkeypatch):
 
 
 def test_chat_commands(gguf_file, tiny_patch, tmp_path):
-    """Swap, unpatch, save and load at the terminal; an error is told and the conversation goes on."""
+    """Patch, bare, save and load at the terminal; an error is told and the conversation goes on."""
     patch_file, talk = tmp_path / "p.safetensors", tmp_path / "talk.json"
     write_patch(tiny_patch, patch_file)
     (tmp_path / "broken").write_text("{")
     (tmp_path / "deep").write_text("[" * 100_000)
     lines = [
-        "Hello",
         "/patch",
-        f"/swap {patch_file}",
-        "/swap nowhere",
         "Hello",
+        f"/patch {patch_file}",
+        "/patch nowhere",
+        '"""Hello,',
+        'you"""',
         f"/save {talk}",
-        "/unpatch",
+        f"/save {talk}",
+        "/bare",
         f"/load {talk}",
         f"/load {tmp_path / 'broken'}",
         f"/load {tmp_path / 'deep'}",
         "/save",
         "/new",
         "/unknown",
-        "/quit",
+        "/bye",
         "not read",
     ]
     command = [
@@ -265,7 +359,9 @@ def test_chat_commands(gguf_file, tiny_patch, tmp_path):
     assert "patch tiny 1.0.0 (seed stored, canary passed)" in err and tiny_patch.digest[:12] in err
     assert "cannot read patch nowhere" in err and "/save needs" in err
     assert err.count("cannot read a conversation") == 2
-    assert "2 messages, held with" in err and "/unpatch" in err
+    assert "2 messages, held with" in err and "unknown command: /unknown" in err
+    assert f"{talk} exists" in err.replace("\n", "")
+    assert json.loads(talk.read_text())["messages"][0]["content"] == "Hello,\nyou"
     assert [m["role"] for m in json.loads(talk.read_text())["messages"]] == ["user", "assistant"]
 
 
@@ -380,7 +476,7 @@ def test_patch_name_cannot_steer_the_terminal(run, tiny_patch, tmp_path):
     ("error", "code", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "/data/x: No space left on device"),
-        (ModuleNotFoundError("No module named 'peft'", name="peft"), 2, "pip install 'edgepatch[train]'"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), 2, "[train]'"),
         (ModuleNotFoundError("No module named 'nosuch'", name="nosuch.part"), 2, "nosuch.part is not installed"),
         (ZeroDivisionError("surprise"), 1, "internal error: ZeroDivisionError: surprise"),
         (KeyboardInterrupt(), 130, ""),

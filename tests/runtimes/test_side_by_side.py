@@ -260,16 +260,16 @@ def test_a_server_runs_bare_by_word_alone(tiny_folder, files, tmp_path, capsys):
 
 
 def test_chat_swaps_to_several(tiny_folder, parts, files, capsys):
-    from edgepatch.cli.chat import Conversation
+    from edgepatch.cli.conversation import Conversation
 
     with load_runtime(tiny_folder, parts[2]) as session:
         conversation = Conversation(session, None)
-        conversation.command(f"/swap {files[0]} {files[1]}")
+        conversation.command(f"/patch {files[0]} {files[1]}")
         assert {part.name for part in session.parts} == {"gender", "harm"}
-        conversation.command(f"/swap {files[0]} {files[0]}")
+        conversation.command(f"/patch {files[0]} {files[0]}")
         assert "found gender twice" in capsys.readouterr().err
         assert {part.name for part in session.parts} == {"gender", "harm"}
-        conversation.command("/swap 'open")
+        conversation.command("/patch 'open")
         assert "expected names of patches" in capsys.readouterr().err
-        conversation.command("/unpatch")
+        conversation.command("/bare")
         assert session.parts == ()

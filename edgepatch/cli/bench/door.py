@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from edgepatch.cli.application import app
+from edgepatch.cli.application import Application, app
 from edgepatch.cli.console import cell, stdout
 from edgepatch.errors import InputError
 
 RESULTS = Path("bench") / "results"
 SHAPES = Path("out") / "shapes"
 
-bench_app = typer.Typer(
+bench_app = Application(
     help="Measure: a model of yours, bare and patched, and everything that this project claims.\n\n"
     "Example: `edgepatch bench harness model.gguf --tasks own_choice`",
     no_args_is_help=True,

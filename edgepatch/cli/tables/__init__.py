@@ -1,0 +1,1 @@
+"""How verbs print what they show: answers first, in about ten lines."""
