@@ -27,7 +27,7 @@ from edgepatch.cli.console import (
     read_template,
 )
 from edgepatch.cli.conversation import Conversation, ReplyPrinter, describe, questions
-from edgepatch.errors import InputError
+from edgepatch.errors import EdgepatchError, InputError
 
 if TYPE_CHECKING:
     from edgepatch.runtimes import PatchChoice

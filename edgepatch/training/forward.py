@@ -17,14 +17,20 @@ from typing import TYPE_CHECKING, Any
 from edgepatch.converters.hf import caches, rotary
 from edgepatch.converters.hf import folders as hf_folders
 from edgepatch.errors import InputError, MissingExtraError
-from edgepatch.seeds.anchoring import Anchoring, place_in_words
+from edgepatch.seeds.anchoring import place_in_words
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import FolderTokenizer
+<<<<<<< HEAD
 from edgepatch.training import attention
 from edgepatch.training.attention import SharedSeed, sharing
 from edgepatch.training.config import USUAL_BLOCK, USUAL_FRONT, TrainConfig
 from edgepatch.training.memory import Memory, Turn
+=======
+from edgepatch.training import placing
+from edgepatch.training.config import TrainConfig
+from edgepatch.training.memory import Memory, copied, turned_copies
+>>>>>>> measures
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.rows import Batch, Example, attention_mask, make_batch
 
@@ -81,7 +87,7 @@ class FrozenModels:
         self.context = int(hf_folders.read_text_config(self.folders[0], self.spec).max_position_embeddings)
         self._require_room()
         self.tokenizer = tokenizer_of(self.folders[0])
-        self.anchoring = self._read_anchoring()
+        self.anchoring = placing.asked_anchoring(config, self.tokenizer, self.folders[0])
         dtype = "float32" if config.dtype == "auto" else config.dtype
         self.bases = [hf_folders.load_model(folder, self.device, dtype) for folder in self.folders]
         packable = caches.has_full_attention(self.base) and not config.gradient_checkpointing
@@ -113,22 +119,6 @@ class FrozenModels:
         """Tokens of text in front that the context has room for."""
         return max(0, self.context - self.config.num_virtual_tokens - self.config.max_tokens)
 
-    def _read_anchoring(self) -> Anchoring | None:
-        """Where the seed is to stand, by the configuration; read before the weights are."""
-        block = USUAL_BLOCK if self.config.block is None else self.config.block
-        turn_tokens = () if self.config.turns is False else self._turn_tokens()
-        return Anchoring(block, turn_tokens) if block or turn_tokens else None
-
-    def _turn_tokens(self) -> tuple[int, ...]:
-        tokens, template = self.tokenizer.turn_tokens(), self.tokenizer.chat_template
-        if not tokens and self.config.turns:
-            raise InputError(
-                f"{self.folders[0]}: turns: expected a chat template that opens a turn with a special token, "
-                f"found {f'{template!r:.120}' if template else 'no chat template'}",
-                hint="leave turns out; with a block the seed moves every so many tokens",
-            )
-        return tokens
-
     def _settle_place(self) -> None:
         """Leaves the seed at the start where it cannot move and nobody asked for it; fills in what the configuration leaves open.
 
@@ -142,17 +132,9 @@ class FrozenModels:
             if self.config.must_move:
                 raise
             self.anchoring, reason = None, f"; it cannot move: {error}"
-        rule, front_tokens = self.anchoring, self.config.front_tokens
-        if front_tokens is None:
-            front_tokens = min(USUAL_FRONT, self._room()) if rule else 0
-        self.config = replace(
-            self.config,
-            block=rule.block if rule else 0,
-            turns=bool(rule and rule.turn_tokens),
-            front_tokens=front_tokens,
-        )
+        self.config = placing.settled(self.config, self.anchoring, self._room())
         if was_open:
-            self.place = f"the seed {place_in_words(rule)}{reason}"
+            self.place = f"the seed {place_in_words(self.anchoring)}{reason}"
 
     @cached_property
     def rotation(self) -> Rotation:
