@@ -21,16 +21,10 @@ from edgepatch.seeds.anchoring import place_in_words
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import FolderTokenizer
-<<<<<<< HEAD
-from edgepatch.training import attention
+from edgepatch.training import attention, placing
 from edgepatch.training.attention import SharedSeed, sharing
-from edgepatch.training.config import USUAL_BLOCK, USUAL_FRONT, TrainConfig
-from edgepatch.training.memory import Memory, Turn
-=======
-from edgepatch.training import placing
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.memory import Memory, copied, turned_copies
->>>>>>> measures
+from edgepatch.training.memory import Memory, Turn
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.rows import Batch, Example, attention_mask, make_batch
 
