@@ -29,9 +29,9 @@ def a_head(classes: tuple[str, ...] = ("toxic",)) -> Head:
 def altered(**changes: object) -> bytes:
     """A head's file whose manifest says something else."""
     head = a_head()
-    manifest = json.loads(
-        json.loads(head_bytes(head)[8:].partition(b"}}")[0] + b"}}")["__metadata__"][heads.METADATA_KEY]
-    )
+    data = head_bytes(head)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    manifest = json.loads(header["__metadata__"][heads.METADATA_KEY])
     text = json.dumps(manifest | changes)
     return safetensors.numpy.save({"weights": head.weights, "bias": head.bias}, metadata={heads.METADATA_KEY: text})
 
