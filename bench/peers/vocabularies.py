@@ -11,7 +11,7 @@ from edgepatch.bench.peers.rows import Row
 from edgepatch.converters.gguf import vocabularies
 from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.gguf.vocabulary import Vocabulary
-from edgepatch.errors import EdgepatchError, InputError
+from edgepatch.errors import EdgepatchError, InputError, UnfitModelError
 from edgepatch.text.tokenizers import FolderTokenizer
 
 SEPARATOR = "\n__ggml_vocab_test__\n"
@@ -89,6 +89,8 @@ def _behind_value(data: bytes, place: int, kind: int) -> int:
 def _row(test: str, model: str, wrong: Callable[[], str]) -> Row:
     try:
         reason = wrong()
+    except UnfitModelError:
+        raise  # says something of this machine, not of the vocabulary
     except EdgepatchError as error:
         known = OTHER_KINDS.get(model)
         return Row("vocabularies", test, "not_applicable" if known else "refused", known or str(error)[:300])
