@@ -174,7 +174,7 @@ def behind() -> str:
 
 
 def behind_others() -> str:
-    names = ("trained at the start, pinned", "trained to move, moving")
+    names = [name for name in STANDING if name != "trained to move, pinned"]
     rows = [[f"{d}, {name}", *length_row(d, STANDING[name])] for d in ("gender", "harm") for name in names]
     return table(("patch", *PLACES, "perplexity, at most"), rows)
 

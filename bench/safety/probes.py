@@ -130,7 +130,7 @@ class Probe(ABC):
     """
 
     domain: str
-    fronts = FRONTS[:2]
+    fronts: tuple[int, ...] = FRONTS[:2]
 
     def __init__(self, texts: Texts, config: SampleConfig) -> None:
         self.texts, self.config = texts, config

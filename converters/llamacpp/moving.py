@@ -105,13 +105,13 @@ class MovableState:
 
         It holds until ``MAX_KEPT_PLACES`` other anchors were asked for; then its memory is used again.
         """
-        state = self._kept.pop(anchor, None)
-        if state is None:
-            state = self._written(anchor)
-        self._kept[anchor] = state
-        return state
+        if anchor not in self._kept:
+            self._kept[anchor] = self._written(anchor)
+        self._kept.move_to_end(anchor)
+        return self._kept[anchor]
 
     def _written(self, anchor: int) -> NDArray[np.uint8]:
+        state: NDArray[np.uint8]
         if len(self._kept) < MAX_KEPT_PLACES:
             place, state = 0, self._at_start.copy()
         else:

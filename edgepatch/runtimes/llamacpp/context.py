@@ -231,7 +231,9 @@ class LlamaContext:
         """
         taken = self._lib.llama_state_seq_set_data(self.handle, _pointer(state), len(state), sequence)
         self._read_back = _read_state(self._lib, self.handle, sequence, self._read_back)
-        if taken != len(state) or self._read_back != memoryview(state):
+        if taken != len(state) or not np.array_equal(
+            np.frombuffer(self._read_back, np.uint8), np.frombuffer(state, np.uint8)
+        ):
             self.forget(sequence)
             raise InactivePatchError(
                 f"llama.cpp took {taken} of {len(state)} bytes of the seed: {library.library_errors()}"
