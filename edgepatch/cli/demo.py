@@ -1,4 +1,4 @@
-"""``demo``: the main job on the lab model, in one command."""
+"""``demo``: the main job on a real model, or with ``--lab`` on the lab model, in one command."""
 
 from __future__ import annotations
 
@@ -7,33 +7,90 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, print_json, progress_bars, stdout
+from edgepatch.cli.console import JsonFlag, cell, model_path, note, print_json, progress_bars, stdout
+from edgepatch.errors import InputError
 
 
 @app.command()
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for models, patch, results.json and report.html.")
-    ] = Path("out/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for models, results.json and report.html.")] = Path(
+        "out/demo"
+    ),
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", metavar="MODEL", parser=model_path, help="GGUF file of SmolLM2-135M-Instruct; default: smollm2."
+        ),
+    ] = None,
+    patch: Annotated[Path | None, typer.Option("--patch", "-p", help="Its patch; default: the one that ships.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Data folder (default: EDGEPATCH_DATA); without it our own prompts are used.")
     ] = None,
-    lab: Annotated[Path | None, typer.Option(help="Folder with the lab models base/ and reference/.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts behind the table.")] = 48,
-    samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
-    rng_seed: Annotated[int, typer.Option(help="Random seed of training.")] = 1,
+    lab: Annotated[
+        bool, typer.Option("--lab", help="Take the lab model, which needs no download, and train a patch live.")
+    ] = False,
+    lab_models: Annotated[Path | None, typer.Option(help="--lab: folder with base/ and reference/.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="--lab: prompts behind the table.")] = 48,
+    samples: Annotated[int, typer.Option(min=1, help="--lab: continuations a prompt.")] = 25,
+    rng_seed: Annotated[int, typer.Option(help="--lab: random seed of training.")] = 1,
     log: Annotated[
         Path | None,
         typer.Option("--log", metavar="FILE", help="Log of the progress, added to; default: demo.log in the folder."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a patch for the lab model and measure it on PyTorch, GGUF and ONNX, bare and patched. It stays at the start of the text.
+    """Measure a shipped patch on a real model and every form of it, bare and patched, and let both answer one prompt.
 
-    Example: `edgepatch demo --out out/demo`
+    With --lab: train a patch for the lab model and measure it on PyTorch, GGUF and ONNX.
+
+    Examples: `edgepatch demo`, `edgepatch demo --lab`
     """
+    if lab and (model or patch):
+        raise InputError("--lab: expected without --model and --patch, which are for the real model")
+    if lab:
+        _lab_demo(out, data, lab_models, prompts, samples, rng_seed, log, as_json)
+    else:
+        _real_demo(out, model or model_path("smollm2"), patch, data, log, as_json)
+
+
+def _real_demo(out: Path, model: Path, patch: Path | None, data: Path | None, log: Path | None, as_json: bool) -> None:
+    from edgepatch.bench.datasets import data_folder
+    from edgepatch.bench.demo.real import run_real_demo, shipped_patch
+    from edgepatch.bench.report.own_model import print_summary
+
+    patch = patch or shipped_patch()
+    note(
+        f"the patch is the shipped one, {patch.name}: to train it takes longer than a demo; patches/README.md has the command"
+    )
+    kept = f"what is measured is kept in {out}; the same command goes on from there"
+    with progress_bars(log or out / "demo.log", lambda: kept) as progress:
+        document, answers = run_real_demo(model, patch, out, data_folder(data), progress, note)
+    if as_json:
+        print_json(document)
+        return
+    console = stdout()
+    print_summary(document, console)
+    sides = Table(title=f"{cell(answers.prompt)} ...", title_justify="left", box=None, pad_edge=False, expand=True)
+    sides.add_column("bare", ratio=1, overflow="fold")
+    sides.add_column("patched", ratio=1, overflow="fold")
+    sides.add_row(cell(answers.bare), cell(answers.patched))
+    console.print(sides)
+    print(f"results {out / 'results.json'}\nreport  {out / 'report.html'}")
+
+
+def _lab_demo(
+    out: Path,
+    data: Path | None,
+    lab_models: Path | None,
+    prompts: int,
+    samples: int,
+    rng_seed: int,
+    log: Path | None,
+    as_json: bool,
+) -> None:
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.demo import run as main_job
     from edgepatch.bench.lab import LAB_FOLDER
@@ -47,7 +104,7 @@ def demo(
     )
     kept = f"complete files stay in {out}, the measurements do not; the same command starts again"
     with progress_bars(log or out / "demo.log", lambda: kept) as bars:
-        document, page = main_job.run_demo(out, data_folder(data), lab or LAB_FOLDER, config, bars)
+        document, page = main_job.run_demo(out, data_folder(data), lab_models or LAB_FOLDER, config, bars)
     if as_json:
         print_json(document)
         return

@@ -6,10 +6,14 @@ from dataclasses import replace
 import pytest
 
 from edgepatch.bench.columns import COMMON_GGUF_TYPES
+from edgepatch.bench.demo import real
 from edgepatch.bench.demo import run as demo
+from edgepatch.bench.evidence.questions import Amounts
+from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety.continuations import SampleConfig
-from edgepatch.bench.safety.retained import benign_texts
+from edgepatch.bench.safety.retained import Sizes, benign_texts
 from edgepatch.bench.safety.toxicity import ToxicityDomain
+from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
 from edgepatch.prompts.sets import evenly
@@ -81,3 +85,23 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
     blocked.write_text("x")
     with pytest.raises(InputError, match="cannot write"):
         demo.run_demo(blocked / "out", config=SMALL)
+
+
+def test_the_demo_of_the_real_model_makes_forms_answers_twice_and_writes_a_page(tmp_path, monkeypatch):
+    """On the lab model as a GGUF file, at small sizes; only the model and the sizes differ from ``make demo``."""
+    monkeypatch.setattr(real, "AMOUNTS", Amounts(3, 5, 2, Sizes(2, 1, 0), 0, (), 4))
+    monkeypatch.setattr(real, "TYPES", ("Q8_0",))
+    model, patch = tmp_path / "lab.gguf", LAB_FOLDER / "lab-detox-0.2.0.safetensors"
+    writer.convert_folder(LAB_FOLDER / "base", model, "F16")
+    document, answers = real.run_real_demo(model, patch, tmp_path / "out", tell=lambda line: None)
+    assert {row["column"] for row in document["cells"]} == {"llamacpp F16", "llamacpp Q8_0"}
+    assert answers.bare and answers.patched and answers.bare != answers.patched
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["patch"]["name"] == "lab-detox"
+    assert (tmp_path / "out" / "report.html").read_text().lower().startswith("<!doctype html>")
+
+
+def test_a_real_demo_without_a_shipped_patch_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "PATCHES", tmp_path)
+    with pytest.raises(InputError, match="smollm2-detox") as caught:
+        real.shipped_patch()
+    assert "--patch" in caught.value.hint
