@@ -19,7 +19,9 @@ from edgepatch.training.pairs.preferences import Pair, PairConfig, filter_pairs,
 MOST_WORDS = 40
 """Of an answer: about sixty tokens; the models of the data wrote up to three hundred."""
 
-REFUSAL = re.compile(r"\b(I'm sorry|I am sorry|I apologi[sz]e|as an AI|I cannot|I can't|inappropriate)\b", re.IGNORECASE)
+REFUSAL = re.compile(
+    r"\b(I'm sorry|I am sorry|I apologi[sz]e|as an AI|I cannot|I can't|inappropriate)\b", re.IGNORECASE
+)
 """A patch that learns to refuse on prompts that only need a kinder word would refuse elsewhere, too."""
 
 
@@ -35,7 +37,9 @@ def toxicity_pairs(data: Path) -> list[Pair]:
         is_clean = each.source in datasets.CLEAN_SOURCES
         if not (is_clean and REFUSAL.search(text)):
             (clean if is_clean else rude)[each.prompt].append(text)
-    candidates = [Pair(prompt, c, r, 0.0, 1.0) for prompt in clean for c, r in zip(clean[prompt], rude[prompt], strict=False)]
+    candidates = [
+        Pair(prompt, c, r, 0.0, 1.0) for prompt in clean for c, r in zip(clean[prompt], rude[prompt], strict=False)
+    ]
     scored = score_pairs(candidates, ToxicityScorer.load("filter").score)
     return filter_pairs(scored, PairConfig(pairs_per_prompt=2)).pairs
 

@@ -112,7 +112,11 @@ def _attend(
     """
     import torch
 
-    unknown = [name for name in ("softcap", "s_aux", "sliding_window", "position_bias", "head_mask") if extra.get(name) is not None]
+    unknown = [
+        name
+        for name in ("softcap", "s_aux", "sliding_window", "position_bias", "head_mask")
+        if extra.get(name) is not None
+    ]
     if unknown:
         raise NotImplementedError(f"packed attention has no {unknown[0]}")
     rows, heads, length, size = query.shape

@@ -75,7 +75,7 @@ class FrozenModels:
         dtype = "float32" if config.dtype == "auto" else config.dtype
         self.bases = [hf_folders.load_model(folder, self.device, dtype) for folder in self.folders]
         packable = caches.has_full_attention(self.base) and not config.gradient_checkpointing
-        self.packs = packable and all([attention.install(base) for base in self.bases])
+        self.packs = packable and all(attention.install(base) for base in self.bases)
         for base in self.bases:
             if config.gradient_checkpointing:
                 _checkpoint_activations(base)

@@ -147,7 +147,9 @@ def attention_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
-    seen = (causal & ((key == 0) | (key == query)))[:, None]  # padding sees padding: a row of nothing but -inf would be NaN
+    seen = (causal & ((key == 0) | (key == query)))[
+        :, None
+    ]  # padding sees padding: a row of nothing but -inf would be NaN
     return torch.zeros(seen.shape, dtype=dtype, device=segments.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
