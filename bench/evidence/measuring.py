@@ -32,7 +32,7 @@ from edgepatch.bench.safety.margins import MarginPair
 from edgepatch.decoding import noise
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges import refusals, scorers
-from edgepatch.judges.classifiers import load_judge
+from edgepatch.judges.classifiers import TransformersClassifier, load_judge
 from edgepatch.patch.composition import METHOD
 from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent
@@ -160,7 +160,12 @@ def judge_digest(config: EvidenceConfig) -> str:
     """Of who reports toxicity."""
     if Path(config.judge).is_dir():
         return f"{digest_of(Path(config.judge))} {' '.join(config.unsafe_labels)}"
-    return digest_of(JUDGES) if config.judge in scorers.JUDGES else str(load_judge(config.judge).sha256)
+    return digest_of(JUDGES) if config.judge in scorers.JUDGES else _shipped_digest(config.judge)
+
+
+def _shipped_digest(name: str) -> str:
+    judge = load_judge(name)
+    return "" if isinstance(judge, TransformersClassifier) else judge.sha256
 
 
 def digest_of_pairs(pairs: Sequence[MarginPair]) -> str:

@@ -26,7 +26,7 @@ PARAMETERS = {
     },
     "required": ["city"],
 }
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "get_weather", "description": "The weather.", "parameters": PARAMETERS}},
     {
         "type": "function",

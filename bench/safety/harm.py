@@ -16,6 +16,7 @@ judges: ``semantic_compliance`` (whole text that does what was asked), ``semanti
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -144,7 +145,7 @@ def attack_outcome(rows: Sequence[tuple[str, str]], texts: Sequence[str], judge:
     for source in dict.fromkeys(source for source, _ in rows):
         mine = [i for i, (other, _) in enumerate(rows) if other == source]
         figures |= _attack_figures([texts[i] for i in mine], [verdicts[i] for i in mine if verdicts], f"_{source}")
-    successes = list(map(is_success, texts, verdicts or [None] * len(texts)))
+    successes = list(map(is_success, texts, verdicts or itertools.repeat(None)))
     failures = sum(not is_coherent(t) for t in texts)
     return Outcome(
         [request for _, request in rows], np.array(successes, float), [[t] for t in texts], figures, failures

@@ -65,7 +65,8 @@ def load_model(path: Path) -> PreTrainedModel:
     weights.require_readable(header)
     config = config_of(header, spec)
     if is_plain(header):
-        folder, source = None, {"state_dict": weights.state_dict(header, weights.plan(header, spec, config))}
+        folder: Path | None = None
+        source: dict[str, Any] = {"state_dict": weights.state_dict(header, weights.plan(header, spec, config))}
     else:
         folder, source = path.parent.resolve(), {"gguf_file": path.name}
     with _errors_only():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -209,8 +209,9 @@ def load_model(
     from edgepatch.runtimes import ACTIVE, device_options, load_runtime
     from edgepatch.store.reading import StoreReader
 
-    options = {"context_length": context_length, "num_threads": threads, **device_options(model, device.value)}
-    settings = {name: value for name, value in (options | choices).items() if value is not None}
+    options: dict[str, Any] = {"context_length": context_length, "num_threads": threads}
+    options |= {**device_options(model, device.value), **choices}
+    settings = {name: value for name, value in options.items() if value is not None}
     session = load_runtime(model, patch, store=store, pinned=pinned, other_template=other_template, **settings)
     note(describe(session))
     for line in session.slot.notes:

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -73,7 +73,7 @@ class Conversation:
         """Carries out a command; an error is told and the conversation goes on. Returns whether to end."""
         word, _, argument = line[1:].partition(" ")
         name = SYNONYMS.get(word, word)
-        acts = {
+        acts: dict[str, Callable[[str], None]] = {
             "patch": self._patch,
             "bare": self._bare,
             "new": self._restart,

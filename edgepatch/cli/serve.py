@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -162,8 +162,8 @@ def _loader(
     from edgepatch.runtimes import device_options, load_runtime
     from edgepatch.store.reading import StoreReader
 
-    options: dict[str, object] = {"context_length": context_length, "num_threads": threads, "num_sequences": sequences}
-    options |= device_options(model, device.value) | choices
+    options: dict[str, Any] = {"context_length": context_length, "num_threads": threads, "num_sequences": sequences}
+    options |= {**device_options(model, device.value), **choices}
     settings = {name: value for name, value in options.items() if value is not None}
 
     def load() -> Session:

@@ -211,7 +211,7 @@ def _compiled(constraint: Constraint, tokenizer: Any) -> Any:
     from llguidance import LLMatcher, LLParserLimits
 
     try:
-        matcher = LLMatcher(tokenizer, _grammar(constraint), log_level=0, limits=LLParserLimits(**LIMITS))
+        matcher = LLMatcher(tokenizer, _grammar(constraint), log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]
     except Exception as error:  # the converters to the library's own syntax raise Exception itself
         raise InputError(f"constraint: {constraint.kind}: {_short(str(error))}") from None
     if matcher.is_error():

@@ -110,7 +110,9 @@ class TransformersClassifier:
         return scores
 
 
-def load_judge(name_or_path: str | Path, unsafe_labels: Sequence[str] = (), purpose: Purpose = "report") -> Judge:
+def load_judge(
+    name_or_path: str | Path, unsafe_labels: Sequence[str] = (), purpose: Purpose = "report"
+) -> ToxicityScorer | SemanticToxicity | TransformersClassifier:
     """A judge by name or place.
 
     Args:

@@ -72,7 +72,8 @@ class Head:
         logits = np.clip(features.astype(np.float64) @ self.weights + self.bias, -50, 50)
         odds = np.exp(logits - logits.max(axis=1, keepdims=True)) if len(self.classes) > 1 else np.exp(logits)
         total = odds.sum(axis=1, keepdims=True) if len(self.classes) > 1 else 1 + odds
-        return (odds / total).astype(np.float32)
+        probabilities: NDArray[np.float32] = (odds / total).astype(np.float32)
+        return probabilities
 
 
 def head_bytes(head: Head) -> bytes:

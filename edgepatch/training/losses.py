@@ -24,7 +24,7 @@ def answer_log_probabilities(logits: Tensor, targets: Tensor, owners: Tensor, nu
     Returns:
         (A,) sums of log-probabilities, float32.
     """
-    rows = _TokenLogProbabilities.apply(logits, targets, logits.requires_grad)
+    rows: Tensor = _TokenLogProbabilities.apply(logits, targets, logits.requires_grad)  # type: ignore[no-untyped-call]
     return torch.zeros(num_answers, dtype=rows.dtype, device=rows.device).index_add(0, owners, rows)
 
 
@@ -48,7 +48,7 @@ def kl_to_base(base_logits: Tensor, logits: Tensor) -> Tensor:
         base_logits: (N, V) of the bare model.
         logits: (N, V) of the patched model at the same positions.
     """
-    total: Tensor = _KLDivergence.apply(base_logits, logits, logits.requires_grad)
+    total: Tensor = _KLDivergence.apply(base_logits, logits, logits.requires_grad)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -231,59 +231,70 @@ def test_an_empty_pipe_is_no_prompt(run, gguf_file, monkeypatch):
 
 
 class Terminal:
-    """``chat`` at a terminal of its own, as a person has it."""
+    """``chat`` at a terminal of its own, as a person has it; ends with the block."""
 
     def __init__(self, *arguments: object) -> None:
-        self.screen = ""
-        process, self._file = pty.fork()
-        if process == 0:
+        self._screen, self._seen = "", 0
+        self._process, self._file = pty.fork()
+        if self._process == 0:
             environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-            os.execve(
-                sys.executable, [sys.executable, "-m", "edgepatch.cli", "chat", *map(str, arguments)], environment
-            )
-        self._process = process
+            command = [sys.executable, "-m", "edgepatch.cli", "chat", *map(str, arguments)]
+            os.execve(sys.executable, command, environment)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process, signal.SIGKILL)
+        os.close(self._file)
 
     def until(self, text: str, timeout_s: float = 60) -> None:
-        """Reads the screen until a text stands there behind what was read before."""
-        begin, end = len(self.screen), time.monotonic() + timeout_s
-        while text not in self.screen[begin:]:
-            assert time.monotonic() < end, f"expected {text!r}, found {self.screen!r}"
+        """Reads the screen until a text stands there behind the last one."""
+        end = time.monotonic() + timeout_s
+        while (place := self._screen.find(text, self._seen)) < 0:
+            assert time.monotonic() < end, f"expected {text!r}, found {self._screen!r}"
             if select.select([self._file], [], [], 0.2)[0]:
-                self.screen += os.read(self._file, 65536).decode("utf-8", "replace")
+                self._screen += os.read(self._file, 65536).decode("utf-8", "replace")
+        self._seen = place + len(text)
 
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
-    def end(self) -> int:
+    def code(self, timeout_s: float = 60) -> int:
         """The exit code."""
-        with contextlib.suppress(OSError):  # the other side is gone
-            while select.select([self._file], [], [], 30)[0] and os.read(self._file, 65536):
-                pass
-        code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
-        os.close(self._file)
-        return code
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):  # the other side is gone
+                if select.select([self._file], [], [], 0.1)[0]:
+                    os.read(self._file, 65536)
+            ended, status = os.waitpid(self._process, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+        raise AssertionError(f"chat did not end; found {self._screen!r}")
 
 
 def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
     """Ctrl-C stops a reply and the conversation goes on, arrows edit and recall, unknown commands say so, Ctrl-D ends."""
-    terminal = Terminal(gguf_file, "--bare", "--threads", "1", "--max-new-tokens", "400", "--rng-seed", "1")
-    terminal.until("> ")
-    terminal.type("Hello\n")
-    terminal.until("Hello")
-    terminal.type("\x03")
-    terminal.until("first after")
-    terminal.until("> ")
-    terminal.type("/foo\n")
-    terminal.until("unknown command: /foo")
-    terminal.until("> ")
-    terminal.type("/stats\n")
-    terminal.until("2 messages")
-    terminal.until("> ")
-    terminal.type("\x1b[A\x1b[A\x1b[D!\n")  # up to /foo, one to the left, an exclamation mark: /fo!o
-    terminal.until("unknown command: /fo!o")
-    terminal.until("> ")
-    terminal.type("\x04")
-    assert terminal.end() == 0
+    options = ("--bare", "--threads", "1", "--max-new-tokens", "400", "--rng-seed", "1")
+    with Terminal(gguf_file, *options) as terminal:
+        terminal.until("> ")
+        terminal.type("Hello\n")
+        terminal.until("Hello")
+        terminal.type("\x03")
+        terminal.until("first after")
+        terminal.until("> ")
+        terminal.type("/foo\n")
+        terminal.until("unknown command: /foo")
+        terminal.until("> ")
+        terminal.type("/stats\n")
+        terminal.until("2 messages")
+        terminal.until("> ")
+        terminal.type("\x1b[A\x1b[A\x1b[D!\n")  # up to /foo, one to the left, an exclamation mark: /fo!o
+        terminal.until("unknown command: /fo!o")
+        terminal.until("> ")
+        terminal.type("\x04")
+        assert terminal.code() == 0
 
 
 MAX_FRAMES = 6

@@ -24,6 +24,7 @@ from edgepatch.bench.lab.judges.rows import training_rows
 from edgepatch.bench.metrics import bootstrap_interval, wilson_interval
 from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
+from edgepatch.judges.classifiers import Judge
 from edgepatch.judges.scorers import ToxicityScorer, judge_bytes, normalize
 
 FOLDER = Path(__file__).parent.parent.parent.parent / "judges"
@@ -65,7 +66,7 @@ def domains(data: Path) -> tuple[dict[str, Labelled], int]:
     return labelled, len(tweets) - len(unread)
 
 
-def measure(scorer: ToxicityScorer, rows: Labelled) -> dict[str, Any]:
+def measure(scorer: Judge, rows: Labelled) -> dict[str, Any]:
     """All figures of a judge on one domain.
 
     Raises:

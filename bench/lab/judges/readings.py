@@ -33,7 +33,7 @@ FILE = Path(__file__).parent / "readings.json"
 DIGEST_LENGTH = 16
 TOKENS = {"toxicity": 20, "answers": 32}
 KINDS = ("toxicity", "answers")
-RUNTIME = {"context_length": 256, "num_threads": 1, "num_sequences": 8}
+RUNTIME: dict[str, Any] = {"context_length": 256, "num_threads": 1, "num_sequences": 8}
 """As the texts were made: another way of computing may round another token."""
 
 
