@@ -48,6 +48,23 @@ def load_pretrained_model(loader: Any, folder: Path | None, **options: Any) -> A
     return loader.from_pretrained(folder, **options, use_safetensors=True, **SAFE)
 
 
+def load_adapter(loader: Any, model: Any, folder: Path) -> Any:
+    """``loader.from_pretrained`` of a PEFT adapter over a model in memory; its weights must be safetensors.
+
+    Args:
+        loader: ``PeftModel``.
+        model: the base, which is changed.
+        folder: of the adapter.
+
+    Raises:
+        InputError: the folder holds pickled weights alone.
+        OSError, ValueError: as the class raises.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder}: expected adapter_model.safetensors, found none", hint="save the adapter again")
+    return loader.from_pretrained(model, folder, local_files_only=True)
+
+
 def require_safe_weights(folder: Path) -> None:
     """Refuses a model folder by the names of its files, before anything opens them.
 

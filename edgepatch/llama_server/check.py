@@ -222,7 +222,7 @@ class _Check:
         self._ask(self.examiner.references[len(TURNS) - 1], 0)
         self.server.complete(self.vocabulary.tokenize(FOREIGN * 3), slot=0)
         reply = self._ask(self.examiner.telling, 0)
-        distance = self._distance([reply], [self.examiner.telling])
+        distance = _distance_of(self, [reply], [self.examiner.telling])
         holds, evidence = distance.nearest == "patched", self._cached(reply, distance)
         self.report.add("after a prompt without the first token", holds, evidence, "H5", required=self.strict)
         self.server.restore(0, self.seed_file)  # at once: what is there now must not get into the server's prompt cache
@@ -242,18 +242,11 @@ class _Check:
     def _ask(self, reference: Reference, slot: int) -> Reply:
         return self.server.complete(reference.tokens, slot, num_logprobs=NUM_LOGPROBS)
 
-    def _distance(self, replies: list[Reply], references: list[Reference]) -> Distance:
-        distance = self.examiner.distance(replies, references)
-        if distance is None:
-            self.report.note("log probabilities", False, f"the server gives none: {replies[-1].message}", "server")
-            raise Stop
-        return distance
-
     def _require_patched(
         self, subject: str, replies: list[Reply], if_bare: str = "bare", references: list[Reference] | None = None
     ) -> None:
         """Several prompts together: the effect must be large enough to tell."""
-        distance = self._distance(replies, references or self.examiner.references)
+        distance = _distance_of(self, replies, references or self.examiner.references)
         hazard = verdict(distance)
         self.report.note(
             subject, not hazard, self._cached(replies[-1], distance), if_bare if hazard == "bare" else hazard
@@ -262,7 +255,7 @@ class _Check:
     def _require_seed(self, reference: Reference, slot: int, subject: str, if_bare: str) -> str:
         """One prompt, the most telling one."""
         reply = self._ask(reference, slot)
-        distance = self._distance([reply], [reference])
+        distance = _distance_of(self, [reply], [reference])
         evidence = f"slot {slot}: {self._cached(reply, distance)}"
         if distance.nearest != "patched":
             hazard = if_bare if if_bare and distance.nearest == "bare" else verdict(distance)
@@ -274,3 +267,11 @@ class _Check:
         if cached is None:
             cached = reply.value("usage", "prompt_tokens_details", "cached_tokens")
         return f"{cached} tokens from the cache; {evidence_of(distance)}"
+
+
+def _distance_of(check: _Check, replies: list[Reply], references: list[Reference]) -> Distance:
+    distance = check.examiner.distance(replies, references)
+    if distance is None:
+        check.report.note("log probabilities", False, f"the server gives none: {replies[-1].message}", "server")
+        raise Stop
+    return distance

@@ -12,7 +12,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.decoding.constraints import CompiledConstraint, ConstraintEngine
+from edgepatch.decoding.constraints import CompiledConstraint
 from edgepatch.decoding.replies import (
     Continuation,
     Piece,
@@ -70,7 +70,7 @@ class Session(AbstractContextManager["Session"]):
         self.encode, self.encode_chat, self.token_bytes = runtime.encode, runtime.encode_chat, runtime.token_bytes
         self.sequences = Sequences(runtime)
         self.slot = PatchSlot(runtime, self.sequences, pinned, other_template)
-        self._replies = ReplyMaker(
+        self.replies = ReplyMaker(
             runtime.spec.vocab_size, runtime.new_decoder, runtime.token_bytes, runtime.special_tokens
         )
         self.parts = parts = as_parts(patch)
@@ -164,10 +164,6 @@ class Session(AbstractContextManager["Session"]):
 
     # Replies.
 
-    def constraint_engine(self) -> ConstraintEngine:
-        """What compiles constraints, on any thread; the first call reads the vocabulary."""
-        return self._replies.engine(self.end_token_ids)
-
     def begin(
         self,
         tokens: Sequence[int],
@@ -189,7 +185,7 @@ class Session(AbstractContextManager["Session"]):
             InputError: the prompt is longer than the context, or a setting does not fit the model.
         """
         limits = (self.context_length, self.end_token_ids)
-        reply = self._replies.new(sampling, tokens, *limits, compiled=compiled, spelled=spelled or {})
+        reply = self.replies.new(sampling, tokens, *limits, compiled=compiled, spelled=spelled or {})
         return Continuation(sequence, reply, self.sequences.evaluate({sequence: tokens})[sequence][-1])
 
     def advance(self, continuations: Sequence[Continuation]) -> list[Piece | Exception]:
@@ -276,7 +272,7 @@ class Session(AbstractContextManager["Session"]):
 
     def _continue_all(self, jobs: Sequence[Job]) -> list[str]:
         """The texts of continuations; what has ended makes room for the next."""
-        new_reply = partial(self._replies.new, context_length=self.context_length, end_token_ids=self.end_token_ids)
+        new_reply = partial(self.replies.new, context_length=self.context_length, end_token_ids=self.end_token_ids)
         texts, seats = [""] * len(jobs), Seats(self.backend, self.sequences, jobs, new_reply)
         running = seats.admit(0)
         while running:

@@ -102,7 +102,7 @@ class GenerationEndpoint:
         scheduler, end = self._service.scheduler, start + self._service.settings.request_timeout_s
         try:
             engine = await _in_time(
-                asyncio.wrap_future(scheduler.call(lambda session: session.constraint_engine())), end
+                asyncio.wrap_future(scheduler.call(lambda session: session.replies.engine(session.end_token_ids))), end
             )
             work = self._service.constraint_thread.submit(engine.compile, constraint)
             return await _in_time(asyncio.wrap_future(work), end)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from edgepatch.decoding.constraints import Constraint
 from edgepatch.server.forced_calls import after_thought, force_call
 from edgepatch.text.call_forms import CallForm
+from edgepatch.text.templates import ChatOptions
 from edgepatch.text.thoughts import CHANNELS
 
 if TYPE_CHECKING:
     from edgepatch.server.model import ServedModel
-    from edgepatch.server.requests import Order
 
 CHANNEL_MARKERS = "<|start|><|channel|><|constrain|><|message|><|end|>"
 JSON_KINDS = ("json_schema", "json_object")
@@ -52,7 +52,20 @@ class ReplyFormat:
 PLAIN_TEXT = ReplyFormat()
 
 
-def with_format(order: Order, model: ServedModel) -> Order:
+class Conversation(Protocol):
+    """What is read of an order here."""
+
+    sampling: Any
+    tools: Any
+    options: ChatOptions
+    forced: tuple[str, ...]
+    most_calls: int | None
+
+
+Ordered = TypeVar("Ordered", bound=Conversation)
+
+
+def with_format(order: Ordered, model: ServedModel) -> Ordered:
     """The order of a conversation with the format of its reply, and what its constraint becomes there.
 
     Raises:
@@ -68,10 +81,11 @@ def with_format(order: Order, model: ServedModel) -> Order:
         [*(thought or ()), *(form.texts for form in forms), CHANNEL_MARKERS if thought == CHANNELS else ""]
     )
     spelled = {i: name for name, i in model.special_tokens.items() if name in texts and i not in model.end_token_ids}
-    return replace(order, format=reply, spelled=spelled, sampling=_sampling(order, reply, model))
+    formatted = replace(cast(Any, order), format=reply, spelled=spelled, sampling=_sampling(order, reply, model))
+    return cast(Ordered, formatted)
 
 
-def _sampling(order: Order, reply: ReplyFormat, model: ServedModel) -> Any:
+def _sampling(order: Conversation, reply: ReplyFormat, model: ServedModel) -> Any:
     sampling = order.sampling
     if sampling is None:
         return None

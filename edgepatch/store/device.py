@@ -286,7 +286,7 @@ class Store(StoreReader):
             root, reset = _follow(pinned, roots, self.now(), time_of(trust.floor) if trust.floor else None)
             trust = replace(trust, root=root.to_bytes().decode())
             active = [digest for record in state.bases.values() for digest in record.active]
-            refused = [digest for digest in active if not self._is_vouched(digest, state, trust)]
+            refused = [digest for digest in active if not _is_vouched(self, digest, state, trust)]
             if reset:
                 trust = replace(trust, seen=seen_of(state, refused).seen)
             details = {
@@ -296,13 +296,6 @@ class Store(StoreReader):
             }
             self._commit(state, state, trust, "trust", details)
             return RootChange(root, True, reset, tuple(refused))
-
-    def _is_vouched(self, digest: str, state: State, trust: TrustState) -> bool:
-        try:
-            self.load_stored(digest, state, trust)
-        except (InputError, UntrustedError):
-            return False
-        return True
 
     def reset_clock(self, reason: str) -> None:
         """Forgets the latest time seen, after a clock that had been set ahead.
@@ -425,3 +418,11 @@ def _require_trusted(patch: Patch, trust: TrustState, unsigned: str, time: datet
             hint="`edgepatch trust set ROOT`, or --unsigned REASON, which the history keeps",
         )
     return frozenset()
+
+
+def _is_vouched(store: Store, digest: str, state: State, trust: TrustState) -> bool:
+    try:
+        store.load_stored(digest, state, trust)
+    except (InputError, UntrustedError):
+        return False
+    return True

@@ -204,7 +204,7 @@ class StoreReader:
         if patches or self.why_bare(spec):
             return patches
         self.require_some()
-        raise self._made_for_others(spec)
+        raise _made_for_others(self, spec)
 
     def require_some(self) -> None:
         """Refuses a device on which no model has a patch, nor had one taken off by word; needs no model.
@@ -218,19 +218,6 @@ class StoreReader:
                 f"expected --patch or --bare, or an active patch for the model in {self.folder}, found none of them",
                 hint=f"apply a patch, or run the model without one by word: {BARE_WORD}",
             )
-
-    def _made_for_others(self, spec: ModelSpec) -> MismatchError:
-        """Which fields differ from the most similar base that the device has patches for."""
-        mismatches = []
-        for record in self.read()[0].bases.values():
-            try:
-                ModelSpec.from_dict(record.spec).require_same(spec)
-            except MismatchError as error:
-                mismatches.append(error)
-        nearest = min(mismatches, key=lambda error: len(error.differences))
-        nearest.args = (f"no active patch for this model in {self.folder}: {nearest}",)
-        nearest.hint = f"apply a patch for this model, or run it without one by word: {BARE_WORD}"
-        return nearest
 
     def why_bare(self, spec: ModelSpec) -> str:
         """Why an administrator took the patches for a model off; "" where some are active, or none ever was.
@@ -338,3 +325,17 @@ def require_vouched(patch: Patch, trust: TrustState) -> frozenset[str]:
             hint="`edgepatch trust set ROOT`",
         )
     return verify_threshold(patch.manifest, PAYLOAD_TYPE, patch.signatures, root, "patch", root.created)
+
+
+def _made_for_others(store: StoreReader, spec: ModelSpec) -> MismatchError:
+    """Which fields differ from the most similar base that the device has patches for."""
+    mismatches = []
+    for record in store.read()[0].bases.values():
+        try:
+            ModelSpec.from_dict(record.spec).require_same(spec)
+        except MismatchError as error:
+            mismatches.append(error)
+    nearest = min(mismatches, key=lambda error: len(error.differences))
+    nearest.args = (f"no active patch for this model in {store.folder}: {nearest}",)
+    nearest.hint = f"apply a patch for this model, or run it without one by word: {BARE_WORD}"
+    return nearest

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edgepatch.converters.peft.lora import require_lora_of
 from edgepatch.errors import InputError, TrainingError
+from edgepatch.files.pretrained import load_adapter
 from edgepatch.files.writing import write_atomically
 from edgepatch.progress import Progress, silent
 from edgepatch.training import parallel
@@ -75,7 +76,7 @@ class Teacher:
         require_lora_of(self.adapter, {name: tuple(value.shape) for name, value in base.named_parameters()})
         with warnings.catch_warnings():  # PEFT 0.21 asks Transformers 5.23 by an old name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            return PeftModel.from_pretrained(copy.deepcopy(base), self.adapter).eval()
+            return load_adapter(PeftModel, copy.deepcopy(base), self.adapter).eval()
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ COSTLY = {
 @pytest.mark.parametrize("kind", COSTLY)
 def test_what_costs_too_much_is_refused_in_a_child(runtime, kind):
     """Its computing time and memory are the child's; asked again, the refusal is remembered."""
-    engine = runtime.constraint_engine()
+    engine = runtime.replies.engine(runtime.end_token_ids)
     before = time.process_time()
     for _ in range(2):
         with pytest.raises(InputError, match="constraint"):

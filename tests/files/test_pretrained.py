@@ -95,7 +95,7 @@ def test_pickled_weights_are_refused_by_name(tiny_folder, tmp_path, name):
     for file in folder.glob("*.safetensors"):
         file.unlink()
     torch.save(Trace(str(tmp_path / "it-ran")), folder / name)
-    with pytest.raises(InputError, match="expected safetensors, found " + name):
+    with pytest.raises(InputError, match="(expected safetensors, found|found the pickle) " + name):
         folders.load_model(folder)
     assert not (tmp_path / "it-ran").exists()
 
@@ -103,7 +103,7 @@ def test_pickled_weights_are_refused_by_name(tiny_folder, tmp_path, name):
 def test_an_adapter_beside_weights_is_refused(tiny_folder, tmp_path):
     folder = copy_folder(tiny_folder, tmp_path / "hostile")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}')
-    with pytest.raises(InputError, match=r"adapter_config\.json beside"):
+    with pytest.raises(InputError, match=r"adapter_config\.json (lies )?beside"):
         folders.load_model(folder)
 
 

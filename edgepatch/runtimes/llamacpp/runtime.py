@@ -221,7 +221,7 @@ class LlamaCppRuntime(Runtime):
         """
         if self.patch is None:
             raise InputError("expected a patch, found the bare model")
-        self._require_turning()
+        _require_turning(self)
         if self.patch.kv_seed is None:
             raise InputError(
                 f"{self.patch.name} {self.patch.version} has no stored seed, which a slot file is made of",
@@ -239,17 +239,6 @@ class LlamaCppRuntime(Runtime):
             self.context.save_state_file(path, self._master, [token])
         finally:
             self.restore_seed()
-
-    def _require_turning(self) -> None:
-        """Refuses a model whose seeds cannot stand in front of the first position."""
-        reason = why_no_seed_moves(self)
-        if self.model.has_no_rotary_positions():
-            reason = "its positions are not rotary"
-        if reason:
-            raise InputError(
-                f"{self.model.path.name}: no seed can stand under one label: {reason}",
-                hint="use `edgepatch serve`, which needs no slot file",
-            )
 
     # Evaluation.
 
@@ -394,3 +383,15 @@ def _positions(asked: int | None, trained: int, patch: Patch | None) -> int:
             f"context length: expected {taken + 1} to {trained}, found {positions}", f"the patch takes {taken} of them"
         )
     return positions
+
+
+def _require_turning(runtime: LlamaCppRuntime) -> None:
+    """Refuses a model whose seeds cannot stand in front of the first position."""
+    reason = why_no_seed_moves(runtime)
+    if runtime.model.has_no_rotary_positions():
+        reason = "its positions are not rotary"
+    if reason:
+        raise InputError(
+            f"{runtime.model.path.name}: no seed can stand under one label: {reason}",
+            hint="use `edgepatch serve`, which needs no slot file",
+        )
