@@ -92,6 +92,18 @@ class MissingExtraError(EdgepatchError):
         super().__init__(f"{package} is not installed", hint=install_command(extra))
 
 
+def no_gpu_error(library: str) -> InputError:
+    """The error for a GPU that was asked for, and that a library has not.
+
+    Args:
+        library: for people: "PyTorch".
+    """
+    return InputError(
+        f"device cuda: expected a GPU that {library} can use, found none",
+        hint=f"leave --device out to run on the CPU, or install a {library} that was built for this machine's GPU; `edgepatch doctor` shows both",
+    )
+
+
 class PatchFormatError(EdgepatchError):
     """A patch file breaks the format."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgepatch.converters.first_contact import Report, in_trial, require_library
 from edgepatch.converters.machine_identity import library_files
-from edgepatch.errors import EdgepatchError, MissingExtraError
+from edgepatch.errors import EdgepatchError, MissingExtraError, no_gpu_error
 from edgepatch.interrupts import called_from_c
 from edgepatch.progress import Progress, silent
 
@@ -72,6 +72,17 @@ def _load_library() -> tuple[Any, Any]:
     llama_cpp.llama_log_set(callback, None)
     llama_cpp.llama_backend_init()
     return llama_cpp, callback
+
+
+def require_gpu() -> None:
+    """Raises unless the library can keep layers on a GPU of this machine; without one it computes on the CPU and says nothing.
+
+    Raises:
+        InputError: it was built for none, or finds none.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    if not load_library().llama_supports_gpu_offload():
+        raise no_gpu_error("llama.cpp")
 
 
 def forget_errors() -> None:

@@ -14,7 +14,7 @@ from edgepatch.converters import architectures, rope_parameters, weight_tables
 from edgepatch.converters.gguf import configs, specs
 from edgepatch.converters.gguf import models as gguf_models
 from edgepatch.converters.gguf.header import read_header
-from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.errors import InputError, MissingExtraError, no_gpu_error
 from edgepatch.files import strict_json
 from edgepatch.files.pretrained import load_pretrained, load_pretrained_model
 from edgepatch.tensors import ModelSpec, weight_fingerprint
@@ -134,6 +134,22 @@ def read_norms(folder: Path, architecture: str, num_layers: int) -> dict[str, ND
     return norms
 
 
+def require_device(device: str) -> None:
+    """Checks, before a model is loaded, that PyTorch can use a device.
+
+    Raises:
+        InputError: there is no such kind of device, or no such GPU.
+    """
+    import torch
+
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device: expected cpu or cuda, found {device[:40]!r}") from None
+    if kind.type == "cuda" and not (kind.index or 0) < torch.cuda.device_count():
+        raise no_gpu_error("PyTorch")
+
+
 def load_model(path: Path, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
     """A causal LM on ``device``, in evaluation mode, its weights frozen.
 
@@ -143,7 +159,7 @@ def load_model(path: Path, device: str = "cpu", dtype: str = "float32") -> PreTr
         dtype: of the weights: "float32", "bfloat16", or "4bit" (NF4 of bitsandbytes, folders only).
 
     Raises:
-        InputError: the folder does not hold a causal LM, or Transformers cannot load the GGUF file.
+        InputError: there is no such device, the folder does not hold a causal LM, or Transformers cannot load the GGUF file.
         MissingExtraError: torch, transformers or bitsandbytes is not installed.
     """
     try:
@@ -152,6 +168,7 @@ def load_model(path: Path, device: str = "cpu", dtype: str = "float32") -> PreTr
         from transformers.utils import logging
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "train") from None
+    require_device(device)
     logging.disable_progress_bar()  # a bar for a second's work between our own
     if path.is_file():
         if dtype == "4bit":

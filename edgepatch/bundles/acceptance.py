@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -177,6 +177,57 @@ def _require_digest(member: Member, actual: str) -> None:
         raise PatchFormatError(f"member {member.path}: its SHA-256 is not the one in the manifest")
 
 
+# What the device makes of it.
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Who vouches for a bundle, before anything of it is taken.
+
+    Attributes:
+        patch: who signed the patch, in words.
+        bundle: who signed everything else.
+        refusal: why the device would not take it; ``None`` where its trust root vouches for it, or where it has none.
+    """
+
+    patch: str
+    bundle: str
+    refusal: UntrustedError | None
+
+
+def judged(bundle: Bundle, root: Root | None, now: datetime) -> Judgement:
+    """What the signatures of a bundle are worth on a device.
+
+    Args:
+        bundle: whole.
+        root: the trust root of the device; ``None`` where it has none, which judges nothing.
+        now: the time, with a time zone.
+    """
+    refusals: list[UntrustedError] = []
+
+    def words(signatures: Sequence[Signature], vouched: Callable[[Root], frozenset[str]], unsigned: str) -> str:
+        if root is None:
+            names = ", ".join(signature.key_id[:12] for signature in signatures)
+            return f"by {names}: not judged, this device has no trust root" if names else "unsigned"
+        try:
+            return f"by {', '.join(sorted(root.called(key) for key in vouched(root)))}, whom this device trusts"
+        except UntrustedError as error:
+            if signatures or not unsigned:
+                refusals.append(error)
+            return f"refused: {error}" if signatures else unsigned or "unsigned: refused"
+
+    patch = bundle.patch
+    of_patch = words(
+        patch.signatures,
+        lambda r: verify_threshold(patch.manifest, PAYLOAD_TYPE, patch.signatures, r, "patch", now),
+        "",
+    )
+    of_bundle = words(
+        bundle.signatures, lambda r: bundle.vouched_by(r, now), "unsigned: this device takes the patch alone"
+    )
+    return Judgement(of_patch, of_bundle, refusals[0] if refusals else None)
+
+
 # Onto the device.
 
 
@@ -207,6 +258,7 @@ def accept(
     model: ModelSpec | None = None,
     channel: str = "",
     allowances: Allowances = NOTHING_ALLOWED,
+    base_name: str = "",
 ) -> Accepted:
     """Verifies a bundle, and makes its patch the active one of its name; others stay beside it.
 
@@ -217,6 +269,7 @@ def accept(
         model: as for ``Store.apply``.
         channel: as for ``Store.apply``.
         allowances: as for ``Store.apply``.
+        base_name: as for ``Store.apply``.
 
     Raises:
         InputError: the bundle cannot be read, or brings no trust root to adopt.
@@ -237,7 +290,7 @@ def accept(
         if model is not None:
             bundle.patch.base.require_same(model)
         adopted = bool(adopt_root) and bundle.root is not None and store.set_root([bundle.root], adopt_root).is_new
-        change = _applied(bundle, store, model, channel, allowances)
+        change = _applied(bundle, store, model, channel, allowances, base_name)
         return Accepted(bundle.manifest, change, signed_by, bundle.root, adopted)
 
 
@@ -254,13 +307,15 @@ def _named_root(bundle: Bundle, fingerprint: str) -> Root:
     return bundle.root
 
 
-def _applied(bundle: Bundle, store: Store, model: ModelSpec | None, channel: str, allowances: Allowances) -> Change:
+def _applied(
+    bundle: Bundle, store: Store, model: ModelSpec | None, channel: str, allowances: Allowances, base_name: str
+) -> Change:
     """Hands the verified bytes to the store, which judges them again by all of its rules."""
     member = next(m for m in bundle.manifest.members if m.path == bundle.manifest.patch_path)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / Path(member.path).name
         write_atomically(file, bundle.read(member))
-        return store.apply(file, allowances, model=model, channel=channel)
+        return store.apply(file, allowances, model=model, channel=channel, base_name=base_name)
 
 
 def unpack(path: Path, target: Path, root: Root | None, now: datetime) -> Manifest:

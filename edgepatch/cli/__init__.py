@@ -43,6 +43,7 @@ MODULES = (
     "pairs",
     "serve",
     "trust",
+    "status",
     "store",
     "train",
     "demo",

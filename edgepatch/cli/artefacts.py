@@ -52,8 +52,10 @@ def compose(
     from edgepatch.seeds.anchoring import place_in_words
     from edgepatch.training.composition import compose as composed
 
+    _require_options(name=name, version=version, sequence=sequence)
     parts = [read_patch(file) for file in patch_files]
     fields = {"channel": channel, "created": created, "expires": expires, "license": license_, "summary": summary}
+    _require_options(**{key: value for key, value in fields.items() if value})
     patch = composed(
         parts, model, name, version, sequence=sequence, **{key: value for key, value in fields.items() if value}
     )
@@ -80,6 +82,14 @@ def compose(
             f"{out}: {len(parts)} patches, {patch.num_virtual_tokens} virtual tokens, {place}; SHA-256 {digest}; "
             "unsigned, not evaluated"
         )
+
+
+def _require_options(**values: object) -> None:
+    """Raises for what no manifest may hold, before any work."""
+    from edgepatch.patch.manifest import require_option
+
+    for key, value in values.items():
+        require_option(key, value)
 
 
 @app.command()
@@ -144,6 +154,7 @@ def release(
         "summary": summary,
     }
     changes = {key: value for key, value in fields.items() if value}
+    _require_options(**changes)
     if results is not None:
         changes["evaluation"] = measured(results, patch.digest)
     if supersedes:

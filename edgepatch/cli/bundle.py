@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgepatch.cli.application import Application, app
-from edgepatch.cli.console import ForceFlag, JsonFlag, StoreOption, model_path, new_file, print_json, stdout, table
+from edgepatch.cli.console import (
+    ForceFlag,
+    JsonFlag,
+    StoreOption,
+    model_path,
+    new_file,
+    print_json,
+    size_text,
+    stdout,
+    table,
+    warn,
+)
 from edgepatch.cli.keys import PassphraseFile, Unencrypted, read_passphrase
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
-    from edgepatch.bundles.acceptance import Accepted
+    from edgepatch.bundles.acceptance import Accepted, Bundle, Judgement
     from edgepatch.bundles.contents import Manifest
     from edgepatch.store.reading import StoreReader
 
@@ -66,15 +77,22 @@ def create(
     """
     from edgepatch.bundles import creation
     from edgepatch.bundles.wheels import Choice
-    from edgepatch.trust.keys import read_private_key
+    from edgepatch.patch.file import read_patch
+    from edgepatch.trust.keys import read_private_key, require_private
 
     choice = Choice(extra, tuple(platform or ()), python_version, constraint, tuple(wheel or ()))
     if no_wheels and choice != Choice(""):
         raise InputError("--no-wheels: expected alone, found with options of wheels")
+    for file in key or ():
+        require_private(file)
     passphrase = read_passphrase(passphrase_file, unencrypted, confirm=False) if key else None
     keys = tuple(read_private_key(file, passphrase) for file in key or ())
     sources = creation.Sources(patch_file, root, report, None if no_wheels else choice, base_model, keys)
     _print_created(creation.create(sources, out), out, len(keys), as_json)
+    if not read_patch(patch_file).signatures:
+        warn(
+            f"{patch_file.name} is unsigned: devices with a trust root refuse it; `edgepatch sign` it, and make the bundle again"
+        )
 
 
 def _print_created(manifest: Manifest, out: Path, num_keys: int, as_json: bool) -> None:
@@ -103,6 +121,77 @@ def _print_created(manifest: Manifest, out: Path, num_keys: int, as_json: bool) 
     rows += [("compiled here", f"{path}: fits CPUs like this machine's") for path in manifest.built]
     rows.append(("signatures", num_keys or "none: devices with a trust root take the patch alone"))
     stdout().print(table(rows))
+
+
+@bundle_app.command("show")
+def show(
+    bundle_file: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Tar file of `bundle create`.")],
+    store: StoreOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what a bundle holds, checked member by member; nothing is imported, and the device stays as it is.
+
+    The exit code is 3 if this device has a trust root and it does not vouch for the patch, or for a signed bundle.
+
+    Example: `edgepatch bundle show site.tar`
+    """
+    from edgepatch.bundles.acceptance import judged, opened
+    from edgepatch.store.device import Store
+
+    device = Store(store)  # one that is still to be made is no error, as for `bundle import`
+    with opened(bundle_file) as bundle:
+        judgement = judged(bundle, device.root(), device.time(device.read()[1]))
+        if as_json:
+            print_json(_bundle_facts(bundle, judgement))
+        else:
+            stdout().print(table(_bundle_rows(bundle_file, bundle, judgement)))
+    if judgement.refusal:
+        raise judgement.refusal
+
+
+def _bundle_facts(bundle: Bundle, judgement: Judgement) -> dict[str, Any]:
+    patch, root = bundle.patch, bundle.root
+    return {
+        "bundle": bundle.manifest.digest,
+        "patch": {
+            "name": patch.name,
+            "version": patch.version,
+            "digest": patch.digest,
+            "channel": patch.channel,
+            "sequence": patch.sequence,
+            "expires": patch.expires,
+        },
+        "base": patch.base.as_dict(),
+        "root_in_bundle": root.fingerprint if root else None,
+        "extra": bundle.manifest.extra,
+        "platform": bundle.manifest.platform,
+        "python": bundle.manifest.python_version,
+        "members": {member.path: member.size for member in bundle.manifest.members},
+        "patch_signatures": [signature.key_id for signature in patch.signatures],
+        "bundle_signatures": [signature.key_id for signature in bundle.signatures],
+        "patch_judgement": judgement.patch,
+        "bundle_judgement": judgement.bundle,
+    }
+
+
+def _bundle_rows(file: Path, bundle: Bundle, judgement: Judgement) -> list[tuple[str, object]]:
+    from edgepatch.store.records import shape_of
+
+    manifest, patch, root = bundle.manifest, bundle.patch, bundle.root
+    rows: list[tuple[str, object]] = [("bundle", f"{file}, {size_text(file.stat().st_size)}, whole")]
+    rows += [("patch", f"{patch.name} {patch.version}"), ("digest", patch.digest)]
+    rows.append(("release", f"{patch.channel} {patch.sequence}, expires {patch.expires or 'never'}"))
+    rows.append(("for", f"{shape_of(patch.base.as_dict())}, weights {patch.base.weight_fingerprint[:12]}"))
+    rows += [("patch signed", judgement.patch), ("bundle signed", judgement.bundle)]
+    rows.append(
+        ("trust root", f"version {root.version}, {root.fingerprint}: counts for nothing yet" if root else "none inside")
+    )
+    if manifest.wheels:
+        extra = f" for the extra {manifest.extra}" if manifest.extra else ""
+        fits = f"Python {manifest.python_version} on {manifest.platform}"
+        rows.append(("wheels", f"{len(manifest.wheels)}{extra}, {fits}"))
+    others = [member.path for member in manifest.members if member.path not in manifest.wheels]
+    return [*rows, ("members", ", ".join(others))]
 
 
 @bundle_app.command("import")
@@ -150,7 +239,7 @@ def import_(
     `edgepatch bundle import site.tar --out site`
     """
     from edgepatch.bundles.acceptance import accept
-    from edgepatch.runtimes import read_spec
+    from edgepatch.cli.store import base_of
     from edgepatch.store.device import Store
     from edgepatch.store.policy import Allowances
 
@@ -163,12 +252,10 @@ def import_(
         return
     if allow_downgrade != bool(reason):
         raise InputError("expected --allow-downgrade together with --reason, found one of them")
-    spec = read_spec(model) if model else None
-    allowances = Allowances(unsigned, reason, allow_expired)
-    _print_accepted(
-        accept(bundle_file, Store(store), adopt_root=adopt_root, model=spec, channel=channel, allowances=allowances),
-        as_json,
-    )
+    spec, base_name = base_of(model)
+    options: dict[str, Any] = {"allowances": Allowances(unsigned, reason, allow_expired), "base_name": base_name}
+    done = accept(bundle_file, Store(store), adopt_root=adopt_root, model=spec, channel=channel, **options)
+    _print_accepted(done, as_json)
 
 
 def _unpack(bundle_file: Path, out: Path, store: StoreReader, as_json: bool) -> None:

@@ -137,6 +137,11 @@ def note(text: str) -> None:
     stderr().print(f"[dim]{cell(text)}[/dim]", soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """What should not go unseen, on stderr."""
+    stderr().print(f"[bold yellow]warning:[/bold yellow] {cell(text)}", soft_wrap=True)
+
+
 def table(rows: list[tuple[str, object]]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)

@@ -212,12 +212,13 @@ def sign_root(
     Example: `edgepatch root sign root.json officer.key`
     """
     from edgepatch.files.writing import write_atomically
-    from edgepatch.trust.keys import read_private_key
+    from edgepatch.trust.keys import read_private_key, require_private
     from edgepatch.trust.roots import read_root
     from edgepatch.trust.signatures import key_id, raw_public_key
 
     root = read_root(root_file)
     _progress(root)  # refuses a changed root before a passphrase is asked for
+    require_private(key_file)
     key = read_private_key(key_file, read_passphrase(passphrase_file, unencrypted, confirm=False))
     signed = root.signed_by(key)
     write_atomically(out or root_file, signed.to_bytes())

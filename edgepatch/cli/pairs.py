@@ -12,7 +12,17 @@ import typer
 
 from edgepatch.cli.application import app
 from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads
-from edgepatch.cli.console import JsonFlag, LogOption, log_beside, model_path, note, print_json, progress_bars
+from edgepatch.cli.console import (
+    ForceFlag,
+    JsonFlag,
+    LogOption,
+    log_beside,
+    model_path,
+    new_file,
+    note,
+    print_json,
+    progress_bars,
+)
 from edgepatch.errors import InputError
 from edgepatch.progress import NOTHING_KEPT, Progress, stage
 
@@ -206,9 +216,7 @@ def _refuse_mixture(context: typer.Context) -> None:
 @app.command("pairs")
 def make_pairs(
     context: typer.Context,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="JSON Lines file to write; its provenance stands beside it.")
-    ],
+    out: Annotated[Path, new_file("JSON Lines file to write; its provenance stands beside it.")],
     model: Annotated[
         str | None,
         typer.Argument(metavar="MODEL", help="The model to be patched (M): file, folder or URL of a server."),
@@ -294,6 +302,7 @@ def make_pairs(
     device: DeviceOption = Device.cpu,
     rng_seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")] = 1,
     log: LogOption = None,
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make preference pairs: the model and its teacher answer the same prompts, a filter judge scores them.
@@ -324,8 +333,6 @@ def make_pairs(
         max_chosen_score=max_chosen_score,
         **{**limits, **{name: value for name, value in options.items() if value is not None}},
     )
-    if out.is_dir():
-        raise InputError(f"--out {out}: expected a file to write, found a folder")
     with progress_bars(log or log_beside(out), lambda: _kept(out)) as progress:
         forget: Callable[[], None] = lambda: None  # noqa: E731
         if ready:

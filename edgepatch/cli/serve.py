@@ -30,6 +30,7 @@ from edgepatch.cli.console import (
     stderr,
     stdout,
     table,
+    warn,
 )
 from edgepatch.errors import InputError
 
@@ -207,14 +208,10 @@ def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_ke
     if is_new_key:
         stderr().print(f"[bold]API key[/bold] (shown once): {cell(settings.api_key)}", soft_wrap=True)
     if settings.api_key is None:
-        _warn("no API key: every program and user of this machine can use the server")
+        warn("no API key: every program and user of this machine can use the server")
     if not settings.is_loopback:
-        _warn("requests and key travel unencrypted: put a proxy with TLS in front")
+        warn("requests and key travel unencrypted: put a proxy with TLS in front")
     if not served.patches:
-        _warn("the model runs without a patch")
+        warn("the model runs without a patch")
     for line in served.patch_notes:
-        _warn(line)
-
-
-def _warn(text: str) -> None:
-    stderr().print(f"[bold yellow]warning:[/bold yellow] {cell(text)}", soft_wrap=True)
+        warn(line)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from edgepatch.cli.application import app
 from edgepatch.cli.console import (
@@ -15,25 +14,24 @@ from edgepatch.cli.console import (
     PinnedFlag,
     StoreOption,
     TemplateFlag,
-    cell,
     model_path,
     note,
     print_json,
-    stderr,
     stdout,
     table,
 )
+from edgepatch.cli.status import print_findings
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
-    from edgepatch.store.audit import Finding
     from edgepatch.store.changes import Change
     from edgepatch.tensors import ModelSpec
 
 TargetArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[PATCH|BASE]", help="Name of the patch, or start of the base's id, where the device has several."
+        metavar="[PATCH|BASE]",
+        help="Name of the patch, or start of the base's name or id, where the device has several.",
     ),
 ]
 NameOption = Annotated[
@@ -57,6 +55,9 @@ def apply(
         bool, typer.Option("--allow-downgrade", help="Take an older patch; needs --reason.")
     ] = False,
     reason: ReasonOption = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would change, and change nothing.")
+    ] = False,
     allow_expired: Annotated[
         str, typer.Option("--allow-expired", metavar="REASON", help="Take a patch that has expired.")
     ] = "",
@@ -74,7 +75,8 @@ def apply(
 
     Active patches of other names for the same model stay beside it: they act side by side.
 
-    Example: `edgepatch apply detox-1.1.0.safetensors --model llama-Q4_K_M.gguf`
+    Examples: `edgepatch apply detox-1.1.0.safetensors --model llama-Q4_K_M.gguf`,
+    `edgepatch apply detox-1.1.0.safetensors --dry-run`
     """
     from edgepatch.store.device import Store
     from edgepatch.store.policy import Allowances
@@ -82,21 +84,33 @@ def apply(
     if allow_downgrade != bool(reason):
         raise InputError("expected --allow-downgrade together with --reason, found one of them")
     allowances = Allowances(unsigned, reason, allow_expired)
-    change = Store(store).apply(patch_file, allowances, model=_spec(model), channel=channel)
-    _print_change(change, "active" if change.is_new else "already active", as_json)
+    spec, base_name = base_of(model)
+    change = Store(store).apply(
+        patch_file, allowances, model=spec, channel=channel, base_name=base_name, is_trial=dry_run
+    )
+    word = ("would become active" if dry_run else "active") if change.is_new else "already active"
+    _print_change(change, word, as_json, dry_run)
+    if dry_run and not as_json:
+        note(
+            "nothing was changed; `edgepatch verify --deep` says whether a patch that is applied works on a model"
+            if change.is_new
+            else "nothing was changed, and nothing would be"
+        )
 
 
-def _spec(model: Path | None) -> ModelSpec | None:
+def base_of(model: Path | None) -> tuple[ModelSpec | None, str]:
+    """What ``--model`` is, as patches name it and as it calls itself; nothing where it is left out."""
+    from edgepatch.inspection.models import model_name
     from edgepatch.runtimes import read_spec
 
-    return read_spec(model) if model else None
+    return (read_spec(model), model_name(model)) if model else (None, "")
 
 
-def _print_change(change: Change, word: str, as_json: bool) -> None:
+def _print_change(change: Change, word: str, as_json: bool, is_trial: bool = False) -> None:
     from edgepatch.store.audit import summary, title
 
     if as_json:
-        facts = summary(change.digest, change.patch)
+        facts = summary(change.digest, change.patch) | ({"dry_run": True} if is_trial else {})
         print_json(
             {
                 **facts,
@@ -128,113 +142,6 @@ def beside_rows(change: Change) -> list[tuple[str, object]]:
     from edgepatch.store.audit import title
 
     return [("beside", f"{title(other)} ({digest[:12]})") for digest, other in sorted(change.beside.items())]
-
-
-@app.command()
-def status(store: StoreOption = None, as_json: JsonFlag = False) -> None:
-    """Show the active patches, who vouches for them, and what needs attention; the exit code is 3 if one cannot be trusted.
-
-    Example: `edgepatch status`
-    """
-    from edgepatch.converters.first_contact import remembered_notes
-    from edgepatch.store import audit
-    from edgepatch.store.reading import StoreReader
-
-    report, findings = audit.status(StoreReader(store))
-    report["limited_models"] = remembered_notes()
-    if as_json:
-        print_json({**report, "findings": [asdict(finding) for finding in findings]})
-    else:
-        _print_status(report)
-        limited = [audit.Finding("warning", entry["file"], entry["note"]) for entry in report["limited_models"]]
-        _print_findings([*findings, *limited])
-    audit.require_no_error(findings)
-
-
-def _print_status(report: dict[str, Any]) -> None:
-    root = report["trust_root"]
-    rows: list[tuple[str, object]] = [("store", report["store"])]
-    rows.append(
-        (
-            "trust root",
-            f"version {root['version']}, {root['threshold']} of {', '.join(root['keys'])}" if root else "none",
-        )
-    )
-    for base in report["bases"]:
-        rows += _base_rows(base)
-    if not report["bases"]:
-        rows.append(("active", "nothing"))
-    stdout().print(table(rows))
-
-
-def _base_rows(base: dict[str, Any]) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = [("", "")]
-    rows.append(("base", f"{base['base'][:12]} ({base['model_type']}, weights {base['weight_fingerprint'][:12]})"))
-    if base["held"]:
-        rows.append(("held", base["hold_reason"] or "yes"))
-    for patch in base["patches"]:
-        rows.append(("active", f"{patch['name']} {patch['version']} ({patch['digest'][:12]})"))
-        rows.append(("release", f"{patch['channel']} {patch['sequence']}, expires {patch['expires'] or 'never'}"))
-        rows.append(("signatures", patch["signatures"]))
-        if patch["held"]:
-            rows.append(("held", patch["hold_reason"] or "yes"))
-    if base["composition"]:
-        composed = base["composition"]
-        rows.append(
-            ("together", f"{composed['digest'][:12]}, {composed['num_virtual_tokens']} virtual tokens side by side")
-        )
-    if not base["patches"]:
-        rows.append(("active", "nothing: this model runs without a patch, by word"))
-    for slot in base["off"]:
-        held = f"; held: {slot['hold_reason'] or 'yes'}" if slot["held"] else ""
-        rows.append(("off", f"{slot['name']}: {slot['reason'] or 'replaced'}{held}"))
-    return rows
-
-
-def _print_findings(findings: list[Finding]) -> None:
-    console = stderr()
-    for finding in findings:
-        colour = "red" if finding.level == "error" else "yellow"
-        console.print(
-            f"[bold {colour}]{finding.level}:[/] {cell(finding.subject)}: {cell(finding.message)}", soft_wrap=True
-        )
-
-
-@app.command("list")
-def list_patches(store: StoreOption = None, as_json: JsonFlag = False) -> None:
-    """List the patches of the store; a star marks the active ones.
-
-    Example: `edgepatch list`
-    """
-    from edgepatch.store.audit import summary
-    from edgepatch.store.reading import StoreReader
-
-    state, _ = StoreReader(store).read()
-    active = {digest for record in state.bases.values() for digest in record.active}
-    patches = sorted(
-        state.patches.items(), key=lambda item: (item[1].base, item[1].name, item[1].channel, item[1].sequence)
-    )
-    if as_json:
-        print_json(
-            [{**summary(digest, patch), "base": patch.base, "active": digest in active} for digest, patch in patches]
-        )
-        return
-    rows = Table(box=None, pad_edge=False)
-    for heading in ("", "digest", "patch", "channel", "sequence", "expires", "base"):
-        rows.add_column(heading)
-    for digest, patch in patches:
-        marker = "*" if digest in active else ""
-        entries = (
-            marker,
-            digest[:12],
-            f"{patch.name} {patch.version}",
-            patch.channel,
-            patch.sequence,
-            patch.expires or "never",
-            patch.base[:12],
-        )
-        rows.add_row(*map(cell, entries))
-    stdout().print(rows)
 
 
 @app.command()
@@ -352,7 +259,7 @@ def _verify_store(model: Path | None, words: Words, store: Path | None, as_json:
             }
         )
     else:
-        _print_findings(findings)
+        print_findings(findings)
         if is_sound:
             rows: list[tuple[str, object]] = [
                 ("store", reader.folder),
@@ -430,69 +337,35 @@ def _hold(target: str | None, patch: str | None, reason: str, store: Path | None
     from edgepatch.store.device import Store
 
     start, name = _target(store, target, patch)
-    base = Store(store).hold(start, reason, is_held=is_held, patch=name)
+    device = Store(store)
+    base = device.hold(start, reason, is_held=is_held, patch=name)
     if as_json:
         print_json({"base": base, "patch": name, "held": is_held})
     else:
-        print(f"{f'{name} of ' if name else ''}base {base[:12]}: {'held' if is_held else 'not held'}")
+        title = device.read()[0].bases[base].title
+        print(f"{f'{name} of ' if name else ''}base {title} ({base[:12]}): {'held' if is_held else 'not held'}")
 
 
 def _target(store: Path | None, target: str | None, patch: str | None) -> tuple[str | None, str | None]:
-    """(start of a base's id, name of a patch) that a word and ``--patch`` mean.
+    """(start of a base's id or name, name of a patch) that a word and ``--patch`` mean.
 
     Raises:
-        InputError: the word is neither a name nor the start of an id.
+        InputError: the word is neither the name of a patch nor the start of a base's id or name.
     """
-    from edgepatch.store.reading import StoreReader
+    from edgepatch.store.reading import StoreReader, bases_called
     from edgepatch.store.slots import names
 
     reader = StoreReader(store)
     state, _ = reader.read()
     if target is not None and patch is None and target in names(state):
         return None, target
-    if target is not None and not any(base.startswith(target) for base in state.bases):
-        choices = ", ".join([*sorted(names(state)), *(base[:12] for base in state.bases)]) or "nothing"
+    if target is not None and not bases_called(target, state.bases):
+        bases = (f"{base[:12]} ({record.title})" for base, record in state.bases.items())
+        choices = ", ".join([*sorted(names(state)), *bases]) or "nothing"
         raise InputError(
-            f"{target[:80]!r}: expected the name of a patch or the start of a base's id in {reader.folder}, found {choices}"
+            f"{target[:80]!r}: expected the name of a patch, or the start of a base's id or name, in {reader.folder}, found {choices}"
         )
     return target, patch
-
-
-@app.command()
-def history(store: StoreOption = None, as_json: JsonFlag = False) -> None:
-    """Show what was done to the store, oldest first; the exit code is 3 if somebody changed the record.
-
-    Example: `edgepatch history`
-    """
-    from edgepatch.store.reading import StoreReader
-
-    entries = StoreReader(store).history()
-    if as_json:
-        print_json(entries)
-        return
-    rows = Table(box=None, pad_edge=False)
-    for heading in ("", "time", "action", "what", "why"):
-        rows.add_column(heading)
-    for entry in entries:
-        rows.add_row(*map(cell, (entry["number"], entry["time"], entry["action"], _what(entry), _why(entry))))
-    stdout().print(rows)
-
-
-def _what(entry: dict[str, Any]) -> str:
-    if "patch" in entry:
-        beside = f", beside {', '.join(digest[:12] for digest in entry['beside'])}" if "beside" in entry else ""
-        release = f"{entry['channel']} {entry['sequence']}"
-        return f"{entry['name']} {entry['version']} ({entry['patch'][:12]}), {release}{beside}"
-    if "version" in entry:
-        return f"trust root version {entry['version']} ({entry['fingerprint'][:12]}), sequences {entry['sequences']}"
-    of = f"{entry['name']} of " if "name" in entry else ""
-    return f"{of}base {entry['base'][:12]}" if "base" in entry else ""
-
-
-def _why(entry: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{name}: {entry[name]}" for name in ("unsigned", "downgrade", "expired", "reason") if name in entry
-    )
 
 
 @app.command()

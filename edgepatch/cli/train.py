@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, log_beside, model_path, note, print_json, progress_bars
+from edgepatch.cli.console import ForceFlag, JsonFlag, log_beside, model_path, note, print_json, progress_bars
 from edgepatch.errors import InputError
 from edgepatch.progress import silent
 
 if TYPE_CHECKING:
+    from edgepatch.patch.file import Patch
     from edgepatch.training.config import TrainConfig
     from edgepatch.training.distillation import Teacher
     from edgepatch.training.forward import BenignText
+    from edgepatch.training.pairs.preferences import Pair
 
 
 LORA_RATES = {"sft_learning_rate": 1e-3, "dpo_learning_rate": 5e-4}
@@ -86,11 +88,12 @@ def _train_lora(
     log: Path | None,
     as_json: bool,
 ) -> None:
+    from edgepatch.files.writing import require_new_folder
     from edgepatch.training.lora import LoRATraining
-    from edgepatch.training.pairs.preferences import read_pairs
 
+    require_new_folder(out)
+    pairs, texts = _material(pairs_file, benign, config, run, None)
     with progress_bars(_log(log, out, run), lambda: _kept(run)) as progress:
-        pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
         training = LoRATraining(model, config, rank, run, device, teacher)
         record = training.train(pairs, texts, out, progress)
     accuracy = (training.history.preference_accuracy or [float("nan")])[-1]
@@ -98,6 +101,32 @@ def _train_lora(
         print_json({"path": str(out), "training": record})
     else:
         print(f"{out}: LoRA of rank {rank}, held-out preference accuracy {accuracy:.2f}")
+
+
+def _material(
+    pairs_file: Path, benign: Path | None, config: TrainConfig, run: Path | None, reference: Path | None
+) -> tuple[list[Pair], list[BenignText]]:
+    """(pairs, benign texts), and that training can begin with them: all that is known before a model is loaded.
+
+    Raises:
+        InputError: a file cannot be used, there are too few pairs, or the run folder holds a run with other settings.
+    """
+    from edgepatch.training.pairs.preferences import read_pairs
+    from edgepatch.training.runs import require_same_config
+    from edgepatch.training.trainer import require_trainable
+
+    pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
+    require_trainable(config, [pairs], texts, reference is not None)
+    require_same_config(run, config)
+    return pairs, texts
+
+
+def _require_base(model: Path, patches: Sequence[Patch]) -> None:
+    """Raises unless patches are for the model that is to be loaded."""
+    from edgepatch.runtimes import read_spec
+
+    for patch in patches:
+        patch.base.require_same(read_spec(model))
 
 
 def _log(log: Path | None, out: Path, run: Path | None) -> Path | None:
@@ -127,7 +156,9 @@ def train(
         ),
     ],
     pairs_file: Annotated[Path, typer.Option("--pairs", help="Preference pairs, JSON Lines.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Patch file to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="Patch file to write; with --kind lora a new folder.")
+    ],
     benign: Annotated[
         Path | None, typer.Option(help="Benign texts or conversations for the KL term; default: the texts shipped.")
     ] = None,
@@ -238,6 +269,7 @@ def train(
             help="Log of the progress, added to; default: train.log in the run folder, else OUT.log beside the output.",
         ),
     ] = None,
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a patch on the frozen model: SFT, or distillation of a teacher, then DPO. Its seed moves with the text where it can.
@@ -266,19 +298,25 @@ def train(
         _refuse_for_lora({"--start": start, "--beside": beside, "--weights": weights, "--reference": reference})
         _train_lora(model, config, teacher, rank or 16, pairs_file, benign, out, run, device, log, as_json)
         return
+    from edgepatch.files.writing import require_new_file
     from edgepatch.patch.file import read_patch, write_patch
+    from edgepatch.patch.manifest import require_option
     from edgepatch.training import parallel
     from edgepatch.training.page import write_training_page
-    from edgepatch.training.pairs.preferences import read_pairs
     from edgepatch.training.patching import PatchTraining
 
+    require_new_file(out, force)
+    require_option("name", name)
+    require_option("version", version)
+    pairs, texts = _material(pairs_file, benign, config, run, reference)
+    started = read_patch(start) if start else None
+    company = [read_patch(file) for file in beside or ()]
+    _require_base(model, [*([started] if started else []), *company])
     with progress_bars(_log(log, out, run), lambda: _kept(run)) as bars:
         progress = silent if os.environ.get("RANK", "0") != "0" else bars  # of several processes the first speaks
-        pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
         training = PatchTraining(model, config, weights or (), run, reference, device, note, progress, teacher)
-        company = [read_patch(file) for file in beside or ()]
-        if start is not None:
-            patch = training.kv_prefix(read_patch(start), pairs, texts, name, version, progress, company)
+        if started is not None:
+            patch = training.kv_prefix(started, pairs, texts, name, version, progress, company)
         else:
             patch = training.soft_prompt(pairs, texts, name, version, progress, company)
         if parallel.world()[0]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -34,27 +35,37 @@ def sign(
     Example: `edgepatch sign detox-1.1.0.safetensors vendor.key`
     """
     from edgepatch.patch.file import PAYLOAD_TYPE, read_patch, signed, write_patch
-    from edgepatch.trust.keys import read_private_key
+    from edgepatch.trust.keys import read_private_key, require_private
+    from edgepatch.trust.signatures import key_id, raw_public_key
     from edgepatch.trust.signatures import sign as signature_of
 
     patch = read_patch(patch_file)
+    for file in key_files:
+        require_private(file)
     passphrase = read_passphrase(passphrase_file, unencrypted, confirm=False)
-    for key in [read_private_key(file, passphrase) for file in key_files]:
+    owners = dict[str, str]()
+    for file, key in [(file, read_private_key(file, passphrase)) for file in key_files]:
         patch = signed(patch, signature_of(patch.manifest, PAYLOAD_TYPE, key))
+        owners[key_id(raw_public_key(key))] = file.stem
     digest = write_patch(patch, out or patch_file)
     names = [signature.key_id for signature in patch.signatures]
     if as_json:
-        print_json({"file": str(out or patch_file), "digest": digest, "signatures": names})
+        print_json({"file": str(out or patch_file), "digest": digest, "signatures": names, "signed_with": owners})
     else:
         stdout().print(
             table(
                 [
                     ("file", out or patch_file),
                     ("digest", digest),
-                    ("signatures", ", ".join(name[:12] for name in names)),
+                    ("signatures", ", ".join(_called(name, owners) for name in names)),
                 ]
             )
         )
+
+
+def _called(key: str, owners: Mapping[str, str]) -> str:
+    """A key by its file's name and the start of its id; one that had signed before by its id alone."""
+    return f"{owners[key]} ({key[:12]})" if key in owners else key[:12]
 
 
 @trust_app.command("set")

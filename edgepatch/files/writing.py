@@ -146,6 +146,16 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             raise
 
 
+def require_new_folder(target: Path) -> None:
+    """Checks, before any work, that a folder takes nobody's place.
+
+    Raises:
+        InputError: something is there, and it is not an empty folder.
+    """
+    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise InputError(f"cannot write {target}: it exists and is not an empty folder", hint="name a new folder")
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A new folder that appears at the end as ``target``, where nothing or an empty folder may be, or vanishes on any error.
@@ -153,7 +163,6 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         InputError: something is there, or as ``folder_beside``.
     """
-    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise InputError(f"cannot write {target}: it exists and is not an empty folder", hint="name a new folder")
+    require_new_folder(target)
     with replacing_folder(target) as unfinished:
         yield unfinished

@@ -47,7 +47,7 @@ def read_gguf(path: Path) -> ModelFacts:
         path=path,
         kind="GGUF file",
         runtime="llamacpp",
-        origin=_origin(header.metadata),
+        origin=origin_of(header.metadata),
         architecture=printable(header.architecture),
         num_parameters=sum(prod(info.shape) for info in header.tensors.values()),
         files={path.name: path.stat().st_size},
@@ -71,7 +71,9 @@ def _spec(header: GGUFHeader) -> tuple[ModelSpec | None, str]:
     return specs.spec_of(header), ""
 
 
-def _origin(metadata: Mapping[str, Any]) -> Origin:
+def origin_of(metadata: Mapping[str, Any]) -> Origin:
+    """Who a GGUF file says it is."""
+
     def first(*keys: str) -> str:
         return next((printable(metadata[f"general.{key}"]) for key in keys if metadata.get(f"general.{key}")), "")
 

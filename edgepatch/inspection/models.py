@@ -6,17 +6,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.hf.specs import read_json
 from edgepatch.doctor.machine import memory
 from edgepatch.inspection.facts import ModelFacts
 from edgepatch.inspection.fitting import Fitting, fitting_patches
-from edgepatch.inspection.folder_facts import read_model_folder
-from edgepatch.inspection.gguf_facts import read_gguf
+from edgepatch.inspection.folder_facts import read_model_folder, read_origin
+from edgepatch.inspection.gguf_facts import origin_of, read_gguf
 from edgepatch.inspection.kinds import Kind
 from edgepatch.inspection.memory import MemoryNeed, memory_need
 from edgepatch.inspection.onnx_facts import read_onnx_folder
+from edgepatch.runtimes import runtime_name
 from edgepatch.store.reading import StoreReader
 
-MODEL_KINDS = frozenset({Kind.GGUF_MODEL, Kind.MODEL_FOLDER, Kind.ONNX_FOLDER})
+OF_RUNTIME = {"llamacpp": Kind.GGUF_MODEL, "onnx": Kind.ONNX_FOLDER, "torch": Kind.MODEL_FOLDER}
+MODEL_KINDS = frozenset(OF_RUNTIME.values())
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,33 @@ class ModelReport:
         }
 
 
+def kind_of_model(path: Path) -> Kind:
+    """Which of ``MODEL_KINDS`` a model is.
+
+    Raises:
+        InputError: nothing is there, or it is no model.
+    """
+    return OF_RUNTIME[runtime_name(path)]
+
+
+def read_facts(path: Path, kind: Kind, loads_libraries: bool = False) -> ModelFacts:
+    """Facts of a model; arguments and errors as for ``examine_model``."""
+    if kind is Kind.GGUF_MODEL:
+        return read_gguf(path)
+    return read_onnx_folder(path) if kind is Kind.ONNX_FOLDER else read_model_folder(path, loads_libraries)
+
+
+def model_name(path: Path) -> str:
+    """What a model calls itself, "" where it does not say; neither weights nor a library are read.
+
+    Raises:
+        InputError: it is no model, or its header or config is damaged.
+    """
+    if kind_of_model(path) is Kind.GGUF_MODEL:
+        return origin_of(read_header(path).metadata).name
+    return read_origin(path, read_json(path / "config.json")).name
+
+
 def examine_model(path: Path, kind: Kind, store: Path | None = None, loads_libraries: bool = False) -> ModelReport:
     """Facts, fitting patches and need of memory of a model.
 
@@ -55,11 +86,6 @@ def examine_model(path: Path, kind: Kind, store: Path | None = None, loads_libra
     Raises:
         InputError: a file is missing, truncated or damaged.
     """
-    if kind is Kind.GGUF_MODEL:
-        facts = read_gguf(path)
-    elif kind is Kind.ONNX_FOLDER:
-        facts = read_onnx_folder(path)
-    else:
-        facts = read_model_folder(path, loads_libraries)
+    facts = read_facts(path, kind, loads_libraries)
     fitting = fitting_patches(facts, StoreReader(store), loads_libraries)
     return ModelReport(facts, fitting, memory_need(facts, memory()["available_bytes"]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from edgepatch.errors import PatchFormatError
+from edgepatch.errors import InputError, PatchFormatError
 from edgepatch.files.canonical import MAX_WHOLE
 from edgepatch.patch.sketches import Sketch
 from edgepatch.seeds.anchoring import Anchoring
@@ -165,6 +165,17 @@ def check_values(patch: object) -> None:
         value = getattr(patch, key)
         if not entry.holds(value):
             raise PatchFormatError(f"manifest: {key}: expected {entry.expected}, found {value!r:.80}")
+
+
+def require_option(key: str, value: object) -> None:
+    """Checks what is to become a field of a patch, before any work.
+
+    Raises:
+        InputError: no manifest may hold it there.
+    """
+    entry = ENTRIES[key]
+    if not entry.holds(value):
+        raise InputError(f"--{key}: expected {entry.expected}, found {value!r:.80}")
 
 
 def require_manifest(manifest: object) -> dict[str, Any]:

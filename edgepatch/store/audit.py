@@ -10,7 +10,7 @@ from edgepatch.errors import EdgepatchError, InputError, UntrustedError
 from edgepatch.patch.composition import compose_on_device
 from edgepatch.store.policy import is_expired, time_of
 from edgepatch.store.reading import PATCHES, StoreReader, require_vouched, root_of
-from edgepatch.store.records import BaseRecord, SlotRecord, State, StoredPatch, TrustState, base_id
+from edgepatch.store.records import BaseRecord, SlotRecord, State, StoredPatch, TrustState, base_id, shape_of
 from edgepatch.tensors import ModelSpec
 from edgepatch.trust.roots import Root, time_text
 from edgepatch.trust.verification import require_current, require_signed
@@ -60,6 +60,8 @@ def status(store: StoreReader) -> tuple[dict[str, Any], list[Finding]]:
         bases.append(
             {
                 "base": base,
+                "name": record.name,
+                "shape": shape_of(record.spec),
                 "model_type": record.spec["model_type"],
                 "weight_fingerprint": record.spec["weight_fingerprint"],
                 "held": record.is_held,
@@ -98,7 +100,7 @@ def check_composition(
     store: StoreReader, record: BaseRecord, state: State, trust: TrustState
 ) -> tuple[dict[str, Any] | None, list[Finding]]:
     """(what runs where several patches of a base are active, what is wrong with it); a part that does not load is told by itself."""
-    name = f"base {base_id(ModelSpec.from_dict(record.spec))[:12]}"
+    name = f"base {record.title} ({base_id(ModelSpec.from_dict(record.spec))[:12]})"
     if not record.active and record.why_off:
         return None, [Finding("warning", name, f"runs without a patch, by word: {record.why_off}")]
     if len(record.active) < 2:

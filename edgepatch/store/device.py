@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,7 +34,7 @@ from edgepatch.store.policy import (
     time_of,
 )
 from edgepatch.store.reading import HISTORY, PATCHES, STATE, TRUST, StoreReader, root_of
-from edgepatch.store.records import BaseRecord, Seen, SlotRecord, State, StoredPatch, TrustState, base_id
+from edgepatch.store.records import BaseRecord, Seen, SlotRecord, State, StoredPatch, TrustState, base_id, human_name
 from edgepatch.store.slots import Place, held, place_of, require_free, rolled_back, taken_off, with_active, without
 from edgepatch.tensors import ModelSpec
 from edgepatch.trust.roots import Root, time_text
@@ -66,7 +66,14 @@ class Store(StoreReader):
         self._lock_timeout_s = lock_timeout_s
 
     def apply(
-        self, path: Path, allowances: Allowances = NOTHING_ALLOWED, *, model: ModelSpec | None = None, channel: str = ""
+        self,
+        path: Path,
+        allowances: Allowances = NOTHING_ALLOWED,
+        *,
+        model: ModelSpec | None = None,
+        channel: str = "",
+        base_name: str = "",
+        is_trial: bool = False,
     ) -> Change:
         """Checks a patch file, keeps the bytes that were checked, and makes the patch the active one of its name.
 
@@ -77,6 +84,8 @@ class Store(StoreReader):
             allowances: what may pass, and why.
             model: the model that the patch must fit; else it must fit one that the device has a patch for.
             channel: the channel to change over to; else the patch must be of the active one's.
+            base_name: what the model calls itself, for people; a base keeps its first name.
+            is_trial: whether to check everything, and change nothing: no file, no lock, no right to write is needed.
 
         Raises:
             InputError: the file cannot be read, a reason cannot be used, or the patch cannot stand beside the other active ones.
@@ -87,10 +96,16 @@ class Store(StoreReader):
         """
         data = read_patch_bytes(path)
         patch = parse_patch_file(path, data)
-        with self._changing() as (state, trust):
+        with nullcontext(self.read()) if is_trial else self._changing() as (state, trust):
             signed_by = self._check(patch, allowances, model, channel, state, trust)
-            trust = trust.with_time(patch.created) if signed_by else trust
-            return self._activate(patch, data, allowances, signed_by, state, trust)
+            new = _with_patch(state, patch, allowances.unsigned, base_name)
+            change = self._change_to(new, state, patch, data, signed_by)
+            if change.is_new and not is_trial:
+                self._keep(change.digest, data)
+                if new != state:
+                    trust = trust.with_time(patch.created) if signed_by else trust
+                    self._commit_patch(state, new, trust, change, allowances)
+            return change
 
     def _check(
         self,
@@ -124,54 +139,44 @@ class Store(StoreReader):
                 others.append(self.load_stored(digest, state, trust))
         check_beside(patch, others)
 
-    def _activate(
-        self,
-        patch: Patch,
-        data: bytes,
-        allowances: Allowances,
-        signed_by: frozenset[str],
-        state: State,
-        trust: TrustState,
-    ) -> Change:
+    def _change_to(self, new: State, state: State, patch: Patch, data: bytes, signed_by: frozenset[str]) -> Change:
+        """What becoming the active patch of its name comes to; the same bytes in the same place change nothing."""
         base, digest = base_id(patch.base), patch.digest
-        stored, others = StoredPatch.of(patch, allowances.unsigned), state.beside(base, patch.name)
-        record = state.bases.get(base, BaseRecord(patch.base.as_dict(), {}))
-        slot = record.slots.get(patch.name, SlotRecord())
-        before = slot.active
-        if before == digest and state.patches[digest] == stored:
-            return Change(digest, stored, before, self._mend(digest, data), signed_by, others)
-        self._keep(digest, data)
-        record = record.with_slot(patch.name, with_active(slot, digest))
-        new = replace(state, patches={**state.patches, digest: stored}, bases={**state.bases, base: record})
+        slot = state.bases[base].slots.get(patch.name, SlotRecord()) if base in state.bases else SlotRecord()
+        is_new = new != state or not self._has_kept(digest, data)
+        return Change(digest, new.patches[digest], slot.active, is_new, signed_by, state.beside(base, patch.name))
+
+    def _commit_patch(
+        self, state: State, new: State, trust: TrustState, change: Change, allowances: Allowances
+    ) -> None:
+        stored = change.patch
+        seen = Seen(stored.sequence, change.digest)
         self._commit(
             state,
             new,
-            trust.with_seen(base, patch.name, patch.channel, Seen(patch.sequence, digest)),
+            trust.with_seen(stored.base, stored.name, stored.channel, seen),
             "apply",
             {
-                **described(digest, stored),
-                "before": before,
-                "beside": sorted(others) or None,
-                "signed_by": sorted(signed_by) or None,
+                **described(change.digest, stored),
+                "before": change.before,
+                "beside": sorted(change.beside) or None,
+                "signed_by": sorted(change.signed_by) or None,
                 "unsigned": allowances.unsigned,
                 "downgrade": allowances.downgrade,
                 "expired": allowances.expired,
             },
         )
-        return Change(digest, stored, before, True, signed_by, others)
 
     def _keep(self, digest: str, data: bytes) -> None:
         """Other bytes of the same patch have other signatures, which were checked as well; so they may lie there at once."""
         files.write_file(self.patch_path(digest), data)
         files.sync_folder(self.folder / PATCHES)
 
-    def _mend(self, digest: str, data: bytes) -> bool:
-        """Whether the file of a patch, damaged or signed otherwise, had to be written anew."""
+    def _has_kept(self, digest: str, data: bytes) -> bool:
+        """Whether the file of a patch is there with these bytes, not damaged and not signed otherwise."""
         with suppress(OSError, UntrustedError):
-            if files.read_file(self.patch_path(digest), MAX_FILE_BYTES, "patch") == data:
-                return False
-        self._keep(digest, data)
-        return True
+            return files.read_file(self.patch_path(digest), MAX_FILE_BYTES, "patch") == data
+        return False
 
     def rollback(self, base: str | None = None, reason: str = "", *, patch: str | None = None) -> Change:
         """Makes the patch active again that was active before the present one of its name; the others stay.
@@ -378,6 +383,16 @@ class Store(StoreReader):
                 f"store {self.folder}: the disk fails: {reason.strerror}",
                 hint="the new state is in place, but may not survive a power cut; replace the disk",
             ) from reason
+
+
+def _with_patch(state: State, patch: Patch, unsigned: str, base_name: str) -> State:
+    """The state in which a patch is the active one of its name."""
+    base, digest = base_id(patch.base), patch.digest
+    record = state.bases.get(base, BaseRecord(patch.base.as_dict(), {}))
+    slot = with_active(record.slots.get(patch.name, SlotRecord()), digest)
+    record = replace(record.with_slot(patch.name, slot), name=record.name or human_name(base_name))
+    patches = {**state.patches, digest: StoredPatch.of(patch, unsigned)}
+    return replace(state, patches=patches, bases={**state.bases, base: record})
 
 
 def _follow(pinned: Root | None, roots: Sequence[Root], now: datetime, floor: datetime | None) -> tuple[Root, bool]:

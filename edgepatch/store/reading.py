@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +20,7 @@ from edgepatch.patch.file import MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patc
 from edgepatch.store import files
 from edgepatch.store.history import MAX_HISTORY_BYTES, parse_history
 from edgepatch.store.policy import time_of
-from edgepatch.store.records import State, StoredPatch, TrustState, base_id, parse_state, parse_trust
+from edgepatch.store.records import BaseRecord, State, StoredPatch, TrustState, base_id, parse_state, parse_trust
 from edgepatch.tensors import ModelSpec
 from edgepatch.trust.roots import Root, parse_root
 from edgepatch.trust.verification import trusted_time, verify_threshold
@@ -246,15 +246,15 @@ class StoreReader:
         return digests[0]
 
     def find_base(self, text: str | None, state: State | None = None) -> str:
-        """The id of a base, from its start; without one, that of the only base of this device.
+        """The id of a base, from the start of it or of the base's name; without one, that of the only base of this device.
 
         Raises:
             InputError: none or several fit.
         """
         bases = (state or self.read()[0]).bases
-        matching = [base for base in bases if base.startswith(text or "")]
+        matching = bases_called(text or "", bases)
         if len(matching) != 1:
-            names = ", ".join(f"{base[:12]} ({record.spec['model_type']})" for base, record in bases.items()) or "none"
+            names = ", ".join(f"{base[:12]} ({record.title})" for base, record in bases.items()) or "none"
             raise InputError(
                 f"base model: expected one in {self.folder}, found {len(matching)}", hint=f"name one: {names}"
             )
@@ -299,6 +299,15 @@ class StoreReader:
             raise InputError(
                 f"cannot read the store {self.folder}: {error.strerror}", hint="check the path and its rights"
             ) from error
+
+
+def bases_called(text: str, bases: Mapping[str, BaseRecord]) -> list[str]:
+    """The ids of the bases that a text may mean: the start of an id, a whole name, or else the start of a name."""
+    word = text.casefold()
+    names = {base: record.name.casefold() for base, record in bases.items()}
+    named = [base for base, name in names.items() if name and name == word]
+    named = named or [base for base, name in names.items() if name and name.startswith(word)]
+    return [base for base in bases if base.startswith(text) or base in named]
 
 
 def root_of(trust: TrustState) -> Root | None:

@@ -21,6 +21,9 @@ STATE_FORMAT = 2
 TRUST_FORMAT = 2
 """Format 1 is read as well: a channel's newest patch was that of all names together."""
 
+MAX_NAME = 80
+"""Characters of what a model calls itself."""
+
 STATE_DEPTH = MAX_DEPTH + 4  # a model spec lies deeper in a state than in the manifest that brought it
 PYTHON_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 NO_LINE = "0" * 64
@@ -93,12 +96,19 @@ class BaseRecord:
         slots: by the names of their patches. Where none of them has an active patch, the bare model was asked for by word.
         is_held: whether ``apply`` of any name is refused.
         hold_reason: why.
+        name: what the model calls itself, for people; "" where it was never seen.
     """
 
     spec: dict[str, Any]
     slots: Mapping[str, SlotRecord]
     is_held: bool = False
     hold_reason: str = ""
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        """The base for people: its name, else its kind and shape."""
+        return self.name or shape_of(self.spec)
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -113,6 +123,16 @@ class BaseRecord:
     def with_slot(self, name: str, slot: SlotRecord) -> BaseRecord:
         """The record with another slot of a name."""
         return replace(self, slots={**self.slots, name: slot})
+
+
+def shape_of(spec: Mapping[str, Any]) -> str:
+    """A model by its kind and shape: "llama, 30 layers of 576"."""
+    return f"{spec['model_type']}, {spec['num_hidden_layers']} layers of {spec['hidden_size']}"
+
+
+def human_name(text: str) -> str:
+    """What a model calls itself, as one printable line of bounded length; whoever made its file chose the text."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:MAX_NAME].strip()
 
 
 @dataclass(frozen=True)
@@ -169,8 +189,12 @@ class State:
         return {digest: self.patches[digest] for digest in active if self.patches[digest].name != name}
 
     def to_bytes(self) -> bytes:
-        """The file."""
-        return canonical_json({"format": STATE_FORMAT, **asdict(self)}, STATE_DEPTH)
+        """The file; a base without a name is written as releases wrote it that knew no names."""
+        values = asdict(self)
+        for record in values["bases"].values():
+            if not record["name"]:
+                del record["name"]
+        return canonical_json({"format": STATE_FORMAT, **values}, STATE_DEPTH)
 
 
 @dataclass(frozen=True)
@@ -282,7 +306,9 @@ def _slot(value: object) -> SlotRecord:
 
 
 def _base(value: object, name: str) -> BaseRecord:
-    record = _record(BaseRecord, value, "base")
+    record = _record(BaseRecord, {"name": "", **_object(value, "base")}, "base")
+    if record.name != human_name(record.name):
+        raise UntrustedError("name of a base", f"one printable line of at most {MAX_NAME} characters", record.name[:80])
     slots = {
         _patch_name(slot_name): _slot(slot) for slot_name, slot in _object(record.slots, "slots of a base").items()
     }

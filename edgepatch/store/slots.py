@@ -46,14 +46,14 @@ def place_of(
     Args:
         store: of the state.
         state: as it is.
-        base: start of the base's id; ``None`` where one alone fits.
+        base: start of the base's id or name; ``None`` where one alone fits.
         name: of the patches; ``None`` where one alone is meant.
         is_meant: whether a slot can be meant where no name is given.
 
     Raises:
         InputError: none or several fit.
     """
-    if name is None:
+    if name is None or base is not None:
         base = store.find_base(base, state)
     places = [place for place in _places(state) if place.base.startswith(base or "")]
     fitting = [place for place in places if (is_meant(place.slot) if name is None else place.name == name)]

@@ -172,6 +172,7 @@ class FolderTokenizer:
 
     Raises:
         InputError: a file is missing or unreadable.
+        MissingExtraError: tokenizers is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -189,6 +190,9 @@ class FolderTokenizer:
             ) from error
         except EdgepatchError:
             raise
+        except ModuleNotFoundError as error:
+            extra = "train" if next(folder.glob("*.safetensors"), None) else "onnx"
+            raise MissingExtraError(error.name or "tokenizers", extra) from None
         except Exception as error:  # the tokenizers library raises bare Exception for a broken file
             raise InputError(
                 f"the tokenizer in {folder} cannot be read: {error}", hint="save the tokenizer again"

@@ -72,6 +72,8 @@ class FrozenModels:
             import torch
         except ImportError:
             raise MissingExtraError("torch", "train") from None
+        if device is not None:
+            hf_folders.require_device(device)
         self.config, self.folders, self.trusted = config, list(folders), trusted
         self.spec = hf_folders.read_spec(self.folders[0])
         for folder in self.folders[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from edgepatch.files import strict_json
 from edgepatch.files.tensor_trees import read_tree, write_tree
 from edgepatch.files.writing import write_atomically
 from edgepatch.training import parallel
-from edgepatch.training.config import History
+from edgepatch.training.config import History, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 PICKLED_FILE = "checkpoint.pt"
 SETTINGS_FILE = "run.json"
 STEPS_BETWEEN_CHECKPOINTS = 50
+DIFFERENCES_TOLD = 3
 
 
 @dataclass
@@ -127,13 +129,35 @@ def known_settings(folder: Path | None) -> dict[str, Any] | None:
     return strict_json.read_json(path, what="the settings of a run", hint="delete the run folder to start again")
 
 
+def require_same_config(folder: Path | None, config: TrainConfig) -> None:
+    """Checks, before a model is loaded, that a run goes on with the hyperparameters that it began with, as far as they are set.
+
+    Raises:
+        InputError: one differs, or the settings that are there are damaged.
+    """
+    kept_settings = (known_settings(folder) or {}).get("config")
+    if folder is None or not isinstance(kept_settings, dict):
+        return
+    known = {name: value for name, value in asdict(config).items() if name in kept_settings}
+    settled = {name: value for name, value in known.items() if value is not None and value != "auto"}
+    _require_same(folder, {"config": {name: kept_settings[name] for name in settled}}, {"config": settled})
+
+
 def _require_same(folder: Path, kept_settings: dict[str, Any], new_settings: dict[str, Any]) -> None:
-    differing = sorted(
-        name for name in kept_settings.keys() | new_settings.keys() if kept_settings.get(name) != new_settings.get(name)
-    )
+    differing = list(_differences("", kept_settings, new_settings))
     if differing:
-        first = differing[0]
+        words = [f"{name}: expected {kept}, found {new}" for name, kept, new in differing[:DIFFERENCES_TOLD]]
+        more = f"; and {len(differing) - DIFFERENCES_TOLD} more" if len(differing) > DIFFERENCES_TOLD else ""
         raise InputError(
-            f"{folder} holds a run with other settings: {first}: expected {kept_settings.get(first)!r}, found {new_settings.get(first)!r}",
+            f"{folder} holds a run with other settings: {'; '.join(words)}{more}",
             hint="repeat the settings to go on with it, or name another folder",
         )
+
+
+def _differences(place: str, kept: Any, new: Any) -> Iterator[tuple[str, str, str]]:
+    """(dotted name of a field, value that is kept, new value) of each that differs."""
+    if isinstance(kept, dict) and isinstance(new, dict):
+        for name in sorted(kept.keys() | new.keys()):
+            yield from _differences(f"{place}.{name}" if place else name, kept.get(name), new.get(name))
+    elif kept != new:
+        yield place, f"{kept!r:.100}", f"{new!r:.100}"

@@ -33,6 +33,29 @@ LEAST_PAIRS = 10
 HELD_OUT_TEXTS = 16
 
 
+def require_trainable(
+    config: TrainConfig, tasks: Sequence[Sequence[Pair]], benign_texts: Sequence[BenignText], has_reference: bool
+) -> None:
+    """Checks what is known before a model is loaded; arguments as of ``Trainer``.
+
+    Raises:
+        InputError: too few pairs, no benign text for the KL term, or a reference without its use.
+    """
+    for pairs in tasks:
+        if len(pairs) < LEAST_PAIRS:
+            raise InputError(
+                f"training needs at least {LEAST_PAIRS} pairs, found {len(pairs)}",
+                hint="make more with `edgepatch pairs`",
+            )
+    if config.kl_weight and not benign_texts:
+        raise InputError("the KL term needs benign text", hint="give benign text, or set the KL weight to 0")
+    if (config.dpo_reference == "model") != has_reference:
+        raise InputError(
+            f"dpo_reference {config.dpo_reference}: the reference model is {'not used' if has_reference else 'missing'}",
+            hint="name a safer model together with dpo_reference model",
+        )
+
+
 class Trainer:
     """Trains one policy.
 
@@ -60,19 +83,7 @@ class Trainer:
         teacher: Teacher | None = None,
     ) -> None:
         config = models.config
-        for pairs in tasks:
-            if len(pairs) < LEAST_PAIRS:
-                raise InputError(
-                    f"training needs at least {LEAST_PAIRS} pairs, found {len(pairs)}",
-                    hint="make more with `edgepatch pairs`",
-                )
-        if config.kl_weight and not benign_texts:
-            raise InputError("the KL term needs benign text", hint="give benign text, or set the KL weight to 0")
-        if (config.dpo_reference == "model") != (reference is not None):
-            raise InputError(
-                f"dpo_reference {config.dpo_reference}: the reference model is {'missing' if reference is None else 'not used'}",
-                hint="name a safer model together with dpo_reference model",
-            )
+        require_trainable(config, tasks, benign_texts, reference is not None)
         processes = parallel.world()[1]
         if processes > min(config.batch_size, *(len(pairs) for pairs in tasks)):
             raise InputError(

@@ -35,6 +35,7 @@ SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 5
 """16 MiB, five times over. OpenSSL reads no PKCS #8 that needs 32 MiB or more; five passes make up for the smaller memory."""
 
 ENCRYPTED, PLAIN, PUBLIC = "ENCRYPTED PRIVATE KEY", "PRIVATE KEY", "PUBLIC KEY"
+PUBLIC_START = f"-----BEGIN {PUBLIC}-----".encode()
 OID_PBES2 = bytes.fromhex("2a864886f70d01050d")  # 1.2.840.113549.1.5.13, RFC 8018
 OID_SCRYPT = bytes.fromhex("2b06010401da47040b")  # 1.3.6.1.4.1.11591.4.11, RFC 7914
 OID_AES_256_CBC = bytes.fromhex("60864801650304012a")  # 2.16.840.1.101.3.4.1.42
@@ -158,6 +159,7 @@ def read_private_key(path: Path, passphrase: str | None) -> Ed25519PrivateKey:
         InputError: no such file, no Ed25519 key, the wrong passphrase, or encrypted where it should not be.
         UntrustedError: others may read the file, it is too large, or not encrypted where it should be.
     """
+    require_private(path)
     data = read_bounded(path, MAX_KEY_FILE_BYTES, "private key", private=True, oversize=UntrustedError)
     label = _label(data, path)
     if label not in (ENCRYPTED, PLAIN):
@@ -175,6 +177,21 @@ def read_private_key(path: Path, passphrase: str | None) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise InputError(f"{path}: expected an Ed25519 key, found {type(key).__name__}")
     return key
+
+
+def require_private(path: Path) -> None:
+    """Raises for a public key, before a passphrase is asked for; whatever else is there is judged by ``read_private_key``.
+
+    Raises:
+        InputError: it is one.
+    """
+    try:
+        is_public = path.stat().st_size <= MAX_KEY_FILE_BYTES and path.read_bytes().startswith(PUBLIC_START)
+    except OSError:
+        return
+    if is_public:
+        private = path.with_suffix(".key").name if path.suffix == ".pub" else "the file that ends in .key"
+        raise InputError(f"{path}: that is the public key: expected the private one", hint=f"sign with {private}")
 
 
 def read_public_key(path: Path) -> Ed25519PublicKey:

@@ -15,6 +15,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -878,3 +879,37 @@ def test_verbs(run, tmp_path):
     (tmp_path / "site.tar").write_bytes((tmp_path / "site.tar").read_bytes()[:-3])
     assert run("bundle", "import", "site.tar", "--unsigned", "x")[0] == 3
     assert run("bundle", "import", "none.tar")[0] == 2
+
+
+def test_a_bundle_is_shown_without_taking_it_in(run, tmp_path, bundle):
+    code, out, _ = run("bundle", "show", bundle)
+    assert (code, "detox 1.1.0" in out, "whole" in out) == (0, True, True)
+    assert out.count("not judged, this device has no trust root") == 2
+    assert make_root().fingerprint in out and "counts for nothing yet" in out
+    assert not (tmp_path / "store").exists()
+    root = make_root(created=datetime.now(timezone.utc) - timedelta(days=2))
+    Store(tmp_path / "store").set_root([root])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    code, out, _ = run("bundle", "show", bundle)
+    assert (code, out.count("whom this device trusts")) == (0, 2)
+    facts = json.loads(run("bundle", "show", bundle, "--json")[1])
+    assert (facts["patch"]["name"], facts["root_in_bundle"]) == ("detox", make_root().fingerprint)
+    assert "patches/detox-1.1.0.safetensors" in facts["members"]
+    other = make_bundle(tmp_path, name="other.tar", keys=("thief",))
+    code, out, _ = run("bundle", "show", other)
+    assert (code, "refused: signatures" in out) == (3, True), "a signed bundle that nobody vouches for"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
+    other.write_bytes(other.read_bytes()[:-3])
+    assert run("bundle", "show", other)[0] == 3
+
+
+def test_the_sender_hears_that_an_unsigned_patch_is_refused(run, tmp_path):
+    write_patch(make_patch(by=()), tmp_path / "bare.safetensors")
+    write_patch(make_patch(), tmp_path / "signed.safetensors")
+    for name in ("bare", "signed"):
+        code, _, err = run("bundle", "create", f"{name}.safetensors", "-o", f"{name}.tar", "--no-wheels")
+        assert (code, "devices with a trust root refuse it" in err) == (0, name == "bare")
+    Store(tmp_path / "store").set_root([make_root(created=datetime.now(timezone.utc) - timedelta(days=2))])
+    for name in ("bare", "signed"):
+        code, out, _ = run("bundle", "show", f"{name}.tar")
+        assert (code, "unsigned: refused" in out) == ((3, True) if name == "bare" else (0, False))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgepatch.cli import main
 from edgepatch.patch.file import write_patch
+from edgepatch.tensors import SoftPrompt
 from edgepatch.trust.keys import private_pem
-from kit.stores import KEYS, make_patch, make_root, movable, rotated, write
+from kit.stores import KEYS, make_patch, make_root, movable, public, rotated, write
 
 BORN = datetime.now(timezone.utc) - timedelta(days=2)
 
@@ -135,6 +138,75 @@ def test_several_patches_beside_each_other(trusting, tmp_path):
     assert (code, "expected the name of a patch" in err, "gender, harm" in err) == (2, True, True)
 
 
+def entries_of(folder):
+    """Every path of a folder, with the bytes of each file."""
+    return {path: path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+
+
+def test_a_dry_run_checks_everything_and_changes_nothing(trusting, tmp_path):
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    assert trusting("apply", first, "--store", "new", "--dry-run")[0] == 3, "no root there"
+    assert not Path("new").exists()
+    before = entries_of(tmp_path / "store")
+    code, out, err = trusting("apply", second, "--dry-run")
+    assert (code, "would become active" in out, "nothing was changed" in err) == (0, True, True)
+    facts = read(trusting("apply", second, "--dry-run", "--json"))
+    assert (facts["dry_run"], facts["changed"], facts["before"]) == (True, True, "")
+    assert trusting("apply", write(tmp_path, 3, by=("site",)), "--dry-run")[0] == 3, "one signature of two"
+    assert entries_of(tmp_path / "store") == before
+    assert trusting("apply", second)[0] == 0
+    assert trusting("apply", first, "--dry-run")[0] == 3, "an older one"
+    assert "already active" in trusting("apply", second, "--dry-run")[1]
+    assert trusting("hold")[0] == 0
+    assert trusting("apply", write(tmp_path, 4), "--dry-run")[0] == 1, "held"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_dry_run_needs_no_right_to_write(trusting, tmp_path):
+    for folder in [tmp_path / "store", *(path for path in (tmp_path / "store").rglob("*") if path.is_dir())]:
+        folder.chmod(0o555)
+    try:
+        assert trusting("apply", write(tmp_path, 1), "--dry-run")[0] == 0
+        assert trusting("apply", write(tmp_path, 1))[0] == 1
+    finally:
+        (tmp_path / "store").chmod(0o755)
+
+
+def test_bases_have_human_names(trusting, tmp_path, tiny_folder):
+    """Taken from the model that a patch is applied with; a base is meant by its name as by its id."""
+    from edgepatch.runtimes import read_spec
+
+    base = read_spec(tiny_folder)
+    config = json.loads((tiny_folder / "config.json").read_text())
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": "Makers/Small Talker"}))
+    prompt = SoftPrompt(np.zeros((2, base.hidden_size), np.float32))
+    tiny = write(tmp_path, 1, base=base, soft_prompt=prompt)
+    assert trusting("status", "--model", folder)[0] == 2, "nothing is active yet"
+    assert trusting("apply", write(tmp_path, 1))[0] == 0
+    assert trusting("status", "--model", folder)[0] == 4, "the active one is for another model"
+    assert trusting("apply", tiny, "--model", folder)[0] == 0
+    assert read(trusting("status", "--json"))["bases"][1]["name"] == "Makers/Small Talker"
+    for verb in ("status", "list"):
+        out = trusting(verb)[1]
+        assert "Makers/Small Talker" in out and "llama, 2 layers of 8" in out, verb
+    code, out, _ = trusting("hold", "makers", "--reason", "test")
+    assert (code, out.startswith("base Makers/Small Talker (")) == (0, True)
+    assert "base Makers/Small Talker (" in trusting("history")[1]
+    code, _, err = trusting("unhold")
+    assert code == 2 and "Makers/Small Talker" in err
+    assert trusting("unhold", "Makers/Small Talker")[0] == 0
+    assert trusting("hold", "nobody")[0] == 2
+    code, out, _ = trusting("status", "--model", folder)
+    assert (code, "runs" in out, "detox 1.1.0" in out, "signed by site" in out) == (0, True, True, True)
+    facts = read(trusting("status", "--model", folder, "--json"))
+    assert [patch["name"] for patch in facts["patches"]] == ["detox"]
+    assert trusting("deactivate", "makers", "--reason", "too strict")[0] == 0
+    code, out, _ = trusting("status", "--model", folder)
+    assert (code, "without a patch, by word: detox: too strict" in out) == (0, True)
+
+
 def test_exit_codes_of_apply(trusting, tmp_path):
     trusting("apply", write(tmp_path, 1))
     (tmp_path / "x").write_bytes(b"x")
@@ -204,6 +276,14 @@ def test_sign(run, tmp_path):
     write_patch(make_patch(), tmp_path / "expected")
     assert (tmp_path / "patch").read_bytes() == (tmp_path / "expected").read_bytes()
     assert run("sign", "patch", "none.key", "--unencrypted")[0] == 2
+    write_patch(make_patch(by=()), tmp_path / "patch")
+    out = run("sign", "patch", "vendor.key", "--unencrypted")[1]
+    assert f"vendor ({public('vendor').id[:12]})" in out
+    run("keygen", "mine", "--unencrypted")
+    for words in (("sign", "signed", "mine.pub"), ("root", "sign", "root.json", "mine.pub")):
+        (tmp_path / "root.json").write_bytes(make_root(created=BORN).to_bytes())
+        code, _, err = run(*words)
+        assert code == 2 and "that is the public key" in err and "mine.key" in err
 
 
 def test_trust(trusting, tmp_path):
@@ -229,8 +309,6 @@ def test_trust(trusting, tmp_path):
 def test_a_root_that_refuses_what_is_active(trusting, tmp_path):
     root = make_root(created=BORN)
     trusting("apply", write(tmp_path, 1))
-    from kit.stores import public
-
     newer = rotated(root, revoke=[public("vendor").id], patch_keys=[public("vendor2")])
     (tmp_path / "root-2.json").write_bytes(newer.to_bytes())
     code, out, _ = trusting("trust", "set", "root-2.json")

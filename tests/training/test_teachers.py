@@ -433,6 +433,8 @@ def test_train_learns_from_the_text_that_made_the_pairs(run, tiny_folder, tmp_pa
     assert code == 0, stderr
     assert read_patch(out).training["teacher"]["texts"] == list(TEXTS)
     write_pairs(make_pairs(13), pairs)
+    assert f"{out} exists" in run(*common, *teach)[2]
+    common = (*common, "--force")
     assert "joined with pairs of another domain" in run(*common, *teach)[2]
     assert "expected self, or a PEFT folder" in run(*common, "--distill", tiny_folder)[2]
     assert "--rank: expected with --kind lora" in run(*common, "--rank", 4)[2]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf.header import GGUFHeader, read_header
-from edgepatch.converters.gguf.library import require_installed
+from edgepatch.converters.gguf.library import require_gpu, require_installed
 from edgepatch.converters.gguf.text import GGUFTokenizer
 from edgepatch.converters.gguf.vocabularies import chat_templates
 from edgepatch.converters.gguf.vocabulary import read_token_facts
@@ -96,6 +96,8 @@ class LlamaCppRuntime(Runtime):
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
         require_installed()
+        if num_gpu_layers:
+            require_gpu()
         header = read_header(path)
         self.spec = specs.spec_of(header)
         check_patch(planned, self.spec)

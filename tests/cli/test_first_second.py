@@ -1,0 +1,116 @@
+"""What can be known before any work is checked before any work: no model is loaded for a command that cannot end well."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from edgepatch.cli import main
+from edgepatch.converters.gguf import writer
+from edgepatch.errors import MissingExtraError
+from edgepatch.patch.file import write_patch
+from edgepatch.text.tokenizers import FolderTokenizer
+from edgepatch.training.pairs.preferences import Pair, write_pairs
+from edgepatch.training.runs import SETTINGS_FILE
+from kit.stores import make_patch
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """(exit code, stderr) of a command that loads no model."""
+
+    def load(*arguments: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def command(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["edgepatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def model_file(tiny_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    writer.convert_folder(tiny_folder, path, "F32")
+    return path
+
+
+def pairs_file(folder, count):
+    pairs = [Pair(f"The fox {i}", " sleeps in the sun", " jumps over the dog", 0.1, 0.9) for i in range(count)]
+    write_pairs(pairs, folder / f"{count}.jsonl")
+    return folder / f"{count}.jsonl"
+
+
+def test_train_refuses_before_it_loads(refused, tiny_folder, tmp_path):
+    enough, few = pairs_file(tmp_path, 12), pairs_file(tmp_path, 3)
+    write_patch(make_patch(), tmp_path / "other.safetensors")
+    (tmp_path / "there.safetensors").write_bytes(b"a patch")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / SETTINGS_FILE).write_text('{"config": {"sft_steps": 60, "batch_size": 8, "block": 128}}')
+    cases = (
+        (("--name", "My Patch"), 2, "--name: expected 1 to 64 letters"),
+        (("--version", "1"), 2, "--version: expected a semantic version"),
+        (("-o", "there.safetensors"), 2, "there.safetensors exists"),
+        (("-o", tmp_path), 2, "it is a folder"),
+        (("--pairs", few), 2, "training needs at least 10 pairs, found 3"),
+        (("--pairs", tmp_path / "none.jsonl"), 2, "none.jsonl"),
+        (("--beside", tmp_path / "none.safetensors"), 2, "none.safetensors"),
+        (("--beside", tmp_path / "other.safetensors"), 4, "weight_fingerprint"),
+        (("--kind", "kv", "--start", tmp_path / "none.safetensors"), 2, "none.safetensors"),
+        (("--run", tmp_path / "run", "--sft-steps", 61), 2, "config.sft_steps: expected 60, found 61"),
+        (("--dpo-reference", "model"), 2, "the reference model is missing"),
+        (("--kind", "lora", "-o", tmp_path), 2, "not an empty folder"),
+        (("--kind", "lora", "--pairs", few), 2, "training needs at least 10 pairs"),
+    )
+    for options, code, words in cases:
+        files = {"--pairs": enough, "-o": "new.safetensors"}
+        defaults = [word for name, value in files.items() if name not in options for word in (name, value)]
+        answer = refused("train", tiny_folder, *defaults, *options)
+        assert answer[0] == code and words in answer[1], (options, answer)
+    assert (tmp_path / "there.safetensors").read_bytes() == b"a patch"
+
+
+def test_pairs_and_releases_take_nobodys_place(refused, model_file, tmp_path):
+    there = pairs_file(tmp_path, 12)
+    before = there.read_bytes()
+    for command in (("pairs", model_file, "--teacher", "self"), ("pairs", "--from", there)):
+        code, err = refused(*command, "-o", there)
+        assert (code, f"{there} exists" in err, there.read_bytes() == before) == (2, True, True)
+    write_patch(make_patch(), tmp_path / "p")
+    for options in (("--version", "1"), ("--channel", "Beta"), ("--sequence", -1)):
+        code, err = refused("release", "p", "-o", "q", *options)
+        assert (code, f"{options[0]}: expected" in err) == (2, True), options
+
+
+def test_a_gpu_that_is_not_there_is_one_clear_error(refused, model_file, tiny_folder, tmp_path):
+    llama_cpp, torch = pytest.importorskip("llama_cpp"), pytest.importorskip("torch")
+    if llama_cpp.llama_supports_gpu_offload() or torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for model in (model_file, tiny_folder):
+        code, err = refused("generate", model, "--prompt", "a", "--bare", "--device", "cuda")
+        assert (code, "device cuda: expected a GPU that" in err, "internal" in err) == (2, True, False), err
+    pairs = pairs_file(tmp_path, 12)
+    for device, words in (("cuda", "expected a GPU that PyTorch"), ("gpu", "expected cpu or cuda, found 'gpu'")):
+        code, err = refused("train", tiny_folder, "--pairs", pairs, "-o", "new", "--device", device)
+        assert (code, words in err) == (2, True), err
+
+
+def test_a_missing_tokenizers_package_names_its_extra(refused, tiny_folder, tmp_path, monkeypatch):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / name, tmp_path / name)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for folder, extra in ((tmp_path, "onnx"), (tiny_folder, "train")):
+        with pytest.raises(MissingExtraError, match="tokenizers is not installed") as refusal:
+            FolderTokenizer(folder)
+        assert f"[{extra}]" in refusal.value.hint
