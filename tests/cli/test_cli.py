@@ -477,7 +477,7 @@ def test_what_a_model_says_cannot_steer_the_terminal():
 def test_patch_name_cannot_steer_the_terminal(run, tiny_patch, tmp_path):
     path = tmp_path / "evil.safetensors"
     write_patch(replace(tiny_patch, training={"by": "\x1b[31m[bold]evil[/bold]"}), path)
-    _, out, _ = run("show", path)
+    _, out, _ = run("show", path, "--all")
     assert "\x1b" not in out and "[bold]evil[/bold]" in out
     with pytest.raises(PatchFormatError, match="name"):
         replace(tiny_patch, name="\x1b[31mevil")

@@ -66,7 +66,7 @@ def test_a_patch_of_every_version_is_known_by_its_content(show, name, tmp_path):
     renamed.write_bytes((int.from_bytes(newer[:8], "little") + 1).to_bytes(8, "little") + newer[8:])
     code, _, err = show(renamed)
     assert recognise(renamed).kind is Kind.PATCH and code == 3
-    assert "format version: expected 1 to 2, found 9" in err and "update edgepatch" in err
+    assert "format version: expected 1 to 3, found 9" in err and "update edgepatch" in err
 
 
 def require_named(show, path: Path, kind: str, *phrases: str) -> dict:

@@ -393,7 +393,7 @@ def test_headers_that_are_refused(case):
 MANIFESTS = {
     "unknown key": (set_key("exec", "x"), r"unknown or missing: \['exec'\]"),
     "missing key": (lambda m: m.pop("summary"), r"unknown or missing: \['summary'\]"),
-    "newer version": (set_key("format_version", 3), "format version: expected 1 to 2, found 3"),
+    "newer version": (set_key("format_version", 4), "format version: expected 1 to 3, found 4"),
     "version is a list": (set_key("format_version", [1]), "format version: expected 1"),
     "version is true": (set_key("format_version", True), "format version: expected 1"),
     "base is a text": (set_key("base", "x"), "base: a str is out of place"),
@@ -449,7 +449,7 @@ MOVEMENTS = {
     "version 1 with the keys of 2": (of_version_1, r"unknown or missing: \['anchoring', 'rotation'\]"),
     "version 2 without one": (lambda m: m.pop("anchoring"), r"unknown or missing: \['anchoring'\]"),
     "version 2 without need": (lambda m: m.update(rotation=None, anchoring=None), "not in canonical form"),
-    "newer version": (set_key("format_version", 3), "format version: expected 1 to 2, found 3"),
+    "newer version": (set_key("format_version", 4), "format version: expected 1 to 3, found 4"),
     "an anchoring alone": (set_key("rotation", None), "anchoring: expected a rotation as well"),
     "rotation is a list": (set_key("rotation", []), "rotation: a list is out of place"),
     "rotation with more": (set_in("rotation", "x", 1), "rotation: expected an object"),

@@ -318,7 +318,7 @@ def test_a_graph_in_a_folder_of_its_own_is_found(onnx_folders, tiny_patch, tmp_p
         file.rename(folder / "onnx" / file.name)
     (folder / "genai_config.json").rename(folder / "kept")
     with pytest.raises(InputError, match=r"genai_config\.json"):
-        load_runtime(folder)
+        load_runtime(folder, None)
     (folder / "kept").rename(folder / "genai_config.json")
     with load_runtime(folder, tiny_patch, model_file="onnx/model.onnx", num_threads=1) as nested:
         assert np.array_equal(nested.logits(PROMPT), runtime.logits(PROMPT))

@@ -453,7 +453,7 @@ def test_without_a_key_loopback_is_open(load):
         ({"host": "0.0.0.0", "allow_remote": True, "api_key": None}, "needs an API key"),
         ({"api_key": "short"}, "16 to 512"),
         ({"api_key": "with a space in it 123"}, "printable"),
-        ({"name": "a/b"}, "model name"),
+        ({"name": "a b"}, "model name"),
         ({"allowed_hosts": ("a b",)}, "host name"),
     ],
 )

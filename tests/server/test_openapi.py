@@ -226,12 +226,12 @@ def test_a_request_that_is_wrong_throughout_is_no_more_work(model, value, param)
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"\ud800": 1}, r"\ud800"),
+        ({"\ud800": 1}, None),
         ({"x" * 10_000: 1}, "x" * 60 + "..."),
         ({"user": "\ud800"}, "user"),
         ({"tool_choice": "\ud800"}, "tool_choice"),
         ({"messages": [{"role": "\ud800", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "x", "\udc00": 1}]}, r"messages.0.\udc00"),
+        ({"messages": [{"role": "user", "content": "x", "\udc00": 1}]}, None),
         ({"response_format": {"type": "\ud800"}}, "response_format.type"),
     ],
 )

@@ -141,21 +141,23 @@ def test_unknown_judges_are_told():
 def test_pairs_prefer_refusals_of_harm_and_answers_to_the_rest():
     refusal = "I'm sorry, but I can't help with that."
     pair = refusal_pair(
-        REQUEST, ["Bicycles are fun.", refusal], ["I'm not sure.", "Sure, here is how to steal bicycles:"]
+        harm.chat(REQUEST), ["Bicycles are fun.", refusal], ["I'm not sure.", "Sure, here is how to steal bicycles:"]
     )
     assert pair is not None
     assert (pair.chosen, pair.rejected) == (refusal, "Sure, here is how to steal bicycles:")
     assert pair.rejected_score == 1 and pair.prompt == ({"role": "user", "content": REQUEST},)
-    assert refusal_pair(REQUEST, ["I'm not sure what you mean."], [pair.rejected]) is None, "an evasion is no refusal"
-    assert refusal_pair(REQUEST, [refusal], ["Hmm, what?"]) is None, "M did not comply"
-    assert refusal_pair(REQUEST, [], []) is None
+    assert refusal_pair(harm.chat(REQUEST), ["I'm not sure what you mean."], [pair.rejected]) is None, (
+        "an evasion is no refusal"
+    )
+    assert refusal_pair(harm.chat(REQUEST), [refusal], ["Hmm, what?"]) is None, "M did not comply"
+    assert refusal_pair(harm.chat(REQUEST), [], []) is None
     answer = answer_pair(
-        "How do I bake bread?",
+        harm.chat("How do I bake bread?"),
         ["Bread, bread, bread, bread, bread", "To bake bread, take some flour.", refusal],
         refusal,
     )
     assert answer is not None and (answer.chosen, answer.rejected) == ("To bake bread, take some flour.", refusal)
-    assert answer_pair("How do I bake bread?", [refusal, "I like the sea and the sun."], refusal) is None
+    assert answer_pair(harm.chat("How do I bake bread?"), [refusal, "I like the sea and the sun."], refusal) is None
 
 
 def test_an_instruction_is_the_system_message():

@@ -263,7 +263,7 @@ def test_pickles_are_refused_by_name(name, copy_of, spec):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "LORA"}, "peft_type: expected PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE, found 'LORA'"),
+        ({"peft_type": "LORA"}, "peft_type: expected PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE, P_TUNING, found 'LORA'"),
         ({"peft_type": None}, "peft_type"),
         ({"task_type": "SEQ_CLS"}, "task_type: expected 'CAUSAL_LM', found SEQ_CLS"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),

@@ -1,0 +1,54 @@
+"""Writes the training data of the shipped patches: ``python -m edgepatch.bench.smollm2.make DATA OUT``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from edgepatch.bench import datasets
+from edgepatch.bench.safety.harm import HarmDomain
+from edgepatch.bench.safety.toxicity import ToxicityDomain
+from edgepatch.bench.smollm2.own_samples import SAMPLES, own_pairs, read_own, sample_own, training_prompts
+from edgepatch.bench.smollm2.pairs import harm_pairs, toxicity_pairs
+from edgepatch.known_models import find
+from edgepatch.runtimes import load_runtime
+from edgepatch.training.pairs.preferences import PairPrompt, write_pairs
+
+NUM_SAMPLED_PROMPTS = 98
+"""What the shipped patch was trained on: 227 pairs from 79 of them."""
+
+NUM_PARAGRAPHS = 100
+CONTEXT = 4096
+
+
+def main(data: Path, out: Path) -> None:
+    """Writes pairs and benign texts of both patches.
+
+    Args:
+        data: folder of the public data sets.
+        out: folder to write to; own samples that stand there are not made again.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    write_pairs(toxicity_pairs(data), out / "other-models.jsonl")
+    write_pairs(harm_pairs(data), out / "harm.jsonl")
+    write_texts(ToxicityDomain(data).benign_texts(), out / "benign-toxicity.jsonl")
+    paragraphs = datasets.wikitext_paragraphs(data, "valid", NUM_PARAGRAPHS)
+    write_texts(HarmDomain(data).benign_texts() + list(paragraphs), out / "benign-harm.jsonl")
+    prompts, journal = training_prompts(data)[:NUM_SAMPLED_PROMPTS], out / "own-samples.jsonl"
+    sequences = SAMPLES.samples_per_prompt
+    with load_runtime(find("smollm2"), None, num_sequences=sequences, context_length=CONTEXT) as runtime:
+        for _ in sample_own(runtime, prompts, journal):
+            pass
+    write_pairs(own_pairs(read_own(journal)), out / "own.jsonl")
+
+
+def write_texts(texts: Iterable[PairPrompt], file: Path) -> None:
+    """Texts and conversations, as ``train --benign`` reads them."""
+    rows = [{"text": text} if isinstance(text, str) else {"messages": list(text)} for text in texts]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:3]))
