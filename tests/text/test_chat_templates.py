@@ -83,7 +83,7 @@ def test_what_is_no_json_is_refused():
         deep = [deep]
     for arguments in ({"x": object()}, {"x": deep}):
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-        with pytest.raises(InputError, match="JSON|levels"):
+        with pytest.raises(InputError, match=r"JSON|levels"):
             render_chat_template("{{ messages }}", [{"role": "assistant", "tool_calls": [call]}], "", "")
 
 
