@@ -246,9 +246,7 @@ def outcomes(
 ) -> tuple[Path, dict[str, subprocess.CompletedProcess[str]]]:
     """All of them, two at a time; what needs no library works nevertheless."""
     folder, other = tmp_path_factory.mktemp("written"), tmp_path_factory.mktemp("given")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tiny_gguf, "CONTEXT", 2048)
-        tiny_gguf.write_llama(other / "long.gguf")
+    tiny_gguf.write_llama(other / "long.gguf", context=2048)
     applied = run("load", "apply", patch_file, "--model", model, "--unsigned", "a test", "--store", other / "store")
     assert applied.returncode == 0, applied.stderr
     inputs = model, other / "long.gguf", patch_file, folder, other / "store"
