@@ -13,9 +13,11 @@ CONTEXT = 128
 WINDOW = 8
 
 
-def write_llama(path: Path, add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None) -> None:
+def write_llama(
+    path: Path, add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None, context: int = CONTEXT
+) -> None:
     """Two layers of plain attention, with another tokenizer where one is given."""
-    writer = _begin(path, "llama", 2, [KV_HEADS] * 2, add_tokenizer)
+    writer = _begin(path, "llama", 2, [KV_HEADS] * 2, add_tokenizer, context)
     for layer in range(2):
         _attention(writer, layer, query_norms=False)
         _feed_forward(writer, layer)
