@@ -272,7 +272,7 @@ class FolderTokenizer:
 
     def probe(self) -> TokenizerProbe:
         """What it makes of some texts; special tokens of the chat template among them."""
-        special = [token for token in self._added.special if token in self._template]
+        special = [token for token in self._added.special if token in self.chat_template]
         return probe_tokenizer(self.encode, special)
 
     def encode_chat(
