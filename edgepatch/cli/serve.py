@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -78,6 +79,14 @@ def serve(
     grace: Annotated[
         float, typer.Option("--grace", min=0, help="Seconds for replies to end when the server stops.")
     ] = 10,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            "--log",
+            metavar="FILE",
+            help="Add a line for each request: time, path, status, duration, tokens, never texts or keys; - for stderr.",
+        ),
+    ] = None,
     context_length: ContextLength = None,
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
@@ -106,6 +115,7 @@ def serve(
         max_waiting=queue,
         request_timeout_s=request_timeout,
         grace_s=grace,
+        log=log,
     )
     with settings.listen() as listener:
         url = _url(settings, listener.getsockname()[1])
@@ -192,7 +202,18 @@ def _url(settings: ServerSettings, port: int) -> str:
     return f"http://{host}:{port}/v1"
 
 
+def _curl(served: ServedModel, settings: ServerSettings, url: str) -> str:
+    """A line for a shell that asks the model something; the key comes from the environment, which other users cannot see."""
+    from edgepatch.server.settings import KEY_VARIABLE
+
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if settings.api_key else ""
+    body = json.dumps({"model": served.name, "messages": [{"role": "user", "content": "Hello"}]})
+    return f"curl {url}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+
+
 def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_key: bool, as_json: bool) -> None:
+    from edgepatch.server.settings import KEY_VARIABLE
+
     if as_json:
         print_json(
             {"url": url, "model": served.name, "patches": served.patches, "system_fingerprint": served.fingerprint}
@@ -204,9 +225,12 @@ def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_ke
         ]
         rows += [] if served.patches else [("patch", "none")]
         stdout().print(table([*rows, ("fingerprint", served.fingerprint)]))
+        stdout().print(f"try          {cell(_curl(served, settings, url))}", soft_wrap=True)
     sys.stdout.flush()
     if is_new_key:
         stderr().print(f"[bold]API key[/bold] (shown once): {cell(settings.api_key)}", soft_wrap=True)
+        if not as_json:
+            note(f"the line to try takes it from the environment: export {KEY_VARIABLE}=...")
     if settings.api_key is None:
         warn("no API key: every program and user of this machine can use the server")
     if not settings.is_loopback:

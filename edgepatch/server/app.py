@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import html
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,19 +12,35 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgepatch.errors import EdgepatchError
 from edgepatch.server import metrics, requests
-from edgepatch.server.endpoints import GenerationEndpoint
+from edgepatch.server.endpoints import TOKENS, GenerationEndpoint
 from edgepatch.server.guards import Guard, refusal_response
 from edgepatch.server.refusals import Refusal, refusal_of
 from edgepatch.server.replies import ChatWriter, CompletionWriter
 from edgepatch.server.service import Service
 
 PATHS = ("/health", "/openapi.json", "/metrics", "/v1/models", "/v1/patches", "/v1/chat/completions", "/v1/completions")
+FRONT_PAGE = """edgepatch serves a language model here. This is an API for programs, not a page.
+
+Try, with the key that `edgepatch serve` printed or was given:
+
+  export EDGEPATCH_API_KEY=...
+  curl {url}/models -H "Authorization: Bearer $EDGEPATCH_API_KEY"
+
+and with the name of the model that this lists, in place of MODEL:
+
+  curl {url}/chat/completions -H "Authorization: Bearer $EDGEPATCH_API_KEY" -H "Content-Type: application/json" -d '{{"model": "MODEL", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+Any client of OpenAI's API works with the base URL {url}. All paths and fields: /openapi.json
+"""
+CLIENT_LEFT = 499
+"""Stands in the log where a client left before it had an answer."""
+
 JOIN_S = 5.0
 """For the runtime's thread to end once its work is cancelled; a step that takes longer is left to the end of the process."""
 
@@ -34,9 +52,11 @@ def create_app(service: Service) -> ASGIApp:
         HTTPException: _answer_http_error,
         Exception: _answer_error(service),
     }
-    app = Starlette(routes=routes(service), exception_handlers=handlers, lifespan=_lifespan(service))
+    paths = [Route("/", _front_page), *routes(service)]
+    app = Starlette(routes=paths, exception_handlers=handlers, lifespan=_lifespan(service))
     app.router.redirect_slashes = False
-    return _Counted(Guard(app, service.settings), service.metrics)
+    log = metrics.RequestLog(service.settings.log) if service.settings.log else None
+    return _Watched(Guard(app, service.settings), service.metrics, log)
 
 
 def _lifespan(service: Service) -> Callable[[Starlette], Any]:
@@ -139,17 +159,48 @@ def _answer_http_error(request: Request, error: HTTPException) -> Response:
     return response
 
 
-class _Counted:
-    """Counts the replies by path and status."""
+async def _front_page(request: Request) -> Response:
+    """For people who open the address in a browser; it says nothing of the model or of its use."""
+    text = FRONT_PAGE.format(
+        url=f"{request.url.scheme}://{request.headers['host']}/v1"
+    )  # which the guard has looked at
+    if "text/html" not in request.headers.get("accept", ""):
+        return PlainTextResponse(text)
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    body = f'<title>edgepatch</title><pre style="white-space: pre-wrap">{html.escape(text)}</pre></html>'
+    policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+    return HTMLResponse(head + body, headers={"Content-Security-Policy": policy})
 
-    def __init__(self, app: ASGIApp, counts: metrics.Metrics) -> None:
-        self._app, self._counts = app, counts
+
+def _route_of(path: str) -> str:
+    """One of our paths, or what stands for all others: a path may hold whatever a client puts there."""
+    if path in ("/", *PATHS):
+        return path
+    return "/v1/models/..." if path.startswith("/v1/models/") else "other"
+
+
+class _Watched:
+    """Counts the replies by path and status, and writes the log."""
+
+    def __init__(self, app: ASGIApp, counts: metrics.Metrics, log: metrics.RequestLog | None) -> None:
+        self._app, self._counts, self._log = app, counts, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status, route = time.monotonic(), CLIENT_LEFT, _route_of(scope["path"])
+        scope[TOKENS] = {}
+
+        async def watched(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                path = scope["path"]
-                self._counts.count_reply(path if path in PATHS else "other", message["status"])
+                status = message["status"]
+                self._counts.count_reply(route if route in PATHS else "other", status)
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            if self._log is not None:
+                self._log.note(scope["method"], route, status, time.monotonic() - start, scope[TOKENS])

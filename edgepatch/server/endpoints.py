@@ -33,6 +33,9 @@ from edgepatch.server.requests import Order
 from edgepatch.server.service import Service
 
 T = TypeVar("T")
+TOKENS = "edgepatch.tokens"
+"""Key of a scope: how many tokens of each kind a request has cost so far."""
+
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -66,15 +69,18 @@ class GenerationEndpoint:
             raise Refusal(
                 404, f"model: expected {model.name!r}, found {order.model[:100]!r}", "model", "model_not_found"
             )
-        await _unless_gone(receive, self._serve(order, model, send, start))
+        tally = scope.setdefault(TOKENS, {})
+        await _unless_gone(receive, self._serve(order, model, send, start, tally))
 
-    async def _serve(self, order: Order, model: ServedModel, send: Send, start: float) -> None:
+    async def _serve(self, order: Order, model: ServedModel, send: Send, start: float, tally: dict[str, int]) -> None:
         order, tokens = await self._read(order, model, start)
         compiled = await self._compile(order, start)
         run = OrderRun(self._service, order, model, tokens, start, compiled)
         try:
             await (self._stream if order.is_streamed else self._reply)(run, self._writer(order, model), send)
         finally:
+            tally["prompt_tokens"] = sum(map(len, tokens))
+            tally["completion_tokens"] = sum(choice.num_tokens for choice in run.choices)
             run.cancel()
 
     async def _read(self, order: Order, model: ServedModel, start: float) -> tuple[Order, list[list[int]]]:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edgepatch.server.refusals import Refusal
 from edgepatch.server.settings import ServerSettings
 
-OPEN_PATHS = ("/health", "/openapi.json")
+OPEN_PATHS = ("/", "/health", "/openapi.json")
 """Paths that need no key: they say nothing of the model or of its use."""
 
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")

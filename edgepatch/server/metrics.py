@@ -1,10 +1,20 @@
-"""Counters in Prometheus' text format. No client library: it is a dozen lines, and a device installs no more than it needs."""
+"""What is told of requests: counters in Prometheus' text format, and a log of one line each.
+
+No client library: the format is a dozen lines, and a device installs no more than it needs.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+
+from edgepatch.errors import InputError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "edgepatch_"
@@ -23,6 +33,57 @@ GAUGES = {
     "generations_waiting": "Continuations that wait for a sequence.",
 }
 FIRST_TOKEN_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+STDERR = Path("-")
+METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
+LOG_MODE = 0o600
+
+
+class RequestLog:
+    """One line a request, as fields: time, method, path, status, duration, tokens; nothing that a client wrote stands in it.
+
+    The file is opened for each line, so that it may be moved away meanwhile.
+
+    Args:
+        path: of the file, which is added to; ``STDERR`` for the standard error output.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._append("")
+        except OSError as error:
+            raise InputError(f"cannot write the log {path}: {error.strerror}", hint="check the path") from error
+
+    def note(self, method: str, route: str, status: int, seconds: float, tokens: Mapping[str, int]) -> None:
+        """Adds the line of a request that has been answered; a disk that fails stops no reply.
+
+        Args:
+            method: of the request.
+            route: one of ours, or what stands for all others.
+            status: of the reply; 499 where the client left before one.
+            seconds: from the request to the end of its reply.
+            tokens: how many there were of each kind; none where nothing was generated.
+        """
+        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        fields = {"time": time, "method": method if method in METHODS else "other", "path": route, "status": status}
+        fields |= {"duration_s": f"{seconds:.3f}", **tokens}
+        with suppress(OSError):
+            self._append(" ".join(f"{name}={value}" for name, value in fields.items()) + "\n")
+
+    def _append(self, line: str) -> None:
+        if self._path == STDERR:
+            print(line, end="", file=sys.stderr, flush=True)
+            return
+        handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, LOG_MODE)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
 
 
 class Metrics:

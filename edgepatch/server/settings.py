@@ -40,6 +40,7 @@ class ServerSettings:
         body_timeout_s: for a request to arrive.
         request_timeout_s: from its arrival to the end of its reply.
         grace_s: for replies to come to their end when the server stops.
+        log: file with a line for each request; "-" for the standard error output, ``None`` for no log.
 
     Raises:
         InputError: the address needs a flag or a key that is missing, or a name or key cannot be used.
@@ -57,6 +58,7 @@ class ServerSettings:
     body_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
     grace_s: float = 10.0
+    log: Path | None = None
 
     def __post_init__(self) -> None:
         if len(self.name) > MAX_NAME_LENGTH or not NAME.fullmatch(self.name):

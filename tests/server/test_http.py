@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import datetime
 
 import httpx
 import pytest
@@ -391,6 +392,55 @@ def test_metrics_count_what_happened(server, http):
     assert after["edgepatch_sequences"] == 2 and after["edgepatch_generations_running"] == 0
     (info,) = [name for name in after if name.startswith("edgepatch_info")]
     assert server.service.require_model().fingerprint in info and KEY not in info
+
+
+def test_the_log_has_a_line_a_request_and_no_texts(load, tmp_path):
+    secret = "a text that nobody may read later"
+    body = {**BODY, "messages": [{"role": "user", "content": secret}]}
+    with running(load, log=tmp_path / "requests.log") as server, server.client() as http:
+        usage = http.post(CHAT, json=body).json()["usage"]
+        with http.stream("POST", CHAT, json={**body, "stream": True}) as stream:
+            stream.read()
+        http.get(f"/v1/models/{KEY}")
+        http.get("/nowhere", params={"key": KEY, "prompt": secret})
+        http.post(CHAT, json=BODY, headers={"Authorization": "Bearer another-key-0123456789"})
+        http.get("/")
+        text = (tmp_path / "requests.log").read_text()
+        moved = (tmp_path / "requests.log").rename(tmp_path / "old.log")
+        http.get("/health")
+    lines = [dict(field.split("=", 1) for field in line.split(" ")) for line in text.splitlines()]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("POST", CHAT, "200"),
+        ("POST", CHAT, "200"),
+        ("GET", "/v1/models/...", "404"),
+        ("GET", "other", "404"),
+        ("POST", CHAT, "401"),
+        ("GET", "/", "200"),
+    ]
+    for line in lines[:2]:
+        tokens = {name: int(line[name]) for name in ("prompt_tokens", "completion_tokens")}
+        assert tokens == {name: usage[name] for name in tokens} and float(line["duration_s"]) > 0
+    assert "prompt_tokens" not in lines[2] and datetime.fromisoformat(lines[0]["time"].replace("Z", "+00:00"))
+    for word in (secret, KEY, "another-key", "tiny"):
+        assert word not in text
+    assert moved.stat().st_mode & 0o777 == 0o600
+    assert "path=/health" in (tmp_path / "requests.log").read_text(), "a log that was moved away is begun anew"
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_the_model_loads(model_file, tmp_path):
+    code, text = failing(model_file, "--bare", "--port", 0, "--log", tmp_path / "none" / "requests.log")
+    assert code == 2 and "cannot write the log" in text
+
+
+def test_a_browser_is_told_what_this_is(server):
+    page = httpx.get(server.url, headers={"Accept": "text/html,*/*"})
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    plain = httpx.get(server.url)
+    assert plain.status_code == 200 and plain.headers["content-type"].startswith("text/plain")
+    for reply in (page, plain):
+        assert "This is an API" in reply.text and f"curl {server.url}/v1/models" in reply.text
+        assert KEY not in reply.text and MODEL not in reply.text.replace("MODEL", "")
+    assert httpx.get(server.url, headers={"Host": "evil.example"}).status_code == 403
 
 
 def test_time_that_is_over_ends_the_reply(load, server):

@@ -71,6 +71,24 @@ def test_apply_replaces_and_rollback_returns(store, tmp_path):
     assert store.apply(write(tmp_path, 5)).before == digests[0], "the newest one seen may come again"
 
 
+def test_a_base_keeps_the_first_name_that_its_model_gave(store, tmp_path):
+    """The text is that of whoever made the model's file; a state without names is as releases wrote it that knew none."""
+    base = base_id(spec())
+    store.apply(write(tmp_path, 1))
+    assert "name" not in json.loads((store.folder / "state.json").read_bytes())["bases"][base]
+    assert store.read()[0].bases[base].title == "llama, 2 layers of 8"
+    store.apply(write(tmp_path, 1), base_name="Small \x1b[31mTalker\n\u202e" + "x" * 200)
+    name = store.read()[0].bases[base].name
+    assert name.startswith("Small [31mTalker x") and len(name) == 80 and name.isprintable()
+    store.apply(write(tmp_path, 2), base_name="Other")
+    state = store.read()[0]
+    assert (state.bases[base].name, parse_state(state.to_bytes())) == (name, state)
+    assert store.find_base("small") == store.find_base(name) == store.find_base(base[:6]) == base
+    forged = replace(state, bases={base: replace(state.bases[base], name="a\x1bb")})
+    with pytest.raises(UntrustedError, match="name of a base"):
+        parse_state(forged.to_bytes())
+
+
 def test_apply_twice_changes_nothing(store, tmp_path):
     file = write(tmp_path)
     store.apply(file)

@@ -613,7 +613,7 @@ def test_the_verb_writes_pairs_and_their_provenance(run, model_file, prompts, tm
         "chosen_score",
         "rejected_score",
     }
-    assert run(*arguments)[1].startswith(f"{out}: {len(pairs)} pairs from 4 prompts")
+    assert run(*arguments, "--force")[1].startswith(f"{out}: {len(pairs)} pairs from 4 prompts")
 
 
 def test_the_verb_asks_servers_with_messages(run, server, prompts, tmp_path, monkeypatch):
@@ -629,9 +629,9 @@ def test_the_verb_asks_servers_with_messages(run, server, prompts, tmp_path, mon
         "model": MODEL,
     }
     assert KEY not in provenance_path(out).read_text()
-    code, _, stderr = run(server.url, server.url, "-o", out, "--api-key-env", "PAIRS_TEST_NONE")
+    code, _, stderr = run(server.url, server.url, "-o", out, "--force", "--api-key-env", "PAIRS_TEST_NONE")
     assert code == 2 and "PAIRS_TEST_NONE is not set" in stderr
-    assert "HTTP 401" in run(server.url, server.url, "-o", out)[2]
+    assert "HTTP 401" in run(server.url, server.url, "-o", out, "--force")[2]
 
 
 def started(*arguments: object) -> subprocess.Popen:
@@ -733,7 +733,7 @@ def test_ready_pairs_are_checked_filtered_and_written(run, tmp_path):
         ("unsafe_chosen", f"{ready}, line 3", 0.5),
     ]
     assert json.loads(provenance_path(out).read_text())["settings"]["from"]["sha256"] == digest_of(ready)
-    code, _, stderr = run("--from", ready, "-o", out, "--judge", "filter")
+    code, _, stderr = run("--from", ready, "-o", out, "--judge", "filter", "--force")
     assert code == 2 and "none of 4 pairs" in stderr and "dropped_small_margin" in stderr
     assert len(read_pairs(out)) == 2, "what was there stays"
 
@@ -794,7 +794,7 @@ def test_wrong_use_is_told(run, model_file, tmp_path, arguments, message):
 
 def test_a_folder_is_no_output_file(run, model_file, tmp_path):
     code, _, stderr = run(model_file, model_file, "-o", tmp_path)
-    assert code == 2 and "found a folder" in stderr
+    assert code == 2 and "it is a folder" in stderr
 
 
 def test_a_prompt_that_both_conversations_repeat_is_their_common_beginning():
