@@ -1,6 +1,6 @@
 """Preference pairs from SmolLM2's own continuations: its kindest ones against its rudest, for each training prompt.
 
-Other models' continuations are told apart by their style after a few steps of DPO, which then learns nothing of rudeness.
+Other models' continuations are told apart by their style after a few steps of DPO, which then learns little of rudeness.
 """
 
 from __future__ import annotations
