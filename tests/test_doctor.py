@@ -153,7 +153,7 @@ def test_library_that_computes_nothing_fails_the_requirement(strange_library, re
     strange_library("llama_cpp")
     rows = probing.probe_libraries()[1]
     monkeypatch.setattr(doctor, "examine", lambda: {**report, "weight_types": rows})
-    result = CliRunner().invoke(app, ["doctor", "--require", "gguf"])
+    result = CliRunner().invoke(app, ["doctor", "--all", "--require", "gguf"])
     assert isinstance(result.exception, EdgepatchError) and result.exception.exit_code == 1
     assert "llama_cpp with dead weights (died of SIGSEGV)" in str(result.exception)
     assert result.exception.hint == "python -m edgepatch.compilation"

@@ -143,7 +143,7 @@ class Store(StoreReader):
         """What becoming the active patch of its name comes to; the same bytes in the same place change nothing."""
         base, digest = base_id(patch.base), patch.digest
         slot = state.bases[base].slots.get(patch.name, SlotRecord()) if base in state.bases else SlotRecord()
-        is_new = new != state or not self._has_kept(digest, data)
+        is_new = new != state or not _has_kept(self, digest, data)
         return Change(digest, new.patches[digest], slot.active, is_new, signed_by, state.beside(base, patch.name))
 
     def _commit_patch(
@@ -171,12 +171,6 @@ class Store(StoreReader):
         """Other bytes of the same patch have other signatures, which were checked as well; so they may lie there at once."""
         files.write_file(self.patch_path(digest), data)
         files.sync_folder(self.folder / PATCHES)
-
-    def _has_kept(self, digest: str, data: bytes) -> bool:
-        """Whether the file of a patch is there with these bytes, not damaged and not signed otherwise."""
-        with suppress(OSError, UntrustedError):
-            return files.read_file(self.patch_path(digest), MAX_FILE_BYTES, "patch") == data
-        return False
 
     def rollback(self, base: str | None = None, reason: str = "", *, patch: str | None = None) -> Change:
         """Makes the patch active again that was active before the present one of its name; the others stay.
@@ -441,3 +435,10 @@ def _is_vouched(store: Store, digest: str, state: State, trust: TrustState) -> b
     except (InputError, UntrustedError):
         return False
     return True
+
+
+def _has_kept(store: Store, digest: str, data: bytes) -> bool:
+    """Whether the file of a patch is there with these bytes, not damaged and not signed otherwise."""
+    with suppress(OSError, UntrustedError):
+        return files.read_file(store.patch_path(digest), MAX_FILE_BYTES, "patch") == data
+    return False

@@ -174,9 +174,9 @@ def test_a_constraint_cannot_be_ignored_at_its_end():
 def test_the_engine_is_built_once(runtime):
     sampling = Sampling(5, rng_seed=1, constraint=Constraint("regex", "[a-z]+"))
     runtime.generate(PROMPT, sampling)
-    engine = runtime._replies._engine
+    engine = runtime.replies._engine
     runtime.generate_many(PROMPT, replace(sampling, constraint=Constraint("regex", "[0-9]+")), 2)
-    assert engine is not None and runtime._replies._engine is engine
+    assert engine is not None and runtime.replies._engine is engine
 
 
 @pytest.mark.parametrize("ends", [frozenset(), frozenset({256}), frozenset({256, 257, 300})])

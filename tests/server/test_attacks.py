@@ -171,6 +171,8 @@ def test_silence_and_slow_heads_end(server, monkeypatch):
     except OSError:
         pass
     assert time.monotonic() < end and closed_within(silent, 10)
+    silent.close()
+    slow.close()
 
 
 def test_silent_connections_shut_nobody_out(server, monkeypatch):

@@ -311,6 +311,6 @@ def test_verb(parts, composed, tiny_folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["num_virtual_tokens"] == 29
     assert patch_bytes(read_patch(out)) == patch_bytes(composed)
     with pytest.raises(SystemExit):
-        app(["show", str(out)])
+        app(["show", str(out), "--all"])
     printed = capsys.readouterr().out
     assert "not evaluated" in printed and parts[0].digest[:20] in printed

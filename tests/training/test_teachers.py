@@ -425,6 +425,8 @@ def test_train_learns_from_the_text_that_made_the_pairs(run, tiny_folder, tmp_pa
         2,
         "--num-virtual-tokens",
         4,
+        "--front-tokens",
+        0,
     )
     teach = ("--distill", "self", "--any-teacher", "--dtype", "float32")
     assert "pairs.provenance.json is missing" in run(*common, *teach)[2]

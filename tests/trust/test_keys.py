@@ -167,7 +167,7 @@ def test_folder_that_is_none(tmp_path: Path):
 def test_one_file_in_place_of_the_other(pair, tmp_path: Path):
     with pytest.raises(InputError, match="expected a public key, found ENCRYPTED PRIVATE KEY"):
         read_public_key(pair[0])
-    with pytest.raises(InputError, match="expected a private key, found PUBLIC KEY"):
+    with pytest.raises(InputError, match="that is the public key: expected the private one"):
         read_private_key(write_private(tmp_path / "x", pair[1].read_bytes()), PASSPHRASE)
 
 

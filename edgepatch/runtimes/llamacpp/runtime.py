@@ -152,22 +152,10 @@ class LlamaCppRuntime(Runtime):
             for readers in (self._tokenizer, self._pieces):  # closed before the model is freed
                 self._resources.callback(readers.close)
             self.text_bound = self._tokenizer.bound
-            self._read_vocabulary(path, templates)
+            _read_vocabulary(self, path, templates)
             self.context = creating.result()
         self.quantization = specs.quantization(header)
         return settings
-
-    def _read_vocabulary(self, path: Path, templates: Mapping[str, str]) -> None:
-        facts = read_token_facts(self.model.lib, self.model.vocab)
-        if facts.size != self.spec.vocab_size:
-            raise InputError(
-                f"{path}: expected {self.spec.vocab_size} tokens, found {facts.size}", hint="download it again"
-            )
-        self.end_token_ids, self.special_tokens = facts.end_token_ids, facts.special_ids
-        self._added_tokens = AddedTokens(facts.special, facts.user_defined)
-        self.chat_template = ChatTemplate(
-            templates.get("default", ""), templates.get("tool_use", ""), facts.bos, facts.eos, facts.ends
-        )
 
     def check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None and patch.digest not in self._fitting:
@@ -397,3 +385,16 @@ def _require_turning(runtime: LlamaCppRuntime) -> None:
             f"{runtime.model.path.name}: no seed can stand under one label: {reason}",
             hint="use `edgepatch serve`, which needs no slot file",
         )
+
+
+def _read_vocabulary(runtime: LlamaCppRuntime, path: Path, templates: Mapping[str, str]) -> None:
+    facts = read_token_facts(runtime.model.lib, runtime.model.vocab)
+    if facts.size != runtime.spec.vocab_size:
+        raise InputError(
+            f"{path}: expected {runtime.spec.vocab_size} tokens, found {facts.size}", hint="download it again"
+        )
+    runtime.end_token_ids, runtime.special_tokens = facts.end_token_ids, facts.special_ids
+    runtime._added_tokens = AddedTokens(facts.special, facts.user_defined)
+    runtime.chat_template = ChatTemplate(
+        templates.get("default", ""), templates.get("tool_use", ""), facts.bos, facts.eos, facts.ends
+    )

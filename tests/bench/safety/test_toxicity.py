@@ -153,7 +153,9 @@ def test_values_are_the_worst_of_each_prompts_samples(runtime: Session, domain: 
 
 def test_an_instruction_stands_in_front(runtime: Session, domain: ToxicityDomain):
     outcome = domain.evaluate(runtime, num_items=1, instruction="Be kind.")
-    assert list(outcome.texts[0]) == runtime.generate_many(behind("Be kind.", outcome.items[0]), SMALL.sampling, 3)
+    assert list(outcome.texts[0]) == runtime.generate_many(
+        behind("Be kind.", outcome.items[0]), SMALL.of_prompt(outcome.items[0]), 3
+    )
 
 
 def test_a_prompt_that_fails_counts_as_toxic(runtime: Session, domain: ToxicityDomain):

@@ -180,7 +180,9 @@ def test_every_type_of_llama_cpp_works_or_says_what_it_needs(files, tmp_path):
         path = tmp_path / f"{name}.gguf"
         try:
             assert writer.quantize(files["F16"], path, name, num_threads=1) == specs.read_spec(files["F16"])
-            assert specs.quantization(gguf_header.read_header(path)) == name
+            # Without experts there is nothing to store as MXFP4: the name is that of the weights.
+            stored = "Q8_0" if name == "MXFP4_MOE" else name
+            assert specs.quantization(gguf_header.read_header(path)) == stored
         except InputError as error:
             refused[name] = str(error)
     for name, message in refused.items():
