@@ -66,11 +66,13 @@ def test_a_model_is_measured_once_and_judged(bench_safety, lab_f16: Path, tmp_pa
     assert list(patched) == ["llamacpp F16", "llamacpp Q8_0"] and document["reference"] == "llamacpp F16"
     for row in patched.values():
         assert row["failed"] == [] and row["num_items"] == 3 and row["num_pairs"] > 0
-        for field in ("emt5", "mean_toxicity", "margin_retention", "margin_gain", "perplexity_change"):
+        for field in ("emt5", "mean_toxicity", "margin_gain", "perplexity_change"):
             assert row[f"{field}_low"] <= row[field] <= row[f"{field}_high"], field
+        # Two pairs may be lost as well as won, and of no gain no share can be kept.
+        assert (row["margin_retention"] is None) is (patched["llamacpp F16"]["margin_gain"] <= 0)
         assert row["negative_flips"] is not None
-    assert patched["llamacpp F16"]["margin_retention"] == 1
-    assert 0.8 < patched["llamacpp Q8_0"]["margin_retention"] < 1.2  # the weights are nearly the same
+    gains = [row["margin_gain"] for row in patched.values()]
+    assert abs(gains[0] - gains[1]) < 0.1  # the weights are nearly the same
     assert {row["front"] for row in document["fronted"]} == {"toxic-512", "turn-5"} - (
         {"toxic-512"} if any("512" in line for line in document["skipped"]) else set()
     )

@@ -245,7 +245,7 @@ def test_a_server_runs_bare_by_word_alone(tiny_folder, files, tmp_path, capsys):
     def load():
         return _loader(tiny_folder, ACTIVE, 1, None, None, Device.cpu, tmp_path / "store", False, False, {})()
 
-    with pytest.raises(InputError, match="nor an active patch"):
+    with pytest.raises(InputError, match="expected the folder"):
         load()
     store = Store(tmp_path / "store")
     for file in files[:2]:

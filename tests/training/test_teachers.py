@@ -372,13 +372,13 @@ def test_the_verb_measures_the_teacher_and_refuses_it(run, model_file, prompts, 
     assert notes["settings"]["teacher"]["kind"] == "self"
     assert safety_texts_of(out) == ("Be kind and calm.",)
     code, _, stderr = run(
-        *common, "--teacher", "self", "--teacher-text", text, "--any-teacher", "--min-words", 99, "--restart"
+        *common, "--teacher", "self", "--teacher-text", text, "--any-teacher", "--min-words", 99, "--restart", "--force"
     )
     rows = [json.loads(line) for line in (tmp_path / "pairs.dropped.jsonl").read_text().splitlines()]
     assert code == 2 and "pairs.dropped.jsonl has every score" in stderr
     assert [row["place"] for row in rows] == [f"{prompts}, line {n}" for n in range(1, 10)]
     text.write_text("word " * 600)
-    code, _, stderr = run(*common, "--teacher", "self", "--teacher-text", text, "--restart")
+    code, _, stderr = run(*common, "--teacher", "self", "--teacher-text", text, "--restart", "--force")
     assert code == 2 and "behind the teacher's safety text, the prompt has" in stderr and "holds 512" in stderr
 
 
@@ -434,8 +434,8 @@ def test_train_learns_from_the_text_that_made_the_pairs(run, tiny_folder, tmp_pa
     code, _, stderr = run(*common, *teach, "--nll-weight", 0.2)
     assert code == 0, stderr
     assert read_patch(out).training["teacher"]["texts"] == list(TEXTS)
-    write_pairs(make_pairs(13), pairs)
     assert f"{out} exists" in run(*common, *teach)[2]
+    write_pairs(make_pairs(13), pairs)
     common = (*common, "--force")
     assert "joined with pairs of another domain" in run(*common, *teach)[2]
     assert "expected self, or a PEFT folder" in run(*common, "--distill", tiny_folder)[2]

@@ -496,10 +496,9 @@ def test_the_command_trains_a_patch_and_a_kv_prefix_from_it(tiny_folder, tmp_pat
         "--dpo-steps",
         "2",
     ]
-    common += ["--num-virtual-tokens", "4", "--run", str(tmp_path / "run")]
-    done = CliRunner().invoke(
-        app, ["train", str(tiny_folder), "-o", str(tmp_path / "p.safetensors"), *common], catch_exceptions=False
-    )
+    common += ["--num-virtual-tokens", "4"]
+    first = ["-o", str(tmp_path / "p.safetensors"), "--run", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, ["train", str(tiny_folder), *first, *common], catch_exceptions=False)
     assert done.exit_code == 0 and "4 virtual tokens" in done.output
     assert "the seed moves: at each turn and every 128 tokens" in done.output
     page = (tmp_path / "run" / "curves.html").read_text()
