@@ -55,11 +55,25 @@ PLAIN_TEXT = ReplyFormat()
 class Conversation(Protocol):
     """What is read of an order here."""
 
-    sampling: Any
-    tools: Any
-    options: ChatOptions
-    forced: tuple[str, ...]
-    most_calls: int | None
+    @property
+    def sampling(self) -> Any:
+        """How to draw, or ``None``."""
+
+    @property
+    def tools(self) -> Any:
+        """OpenAI's tool objects, or ``None``."""
+
+    @property
+    def options(self) -> ChatOptions:
+        """How the conversation is written."""
+
+    @property
+    def forced(self) -> tuple[str, ...]:
+        """Functions of which one must be called."""
+
+    @property
+    def most_calls(self) -> int | None:
+        """Calls that a reply may have."""
 
 
 Ordered = TypeVar("Ordered", bound=Conversation)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,7 +25,7 @@ from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.library import require_gpu, require_installed
 from edgepatch.converters.gguf.text import GGUFTokenizer
 from edgepatch.converters.gguf.vocabularies import chat_templates
-from edgepatch.converters.gguf.vocabulary import read_token_facts
+from edgepatch.converters.gguf.vocabulary import TokenFacts, read_token_facts
 from edgepatch.cores import begin_choice, read_allowance
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patch.file import Patch
@@ -152,7 +152,11 @@ class LlamaCppRuntime(Runtime):
             for readers in (self._tokenizer, self._pieces):  # closed before the model is freed
                 self._resources.callback(readers.close)
             self.text_bound = self._tokenizer.bound
-            _read_vocabulary(self, path, templates)
+            facts = _token_facts(self.model, path, self.spec.vocab_size)
+            self.end_token_ids, self.special_tokens = facts.end_token_ids, facts.special_ids
+            self._added_tokens = AddedTokens(facts.special, facts.user_defined)
+            named = (templates.get("default", ""), templates.get("tool_use", ""))
+            self.chat_template = ChatTemplate(*named, facts.bos, facts.eos, facts.ends)
             self.context = creating.result()
         self.quantization = specs.quantization(header)
         return settings
@@ -387,14 +391,13 @@ def _require_turning(runtime: LlamaCppRuntime) -> None:
         )
 
 
-def _read_vocabulary(runtime: LlamaCppRuntime, path: Path, templates: Mapping[str, str]) -> None:
-    facts = read_token_facts(runtime.model.lib, runtime.model.vocab)
-    if facts.size != runtime.spec.vocab_size:
-        raise InputError(
-            f"{path}: expected {runtime.spec.vocab_size} tokens, found {facts.size}", hint="download it again"
-        )
-    runtime.end_token_ids, runtime.special_tokens = facts.end_token_ids, facts.special_ids
-    runtime._added_tokens = AddedTokens(facts.special, facts.user_defined)
-    runtime.chat_template = ChatTemplate(
-        templates.get("default", ""), templates.get("tool_use", ""), facts.bos, facts.eos, facts.ends
-    )
+def _token_facts(model: LlamaModel, path: Path, vocab_size: int) -> TokenFacts:
+    """What llama.cpp says of the tokens.
+
+    Raises:
+        InputError: they are more or fewer than the model has.
+    """
+    facts = read_token_facts(model.lib, model.vocab)
+    if facts.size != vocab_size:
+        raise InputError(f"{path}: expected {vocab_size} tokens, found {facts.size}", hint="download it again")
+    return facts
