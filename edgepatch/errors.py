@@ -71,10 +71,11 @@ def _path(url: str) -> str:
 def _source() -> tuple[str, bool]:
     """(address, whether it is a checkout) that edgepatch was installed from; ("", False) where pip did not write it down."""
     try:
-        text = metadata.distribution("edgepatch").read_text("direct_url.json")
-        written = json.loads(text or "{}")
+        # A checkout may hold metadata of its own beside those that pip wrote.
+        texts = [each.read_text("direct_url.json") for each in metadata.distributions(name="edgepatch")]
+        written = json.loads(next((text for text in texts if text), "{}"))
         return str(written.get("url", "")), bool(written.get("dir_info", {}).get("editable"))
-    except (metadata.PackageNotFoundError, ValueError, AttributeError):
+    except (ValueError, AttributeError):
         return "", False
 
 

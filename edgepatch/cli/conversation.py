@@ -31,7 +31,7 @@ COMMANDS = """\
 /load FILE        go on with a saved one
 /stats            tokens and rates of the last reply, and how much of the context is taken
 /help             this list
-/bye              end (also Ctrl-D, or Ctrl-C where no reply is written)
+/bye              end (also Ctrl-D, or Ctrl-C twice)
 \"\"\"               begins and ends a message of several lines
 Ctrl-C stops a reply; what was said of it stays in the conversation."""
 
@@ -206,13 +206,24 @@ def _typed() -> Iterator[str]:
     import readline
 
     readline.set_auto_history(True)
+    was_pressed = False
     while True:
         try:
             # The prompt is for people: where stdout goes to a file, it must not.
-            yield input("> " if sys.stdout.isatty() else "")
+            line = input("> " if sys.stdout.isatty() else "")
         except EOFError:
             stderr().print()
             return
+        except KeyboardInterrupt as error:
+            # A press that was meant for a reply may come just behind its end.
+            if was_pressed or getattr(error, "exit_code", 130) != 130:
+                raise
+            was_pressed = True
+            stderr().print()
+            note("Ctrl-C once more, Ctrl-D or /bye ends")
+            continue
+        was_pressed = False
+        yield line
 
 
 def _messages(lines: Iterator[str] | list[str]) -> Iterator[str]:

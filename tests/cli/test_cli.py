@@ -293,6 +293,9 @@ def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
         terminal.type("\x1b[A\x1b[A\x1b[D!\n")  # up to /foo, one to the left, an exclamation mark: /fo!o
         terminal.until("unknown command: /fo!o")
         terminal.until("> ")
+        terminal.type("\x03")
+        terminal.until("Ctrl-C once more")
+        terminal.until("> ")
         terminal.type("\x04")
         assert terminal.code() == 0
 
