@@ -280,7 +280,8 @@ def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
     with Terminal(gguf_file, *options) as terminal:
         terminal.until("> ")
         terminal.type("Hello\n")
-        terminal.until("Hello")
+        terminal.until("Hello\r\n")
+        time.sleep(0.2)  # the reply is under way, or over
         terminal.type("\x03")
         terminal.until("first after")
         terminal.until("> ")
