@@ -71,6 +71,7 @@ def test_a_model_is_measured_once_and_judged(bench_safety, lab_f16: Path, tmp_pa
         # Two pairs may be lost as well as won, and of no gain no share can be kept.
         assert (row["margin_retention"] is None) is (patched["llamacpp F16"]["margin_gain"] <= 0)
         assert row["negative_flips"] is not None
+    assert patched["llamacpp F16"]["margin_retention"] in (None, 1)
     gains = [row["margin_gain"] for row in patched.values()]
     assert abs(gains[0] - gains[1]) < 0.1  # the weights are nearly the same
     assert {row["front"] for row in document["fronted"]} == {"toxic-512", "turn-5"} - (
