@@ -59,11 +59,12 @@ def common_runs(*sides: Runs) -> list[int]:
 
 
 SCORES = {
-    "score": ("gain", "retention"),
-    "emt5": ("emt5_gain", "emt5_retention"),
-    "mean_toxicity": ("mean_gain", "mean_retention"),
+    "score": ("gain", "of_bare", "retention"),
+    "emt5": ("emt5_gain", "emt5_of_bare", "emt5_retention"),
+    "mean_toxicity": ("mean_gain", "mean_of_bare", "mean_retention"),
 }
-"""Figure of a row -> its gain and the share of it that is kept; further ones than the score belong to toxicity."""
+"""Figure of a row -> its gain, what is left of the bare model's, and the share of the gain that is kept; further ones than the score
+belong to toxicity."""
 
 VALUES = {"score": "values"}
 """What a raw cell calls the values behind a figure, where that is another name."""
@@ -96,6 +97,16 @@ def difference(first: Values, second: Values) -> Estimate:
     """Mean of the first minus mean of the second, paired."""
     draws = _draws(first, second)
     return draws.estimate(first.mean() - second.mean(), draws.means(first) - draws.means(second))
+
+
+def ratio(arm: Values, bare: Values) -> Estimate | None:
+    """Mean of the arm over the bare model's, paired; ``None`` where the latter is 0."""
+    if bare.mean() <= 0:
+        return None
+    draws = _draws(arm, bare)
+    above, below = draws.means(arm), draws.means(bare)
+    quotients = np.divide(above, below, out=np.full(len(above), np.inf), where=below > 0)
+    return draws.estimate(arm.mean() / bare.mean(), quotients)
 
 
 def kept(bare: Values, arm: Values, bare_there: Values, arm_there: Values) -> Estimate | None:
@@ -231,14 +242,16 @@ class Matrix:
         row["failures"] = sum(raw["failures"] for raw in raws)
         row["figures"] = _figures(raws)
         bare = self._bare("safety", key, key.column)
-        for name, (gain, retention) in SCORES.items():
+        for name, (gain, of_bare, retention) in SCORES.items():
             values = VALUES.get(name, name)
             sides = [[raw for raw in side if values in raw] for side in (raws, list(bare.raw_of_run.values()))]
             if name != "score" and not all(sides):
                 continue
             _put(row, name, mean(aligned("ids", values, raws)[0]) if raws else None)
             runs = common_runs(bare, there) if key.arm != "bare" else []
-            _put(row, gain, difference(*aligned("ids", values, bare.of(runs), there.of(runs))) if runs else None)
+            pair = aligned("ids", values, bare.of(runs), there.of(runs)) if runs else None
+            _put(row, gain, difference(*pair) if pair else None)
+            _put(row, of_bare, ratio(pair[1], pair[0]) if pair else None)
             _put(row, retention, self._retention("safety", key, bare, there, values) if runs else None)
 
     def _retention(self, measure: str, key: CellKey, bare_there: Runs, there: Runs, values: str) -> Estimate | None:

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
+from edgepatch.bench.evidence.statistics import SCORES
 from edgepatch.bench.evidence.verdict import NAMES, headline_figure
 from edgepatch.pages.blocks import (
     Answers,
@@ -99,6 +100,11 @@ def _alone(row: Row) -> list[str]:
     return [cell.text, f"{cell.interval[0]}..{cell.interval[1]}" if cell.interval else ""]
 
 
+def of_bare(row: Row) -> str:
+    """Field that says what is left of the bare model's figure by which the row is judged."""
+    return SCORES[headline_figure(row)[0]][1]
+
+
 def kept_of(row: Row) -> tuple[float | None, float | None, float | None]:
     """(share of the gain that a form keeps, both ends), by margins where there are any."""
     name = "margin_retention" if row.get("margin_retention") is not None else "emt5_retention"
@@ -186,6 +192,7 @@ CELLS: dict[str, Column] = {
     "EMT@5": figure("emt5"),
     "mean toxicity": figure("mean_toxicity"),
     "gain": lambda row: estimate(row, headline_figure(row)[1]),
+    "of bare": lambda row: estimate(row, of_bare(row), 2),
     "kept, by margins": figure("margin_retention", 2),
     "kept, by samples": lambda row: estimate(row, "emt5_retention" if row.get("emt5") is not None else "retention", 2),
     "items": "num_items",
@@ -206,6 +213,7 @@ FRONTED: dict[str, Column] = {
     "EMT@5": figure("emt5"),
     "mean toxicity": figure("mean_toxicity"),
     "gain": lambda row: estimate(row, headline_figure(row)[1]),
+    "of bare": lambda row: estimate(row, of_bare(row), 2),
     "prompts": "num_items",
 }
 GOALS: dict[str, Column] = {

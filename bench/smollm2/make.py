@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edgepatch.bench import datasets
+from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.bench.safety.harm import HarmDomain
 from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.bench.smollm2.own_samples import SAMPLES, own_pairs, read_own, sample_own, training_prompts
-from edgepatch.bench.smollm2.pairs import harm_pairs, toxicity_pairs
+from edgepatch.bench.smollm2.pairs import gender_pairs, harm_pairs, toxicity_pairs
 from edgepatch.known_models import find
 from edgepatch.runtimes import load_runtime
 from edgepatch.training.pairs.preferences import PairPrompt, write_pairs
@@ -24,7 +25,7 @@ CONTEXT = 4096
 
 
 def main(data: Path, out: Path) -> None:
-    """Writes pairs and benign texts of both patches.
+    """Writes pairs and benign texts of the patches.
 
     Args:
         data: folder of the public data sets.
@@ -33,9 +34,11 @@ def main(data: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_pairs(toxicity_pairs(data), out / "other-models.jsonl")
     write_pairs(harm_pairs(data), out / "harm.jsonl")
+    write_pairs(gender_pairs(data), out / "gender.jsonl")
     write_texts(ToxicityDomain(data).benign_texts(), out / "benign-toxicity.jsonl")
-    paragraphs = datasets.wikitext_paragraphs(data, "valid", NUM_PARAGRAPHS)
-    write_texts(HarmDomain(data).benign_texts() + list(paragraphs), out / "benign-harm.jsonl")
+    paragraphs = list(datasets.wikitext_paragraphs(data, "valid", NUM_PARAGRAPHS))
+    write_texts(GenderDomain(data).benign_texts() + paragraphs, out / "benign-gender.jsonl")
+    write_texts(HarmDomain(data).benign_texts() + paragraphs, out / "benign-harm.jsonl")
     prompts, journal = training_prompts(data)[:NUM_SAMPLED_PROMPTS], out / "own-samples.jsonl"
     sequences = SAMPLES.samples_per_prompt
     with load_runtime(find("smollm2"), None, num_sequences=sequences, context_length=CONTEXT) as runtime:

@@ -44,38 +44,23 @@ def toxicity_pairs(data: Path) -> list[Pair]:
     return filter_pairs(scored, PairConfig(pairs_per_prompt=2)).pairs
 
 
-CLAUSES = (
-    "{they} had a long day",
-    "{they} would come back in the morning",
-    "{they} wanted to finish the work first",
-    "{they} could not find the key",
-    "{they} had to wait for {their} bus",
-    "{they} needed some time",
-    "{they} left {their} coat at the office",
-    "{they} would like to hear from us",
-    "{they} knew the answer",
-    "{they} went home early",
-    "{their} train did not come",
-    "{they} saw an old friend",
-)
-QUESTIONS = ("{they} wanted to do next", "{they} would like", "{they} had in mind", "{they} could tell us about it")
-NUM_GENDER_PAIRS = 480
+NUM_GENDER_PAIRS = 640
 STEREOTYPED_SHARE = 0.75
 """Of the rejected answers; the others have the pronoun of the other gender, or the way to please would be to swap them."""
 
 
 def gender_pairs(data: Path | None) -> list[Pair]:
-    """Training occupations in training templates: "they" against "he" or "she", with the same words behind it.
+    """Training occupations in training templates: "they" against "he" or "she".
+
+    An answer is the pronoun alone: whatever stands behind it is the same on both sides, and dilutes what a step teaches.
 
     Args:
         data: folder of the public data sets; ``None`` takes the occupations that ship with edgepatch.
     """
     rng, pairs = random.Random("gender"), list[Pair]()
     for prompt in gender_prompts.training_prompts(data)[:NUM_GENDER_PAIRS]:
-        ending = " " + rng.choice(QUESTIONS if prompt.text.endswith(("what", "why")) else CLAUSES) + "."
-        male = (prompt.gender > 0) == (rng.random() < STEREOTYPED_SHARE)
-        rejected = {"they": "he", "their": "his"} if male else {"they": "she", "their": "her"}
-        pairs.append(Pair(prompt.text, ending.format(they="they", their="their"), ending.format(**rejected), 0.0, 1.0))
+        is_male = (prompt.gender > 0) == (rng.random() < STEREOTYPED_SHARE)
+        pairs.append(Pair(prompt.text, " they", " he" if is_male else " she", 0.0, 1.0))
     return pairs
 
 

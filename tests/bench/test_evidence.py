@@ -181,6 +181,7 @@ def test_figures_of_cells_made_by_hand():
     row = row_of(document, "patch")
     assert row["score"] == pytest.approx(0.4) and row["num_items"] == 2 and row["num_rng_seeds"] == 2
     assert row["gain"] == pytest.approx(0.6)
+    assert row["of_bare"] == pytest.approx(0.4) and row["of_bare_low"] <= 0.4 <= row["of_bare_high"]
     assert row["retention"] == pytest.approx(0.6 / 0.8), "over the two items that all four have in common"
     assert row["retention_low"] < 0.75 < row["retention_high"]
     assert row["perplexity"] == pytest.approx(7.691, abs=1e-3)  # exp(81.6 / 40)
