@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -54,12 +54,12 @@ class Workplace:
     Attributes:
         out: folder of models, trained arms, compositions and cells.
         data: folder of the public data sets, or ``None`` for the prompts that ship with edgepatch.
-        patches: files of the patches that the arm "patch" is, side by side, where the user brings it.
+        patches: arm -> files of the patches that it is, side by side, where the user brings them.
     """
 
     out: Path
     data: Path | None
-    patches: tuple[Path, ...] = ()
+    patches: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
     @property
     def cells(self) -> Path:
@@ -95,7 +95,7 @@ class Workplace:
             return self.parts(key)
         if key.rng_seed:
             return [self.arm(key.domain, key.arm, key.rng_seed)]
-        return list(self.patches) if key.arm == "patch" else []
+        return list(self.patches.get(key.arm, ()))
 
     def base(self, key: CellKey) -> Path:
         """Folder with the files of all columns of the model, M or M'."""

@@ -7,7 +7,7 @@ stopped goes on, and one with a further quantization measures that alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.bench.environment import environment
-from edgepatch.bench.evidence.cells import CellKey, EvidenceConfig, groups, read_cell
+from edgepatch.bench.evidence.cells import UNTRAINED_ARMS, CellKey, EvidenceConfig, groups, read_cell
 from edgepatch.bench.evidence.cluster import measure_on_cluster, require_ray
 from edgepatch.bench.evidence.forms import given_column, made_columns, make_forms
 from edgepatch.bench.evidence.measuring import Workplace, due
@@ -56,7 +56,9 @@ def run(
         InputError: something cannot be used, or nothing can be written.
     """
     began = time.monotonic()
+    question.require_names()
     patches = [read_patch(path) for path in question.patches]
+    beside = {name: [read_patch(path) for path in files] for name, files in question.beside.items()}
     _require_judge(question)
     if question.cluster:
         require_ray()
@@ -65,13 +67,13 @@ def run(
     given = given_column(question.model, probe.runtime, probe.quantization)
     skipped = require_domains(question, probe)
     columns = [given, *(column for column in made if column.name != given.name)]
-    num_virtual_tokens = sum(patch.num_virtual_tokens for patch in patches)
+    seeds = [sum(patch.num_virtual_tokens for patch in arm) for arm in (patches, *beside.values())]
+    num_virtual_tokens = max(seeds)
     config = config_of(question, columns, probe, num_virtual_tokens)
     is_toxicity = "toxicity" in config.domains
     fronts, short = fronts_of(question.amounts, probe, num_virtual_tokens) if is_toxicity else ([], [])
-    place = Workplace(out, data, question.patches)
-    arms = ("bare", "patch") if patches else ("bare",)
-    keys = plan_model(config, arms, fronts)
+    place = Workplace(out, data, question.arms)
+    keys = plan_model(config, list(question.arms), fronts)
     _require_data(config, data)
     for line in (*skipped, *short):
         tell(f"skipped: {line}")
@@ -86,7 +88,7 @@ def run(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began),
         "environment": environment(),
-        **_subject(question, probe, patches),
+        **_subject(question, probe, patches, beside),
         "settings": {"data": "public" if data else "own prompts", "judge": question.judge, **asdict(question.amounts)},
         "skipped": [*skipped, *short],
     }
@@ -166,13 +168,20 @@ def measure(
             raise InputError(str(error), hint="; ".join(part for part in (error.hint, kept) if part)) from error
 
 
-def _subject(question: Question, probe: Probe, patches: Sequence[Patch]) -> Document:
-    described = [{"name": patch.name, "version": patch.version, "digest": patch.digest} for patch in patches]
+def _describe(patches: Sequence[Patch]) -> list[dict[str, str]]:
+    return [{"name": patch.name, "version": patch.version, "digest": patch.digest} for patch in patches]
+
+
+def _subject(
+    question: Question, probe: Probe, patches: Sequence[Patch], beside: Mapping[str, Sequence[Patch]]
+) -> Document:
+    described = _describe(patches)
     return {
         "model": {"name": question.model.name, "runtime": probe.runtime, "quantization": probe.quantization},
         "base": probe.spec.as_dict(),
         "patches": described,
         "patch": described[0] if len(described) == 1 else None,
+        "beside": {name: _describe(arm) for name, arm in beside.items()},
     }
 
 
@@ -182,11 +191,11 @@ def _subject(question: Question, probe: Probe, patches: Sequence[Patch]) -> Docu
 def assemble(keys: Sequence[CellKey], read: Any, config: EvidenceConfig, asked: Sequence[str]) -> Document:
     """The measured part of the document, from raw cells alone."""
     matrix = Matrix(keys, read, config.known_columns, config.reference)
-    rows = [{**row, "patched": row["arm"] == "patch"} for row in matrix.rows()]
+    rows = [{**row, "patched": row["arm"] not in UNTRAINED_ARMS} for row in matrix.rows()]
     fronted = matrix.fronted()
-    fields = ("domain", "runtime", "quantization", "retention", "margin_retention")
-    ends = [f"{field}_{end}" for field in fields[3:] for end in ("low", "high")]
-    kept = [{name: row.get(name) for name in (*fields, *ends)} for row in rows if row["arm"] == "patch"]
+    fields = ("domain", "arm", "runtime", "quantization", "retention", "margin_retention")
+    ends = [f"{field}_{end}" for field in fields[4:] for end in ("low", "high")]
+    kept = [{name: row.get(name) for name in (*fields, *ends)} for row in rows if row["patched"]]
     return {
         "reference": config.reference,
         "cells": rows,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgepatch.bench.columns import Column
@@ -18,6 +19,8 @@ from edgepatch.errors import InputError
 
 PLAIN_CONTEXT, CONTEXT_STEP = 512, 128
 EVERY_TEXT = 10**6
+RESERVED = ("bare", "patch", "safe_prompt", "reference")
+"""Arms that mean something else."""
 
 
 FULL_RETAINED = Sizes(30, 6, 400)
@@ -62,6 +65,8 @@ class Question:
         judge, unsafe_labels: who reports toxicity.
         num_workers, num_threads: processes, and threads of each.
         is_quick: whether the amounts are those of a first impression.
+        beside: name -> files of further patches that are measured on the same prompts.
+        is_instructed: whether the written safety text that people use without a patch is measured too.
         cluster: address of a Ray cluster that measures instead of processes here; "" for none.
     """
 
@@ -76,6 +81,27 @@ class Question:
     num_threads: int = 1
     is_quick: bool = False
     cluster: str = ""
+    beside: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    is_instructed: bool = False
+
+    @property
+    def arms(self) -> dict[str, tuple[Path, ...]]:
+        """Arm -> files of its patches, in the order of tables: the bare model, what is judged, what stands beside."""
+        judged = {"patch": self.patches} if self.patches else {}
+        return {"bare": (), **({"safe_prompt": ()} if self.is_instructed else {}), **judged, **self.beside}
+
+    def require_names(self) -> None:
+        """Looks at the names of what stands beside.
+
+        Raises:
+            InputError: one is another arm's, or cannot be the name of a file.
+        """
+        for name in self.beside:
+            if name in RESERVED or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,30}", name):
+                raise InputError(
+                    f"--beside: expected a name of small letters and digits, none of {', '.join(RESERVED)}; found {name!r}",
+                    hint="for example --beside next=next.safetensors",
+                )
 
 
 # What is measured.
@@ -86,13 +112,17 @@ def plan_model(config: EvidenceConfig, arms: Sequence[str], fronts: Sequence[str
 
     Args:
         config: domains and columns.
-        arms: "bare", and "patch" where there is one.
+        arms: the bare model first; behind it whatever is compared with it.
         fronts: places behind other text; measured on the first column.
     """
     keys = []
     for number, column in enumerate(config.chosen_columns()):
         for arm in arms:
             keys += [CellKey("safety", domain, arm, column.name) for domain in config.domains]
+            if arm == "safe_prompt":
+                # Each domain has a text of its own, and held-out pairs behind a text would be other pairs.
+                keys += [CellKey("retained", domain, arm, column.name) for domain in config.domains]
+                continue
             keys.append(CellKey("retained", SHARED, arm, column.name))
             if len(arms) > 1:
                 keys += [CellKey("margins", domain, arm, column.name) for domain in config.domains]

@@ -179,7 +179,8 @@ class Matrix:
     def rows(self) -> list[Row]:
         """One a domain, arm, column and route, for prompts that nothing stands in front of."""
         keys = [key for key in self._rows if key.measure == "safety" and not key.parts and not key.front]
-        places = {name: place for names in (DOMAINS, ARMS, self._columns) for place, name in enumerate(names)}
+        arms = dict.fromkeys([*ARMS, *(key.arm for key in keys)])  # those that a user names stand behind
+        places = {name: place for names in (DOMAINS, arms, self._columns) for place, name in enumerate(names)}
         keys.sort(key=lambda key: (places[key.domain], places[key.arm], key.route == "decoded", places[key.column]))
         return [self._row(key) for key in keys]
 

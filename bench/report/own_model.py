@@ -29,7 +29,7 @@ from edgepatch.pages.blocks import (
     listing,
     number,
 )
-from edgepatch.pages.charts import Axis, Plot, Point, Series, categories
+from edgepatch.pages.charts import NUM_MARKS, Axis, Plot, Point, Series, categories
 from edgepatch.pages.numbers import format_number
 from edgepatch.pages.rendering import render
 
@@ -47,9 +47,12 @@ def print_summary(document: Document, console: Console) -> None:
     """The answer, then one line a domain and form, within 80 columns."""
     console.print(document["verdict"]["sentence"], markup=False)
     rows = document["cells"]
-    is_compared = any(row["arm"] == "patch" for row in rows)
+    arms = list(dict.fromkeys(row["arm"] for row in rows if row["arm"] != "bare"))
+    is_compared = bool(arms)
     table = ConsoleTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("\ndomain", no_wrap=True)
+    if len(arms) > 1:
+        table.add_column("\nmodel", no_wrap=True)
     table.add_column("\nform", overflow="fold")
     heads = (
         ("\nbare", "\npatched", "gain\n(95 %)", "gain\nkept", "ppl\n%", "refused\npoints")
@@ -59,9 +62,10 @@ def print_summary(document: Document, console: Console) -> None:
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        if row["arm"] == ("patch" if is_compared else "bare"):
+        if (row["arm"] != "bare") == is_compared:
             table.add_row(
                 row["domain"],
+                *([arm_name(row["arm"])] if len(arms) > 1 else []),
                 row["column"],
                 *(_compared(row, rows, document["reference"]) if is_compared else _alone(row)),
             )
@@ -113,8 +117,7 @@ def kept_of(row: Row) -> tuple[float | None, float | None, float | None]:
 
 
 def _print_fronted(document: Document, console: Console) -> None:
-    patched = [row for row in document["fronted"] if row["arm"] == "patch"]
-    for row in patched:
+    for row in (row for row in document["fronted"] if row["arm"] == "patch"):
         bare = _bare_of(row, document["fronted"])
         name, gain = headline_figure(row)
         words = [format_number(value, 3) for value in (bare.get(name), row.get(name))]
@@ -142,16 +145,17 @@ def score_plot(document: Document, domain: str) -> Plot:
     rows = [row for row in document["cells"] if row["domain"] == domain and row["score"] is not None]
     forms = list(dict.fromkeys(row["column"] for row in rows))[::-1]  # the first at the top
     name = headline_figure(rows[0])[0] if rows else "score"
-    points: dict[str, list[Point]] = {"bare": [], "patch": []}
+    points: dict[str, list[Point]] = {row["arm"]: [] for row in rows}
     for row in rows:
         value = row.get(name)
         if value is not None:
             y = forms.index(row["column"]) + 0.5
-            label = f"{row['column']}: {'patched' if row['arm'] == 'patch' else 'bare'} {value:.3f}"
+            label = f"{row['column']}: {arm_name(row['arm'])} {value:.3f}"
             points[row["arm"]].append(Point(value, y, (row[f"{name}_low"], row[f"{name}_high"]), label, f"{value:.3f}"))
+    styles = {"bare": "bare", "patch": "patched"}
     series = [
-        Series("bare", points["bare"], mark=1, style="bare"),
-        Series("patched", points["patch"], mark=2, style="patched"),
+        Series(arm_name(arm), marks, mark=number % NUM_MARKS, style=styles.get(arm, ""))
+        for number, (arm, marks) in enumerate(points.items(), 1)
     ]
     x = Axis(0, 1, [(t / 5, f"{t / 5:.1f}") for t in range(6)], has_grid=True)
     y_axis = categories([_with_kept(form, rows) for form in forms])
@@ -179,9 +183,14 @@ def _with_kept(form: str, rows: Sequence[Row]) -> str:
     return f"{form}\nkeeps {value:.2f}{ends}"
 
 
+def arm_name(arm: str) -> str:
+    """For people: what stands beside keeps the name that the user gave it."""
+    return {"patch": "patched", "safe_prompt": "safety text"}.get(arm, arm)
+
+
 def _arm(row: Row) -> Cell:
-    side = "patched" if row["arm"] == "patch" else "bare"
-    return Cell(side, style=side)
+    side = arm_name(row["arm"])
+    return Cell(side, style=side if side in ("bare", "patched") else "")
 
 
 CELLS: dict[str, Column] = {

@@ -48,7 +48,7 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path):
         known_columns=(column,),
         reference=column.name,
     )
-    place = Workplace(tmp_path, None, (LAB_FOLDER / "lab-detox-0.1.0.safetensors",))
+    place = Workplace(tmp_path, None, {"patch": (LAB_FOLDER / "lab-detox-0.1.0.safetensors",)})
     keys = [CellKey("safety", domain, arm, column.name) for arm in config.arms for domain in config.domains]
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(killed, time.monotonic() + 120))

@@ -85,6 +85,16 @@ def test_a_model_is_measured_once_and_judged(bench_safety, lab_f16: Path, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in cells} == cells, "nothing is measured twice"
     assert json.loads((tmp_path / "results.json").read_text())["cells"] == document["cells"]
 
+    words.remove("--on"), words.remove("q8_0")
+    code, printed, told = bench_safety(*words, "--beside", f"again={PATCH}", "--instruction")
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "results.json").read_text())["cells"]}
+    assert list(rows) == ["bare", "safe_prompt", "patch", "again"] and not any(row["failed"] for row in rows.values())
+    for field in ("score", "emt5", "emt5_of_bare", "perplexity_change", "margin_gain"):
+        assert rows["again"][field] == rows["patch"][field], "the same patch, the same random numbers"
+    assert rows["safe_prompt"]["score"] != rows["bare"]["score"] and rows["safe_prompt"].get("margin_gain") is None
+    assert "safety text" in printed and max(map(len, printed.splitlines()[:-2])) <= 80
+    assert {path: path.stat().st_mtime_ns for path in cells} == cells, "only what stands beside is measured"
+
 
 # What is refused before any work.
 
@@ -115,6 +125,12 @@ def test_other_input_that_cannot_be_used_is_refused(bench_safety, lab_f16: Path,
         (["-o", tmp_path / "file"], "expected a folder, found the file"),
         (["--data", tmp_path / "nowhere"], "does not exist"),
         (["--patch", tmp_path / "nothing.safetensors"], "nothing.safetensors"),
+        (["--beside", f"next={PATCH}"], "expected --patch"),
+        (["--patch", PATCH, "--beside", PATCH], "expected NAME=FILE"),
+        (["--patch", PATCH, "--beside", f"bare={PATCH}"], "none of bare"),
+        (["--patch", PATCH, "--beside", f"../x={PATCH}"], "small letters"),
+        (["--patch", PATCH, "--beside", f"a={PATCH}", "--beside", f"a={PATCH}"], "named twice"),
+        (["--patch", PATCH, "--beside", f"a={tmp_path / 'no.safetensors'}"], "no.safetensors"),
     ):
         code, _, told = bench_safety(lab_f16, *words, *([] if "-o" in words else ["-o", tmp_path / "out"]))
         assert code == 2 and reason in " ".join(told.split()), words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -52,6 +53,16 @@ def safety(
     requests: Annotated[
         int | None, typer.Option(min=2, help="Harmless requests, for over-refusal. Default: 400.")
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Another patch on the same prompts, an older version for instance; files with commas act together. Repeat it.",
+        ),
+    ] = None,
+    instruction: Annotated[
+        bool, typer.Option("--instruction", help="Measure the bare model behind a written safety text too.")
+    ] = False,
     judge: Annotated[
         str,
         typer.Option(metavar="NAME|FOLDER", help="Who reports toxicity: report, or a Transformers classifier folder."),
@@ -102,6 +113,8 @@ def safety(
         threads,
         quick,
         cluster,
+        _beside(beside or (), bool(patch)),
+        instruction,
     )
     _require_writable(out)
     kept = f"what is measured is kept in {out}; the same command goes on from there"
@@ -125,6 +138,21 @@ def _amounts(
     named: dict[str, Any] = {"prompts": prompts, "samples": samples, "items": items}
     retained = amounts.retained if requests is None else replace(amounts.retained, num_requests=requests)
     return replace(amounts, retained=retained, **{name: n for name, n in named.items() if n is not None})
+
+
+def _beside(named: Sequence[str], is_patched: bool) -> dict[str, tuple[Path, ...]]:
+    """Name -> patch files."""
+    if named and not is_patched:
+        raise InputError("--beside: expected --patch, what the others stand beside; found none", hint="name it")
+    arms = dict[str, tuple[Path, ...]]()
+    for words in named:
+        name, separator, files = words.partition("=")
+        if not (separator and all(files.split(","))):
+            raise InputError(f"--beside: expected NAME=FILE, found {words!r}", hint="--beside next=next.safetensors")
+        if name in arms:
+            raise InputError(f"--beside: {name} is named twice", hint="give each another name")
+        arms[name] = tuple(map(Path, files.split(",")))
+    return arms
 
 
 def _require_writable(out: Path) -> None:
