@@ -14,7 +14,6 @@ EdgepatchError            exit 1
 from __future__ import annotations
 
 import json
-from importlib import metadata
 from urllib.parse import unquote, urlsplit
 
 
@@ -70,6 +69,8 @@ def _path(url: str) -> str:
 
 def _source() -> tuple[str, bool]:
     """(address, whether it is a checkout) that edgepatch was installed from; ("", False) where pip did not write it down."""
+    from importlib import metadata
+
     try:
         # A checkout may hold metadata of its own beside those that pip wrote.
         texts = [each.read_text("direct_url.json") for each in metadata.distributions(name="edgepatch")]

@@ -46,6 +46,7 @@ LAYERS = {
     "edgepatch.bundles": 7,
     "edgepatch.cli": 8,
     "edgepatch": 8,
+    "edgepatch.front": 9,
 }
 """The table of docs/reference/architecture.md: folders, and the few modules beside them. A unit imports units of lower layers, and itself."""
 
@@ -315,6 +316,12 @@ def _run(code: str) -> str:
 def test_import_loads_no_model_library(statement: str):
     code = f"import sys; {statement}; print([n for n in {MODEL_LIBRARIES} if n in sys.modules])"
     assert _run(code).strip() == "[]"
+
+
+def test_the_version_is_told_before_a_library_is_imported():
+    code = "import sys; sys.argv[1:] = ['--version']; from edgepatch.front import main; main()"
+    libraries = "print([n for n in ('numpy', 'pydantic', 'rich', 'typer') if n in sys.modules])"
+    assert _run(f"{code}; {libraries}") == f"edgepatch {edgepatch.__version__}\n[]\n"
 
 
 def test_import_is_quick():
