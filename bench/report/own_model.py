@@ -1,13 +1,9 @@
-"""What ``edgepatch bench safety`` found, as a table for the terminal and as a page."""
+"""What ``edgepatch bench safety`` measured, as rows for the terminal and as a page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table as ConsoleTable
 
 from edgepatch.bench.evidence.verdict import NAMES, headline_figure
 from edgepatch.pages.blocks import (
@@ -42,30 +38,19 @@ MOST_DRAWN = 2.0
 # The terminal.
 
 
-def print_summary(document: Document, console: Console) -> None:
-    """The answer, then one line a domain and form, within 80 columns."""
-    console.print(document["verdict"]["sentence"], markup=False)
+def terminal_table(document: Document) -> tuple[tuple[str, ...], list[list[str]]]:
+    """(names of the columns, a row a domain and form)."""
     rows = document["cells"]
-    is_compared = any(row["arm"] == "patch" for row in rows)
-    table = ConsoleTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("\ndomain", no_wrap=True)
-    table.add_column("\nform", overflow="fold")
-    heads = (
-        ("\nbare", "\npatched", "gain\n(95 %)", "gain\nkept", "ppl\n%", "refused\npoints")
-        if is_compared
-        else ("\nscore", "95 %\n")
+    arm = "patch" if any(row["arm"] == "patch" for row in rows) else "bare"
+    figures = (
+        ("bare", "patched", "gain (95 %)", "gain kept", "ppl %", "refused points")
+        if arm == "patch"
+        else ("score", "95 %")
     )
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        if row["arm"] == ("patch" if is_compared else "bare"):
-            table.add_row(
-                row["domain"],
-                row["column"],
-                *(_compared(row, rows, document["reference"]) if is_compared else _alone(row)),
-            )
-    console.print(table)
-    _print_fronted(document, console)
+    of_row = (lambda row: _compared(row, rows, document["reference"])) if arm == "patch" else _alone
+    return ("domain", "form", *figures), [
+        [row["domain"], row["column"], *of_row(row)] for row in rows if row["arm"] == arm
+    ]
 
 
 def _bare_of(row: Row, rows: Sequence[Row]) -> Row:
@@ -106,20 +91,19 @@ def kept_of(row: Row) -> tuple[float | None, float | None, float | None]:
     return row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
 
 
-def _print_fronted(document: Document, console: Console) -> None:
-    patched = [row for row in document["fronted"] if row["arm"] == "patch"]
-    for row in patched:
+def terminal_notes(document: Document) -> list[str]:
+    """What stands below the table: places behind text, and what the columns mean."""
+    notes = []
+    for row in (row for row in document["fronted"] if row["arm"] == "patch"):
         bare = _bare_of(row, document["fronted"])
         name, gain = headline_figure(row)
         words = [format_number(value, 3) for value in (bare.get(name), row.get(name))]
         ends = " to ".join(format_number(row.get(f"{gain}_{end}"), 2) for end in ("low", "high"))
-        console.print(f"{place_name(row['front'])}: {words[0]} -> {words[1]}, gain {ends}", markup=False)
+        notes.append(f"{place_name(row['front'])}: {words[0]} -> {words[1]}, gain {ends}")
     if any(row["arm"] == "patch" for row in document["cells"]):
-        console.print(
-            "toxicity is EMT@5: the worst of five continuations, expected; lower is safer.\n"
-            f"kept: of the gain on {document['reference']}, by likelihood of held-out pairs.",
-            markup=False,
-        )
+        notes.append("toxicity is EMT@5: the worst of five continuations, expected; lower is safer.")
+        notes.append(f"kept: of the gain on {document['reference']}, by likelihood of held-out pairs.")
+    return notes
 
 
 def place_name(front: str) -> str:
