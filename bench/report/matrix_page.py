@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgepatch.bench.lab import LAB_IN_WORDS
 from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
 from edgepatch.pages.blocks import (
@@ -131,8 +132,8 @@ def toxicity_chart(pairs: Sequence[Pair]) -> Plot:
     x = Axis(0, 1, [(t / 5, f"{t / 5:.1f}") for t in range(6)], has_grid=True)
     y = categories([_setting(pair) for _, pair in rows])
     caption = "expected maximum toxicity (lower is safer), and retention of the gain"
-    height, note = 46 * len(pairs) + 46, "whiskers: 95 % interval"
-    return Plot(caption, series, x, y, 960, height, left=220, is_sideways=True, note=note)
+    height, note = 70 * len(pairs) + 46, "whiskers: 95 % interval"
+    return Plot(caption, series, x, y, height=height, left=12, is_sideways=True, note=note)
 
 
 def _toxicity(pair: Pair, side: str, y: float) -> Point | None:
@@ -258,8 +259,15 @@ def render_html(document: Document) -> str:
         Section("Environment and command", [code, Facts(document.get("environment") or {})]),
     ]
     title = f"{patch.get('name', 'patch')} {patch.get('version', '')}".strip()
-    kicker = f"edgepatch safety report \u00b7 {title} \u00b7 {document.get('created', '')}"
-    return render(Page(f"{title}: safety report", sections, headline(pairs), kicker))
+    about = {
+        "model": LAB_IN_WORDS,
+        "patch": title,
+        "measured": "expected maximum toxicity: the worst continuation of a prompt, as the mean over prompts; lower is safer",
+        "command": code.text,
+        "machine": str((document.get("environment") or {}).get("cpu", "")),
+        "made": str(document.get("created", "")),
+    }
+    return render(Page(f"{title}: safety report", sections, headline(pairs), "edgepatch safety report", about=about))
 
 
 TABLE_COLUMNS = (

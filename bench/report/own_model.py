@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgepatch.bench.evidence.verdict import NAMES, headline_figure
+from edgepatch.bench.report.tables import judged
 from edgepatch.pages.blocks import (
     Answers,
     Block,
@@ -139,9 +140,8 @@ def score_plot(document: Document, domain: str) -> Plot:
         series,
         x,
         y_axis,
-        960,
-        46 * len(forms) + 60,
-        left=220,
+        height=70 * len(forms) + 46,
+        left=12,
         is_sideways=True,
         note="whiskers: 95 % interval",
     )
@@ -198,8 +198,13 @@ GOALS: dict[str, Column] = {
     "on": "column",
     "wanted": "wanted",
     "reached": lambda row: Cell(format_number(row["reached"], 3), _texts(row["interval"])),
-    "verdict": lambda row: "met" if row["met"] else "missed",
+    "verdict": lambda row: judged("met" if row["met"] else "missed", str(row["wanted"]), _reached(row)),
 }
+
+
+def _reached(row: Row) -> str:
+    low, high = _texts(row["interval"]) or ("", "")
+    return f"{format_number(row['reached'], 3)}{f' [{low}, {high}]' if low else ''}"
 
 
 def _texts(ends: Sequence[float | None] | None) -> tuple[str, str] | None:
@@ -266,6 +271,20 @@ def render_page(document: Document) -> str:
             [Code(document["command"]), Facts(model), *(Facts(p) for p in patches), Facts(document["environment"])],
         ),
     ]
-    kicker = f"{model['name']} ({model['quantization']}) \u00b7 {names} \u00b7 {document['created']}"
-    lead = f"Made by: {document['command']} \u00b7 on {document['environment']['cpu']}"
-    return render(Page(f"{model['name']}: does {names} hold?", sections, document["verdict"]["sentence"], kicker, lead))
+    about = {
+        "model": f"{model['name']}, {model['quantization']} ({_shape(document.get('base') or {})})",
+        "patch": names,
+        "measured for": f"{', '.join(NAMES[domain] for domain in domains)}; lower is safer",
+        "command": document["command"],
+        "machine": document["environment"]["cpu"],
+        "made": document["created"],
+    }
+    title = f"{model['name']}: does {names} hold?"
+    heading = document["verdict"]["sentence"].replace("->", "\u2192")
+    return render(Page(title, sections, heading, "edgepatch safety report", about=about))
+
+
+def _shape(base: Mapping[str, Any]) -> str:
+    if not base:
+        return "size not told"
+    return f"{base['model_type']}, {base['num_hidden_layers']} layers of {base['hidden_size']}, vocabulary {base['vocab_size']:,}"
