@@ -80,7 +80,7 @@ def a_document() -> dict[str, Any]:
 def test_page_refers_to_nothing_outside_and_runs_nothing() -> None:
     page = render_html(a_document())
     assert "<script" not in page and "<img" not in page and "<link" not in page and "@import" not in page
-    assert not re.search(r"""(src|href)\s*=""", re.sub(r"&[a-z]+;|&#\d+;", "", page).replace("img src=http", ""))
+    assert not re.search(r"""(src|href)\s*=(?!"#)""", re.sub(r"&[a-z]+;|&#\d+;", "", page).replace("img src=http", ""))
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in page
     assert "&lt;img src=&#34;http://evil.example/x&#34;&gt;" in page
 
@@ -121,7 +121,7 @@ def test_numbers_in_the_page_are_those_of_the_document() -> None:
 
 def test_toxic_examples_start_closed() -> None:
     page = render_html(a_document())
-    closed = re.search(r"<details>.*?</details>", page, re.S)
+    closed = re.search(r"<details><summary>Example .*?</details>", page, re.S)
     assert closed and "evil.example" in closed.group() and "Content warning" in page
     assert "evil.example" not in page.replace(closed.group(), "")
 
