@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,14 @@ def judge(facts: Row, view: View) -> list[str]:
     return [words for words, holds in checks.items() if not holds] + list(facts.get("violations", ()))
 
 
-def run(results: Path, out: Path, browser: Path, axe: Path | None, progress: Progress = silent) -> list[Row]:
+def run(
+    results: Path,
+    out: Path,
+    browser: Path,
+    axe: Path | None,
+    only: Sequence[str] = (),
+    progress: Progress = silent,
+) -> list[Row]:
     """Writes pages, pictures and ``pages.json``.
 
     Args:
@@ -111,6 +118,7 @@ def run(results: Path, out: Path, browser: Path, axe: Path | None, progress: Pro
         out: folder to write to.
         browser: Chromium.
         axe: axe-core's script; ``None`` leaves that check out.
+        only: kinds to look at; none for all.
         progress: is told how far it is.
 
     Returns:
@@ -121,7 +129,11 @@ def run(results: Path, out: Path, browser: Path, axe: Path | None, progress: Pro
         EdgepatchError: the browser failed.
     """
     rows: list[Row] = []
-    looks = [(kind, page, view) for kind, page in write_pages(results, out).items() for view in views()]
+    pages = write_pages(results, out)
+    unknown = next((kind for kind in only if kind not in pages), None)
+    if unknown is not None:
+        raise InputError(f"--only: expected one of {', '.join(pages)}, found {unknown}")
+    looks = [(kind, page, view) for kind, page in pages.items() if not only or kind in only for view in views()]
     for done, (kind, page, view) in enumerate(looks, 1):
         draw(browser, page, view, out / f"{kind}-{view}.png")
         facts = measure(browser, page, view, axe)

@@ -21,6 +21,10 @@ def pages(
     axe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="axe-core's axe.min.js; else npm fetches it into the folder.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this kind: report, evidence, own, safety, curves; may be repeated."),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for pages, pictures and pages.json.")
     ] = Path("out/pages"),
@@ -38,7 +42,7 @@ def pages(
 
     program = find_browser(browser)
     with progress_bars(log or out / "pages.log", lambda: "the same command begins anew") as progress:
-        rows = run.run(results, out, program, axe or run.fetch_axe(out / "axe"), progress)
+        rows = run.run(results, out, program, axe or run.fetch_axe(out / "axe"), only or (), progress)
     if as_json:
         print_json(rows)
     else:
