@@ -89,12 +89,8 @@ def latency(
     """
     from edgepatch.bench.latency.run import measure, write
     from edgepatch.bench.latency.sessions import FULL, QUICK
-    from edgepatch.bench.latency.settings import PARTS, Settings
+    from edgepatch.bench.latency.settings import Settings, due_parts
 
-    chosen = _listed(parts) or (("arms",) if arms else PARTS)
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown:
-        raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {unknown[0]}")
     settings = Settings(
         model,
         shape,
@@ -106,7 +102,7 @@ def latency(
         flash_attention,
         _listed(arms),
         QUICK if quick else FULL,
-        chosen,
+        due_parts(_listed(parts), _listed(arms)),
     )
     with progress_bars(log or log_beside(out)) as progress:
         document = measure(settings, progress)
