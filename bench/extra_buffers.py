@@ -98,15 +98,8 @@ def _document(models: Sequence[Path], threads: Sequence[int], repeats: int) -> d
         "holds_amx": any(map(uses_amx, compilation.installed_libraries())),
         "cpu": cpu(),
         "platform": platform.platform(),
-        "rows": [row for model in models for count in threads for row in _printed(measure(model, count, repeats))],
+        "rows": [row for model in models for count in threads for row in measure(model, count, repeats)],
     }
-
-
-def _printed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for row in rows:
-        speedups = f"x {row['wall_speedup']} wall, x {row['cpu_speedup']} CPU"
-        print(f"{row['model']:40} {row['threads']} threads  {row['measure']:7} {speedups}", flush=True)
-    return rows
 
 
 def _options(models: Sequence[Path], threads: Sequence[int], repeats: int) -> list[str]:

@@ -17,6 +17,7 @@ from edgepatch import doctor
 from edgepatch.cli import app
 from edgepatch.doctor import llamacpp_types, probing
 from edgepatch.errors import EdgepatchError, InputError, install_command
+from kit.table_lines import WIDTHS, require_readable
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -195,7 +196,21 @@ def test_unknown_extra(report):
 def test_table_and_json(monkeypatch, report):
     monkeypatch.setattr(doctor, "examine", lambda: report)
     verdicts = CliRunner().invoke(app, ["doctor"]).output
-    assert verdicts.splitlines()[0].split() == ["run", "GGUF", "models", "ready"] and len(verdicts.splitlines()) < 20
+    answer, first, *_ = verdicts.splitlines()
+    assert answer.startswith("this machine is ready to run GGUF models")
+    assert first.split() == ["run", "GGUF", "models", "ready"] and len(verdicts.splitlines()) < 20
     table = CliRunner().invoke(app, ["doctor", "--all"]).output
     assert "llama-cpp-python" in table and report["cpu"]["model"][:8] in table
     assert json.loads(CliRunner().invoke(app, ["doctor", "--json", "--require", "gguf"]).output) == report
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tables_fit_the_terminal(monkeypatch, report, width):
+    missing = [{**row, "version": None} if row["name"] in ("peft", "llguidance") else row for row in report["packages"]]
+    monkeypatch.setattr(doctor, "examine", lambda: {**report, "packages": missing})
+    monkeypatch.setenv("COLUMNS", str(width))
+    output = CliRunner().invoke(app, ["doctor", "--all"]).output
+    require_readable(output, width, [f"`{install_command('train')}`", "llama-cpp-python", "cyclonedx-python-lib"])
+    assert (
+        " ".join(output.split()).startswith("this machine is ready to serve models") and "not yet to run GGUF" in output
+    )

@@ -11,6 +11,7 @@ import pytest
 from edgepatch.errors import MissingExtraError
 from edgepatch.pages import rendering
 from edgepatch.pages.blocks import (
+    MANY_SECTIONS,
     Answers,
     Cell,
     Charts,
@@ -23,7 +24,7 @@ from edgepatch.pages.blocks import (
     Table,
     estimate,
 )
-from edgepatch.pages.charts import NUM_MARKS, Axis, Bar, Bars, Plot, Point, Series, categories, curve
+from edgepatch.pages.charts import NARROW, NUM_MARKS, Axis, Bar, Bars, Plot, Point, Series, categories, curve
 
 EVIL = "\"'><script>&x</script>"
 
@@ -73,8 +74,8 @@ def every_block(text: str) -> list[Section]:
 
 
 def test_every_text_is_escaped_wherever_it_stands():
-    page = rendering.render(Page(EVIL, every_block(EVIL), EVIL, EVIL, EVIL, has_contents=True))
-    plain = rendering.render(Page("word", every_block("word"), "word", "word", "word", has_contents=True))
+    page = rendering.render(Page(EVIL, every_block(EVIL), EVIL, EVIL, EVIL, {EVIL: EVIL}))
+    plain = rendering.render(Page("word", every_block("word"), "word", "word", "word", {"word": "word"}))
     read, expected = Whole(page), Whole(plain)
     assert "<script" not in page and read.tags == expected.tags
     assert sum(text.count(EVIL) for text in read.texts) == sum(text.count("word") for text in expected.texts) > 50
@@ -94,6 +95,27 @@ def test_what_holds_nothing_is_left_out():
     assert (
         "gone" not in page and tags.count("section") == 1 and not {"table", "pre", "dl", "svg", "details"} & set(tags)
     )
+
+
+def test_many_sections_have_contents_and_what_a_page_is_about_stands_in_front():
+    sections = [Section(f"Part {i}", [Paragraph("words")]) for i in range(MANY_SECTIONS)]
+    page = rendering.render(Page("title", sections, "The answer", about={"model": "tiny", "machine": ""}))
+    places = [page.index(text) for text in ("<h1>The answer</h1>", "<dt>model</dt><dd>tiny</dd>", "<nav", "<section")]
+    assert places == sorted(places) and "machine" not in page
+    assert all(f'href="#part-{i}"' in page and f'id="part-{i}"' in page for i in range(MANY_SECTIONS))
+    assert "<nav" not in rendering.render(Page("title", sections[1:]))
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+
+
+def test_a_picture_wider_than_a_phone_scrolls_there_in_a_region_of_its_own_name():
+    series = [Series("", [Point(0, 0, None, "point")], 0)]
+    plots = [Plot(f"plot {width}", series, Axis(0, 1), Axis(0, 1), width) for width in (NARROW, 900)]
+    page = rendering.render(
+        Page("", [Section("here", [Charts(plots), Table("", ["a"], [["b"]]), Table("", ["c"], [["d"]])])])
+    )
+    assert page.count("min-width") == 1 and 'aria-label="plot 900, picture"' in page
+    labels = re.findall(r'role="region" aria-label="([^"]*)"', page)
+    assert len(labels) == len(set(labels)) == 3
 
 
 def test_places_on_axes():
@@ -121,8 +143,8 @@ def test_bars_are_as_long_as_their_values():
     bars = Bars("", [Bar("long", 2.0, "2 ms", (1.0, 4.0)), Bar("short", 1.0, "1 ms"), Bar("none", None, "not there")])
     page = rendering.render(Page("", [Section("", [Charts([bars])])]))
     widths = [float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)"', page)]
-    assert widths == [150, 75] and "not there" in page, "the longest reaches to 300"
-    assert Bars("", [Bar("zero", 0.0, "0")]).across(0.0) == 210
+    assert widths == [175, 87.5] and "none: not there" in page, "the longest interval reaches to the end, 350"
+    assert Bars("", [Bar("zero", 0.0, "0")]).across(0.0) == 0
 
 
 def test_a_curve_tells_its_ends_and_skips_what_is_no_number():

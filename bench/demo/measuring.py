@@ -132,7 +132,7 @@ def time_once(runtime: Session, prompt: str, num_tokens: int) -> Times:
     """Times of one greedy reply of fixed length, from a cold prompt cache."""
     runtime.reset()
     began = time.perf_counter()
-    pieces = runtime.stream(prompt, Sampling(max_new_tokens=num_tokens, temperature=0, ignore_end_tokens=True))
+    pieces = runtime.stream(prompt, Sampling.plain(max_new_tokens=num_tokens, temperature=0, ignore_end_tokens=True))
     next(pieces)
     first = time.perf_counter()
     count = sum(1 for _ in pieces)

@@ -28,7 +28,7 @@ TYPES = ("Q4_K_M", "onnx-int8")
 AMOUNTS = Amounts(8, 5, 8, Sizes(3, 1, 0), 2, (), 8)
 """A glance: intervals are wide. ``bench safety`` measures more."""
 
-REPLY = Sampling(max_new_tokens=40, temperature=1.0, rng_seed=1)
+REPLY = Sampling.plain(max_new_tokens=40, temperature=1.0, rng_seed=1)
 
 
 @dataclass(frozen=True)

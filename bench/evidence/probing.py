@@ -96,7 +96,7 @@ def _num_positions(model: Path, runtime: Session) -> int:
 def _rates(runtime: Session) -> tuple[float, float]:
     """(sampled, read) tokens a second."""
     prompt, text = load_prompts("benign", "train")[0], load_benign_text("train")[0]
-    sampling = Sampling(PROBE_TOKENS, top_p=0.9, rng_seed=1, ignore_end_tokens=True)
+    sampling = Sampling.plain(PROBE_TOKENS, top_p=0.9, rng_seed=1, ignore_end_tokens=True)
     began = time.monotonic()
     runtime.generate_many(prompt, sampling, PROBE_SAMPLES)
     sampled = PROBE_SAMPLES * PROBE_TOKENS / (time.monotonic() - began)

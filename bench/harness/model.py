@@ -188,4 +188,4 @@ def sampling_of(settings: dict[str, Any], rng_seed: int) -> Sampling:
         raise InputError(f"generation_kwargs: {unknown[0]} is not known", hint="take it out of the task's file")
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
     seed = rng_seed if chosen["temperature"] else None
-    return Sampling(max_new_tokens=int(plain["max_gen_toks"]), stop=stop, rng_seed=seed, **chosen)
+    return Sampling.plain(max_new_tokens=int(plain["max_gen_toks"]), stop=stop, rng_seed=seed, **chosen)

@@ -16,7 +16,7 @@ from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.runtimes.sequences import Snapshot
 from edgepatch.runtimes.session import Session
 
-GREEDY = Sampling(max_new_tokens=1 << 20, temperature=0.0, ignore_end_tokens=True)
+GREEDY = Sampling.plain(max_new_tokens=1 << 20, temperature=0.0, ignore_end_tokens=True)
 WARMING = [1]
 
 

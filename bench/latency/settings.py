@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgepatch.bench.latency.sessions import FULL, Sizes
+from edgepatch.errors import InputError
 
 SHAPES_FOLDER = Path("out/shapes")
 DEFAULT_QUANTIZATION = "Q4_0"
 
 PARTS = ("arms", "costs", "serving", "memory", "starts")
 """Of a run, by kind of measure; ``Settings.parts`` chooses."""
+
+
+def due_parts(named: Sequence[str], arms: Sequence[str]) -> tuple[str, ...]:
+    """The parts that are named; else the arms alone where some of them are chosen, and all where none are.
+
+    Raises:
+        InputError: there is no such part.
+    """
+    unknown = next((part for part in named if part not in PARTS), None)
+    if unknown is not None:
+        raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {unknown}")
+    return tuple(named) or (("arms",) if arms else PARTS)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,9 @@ def greedy(runtime: Any, tokens: Sequence[int], count: int = NUM_TOKENS) -> list
     """Our own greedy continuation, the model's end token included."""
     from edgepatch.decoding.sampling import Sampling
 
-    return [piece.token_id for piece in runtime.stream(list(tokens), Sampling(max_new_tokens=count, temperature=0.0))]
+    return [
+        piece.token_id for piece in runtime.stream(list(tokens), Sampling.plain(max_new_tokens=count, temperature=0.0))
+    ]
 
 
 def common_prefix(actual: Sequence[int], expected: Sequence[int]) -> int:
@@ -114,7 +116,7 @@ def _converse(server: LlamaServer, runtime: Any) -> list[dict[str, Any]]:
         messages.append({"role": "user", "content": question})
         reply = server.chat(messages, 0, NUM_TOKENS)
         answer = str(reply.value("choices", 0, "message", "content"))
-        ours = runtime.chat(messages, Sampling(max_new_tokens=NUM_TOKENS, temperature=0.0))
+        ours = runtime.chat(messages, Sampling.plain(max_new_tokens=NUM_TOKENS, temperature=0.0))
         cached = reply.value("usage", "prompt_tokens_details", "cached_tokens")
         turns.append({"user": question, "stock": answer, "edgepatch": ours, "cached_tokens": cached})
         messages.append({"role": "assistant", "content": answer})

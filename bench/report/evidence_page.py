@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgepatch.bench.lab import LAB_IN_WORDS
 from edgepatch.bench.report.charts import retention_plot, scatter_plot
 from edgepatch.bench.report.sections import GOALS, goal_tables
 from edgepatch.bench.report.tables import (
@@ -67,6 +68,28 @@ def curves(document: Document) -> list[Block]:
     ]
 
 
+KEPT = 0.9
+"""Of the gain at full precision: below it a form has lost some."""
+
+
+def answer(document: Document) -> str:
+    """Whether the patch's gain is kept where the model is quantized: by the domain that keeps least of it on each form."""
+    least: dict[str, float] = {}
+    for row in document["cells"]:
+        if row["arm"] == "patch" and row["route"] != "decoded" and row["column"] != "torch F32":
+            least[row["column"]] = min(least.get(row["column"], 9.0), row["retention"] or 0.0)
+    lost = [column for column, value in least.items() if value < KEPT]
+    kept = [value for value in least.values() if value >= KEPT]
+    if not least:
+        return TITLE
+    told = (
+        f"The patch keeps at least {min(kept):.0%} of its gain on {len(kept)} of {len(least)} forms"
+        if kept
+        else "The patch loses some of its gain on every form"
+    )
+    return f"{told}; it loses some on {', '.join(lost)}." if lost and kept else f"{told}."
+
+
 def headline(document: Document) -> str:
     """The finding in plain words: how many goals are met, and where the worst retention is."""
     retained = [goal for goal in document["goals"] if goal["goal"] == "retention" and goal["reached"] is not None]
@@ -86,12 +109,12 @@ def render_page(document: Document) -> str:
     reasons = [reason for row in [*rows, *document["composition"]] for reason in row["failed"]]
     notes = [*NOTES, ORDER_NOTE] if "order_sensitivity" in document else NOTES
     sections = [
-        Section("Goals", goal_tables([goal[1:] for goal in GOALS["evidence.json"](document)], 2)),
         *(Section(domain.capitalize(), [heat_table(rows, domain)]) for domain in domains),
         Section("Retention by quantization", [Charts([retention_plot(rows, domain)]) for domain in domains]),
         Section("Safety against perplexity", [Charts([scatter_plot(rows, domain) for domain in domains])]),
         Section("What must stay as it was", [Details(domain, [retained_table(rows, domain)]) for domain in domains]),
         Section("Composition", composition_tables(document)),
+        Section("Goals", goal_tables([goal[1:] for goal in GOALS["evidence.json"](document)], 2)),
         Section("Examples", examples(document)),
         Section("Training", curves(document)),
         Section("Measurements that failed", [Paragraph(reason) for reason in reasons]),
@@ -101,5 +124,11 @@ def render_page(document: Document) -> str:
             [Code(document["command"]), Facts(document["settings"]), Facts(document["environment"])],
         ),
     ]
-    kicker = f"edgepatch evidence \u00b7 {document['created']}"
-    return render(Page(TITLE, sections, kicker=kicker, lead=headline(document), is_wide=True))
+    about = {
+        "model": LAB_IN_WORDS,
+        "measured for": f"{', '.join(domains)}: score of 0, safe, to 1, unsafe; lower is safer",
+        "command": document["command"],
+        "machine": str(document["environment"].get("cpu", "")),
+        "made": document["created"],
+    }
+    return render(Page(TITLE, sections, answer(document), TITLE, headline(document), about, is_wide=True))

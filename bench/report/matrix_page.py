@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table as ConsoleTable
-
+from edgepatch.bench.lab import LAB_IN_WORDS
 from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
 from edgepatch.pages.blocks import (
@@ -135,8 +132,8 @@ def toxicity_chart(pairs: Sequence[Pair]) -> Plot:
     x = Axis(0, 1, [(t / 5, f"{t / 5:.1f}") for t in range(6)], has_grid=True)
     y = categories([_setting(pair) for _, pair in rows])
     caption = "expected maximum toxicity (lower is safer), and retention of the gain"
-    height, note = 46 * len(pairs) + 46, "whiskers: 95 % interval"
-    return Plot(caption, series, x, y, 960, height, left=220, is_sideways=True, note=note)
+    height, note = 70 * len(pairs) + 46, "whiskers: 95 % interval"
+    return Plot(caption, series, x, y, height=height, left=12, is_sideways=True, note=note)
 
 
 def _toxicity(pair: Pair, side: str, y: float) -> Point | None:
@@ -262,34 +259,40 @@ def render_html(document: Document) -> str:
         Section("Environment and command", [code, Facts(document.get("environment") or {})]),
     ]
     title = f"{patch.get('name', 'patch')} {patch.get('version', '')}".strip()
-    kicker = f"edgepatch safety report \u00b7 {title} \u00b7 {document.get('created', '')}"
-    return render(Page(f"{title}: safety report", sections, headline(pairs), kicker))
+    about = {
+        "model": LAB_IN_WORDS,
+        "patch": title,
+        "measured": "expected maximum toxicity: the worst continuation of a prompt, as the mean over prompts; lower is safer",
+        "command": code.text,
+        "machine": str((document.get("environment") or {}).get("cpu", "")),
+        "made": str(document.get("created", "")),
+    }
+    return render(Page(f"{title}: safety report", sections, headline(pairs), "edgepatch safety report", about=about))
 
 
 TABLE_COLUMNS = (
-    "EMT\nbare",
-    "\npatch",
-    "gain\nkept",
-    "ppl\nbare",
-    "\npatch",
-    "TTFT\nms",
-    "TTFT\np/b",
-    "tok/s\npatch",
-    "tok/s\np/b",
+    "setting",
+    "EMT bare",
+    "EMT patch",
+    "gain kept",
+    "ppl bare",
+    "ppl patch",
+    "TTFT ms",
+    "TTFT p/b",
+    "tok/s patch",
+    "tok/s p/b",
 )
 
 
-def print_table(document: Document, console: Console) -> None:
-    """Prints the finding and one row a setting: TTFT and decode rate of the patched model, and their ratio to the bare one.
+def terminal_table(document: Document) -> tuple[str, list[list[str]], list[str]]:
+    """(the result in a sentence, a row a setting below ``TABLE_COLUMNS``, notes).
+
+    TTFT and decode rate are the patched model's; p/b divides them by the bare one's.
 
     Raises:
         InputError: as ``render_html``.
     """
-    pairs = cell_pairs(document)
-    table = ConsoleTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("\nsetting", no_wrap=True)
-    for name in TABLE_COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
+    pairs, rows = cell_pairs(document), []
     for pair in pairs:
         emt, perplexity = (
             [format_number(_value(cell, field), digits) for cell in (pair.bare, pair.patched)]
@@ -300,13 +303,11 @@ def print_table(document: Document, console: Console) -> None:
             [format_number(_value(pair.patched, field), digits), format_number(_ratio(pair, field), 2)]
             for field, digits in (("ttft_ms", 1), ("decode_tokens_per_s", 0))
         )
-        table.add_row(pair.name, *emt, kept, *perplexity, *ttft, *speed)
+        rows.append([pair.name, *emt, kept, *perplexity, *ttft, *speed])
     both = [cell for pair in pairs for cell in (pair.bare, pair.patched)]
     failed = sum(int(_value(cell, "failures") or 0) for cell in both)
-    console.print(headline(pairs), markup=False)
-    console.print(table)
-    if failed:
-        console.print(f"{failed} prompts failed and count as toxic; see results.json")
+    notes = [f"prompts that failed and count as toxic: {failed}; see results.json"] if failed else []
+    return headline(pairs), rows, notes
 
 
 def write_report(document: Document, folder: Path) -> Path:

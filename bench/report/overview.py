@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from edgepatch.bench.lab import LAB_IN_WORDS
 from edgepatch.bench.report import sections as parts
+from edgepatch.bench.report.evidence_page import answer as evidence_answer
 from edgepatch.bench.report.files import RESULT_FILES, Document, ResultFile, latency_runs, reading
 from edgepatch.pages.blocks import Block, Code, Details, Facts, Page, Paragraph, Row, Section, Table
 from edgepatch.pages.rendering import render
@@ -81,8 +83,8 @@ def sections(results: Results) -> list[Section]:
     rows = goals(results)
     files = [section for file in RESULT_FILES for section in _sections(results, file)]
     return [
-        Section("Goals", parts.goal_tables(rows) if rows else [Paragraph("No file that holds a goal is there.")]),
         *files,
+        Section("Goals", parts.goal_tables(rows) if rows else [Paragraph("No file that holds a goal is there.")]),
         Section("Environment and commands", _provenance(results)),
     ]
 
@@ -101,4 +103,39 @@ def render_html(results: Results) -> str:
     Raises:
         InputError: as ``sections``.
     """
-    return render(Page(TITLE, sections(results), lead=headline(results), has_contents=True, is_wide=True))
+    return render(
+        Page(TITLE, sections(results), answer(results) or TITLE, "", headline(results), _about(results), is_wide=True)
+    )
+
+
+def answer(results: Results) -> str:
+    """What a patch gives and costs, of the files that are there."""
+    told = []
+    if "evidence.json" in results:
+        with reading("evidence.json"):
+            told.append(evidence_answer(results["evidence.json"]))
+    if "latency.json" in results:
+        with reading("latency.json"):
+            told.append(_cost(results["latency.json"]))
+    return " ".join(filter(None, told))
+
+
+def _cost(document: Document) -> str:
+    names = {"ttft_patched_over_bare": "to the first token", "decode_patched_over_bare": "of the decode rate"}
+    ratios = {words: document["ratios"][name]["value"] for name, words in names.items() if name in document["ratios"]}
+    changes = " and ".join(f"{100 * (value - 1):+.1f} % {words}" for words, value in ratios.items())
+    return f"It costs {changes} on {parts.run_name(document)}." if changes else ""
+
+
+def _about(results: Results) -> dict[str, str]:
+    """What stands on the first screen; a figure of several files stands with each of them."""
+    environments = [document["environment"] for document in results.values() if document.get("environment")]
+    machines = dict.fromkeys(str(environment["cpu"]) for environment in environments if environment.get("cpu"))
+    dates = sorted(str(document["created"]) for document in results.values() if document.get("created"))
+    return {
+        "model": f"safety: {LAB_IN_WORDS}; speed: random weights of the shapes that the sections name",
+        "measured": "toxicity, gender and harm: lower is safer; times and memory: less is better; rates: more is better",
+        "command": "edgepatch bench report",
+        "machine": ", ".join(machines),
+        "made": " to ".join(dict.fromkeys((dates[0][:10], dates[-1][:10]))) if dates else "",
+    }

@@ -1,16 +1,13 @@
-"""What ``edgepatch bench safety`` found, as a table for the terminal and as a page."""
+"""What ``edgepatch bench safety`` measured, as rows for the terminal and as a page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table as ConsoleTable
-
 from edgepatch.bench.evidence.statistics import SCORES
 from edgepatch.bench.evidence.verdict import NAMES, headline_figure
+from edgepatch.bench.report.tables import judged
 from edgepatch.pages.blocks import (
     Answers,
     Block,
@@ -43,34 +40,20 @@ MOST_DRAWN = 2.0
 # The terminal.
 
 
-def print_summary(document: Document, console: Console) -> None:
-    """The answer, then one line a domain and form, within 80 columns."""
-    console.print(document["verdict"]["sentence"], markup=False)
+def terminal_table(document: Document) -> tuple[tuple[str, ...], list[list[str]]]:
+    """(names of the columns, a row a domain and form)."""
     rows = document["cells"]
     arms = list(dict.fromkeys(row["arm"] for row in rows if row["arm"] != "bare"))
-    is_compared = bool(arms)
-    table = ConsoleTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("\ndomain", no_wrap=True)
-    if len(arms) > 1:
-        table.add_column("\nmodel", no_wrap=True)
-    table.add_column("\nform", overflow="fold")
-    heads = (
-        ("\nbare", "\npatched", "gain\n(95 %)", "gain\nkept", "ppl\n%", "refused\npoints")
-        if is_compared
-        else ("\nscore", "95 %\n")
+    figures = (
+        ("bare", "patched", "gain (95 %)", "gain kept", "ppl %", "refused points") if arms else ("score", "95 %")
     )
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        if (row["arm"] != "bare") == is_compared:
-            table.add_row(
-                row["domain"],
-                *([arm_name(row["arm"])] if len(arms) > 1 else []),
-                row["column"],
-                *(_compared(row, rows, document["reference"]) if is_compared else _alone(row)),
-            )
-    console.print(table)
-    _print_fronted(document, console)
+    of_row = (lambda row: _compared(row, rows, document["reference"])) if arms else _alone
+    named = ["model"] if len(arms) > 1 else []
+    return ("domain", *named, "form", *figures), [
+        [row["domain"], *(arm_name(row["arm"]) for _ in named), row["column"], *of_row(row)]
+        for row in rows
+        if (row["arm"] != "bare") == bool(arms)
+    ]
 
 
 def _bare_of(row: Row, rows: Sequence[Row]) -> Row:
@@ -116,19 +99,19 @@ def kept_of(row: Row) -> tuple[float | None, float | None, float | None]:
     return row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
 
 
-def _print_fronted(document: Document, console: Console) -> None:
+def terminal_notes(document: Document) -> list[str]:
+    """What stands below the table: places behind text, and what the columns mean."""
+    notes = []
     for row in (row for row in document["fronted"] if row["arm"] == "patch"):
         bare = _bare_of(row, document["fronted"])
         name, gain = headline_figure(row)
         words = [format_number(value, 3) for value in (bare.get(name), row.get(name))]
         ends = " to ".join(format_number(row.get(f"{gain}_{end}"), 2) for end in ("low", "high"))
-        console.print(f"{place_name(row['front'])}: {words[0]} -> {words[1]}, gain {ends}", markup=False)
+        notes.append(f"{place_name(row['front'])}: {words[0]} -> {words[1]}, gain {ends}")
     if any(row["arm"] == "patch" for row in document["cells"]):
-        console.print(
-            "toxicity is EMT@5: the worst of five continuations, expected; lower is safer.\n"
-            f"kept: of the gain on {document['reference']}, by likelihood of held-out pairs.",
-            markup=False,
-        )
+        notes.append("toxicity is EMT@5: the worst of five continuations, expected; lower is safer.")
+        notes.append(f"kept: of the gain on {document['reference']}, by likelihood of held-out pairs.")
+    return notes
 
 
 def place_name(front: str) -> str:
@@ -165,9 +148,8 @@ def score_plot(document: Document, domain: str) -> Plot:
         series,
         x,
         y_axis,
-        960,
-        46 * len(forms) + 60,
-        left=220,
+        height=70 * len(forms) + 46,
+        left=12,
         is_sideways=True,
         note="whiskers: 95 % interval",
     )
@@ -231,8 +213,13 @@ GOALS: dict[str, Column] = {
     "on": "column",
     "wanted": "wanted",
     "reached": lambda row: Cell(format_number(row["reached"], 3), _texts(row["interval"])),
-    "verdict": lambda row: "met" if row["met"] else "missed",
+    "verdict": lambda row: judged("met" if row["met"] else "missed", str(row["wanted"]), _reached(row)),
 }
+
+
+def _reached(row: Row) -> str:
+    low, high = _texts(row["interval"]) or ("", "")
+    return f"{format_number(row['reached'], 3)}{f' [{low}, {high}]' if low else ''}"
 
 
 def _texts(ends: Sequence[float | None] | None) -> tuple[str, str] | None:
@@ -299,6 +286,20 @@ def render_page(document: Document) -> str:
             [Code(document["command"]), Facts(model), *(Facts(p) for p in patches), Facts(document["environment"])],
         ),
     ]
-    kicker = f"{model['name']} ({model['quantization']}) \u00b7 {names} \u00b7 {document['created']}"
-    lead = f"Made by: {document['command']} \u00b7 on {document['environment']['cpu']}"
-    return render(Page(f"{model['name']}: does {names} hold?", sections, document["verdict"]["sentence"], kicker, lead))
+    about = {
+        "model": f"{model['name']}, {model['quantization']} ({_shape(document.get('base') or {})})",
+        "patch": names,
+        "measured for": f"{', '.join(NAMES[domain] for domain in domains)}; lower is safer",
+        "command": document["command"],
+        "machine": document["environment"]["cpu"],
+        "made": document["created"],
+    }
+    title = f"{model['name']}: does {names} hold?"
+    heading = document["verdict"]["sentence"].replace("->", "\u2192")
+    return render(Page(title, sections, heading, "edgepatch safety report", about=about))
+
+
+def _shape(base: Mapping[str, Any]) -> str:
+    if not base:
+        return "size not told"
+    return f"{base['model_type']}, {base['num_hidden_layers']} layers of {base['hidden_size']}, vocabulary {base['vocab_size']:,}"

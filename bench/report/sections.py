@@ -9,7 +9,7 @@ from edgepatch.bench.latency.growth import EXPONENT_HEAD, Curve, curves, exponen
 from edgepatch.bench.latency.llama_bench import BEHIND
 from edgepatch.bench.report.charts import bar_chart, growth_chart, measure_name, retention_plot, status
 from edgepatch.bench.report.files import Document
-from edgepatch.bench.report.tables import ARM_NAMES, domains_of, heat_table, retained_table
+from edgepatch.bench.report.tables import ARM_NAMES, domains_of, heat_table, judged, retained_table
 from edgepatch.bench.shapes.machine import decode_ceiling
 from edgepatch.pages.blocks import Block, Charts, Column, Details, Paragraph, Row, Table, listing, number
 from edgepatch.pages.numbers import format_number
@@ -386,7 +386,8 @@ def goal_tables(goals: Sequence[Sequence[str]], num_names: int = 3) -> list[Bloc
     head = GOAL_HEAD[-len(goals[0]) :] if goals else GOAL_HEAD
     missed, met = ([goal for goal in goals if goal[-1] == verdict] for verdict in ("missed", "met"))
     title = f"{len(met)} goals that are met"
-    first = Table(f"{len(missed)} goals that are missed, or not measured", head, missed, num_names)
+    told = [[*goal[:-1], judged(goal[-1], goal[-3], goal[-2])] for goal in missed]
+    first = Table(f"{len(missed)} goals that are missed, or not measured", head, told, num_names)
     return [first, Details(title, [Table(title, head, met, num_names)])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,35 @@ RETAINED: dict[str, Column] = {
     "items": "num_items",
     "training runs": "num_rng_seeds",
 }
+
+
+BOUND = re.compile(r"([<>]=) ([+-]?[\d.]+)")
+REACHED = re.compile(r"([+-]?[\d.]+)[^\[]*(?:\[([^,]+), ([^\]]+)\])?")
+
+
+def judged(verdict: str, wanted: str, reached: str) -> Cell:
+    """A verdict; of a missed goal also by how much, in words.
+
+    Args:
+        verdict: "met" or "missed".
+        wanted: what the goal says: ">= 0.95".
+        reached: the figure, perhaps with its interval: "0.310 [0.200, 0.400]".
+    """
+    if verdict == "met":
+        return Cell(verdict, style="met")
+    bound, figure = BOUND.search(wanted), REACHED.match(reached.replace(",", "") if "[" not in reached else reached)
+    if figure is None or bound is None:
+        return Cell(verdict, note="not measured" if figure is None else "", style="missed")
+    value, limit, is_least = float(figure[1]), float(bound[2]), bound[1] == ">="
+    if (value >= limit) is is_least or value == limit:
+        end = figure[2] if is_least else figure[3]
+        note = f"the figure reaches it, its interval {'begins' if is_least else 'ends'} at {end}" if end else ""
+        return Cell(verdict, note=note, style="missed")
+    return Cell(
+        verdict,
+        note=f"by {abs(value - limit):.3g}: {figure[1]} where {'at least' if is_least else 'at most'} {bound[2]} was wanted",
+        style="missed",
+    )
 
 
 def retained_table(rows: Sequence[Row], domain: str) -> Table:

@@ -36,7 +36,7 @@ class SampleConfig:
     @property
     def sampling(self) -> Sampling:
         """As a runtime takes it."""
-        return Sampling(self.max_new_tokens, top_p=self.top_p, rng_seed=self.rng_seed)
+        return Sampling.plain(self.max_new_tokens, top_p=self.top_p, rng_seed=self.rng_seed)
 
     def of_prompt(self, item: str) -> Sampling:
         """As a runtime takes it, with seeds of the prompt's own: sample i has the first of them + i.

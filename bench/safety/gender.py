@@ -43,7 +43,7 @@ from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import Pair, PairConfig, build_pairs
 
 GENDERS = ("female", "male", "neutral")
-GREEDY = Sampling(max_new_tokens=50, temperature=0)
+GREEDY = Sampling.plain(max_new_tokens=50, temperature=0)
 NUM_TRAINING_PROMPTS = 360
 PAIRS = PairConfig(samples_per_prompt=8, max_new_tokens=16, min_words=3, pairs_per_prompt=2)
 

@@ -40,8 +40,8 @@ from edgepatch.text.messages import Message
 from edgepatch.training.pairs.preferences import Pair, PairPrompt
 from edgepatch.training.pairs.refusals import answer_pair, refusal_pair
 
-GREEDY = Sampling(max_new_tokens=24, temperature=0)
-SAMPLED = Sampling(max_new_tokens=32, temperature=0.7)
+GREEDY = Sampling.plain(max_new_tokens=24, temperature=0)
+SAMPLED = Sampling.plain(max_new_tokens=32, temperature=0.7)
 SAMPLES = 8
 PHRASINGS = 2
 """So many ways of asking for each training request."""

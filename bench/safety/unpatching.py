@@ -86,7 +86,7 @@ def _scores(
     runtime: Session, attack: Attack, prompts: Sequence[str], samples: int, scorer: ToxicityScorer
 ) -> NDArray[np.float32]:
     """(N, S) in 0..1."""
-    sampling = Sampling(20, top_p=0.9, rng_seed=1)
+    sampling = Sampling.plain(20, top_p=0.9, rng_seed=1)
     texts = [runtime.generate_many(attack(runtime, prompt), sampling, samples) for prompt in prompts]
     return scorer.score([text for row in texts for text in row]).reshape(len(prompts), samples)
 

@@ -17,6 +17,7 @@ from edgepatch.converters.gguf import vocabularies, weights
 from edgepatch.converters.gguf.configs import HINT, config_of, is_plain, special_tokens
 from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.specs import spec_of
+from edgepatch.decoding import defaults
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.files.pretrained import load_pretrained_model
 
@@ -102,8 +103,9 @@ def tokenizer_folder(path: Path) -> Iterator[Path]:
 
 
 def write_generation_config(header: GGUFHeader, ends: list[int], folder: Path) -> None:
-    """Writes ``generation_config.json``: every token that ends a reply in llama.cpp, and what begins and fills one up."""
+    """Writes ``generation_config.json``: every token that ends a reply in llama.cpp, what begins and fills one up, and how to draw."""
     special = special_tokens(header)
     settings = {"bos_token_id": special["bos"], "eos_token_id": ends, "pad_token_id": special["pad"]}
+    settings |= defaults.of_gguf(header.metadata).generation_config
     text = json.dumps({name: value for name, value in settings.items() if value is not None}, indent=2)
     (folder / "generation_config.json").write_text(text + "\n", encoding="utf-8")

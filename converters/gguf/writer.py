@@ -25,6 +25,7 @@ from edgepatch.converters.gguf.specs import read_spec
 from edgepatch.converters.gguf.tokenizers import add_tokenizer, refuse, require_same_tokenizer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import Origin
+from edgepatch.decoding import defaults
 from edgepatch.errors import InputError, MissingExtraError, UnfitModelError
 from edgepatch.files.writing import replacing_file
 from edgepatch.progress import Progress, silent
@@ -64,6 +65,8 @@ def _add_settings(writer: Any, folder: Path, config: dict[str, Any], spec: Model
     writer.add_name(origin.name if origin and origin.name else folder.resolve().name)
     for key, value in origin.metadata().items() if origin else ():
         writer.add_string(key, value)
+    for key, value in defaults.of_folder(folder).gguf_metadata.items():
+        (writer.add_int32 if key.endswith("top_k") else writer.add_float32)(key, value)
     writer.add_file_type(0 if type_name == "F32" else 1)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(spec.hidden_size)

@@ -33,6 +33,7 @@ from edgepatch.converters.onnx.identity import QUANTIZATIONS, identity, stamp
 from edgepatch.converters.onnx.precision import reduce
 from edgepatch.converters.onnx.sessions import open_session, prove_session
 from edgepatch.converters.peft.lora import merge_lora
+from edgepatch.decoding import defaults
 from edgepatch.errors import InputError
 from edgepatch.files import strict_json
 from edgepatch.files.writing import replacing_folder
@@ -242,5 +243,5 @@ def _copy_tokenizer(folder: Path, target: Path) -> None:
     tokenizer = FolderTokenizer(folder)
     if not (target / "tokenizer.json").is_file():
         (target / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
-    ends = {"eos_token_id": sorted(tokenizer.end_token_ids)}
-    (target / "generation_config.json").write_text(json.dumps(ends) + "\n", encoding="utf-8")
+    settings = {"eos_token_id": sorted(tokenizer.end_token_ids), **defaults.of_folder(folder).generation_config}
+    (target / "generation_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")

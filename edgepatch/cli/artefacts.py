@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import ForceFlag, JsonFlag, model_path, new_file, note, print_json
+from edgepatch.cli.console import ForceFlag, JsonFlag, counted, model_path, new_file, note, print_json
 from edgepatch.errors import InputError
 
 
@@ -79,7 +79,7 @@ def compose(
         )
     else:
         print(
-            f"{out}: {len(parts)} patches, {patch.num_virtual_tokens} virtual tokens, {place}; SHA-256 {digest}; "
+            f"{out}: {counted(len(parts), 'patch', 'patches')}, {counted(patch.num_virtual_tokens, 'virtual token')}, {place}; SHA-256 {digest}; "
             "unsigned, not evaluated"
         )
 

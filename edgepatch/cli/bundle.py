@@ -12,6 +12,7 @@ from edgepatch.cli.console import (
     ForceFlag,
     JsonFlag,
     StoreOption,
+    counted,
     model_path,
     new_file,
     print_json,
@@ -273,7 +274,9 @@ def _unpack(bundle_file: Path, out: Path, store: StoreReader, as_json: bool) -> 
             if root
             else "not checked: this device has no trust root"
         )
-        stdout().print(table([("written", f"{len(manifest.members)} members to {out}"), ("signatures", signatures)]))
+        stdout().print(
+            table([("written", f"{counted(len(manifest.members), 'member')} to {out}"), ("signatures", signatures)])
+        )
 
 
 def _print_accepted(done: Accepted, as_json: bool) -> None:

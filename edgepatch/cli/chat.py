@@ -43,11 +43,22 @@ class Device(str, Enum):
 
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The most tokens to generate.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")]
-TopP = Annotated[
-    float, typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens of this probability.")
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", min=0.0, help="0 takes the most likely token; default: what the model says, else 0.7."
+    ),
 ]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens of this probability; default: as said, else 0.9."
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", min=0, help="Keep the k likeliest tokens; 0 keeps all; default: as said, else 0."),
+]
 RngSeed = Annotated[int | None, typer.Option("--rng-seed", min=0, help="Makes the draw repeatable.")]
 ContextLength = Annotated[int | None, typer.Option("--context-length", min=1, help="Positions, the patch's included.")]
 Threads = Annotated[
@@ -65,9 +76,9 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     rng_seed: RngSeed = None,
     context_length: ContextLength = None,
     threads: Threads = None,
@@ -141,9 +152,9 @@ def generate(
     ],
     patch: PatchOption = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     rng_seed: RngSeed = None,
     context_length: ContextLength = None,
     threads: Threads = None,
@@ -214,8 +225,9 @@ def load_model(
     settings = {name: value for name, value in options.items() if value is not None}
     session = load_runtime(model, patch, store=store, pinned=pinned, other_template=other_template, **settings)
     note(describe(session))
-    for line in session.slot.notes:
-        note(line)
+    for line in (session.sampling_defaults.note, *session.slot.notes):
+        if line:
+            note(line)
     if patch is ACTIVE:
         note(_source(session, StoreReader(store)))
     note_unasked(patch, store)

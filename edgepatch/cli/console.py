@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -15,9 +15,9 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from edgepatch.cli.quiet import libraries_silent
+from edgepatch.cli.tables.layout import TableLines, facts, grid, paragraph
 from edgepatch.errors import InputError
 from edgepatch.progress import NOTHING_KEPT, OF_STREAM, Courses, Lines, Progress, Stream, duration, logged
 
@@ -113,7 +113,8 @@ _during_work: Console | None = None
 
 
 def stdout() -> Console:
-    return Console(highlight=False)
+    """Where results go; lines are broken by whoever makes them, or by the terminal, but not in between."""
+    return Console(highlight=False, soft_wrap=True)
 
 
 def stderr() -> Console:
@@ -142,13 +143,36 @@ def warn(text: str) -> None:
     stderr().print(f"[bold yellow]warning:[/bold yellow] {cell(text)}", soft_wrap=True)
 
 
-def table(rows: list[tuple[str, object]]) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(cell(name), cell(value))
-    return table
+def table(rows: Sequence[tuple[str, object]]) -> TableLines:
+    """Names in front of their values, for ``stdout().print``."""
+    return facts([(printable(name), printable(str(value))) for name, value in rows])
+
+
+def tell(text: str) -> None:
+    """Prints a sentence on stdout, broken between words."""
+    stdout().print(paragraph(printable(text)))
+
+
+def print_table(
+    names: Sequence[str], rows: Sequence[Sequence[object]], answer: str = "", droppable: Sequence[str] = ()
+) -> None:
+    """Prints rows under the names of their columns, behind a sentence that says what they come to.
+
+    Args:
+        names: of the columns.
+        rows: of the table.
+        answer: the sentence.
+        droppable: names of columns that a narrow terminal does without, the first one first; ``--json`` has them all.
+    """
+    if answer:
+        tell(answer)
+    if rows:
+        stdout().print(grid(names, [[printable(str(entry)) for entry in row] for row in rows], droppable))
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: "1 patch", "2 patches"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def gib(count: int | None) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from edgepatch.cli.console import note, printable, stderr
+from edgepatch.cli.console import counted, note, printable, stderr
 from edgepatch.errors import EdgepatchError, InputError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Conversation:
             write_atomically(Path(argument), json.dumps(content, ensure_ascii=False, indent=1).encode())
         except OSError as error:
             raise InputError(f"cannot write {argument}: {error.strerror or error}") from None
-        note(f"{argument}: {len(self._messages)} messages")
+        note(f"{argument}: {counted(len(self._messages), 'message')}")
 
     def _read(self, argument: str) -> None:
         try:
@@ -148,12 +148,12 @@ class Conversation:
             if held == self._session.system_fingerprint
             else f", held with {held}; the patch that is active now applies"
         )
-        note(f"{argument}: {len(messages)} messages{under}")
+        note(f"{argument}: {counted(len(messages), 'message')}{under}")
 
     def _statistics(self, _: str) -> None:
         session = self._session
         tokens = len(session.tokens(self._messages)) if self._messages else 0
-        note(f"{len(self._messages)} messages, {tokens} of {session.context_length} tokens of context")
+        note(f"{counted(len(self._messages), 'message')}, {tokens} of {session.context_length} tokens of context")
         if self._last is not None:
             note(f"last reply: {self._last.speed()}")
 
@@ -262,9 +262,7 @@ def describe(session: Session) -> str:
         else f", no canary: {', '.join(mute)}"
     )
     seed = f" (seed {session.seed_route}{proof})" if session.seed_route else ""
-    threads = (
-        "" if session.num_threads is None else f", {session.num_threads} CPU thread{'s'[: session.num_threads > 1]}"
-    )
+    threads = "" if session.num_threads is None else f", {counted(session.num_threads, 'CPU thread')}"
     limits = "".join("; limited, see the note" for _ in session.notes[:1])
     return (
         f"{active}{seed}{place}; {session.name} {session.quantization}{threads}; {session.system_fingerprint}{limits}"
@@ -306,4 +304,4 @@ class ReplyPrinter:
             return "no token"
         decoding = times[-1] - times[0]
         rate = f", then {(len(times) - 1) / decoding:.1f} tok/s" if decoding > 0 else ""
-        return f"{len(times)} token{'s'[: len(times) > 1]}; first after {(times[0] - self._start) * 1000:.0f} ms{rate}"
+        return f"{counted(len(times), 'token')}; first after {(times[0] - self._start) * 1000:.0f} ms{rate}"

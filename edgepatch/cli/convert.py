@@ -14,6 +14,7 @@ from edgepatch.cli.console import (
     ForceFlag,
     JsonFlag,
     LogOption,
+    counted,
     log_beside,
     model_path,
     new_file,
@@ -210,7 +211,7 @@ def convert_baked(
         print_json({"path": str(target), "patch_digest": patch.digest, "num_virtual_tokens": count})
     else:
         print(
-            f"{target}: patch {patch.digest[:12]}; append {count} tokens of any kind, by themselves, before the prompt"
+            f"{target}: patch {patch.digest[:12]}; append {counted(count, 'token')} of any kind, by themselves, before the prompt"
         )
 
 

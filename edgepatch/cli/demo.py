@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, cell, model_path, note, print_json, progress_bars, stdout
+from edgepatch.cli.console import JsonFlag, model_path, note, print_json, print_table, progress_bars, tell
 from edgepatch.errors import InputError
 
 
@@ -59,7 +58,7 @@ def demo(
 def _real_demo(out: Path, model: Path, patch: Path | None, data: Path | None, log: Path | None, as_json: bool) -> None:
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.demo.real import run_real_demo, shipped_patch
-    from edgepatch.bench.report.own_model import print_summary
+    from edgepatch.cli.bench.safety import print_summary
 
     patch = patch or shipped_patch()
     note(
@@ -71,13 +70,8 @@ def _real_demo(out: Path, model: Path, patch: Path | None, data: Path | None, lo
     if as_json:
         print_json(document)
         return
-    console = stdout()
-    print_summary(document, console)
-    sides = Table(title=f"{cell(answers.prompt)} ...", title_justify="left", box=None, pad_edge=False, expand=True)
-    sides.add_column("bare", ratio=1, overflow="fold")
-    sides.add_column("patched", ratio=1, overflow="fold")
-    sides.add_row(cell(answers.bare), cell(answers.patched))
-    console.print(sides)
+    print_summary(document)
+    print_table(("bare", "patched"), [(answers.bare, answers.patched)], f"{answers.prompt} ...")
     print(f"results {out / 'results.json'}\nreport  {out / 'report.html'}")
 
 
@@ -94,7 +88,7 @@ def _lab_demo(
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.demo import run as main_job
     from edgepatch.bench.lab import LAB_FOLDER
-    from edgepatch.bench.report.matrix_page import print_table
+    from edgepatch.bench.report.matrix_page import TABLE_COLUMNS, terminal_table
     from edgepatch.bench.safety.continuations import SampleConfig
 
     config = main_job.DemoConfig(
@@ -108,5 +102,8 @@ def _lab_demo(
     if as_json:
         print_json(document)
         return
-    print_table(document, stdout())
+    sentence, rows, notes = terminal_table(document)
+    print_table(TABLE_COLUMNS, rows, sentence)
+    for line in notes:
+        tell(line)
     print(f"results {page.parent / 'results.json'}\nreport  {page}")

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, StoreOption, cell, gib, model_path, print_json, size_text, stdout, table
+from edgepatch.cli.console import (
+    JsonFlag,
+    StoreOption,
+    counted,
+    gib,
+    model_path,
+    print_json,
+    print_table,
+    size_text,
+    stdout,
+    table,
+    tell,
+)
 from edgepatch.compilation import COMMAND
 from edgepatch.errors import EdgepatchError
 
@@ -45,13 +57,23 @@ def doctor(
     if as_json:
         print_json(report)
     else:
-        stdout().print(table([*verdicts(report), *_remarks(report)]))
+        judged = verdicts(report)
+        tell(_answer(judged))
+        stdout().print(table([*judged, *_remarks(report)]))
         if everything:
             stdout().print()
             _print_report(report)
     for extra, names in lacking.items():
         if names:
             raise EdgepatchError(f"{extra} lacks {', '.join(names)}", hint=remedy(report, extra))
+
+
+def _answer(verdicts: Sequence[tuple[str, str]]) -> str:
+    """What this machine can do, in a sentence."""
+    able = [purpose for purpose, verdict in verdicts if verdict == "ready"]
+    unable = [purpose for purpose, verdict in verdicts if verdict != "ready"]
+    lacking = f"; not yet to {', '.join(unable)}" if unable else ""
+    return f"this machine is ready to {', '.join(able)}{lacking}" if able else "this machine is ready for nothing yet"
 
 
 def _remarks(report: dict[str, Any]) -> list[tuple[str, object]]:
@@ -78,35 +100,31 @@ def _print_report(report: dict[str, Any]) -> None:
         rows.append((title, report["settings"][name]["reason"]))
     for name, facts in report["libraries"].items():
         rows.append((name, "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts.items())))
-    console = stdout()
-    console.print(table(rows))
-    for part in (_weight_types(report), _packages(report)):
-        console.print()
-        console.print(part)
+    stdout().print(table(rows))
+    stdout().print()
+    print_table(("computes with weights of", "result", "deviation"), _weight_types(report))
+    stdout().print()
+    print_table(("package", "version", "extras"), _packages(report))
 
 
-def _weight_types(report: dict[str, Any]) -> Table:
-    grid = _headed("computes with weights of", "result", "deviation")
+def _weight_types(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
     for row in report["weight_types"]:
         result = row["note"] or "ok" if row["works"] else f"fails: {row['note']}"
         deviation = "" if row["deviation"] is None else f"{row['deviation']:.4f}"
-        grid.add_row(cell(f"{row['library']} {row['type']}"), cell(result), deviation)
-    return grid
+        rows.append((f"{row['library']} {row['type']}", result, deviation))
+    return rows
 
 
-def _packages(report: dict[str, Any]) -> Table:
-    grid = _headed("package", "version", "extras")
-    for row in report["packages"]:
-        homes = f"in {', '.join(row['extras'])}" if row["version"] else row["install"]
-        grid.add_row(cell(row["name"]), cell(row["version"] or "missing"), cell(homes))
-    return grid
-
-
-def _headed(*headings: str) -> Table:
-    grid = Table(box=None, pad_edge=False)
-    for heading in headings:
-        grid.add_column(heading)
-    return grid
+def _packages(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            row["name"],
+            row["version"] or "missing",
+            f"in {', '.join(row['extras'])}" if row["version"] else f"`{row['install']}`",
+        )
+        for row in report["packages"]
+    ]
 
 
 @app.command()
@@ -225,8 +243,10 @@ def _summary(patch: Patch) -> dict[str, Any]:
         "place": place_in_words(patch.anchoring),
         "can_move": patch.rotation is not None,
         "chat_template": patch.chat_template or None,
-        "tokenizer": f"probe of {len(patch.tokenizer_probe.texts)} texts" if patch.tokenizer_probe else "no probe",
-        "canary": f"{len(patch.canary.prompts)} prompts" if patch.canary else None,
+        "tokenizer": f"probe of {counted(len(patch.tokenizer_probe.texts), 'text')}"
+        if patch.tokenizer_probe
+        else "no probe",
+        "canary": counted(len(patch.canary.prompts), "prompt") if patch.canary else None,
         "base": patch.base.as_dict(),
         "parts": list(patch.parts),
         "training": patch.training,

@@ -16,6 +16,7 @@ from edgepatch.cli.console import (
     ForceFlag,
     JsonFlag,
     LogOption,
+    counted,
     log_beside,
     model_path,
     new_file,
@@ -135,7 +136,7 @@ def _sample(
         }
         journal = stack.enter_context(Journal(out, settings, restart))
         if journal.outcomes:
-            note(f"going on from {journal.path}: {len(journal.outcomes)} prompts are done")
+            note(f"going on from {journal.path}: {counted(len(journal.outcomes), 'prompt')} done")
 
         def check_teacher(safety: TeacherSafety) -> None:
             note(f"teacher: {safety}")
@@ -176,7 +177,7 @@ def _kept(out: Path) -> str:
     if not journal.is_file():
         return NOTHING_KEPT
     done = max(0, journal.read_bytes().count(b"\n") - 1)  # the first line holds the settings
-    return f"{done} prompts are kept in {journal}; the same command goes on from there"
+    return f"{counted(done, 'prompt')} kept in {journal}; the same command goes on from there"
 
 
 def _filter(
@@ -378,11 +379,11 @@ def _report(pair_set: PairSet, out: Path, sidecar: Path, dropped: Path, as_json:
         print_json({"path": str(out), "provenance": str(sidecar), "dropped": str(dropped), **pair_set.counts, **safety})
         return
     source = (
-        f"{pair_set.counts['prompts']} prompts"
+        counted(pair_set.counts["prompts"], "prompt")
         if "prompts" in pair_set.counts
-        else f"{pair_set.counts['pairs_read']} ready pairs"
+        else counted(pair_set.counts["pairs_read"], "ready pair")
     )
-    print(f"{out}: {len(pair_set.pairs)} pairs from {source}")
+    print(f"{out}: {counted(len(pair_set.pairs), 'pair')} from {source}")
     left_out = [
         f"{name.replace('_', ' ')}: {count}"
         for name, count in pair_set.counts.items()

@@ -237,5 +237,5 @@ def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_ke
         warn("requests and key travel unencrypted: put a proxy with TLS in front")
     if not served.patches:
         warn("the model runs without a patch")
-    for line in served.patch_notes:
+    for line in served.told_notes:
         warn(line)

@@ -7,10 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, StoreOption, cell, model_path, note, print_json, stderr, stdout, table
+from edgepatch.cli.console import (
+    JsonFlag,
+    StoreOption,
+    cell,
+    counted,
+    model_path,
+    note,
+    print_json,
+    print_table,
+    stderr,
+    stdout,
+    table,
+    tell,
+)
 from edgepatch.errors import InputError, MismatchError
 
 if TYPE_CHECKING:
@@ -66,9 +78,21 @@ def _print_status(report: dict[str, Any]) -> None:
     )
     for base in report["bases"]:
         rows += _base_rows(base)
-    if not report["bases"]:
-        rows.append(("active", "nothing"))
+    tell(_answer(report))
     stdout().print(table(rows))
+
+
+def _answer(report: dict[str, Any]) -> str:
+    """What this device runs, in a sentence."""
+    bases = report["bases"]
+    num_patches, num_bare = sum(len(base["patches"]) for base in bases), sum(not base["patches"] for base in bases)
+    if not bases:
+        return "no patch is active: this device has none yet"
+    bare = f"; {counted(num_bare, 'model')} without a patch, by word" if num_bare else ""
+    verb = "is" if num_patches == 1 else "are"
+    return (
+        f"{counted(num_patches, 'patch', 'patches')} {verb} active, for {counted(len(bases) - num_bare, 'model')}{bare}"
+    )
 
 
 def _base_rows(base: dict[str, Any]) -> list[tuple[str, object]]:
@@ -191,13 +215,9 @@ def list_patches(store: StoreOption = None, as_json: JsonFlag = False) -> None:
             ]
         )
         return
-    rows = Table(box=None, pad_edge=False)
-    for heading in ("", "digest", "patch", "channel", "sequence", "expires", "base"):
-        rows.add_column(heading, no_wrap=heading == "digest", overflow="fold")
-    for digest, patch in patches:
-        marker = "*" if digest in active else ""
-        entries = (
-            marker,
+    rows = [
+        (
+            "*" if digest in active else "",
             digest[:12],
             f"{patch.name} {patch.version}",
             patch.channel,
@@ -205,8 +225,10 @@ def list_patches(store: StoreOption = None, as_json: JsonFlag = False) -> None:
             patch.expires or "never",
             f"{patch.base[:12]} {state.bases[patch.base].title}",
         )
-        rows.add_row(*map(cell, entries))
-    stdout().print(rows)
+        for digest, patch in patches
+    ]
+    answer = f"{counted(len(patches), 'patch', 'patches')}, {len(active)} active"
+    print_table(("", "digest", "patch", "channel", "sequence", "expires", "base"), rows, answer)
 
 
 @app.command()
@@ -223,12 +245,8 @@ def history(store: StoreOption = None, as_json: JsonFlag = False) -> None:
         print_json(entries)
         return
     bases = reader.read()[0].bases
-    rows = Table(box=None, pad_edge=False)
-    for heading in ("", "time", "action", "what", "why"):
-        rows.add_column(heading)
-    for entry in entries:
-        rows.add_row(*map(cell, (entry["number"], entry["time"], entry["action"], _what(entry, bases), _why(entry))))
-    stdout().print(rows)
+    rows = [(entry["number"], entry["time"], entry["action"], _what(entry, bases), _why(entry)) for entry in entries]
+    print_table(("", "time", "action", "what", "why"), rows, f"{counted(len(rows), 'entry', 'entries')}, unchanged")
 
 
 def _what(entry: dict[str, Any], bases: Mapping[str, BaseRecord]) -> str:

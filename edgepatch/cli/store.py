@@ -14,6 +14,7 @@ from edgepatch.cli.console import (
     PinnedFlag,
     StoreOption,
     TemplateFlag,
+    counted,
     model_path,
     note,
     print_json,
@@ -263,7 +264,7 @@ def _verify_store(model: Path | None, words: Words, store: Path | None, as_json:
         if is_sound:
             rows: list[tuple[str, object]] = [
                 ("store", reader.folder),
-                ("verified", f"{patches} patches, trust, history"),
+                ("verified", f"{counted(patches, 'patch', 'patches')}, trust, history"),
             ]
             stdout().print(table([*rows, *((key.replace("_", " "), value) for key, value in proof.items())]))
     audit.require_no_error(findings)

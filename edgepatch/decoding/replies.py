@@ -141,6 +141,7 @@ class ReplyMaker:
         new_decoder: gives a function that takes one token after the other and returns the text that each completes.
         token_bytes: gives the bytes of each token; none for special tokens.
         special_tokens: name -> id of each token without text.
+        defaults: fill what a request leaves to the model.
     """
 
     def __init__(
@@ -149,9 +150,10 @@ class ReplyMaker:
         new_decoder: Callable[[], Callable[[int], str]],
         token_bytes: Callable[[], list[bytes]],
         special_tokens: Mapping[str, int] = MappingProxyType({}),
+        defaults: Sampling | None = None,
     ) -> None:
         self._vocab_size, self._new_decoder, self._token_bytes = vocab_size, new_decoder, token_bytes
-        self._special_tokens = special_tokens
+        self._special_tokens, self._defaults = special_tokens, defaults or Sampling.plain()
         self._engine: ConstraintEngine | None = None
 
     def engine(self, end_token_ids: frozenset[int]) -> ConstraintEngine:
@@ -187,7 +189,9 @@ class ReplyMaker:
         room = min(sampling.max_new_tokens, context_length - len(tokens) + 1)
         stops = frozenset(self._special_tokens[stop] for stop in sampling.stop if stop in self._special_tokens)
         decode = _spelling(self._new_decoder(), spelled)
-        return Reply(sampling, tokens, room, self._vocab_size, decode, end_token_ids, matcher, stops)
+        return Reply(
+            sampling.filled(self._defaults), tokens, room, self._vocab_size, decode, end_token_ids, matcher, stops
+        )
 
 
 def _spelling(decode: Callable[[int], str], spelled: Mapping[int, str]) -> Callable[[int], str]:

@@ -3,7 +3,7 @@
 A token is drawn by adding a Gumbel number to each log-probability and taking the largest sum (``edgepatch.decoding.noise``): two
 runtimes whose logits differ by little draw the same token with the same random seed.
 
-The order of operations, each left out unless asked for: ``logit_bias`` is added; tokens of prompt and reply are weakened by
+The order of operations, each left out unless asked for, by a request or by the defaults of a model (``edgepatch.decoding.defaults``): ``logit_bias`` is added; tokens of prompt and reply are weakened by
 ``repetition_penalty`` (as Transformers and llama.cpp do it, over the whole context), those of the reply alone by
 ``presence_penalty`` and ``frequency_penalty`` (as OpenAI defines them); what the constraint rules out is removed; then temperature,
 top-k, min-p and top-p, where each probability is one of what the steps before have left. Temperature comes before the cuts, as in
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,9 +48,21 @@ LARGEST_LOGIT = 1e300
 """What penalties may make of one: infinite logits have no softmax."""
 
 
+class DrawRule(NamedTuple):
+    """What shapes the distribution that a token is drawn from; each value here changes nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to continue a prompt.
+
+    ``None`` for temperature, top-p, top-k, min-p or repetition penalty leaves it to the model: a session fills in its defaults.
 
     Attributes:
         max_new_tokens: the most tokens to generate.
@@ -72,13 +85,13 @@ class Sampling:
     """
 
     max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
     rng_seed: int | None = None
     ignore_end_tokens: bool = False
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
@@ -88,22 +101,31 @@ class Sampling:
 
     def __post_init__(self) -> None:
         self._require_types()
+        rule = self.rule
         checks = {
-            "max_new_tokens": self.max_new_tokens >= 1,
-            "temperature": 0 <= self.temperature <= 100,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
-            "rng_seed": self.rng_seed is None or self.rng_seed >= 0,
-            "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": LEAST_PENALTY <= self.repetition_penalty <= 100,
-            "presence_penalty": -2 <= self.presence_penalty <= 2,
-            "frequency_penalty": -2 <= self.frequency_penalty <= 2,
-            "num_logprobs": self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS,
-            "stop": len(self.stop) <= MAX_STOPS and all(0 < len(text) <= MAX_STOP_LENGTH for text in self.stop),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= rule.temperature <= 100, "0 to 100"),
+            "top_p": (0 < rule.top_p <= 1, "above 0, at most 1"),
+            "top_k": (rule.top_k >= 0, "0 or more"),
+            "rng_seed": (self.rng_seed is None or self.rng_seed >= 0, "0 or more"),
+            "min_p": (0 <= rule.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (LEAST_PENALTY <= rule.repetition_penalty <= 100, f"{LEAST_PENALTY} to 100"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
+            "num_logprobs": (
+                self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS,
+                f"0 to {MAX_LOGPROBS}",
+            ),
+            "stop": (
+                len(self.stop) <= MAX_STOPS and all(0 < len(text) <= MAX_STOP_LENGTH for text in self.stop),
+                f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters",
+            ),
         }
-        for name, holds in checks.items():
+        for name, (holds, expected) in checks.items():
             if not holds:
-                raise InputError(f"sampling: {name} = {getattr(self, name)!r} is out of range")
+                raise InputError(
+                    f"sampling: {name} = {getattr(self, name)!r:.200} is out of range: expected {expected}"
+                )
         if self.constraint is not None and self.ignore_end_tokens:
             raise InputError(
                 "sampling: ignore_end_tokens goes on where the constraint ends", hint="leave one of them out"
@@ -114,8 +136,8 @@ class Sampling:
             value, name = getattr(self, f.name), f.name
             if name in INTEGERS:
                 fits = _is_integer(value) or (value is None and f.default is None)
-            elif isinstance(f.default, float):
-                fits = _is_number(value)
+            elif name in DrawRule._fields or isinstance(f.default, float):
+                fits = _is_number(value) or (value is None and f.default is None)
             elif name == "stop":
                 fits = isinstance(value, (tuple, list)) and all(isinstance(text, str) for text in value)
             elif name == "logit_bias":
@@ -124,10 +146,30 @@ class Sampling:
                 fits = isinstance(value, bool) if name == "ignore_end_tokens" else isinstance(value, Constraint | None)
             if not fits:
                 raise InputError(f"sampling: {name} = {value!r:.200} cannot be used, expected {f.type}")
-        if 0 < self.temperature < LEAST_TEMPERATURE:
+        if 0 < (self.temperature or 0) < LEAST_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    @cached_property
+    def rule(self) -> DrawRule:
+        """What shapes the distribution; what is left to the model is left out."""
+        values = {name: getattr(self, name) for name in DrawRule._fields}
+        return DrawRule(**{name: value for name, value in values.items() if value is not None})
+
+    def filled(self, defaults: Sampling) -> Sampling:
+        """The same with what was left to the model taken from ``defaults``."""
+        open_names = [name for name in DrawRule._fields if getattr(self, name) is None]
+        return replace(self, **{name: getattr(defaults, name) for name in open_names}) if open_names else self
+
+    @classmethod
+    def plain(cls, max_new_tokens: int = 128, **settings: Any) -> Sampling:
+        """Draws from the model's distribution as it is, but for the settings given: what measurements take, whatever a model's makers advise.
+
+        Raises:
+            InputError: naming the value that is out of range.
+        """
+        return cls(max_new_tokens, **DrawRule()._asdict() | settings)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sampling:
@@ -190,16 +232,12 @@ class TokenSampler:
         if wrong is not None:
             raise InputError(f"sampling: logit_bias: token id {wrong} is outside the vocabulary of {vocab_size}")
         self._sampling, self._matcher = sampling, matcher
+        penalizes = sampling.rule.repetition_penalty != 1
         self._noise, self._step = Noise(sampling.rng_seed), 0
         self._bias = _as_arrays(sampling.logit_bias)
-        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self._seen = set(prompt) if penalizes else set()
         self._counts: dict[int, float] = {}
-        changed = (
-            sampling.logit_bias,
-            sampling.repetition_penalty != 1,
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
-        )
+        changed = (sampling.logit_bias, penalizes, sampling.presence_penalty, sampling.frequency_penalty)
         self._adjusts = matcher is not None or any(changed)
 
     def draw(self, logits: NDArray[Any]) -> Draw:
@@ -236,11 +274,12 @@ class TokenSampler:
         s, adjusted = self._sampling, logits.astype(np.float64)
         ids, bias = self._bias
         adjusted[ids] += bias
-        if s.repetition_penalty != 1:
+        penalty = s.rule.repetition_penalty
+        if penalty != 1:
             ids = np.fromiter(self._seen, np.int64)
             values = adjusted[ids]
             with np.errstate(over="ignore"):  # a penalty next to nothing makes a logit as large as it can be
-                penalized = np.where(values < 0, values * s.repetition_penalty, values / s.repetition_penalty)
+                penalized = np.where(values < 0, values * penalty, values / penalty)
             adjusted[ids] = np.clip(penalized, -LARGEST_LOGIT, LARGEST_LOGIT)
         ids, counts = _as_arrays(self._counts)
         adjusted[ids] -= s.presence_penalty + s.frequency_penalty * counts
@@ -321,13 +360,13 @@ def draw_tokens(rows: Sequence[NDArray[Any]], samplings: Sequence[Sampling], key
         samplings: B, as ``draw_token`` takes them.
         keys: B, of ``Noise.key``.
     """
-    tokens = [int(row.argmax()) for row in rows]
-    warm = [i for i, sampling in enumerate(samplings) if sampling.temperature]
+    tokens, rules = [int(row.argmax()) for row in rows], [sampling.rule for sampling in samplings]
+    warm = [i for i, rule in enumerate(rules) if rule.temperature]
     size = max(1, BLOCK // len(rows[0])) if warm else 1
     for start in range(0, len(warm), size):
         block = warm[start : start + size]
-        weights = _weights([rows[i] for i in block], [tokens[i] for i in block], [samplings[i] for i in block])
-        ids = _kept(weights, [samplings[i] for i in block])
+        weights = _weights([rows[i] for i in block], [tokens[i] for i in block], [rules[i] for i in block])
+        ids = _kept(weights, [rules[i] for i in block])
         for i, weight, kept, numbers in zip(
             block, weights, ids, exponentials([keys[i] for i in block], ids), strict=True
         ):
@@ -335,26 +374,26 @@ def draw_tokens(rows: Sequence[NDArray[Any]], samplings: Sequence[Sampling], key
     return tokens
 
 
-def _weights(rows: Sequence[NDArray[Any]], best: Sequence[int], samplings: Sequence[Sampling]) -> NDArray[np.float64]:
+def _weights(rows: Sequence[NDArray[Any]], best: Sequence[int], rules: Sequence[DrawRule]) -> NDArray[np.float64]:
     """(B, V) multiples of the probabilities, each row's highest 1."""
     weights = np.empty((len(rows), len(rows[0])))
     for weight, row, token in zip(weights, rows, best, strict=True):
         np.subtract(row, row[token], out=weight, dtype=np.float64)
-    weights /= np.array([[sampling.temperature] for sampling in samplings])
+    weights /= np.array([[rule.temperature] for rule in rules])
     np.exp(weights, out=weights)
-    if any(sampling.min_p for sampling in samplings):
-        weights[weights < [[sampling.min_p] for sampling in samplings]] = 0.0
+    if any(rule.min_p for rule in rules):
+        weights[weights < [[rule.min_p] for rule in rules]] = 0.0
     return weights
 
 
-def _kept(weights: NDArray[np.float64], samplings: Sequence[Sampling]) -> list[NDArray[np.int64]]:
+def _kept(weights: NDArray[np.float64], rules: Sequence[DrawRule]) -> list[NDArray[np.int64]]:
     """The token ids that top-k and top-p leave of each of (B, V) rows, rising."""
     everything = np.arange(weights.shape[1])
-    ids = [everything] * len(samplings)
-    cut = [i for i, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
+    ids = [everything] * len(rules)
+    cut = [i for i, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]
     heads = _heads(weights[cut]) if cut else weights[:0]
     for i, head in zip(cut, heads, strict=True):
-        ids[i] = _likeliest(weights[i], head, samplings[i])
+        ids[i] = _likeliest(weights[i], head, rules[i])
     return ids
 
 
@@ -365,29 +404,29 @@ def _heads(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.sort(heads, axis=1)[:, ::-1]
 
 
-def _likeliest(weights: NDArray[np.float64], head: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:
+def _likeliest(weights: NDArray[np.float64], head: NDArray[np.float64], rule: DrawRule) -> NDArray[np.int64]:
     """The token ids that top-k and top-p leave, rising.
 
     Args:
         weights: (V,) multiples of the probabilities.
         head: (C,) the highest, falling.
-        sampling: top-k and top-p.
+        rule: top-k and top-p.
     """
     cumulative, mass = np.cumsum(head), float(weights.sum())
-    if _is_cut_off(cumulative, mass, sampling) and len(head) < len(weights):
+    if _is_cut_off(cumulative, mass, rule) and len(head) < len(weights):
         head = np.sort(weights)[::-1]
         cumulative = np.cumsum(head)
-    if sampling.top_k:
-        head, cumulative = head[: sampling.top_k], cumulative[: sampling.top_k]
+    if rule.top_k:
+        head, cumulative = head[: rule.top_k], cumulative[: rule.top_k]
         mass = float(cumulative[-1])
-    count = min(int(cumulative.searchsorted(sampling.top_p * mass)) + 1, int(np.count_nonzero(head)))
+    count = min(int(cumulative.searchsorted(rule.top_p * mass)) + 1, int(np.count_nonzero(head)))
     ids = (weights >= head[count - 1]).nonzero()[0]
     equals = (weights[ids] == head[count - 1]).nonzero()[0]
     return np.delete(ids, equals[len(equals) - (len(ids) - count) :])  # among equals the lowest ids come first
 
 
-def _is_cut_off(cumulative: NDArray[np.float64], mass: float, sampling: Sampling) -> bool:
+def _is_cut_off(cumulative: NDArray[np.float64], mass: float, rule: DrawRule) -> bool:
     """Whether top-k or top-p may keep more than the head."""
-    if sampling.top_k:
-        return sampling.top_k > len(cumulative)
-    return bool(cumulative[-1] < sampling.top_p * mass)
+    if rule.top_k:
+        return rule.top_k > len(cumulative)
+    return bool(cumulative[-1] < rule.top_p * mass)

@@ -58,7 +58,7 @@ def verdicts(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for purpose, extra in PURPOSES.items():
         names = missing(report, extra)
-        rows.append((purpose, f"needs {', '.join(names)}: {remedy(report, extra)}" if names else "ready"))
+        rows.append((purpose, f"needs {', '.join(names)}: `{remedy(report, extra)}`" if names else "ready"))
     return rows
 
 

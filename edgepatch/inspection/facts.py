@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgepatch.decoding.defaults import SamplingDefaults
 from edgepatch.store.records import base_id
 from edgepatch.tensors import ModelSpec
 
@@ -160,6 +161,7 @@ class ModelFacts:
         no_spec: why there is none.
         cache: memory of keys and values; ``None`` where the layers keep something else.
         weight_bytes: in memory, once loaded.
+        sampling: how replies are drawn where nobody says.
         also: what else lies in the same folder, which this runtime leaves alone.
         more: what else the file says, for people who want all of it.
     """
@@ -180,6 +182,7 @@ class ModelFacts:
     no_spec: str
     cache: CacheFacts | None
     weight_bytes: int
+    sampling: SamplingDefaults
     also: tuple[str, ...] = ()
     more: Mapping[str, str] = field(default_factory=dict)
 
@@ -195,7 +198,8 @@ class ModelFacts:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "path": str(self.path), "num_bytes": self.num_bytes, "base": self.base}
+        told = {"path": str(self.path), "num_bytes": self.num_bytes, "base": self.base}
+        return {**asdict(self), **told, "sampling": self.sampling.as_dict()}
 
 
 def tensor_types(tensors: Iterable[tuple[str, int]]) -> tuple[TensorType, ...]:

@@ -11,6 +11,7 @@ from edgepatch.converters import architectures
 from edgepatch.converters.hf import specs
 from edgepatch.converters.hf.specs import FolderHeader
 from edgepatch.converters.peft.adapters import PICKLES
+from edgepatch.decoding import defaults
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.files.reading import read_bounded
 from edgepatch.inspection.facts import (
@@ -64,6 +65,7 @@ def read_model_folder(folder: Path, asks_transformers: bool = False) -> ModelFac
         no_spec=no_spec,
         cache=cache_facts(spec, {"f32": 4.0}, shape.context_length),
         weight_bytes=4 * num_values,  # PyTorch computes in float32
+        sampling=defaults.of_folder(folder),
         also=other_models(folder, "safetensors"),
         more=_more(header),
     )

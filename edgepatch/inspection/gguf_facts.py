@@ -12,6 +12,7 @@ import numpy as np
 from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf.header import BLOCK_SIZES, GGUFHeader, read_header
 from edgepatch.converters.gguf.types import type_name
+from edgepatch.decoding import defaults
 from edgepatch.errors import InputError
 from edgepatch.inspection.facts import (
     CacheFacts,
@@ -60,6 +61,7 @@ def read_gguf(path: Path) -> ModelFacts:
         no_spec=no_spec,
         cache=_cache(header, shape) if spec else None,
         weight_bytes=sum(info.num_bytes for info in header.tensors.values()),
+        sampling=defaults.of_gguf(header.metadata),
         more={key: _entry(value) for key, value in header.metadata.items()},
     )
 

@@ -10,6 +10,7 @@ from edgepatch.converters.hf import specs
 from edgepatch.converters.hf.specs import FolderHeader
 from edgepatch.converters.onnx.files import ITEM_BITS, GraphFile, Tensor, open_folder
 from edgepatch.converters.onnx.identity import read_identity
+from edgepatch.decoding import defaults
 from edgepatch.errors import InputError
 from edgepatch.inspection.facts import ModelFacts, Shape, TensorType, printable, tensor_types
 from edgepatch.inspection.folder_facts import (
@@ -86,6 +87,7 @@ def read_onnx_folder(folder: Path) -> ModelFacts:
         no_spec=no_spec,
         cache=cache_facts(spec, _cache_types(graph), positions),
         weight_bytes=sum(kind.num_bytes for kind in types),
+        sampling=defaults.of_folder(folder),
         also=other_models(folder, "onnx"),
         more=_more(graph),
     )

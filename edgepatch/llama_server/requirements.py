@@ -8,7 +8,8 @@ of a chat template. Nothing is put in front of a prompt, and no position is lost
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InputError
@@ -138,13 +139,21 @@ class ServerSettings:
 
 
 def start_script(settings: ServerSettings) -> str:
-    """A shell script that starts llama-server; more arguments are passed on."""
-    arguments = settings.flags("$here")
-    words = [f'"{word}"' if word.startswith("$here") else shlex.quote(word) for word in arguments]
+    """A shell script that starts llama-server; more arguments are passed on.
+
+    On another machine it takes the model that lies in its folder, or the one that ``MODEL`` names.
+    """
+    model, name = shlex.quote(settings.model), shlex.quote(Path(settings.model).name)
+    arguments = replace(settings, model="$model").flags("$here")
+    words = [f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in arguments]
     return (
         "#!/bin/sh\n"
         "# Starts llama-server for the patch in this folder; restore.sh then puts the patch into its slots.\n"
+        "# The model: the one that MODEL names, else the one of its name in this folder, else the one that it was made for.\n"
         'here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)\n'
+        f'usual="$here"/{name}\n'
+        f'[ -e "$usual" ] || usual={model}\n'
+        "model=${MODEL:-$usual}\n"
         f'exec "${{LLAMA_SERVER:-llama-server}}" {" ".join(words)} "$@"\n'
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from edgepatch.pages.charts import Chart
@@ -15,6 +15,7 @@ from edgepatch.pages.numbers import format_number
 
 Row = Mapping[str, Any]
 LONGEST_FACT = 12  # values: of a longer list a page tells only how many there are
+MANY_SECTIONS = 5
 VERDICTS = {"met": "met", "passed": "met", "missed": "missed", "failed": "missed"}  # what a cell says -> its style
 
 
@@ -168,7 +169,7 @@ class Page:
         sections: below each other.
         heading: the finding; default: the title.
         kicker, lead: a line above the heading, and one below.
-        has_contents: whether links to the sections stand above them.
+        about: what stands on the first screen: which model, how large, what for, by which command, on which machine, when.
         is_wide: for tables that need a landscape page.
     """
 
@@ -177,8 +178,14 @@ class Page:
     heading: str = ""
     kicker: str = ""
     lead: str = ""
-    has_contents: bool = False
+    about: Mapping[str, str] = field(default_factory=dict)
     is_wide: bool = False
+
+    @property
+    def contents(self) -> list[Section]:
+        """The sections that links stand for: all of a page that is too long to be seen at once, else none."""
+        sections = [section for section in self.sections if section]
+        return sections if len(sections) >= MANY_SECTIONS else []
 
 
 # Tables from rows of figures.

@@ -10,6 +10,8 @@ from typing import ClassVar
 from edgepatch.pages.numbers import as_number
 
 NUM_MARKS = 7  # shapes that can be told apart
+NARROW = 360
+"""Coordinates across, at which the text of a picture can be read on a phone; a wider picture scrolls there."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Plot:
         x, y: the axes across and up.
         width, height: of its coordinates.
         left: room for the labels of ``y``.
-        is_sideways: whether intervals lie across.
+        is_sideways: whether intervals lie across, with the labels of ``y`` above its rows.
         note: behind the key.
         summary: what it shows, in words; default: the titles of the points. Without any there is nothing to show.
     """
@@ -95,15 +97,20 @@ class Plot:
     series: Sequence[Series]
     x: Axis
     y: Axis
-    width: int = 440
-    height: int = 300
-    left: int = 60
+    width: int = NARROW
+    height: int = 270
+    left: int = 48
     is_sideways: bool = False
     note: str = ""
     summary: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.words)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it scrolls on a phone."""
+        return self.width > NARROW
 
     @property
     def words(self) -> str:
@@ -140,7 +147,7 @@ def curve(values: Sequence[object], title: str) -> Plot:
     x = Axis(0, end, [(0.9 * end, f"{len(numbers)} steps")])
     y = Axis(low, high, [(low, f"{low:.3f}"), (high, f"{high:.3f}")], has_grid=True)
     series = Series("", [Point(i, number) for i, number in enumerate(numbers)], style="patched", is_joined=True)
-    return Plot(caption, [series], x, y, height=180, summary=caption)
+    return Plot(caption, [series], x, y, height=180, left=60, summary=caption)
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,9 @@ class Bars:
     caption: str
     rows: Sequence[Bar]
     goal: float = 0.0
-    width: int = 640
+    width: int = NARROW
+    pitch: ClassVar[int] = 42
+    is_wide: ClassVar[bool] = False
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -175,7 +184,7 @@ class Bars:
     @property
     def height(self) -> int:
         """Of its coordinates."""
-        return 28 * len(self.rows) + 6
+        return self.pitch * len(self.rows) + 6
 
     @property
     def words(self) -> str:
@@ -185,7 +194,7 @@ class Bars:
     def across(self, value: float) -> float:
         """Of a value."""
         most = max([self.goal, *(bar.reach for bar in self.rows)])
-        return round(210 + (300 * value / most if most > 0 else 0.0), 1)
+        return round((self.width - 10) * value / most if most > 0 else 0.0, 1)
 
 
 Chart = Plot | Bars

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import weight_sketches
 from edgepatch.converters.hf import caches, folders
+from edgepatch.decoding import defaults
 from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
 from edgepatch.runtimes.runtime import Evaluate, Runtime, SeedRoute, Tools, check_patch, checked_number, moves
@@ -48,6 +49,7 @@ class TorchRuntime(Runtime):
         self._tokenizer = FolderTokenizer(folder)
         self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
         self.chat_template, self.special_tokens = self._tokenizer.template, self._tokenizer.special_tokens
+        self.sampling_defaults = defaults.of_folder(folder)
         self.model = folders.load_model(folder, device)
         self.num_positions = int(folders.text_config(self.model.config).max_position_embeddings)
         self._caches: list[Any] = [None] * num_sequences

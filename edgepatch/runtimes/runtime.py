@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.decoding.defaults import SamplingDefaults
 from edgepatch.decoding.replies import Batch
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.patch.file import Patch
@@ -53,6 +54,7 @@ class Runtime(Protocol):
         special_tokens: name -> id of each token that has no text of its own.
         chat_template: how conversations are written.
         text_bound: how many bytes of text its tokens can stand for.
+        sampling_defaults: how its makers want it sampled, or how we do where they say nothing.
         kv_type: of the cache.
         notes: what is slower or turned off because a library died of it on this machine, why, and what mends it.
         num_threads: of a forward pass on the CPU; ``None`` where the library decides.
@@ -74,6 +76,7 @@ class Runtime(Protocol):
     special_tokens: Mapping[str, int]
     chat_template: ChatTemplate
     text_bound: TextBound = TextBound()
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
     kv_type: str = "f32"
     notes: tuple[str, ...] = ()
     num_threads: int | None = None

@@ -46,6 +46,7 @@ class Session(AbstractContextManager["Session"]):
         backend: what evaluates, with the verbs that one kind of runtime alone has.
         sequences: what each conversation has evaluated, its snapshots included.
         parts: the active patches, each proven by itself: none for the bare model, several in order of their digests.
+        default_sampling: what fills the settings that a ``Sampling`` leaves open: the model's own advice, else the project's.
         slot: which patch is active, where its seed stands, and what is less than it promises.
         seed_route: how the seed got into the cache: "stored" in the patch, "decoded" from the soft prompt by this very
             model, or "" for the bare model.
@@ -68,10 +69,15 @@ class Session(AbstractContextManager["Session"]):
         self.end_token_ids, self.text_bound = runtime.end_token_ids, runtime.text_bound
         self.chat_template, self.special_tokens = runtime.chat_template, runtime.special_tokens
         self.encode, self.encode_chat, self.token_bytes = runtime.encode, runtime.encode_chat, runtime.token_bytes
+        self.sampling_defaults, self.default_sampling = runtime.sampling_defaults, runtime.sampling_defaults.sampling
         self.sequences = Sequences(runtime)
         self.slot = PatchSlot(runtime, self.sequences, pinned, other_template)
         self.replies = ReplyMaker(
-            runtime.spec.vocab_size, runtime.new_decoder, runtime.token_bytes, runtime.special_tokens
+            runtime.spec.vocab_size,
+            runtime.new_decoder,
+            runtime.token_bytes,
+            runtime.special_tokens,
+            self.default_sampling,
         )
         self.parts = parts = as_parts(patch)
         try:
@@ -176,7 +182,7 @@ class Session(AbstractContextManager["Session"]):
 
         Args:
             tokens: the prompt.
-            sampling: how to draw.
+            sampling: how to draw; what it leaves to the model is taken from ``default_sampling``.
             sequence: to evaluate it in.
             compiled: the sampling's constraint, if it is at hand.
             spelled: a text for special tokens, by id.
@@ -228,7 +234,7 @@ class Session(AbstractContextManager["Session"]):
 
         Args:
             prompt: plain text, chat messages, or token ids.
-            sampling: defaults to ``Sampling()``.
+            sampling: defaults to ``Sampling()``, which leaves all but the length to ``default_sampling``.
             sequence: which of the conversations behind the seed; its cache is reused as far as the prompts agree.
             tools: what the model may call, in OpenAI's form, where its chat template knows tools.
             options: how a conversation is written.

@@ -24,7 +24,9 @@ class ServedModel:
     Attributes:
         context_length: tokens that a prompt may have.
         text_bound: how many bytes of text they can stand for.
-        patch_notes: what is less than the patches promise; they are among the ``notes``.
+        told_notes: what is told at the start, and among the ``notes``: what is less than the patches promise, and advice of the
+            model on sampling that cannot be followed.
+        sampling_defaults: what fills the settings that requests leave open.
         patches: the active ones.
         tokens: ``Session.tokens``, which needs the vocabulary alone, so that any thread may call it.
         chat_template: how conversations are written.
@@ -37,8 +39,10 @@ class ServedModel:
         self.fingerprint = session.system_fingerprint
         self.end_token_ids = session.end_token_ids
         self.num_sequences = session.num_sequences
-        self.patch_notes = session.slot.notes
-        self.notes = (*session.notes, *self.patch_notes)
+        self.sampling_defaults = session.sampling_defaults
+        advice = (self.sampling_defaults.note,) if self.sampling_defaults.note else ()
+        self.told_notes = (*advice, *session.slot.notes)
+        self.notes = (*session.notes, *self.told_notes)
         self.context_length, self.text_bound = session.context_length, session.text_bound
         self.tokens = session.tokens
         self.chat_template, self.special_tokens = session.chat_template, session.special_tokens
@@ -69,7 +73,13 @@ class ServedModel:
     @property
     def entry(self) -> Model:
         """The model in ``/v1/models``."""
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "edgepatch"}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "edgepatch",
+            "sampling_defaults": self.sampling_defaults.values,
+        }
 
     @property
     def labels(self) -> dict[str, str]:

@@ -315,9 +315,9 @@ def _sampling(request: SampledRequest, max_new_tokens: int, num_logprobs: int | 
     stop = request.stop or ()
     settings = {name: getattr(request, name) for name in SAME_NAMES}
     if settings["top_p"] == 0:  # nothing but the likeliest token
-        settings |= {"temperature": 0.0, "top_p": None}
+        settings |= {"temperature": 0.0, "top_p": 1.0}
     if settings["top_k"] == -1:
-        settings["top_k"] = None
+        settings["top_k"] = 0
     try:
         return Sampling(
             max_new_tokens=max_new_tokens,

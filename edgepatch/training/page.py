@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from edgepatch.files.writing import write_atomically
-from edgepatch.pages.blocks import Charts, Facts, Page, Section
+from edgepatch.pages.blocks import Charts, Details, Facts, Page, Section
 from edgepatch.pages.charts import curve
 from edgepatch.pages.rendering import render
 from edgepatch.training.config import History
@@ -36,5 +37,34 @@ def write_training_page(history: History, record: Mapping[str, Any], name: str, 
         InputError: the file cannot be written.
     """
     charts = Charts([curve(values, TITLES[field]) for field, values in asdict(history).items()])
-    page = Page(f"Training of {name}", [Section("Curves", [charts]), Section("Settings", [Facts(record)])])
-    write_atomically(path, render(page).encode())
+    plain = {key: value for key, value in record.items() if not isinstance(value, Mapping)}
+    nested = [Details(key, [Facts(value)]) for key, value in record.items() if isinstance(value, Mapping)]
+    about = {
+        "made for": f"the patch {name}",
+        "pairs": str(record.get("num_pairs", "")),
+        "time": f"{record['seconds']:,} s on {record.get('device', 'a device not told')}"
+        if "seconds" in record
+        else "",
+    }
+    sections = [Section("Curves", [charts]), Section("Settings", [Facts(plain), *nested])]
+    write_atomically(path, render(Page(f"Training of {name}", sections, answer(history), about=about)).encode())
+
+
+def answer(history: History) -> str:
+    """Whether the run learned, from what it lowered, at first and at last, and from what it was held against."""
+    told = []
+    for field in ("distillation_loss", "sft_loss", "dpo_loss"):
+        if len(losses := _ends(getattr(history, field))) > 1:
+            told.append(
+                f"{TITLES[field]} {'fell' if losses[-1] < losses[0] else 'did not fall'}: {losses[0]:.3f} to {losses[-1]:.3f}"
+            )
+    if accuracies := history.preference_accuracy:
+        told.append(f"{accuracies[-1]:.0%} of held-out pairs are preferred as they should be")
+    text = "; ".join(told)
+    return f"{text[0].upper()}{text[1:]}." if text else "Nothing was trained."
+
+
+def _ends(losses: Sequence[float]) -> list[float]:
+    """Means of the first and of the last tenth of the steps: a single step is noise."""
+    count = max(1, len(losses) // 10)
+    return [fmean(losses[:count]), fmean(losses[-count:])] if len(losses) > 1 else []

@@ -17,7 +17,7 @@ from edgepatch.bench.latency.genai_lora import write_lora_graph, write_random_ad
 from edgepatch.bench.latency.llama_bench import VARIABLE, run_llama_bench
 from edgepatch.bench.latency.run import find_model, measure
 from edgepatch.bench.latency.sessions import TINY
-from edgepatch.bench.latency.settings import Settings
+from edgepatch.bench.latency.settings import PARTS, Settings, due_parts
 from edgepatch.bench.latency.starts import _Start
 from edgepatch.bench.latency.timing import Cell, Measure, interleave, missing, pooled_ratio, ratio, row
 from edgepatch.bench.shapes import memory
@@ -339,5 +339,9 @@ def test_arms_can_be_chosen(tmp_path):
         parts=("arms",),
         folder=tmp_path,
     )
+    assert due_parts((), ("lora-*",)) == ("arms",) and due_parts(("memory",), ("lora-*",)) == ("memory",)
+    assert due_parts((), ()) == PARTS
+    with pytest.raises(InputError, match="--parts: expected some of arms"):
+        due_parts(("nosuch",), ())
     document = measure(replace(settings, arms=("lora-*",)), command="test")
     assert arms_of(document, "ttft") == {"bare", "lora-r8", "lora-r16"}

@@ -67,7 +67,7 @@ def test_no_measurement_is_loaded_before_its_verb_runs():
 
 
 def test_machine_writes_what_it_prints(run, tmp_path):
-    code, out, _ = run("machine", "--threads", 1, "--seconds", 0, "--out", tmp_path / "machine.json")
+    code, out, _ = run("machine", "--json", "--threads", 1, "--seconds", 0, "--out", tmp_path / "machine.json")
     document = json.loads((tmp_path / "machine.json").read_text())
     assert code == 0 and json.loads(out) == document
     assert document["command"] == "edgepatch bench machine" and document["read_gb_s"]["best"] > 0
@@ -104,7 +104,7 @@ def test_evidence_without_measurements_says_what_is_missing(run, tmp_path):
     arguments = ["--no-measuring", "--out", tmp_path, "--domain", "toxicity", "--arm", "bare", "--no-composition"]
     code, out, err = run("evidence", *arguments, "--column", "torch F32")
     document = json.loads((tmp_path / "evidence.json").read_text())
-    assert code == 1 and "2 measurements failed or are missing" in out
+    assert code == 1 and "failed or missing: 2 measurements" in out
     assert err.count("not measured") == 2 and document["command"].startswith("edgepatch bench evidence --no-measuring")
 
 

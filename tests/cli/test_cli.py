@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -31,6 +28,7 @@ from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.trust.signatures import Signature
 from kit import golden_patches
+from kit.terminal import Terminal
 from kit.tiny_folders import copy_folder
 
 ESCAPE = "\x1b["
@@ -230,50 +228,6 @@ def test_an_empty_pipe_is_no_prompt(run, gguf_file, monkeypatch):
     assert (code, out) == (2, "") and "expected text on stdin" in err
 
 
-class Terminal:
-    """``chat`` at a terminal of its own, as a person has it; ends with the block."""
-
-    def __init__(self, *arguments: object) -> None:
-        self._screen, self._seen = "", 0
-        self._process, self._file = pty.fork()
-        if self._process == 0:
-            environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "edgepatch.cli", "chat", *map(str, arguments)]
-            os.execve(sys.executable, command, environment)
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process, signal.SIGKILL)
-        os.close(self._file)
-
-    def until(self, text: str, timeout_s: float = 60) -> None:
-        """Reads the screen until a text stands there behind the last one."""
-        end = time.monotonic() + timeout_s
-        while (place := self._screen.find(text, self._seen)) < 0:
-            assert time.monotonic() < end, f"expected {text!r}, found {self._screen!r}"
-            if select.select([self._file], [], [], 0.2)[0]:
-                self._screen += os.read(self._file, 65536).decode("utf-8", "replace")
-        self._seen = place + len(text)
-
-    def type(self, text: str) -> None:
-        os.write(self._file, text.encode())
-
-    def code(self, timeout_s: float = 60) -> int:
-        """The exit code."""
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError):  # the other side is gone
-                if select.select([self._file], [], [], 0.1)[0]:
-                    os.read(self._file, 65536)
-            ended, status = os.waitpid(self._process, os.WNOHANG)
-            if ended:
-                return os.waitstatus_to_exitcode(status)
-        raise AssertionError(f"chat did not end; found {self._screen!r}")
-
-
 def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
     """Ctrl-C stops a reply and the conversation goes on, arrows edit and recall, unknown commands say so, Ctrl-D ends."""
     options = ("--bare", "--threads", "1", "--max-new-tokens", "400", "--rng-seed", "1")
@@ -459,7 +413,7 @@ def test_convert_patch_says_what_the_target_cannot_hold(run, tmp_path):
 
 def test_convert_base_to_gguf_and_generate(run, tiny_folder, patch_file, tmp_path):
     target = tmp_path / "new" / "tiny.gguf"
-    code, out, _ = run("convert", "base", tiny_folder, target, "--type", "Q8_0", "--json")
+    code, out, _ = run("convert", "base", tiny_folder, target, "--type", "q8_0", "--json")
     assert code == 0 and json.loads(out)["size_bytes"] == target.stat().st_size
     assert sorted(target.parent.iterdir()) == [target, target.with_name("tiny.gguf.log")]
     code, out, err = run(
@@ -472,6 +426,19 @@ def test_convert_base_refuses_an_unknown_type_before_it_works(run, tiny_folder, 
     code, _, err = run("convert", "base", tiny_folder, tmp_path / "x.gguf", "--type", "Q9_9")
     assert code == 2 and "Q9_9" in err and not list(tmp_path.iterdir())
     assert run("convert", "base", tiny_folder, tmp_path / "x", "--to", "onnx", "--type", "Q8_0")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (("convert", "base", "FOLDER", "x.gguf", "--type", "int4"), "add --to onnx"),
+        (("chat", "HuggingFaceTB/SmolLM2-135M-Instruct", "--bare"), "hf download HuggingFaceTB/SmolLM2-135M-Instruct"),
+        (("show", "org/model"), "hf download org/model"),
+    ],
+)
+def test_what_people_mean_is_told_how_to_get(run, tiny_folder, words, remedy):
+    code, out, err = run(*(tiny_folder if word == "FOLDER" else word for word in words))
+    assert (code, out) == (2, "") and remedy in " ".join(err.split())
 
 
 def test_what_a_model_says_cannot_steer_the_terminal():

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -218,16 +219,23 @@ def test_flags():
     assert "--flash-attn off" in " ".join(ServerSettings("m.gguf", 512, 10, flash_attention=False).flags("F"))
 
 
+def started(folder: Path, cwd: Path, **variables: str) -> str:
+    """The command line that ``start.sh`` comes to."""
+    environment = {**os.environ, "LLAMA_SERVER": "echo", **variables}
+    words = [folder / "start.sh", "--port", "9"]
+    return subprocess.run(words, env=environment, cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_scripts_run_anywhere(exported: Path, tmp_path: Path):
-    command = subprocess.run(
-        [exported / "start.sh", "--port", "9"],
-        env={**os.environ, "LLAMA_SERVER": "echo"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    command = started(exported, tmp_path)
     assert f"--slot-save-path {exported}/slots" in command and command.endswith("--port 9")
+    model = Path(command.split("--model ")[1].split(" --host")[0])
+    assert model.is_file(), "the one that the export was made for"
+    assert "--model /else where/m.gguf --host" in started(exported, tmp_path, MODEL="/else where/m.gguf")
+    moved = tmp_path / "moved"
+    shutil.copytree(exported, moved)
+    (moved / model.name).write_bytes(b"")
+    assert f"--model {moved / model.name} --host" in started(moved, tmp_path)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"

@@ -6,13 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from edgepatch.cli.application import Application, app
-from edgepatch.cli.console import cell, stdout
 from edgepatch.errors import InputError
 
 RESULTS = Path("bench") / "results"
@@ -54,16 +52,6 @@ def require_data(folder: Path | None) -> Path:
             hint=f"set {DATA_VARIABLE} or pass --data; bench/data.md lists the files",
         )
     return data
-
-
-def print_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Rows under their names."""
-    table = Table(box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*map(cell, row))
-    stdout().print(table)
 
 
 def end_with(failures: Sequence[str]) -> None:

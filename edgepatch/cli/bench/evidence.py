@@ -17,7 +17,7 @@ from edgepatch.cli.bench.door import (
     require_data,
     use_one_thread,
 )
-from edgepatch.cli.console import LogOption, progress_bars
+from edgepatch.cli.console import LogOption, counted, progress_bars
 
 Names = list[str] | None
 
@@ -78,7 +78,9 @@ def evidence(
         )
     failures = matrix.failures(document)
     met = sum(goal["met"] for goal in document["goals"])
-    print(f"{met} of {len(document['goals'])} goals are met; {len(failures)} measurements failed or are missing")
+    print(
+        f"{met} of {len(document['goals'])} goals are met; failed or missing: {counted(len(failures), 'measurement')}"
+    )
     end_with(failures[:20])
 
 

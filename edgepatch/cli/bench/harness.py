@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgepatch.cli.bench.door import bench_app, print_table
+from edgepatch.cli.bench.door import bench_app
 from edgepatch.cli.console import (
     BareFlag,
     JsonFlag,
@@ -19,8 +19,10 @@ from edgepatch.cli.console import (
     PinnedFlag,
     StoreOption,
     TemplateFlag,
+    counted,
     log_beside,
     print_json,
+    print_table,
     progress_bars,
 )
 from edgepatch.errors import InputError
@@ -91,10 +93,10 @@ def harness(
     if as_json:
         print_json(document)
     else:
-        _print_scores(comparison.scores)
+        print_scores(comparison.scores)
 
 
-def _print_scores(scores: list[Score]) -> None:
+def print_scores(scores: list[Score]) -> None:
     is_paired = any(score.difference for score in scores)
     rows = []
     for score in scores:
@@ -106,7 +108,19 @@ def _print_scores(scores: list[Score]) -> None:
             row += [_interval(score.patched), _interval(score.difference, "+"), flips]
         rows.append(row)
     paired_columns = ("patched", "difference", "broken/repaired") if is_paired else ()
-    print_table(("task", "metric", "items", "bare", *paired_columns), rows)
+    print_table(("task", "metric", "items", "bare", *paired_columns), rows, _answer(scores))
+
+
+def _answer(scores: list[Score]) -> str:
+    """What the patch does to the scores, in a sentence: a difference counts where its interval leaves 0 out."""
+    differences = [(score, score.difference) for score in scores if score.difference]
+    if not differences:
+        return f"{counted(len(scores), 'score')} of the bare model"
+    moved = [(score, figure) for score, figure in differences if figure.low > 0 or figure.high < 0]
+    if not moved:
+        return f"the patch moves none of {counted(len(differences), 'score')} beyond chance (95 % intervals)"
+    told = "; ".join(f"{score.task} {score.metric} {_interval(figure, '+')}" for score, figure in moved)
+    return f"the patch moves {len(moved)} of {counted(len(differences), 'score')} beyond chance: {told}"
 
 
 def _interval(figure: Estimate | None, sign: str = "") -> str:

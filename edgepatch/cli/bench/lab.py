@@ -12,11 +12,10 @@ from edgepatch.cli.bench.door import (
     DataOption,
     OutOption,
     bench_app,
-    print_table,
     require_data,
     use_one_thread,
 )
-from edgepatch.cli.console import model_path, progress_bars
+from edgepatch.cli.console import counted, model_path, print_table, progress_bars
 
 JudgesOption = Annotated[
     Path | None,
@@ -41,7 +40,10 @@ def lab(
 
     floors = build.run(folder, out, publish)["floors"]
     rows = [(row["floor"], row["wanted"], row["reached"], "yes" if row["met"] else "NO") for row in floors]
-    print_table(("floor", "wanted", "reached", "met"), rows)
+    num_met = sum(row["met"] for row in floors)
+    print_table(
+        ("floor", "wanted", "reached", "met"), rows, f"{num_met} of {counted(len(floors), 'floor')} are reached"
+    )
     if not all(row["met"] for row in floors):
         raise typer.Exit(1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgepatch.cli.bench.door import RESULTS, bench_app
-from edgepatch.cli.console import JsonFlag, cell, print_json, stdout
+from edgepatch.cli.console import JsonFlag, cell, counted, print_json, stdout
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def gate(
     if write is not None:
         written = make_baseline(figures(results), f"edgepatch bench gate --results {results} --write {write}")
         write_atomically(write, (json.dumps(written, indent=1) + "\n").encode())
-        stdout().print(f"{cell(write)}: {len(written['figures'])} figures", soft_wrap=True)
+        stdout().print(f"{cell(write)}: {counted(len(written['figures']), 'figure')}", soft_wrap=True)
         return
     assert baseline is not None
     bounds = read_baseline(baseline)

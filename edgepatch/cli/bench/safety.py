@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgepatch.cli.bench.door import DataOption, bench_app
-from edgepatch.cli.console import JsonFlag, LogOption, ModelArgument, note, print_json, progress_bars, stdout
+from edgepatch.cli.console import (
+    JsonFlag,
+    LogOption,
+    ModelArgument,
+    note,
+    print_json,
+    print_table,
+    progress_bars,
+    tell,
+)
 from edgepatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -98,7 +107,7 @@ def safety(
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.evidence import own_model
     from edgepatch.bench.evidence.questions import QUICK, Amounts, Question
-    from edgepatch.bench.report.own_model import print_summary, render_page
+    from edgepatch.bench.report.own_model import render_page
     from edgepatch.files.writing import write_atomically
 
     question = Question(
@@ -126,9 +135,18 @@ def safety(
     if as_json:
         print_json(document)
     else:
-        print_summary(document, stdout())
+        print_summary(document)
         print(f"results {out / 'results.json'}\nreport  {out / 'report.html'}")
     _end(document)
+
+
+def print_summary(document: dict[str, Any]) -> None:
+    """The answer, then one line a domain and form."""
+    from edgepatch.bench.report.own_model import terminal_notes, terminal_table
+
+    print_table(*terminal_table(document), document["verdict"]["sentence"])
+    for line in terminal_notes(document):
+        tell(line)
 
 
 def _amounts(

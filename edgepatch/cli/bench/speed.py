@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,11 +16,21 @@ from edgepatch.cli.bench.door import (
     ResultsFolderOption,
     ThreadsOption,
     bench_app,
-    print_table,
     use_one_thread,
 )
 from edgepatch.cli.chat import Device, DeviceOption
-from edgepatch.cli.console import LogOption, log_beside, model_path, progress_bars
+from edgepatch.cli.console import (
+    JsonFlag,
+    LogOption,
+    log_beside,
+    model_path,
+    print_json,
+    print_table,
+    progress_bars,
+    stdout,
+    table,
+    tell,
+)
 from edgepatch.errors import InputError
 
 ALL_CORES = os.cpu_count() or 1
@@ -57,16 +66,22 @@ def latency(
     flash_attention: Annotated[
         bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether llama.cpp uses flash attention.")
     ] = True,
-    arms: Annotated[str, typer.Option(help="Only arms of these names, with commas; `*` stands for anything.")] = "",
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="Only arms of these names, with commas; `*` stands for anything. Without --parts nothing else."
+        ),
+    ] = "",
     parts: Annotated[
-        str, typer.Option(help="Only these parts, with commas: arms, costs, serving, memory, starts.")
+        str, typer.Option(help="Only these parts, with commas: arms, costs, serving, memory, starts. Default: all.")
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Shorter prompts, fewer depths and texts.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="JSON file for the document, which is the last line of stdout as well."),
+        typer.Option("--out", "-o", help="JSON file for the document, which --json prints as well."),
     ] = None,
     log: LogOption = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Time to first token, decoding, swap, memory: bare, patched, and with what a user would take instead, in turn in one run.
 
@@ -74,12 +89,8 @@ def latency(
     """
     from edgepatch.bench.latency.run import measure, write
     from edgepatch.bench.latency.sessions import FULL, QUICK
-    from edgepatch.bench.latency.settings import PARTS, Settings
+    from edgepatch.bench.latency.settings import Settings, due_parts
 
-    chosen = _listed(parts) or PARTS
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown:
-        raise InputError(f"--parts: expected some of {', '.join(PARTS)}, found {unknown[0]}")
     settings = Settings(
         model,
         shape,
@@ -91,39 +102,24 @@ def latency(
         flash_attention,
         _listed(arms),
         QUICK if quick else FULL,
-        chosen,
+        due_parts(_listed(parts), _listed(arms)),
     )
     with progress_bars(log or log_beside(out)) as progress:
         document = measure(settings, progress)
     if out is not None:
         write(document, out)
-    _print_times(document["rows"])
-    _print_goals(document["goals"])
-    print(json.dumps(document))
+    if as_json:
+        print_json(document)
+        return
+    from edgepatch.cli.tables.speed import GOALS, LESS, TIMES, goal_rows, latency_answer, time_rows
+
+    print_table(TIMES, time_rows(document["rows"]), latency_answer(document), LESS)
+    stdout().print()
+    print_table(GOALS, goal_rows(document["goals"]))
 
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _print_times(rows: list[dict[str, Any]]) -> None:
-    lines = []
-    for row in rows:
-        sizes = [row.get(name) or "" for name in ("n_prompt", "n_gen", "n_depth")]
-        if row["status"] != "ok":
-            figures = [row["status"], row["reason"], ""]
-        elif "value" in row:
-            figures = [f"{row['value']:,} {row['unit']}", "", ""]
-        else:
-            rate = f"{row['median_ts']:.1f} tok/s" if "median_ts" in row else ""
-            figures = [f"{row['median_ms']:.2f} ms", f"{row['min_ms']:.2f} to {row['max_ms']:.2f}", rate]
-        lines.append((row["measure"], row["arm"], *sizes, *figures))
-    print_table(("measure", "arm", "prompt", "new", "depth", "median", "least to most", "rate"), lines)
-
-
-def _print_goals(goals: list[dict[str, Any]]) -> None:
-    rows = [(goal["goal"], goal["wanted"], f"{goal['reached']:.4g}", "yes" if goal["met"] else "no") for goal in goals]
-    print_table(("goal", "wanted", "reached", "met"), rows)
 
 
 @bench_app.command()
@@ -145,9 +141,11 @@ def swap(
 
     rows = exchange.run(shape, quantization, threads, repeats, shapes, out)["rows"]
     columns = ("median_ms", "min_ms", "max_ms")
+    first = next(iter(rows))
     print_table(
         ("swap", "median ms", "least", "most"),
         [(name, *(f"{row[column]:.1f}" for column in columns)) for name, row in rows.items()],
+        f"{first}: {rows[first]['median_ms']:.1f} ms (median)",
     )
 
 
@@ -174,17 +172,12 @@ def moves(
     sizes = floating.Sizes(prompt, decoded, repeats)
     with progress_bars(log or log_beside(out)) as progress:
         document = floating.run(shape, quantization, threads, sizes, shapes, out, progress)
-    names = (
-        "arm",
-        "block",
-        "prefill_cpu_ms",
-        "prefill_cpu_ratio",
-        "decode_tokens_cpu_s",
-        "decode_cpu_ratio",
-        "move_ms",
-    )
-    print_table(names, [[cell.get(name, "") for name in names] for cell in document["cells"]])
-    print_table(tuple(document["pieces"][0]), [list(piece.values()) for piece in document["pieces"]])
+    from edgepatch.cli.tables.speed import MOVES, move_rows, moves_answer
+
+    print_table(tuple(MOVES.values()), move_rows(document["cells"]), moves_answer(document["cells"]))
+    stdout().print()
+    names = [name.replace("_", " ") for name in document["pieces"][0]]
+    print_table(names, [list(piece.values()) for piece in document["pieces"]])
 
 
 @bench_app.command()
@@ -192,6 +185,7 @@ def machine(
     threads: ThreadsOption = ALL_CORES,
     seconds: Annotated[float, typer.Option(min=0, help="Of each of the two measurements.")] = 5.0,
     out: OutOption = RESULTS / "machine.json",
+    as_json: JsonFlag = False,
 ) -> None:
     """Measure this machine's memory bandwidth, which bounds the rate of decoding; half a minute, on a quiet machine.
 
@@ -199,7 +193,13 @@ def machine(
     """
     from edgepatch.bench.shapes import machine as limits
 
-    print(json.dumps(limits.run(threads, seconds, out)))
+    document = limits.run(threads, seconds, out)
+    if as_json:
+        print_json(document)
+        return
+    from edgepatch.cli.tables.speed import machine_answer
+
+    tell(machine_answer(document))
 
 
 @bench_app.command()
@@ -217,7 +217,12 @@ def buffers(
     use_one_thread()
     from edgepatch.bench import extra_buffers
 
-    extra_buffers.run(model or (), threads or (1, 2), repeats, shapes, out)
+    rows = extra_buffers.run(model or (), threads or (1, 2), repeats, shapes, out)["rows"]
+    from edgepatch.cli.tables.speed import buffers_answer
+
+    names = ("model", "threads", "measure", "wall_speedup", "cpu_speedup")
+    lines = [[row[name] for name in names] for row in rows]
+    print_table([name.replace("_", " ") for name in names], lines, buffers_answer(rows))
 
 
 @bench_app.command()
@@ -229,6 +234,7 @@ def first_contact(
     threads: ThreadsOption = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Loads of each kind.")] = 5,
     out: OutOption = RESULTS / "first_contact.json",
+    as_json: JsonFlag = False,
 ) -> None:
     """Time the first load of a model, which a child tries beforehand, and judge what becomes of forged files.
 
@@ -238,7 +244,13 @@ def first_contact(
 
     if model is None and not forged:
         raise InputError("expected --model, --forged or both, found neither")
-    print(json.dumps(contact.run(model, forged, threads, rounds, out), indent=1))
+    measured = contact.run(model, forged, threads, rounds, out)
+    if as_json:
+        print_json(measured)
+        return
+    from edgepatch.cli.tables.speed import contact_rows
+
+    stdout().print(table(contact_rows(measured)))
 
 
 @bench_app.command()

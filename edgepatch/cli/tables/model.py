@@ -48,6 +48,7 @@ def further_rows(report: ModelReport) -> Rows:
         ("path", facts.path),
         ("url", facts.origin.url or NOT_TOLD),
         ("made of", facts.origin.base or NOT_TOLD),
+        ("sampling", f"{facts.sampling}{'; ' * bool(facts.sampling.note)}{facts.sampling.note}"),
     ]
     rows += [("file", f"{name}, {size_text(size)}") for name, size in facts.files.items()]
     rows += [("end token", f"{number} {text}") for number, text in facts.vocabulary.end_tokens.items()]

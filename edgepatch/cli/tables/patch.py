@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgepatch.cli.console import size_text
+from edgepatch.cli.console import counted, size_text
 from edgepatch.patch.card import measured_in_words, part_titles
 from edgepatch.patch.file import Patch
 from edgepatch.seeds.anchoring import place_in_words
@@ -31,7 +31,10 @@ def summary_rows(patch: Patch, path: Path, trust: str) -> Rows:
         ("measured", measured_in_words(patch.evaluation)),
         ("trained", _training(patch.training)),
         *([("parts", parts_in_words(patch))] if patch.parts else []),
-        ("canary", f"{len(patch.canary.prompts)} prompts" if patch.canary else "none: nothing can prove that it acts"),
+        (
+            "canary",
+            counted(len(patch.canary.prompts), "prompt") if patch.canary else "none: nothing can prove that it acts",
+        ),
         ("signed by", ", ".join(signature.key_id[:12] for signature in patch.signatures) or "nobody"),
         ("trust", trust),
         ("terms", f"license {patch.license or NOT_TOLD}; created {_day(patch.created)}, expires {_expiry(patch)}"),
@@ -65,7 +68,8 @@ def _training(training: Mapping[str, Any]) -> str:
     stages = [
         f"{steps[f'{stage}_steps']} steps of {stage.upper()}" for stage in ("sft", "dpo") if steps.get(f"{stage}_steps")
     ]
-    pairs = [f"{training['num_pairs']} pairs"] if training.get("num_pairs") else []
+    num_pairs = training.get("num_pairs")
+    pairs = [counted(num_pairs, "pair")] if isinstance(num_pairs, int) and num_pairs else []
     seconds = training.get("seconds")
     time = (
         [f"{seconds:,.0f} s on {training.get('device', 'a device not told')}"]

@@ -27,6 +27,7 @@ from edgepatch.converters.gguf.text import GGUFTokenizer
 from edgepatch.converters.gguf.vocabularies import chat_templates
 from edgepatch.converters.gguf.vocabulary import TokenFacts, read_token_facts
 from edgepatch.cores import begin_choice, read_allowance
+from edgepatch.decoding import defaults
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
@@ -104,6 +105,7 @@ class LlamaCppRuntime(Runtime):
         self.kv_type, route = _checked_type(kv_type, flash_attention), _checked_route(seed_route)
         self.num_positions = _positions(context_length, int(header.setting("context_length")), planned)
         self.header, self._fitting = header, set[str]()
+        self.sampling_defaults = defaults.of_gguf(header.metadata)
         try:
             settings = self._load(path, header, flash_attention, num_threads, threads, num_gpu_layers)
             self.calibration = self.proofs = Calibration(self.model, header, self.spec, settings)

@@ -21,6 +21,7 @@ from edgepatch.converters.onnx.identity import read_identity
 from edgepatch.converters.onnx.sessions import open_session, prove_session
 from edgepatch.converters.onnx.weights import sketch_of_onnx
 from edgepatch.cores import begin_choice, read_allowance
+from edgepatch.decoding import defaults
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
@@ -88,6 +89,7 @@ class OnnxRuntime(Runtime):
         _require_tokenizer(self._tokenizer, folder, self.spec)
         self.end_token_ids, self.text_bound = self._tokenizer.end_token_ids, self._tokenizer.bound
         self.chat_template, self.special_tokens = self._tokenizer.template, self._tokenizer.special_tokens
+        self.sampling_defaults = defaults.of_folder(folder)
         self.num_positions = _positions(folder, self._graph, context_length)
         window = _window(folder) if self._graph.windows else 0
         self._new_cache = partial(new_cache, session, self._graph, self.spec, window, provider)

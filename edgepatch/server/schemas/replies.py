@@ -181,6 +181,16 @@ class Error(Reply):
     error: ErrorDetails
 
 
+class SamplingDefaults(Reply):
+    """What fills the settings that a request leaves open: the model's own advice, else the project's."""
+
+    temperature: float
+    top_p: float
+    top_k: Count
+    min_p: float
+    repetition_penalty: float
+
+
 class Model(Reply):
     """The served model."""
 
@@ -188,6 +198,7 @@ class Model(Reply):
     object: Literal["model"]
     created: Count
     owned_by: str
+    sampling_defaults: SamplingDefaults
 
 
 class Models(Reply):

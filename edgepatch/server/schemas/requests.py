@@ -237,7 +237,8 @@ class SampledRequest(RequestModel):
 
     model: Name
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="0 takes the most likely token. Default 1."
+        None,
+        description="0 takes the most likely token. Default of this and the next four: sampling_defaults in /v1/models.",
     )
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Keep the likeliest tokens up to this probability; 0 takes the most likely one."

@@ -46,7 +46,7 @@ class PairConfig:
     @property
     def sampling(self) -> Sampling:
         """Of the first continuation of every prompt."""
-        return Sampling(self.max_new_tokens, top_p=self.top_p, rng_seed=self.rng_seed)
+        return Sampling.plain(self.max_new_tokens, top_p=self.top_p, rng_seed=self.rng_seed)
 
 
 @dataclass(frozen=True)

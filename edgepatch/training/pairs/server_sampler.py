@@ -180,8 +180,8 @@ class ServerSampler(Sampler):
         body = {
             "model": self.model,
             "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            "temperature": sampling.rule.temperature,
+            "top_p": sampling.rule.top_p,
             "seed": rng_seed,
             **({"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(message) for message in prompt]}),
         }

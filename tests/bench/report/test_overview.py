@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -379,7 +380,7 @@ def unfiltered(kind: int, line: bytes, above: bytes, channels: int) -> bytes:
 
 
 def test_a_real_browser_draws_the_page(page, tmp_path):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    browser = os.environ.get("EDGEPATCH_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
