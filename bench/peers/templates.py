@@ -13,7 +13,15 @@ from edgepatch.text.templates import PLAIN_CHAT, ChatTemplate
 from edgepatch.text.thoughts import split_thought
 from edgepatch.text.tool_calls import parse_tool_calls
 
-OWN_ENDS = ("<|END_OF_TURN_TOKEN|>", "<end_of_sentence>", "<|message_sep|>", "<seed:eos>", "<sep>", "<|hy_eos|>", "<|eot|>")
+OWN_ENDS = (
+    "<|END_OF_TURN_TOKEN|>",
+    "<end_of_sentence>",
+    "<|message_sep|>",
+    "<seed:eos>",
+    "<sep>",
+    "<|hy_eos|>",
+    "<|eot|>",
+)
 """End tokens that only these models' files name."""
 
 NOT_READ = {

@@ -30,7 +30,19 @@ __all__ = ["app", "main", "printable"]
 
 BENCH = tuple(
     f"bench.{name}"
-    for name in ("safety", "harness", "evidence", "parity", "speed", "lab", "attacks", "peers", "clients", "results")
+    for name in (
+        "safety",
+        "harness",
+        "evidence",
+        "parity",
+        "speed",
+        "lab",
+        "attacks",
+        "peers",
+        "clients",
+        "server_load",
+        "results",
+    )
 )
 MODULES = (
     "artefacts",
