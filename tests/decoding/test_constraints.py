@@ -191,13 +191,6 @@ def test_vocabularies_with_no_one_and_several_ends(ends):
     assert set(np.flatnonzero(other.allowed())) == {ord("a"), ord("c"), 258}, "replies do not share their state"
 
 
-def test_a_long_grammar_that_is_legal_compiles(runtime):
-    engine = runtime.replies.engine(runtime.end_token_ids)
-    rules = "".join(f'r{i} ::= "w{i} " r{i + 1}?\n' for i in range(2000))
-    matcher = engine.matcher(Constraint("grammar", f'root ::= r0\n{rules}r2000 ::= "end"'))
-    assert np.flatnonzero(matcher.allowed()).tolist() == [ord("w")]
-
-
 COSTLY = {
     "a large multiple": Constraint("json_schema", '{"type": "integer", "multipleOf": 999983}'),
     "patterns beside each other": Constraint(

@@ -1,7 +1,5 @@
 """What the programs share: where the server is, one schema and one function, and a line of JSON for each case."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cases import MODEL, QUESTION, TOWNS, Answer, Cases, get_weather, require
+import json
+
+from cases import MODEL, QUESTION, TOWNS, WEATHER_SCHEMA, Answer, Cases, get_weather, require
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 
@@ -32,8 +34,8 @@ def structured(method: str) -> None:
 
 
 def json_mode() -> None:
-    bound = model.bind(response_format={"type": "json_object"}, max_tokens=8)
-    require(bound.invoke(f"{QUESTION} Answer in JSON.").content.startswith("{"), "no JSON")
+    bound = model.bind(response_format={"type": "json_object", "schema": WEATHER_SCHEMA})
+    require(json.loads(bound.invoke(f"{QUESTION} Answer in JSON.").content)["town"] in TOWNS, "not parsed")
 
 
 def responses() -> None:

@@ -22,7 +22,7 @@ def stream() -> None:
 
 
 def complete() -> None:
-    require(OpenAILike(**options).complete(QUESTION).text, "no text")
+    require(OpenAILike(**options).complete("Once upon a time").text, "no text")
 
 
 def tools() -> None:

@@ -15,6 +15,7 @@ ENTRY = f"""\
 - model_id: served
   model_name: {MODEL}
   api_base: {URL}
+  api_key_name: served
   supports_schema: true
   supports_tools: true
   can_stream: true
@@ -22,7 +23,7 @@ ENTRY = f"""\
 
 
 def llm(*arguments: str) -> str:
-    environment = {**os.environ, "LLM_USER_PATH": folder, "OPENAI_API_KEY": KEY}
+    environment = {**os.environ, "LLM_USER_PATH": folder}
     command = [sys.executable, "-m", "llm", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     require(done.returncode == 0, done.stderr.strip()[-300:])
@@ -52,6 +53,7 @@ def tools() -> None:
 
 with tempfile.TemporaryDirectory() as folder:
     (Path(folder) / "extra-openai-models.yaml").write_text(ENTRY, encoding="utf-8")
+    llm("keys", "set", "served", "--value", KEY)
     cases = Cases("llm")
     for check in (prompt, at_once, next_turn, schema, tools):
         cases.run(check.__name__, check)
