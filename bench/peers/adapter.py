@@ -23,8 +23,8 @@ import pytest
 
 from edgepatch.bench.served import Served, serving
 
-MODEL, PATCH, REPORT = "EDGEPATCH_PEER_MODEL", "EDGEPATCH_PEER_PATCH", "EDGEPATCH_PEER_REPORT"
-"""Variables: the model's file, the patch's, and the file that gets a line for each test."""
+MODEL, PATCH, REPORT, ENDS = (f"EDGEPATCH_PEER_{name}" for name in ("MODEL", "PATCH", "REPORT", "ENDS"))
+"""Variables: the model's file, the patch's, the file that gets a line for each test, and the ids of the model's end tokens in JSON."""
 
 HOP_HEADERS = ("connection", "content-length", "host", "transfer-encoding", "accept-encoding")
 LOOSE = ("n_prompt", "n_predicted", "re_content", "re_prefill", "finish_reason")
@@ -105,8 +105,8 @@ def _translated(path: str, body: bytes, served: Served, defaults: dict[str, Any]
         if "n_predict" in values:
             values["max_tokens"] = values.pop("n_predict")
         limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
-        given = {limit if name == "n_predict" else name: value for name, value in defaults.items()}
-        values = {**given, **values}
+        usual = {limit if name == "n_predict" else name: value for name, value in defaults.items()}
+        values = {**usual, **values}
     return path, json.dumps(values).encode(), is_native
 
 
@@ -174,6 +174,8 @@ def _start(peer: Any, timeout_seconds: int = 0) -> None:
     proxy.served, proxy.is_open = served, not peer.api_key
     settings = {"temperature": peer.temperature, "seed": peer.seed, "n_predict": peer.n_predict}
     proxy.defaults = {name: value for name, value in settings.items() if value is not None}
+    # Their model seldom ends by itself, and the tests rely on it.
+    proxy.defaults["logit_bias"] = {str(token): -100 for token in json.loads(os.environ[ENDS])}
     peer.server_port, peer.ready = proxy.server_address[1], True
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     peer.stack.callback(proxy.shutdown)

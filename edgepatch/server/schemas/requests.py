@@ -204,9 +204,9 @@ class JsonObjectFormat(RequestModel):
 
 
 class NamedSchema(RequestModel):
-    """A JSON schema with a name."""
+    """A JSON schema, whose name is not used."""
 
-    name: Name
+    name: Name | None = None
     description: Text | None = None
     definition: Annotated[FreeObject, Field(alias="schema")]
     strict: bool | None = None
