@@ -14,7 +14,7 @@ class Row:
     """One test.
 
     Attributes:
-        suite: "vocabularies" or "templates".
+        suite: "vocabularies", "templates" or "server".
         test: its name there.
         verdict: "refused" on purpose, "not_applicable" where the test is of something that there is not here.
         reason: empty where it passes.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from edgepatch.bench.peers import templates, vocabularies
+from edgepatch.bench.peers import server_tests, templates, vocabularies
 from edgepatch.bench.peers.rows import Row, count
 from edgepatch.bench.peers.sources import unpack
 from edgepatch.files.writing import write_atomically
@@ -16,6 +16,7 @@ from edgepatch.progress import Progress, silent
 SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "vocabularies": vocabularies.rows,
     "templates": templates.rows,
+    "server": server_tests.rows,
 }
 
 

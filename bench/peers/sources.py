@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgepatch.errors import InputError
 
-NEEDED = "vendor/llama.cpp/models/"
+NEEDED = ("vendor/llama.cpp/models/", "vendor/llama.cpp/tools/server/tests/")
 MAX_BYTES = 2**30
 
 
@@ -36,7 +36,7 @@ def unpack(source: Path, folder: Path) -> Path:
 def _extract(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
-            members = [m for m in tar.getmembers() if m.isfile() and NEEDED in m.name]
+            members = [m for m in tar.getmembers() if m.isfile() and any(part in m.name for part in NEEDED)]
             if sum(member.size for member in members) > MAX_BYTES:
                 raise InputError(f"{archive}: expected at most {MAX_BYTES} bytes of tests, found more")
             tar.extractall(folder, members, filter="data")

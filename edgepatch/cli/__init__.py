@@ -30,7 +30,20 @@ __all__ = ["app", "main", "printable"]
 
 BENCH = tuple(
     f"bench.{name}"
-    for name in ("safety", "harness", "evidence", "parity", "speed", "lab", "attacks", "pages", "peers", "results")
+    for name in (
+        "safety",
+        "harness",
+        "evidence",
+        "parity",
+        "speed",
+        "lab",
+        "attacks",
+        "pages",
+        "peers",
+        "clients",
+        "server_load",
+        "results",
+    )
 )
 MODULES = (
     "artefacts",

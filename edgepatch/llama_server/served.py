@@ -37,7 +37,7 @@ def check(server: LlamaServer, patch: Patch, model: Path, options: ExportOptions
     with open_session(model, patch, options, pinned=bool(active[0].get("pinned"))) as session:
         conversations, name = new_conversations(), server.get("/v1/models").value("data", 0, "id")
         examiner = Examiner(session, [session.tokens(messages) for messages in conversations])
-        replies = [server.post("/v1/chat/completions", _request(name, messages)) for messages in conversations]
+        replies = [server.post("/v1/chat/completions", question(name, messages)) for messages in conversations]
         distance = examiner.distance(replies)
     if distance is None:
         report.note("answers", False, f"the server gives no log probabilities: {replies[-1].message}", "server")
@@ -46,8 +46,8 @@ def check(server: LlamaServer, patch: Patch, model: Path, options: ExportOptions
     report.note("answers", not hazard, evidence_of(distance), hazard)
 
 
-def _request(name: Any, messages: Any) -> dict[str, Any]:
-    """As OpenAI has it: a field of llama-server's own would be refused."""
+def question(name: Any, messages: Any) -> dict[str, Any]:
+    """A request for the log-probabilities of the first token, as OpenAI has it: a field of llama-server's own would be refused."""
     return {
         "model": str(name),
         "messages": messages,

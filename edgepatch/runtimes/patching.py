@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,14 @@ from edgepatch.seeds.rotation import BY_LENGTH
 from edgepatch.tensors import CanaryPrompt
 
 NO_TEMPLATE = "none"
+
+
+class _OtherTemplate(NamedTuple):
+    """A chat template of the model's that is another one than a patch was made with: its name, and both digests or ``NO_TEMPLATE``."""
+
+    name: str
+    expected: str
+    actual: str
 
 
 def as_parts(patch: Patch | Sequence[Patch] | None) -> tuple[Patch, ...]:
@@ -108,12 +117,22 @@ class PatchSlot:
     @property
     def other_template(self) -> str:
         """Digest of the model's chat template, where it is another one than an active patch was made with; else ""."""
-        differs = any(map(self.has_other_template, self._parts))
-        return (self._runtime.chat_template_digest or NO_TEMPLATE) if differs else ""
+        others = (other for part in self._parts if (other := self._other_template(part)))
+        return next((other.actual for other in others), "")
 
     def has_other_template(self, patch: Patch) -> bool:
         """Whether the model is told other words around messages than those that a patch was made with."""
-        return patch.chat_template not in ("", self._runtime.chat_template_digest)
+        return self._other_template(patch) is not None
+
+    def _other_template(self, patch: Patch) -> _OtherTemplate | None:
+        """The first of the model's templates that is another one than the patch was made with; those that it does not name count for nothing."""
+        template, probe = self._runtime.chat_template, patch.tokenizer_probe
+        if patch.chat_template not in ("", template.digest):
+            return _OtherTemplate("chat_template", patch.chat_template, template.digest or NO_TEMPLATE)
+        expected = probe.tools_template if probe is not None else None
+        if expected in (None, template.tools_digest):
+            return None
+        return _OtherTemplate("chat_template for tools", expected or NO_TEMPLATE, template.tools_digest or NO_TEMPLATE)
 
     @property
     def place(self) -> str:
@@ -180,9 +199,9 @@ class PatchSlot:
 
     def _require_same_words(self, patch: Patch) -> None:
         """What the model is told and how it reads it are part of its identity: chat template and tokenizer."""
-        if self.has_other_template(patch) and not self._takes_template:
-            digest = self._runtime.chat_template_digest
-            error = MismatchError({"chat_template": (patch.chat_template[:12], digest[:12] or NO_TEMPLATE)})
+        other = self._other_template(patch)
+        if other is not None and not self._takes_template:
+            error = MismatchError({other.name: (other.expected[:12], other.actual[:12])})
             error.hint = (
                 "use the file that the patch was made for; if its template was changed on purpose: --other-template"
             )
@@ -241,10 +260,11 @@ class PatchSlot:
         notes = []
         if self._pins and moves(patch):
             notes.append(f"{patch.name} {patch.version} is {place_in_words(patch.anchoring, is_pinned=True)}")
-        if self.has_other_template(patch):
+        other = self._other_template(patch)
+        if other is not None:
             notes.append(
-                f"{patch.name} {patch.version} was made with the chat template {patch.chat_template[:12]}; by word the model "
-                f"has another one: {self._runtime.chat_template_digest[:12] or NO_TEMPLATE}"
+                f"{patch.name} {patch.version} was made with the {other.name.replace('_', ' ')} {other.expected[:12]}; by word the "
+                f"model has another one: {other.actual[:12]}"
             )
         skipped = self._num_skipped(patch)
         if skipped:

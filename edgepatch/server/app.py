@@ -17,14 +17,35 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgepatch.errors import EdgepatchError
-from edgepatch.server import metrics, requests
+from edgepatch.server import metrics
+from edgepatch.server.conversations import parse_chat
 from edgepatch.server.endpoints import TOKENS, GenerationEndpoint
 from edgepatch.server.guards import Guard, refusal_response
+from edgepatch.server.items import parse_response
 from edgepatch.server.refusals import Refusal, refusal_of
-from edgepatch.server.replies import ChatWriter, CompletionWriter
+from edgepatch.server.replies.chat import ChatWriter
+from edgepatch.server.replies.completions import CompletionWriter
+from edgepatch.server.replies.responses import ResponseWriter
+from edgepatch.server.requests import parse_completion
 from edgepatch.server.service import Service
 
-PATHS = ("/health", "/openapi.json", "/metrics", "/v1/models", "/v1/patches", "/v1/chat/completions", "/v1/completions")
+PATHS = (
+    "/health",
+    "/openapi.json",
+    "/metrics",
+    "/v1/models",
+    "/v1/patches",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/completions",
+)
+NOT_SERVED = {
+    "embeddings": "the model that is served writes text and gives no embeddings",
+    "responses/": "replies are not kept: a response is read where it is made, by POST /v1/responses",
+    "conversations": "conversations are not kept: each request brings all of its input",
+}
+"""Paths of OpenAI's that people ask for -> why they are not here."""
+
 FRONT_PAGE = """edgepatch serves a language model here. This is an API for programs, not a page.
 
 Try, with the key that `edgepatch serve` printed or was given:
@@ -76,7 +97,7 @@ def _lifespan(service: Service) -> Callable[[Starlette], Any]:
 
 def _build_models() -> None:
     """While the model loads: pydantic is no part of the way to the first `/health`."""
-    from edgepatch.server.schemas.requests import build_models
+    from edgepatch.server.schemas.validation import build_models
 
     build_models()
 
@@ -128,11 +149,13 @@ def routes(service: Service) -> list[Route]:
         Route("/v1/models", models),
         Route("/v1/models/{model:path}", model),
         Route("/v1/patches", patches),
-        Route("/v1/chat/completions", GenerationEndpoint(service, requests.parse_chat, ChatWriter), methods=["POST"]),
-        Route(
-            "/v1/completions",
-            GenerationEndpoint(service, requests.parse_completion, CompletionWriter),
-            methods=["POST"],
+        *(
+            Route(path, GenerationEndpoint(service, parse, writer), methods=["POST"])
+            for path, parse, writer in (
+                ("/v1/chat/completions", parse_chat, ChatWriter),
+                ("/v1/responses", parse_response, ResponseWriter),
+                ("/v1/completions", parse_completion, CompletionWriter),
+            )
         ),
     ]
 
@@ -146,9 +169,10 @@ def _answer_error(service: Service) -> Callable[[Request, Exception], Response]:
 
 
 def _answer_http_error(request: Request, error: HTTPException) -> Response:
-    paths = ", ".join(path for path in PATHS if path.startswith("/v1"))
+    paths, asked = ", ".join(path for path in PATHS if path.startswith("/v1")), request.url.path.removeprefix("/v1")
+    why = next((why for name, why in NOT_SERVED.items() if asked.startswith(f"/{name}")), "there is no such path")
     words = {
-        404: f"there is no such path; clients' base URL ends in /v1, and the paths are {paths}",
+        404: f"{why}; clients' base URL ends in /v1, and the paths are {paths}",
         405: f"the path does not take {request.method[:20]}",
     }
     status = error.status_code if error.status_code in words else 400

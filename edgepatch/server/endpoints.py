@@ -1,4 +1,4 @@
-"""The two endpoints that generate: they queue an order, gather its events, and reply at once or in a stream."""
+"""The endpoints that generate: they queue an order, gather its events, and reply at once or in a stream."""
 
 from __future__ import annotations
 
@@ -16,19 +16,13 @@ from edgepatch.decoding.constraints import CompiledConstraint
 from edgepatch.decoding.replies import Piece
 from edgepatch.errors import EdgepatchError
 from edgepatch.server import requests
+from edgepatch.server.bodies import parse_json
 from edgepatch.server.generations import Event, Finished, Generation, Scored
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal, refusal_of
-from edgepatch.server.replies import (
-    DONE,
-    Choice,
-    CompletionWriter,
-    ReplyWriter,
-    TokenLogprob,
-    as_event,
-    as_events,
-    score,
-)
+from edgepatch.server.replies.choices import Choice, TokenLogprob, score
+from edgepatch.server.replies.completions import CompletionWriter
+from edgepatch.server.replies.writer import ReplyWriter
 from edgepatch.server.requests import Order
 from edgepatch.server.service import Service
 
@@ -64,7 +58,7 @@ class GenerationEndpoint:
         start = time.monotonic()
         model = self._service.require_model()
         body = await read_body(Request(scope, receive), self._service)
-        order = await asyncio.to_thread(lambda: self._parse(requests.parse_json(body)))  # a large one takes a while
+        order = await asyncio.to_thread(lambda: self._parse(parse_json(body)))  # a large one takes a while
         if order.model != model.name:
             raise Refusal(
                 404, f"model: expected {model.name!r}, found {order.model[:100]!r}", "model", "model_not_found"
@@ -130,15 +124,15 @@ class GenerationEndpoint:
         await run.score_prompts(writer)
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         try:
-            await _send_part(send, as_events(chunk for choice in run.choices for chunk in writer.first_chunks(choice)))
+            await _send_part(send, writer.head(run.choices))
             if first is not None:
-                await _send_part(send, as_events(writer.chunks(*first)))
+                await _send_part(send, writer.part(*first))
             async for piece in pieces:
-                await _send_part(send, as_events(writer.chunks(*piece)))
-            await _send_part(send, as_events(writer.usage_chunk(run.choices)) + DONE)
+                await _send_part(send, writer.part(*piece))
+            await _send_part(send, writer.tail(run.choices))
         except Exception as error:
             self._service.note_error(error)
-            await _send_part(send, as_event(refusal_of(error).body()))
+            await _send_part(send, writer.failure(refusal_of(error)))
         await send({"type": "http.response.body", "body": b""})
 
 

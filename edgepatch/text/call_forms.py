@@ -232,8 +232,10 @@ def _derive_pairs(said: str, place: int) -> dict[str, Any] | None:
         return None
     following = behind.find(NAMES[1])
     between = behind[len(closing) : following] if following >= 0 else None
+    # The function's name may come again behind itself.
     other_name = behind[following + len(NAMES[1]) :].partition(key + "city_key")[0] if following >= 0 else ""
-    after_name = first[: len(first) - same]
+    other_name = other_name.replace(NAMES[1], IDENTIFIER)
+    after_name = first[: len(first) - same].replace(NAMES[0], IDENTIFIER)
     last = behind.rpartition("5328")[2].removeprefix(closing) if following >= 0 else behind[len(closing) :]
     middle = middle if middle == other else _alike(middle, other)
     return {

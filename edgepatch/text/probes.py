@@ -6,6 +6,7 @@ the types of tokens, and each of these can be changed in a file without changing
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ MAX_CHARACTERS = 512
 MAX_IDS = 1024
 MAX_SPECIAL = 8
 """Special tokens that a probe spells."""
+
+DIGEST = re.compile("[0-9a-f]{64}")
 
 PLAIN_TEXTS = (
     "The quick brown foxes can't jump over 1234567890 lazy dogs; they'll sleep, won't they?",
@@ -61,17 +64,27 @@ class TokenizerProbe:
 
     Attributes:
         texts: 1 to ``MAX_TEXTS``.
+        tools_template: SHA-256 of the chat template for conversations with tools, "" where the base has none of its own for them;
+            ``None`` in probes that were made before anybody asked.
     """
 
     texts: tuple[ProbeText, ...]
+    tools_template: str | None = None
 
     def __post_init__(self) -> None:
+        if self.tools_template and not DIGEST.fullmatch(self.tools_template):
+            raise PatchFormatError(
+                f"tokenizer probe: tools_template: expected a SHA-256 digest or nothing, found {self.tools_template!r:.80}"
+            )
         if not 1 <= len(self.texts) <= MAX_TEXTS:
             raise PatchFormatError(f"tokenizer probe: expected 1 to {MAX_TEXTS} texts, found {len(self.texts)}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"texts": [{**asdict(probe), "token_ids": list(probe.token_ids)} for probe in self.texts]}
+        values: dict[str, Any] = {
+            "texts": [{**asdict(probe), "token_ids": list(probe.token_ids)} for probe in self.texts]
+        }
+        return values if self.tools_template is None else {**values, "tools_template": self.tools_template}
 
     @classmethod
     def from_dict(cls, values: Any) -> TokenizerProbe:
@@ -80,10 +93,11 @@ class TokenizerProbe:
         Raises:
             PatchFormatError: a field is missing, unknown, of another type or out of bounds.
         """
-        texts = values.get("texts") if isinstance(values, dict) and set(values) == {"texts"} else None
-        if not isinstance(texts, list):
-            raise PatchFormatError("tokenizer probe: expected an object with a list of texts")
-        return cls(tuple(map(_probe_text, texts)))
+        is_known = isinstance(values, dict) and {"texts"} <= set(values) <= {"texts", "tools_template"}
+        texts = values["texts"] if is_known else None
+        if not isinstance(texts, list) or not isinstance(values.get("tools_template", ""), str):
+            raise PatchFormatError("tokenizer probe: expected an object with a list of texts, and a digest at most")
+        return cls(tuple(map(_probe_text, texts)), values.get("tools_template"))
 
     def require_same(self, encode: ProbeEncoder) -> None:
         """Asks another copy of the tokenizer.
@@ -103,17 +117,21 @@ class TokenizerProbe:
                 raise MismatchError({f"tokenizer, token ids of {probe.text!r}": (probe.token_ids, token_ids)})
 
 
-def probe_tokenizer(encode: ProbeEncoder, special: Sequence[str] = ()) -> TokenizerProbe:
+def probe_tokenizer(
+    encode: ProbeEncoder, special: Sequence[str] = (), tools_template: str | None = None
+) -> TokenizerProbe:
     """The probe of a tokenizer.
 
     Args:
         encode: of the model that a patch is made for.
         special: special tokens that open and close turns: a text that spells them is read twice, as text and as a template's own.
+        tools_template: as in ``TokenizerProbe``.
     """
     spelled = " ".join(f"{token}word" for token in special[:MAX_SPECIAL])[:MAX_CHARACTERS]
     asked = [(text, False) for text in PLAIN_TEXTS] + [(spelled, trusted) for trusted in (False, True) if spelled]
     return TokenizerProbe(
-        tuple(ProbeText(text, trusted, tuple(encode(text, trusted=trusted))) for text, trusted in asked)
+        tuple(ProbeText(text, trusted, tuple(encode(text, trusted=trusted))) for text, trusted in asked),
+        tools_template,
     )
 
 

@@ -115,7 +115,12 @@ class ChatTemplate:
     @property
     def digest(self) -> str:
         """SHA-256 of the default template, or "" where there is none."""
-        return hashlib.sha256(self.default.encode("utf-8", "surrogatepass")).hexdigest() if self.default else ""
+        return _digest(self.default)
+
+    @property
+    def tools_digest(self) -> str:
+        """SHA-256 of the template that is for conversations with tools alone, or "" where there is none."""
+        return _digest(self.tool_use)
 
     @cached_property
     def for_tools(self) -> str:
@@ -324,3 +329,7 @@ def _short_id(identifier: str) -> str:
     if len(identifier) == 9 and identifier.isascii() and identifier.isalnum():
         return identifier
     return hashlib.sha256(identifier.encode("utf-8", "surrogatepass")).hexdigest()[:9]
+
+
+def _digest(source: str) -> str:
+    return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest() if source else ""

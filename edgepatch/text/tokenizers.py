@@ -273,7 +273,7 @@ class FolderTokenizer:
     def probe(self) -> TokenizerProbe:
         """What it makes of some texts; special tokens of the chat template among them."""
         special = [token for token in self._added.special if token in self.template.default]
-        return probe_tokenizer(self.encode, special)
+        return probe_tokenizer(self.encode, special, self.template.tools_digest)
 
     def encode_chat(
         self,

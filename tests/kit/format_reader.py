@@ -239,7 +239,9 @@ def check_manifest(m: dict) -> None:
 
 
 def check_probe(probe: object, vocabulary: float) -> None:
-    need(isinstance(probe, dict) and set(probe) == {"texts"})
+    need(isinstance(probe, dict) and {"texts"} <= set(probe) <= {"texts", "tools_template"})
+    template = probe.get("tools_template", "")
+    need(template == "" or (isinstance(template, str) and match(DIGEST, template)))
     need(isinstance(probe["texts"], list) and 1 <= len(probe["texts"]) <= 16)
     for entry in probe["texts"]:
         need(isinstance(entry, dict) and set(entry) == {"text", "trusted", "token_ids"})

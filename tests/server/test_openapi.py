@@ -19,6 +19,7 @@ from edgepatch.server.refusals import Refusal
 from edgepatch.server.schemas import openapi
 from edgepatch.server.schemas.limits import MAX_BIASES
 from edgepatch.server.schemas.requests import ChatCompletionRequest, CompletionRequest
+from edgepatch.server.schemas.response_requests import ResponseRequest
 from edgepatch.server.schemas.validation import checked
 from kit.serving import KEY, MODEL, running
 
@@ -30,7 +31,7 @@ CHECKS = [
     checks.response_headers_conformance,
     checks.response_schema_conformance,
 ]
-POSTS = ("/v1/chat/completions", "/v1/completions")
+POSTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 GETS = ("/health", "/openapi.json", "/metrics", "/v1/models", "/v1/models/{model}", "/v1/patches")
 
 
@@ -64,9 +65,9 @@ def send_examples(server, path, mode, count, extra_checks=(), prepare=lambda bod
 def served(body):
     """The request, for a few tokens of the model that is served; it takes the same way through the server."""
     if isinstance(body, dict):
-        limit = {"max_completion_tokens" if body.get("max_completion_tokens") else "max_tokens": 3}
-        rest = {name: value for name, value in body.items() if name not in ("max_tokens", "max_completion_tokens")}
-        return {**rest, "model": MODEL, **limit}
+        limits = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+        limit = limits[2] if "input" in body else limits[1] if body.get(limits[1]) else limits[0]
+        return {**{name: value for name, value in body.items() if name not in limits}, "model": MODEL, limit: 3}
     return body
 
 
@@ -95,7 +96,7 @@ def test_the_document_is_served_without_a_key_and_names_no_place_in_the_cache(se
         document = http.get("/openapi.json").json()
     assert document == openapi.document()
     assert document["openapi"].startswith("3.1")
-    for name in ("ChatCompletionRequest", "CompletionRequest"):
+    for name in ("ChatCompletionRequest", "CompletionRequest", "ResponseRequest"):
         fields = document["components"]["schemas"][name]["properties"]
         assert len(fields) > 15
         assert not [f for f in fields if re.search("slot|cache|keep|discard|kv|position|patch", f)]
@@ -160,6 +161,26 @@ CHAT_VALUES = [
     {},
     [],
 ]
+INPUTS = [
+    "",
+    "x",
+    None,
+    [],
+    [{"role": "user", "content": "x"}],
+    [{"type": None, "role": "user", "content": "x"}],
+    [{"type": "", "role": "user", "content": "x"}],
+    [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "x", "annotations": []}]}],
+    [{"type": "message", "role": "tool", "content": "x"}],
+    [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+    [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "namespace": None}],
+    [{"type": "function_call", "name": "f", "arguments": "{}"}],
+    [{"type": "function_call_output", "call_id": "c", "output": "x"}],
+    [{"type": "function_call_output", "call_id": "c", "output": []}],
+    [{"type": "reasoning", "summary": [], "content": None}],
+    [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x"}]}],
+    [{"type": "reasoning", "encrypted_content": "x"}],
+    [{"type": "item_reference", "id": "x"}],
+]
 PROMPTS = [
     "",
     "x",
@@ -187,6 +208,12 @@ def test_what_is_taken_is_what_the_document_allows(value):
 def test_prompts_that_are_taken_are_those_that_the_document_allows(prompt):
     value = {"model": "m", "prompt": prompt}
     assert is_taken(CompletionRequest, value) == jsonschema_rs.is_valid(schema_of("CompletionRequest"), value)
+
+
+@pytest.mark.parametrize("value", INPUTS, ids=json.dumps)
+def test_items_that_are_taken_are_those_that_the_document_allows(value):
+    request = {"model": "m", "input": value}
+    assert is_taken(ResponseRequest, request) == jsonschema_rs.is_valid(schema_of("ResponseRequest"), request)
 
 
 def is_taken(model, value):
@@ -223,15 +250,20 @@ def test_a_request_that_is_wrong_throughout_is_no_more_work(model, value, param)
     assert refused.value.param == (param or "messages.0.content.0.type")
 
 
+PARAMETERS = "tools.0.function.parameters"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"\ud800": 1}, None),
+        ({"\ud800": 1}, "\\ud800"),
         ({"x" * 10_000: 1}, "x" * 60 + "..."),
         ({"user": "\ud800"}, "user"),
         ({"tool_choice": "\ud800"}, "tool_choice"),
         ({"messages": [{"role": "\ud800", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "x", "\udc00": 1}]}, None),
+        ({"messages": [{"role": "user", "content": "x", "\udc00": 1}]}, "messages.0.\\udc00"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"\ud800": 1}}}]}, PARAMETERS),
+        ({"response_format": {"type": "json_object", "schema": {"a": ["\ud800"]}}}, "response_format.schema"),
         ({"response_format": {"type": "\ud800"}}, "response_format.type"),
     ],
 )
@@ -253,3 +285,15 @@ def test_streamed_chunks_are_of_their_schema(server):
         assert events[-1] == "[DONE]" and len(events) > 4
         for event in events[:-1]:
             jsonschema_rs.validate(schema_of(name), json.loads(event))
+
+
+def test_events_of_responses_are_of_their_schema(server):
+    body = {"model": MODEL, "max_output_tokens": 5, "input": "x", "top_logprobs": 2}
+    with server.client() as http:
+        jsonschema_rs.validate(schema_of("Response"), http.post(POSTS[2], json=body).json())
+        lines = http.post(POSTS[2], json={**body, "stream": True}).text.splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert [f"event: {event['type']}" for event in events] == [line for line in lines if line.startswith("event: ")]
+    assert len(events) > 8
+    for event in events:
+        jsonschema_rs.validate(schema_of("ResponseEvent"), event)

@@ -16,8 +16,8 @@ from edgepatch.server import generations
 from edgepatch.server.generations import Finished, Generation, Started
 from edgepatch.server.metrics import Metrics
 from edgepatch.server.refusals import Refusal, refusal_of
-from edgepatch.server.reply_formats import ReplyFormat
-from edgepatch.server.reply_streams import ReplyStream
+from edgepatch.server.replies.formats import ReplyFormat
+from edgepatch.server.replies.streams import ReplyStream
 from edgepatch.server.scheduler import Scheduler
 from edgepatch.text.call_forms import GENERAL, CallForm
 from edgepatch.text.thoughts import CHANNELS

@@ -320,6 +320,16 @@ def test_a_forced_call_is_exactly_one_that_fits_its_schema(tooled, choice, strea
     assert re.fullmatch("[A-Za-z0-9]{9}", call.id)
 
 
+def test_a_forced_call_names_nothing_beyond_its_schema(tooled):
+    """As clients' libraries write schemas: with definitions apart, and without a word of further properties."""
+    town = {"type": "object", "properties": {"name": {"enum": ["Ulm"]}}, "required": ["name"]}
+    schema = {"properties": {"to": {"$ref": "#/$defs/T"}}, "required": ["to"], "$defs": {"T": town}}
+    tool = {"type": "function", "function": {"name": "go", "parameters": schema}}
+    reply = ask(tooled, tools=[tool], tool_choice="required", max_tokens=200, temperature=1)
+    (call,) = reply.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"to": {"name": "Ulm"}}
+
+
 def test_a_reply_is_taken_as_the_next_turn(client):
     said = ask(client).choices[0].message.model_dump()
     assert said["refusal"] is None and "annotations" in said

@@ -18,7 +18,7 @@ def peers(
         typer.Option(metavar="FILE", help="llama-cpp-python's source archive, or a folder of llama.cpp's sources."),
     ],
     only: Annotated[
-        list[str] | None, typer.Option(help="Only this suite: vocabularies or templates; may be repeated.")
+        list[str] | None, typer.Option(help="Only this suite: vocabularies, templates or server; may be repeated.")
     ] = None,
     work: Annotated[Path, typer.Option(metavar="DIR", help="Folder where the archive is unpacked.")] = Path(
         "out/peers"
@@ -26,7 +26,7 @@ def peers(
     out: OutOption = RESULTS / "peers.json",
     log: LogOption = None,
 ) -> None:
-    """Run llama.cpp's vocabularies with their expected ids, and its chat templates: bench/results/peers.json.
+    """Run llama.cpp's vocabularies with their expected ids, its chat templates, and its server tests: bench/results/peers.json.
 
     Example: `edgepatch bench peers --source llama_cpp_python-0.3.36.tar.gz`
     """

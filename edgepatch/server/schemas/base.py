@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from edgepatch.server.schemas.limits import EMPTY_VALUES
+from edgepatch.text.messages import texts_in
 
 
 def problem(kind: str, expected: str, **context: str) -> PydanticCustomError:
@@ -65,6 +66,12 @@ def _require_unicode(text: str) -> str:
     return text
 
 
+def _require_unicode_throughout(value: Any) -> Any:
+    for text in texts_in(value):
+        _require_unicode(text)
+    return value
+
+
 def as_integer(value: object) -> object:
     """JSON has one kind of number: 1.0 is an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -75,19 +82,27 @@ def by_shape(choose: Callable[[object], str | None], expected: str = "text or a 
     return Discriminator(choose, "wrong_shape", expected)
 
 
-def by_tag(field: str, labels: Mapping[str, str]) -> Discriminator:
+def by_tag(
+    field: str,
+    labels: Mapping[str, str],
+    choose: Callable[[object], str | None] | None = None,
+    remark: str = "",
+) -> Discriminator:
     """Objects that are told apart by the value of one field.
 
     Args:
         field: its name.
         labels: its values, and the tags of the alternatives that have them.
+        choose: gives the tag of an object, where the field may be missing.
+        remark: why there are no others.
     """
 
-    def choose(value: object) -> str | None:
+    def by_field(value: object) -> str | None:
         tag = value.get(field) if isinstance(value, dict) else None
         return labels.get(tag) if isinstance(tag, str) else None
 
-    return Discriminator(choose, f"wrong_{field}", " or ".join(map(repr, labels)))
+    expected = " or ".join(map(repr, labels)) + (f" ({remark})" if remark else "")
+    return Discriminator(choose or by_field, f"wrong_{field}", expected)
 
 
 class EchoedModel(RequestModel):
@@ -99,3 +114,7 @@ class EchoedModel(RequestModel):
 
 WHOLE = BeforeValidator(as_integer)
 Text = Annotated[str, AfterValidator(_require_unicode)]
+FreeObject = Annotated[dict[str, Any], AfterValidator(_require_unicode_throughout)]
+"""An object whose fields are the client's own, such as a schema."""
+
+Unused = Annotated[Any, Field(description="Accepted and not used.")]

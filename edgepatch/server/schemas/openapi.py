@@ -10,12 +10,15 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 
 import edgepatch
 from edgepatch.server.refusals import KINDS
-from edgepatch.server.schemas import replies, requests
+from edgepatch.server.schemas import replies, requests, response_replies, response_requests, validation
 
 COMPONENTS = (
     requests.ChatCompletionRequest,
     replies.ChatCompletion,
     replies.ChatCompletionChunk,
+    response_requests.ResponseRequest,
+    response_replies.Response,
+    response_replies.ResponseEvent,
     requests.CompletionRequest,
     replies.Completion,
     replies.CompletionChunk,
@@ -58,7 +61,7 @@ def json_schemas(ref_template: str = "#/components/schemas/{model}") -> dict[str
     Args:
         ref_template: how they refer to each other.
     """
-    requests.build_models()
+    validation.build_models()
     adapters: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = [
         (body.__name__, "validation", TypeAdapter(body)) for body in COMPONENTS
     ]
@@ -91,6 +94,7 @@ def document() -> dict[str, Any]:
             "/v1/models/{model}": {"get": {**_get("getModel", "Model", 401, 404, 503), "parameters": [model_path]}},
             "/v1/patches": {"get": _get("listPatches", "Patches", 401, 503)},
             "/v1/chat/completions": {"post": _post("createChatCompletion", *chat)},
+            "/v1/responses": {"post": _post("createResponse", "ResponseRequest", "Response", is_named=True)},
             "/v1/completions": {"post": _post("createCompletion", *completion)},
             "/metrics": {"get": _metrics()},
         },
@@ -126,12 +130,13 @@ def _get(name: str, schema: str, *statuses: int) -> dict[str, Any]:
     return operation
 
 
-def _post(name: str, request: str, reply: str) -> dict[str, Any]:
+def _post(name: str, request: str, reply: str, is_named: bool = False) -> dict[str, Any]:
     operation = _operation(name, _ref(reply), *GENERATING)
-    data = {"type": "string", "description": f"A {reply}Chunk or an Error in JSON; [DONE] at the end."}
+    chunk = f"A {reply}Event in JSON." if is_named else f"A {reply}Chunk or an Error in JSON; [DONE] at the end."
+    properties: dict[str, Any] = {"data": {"type": "string", "description": chunk}}
     event = {
         "type": "object",
-        "properties": {"data": data},
+        "properties": properties | ({"event": {"type": "string"}} if is_named else {}),
         "required": ["data"],
         "description": "One event, where `stream` is true.",
     }

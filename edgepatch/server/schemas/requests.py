@@ -5,12 +5,21 @@ No field names a place in the cache, and none ever may: the patch lies in front 
 
 from __future__ import annotations
 
-import threading
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
-from edgepatch.server.schemas.base import WHOLE, EchoedModel, RequestModel, Text, by_shape, by_tag, problem
+from edgepatch.server.schemas.base import (
+    WHOLE,
+    EchoedModel,
+    FreeObject,
+    RequestModel,
+    Text,
+    Unused,
+    by_shape,
+    by_tag,
+    problem,
+)
 from edgepatch.server.schemas.limits import INT32, MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
 
 
@@ -32,6 +41,8 @@ def _tag_of_prompt(value: object) -> str | None:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def _without_limit(value: object) -> object:
@@ -50,7 +61,6 @@ MaxTokensOrNone = Annotated[
         }
     ),
 ]
-Unused = Annotated[Any, Field(description="Accepted and not used.")]
 TokenId = Annotated[int, Field(ge=0, le=INT32), WHOLE]
 Prompt = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)]
@@ -131,9 +141,9 @@ ChatMessage = Annotated[
 class OfferedFunction(EchoedModel):
     """A function that the model may call."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: FunctionName
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: FreeObject | None = None
     strict: bool | None = None
 
 
@@ -176,7 +186,7 @@ class TemplateValues(RequestModel):
     thinking: bool | None = None
     preserve_thinking: bool | None = None
     clear_thinking: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Effort | None = None
     thinking_budget: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = None
 
 
@@ -190,15 +200,15 @@ class JsonObjectFormat(RequestModel):
     """Any JSON object, or one that follows a schema, as llama.cpp's clients write it."""
 
     type: Literal["json_object"]
-    definition: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    definition: Annotated[FreeObject | None, Field(alias="schema")] = None
 
 
 class NamedSchema(RequestModel):
-    """A JSON schema with a name."""
+    """A JSON schema, whose name is not used."""
 
-    name: Name
+    name: Name | None = None
     description: Text | None = None
-    definition: Annotated[dict[str, Any], Field(alias="schema")]
+    definition: Annotated[FreeObject, Field(alias="schema")]
     strict: bool | None = None
 
 
@@ -233,7 +243,7 @@ class StreamOptions(RequestModel):
 
 
 class SampledRequest(RequestModel):
-    """What both kinds of requests take. A field that is null is the same as one that is left out."""
+    """What all kinds of requests take. A field that is null is the same as one that is left out."""
 
     model: Name
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
@@ -259,8 +269,6 @@ class SampledRequest(RequestModel):
         None, description="Makes the draw repeatable, as far as sums come out alike; a negative one draws afresh."
     )
     stop: Stop | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
-    response_format: ResponseFormat | None = None
     grammar: Annotated[str, Field(min_length=1, max_length=65536)] | None = Field(
         None, description="Extension: a grammar the reply follows."
     )
@@ -273,7 +281,14 @@ class SampledRequest(RequestModel):
     safety_identifier: Unused = None
 
 
-class ChatCompletionRequest(SampledRequest):
+class ChoicesRequest(SampledRequest):
+    """What requests for one or more choices take."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class ChatCompletionRequest(ChoicesRequest):
     """A request to ``/v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
@@ -286,9 +301,7 @@ class ChatCompletionRequest(SampledRequest):
     parallel_tool_calls: bool | None = Field(None, description="false keeps the first call of a reply.")
     chat_template_kwargs: TemplateValues | None = Field(None, description="Extension: variables of the chat template.")
     enable_thinking: bool | None = Field(None, description="Extension: the same in chat_template_kwargs.")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="For chat templates that know it."
-    )
+    reasoning_effort: Effort | None = Field(None, description="For chat templates that know it.")
     continue_final_message: bool | None = Field(
         None, description="Extension: the reply continues the last message, which is the assistant's."
     )
@@ -301,7 +314,7 @@ class ChatCompletionRequest(SampledRequest):
     function_call: None = None
 
 
-class CompletionRequest(SampledRequest):
+class CompletionRequest(ChoicesRequest):
     """A request to ``/v1/completions``."""
 
     prompt: Annotated[
@@ -316,13 +329,3 @@ class CompletionRequest(SampledRequest):
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     echo: bool | None = Field(None, description="Put the prompt, and its logprobs if asked for, in front of the reply.")
-
-
-_building = threading.Lock()
-
-
-def build_models() -> None:
-    """Builds the validators, once; two threads must not do it at the same time."""
-    with _building:
-        for model in (ChatCompletionRequest, CompletionRequest):
-            model.model_rebuild()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -9,7 +10,8 @@ from pydantic_core import ErrorDetails
 
 from edgepatch.server.refusals import Refusal
 from edgepatch.server.schemas.base import RequestModel, as_integer
-from edgepatch.server.schemas.requests import build_models
+from edgepatch.server.schemas.requests import ChatCompletionRequest, CompletionRequest
+from edgepatch.server.schemas.response_requests import ResponseRequest
 
 Model = TypeVar("Model", bound=RequestModel)
 
@@ -45,6 +47,15 @@ KINDS = {
     list: "a list",
 }
 MAX_EXCERPT = 60
+
+_building = threading.Lock()
+
+
+def build_models() -> None:
+    """Builds the validators, once; two threads must not do it at the same time."""
+    with _building:
+        for model in (ChatCompletionRequest, CompletionRequest, ResponseRequest):
+            model.model_rebuild()
 
 
 def checked(model: type[Model], values: dict[str, Any]) -> Model:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgepatch.decoding.constraints import JSON_OPTIONS, Constraint
+from edgepatch.decoding.json_schemas import closed, moved
 from edgepatch.text.call_forms import HERMES, IDENTIFIER, CallForm
 
 Functions = Mapping[str, Mapping[str, Any]]
@@ -110,7 +111,8 @@ class _Rules:
     def json(self, schema: Mapping[str, Any]) -> str:
         """A rule for a JSON value."""
         name = f"value_{len(self.lines)}"
-        self.lines.append(f"{name}: %json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS}, ensure_ascii=False)}")
+        options = {"x-guidance": JSON_OPTIONS}
+        self.lines.append(f"{name}: %json {json.dumps({**closed(schema), **options}, ensure_ascii=False)}")
         return name
 
     def call(self, form: CallForm, name: str, schema: Mapping[str, Any]) -> str:
@@ -120,8 +122,9 @@ class _Rules:
             return f"{self.text(name + _literal(form.separator))} {self.json(arguments)}"
         if form.kind == "pairs":
             return f"{self.text(name)} {self._pairs(form, arguments)}"
-        name_key, arguments_key = form.keys
-        fields = {name_key: {"const": name}, arguments_key: arguments} if name_key else {name: arguments}
+        name_key, arguments_key = form.keys if form.keys[0] else ("", name)
+        fields = {name_key: {"const": name}} if name_key else {}
+        fields[arguments_key] = moved(arguments, f"/properties/{arguments_key}")
         return self.json(
             {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
         )

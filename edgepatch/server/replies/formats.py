@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from edgepatch.decoding.constraints import Constraint
-from edgepatch.server.forced_calls import after_thought, force_call
+from edgepatch.server.replies.forced_calls import after_thought, force_call
 from edgepatch.text.call_forms import CallForm
 from edgepatch.text.templates import ChatOptions
 from edgepatch.text.thoughts import CHANNELS

@@ -7,7 +7,7 @@ import secrets
 import string
 from typing import Any
 
-from edgepatch.server.reply_formats import ReplyFormat
+from edgepatch.server.replies.formats import ReplyFormat
 from edgepatch.text.thoughts import num_held, split_thought
 from edgepatch.text.tool_calls import parse_tool_calls
 
