@@ -251,6 +251,18 @@ class LlamaContext:
                 f"cannot write {path}: {library.library_errors()}", hint="free space or name another folder"
             )
 
+    def save_session_file(self, path: Path, tokens: Sequence[int]) -> None:
+        """Writes the whole context as the library's own session file, labelled with token ids.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        labels = (self._lib.llama_token * len(tokens))(*tokens)
+        if not self._lib.llama_state_save_file(self.handle, bytes(path), labels, len(tokens)):
+            raise InputError(
+                f"cannot write {path}: {library.library_errors()}", hint="free space or name another folder"
+            )
+
     @property
     def num_state_bytes(self) -> int:
         """Size of the state of all sequences together, which holds each cell once."""
