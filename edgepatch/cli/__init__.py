@@ -30,7 +30,7 @@ __all__ = ["app", "main", "printable"]
 
 BENCH = tuple(
     f"bench.{name}"
-    for name in ("safety", "harness", "evidence", "parity", "speed", "lab", "attacks", "peers", "results")
+    for name in ("safety", "harness", "evidence", "parity", "speed", "lab", "attacks", "peers", "devices", "results")
 )
 MODULES = (
     "artefacts",
