@@ -11,6 +11,7 @@ from typing import Any
 from edgepatch.bench.devices.clients import node_folder, python_of
 from edgepatch.bench.devices.forms import Form, forms
 from edgepatch.bench.environment import environment
+from edgepatch.errors import InactivePatchError
 from edgepatch.exports.checking import Row, check_export
 from edgepatch.exports.targets import TARGETS
 from edgepatch.files.writing import write_atomically
@@ -36,11 +37,14 @@ def run(out: Path, work: Path, smollm2: Path | None = None, progress: Progress =
     """
     (work / "models").mkdir(parents=True, exist_ok=True)
     jobs = [(form, target) for form in forms(smollm2) for target in form.targets]
-    rows: list[Row] = []
+    rows, refused = list[Row](), list[dict[str, str]]()
     for done, (form, target) in enumerate(jobs):
         progress("devices", done, len(jobs))
-        rows += _rows_of(form, target, work)
-        write_atomically(out, _document(rows))
+        try:
+            rows += _rows_of(form, target, work)
+        except InactivePatchError as error:  # our own runtime does not run the patch on this form, so nothing is compared
+            refused.append({"target": target, "model": form.file, "reason": str(error)})
+        write_atomically(out, _document(rows, refused))
     progress("devices", len(jobs), len(jobs))
     return rows
 
@@ -67,9 +71,9 @@ def _home(target: str, work: Path) -> Path | None:
     return python_of(work) if target == "mlx" else node_folder(work)
 
 
-def _document(rows: list[Row]) -> bytes:
+def _document(rows: list[Row], refused: list[dict[str, str]]) -> bytes:
     document: dict[str, Any] = {"command": COMMAND, "environment": environment()}
-    document["rows"] = [row.as_dict() for row in rows]
+    document |= {"rows": [row.as_dict() for row in rows], "refused": refused}
     return (json.dumps(document, indent=1) + "\n").encode()
 
 

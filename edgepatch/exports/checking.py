@@ -110,7 +110,9 @@ def check_export(folder: Path, patch: Patch, model: Path, home: Path | None = No
         request = _request(folder, manifest, model, session)
         answers = {client: run_client(client, request, home) for client in target.clients if is_here(client)}
         rows = _rows(session, answers)
-    size = sum((folder / file).stat().st_size for file in (request["seed"], "edgepatch.mjs") if (folder / file).is_file())
+    size = sum(
+        (folder / file).stat().st_size for file in (request["seed"], "edgepatch.mjs") if (folder / file).is_file()
+    )
     known = {"target": name, "model": model.resolve().name, "quantization": session.quantization, "bytes": size}
     return [Row(**known, **row) for row in rows]
 

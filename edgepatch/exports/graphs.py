@@ -87,10 +87,14 @@ def _readme(patch: Patch, digest: str) -> list[str]:
     place = place_in_words(patch.anchoring)
     return [
         "`example.mjs` shows the use: read the patch, install it in the model, then work as before. No build step; browsers and Node 20.",
-        f"`readPatch` takes the file or its bytes, and its SHA-256: `{digest}`. Keep that number in your own code: whoever changes the file "
-        "cannot change it there. In Node hand over bytes (`await readFile(...)`).",
-        "`install` refuses another model's graph, and a model on which the patch's canary does not act. Masks, positions and cells of the "
-        'patch are its work: a tokenizer\'s mask cannot leave the patch out. `{ proof: "all" }` asks the whole canary.',
+        (
+            f"`readPatch` takes the file or its bytes, and its SHA-256: `{digest}`. Keep that number in your own code: whoever changes the file "
+            "cannot change it there. In Node hand over bytes (`await readFile(...)`)."
+        ),
+        (
+            "`install` refuses another model's graph, and a model on which the patch's canary does not act. Masks, positions and cells of the "
+            'patch are its work: a tokenizer\'s mask cannot leave the patch out. `{ proof: "all" }` asks the whole canary.'
+        ),
         "Hand over one conversation at a time, whole, without padding. A cache goes on only where this model has given it back.",
         "Exact for every quantization of the model: the seed is that of the full-precision model.",
         f"The seed {place}." if patch.anchoring else loss_at_length(patch),

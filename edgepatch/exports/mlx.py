@@ -49,11 +49,15 @@ def write(patch: Patch, model: Path, target: Path, options: ExportOptions) -> di
 def _readme(manifest: dict[str, Any], patch: Patch) -> list[str]:
     model = manifest["model_path"]
     return [
-        f"`mlx_lm.generate --model {model} --prompt-cache-file {CACHE_FILE} --prompt 'Hello'`, or in Python "
-        f"`load_prompt_cache('{CACHE_FILE}')` and `prompt_cache=` of `generate`: load it anew for each conversation.",
+        (
+            f"`mlx_lm.generate --model {model} --prompt-cache-file {CACHE_FILE} --prompt 'Hello'`, or in Python "
+            f"`load_prompt_cache('{CACHE_FILE}')` and `prompt_cache=` of `generate`: load it anew for each conversation."
+        ),
         f"Written by mlx-lm {manifest['mlx_lm']}. The layout of these files has changed between releases: export again after an update.",
-        f"The cache holds the patch and {manifest['header']!r}, which the chat template puts in front of the user's first words. mlx-lm drops "
-        "that text with a cache file, so hand over what comes behind it, and no system prompt.",
+        (
+            f"The cache holds the patch and {manifest['header']!r}, which the chat template puts in front of the user's first words. mlx-lm drops "
+            "that text with a cache file, so hand over what comes behind it, and no system prompt."
+        ),
         "Exact for this model folder. The header's cells are what it computes: export again for another quantization.",
         "`--model` must be spelled as above: mlx-lm compares the words. `mlx_lm.server` takes no cache file.",
         loss_at_length(patch),

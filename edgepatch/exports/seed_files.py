@@ -82,10 +82,14 @@ def _readme(client: str, manifest: dict[str, Any], patch: Patch) -> list[str]:
     return [
         HOW[client],
         f"Context: {context['cells']} cells, cache {context['kv_type']}, flash attention {attention}, one sequence; others are refused.",
-        f"Exact for {manifest['model']['file']} ({manifest['model']['quantization']}). Export again for another quantization: the cell of "
-        f"the first token, {label!r}, is what this file computes.",
-        f"Every prompt must begin with {label!r}, and every conversation starts from the file. A client that clears its cache, or shifts a "
-        "full one, answers as the bare model from then on, without an error.",
+        (
+            f"Exact for {manifest['model']['file']} ({manifest['model']['quantization']}). Export again for another quantization: the cell of "
+            f"the first token, {label!r}, is what this file computes."
+        ),
+        (
+            f"Every prompt must begin with {label!r}, and every conversation starts from the file. A client that clears its cache, or shifts a "
+            "full one, answers as the bare model from then on, without an error."
+        ),
         loss_at_length(patch),
         "Proof: `edgepatch check-export THIS_FOLDER --patch PATCH --model MODEL`.",
     ]

@@ -70,6 +70,7 @@ class Page:
         self.ask("Emulation.setDeviceMetricsOverride", **phone)
         self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}])
         self.ask("Page.navigate", url=url)
+        self.wait_for(f"location.href.startsWith({json.dumps(url)}) && document.readyState == 'complete'")
 
     def run(self, script: str) -> Any:
         """The value of an expression, which may be a promise."""

@@ -20,7 +20,9 @@ def devices(
     ] = Path("out/devices"),
     smollm2: Annotated[
         Path | None,
-        typer.Option(metavar="MODEL", parser=model_path, help="Also SmolLM2-135M-Instruct: its GGUF file, or `smollm2`."),
+        typer.Option(
+            metavar="MODEL", parser=model_path, help="Also SmolLM2-135M-Instruct: its GGUF file, or `smollm2`."
+        ),
     ] = None,
     out: OutOption = RESULTS / "devices.json",
     log: LogOption = None,

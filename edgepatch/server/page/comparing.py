@@ -64,4 +64,6 @@ def _require_local(scope: Scope) -> None:
     passed_on = next((name for name in PASSED_ON if name in headers), "")
     if not is_local or passed_on:
         source = f"one that a proxy passed on ({passed_on})" if passed_on else f"one from {address[:60]!r}"
-        raise Refusal(403, f"answers without the patch: expected a request of this machine, found {source}", code="not_local")
+        raise Refusal(
+            403, f"answers without the patch: expected a request of this machine, found {source}", code="not_local"
+        )
