@@ -50,7 +50,7 @@ def forms(smollm2: Path | None) -> list[Form]:
     return [
         *lab,
         Form("smollm2-gguf", SMOLLM2_PATCH, GGUF, lambda models: file),
-        *[_graph(f"smollm2-{kind}", SMOLLM2_PATCH, kind, folder) for kind in ("int8", "int4")],
+        *[_graph(f"smollm2-{kind}", SMOLLM2_PATCH, kind, folder) for kind in ("fp32", "int8", "int4")],
         Form("smollm2", SMOLLM2_PATCH, FOLDER, folder),
     ]
 

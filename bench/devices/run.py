@@ -42,7 +42,9 @@ def run(out: Path, work: Path, smollm2: Path | None = None, progress: Progress =
         progress("devices", done, len(jobs))
         try:
             rows += _rows_of(form, target, work)
-        except InactivePatchError as error:  # our own runtime does not run the patch on this form, so nothing is compared
+        except (
+            InactivePatchError
+        ) as error:  # our own runtime does not run the patch on this form, so nothing is compared
             refused.append({"target": target, "model": form.file, "reason": str(error)})
         write_atomically(out, _document(rows, refused))
     progress("devices", len(jobs), len(jobs))

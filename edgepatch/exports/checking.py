@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.converters.onnx.files import find_model_file
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.exports.clients import is_here, run_client
 from edgepatch.exports.folders import PATCH_FILE, read_export
@@ -22,7 +23,7 @@ from edgepatch.exports.seed_files import SEED_FILES
 from edgepatch.exports.targets import TARGETS
 from edgepatch.llama_server.references import MAX_SHARE
 from edgepatch.patch.file import Patch
-from edgepatch.runtimes import load_runtime
+from edgepatch.runtimes import load_runtime, runtime_name
 from edgepatch.runtimes.session import Session
 from edgepatch.text.messages import Message
 
@@ -105,16 +106,17 @@ def check_export(folder: Path, patch: Patch, model: Path, home: Path | None = No
             f"found one of {manifest['patch']['name']} {manifest['patch']['version']} ({manifest['patch']['digest'][:12]})",
             hint="export again",
         )
+    graph = _graph(name, model)
     with _open(manifest, patch, model, not target.moves) as session:
         _require_exact(folder, manifest, session)
-        request = _request(folder, manifest, model, session)
+        request = _request(folder, manifest, model, session) | graph
         answers = {client: run_client(client, request, home) for client in target.clients if is_here(client)}
         rows = _rows(session, answers)
     size = sum(
         (folder / file).stat().st_size for file in (request["seed"], "edgepatch.mjs") if (folder / file).is_file()
     )
-    known = {"target": name, "model": model.resolve().name, "quantization": session.quantization, "bytes": size}
-    return [Row(**known, **row) for row in rows]
+    shared = {"target": name, "model": model.resolve().name, "quantization": session.quantization, "bytes": size}
+    return [Row(**shared, **row) for row in rows]
 
 
 def _open(manifest: dict[str, Any], patch: Patch, model: Path, pinned: bool) -> Session:
@@ -125,6 +127,25 @@ def _open(manifest: dict[str, Any], patch: Patch, model: Path, pinned: bool) -> 
     if manifest["client"] == "mlx":
         settings = {}
     return load_runtime(model, patch, pinned=pinned and patch.anchoring is not None, **settings)
+
+
+def _graph(name: str, model: Path) -> dict[str, Any]:
+    """What the client of a graph is told of its files; for other clients only whether the model is of the kind that they load.
+
+    Raises:
+        InputError: it is of another kind, or damaged.
+    """
+    kind = "onnx" if TARGETS[name].moves else "torch" if name == "mlx" else "llamacpp"
+    if runtime_name(model) != kind:
+        expected = {"onnx": "an ONNX folder", "torch": "a Transformers folder", "llamacpp": "a GGUF file"}[kind]
+        raise InputError(
+            f"{model}: expected {expected}, which {name} loads, found another model", "edgepatch convert base"
+        )
+    if kind != "onnx":
+        return {}
+    path = find_model_file(model)
+    beside = [file.name for file in path.parent.iterdir() if file.name.startswith(path.name) and file != path]
+    return {"graph": path.relative_to(model).as_posix(), "external": beside}
 
 
 def _require_exact(folder: Path, manifest: dict[str, Any], session: Session) -> None:
@@ -175,25 +196,29 @@ Logits = NDArray[np.float32]
 
 def _rows(session: Session, answers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row of each client; the model is asked with the patch, and then without."""
-    patched = {client: _logits(session, answer["replies"]) for client, answer in answers.items()}
-    patch = session.patch
+    patched, patch = _references(session, answers), session.patch
     session.swap(None)
-    bare = {client: _logits(session, answer["replies"]) for client, answer in answers.items()}
+    bare = _references(session, answers)
     session.swap(patch)
     return [_row(client, answer, patched[client], bare[client]) for client, answer in answers.items()]
 
 
-def _logits(session: Session, replies: Sequence[dict[str, Any]]) -> list[Logits]:
-    """(N, V) in front of each of the N tokens of every reply, token by token as clients do: kernels for many tokens round otherwise."""
-    return [
-        np.stack(
-            [
-                session.logits_of_last([*reply["prompt"], *reply["tokens"][:i]])
-                for i in range(max(len(reply["tokens"]), 1))
-            ]
-        )
-        for reply in replies
-    ]
+def _references(session: Session, answers: dict[str, dict[str, Any]]) -> dict[str, list[Logits]]:
+    """(N, V) in front of each of the N tokens of every reply of every client; the same reply is read once."""
+    read: dict[tuple[int, ...], Logits] = {}
+    references: dict[str, list[Logits]] = {client: [] for client in answers}
+    for client, answer in answers.items():
+        for reply in answer["replies"]:
+            key = (len(reply["prompt"]), *reply["prompt"], *reply["tokens"])
+            if key not in read:
+                read[key] = _logits(session, reply["prompt"], reply["tokens"])
+            references[client].append(read[key])
+    return references
+
+
+def _logits(session: Session, prompt: list[int], tokens: list[int]) -> Logits:
+    """Token by token, as clients do: kernels for many tokens round otherwise."""
+    return np.stack([session.logits_of_last([*prompt, *tokens[:i]]) for i in range(max(len(tokens), 1))])
 
 
 def _row(client: str, answer: dict[str, Any], patched: list[Logits], bare: list[Logits]) -> dict[str, Any]:

@@ -96,10 +96,10 @@ def test_a_check_refuses_what_it_was_not_made_with(
 ):
     with pytest.raises(InactivePatchError, match="expected an export of other"):
         check_export(session_folder, replace(tiny_patch, name="other"), model)
-    quantized = tmp_path / "tiny-Q8_0.gguf"
-    writer.convert_folder(tiny_folder, quantized, "Q8_0")
-    with pytest.raises(InactivePatchError, match=r"expected a model of F16, .* found Q8_0"):
-        check_export(session_folder, tiny_patch, quantized)
+    exact = tmp_path / "tiny-F32.gguf"
+    writer.convert_folder(tiny_folder, exact, "F32")
+    with pytest.raises(InactivePatchError, match=r"expected a model of F16, .* found F32"):
+        check_export(session_folder, tiny_patch, exact)
     folder = tmp_path / "server"
     TARGETS["llama-server"].write(tiny_patch, model, folder, ExportOptions())
     with pytest.raises(InputError, match="no clients to start") as raised:

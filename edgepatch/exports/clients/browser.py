@@ -29,16 +29,14 @@ def ask_browser(request: Mapping[str, Any], deadline_s: float) -> dict[str, Any]
         EdgepatchError: the page failed, or did not answer in time.
     """
     package = Path(request["client"]) / "node_modules" / "onnxruntime-web"
-    model = Path(request["model"])
     roots = {
         "onnxruntime": package / "dist",
         "export": Path(request["folder"]),
-        "model": model,
+        "model": Path(request["model"]),
         "programs": Path(__file__).parent,
     }
-    external = [path.name for path in model.glob("*.onnx.data")]
     with (
-        _serving(roots, json.dumps({**request, "external": external}).encode()) as (address, answers),
+        _serving(roots, json.dumps(dict(request)).encode()) as (address, answers),
         open_page(address + PAGE),
     ):
         try:

@@ -7,6 +7,7 @@ const llama = await getLlama({ build: "never", gpu: false, logLevel: LlamaLogLev
 const model = await llama.loadModel({ modelPath: request.model });
 const context = await model.createContext({ contextSize: request.context.cells, flashAttention: request.context.flash_attention, threads: 1 });
 const sequence = context.getSequence(), times = [];
+if (typeof sequence.loadStateFromFile !== "function") throw new Error(`node-llama-cpp ${version}: expected sequences that load a state, found none; update it`);
 
 async function restore() {
   const start = performance.now();

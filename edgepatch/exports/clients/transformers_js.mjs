@@ -6,7 +6,8 @@ import { answer, installed, readPatchModule, request } from "./request.mjs";
 const [transformers, version] = await installed("@huggingface/transformers");
 const { AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, Tensor, env } = transformers;
 Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: dirname(request.model) });
-const options = { dtype: "fp32", device: "cpu", subfolder: "", session_options: { intraOpNumThreads: 1 } };
+const subfolder = request.graph.includes("/") ? dirname(request.graph) : "", model_file_name = basename(request.graph, ".onnx");
+const options = { dtype: "fp32", device: "cpu", subfolder, model_file_name, session_options: { intraOpNumThreads: 1 } };
 const model = await AutoModelForCausalLM.from_pretrained(basename(request.model), options);
 
 class FirstLogits extends LogitsProcessor {

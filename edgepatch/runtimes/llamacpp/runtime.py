@@ -232,10 +232,7 @@ class LlamaCppRuntime(Runtime):
         sequence = 0  # of a context with one
         try:
             self.context.restore(sequence, labelled_state(self.context, sequence, cells, layout, token))
-            if is_session:
-                self.context.save_session_file(path, [token])
-            else:
-                self.context.save_state_file(path, sequence, [token])
+            self.context.save_state_file(path, None if is_session else sequence, [token])
         finally:
             self.restore_seed()
 
