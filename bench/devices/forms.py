@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgepatch.bench.checkout import ROOT
 from edgepatch.bench.lab import LAB_FOLDER, LAB_PATCHES
+from edgepatch.files.writing import new_folder
 
 GGUF = ("llama-session", "node-llama-cpp")
 GRAPHS = ("transformers.js", "onnxruntime-web")
@@ -51,7 +54,9 @@ def forms(smollm2: Path | None) -> list[Form]:
         *lab,
         Form("smollm2-gguf", SMOLLM2_PATCH, GGUF, lambda models: file),
         *[_graph(f"smollm2-{kind}", SMOLLM2_PATCH, kind, folder) for kind in ("fp32", "int8", "int4")],
-        Form("smollm2", SMOLLM2_PATCH, FOLDER, folder),
+        Form(
+            "smollm2-mlx", SMOLLM2_PATCH, FOLDER, lambda models: _older_spelling(folder(models), models / "smollm2-mlx")
+        ),
     ]
 
 
@@ -61,6 +66,17 @@ def _folder(file: Path, target: Path) -> Path:
 
     if not target.exists():
         base_models.to_transformers(file, target, "float32")
+    return target
+
+
+def _older_spelling(folder: Path, target: Path) -> Path:
+    """The same folder with ``rope_theta`` as older Transformers wrote it: mlx-lm passes over ``rope_parameters``."""
+    if not target.exists():
+        with new_folder(target) as unfinished:
+            shutil.copytree(folder, unfinished, dirs_exist_ok=True)
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+            config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+            (unfinished / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return target
 
 

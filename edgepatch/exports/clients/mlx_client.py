@@ -26,19 +26,40 @@ def write(request: dict) -> dict:
     from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
     model, tokenizer = load(request["model"])
-    cache, seed = make_prompt_cache(model), mx.load(request["seed"])
-    require_plain(cache, request["layers"])
-    model(mx.array([[0]]), cache=cache)
-    kind = cache[0].keys.dtype
-    for layer, cells in enumerate(cache):
-        key, value = (seed[f"past_key_values.{layer}.{name}"][None].astype(kind) for name in ("key", "value"))
-        cells.keys, cells.values, cells.offset = key, value, key.shape[2]
+    seed = mx.load(request["seed"])
+    require_plain(make_prompt_cache(model), request["layers"])
+    effects = [
+        [last_logits(model, prompt, make_prompt_cache(model)), last_logits(model, prompt, seeded(model, seed))]
+        for prompt in request["canary"]
+    ]
+    cache = seeded(model, seed)
     header, _ = around(tokenizer)
     tokens = tokenizer.encode(header, add_special_tokens=False)
     model(mx.array([tokens]), cache=cache)
     mx.eval([cells.state for cells in cache])
     save_prompt_cache(request["write"], cache, {"model": request["model"], "tokenizer_config": "{}"})
-    return {"version": version("mlx-lm"), "header": header}
+    return {"version": version("mlx-lm"), "header": header, "canary": effects}
+
+
+def seeded(model, seed: dict) -> list:
+    """A cache that holds the seed, in the element type in which the model keeps its own cells."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    model(mx.array([[0]]), cache=cache)
+    kind = cache[0].keys.dtype
+    for layer, cells in enumerate(cache):
+        key, value = (seed[f"past_key_values.{layer}.{name}"][None].astype(kind) for name in ("key", "value"))
+        cells.keys, cells.values, cells.offset = key, value, key.shape[2]
+    return cache
+
+
+def last_logits(model, tokens: list, cache: list) -> list:
+    """Behind the last of some tokens."""
+    import mlx.core as mx
+
+    return [float(value) for value in model(mx.array([tokens]), cache=cache)[0, -1].astype(mx.float32)]
 
 
 def require_plain(cache: list, layers: int) -> None:
