@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.edgepatch-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smollm2 minilm test lint lab bench clean
+.PHONY: help demo smollm2 minilm test lint lab bench devices clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench: $(STAMP) ## time everything side by side at a real size, on a quiet machi
 	$(BIN)/edgepatch bench latency --out bench/results/latency.json
 	$(BIN)/edgepatch bench latency --quantization int4 --out bench/results/latency-llama-3.2-1b-int4.json
 	$(BIN)/edgepatch bench report
+
+devices: smollm2 ## ask the real clients of every export, from npm and PyPI, on the lab model and SmolLM2; EDGEPATCH_CHROMIUM adds a browser
+	$(BIN)/edgepatch bench devices --smollm2 smollm2
 
 clean: ## remove the demo's result, builds and caches; keep .venv, out/lab, out/llama-server and out/optimum-env
 	rm -rf out/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,11 +42,12 @@ LAYERS = {
     "edgepatch.llama_server": 6,
     "edgepatch.server": 6,
     "edgepatch.training": 6,
-    "edgepatch.bench": 7,
     "edgepatch.bundles": 7,
-    "edgepatch.cli": 8,
-    "edgepatch": 8,
-    "edgepatch.front": 9,
+    "edgepatch.exports": 7,
+    "edgepatch.bench": 8,
+    "edgepatch.cli": 9,
+    "edgepatch": 9,
+    "edgepatch.front": 10,
 }
 """The table of docs/reference/architecture.md: folders, and the few modules beside them. A unit imports units of lower layers, and itself."""
 

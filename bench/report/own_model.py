@@ -44,9 +44,7 @@ def terminal_table(document: Document) -> tuple[tuple[str, ...], list[list[str]]
     """(names of the columns, a row a domain and form)."""
     rows = document["cells"]
     arms = list(dict.fromkeys(row["arm"] for row in rows if row["arm"] != "bare"))
-    figures = (
-        ("bare", "patched", "gain (95 %)", "gain kept", "ppl %", "refused points") if arms else ("score", "95 %")
-    )
+    figures = ("bare", "patched", "gain (95 %)", "gain kept", "ppl %", "refused points") if arms else ("score", "95 %")
     of_row = (lambda row: _compared(row, rows, document["reference"])) if arms else _alone
     named = ["model"] if len(arms) > 1 else []
     return ("domain", *named, "form", *figures), [

@@ -41,6 +41,7 @@ BENCH = tuple(
         "pages",
         "peers",
         "clients",
+        "devices",
         "server_load",
         "results",
     )

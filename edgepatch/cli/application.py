@@ -28,7 +28,7 @@ VERBS = {
         "history",
         "remove",
     ),
-    "Use it": ("show", "chat", "generate", "serve", "check-server", "doctor"),
+    "Use it": ("show", "chat", "generate", "serve", "check-export", "check-server", "doctor"),
 }
 """The verbs in the order of a patch's life, as ``--help`` lists them."""
 

@@ -1,9 +1,8 @@
-"""``export`` and ``check-server``: a patch on a server that is not ours."""
+"""``export``, ``check-export`` and ``check-server``: a patch for clients and servers that are not ours."""
 
 from __future__ import annotations
 
 import os
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ import typer
 from edgepatch.cli.application import app
 from edgepatch.cli.console import JsonFlag, TemplateOption, cell, model_path, print_json, read_template, stdout
 from edgepatch.errors import InactivePatchError, InputError
+from edgepatch.exports.targets import TARGETS
 
 if TYPE_CHECKING:
     from edgepatch.llama_server.client import LlamaServer
@@ -30,10 +30,21 @@ KeyOption = Annotated[
 ]
 
 
-class Client(str, Enum):
-    """Servers that a patch is exported for."""
+ClientOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--client",
+        metavar="PATH",
+        help="Where the client is installed: a folder with node_modules, or a Python interpreter. Default: here.",
+    ),
+]
 
-    llama_server = "llama-server"
+
+def _target(name: str) -> str:
+    """A name of the table of targets."""
+    if name not in TARGETS:
+        raise typer.BadParameter(f"expected {', '.join(TARGETS)}, found {name!r}")
+    return name
 
 
 def _server(url: str, key_file: Path | None) -> LlamaServer:
@@ -47,43 +58,96 @@ def _server(url: str, key_file: Path | None) -> LlamaServer:
 @app.command("export")
 def export_patch(
     patch_file: PatchArgument,
-    model: GGUFOption,
+    model: Annotated[
+        Path,
+        typer.Option("--model", "-m", metavar="MODEL", parser=model_path, help="The model that the client loads."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    to: Annotated[Client, typer.Option("--to", help="Server to export for.")] = Client.llama_server,
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="TARGET", callback=_target, help=f"What to export for: {', '.join(TARGETS)}."),
+    ] = "llama-server",
+    client: ClientOption = None,
     server: Annotated[
-        str | None, typer.Option("--server", metavar="URL", help="Take settings from this running llama-server.")
+        str | None,
+        typer.Option("--server", metavar="URL", help="llama-server: take settings from this running one."),
     ] = None,
-    slot_dir: Annotated[Path | None, typer.Option("--slot-dir", help="That server's --slot-save-path.")] = None,
-    context: Annotated[int | None, typer.Option("--context", min=1, help="Positions of one slot.")] = None,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Conversations at a time.")] = 1,
+    slot_dir: Annotated[
+        Path | None, typer.Option("--slot-dir", help="llama-server: that server's --slot-save-path.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="llama.cpp: positions of a conversation.")
+    ] = None,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="llama-server: conversations at a time.")] = 1,
     kv_type: KVTypeOption = "f16",
     flash_attention: FlashOption = True,
     chat_template: TemplateOption = None,
     api_key_file: KeyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a folder with which an unmodified llama-server serves a patch.
+    """Write a folder with which a client that is not ours runs a patch: the file it reads, an example, what is lost there.
 
-    Its clients can take the patch off again, by restoring slots or by prompts of their own; `edgepatch serve` does not allow that.
+    Whoever owns the client can take the patch off again; `edgepatch serve` does not let its clients do that.
 
-    Example: `edgepatch export detox.safetensors --to llama-server --model llama-Q4_K_M.gguf -o for-llama-server`
+    Example: `edgepatch export detox.safetensors --to transformers.js --model llama-int4 -o for-the-browser`
     """
     from edgepatch.llama_server import export
     from edgepatch.patch.file import read_patch
 
     if (server is None) != (slot_dir is None):
         raise InputError("--server and --slot-dir belong together", hint="the folder is the server's --slot-save-path")
+    if server is not None and to != "llama-server":
+        raise InputError(f"--server asks a llama-server, and the export is for {to}", hint="leave it out")
     patch = read_patch(patch_file)
-    options = export.ExportOptions(context, kv_type, flash_attention, slots, read_template(chat_template) or "")
-    probe = export.probe(_server(server, api_key_file), slot_dir, model, options) if server and slot_dir else None
-    manifest = export.export(patch, model, out, options, probe)
+    template = read_template(chat_template) or ""
+    options = export.ExportOptions(context, kv_type, flash_attention, slots, template, client)
+    if server and slot_dir:
+        probe = export.probe(_server(server, api_key_file), slot_dir, model, options)
+        manifest = export.export(patch, model, out, options, probe)
+    else:
+        manifest = TARGETS[to].write(patch, model, out, options)
     if as_json:
         print_json(manifest)
         return
-    label = manifest["label"]["text"]
-    print(f"{out}: {patch.name} {patch.version} for {manifest['model']['file']}, under the label {label!r}")
+    label = f", under the label {manifest['label']['text']!r}" if "label" in manifest else ""
+    print(f"{out}: {patch.name} {patch.version} for {to} with {manifest['model']['file']}{label}")
     print(f"note: the seed {manifest['place']}")
-    print(f"start the server with {out / 'start.sh'}, then run {out / 'restore.sh'}, then `edgepatch check-server`")
+    if to == "llama-server":
+        print(f"start the server with {out / 'start.sh'}, then run {out / 'restore.sh'}, then `edgepatch check-server`")
+    else:
+        print(f"read {out / 'README.md'}, then run `edgepatch check-export {out}`")
+
+
+@app.command("check-export")
+def check_export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="That `edgepatch export` wrote.")],
+    patch_file: Annotated[Path, typer.Option("--patch", "-p", help="The patch that it was made of.")],
+    model: Annotated[
+        Path,
+        typer.Option("--model", "-m", metavar="MODEL", parser=model_path, help="The model that the client loads."),
+    ],
+    client: ClientOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run the real client of an export, and compare its tokens and logits with those of our own runtime, patched and bare.
+
+    Exit codes: 0 each client answers with the patch, 1 one does not, 2 it is not installed.
+
+    Example: `edgepatch check-export for-the-browser --patch detox.safetensors --model llama-int4 --client .`
+    """
+    from edgepatch.exports import checking
+    from edgepatch.patch.file import read_patch
+
+    rows = checking.check_export(folder, read_patch(patch_file), model, client)
+    if as_json:
+        print_json([row.as_dict() for row in rows])
+    else:
+        for row in rows:
+            print(
+                f"{row.client} {row.version}: {row.verdict}; {row.tokens_equal} of {row.tokens_compared} tokens are ours, "
+                f"the bare model differs at {row.bare_differs_at}; loaded in {row.load_ms:.1f} ms"
+            )
+    checking.require_proven(rows, folder)
 
 
 @app.command("check-server")

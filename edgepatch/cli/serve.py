@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +74,14 @@ def serve(
         list[str] | None,
         typer.Option("--allow-origin", help="A page or app that may call, such as app://obsidian.md; may be repeated."),
     ] = None,
+    no_ui: Annotated[bool, typer.Option("--no-ui", help="No chat page at /.")] = False,
+    allow_compare: Annotated[
+        bool,
+        typer.Option(
+            "--allow-compare",
+            help="The page may show answers without the patch beside those with it; loads the model twice. Loopback only.",
+        ),
+    ] = False,
     chat_template: TemplateOption = None,
     queue: Annotated[int, typer.Option("--queue", min=1, help="The most replies that wait; more get status 503.")] = 64,
     request_timeout: Annotated[float, typer.Option("--request-timeout", min=1, help="Seconds for one reply.")] = 600,
@@ -99,6 +108,8 @@ def serve(
     """
     chosen = choice(patch, bare)
     _require_some_patch(chosen, store)
+    if allow_compare and chosen is None:
+        raise InputError("expected --allow-compare or --bare, found both: there is nothing to compare")
     from edgepatch.server.process import serve as run
     from edgepatch.server.service import Service
     from edgepatch.server.settings import ServerSettings, new_api_key
@@ -116,25 +127,20 @@ def serve(
         request_timeout_s=request_timeout,
         grace_s=grace,
         log=log,
+        has_page=not no_ui,
+        allows_compare=allow_compare,
     )
     with settings.listen() as listener:
         url = _url(settings, listener.getsockname()[1])
         note(f"loading {model}")
-        load = _loader(
-            model,
-            chosen,
-            sequences,
-            context_length,
-            threads,
-            device,
-            store,
-            pinned,
-            other_template,
-            {"chat_template": read_template(chat_template), "model_file": model_file},
-        )
-        service = Service(load, settings, lambda served: _announce(served, settings, url, is_new, as_json))
+        choices = {"chat_template": read_template(chat_template), "model_file": model_file}
+        shared = (sequences, context_length, threads, device, store, pinned, other_template, choices)
+        load = _loader(model, chosen, *shared)
+        bare_service = Service(_loader(model, None, *shared), settings) if allow_compare else None
+        announce = partial(_announce, settings=settings, url=url, is_new_key=is_new, as_json=as_json)
+        service = Service(load, settings, announce, bare=bare_service)
         run(service, listener)
-    if not service.scheduler.join(0):
+    if not all(one.scheduler.join(0) for one in service.all):
         sys.stdout.flush()
         os._exit(
             0
@@ -225,6 +231,8 @@ def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_ke
         ]
         rows += [] if served.patches else [("patch", "none")]
         stdout().print(table([*rows, ("fingerprint", served.fingerprint)]))
+        if settings.has_page:
+            stdout().print(f"page         {cell(url.removesuffix('v1'))}", soft_wrap=True)
         stdout().print(f"try          {cell(_curl(served, settings, url))}", soft_wrap=True)
     sys.stdout.flush()
     if is_new_key:
@@ -237,5 +245,7 @@ def _announce(served: ServedModel, settings: ServerSettings, url: str, is_new_ke
         warn("requests and key travel unencrypted: put a proxy with TLS in front")
     if not served.patches:
         warn("the model runs without a patch")
+    if settings.allows_compare:
+        warn("--allow-compare: whoever has the key gets answers without the patch")
     for line in served.told_notes:
         warn(line)

@@ -40,6 +40,9 @@ def status(
         Path | None,
         typer.Option("--model", metavar="MODEL", parser=model_path, help="Say instead what this model would run."),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write it, with the history, as a page to print.")
+    ] = None,
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -47,24 +50,38 @@ def status(
 
     With --model: which of them this model would run. The exit code is 0 only if `chat` and `serve` would take it.
 
-    Examples: `edgepatch status`, `edgepatch status --model llama-Q4_K_M.gguf`
+    Examples: `edgepatch status`, `edgepatch status --html status.html`, `edgepatch status --model llama-Q4_K_M.gguf`
     """
     if model is not None:
+        if html is not None:
+            raise InputError("--html shows the store, --model what one model would run", hint="leave one out")
         _print_run(model, store, as_json)
         return
     from edgepatch.converters.first_contact import remembered_notes
     from edgepatch.store import audit
     from edgepatch.store.reading import StoreReader
 
-    report, findings = audit.status(StoreReader(store))
+    reader = StoreReader(store)
+    report, findings = audit.status(reader)
     report["limited_models"] = remembered_notes()
+    limited = [audit.Finding("warning", entry["file"], entry["note"]) for entry in report["limited_models"]]
+    if html is not None:
+        _write_page(report, [*findings, *limited], reader, html)
     if as_json:
         print_json({**report, "findings": [asdict(finding) for finding in findings]})
     else:
         _print_status(report)
-        limited = [audit.Finding("warning", entry["file"], entry["note"]) for entry in report["limited_models"]]
         print_findings([*findings, *limited])
     audit.require_no_error(findings)
+
+
+def _write_page(report: dict[str, Any], findings: list[Finding], reader: StoreReader, path: Path) -> None:
+    from edgepatch.store.page import write_status_page
+    from edgepatch.trust.roots import time_text
+
+    time = time_text(reader.time(reader.read()[1]))
+    write_status_page(report, findings, reader.history(), time, path)
+    note(f"wrote {path}")
 
 
 def _print_status(report: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ class ExportOptions:
         flash_attention: whether it is on.
         num_slots: conversations at a time.
         chat_template: instead of the model's own.
+        home: where a client is installed that writes a part of the export itself; ``None`` for this environment.
     """
 
     context_length: int | None = None
@@ -50,6 +51,7 @@ class ExportOptions:
     flash_attention: bool = True
     num_slots: int = 1
     chat_template: str = ""
+    home: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -174,11 +176,11 @@ def export(
         options = replace(options, kv_type=probe.kv_type, flash_attention=probe.flash_attention)
     with Vocabulary(model) as vocabulary:
         label = requirements.choose_label(vocabulary, options.chat_template or vocabulary.chat_template)
-    _require_replaceable(target)
+    require_replaceable(target)
     with replacing_folder(target) as folder, open_session(model, patch, options) as session:
         runtime = session.backend
         assert isinstance(runtime, LlamaCppRuntime)  # open_session
-        settings = _settings(model, patch, options, window_of(session))
+        settings = server_settings(model, patch, options, window_of(session))
         seed = folder / requirements.SLOT_FOLDER / requirements.SEED_FILE
         seed.parent.mkdir()
         runtime.save_seed_file(seed, label.token)
@@ -189,7 +191,8 @@ def export(
             _write(folder / requirements.TEMPLATE_FILE, options.chat_template)
         _write(folder / "start.sh", requirements.start_script(settings), 0o755)
         _write(folder / "restore.sh", requirements.restore_script(settings.num_slots), 0o755)
-        manifest = _manifest(patch, session, label, settings, probe is not None) | {"files": _digests(folder)}
+        _write(folder / "README.md", _readme(patch, label, settings))
+        manifest = _manifest(patch, session, label, settings, probe is not None) | {"files": digests_of(folder)}
         _write(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
@@ -206,7 +209,12 @@ def window_of(session: Session) -> int:
     return session.backend.model.window
 
 
-def _settings(model: Path, patch: Patch, options: ExportOptions, window: int) -> ServerSettings:
+def server_settings(model: Path, patch: Patch, options: ExportOptions, window: int) -> ServerSettings:
+    """What a client of llama.cpp must be started with.
+
+    Raises:
+        InputError: the context is longer than the model or its sliding window allows.
+    """
     trained = int(read_header(model).setting("context_length"))
     length = min(trained, DEFAULT_CONTEXT) if options.context_length is None else options.context_length
     if not 1 < length <= trained:
@@ -269,17 +277,35 @@ def _manifest(patch: Patch, session: Session, label: Label, settings: ServerSett
     }
 
 
+def _readme(patch: Patch, label: Label, settings: ServerSettings) -> str:
+    return (
+        f"# {patch.name} {patch.version} for llama-server\n\n"
+        "`start.sh` starts the server (its program: $LLAMA_SERVER), `restore.sh` puts the patch into its slots: after each start.\n\n"
+        f"Exact for {Path(settings.model).name} alone. Export again for another quantization: the cell of the first token, "
+        f"{label.text!r}, is what this file computes.\n\n"
+        f"Every prompt must begin with {label.text!r}; one that does not evicts the patch, without an error.\n\n"
+        f"The seed {place_on_server(patch)}.\n\n"
+        "Proof: `edgepatch check-server URL --patch PATCH --model MODEL`.\n"
+    )
+
+
 def _write(path: Path, text: str, mode: int = 0o644) -> None:
     path.write_text(text, encoding="utf-8")
     path.chmod(mode)
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def digests_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its name in the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _require_replaceable(target: Path) -> None:
+def require_replaceable(target: Path) -> None:
+    """Refuses a folder that no earlier export wrote.
+
+    Raises:
+        InputError: it is there, and is not empty.
+    """
     if target.exists() and not (target / MANIFEST_FILE).is_file() and not _is_empty_folder(target):
         raise InputError(f"{target} exists and is no earlier export", hint="name another folder")
 

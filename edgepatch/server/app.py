@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ from edgepatch.server.conversations import parse_chat
 from edgepatch.server.endpoints import TOKENS, GenerationEndpoint
 from edgepatch.server.guards import Guard, refusal_response
 from edgepatch.server.items import parse_response
+from edgepatch.server.page import chat_page
+from edgepatch.server.page.comparing import BARE_PATH, bare_routes
 from edgepatch.server.refusals import Refusal, refusal_of
 from edgepatch.server.replies.chat import ChatWriter
 from edgepatch.server.replies.completions import CompletionWriter
@@ -73,7 +75,7 @@ def create_app(service: Service) -> ASGIApp:
         HTTPException: _answer_http_error,
         Exception: _answer_error(service),
     }
-    paths = [Route("/", _front_page), *routes(service)]
+    paths = [Route("/", _front_page(service)), *bare_routes(service.bare), *routes(service)]
     app = Starlette(routes=paths, exception_handlers=handlers, lifespan=_lifespan(service))
     app.router.redirect_slashes = False
     log = metrics.RequestLog(service.settings.log) if service.settings.log else None
@@ -83,14 +85,16 @@ def create_app(service: Service) -> ASGIApp:
 def _lifespan(service: Service) -> Callable[[Starlette], Any]:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.scheduler.start()
+        for one in service.all:
+            one.scheduler.start()
         building = asyncio.get_running_loop().run_in_executor(None, _build_models)
         yield
         await building
-        service.text_threads.close()
-        service.constraint_thread.shutdown(wait=False, cancel_futures=True)
-        service.scheduler.drain(0)
-        service.scheduler.join(JOIN_S)
+        for one in service.all:
+            one.text_threads.close()
+            one.constraint_thread.shutdown(wait=False, cancel_futures=True)
+            one.scheduler.drain(0)
+            one.scheduler.join(JOIN_S)
 
     return lifespan
 
@@ -183,13 +187,21 @@ def _answer_http_error(request: Request, error: HTTPException) -> Response:
     return response
 
 
-async def _front_page(request: Request) -> Response:
+def _front_page(service: Service) -> Callable[[Request], Awaitable[Response]]:
     """For people who open the address in a browser; it says nothing of the model or of its use."""
-    text = FRONT_PAGE.format(
-        url=f"{request.url.scheme}://{request.headers['host']}/v1"
-    )  # which the guard has looked at
-    if "text/html" not in request.headers.get("accept", ""):
-        return PlainTextResponse(text)
+
+    async def page(request: Request) -> Response:
+        is_browser = "text/html" in request.headers.get("accept", "")
+        if is_browser and service.settings.has_page:
+            return chat_page(service.bare is not None)
+        address = f"{request.url.scheme}://{request.headers['host']}/v1"  # which the guard has looked at
+        text = FRONT_PAGE.format(url=address)
+        return _as_page(text) if is_browser else PlainTextResponse(text)
+
+    return page
+
+
+def _as_page(text: str) -> Response:
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     body = f'<title>edgepatch</title><pre style="white-space: pre-wrap">{html.escape(text)}</pre></html>'
     policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
@@ -198,7 +210,7 @@ async def _front_page(request: Request) -> Response:
 
 def _route_of(path: str) -> str:
     """One of our paths, or what stands for all others: a path may hold whatever a client puts there."""
-    if path in ("/", *PATHS):
+    if path in ("/", BARE_PATH, *PATHS):
         return path
     return "/v1/models/..." if path.startswith("/v1/models/") else "other"
 

@@ -109,4 +109,6 @@ def _patch_entry(patch: Patch, session: Session) -> Entry:
         "chat_template": patch.chat_template,
         "other_template": session.slot.other_template if session.slot.has_other_template(patch) else "",
         "tokenizer_probe": patch.tokenizer_probe is not None,
+        "signatures": [signature.key_id for signature in patch.signatures],
+        "canary": len(patch.canary.prompts) if patch.canary else 0,
     }

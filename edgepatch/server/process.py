@@ -51,7 +51,8 @@ class HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends what is running within the grace period."""
-        self._service.scheduler.drain(self._service.settings.grace_s)
+        for one in self._service.all:
+            one.scheduler.drain(one.settings.grace_s)
         await super().shutdown(sockets)
 
 
@@ -66,11 +67,13 @@ def serve(service: Service, listener: socket.socket) -> None:
         Exception: what the model could not be loaded or served for.
     """
     server = HttpServer(service)
-    service.on_failed = lambda error: setattr(server, "should_exit", True)
+    for one in service.all:
+        one.on_failed = lambda error: setattr(server, "should_exit", True)
     with listener, _QuietEnd():
         server.run(sockets=[listener])
-    if service.scheduler.error is not None:
-        raise service.scheduler.error
+    for one in service.all:
+        if one.scheduler.error is not None:
+            raise one.scheduler.error
 
 
 class _QuietEnd:

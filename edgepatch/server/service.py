@@ -32,6 +32,7 @@ class Service:
         settings: who may ask for what.
         on_ready: called when the model is loaded and its patch proven.
         on_failed: called with the error when it cannot be served, or no longer.
+        bare: the same model without a patch, for people who compare; ``None`` where nobody may.
     """
 
     def __init__(
@@ -40,14 +41,21 @@ class Service:
         settings: ServerSettings,
         on_ready: Callable[[ServedModel], None] = lambda model: None,
         on_failed: Callable[[BaseException], None] = lambda error: None,
+        bare: Service | None = None,
     ) -> None:
         self.settings, self.metrics, self.text_threads = settings, Metrics(), TextThreads()
         self.constraint_thread = ThreadPoolExecutor(1, thread_name_prefix="edgepatch-constraints")
         self.logprob_budget = LogprobBudget()
         self.on_ready, self.on_failed = on_ready, on_failed
+        self.bare = bare
         self._load = load
         self._model: ServedModel | None = None
         self.scheduler = Scheduler(self._make, settings.max_waiting, self.metrics, self._note_ready, self._note_failed)
+
+    @property
+    def all(self) -> list[Service]:
+        """Itself, and the bare one where there is one."""
+        return [self] if self.bare is None else [self, self.bare]
 
     def _make(self) -> Session:
         session = self._load()

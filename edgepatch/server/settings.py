@@ -40,6 +40,8 @@ class ServerSettings:
         body_timeout_s: for a request to arrive.
         request_timeout_s: from its arrival to the end of its reply.
         grace_s: for replies to come to their end when the server stops.
+        has_page: whether people get a chat page at ``/``.
+        allows_compare: whether the page may show answers without the patch as well.
         log: file with a line for each request; "-" for the standard error output, ``None`` for no log.
 
     Raises:
@@ -59,6 +61,8 @@ class ServerSettings:
     request_timeout_s: float = 600.0
     grace_s: float = 10.0
     log: Path | None = None
+    has_page: bool = True
+    allows_compare: bool = False
 
     def __post_init__(self) -> None:
         if len(self.name) > MAX_NAME_LENGTH or not NAME.fullmatch(self.name):
@@ -77,6 +81,8 @@ class ServerSettings:
             raise InputError(f"host name: expected lower-case letters, digits, dots and dashes, found {wrong!r}")
         if self.api_key is not None:
             _require_key(self.api_key, "API key")
+        if self.allows_compare:
+            self._require_private()
         if self.is_loopback:
             return
         if not self.allow_remote:
@@ -86,6 +92,21 @@ class ServerSettings:
         if self.api_key is None:
             raise InputError(
                 f"{self.host} can be reached from other machines, which needs an API key", hint="leave --no-api-key out"
+            )
+
+    def _require_private(self) -> None:
+        """Answers without the patch are a hole in it: they are for whoever sits at this machine and knows the key."""
+        wrong = [
+            *([] if self.is_loopback else [f"--host {self.host}"]),
+            *(["--allow-host"] if self.allowed_hosts else []),
+            *(["--allow-origin"] if self.allowed_origins else []),
+            *([] if self.api_key else ["--no-api-key"]),
+            *([] if self.has_page else ["--no-ui"]),
+        ]
+        if wrong:
+            raise InputError(
+                f"--allow-compare: expected this machine alone, its own page and a key, found {', '.join(wrong)}",
+                hint="it gives answers without the patch: leave one of the two out",
             )
 
     @property

@@ -207,6 +207,27 @@ def test_bases_have_human_names(trusting, tmp_path, tiny_folder):
     assert (code, "without a patch, by word: detox: too strict" in out) == (0, True)
 
 
+def test_status_as_a_page_to_print(trusting, tmp_path):
+    trusting("apply", write(tmp_path, 1))
+    trusting("hold", "detox", "--reason", "<b>until Monday</b>")
+    code, _, err = trusting("status", "--html", "status.html")
+    page = (tmp_path / "status.html").read_text("utf-8")
+    assert code == 0 and "wrote status.html" in err
+    for phrase in (
+        "1 active patch, no errors",
+        "detox 1.1.0",
+        "stable 1",
+        "&lt;b&gt;until Monday",
+        "2 of site",
+        "History",
+    ):
+        assert phrase in page
+    assert "<b>" not in page and "<script" not in page and "Needs attention" not in page
+    assert trusting("status", "--html", "page.html", "--model", __file__)[0] == 2
+    (tmp_path / "store" / "state.json").write_text("{}")
+    assert trusting("status", "--html", "page.html")[0] != 0 and not (tmp_path / "page.html").exists()
+
+
 def test_exit_codes_of_apply(trusting, tmp_path):
     trusting("apply", write(tmp_path, 1))
     (tmp_path / "x").write_bytes(b"x")

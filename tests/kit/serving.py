@@ -69,16 +69,18 @@ class Running:
 
 
 @contextmanager
-def running(load: Callable[[], Session], wait: bool = True, **settings) -> Iterator[Running]:
+def running(
+    load: Callable[[], Session], wait: bool = True, load_bare: Callable[[], Session] | None = None, **settings
+) -> Iterator[Running]:
     """Starts a server, and stops it."""
-    settings = {"name": MODEL, "api_key": KEY, "port": 0, "grace_s": 2.0} | settings
-    service = Service(load, ServerSettings(**settings))
+    chosen = ServerSettings(**{"name": MODEL, "api_key": KEY, "port": 0, "grace_s": 2.0} | settings)
+    service = Service(load, chosen, bare=Service(load_bare, chosen) if load_bare else None)
     listener = service.settings.listen()
     server = HttpServer(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        while not server.started or (wait and service.scheduler.state == "loading"):
+        while not server.started or (wait and "loading" in [one.scheduler.state for one in service.all]):
             assert thread.is_alive()
             time.sleep(0.005)
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server)

@@ -432,14 +432,11 @@ def test_a_log_that_cannot_be_written_is_refused_before_the_model_loads(model_fi
     assert code == 2 and "cannot write the log" in text
 
 
-def test_a_browser_is_told_what_this_is(server):
-    page = httpx.get(server.url, headers={"Accept": "text/html,*/*"})
-    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+def test_a_program_is_told_what_this_is(server):
     plain = httpx.get(server.url)
     assert plain.status_code == 200 and plain.headers["content-type"].startswith("text/plain")
-    for reply in (page, plain):
-        assert "This is an API" in reply.text and f"curl {server.url}/v1/models" in reply.text
-        assert KEY not in reply.text and MODEL not in reply.text.replace("MODEL", "")
+    assert "This is an API" in plain.text and f"curl {server.url}/v1/models" in plain.text
+    assert KEY not in plain.text and MODEL not in plain.text.replace("MODEL", "")
     assert httpx.get(server.url, headers={"Host": "evil.example"}).status_code == 403
 
 

@@ -239,14 +239,18 @@ class LlamaContext:
                 f"llama.cpp took {taken} of {len(state)} bytes of the seed: {library.library_errors()}"
             )
 
-    def save_state_file(self, path: Path, sequence: int, tokens: Sequence[int]) -> None:
-        """Writes a sequence as the library's own file, labelled with token ids.
+    def save_state_file(self, path: Path, sequence: int | None, tokens: Sequence[int]) -> None:
+        """Writes a sequence, or with ``None`` the whole context, as the library's own file, labelled with token ids.
 
         Raises:
             InputError: the file cannot be written.
         """
         labels = (self._lib.llama_token * len(tokens))(*tokens)
-        if not self._lib.llama_state_seq_save_file(self.handle, bytes(path), sequence, labels, len(tokens)):
+        if sequence is None:
+            size = self._lib.llama_state_save_file(self.handle, bytes(path), labels, len(tokens))
+        else:
+            size = self._lib.llama_state_seq_save_file(self.handle, bytes(path), sequence, labels, len(tokens))
+        if not size:
             raise InputError(
                 f"cannot write {path}: {library.library_errors()}", hint="free space or name another folder"
             )

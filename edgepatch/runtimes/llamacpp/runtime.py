@@ -202,14 +202,15 @@ class LlamaCppRuntime(Runtime):
         """llama.cpp's own state of the seeded positions; meaningless to another build or another setting of the cache."""
         return self.context.state(self._master)
 
-    def save_seed_file(self, path: Path, token: int) -> None:
-        """Writes the seed as llama.cpp's own sequence file, which stock clients restore; all conversations must start afresh.
+    def save_seed_file(self, path: Path, token: int, is_session: bool = False) -> None:
+        """Writes the seed as llama.cpp's own file, which stock clients restore; all conversations must start afresh.
 
         The file is that of one token with the seed in front of it: what clients compare with the start of a prompt is this token alone.
 
         Args:
             path: the file.
             token: id of the first token of every prompt.
+            is_session: the file is of a whole context, and not of one sequence.
 
         Raises:
             InputError: there is no patch, keys of this model do not turn with their place, or the file cannot be written.
@@ -230,9 +231,10 @@ class LlamaCppRuntime(Runtime):
                 hint="use `edgepatch serve`, which needs no slot file",
             )
         cells = labelled_cells(self.context, self.calibration.num_rotated, self.patch, layout, token)
+        sequence = 0  # of a context with one
         try:
-            self.context.restore(self._master, labelled_state(self.context, self._master, cells, layout, token))
-            self.context.save_state_file(path, self._master, [token])
+            self.context.restore(sequence, labelled_state(self.context, sequence, cells, layout, token))
+            self.context.save_state_file(path, None if is_session else sequence, [token])
         finally:
             self.restore_seed()
 

@@ -223,6 +223,8 @@ class Patch(Reply):
     chat_template: Annotated[str, Field(description="Digest of the template that it was made with.")]
     other_template: Annotated[str, Field(description="Digest of the model's own where it is another one, by word.")]
     tokenizer_probe: Annotated[bool, Field(description="Whether the model's tokenizer was asked.")]
+    signatures: Annotated[list[str], Field(description="Ids of the keys that signed it; the store says who they are.")]
+    canary: Annotated[int, Field(ge=0, description="Prompts that prove that it acts.")]
 
 
 class Patches(Reply):
