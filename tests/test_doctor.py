@@ -195,6 +195,7 @@ def test_unknown_extra(report):
 
 def test_table_and_json(monkeypatch, report):
     monkeypatch.setattr(doctor, "examine", lambda: report)
+    monkeypatch.setenv("COLUMNS", "200")
     verdicts = CliRunner().invoke(app, ["doctor"]).output
     answer, first, *_ = verdicts.splitlines()
     assert answer.startswith("this machine is ready to run GGUF models")

@@ -11,7 +11,7 @@ from edgepatch.bench.report.charts import bar_chart, growth_chart, measure_name,
 from edgepatch.bench.report.files import Document
 from edgepatch.bench.report.tables import ARM_NAMES, domains_of, heat_table, judged, retained_table
 from edgepatch.bench.shapes.machine import decode_ceiling
-from edgepatch.pages.blocks import Block, Charts, Column, Details, Paragraph, Row, Table, listing, number
+from edgepatch.pages.blocks import Block, Cell, Charts, Column, Details, Paragraph, Row, Table, listing, number
 from edgepatch.pages.numbers import format_number
 
 
@@ -386,7 +386,7 @@ def goal_tables(goals: Sequence[Sequence[str]], num_names: int = 3) -> list[Bloc
     head = GOAL_HEAD[-len(goals[0]) :] if goals else GOAL_HEAD
     missed, met = ([goal for goal in goals if goal[-1] == verdict] for verdict in ("missed", "met"))
     title = f"{len(met)} goals that are met"
-    told = [[*goal[:-1], judged(goal[-1], goal[-3], goal[-2])] for goal in missed]
+    told: list[list[str | Cell]] = [[*goal[:-1], judged(goal[-1], goal[-3], goal[-2])] for goal in missed]
     first = Table(f"{len(missed)} goals that are missed, or not measured", head, told, num_names)
     return [first, Details(title, [Table(title, head, met, num_names)])]
 

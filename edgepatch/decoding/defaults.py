@@ -17,7 +17,7 @@ from edgepatch.decoding.sampling import DrawRule, Sampling
 from edgepatch.errors import InputError
 from edgepatch.files.strict_json import read_json
 
-OURS = {"temperature": 0.7, "top_p": 0.9}
+OURS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
 """Of models that name neither temperature nor a cut."""
 
 GGUF_KEYS = {

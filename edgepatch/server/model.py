@@ -9,8 +9,9 @@ from edgepatch.runtimes.session import Session
 from edgepatch.seeds.anchoring import place_in_words
 
 if TYPE_CHECKING:
+    from edgepatch.decoding.sampling import DrawRule
     from edgepatch.patch.file import Patch
-    from edgepatch.server.schemas.replies import Model
+    from edgepatch.server.schemas.replies import Model, SamplingDefaults
     from edgepatch.server.schemas.replies import Patch as Entry
 
 
@@ -78,7 +79,7 @@ class ServedModel:
             "object": "model",
             "created": self.created,
             "owned_by": "edgepatch",
-            "sampling_defaults": self.sampling_defaults.values,
+            "sampling_defaults": _sampling_entry(self.sampling_defaults.sampling.rule),
         }
 
     @property
@@ -92,6 +93,16 @@ def _labels(session: Session, name: str) -> dict[str, str]:
     names = (patch.name, patch.version, patch.digest) if patch else ("", "", "")
     labels = dict(zip(("patch", "patch_version", "patch_digest"), names, strict=True))
     return {"model": name, **labels, "system_fingerprint": session.system_fingerprint}
+
+
+def _sampling_entry(rule: DrawRule) -> SamplingDefaults:
+    return {
+        "temperature": rule.temperature,
+        "top_p": rule.top_p,
+        "top_k": rule.top_k,
+        "min_p": rule.min_p,
+        "repetition_penalty": rule.repetition_penalty,
+    }
 
 
 def _patch_entry(patch: Patch, session: Session) -> Entry:
