@@ -53,6 +53,9 @@ FILES: Known = {
 SLOW: tuple[Verdict, str] = ("not_applicable", "marked slow there: needs models of gigabytes")
 OWN_MODEL = "of the files or the token counts of llama.cpp's own model"
 FIRST_CHUNK = "wants null in the first chunk of a stream, where OpenAI's service and this server write an empty text"
+BROKEN = ("did not come up", "500 ==", "(500,", "ConnectionError", "Timeout")
+"""What is in the reason of a failure that nobody has foreseen, whatever the test."""
+
 NOT_RUN: Known = {"test_basic::test_load_split_model": ("not_applicable", OWN_MODEL)}
 FUNCTIONS: Known = {
     "test_basic::test_server_multiple_addresses": ("not_applicable", "a server listens on one address"),
@@ -158,7 +161,10 @@ def _judged(name: str, left_out: tuple[Verdict, str] | None, outcomes: list[str]
     if outcomes is None:
         return SLOW
     reasons = [reason for reason in outcomes if reason]
-    return FUNCTIONS.get(name, ("fail", reasons[0][:300])) if reasons else ("pass", "")
+    broken = next((reason for reason in reasons if any(sign in reason for sign in BROKEN)), "")
+    if broken or not reasons:
+        return ("fail", broken[:300]) if broken else ("pass", "")
+    return FUNCTIONS.get(name, ("fail", reasons[0][:300]))
 
 
 def _functions(file: Path) -> list[str]:
