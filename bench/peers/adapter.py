@@ -16,6 +16,7 @@ import threading
 import types
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,7 @@ def _stop(peer: Any) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Puts our server in the place of theirs, before their tests are read."""
     sys.path.insert(0, str(config.rootpath))
-    import utils
-
+    utils: Any = import_module("utils")
     utils.ServerProcess.start, utils.ServerProcess.stop = _start, _stop
     utils.ServerPreset.load_all = staticmethod(lambda: None)
     utils.match_regex = lambda regex, text: True

@@ -57,7 +57,8 @@ def draw(rng: random.Random, model: str, context_length: int, num_tokens: int) -
     """
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
     text = f"Write about a {rng.choice(WORDS)} and a {rng.choice(WORDS)}, number {rng.randrange(10**6)}."
-    chat = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": num_tokens}
+    message = {"role": "user", "content": text}
+    chat: dict[str, Any] = {"model": model, "messages": [message], "max_tokens": num_tokens}
     makers: Mapping[str, Callable[[], Request]] = {
         "chat stream": lambda: Request(kind, CHAT, {**chat, "stream": True}),
         "chat": lambda: Request(kind, CHAT, chat),
@@ -73,15 +74,14 @@ def draw(rng: random.Random, model: str, context_length: int, num_tokens: int) -
 
 
 def _malformed(rng: random.Random, chat: dict[str, Any]) -> Request:
-    body, code = rng.choice(
-        [
-            (b'{"model": ', "invalid_json"),
-            ({**chat, "temperature": "hot"}, "invalid_value"),
-            ({**chat, "id_slot": 0}, "unknown_field"),
-            ({"model": chat["model"]}, "missing_field"),
-            ({**chat, "grammar": "root ::= ("}, "invalid_input"),
-        ]
-    )
+    kinds: list[tuple[Any, str]] = [
+        (b'{"model": ', "invalid_json"),
+        ({**chat, "temperature": "hot"}, "invalid_value"),
+        ({**chat, "id_slot": 0}, "unknown_field"),
+        ({"model": chat["model"]}, "missing_field"),
+        ({**chat, "grammar": "root ::= ("}, "invalid_input"),
+    ]
+    body, code = rng.choice(kinds)
     return Request("malformed", CHAT, body, "refusal", code)
 
 

@@ -93,7 +93,7 @@ def run(
         EdgepatchError: a server does not come up, or the model cannot be loaded.
     """
     work.mkdir(parents=True, exist_ok=True)
-    flags = [part for patch in patches for part in ("--patch", patch)] or ["--bare"]
+    flags: list[object] = [part for patch in patches for part in ("--patch", patch)] or ["--bare"]
     flags += [
         "--sequences",
         config.num_clients,
@@ -102,7 +102,7 @@ def run(
         "--threads",
         config.num_threads,
     ]
-    options = {"context_length": config.context_length, "num_threads": config.num_threads}
+    options: dict[str, Any] = {"context_length": config.context_length, "num_threads": config.num_threads}
     with load_runtime(model, list(patches) or None, **options) as session:
         ends, conversations = sorted(session.end_token_ids), new_conversations()
         with stage(progress, "references"):

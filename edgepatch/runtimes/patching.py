@@ -31,6 +31,17 @@ class _OtherTemplate(NamedTuple):
     actual: str
 
 
+def _other_template(patch: Patch, runtime: Runtime) -> _OtherTemplate | None:
+    """The first of the model's templates that is another one than the patch was made with; those that it does not name count for nothing."""
+    template, probe = runtime.chat_template, patch.tokenizer_probe
+    if patch.chat_template not in ("", template.digest):
+        return _OtherTemplate("chat_template", patch.chat_template, template.digest or NO_TEMPLATE)
+    expected = probe.tools_template if probe is not None else None
+    if expected in (None, template.tools_digest):
+        return None
+    return _OtherTemplate("chat_template for tools", expected or NO_TEMPLATE, template.tools_digest or NO_TEMPLATE)
+
+
 def as_parts(patch: Patch | Sequence[Patch] | None) -> tuple[Patch, ...]:
     """The patches that a caller names: none, one, or several in order of their digests."""
     if patch is None:
@@ -117,22 +128,12 @@ class PatchSlot:
     @property
     def other_template(self) -> str:
         """Digest of the model's chat template, where it is another one than an active patch was made with; else ""."""
-        others = (other for part in self._parts if (other := self._other_template(part)))
+        others = (other for part in self._parts if (other := _other_template(part, self._runtime)))
         return next((other.actual for other in others), "")
 
     def has_other_template(self, patch: Patch) -> bool:
         """Whether the model is told other words around messages than those that a patch was made with."""
-        return self._other_template(patch) is not None
-
-    def _other_template(self, patch: Patch) -> _OtherTemplate | None:
-        """The first of the model's templates that is another one than the patch was made with; those that it does not name count for nothing."""
-        template, probe = self._runtime.chat_template, patch.tokenizer_probe
-        if patch.chat_template not in ("", template.digest):
-            return _OtherTemplate("chat_template", patch.chat_template, template.digest or NO_TEMPLATE)
-        expected = probe.tools_template if probe is not None else None
-        if expected in (None, template.tools_digest):
-            return None
-        return _OtherTemplate("chat_template for tools", expected or NO_TEMPLATE, template.tools_digest or NO_TEMPLATE)
+        return _other_template(patch, self._runtime) is not None
 
     @property
     def place(self) -> str:
@@ -199,7 +200,7 @@ class PatchSlot:
 
     def _require_same_words(self, patch: Patch) -> None:
         """What the model is told and how it reads it are part of its identity: chat template and tokenizer."""
-        other = self._other_template(patch)
+        other = _other_template(patch, self._runtime)
         if other is not None and not self._takes_template:
             error = MismatchError({other.name: (other.expected[:12], other.actual[:12])})
             error.hint = (
@@ -260,7 +261,7 @@ class PatchSlot:
         notes = []
         if self._pins and moves(patch):
             notes.append(f"{patch.name} {patch.version} is {place_in_words(patch.anchoring, is_pinned=True)}")
-        other = self._other_template(patch)
+        other = _other_template(patch, self._runtime)
         if other is not None:
             notes.append(
                 f"{patch.name} {patch.version} was made with the {other.name.replace('_', ' ')} {other.expected[:12]}; by word the "

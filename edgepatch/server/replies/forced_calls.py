@@ -123,7 +123,7 @@ class _Rules:
         if form.kind == "pairs":
             return f"{self.text(name)} {self._pairs(form, arguments)}"
         name_key, arguments_key = form.keys if form.keys[0] else ("", name)
-        fields = {name_key: {"const": name}} if name_key else {}
+        fields: dict[str, Any] = {name_key: {"const": name}} if name_key else {}
         fields[arguments_key] = moved(arguments, f"/properties/{arguments_key}")
         return self.json(
             {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}

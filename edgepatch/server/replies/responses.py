@@ -54,7 +54,7 @@ class TextItem:
 
     def entry(self, status: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
         """The item with some parts."""
-        kind = {"summary": []} if self.kind == "reasoning" else {"role": "assistant"}
+        kind: dict[str, Any] = {"summary": []} if self.kind == "reasoning" else {"role": "assistant"}
         return {"id": self.id, "type": self.kind, "status": status, **kind, "content": parts}
 
     def event(self, name: str, **values: Any) -> dict[str, Any]:
