@@ -63,7 +63,7 @@ def loss_at_length(patch: Patch) -> str:
 
 def write_client_file(name: str, target: Path) -> None:
     """Copies a file that clients run from this package."""
-    target.write_bytes(files("edgepatch.exports").joinpath("clients", name).read_bytes())
+    target.write_bytes(files("edgepatch.exports").joinpath(f"clients/{name}").read_bytes())
 
 
 def read_export(folder: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def write(patch: Patch, model: Path, target: Path, options: ExportOptions) -> di
         seed = folder / ".seed.safetensors"
         write_patch(patch, seed)
         prompts = _short_prompts(patch)
-        request = {"write": str(folder / CACHE_FILE), "seed": str(seed), "model": str(model)}
+        request: dict[str, Any] = {"write": str(folder / CACHE_FILE), "seed": str(seed), "model": str(model)}
         request |= {"layers": patch.base.num_hidden_layers, "canary": [prompt.tokens for prompt in prompts]}
         answer = run_client("mlx-lm", request, options.home)
         seed.unlink()

@@ -6,11 +6,12 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 QUERY = "<query>"
 
 
-def around(tokenizer) -> tuple:
+def around(tokenizer: Any) -> tuple[str, str]:
     """What the chat template puts in front of a user's first words, and behind them: what `mlx_lm generate` drops and keeps."""
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUERY}], tokenize=False, add_generation_prompt=True
@@ -19,7 +20,7 @@ def around(tokenizer) -> tuple:
     return front, behind
 
 
-def write(request: dict) -> dict:
+def write(request: dict[str, Any]) -> dict[str, Any]:
     """Writes the cache: the seed, and the header behind it as the model computes it."""
     import mlx.core as mx
     from mlx_lm import load
@@ -41,12 +42,12 @@ def write(request: dict) -> dict:
     return {"version": version("mlx-lm"), "header": header, "canary": effects}
 
 
-def seeded(model, seed: dict) -> list:
+def seeded(model: Any, seed: dict[str, Any]) -> list[Any]:
     """A cache that holds the seed, in the element type in which the model keeps its own cells."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache = make_prompt_cache(model)
+    cache: list[Any] = make_prompt_cache(model)
     model(mx.array([[0]]), cache=cache)
     kind = cache[0].keys.dtype
     for layer, cells in enumerate(cache):
@@ -55,14 +56,14 @@ def seeded(model, seed: dict) -> list:
     return cache
 
 
-def last_logits(model, tokens: list, cache: list) -> list:
+def last_logits(model: Any, tokens: list[int], cache: list[Any]) -> list[float]:
     """Behind the last of some tokens."""
     import mlx.core as mx
 
     return [float(value) for value in model(mx.array([tokens]), cache=cache)[0, -1].astype(mx.float32)]
 
 
-def require_plain(cache: list, layers: int) -> None:
+def require_plain(cache: list[Any], layers: int) -> None:
     """Refuses a release, or a model, that keeps its cells otherwise."""
     names = {type(cells).__name__ for cells in cache}
     if names != {"KVCache"} or len(cache) != layers:
@@ -72,7 +73,7 @@ def require_plain(cache: list, layers: int) -> None:
         raise SystemExit(f"mlx-lm {version('mlx-lm')}: expected caches with {missing}: their layout has changed")
 
 
-def replies(request: dict) -> dict:
+def replies(request: dict[str, Any]) -> dict[str, Any]:
     """Greedy replies with the cache in the folder, loaded anew for each."""
     from mlx_lm import load
     from mlx_lm.models.cache import load_prompt_cache
@@ -92,19 +93,23 @@ def replies(request: dict) -> dict:
     return {"version": version("mlx-lm"), "replies": answers, "load_ms": 1e3 * min(times)}
 
 
-def reply(model, prompt: list, cache: list, count: int) -> tuple:
+def reply(model: Any, prompt: list[int], cache: list[Any], count: int) -> tuple[list[int], list[float]]:
     """The likeliest tokens behind a prompt, and the logits of the first."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    logits = []
-    keep = [lambda tokens, row: (logits.append(row), row)[1]]
-    steps = generate_step(mx.array(prompt), model, max_tokens=count, prompt_cache=cache, logits_processors=keep)
+    logits: list[Any] = []
+
+    def keep(tokens: Any, row: Any) -> Any:
+        logits.append(row)
+        return row
+
+    steps = generate_step(mx.array(prompt), model, max_tokens=count, prompt_cache=cache, logits_processors=[keep])
     tokens = [int(token) for token, _ in steps]
     return tokens, [float(value) for value in logits[0].reshape(-1).astype(mx.float32)]
 
 
-def spoken(request: dict, path: str, text: str, tokenizer, tokens: list) -> list:
+def spoken(request: dict[str, Any], path: str, text: str, tokenizer: Any, tokens: list[int]) -> list[int]:
     """The tokens again where the command line says their text, or none."""
     command = [sys.executable, "-m", "mlx_lm", "generate", "--model", request["model"], "--prompt-cache-file", path]
     command += ["--prompt", text, "--max-tokens", str(request["count"]), "--temp", "0", "--verbose", "False"]

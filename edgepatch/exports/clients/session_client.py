@@ -5,15 +5,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
-def main(request: dict) -> dict:
+def main(request: dict[str, Any]) -> dict[str, Any]:
     """Replies to each prompt; the session file comes first."""
     import llama_cpp
 
     replies, times = [], []
     settings = request["context"]
-    llama = llama_cpp.Llama(
+    llama: Any = llama_cpp.Llama(
         request["model"], n_ctx=settings["cells"], flash_attn=settings["flash_attention"], n_threads=1, verbose=False
     )
     for prompt in request["prompts"]:
@@ -31,12 +32,12 @@ def main(request: dict) -> dict:
     return {"version": llama_cpp.__version__, "replies": replies, "load_ms": 1e3 * min(times)}
 
 
-def reply(llama, prompt: list, count: int) -> dict:
+def reply(llama: Any, prompt: list[int], count: int) -> dict[str, Any]:
     """The likeliest tokens behind a prompt, whose first token is there already."""
     import llama_cpp
     import numpy as np
 
-    fed, tokens, first = prompt[1:], [], None
+    fed, tokens, first = prompt[1:], list[int](), None
     while len(tokens) < count:
         llama.eval(fed)
         pointer = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
