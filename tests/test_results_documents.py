@@ -225,7 +225,11 @@ def parity() -> str:
     lines = []
     for name, setting in PARITY.items():
         keys = ("runtime", "quantization", "kv_type", "flash_attention")
-        rows = [row for row in document("parity")["rows"] if tuple(map(row.get, keys)) == setting and row["passed"]]
+        rows = [
+            row
+            for row in document("parity")["rows"]
+            if tuple(map(row.get, keys)) == setting and row["passed"] is not None
+        ]
         lines.append(
             [
                 name,

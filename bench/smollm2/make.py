@@ -36,9 +36,9 @@ def main(data: Path, out: Path) -> None:
     write_pairs(harm_pairs(data), out / "harm.jsonl")
     write_pairs(gender_pairs(data), out / "gender.jsonl")
     write_texts(ToxicityDomain(data).benign_texts(), out / "benign-toxicity.jsonl")
-    paragraphs = list(datasets.wikitext_paragraphs(data, "valid", NUM_PARAGRAPHS))
-    write_texts(GenderDomain(data).benign_texts() + paragraphs, out / "benign-gender.jsonl")
-    write_texts(HarmDomain(data).benign_texts() + paragraphs, out / "benign-harm.jsonl")
+    paragraphs = datasets.wikitext_paragraphs(data, "valid", NUM_PARAGRAPHS)
+    write_texts([*GenderDomain(data).benign_texts(), *paragraphs], out / "benign-gender.jsonl")
+    write_texts([*HarmDomain(data).benign_texts(), *paragraphs], out / "benign-harm.jsonl")
     prompts, journal = training_prompts(data)[:NUM_SAMPLED_PROMPTS], out / "own-samples.jsonl"
     sequences = SAMPLES.samples_per_prompt
     with load_runtime(find("smollm2"), None, num_sequences=sequences, context_length=CONTEXT) as runtime:

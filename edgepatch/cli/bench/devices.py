@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from edgepatch.cli.bench.door import RESULTS, OutOption, bench_app, end_with, print_table, use_one_thread
-from edgepatch.cli.console import LogOption, model_path, progress_bars
+from edgepatch.cli.bench.door import RESULTS, OutOption, bench_app, end_with, use_one_thread
+from edgepatch.cli.console import LogOption, model_path, print_table, progress_bars
 
 COLUMNS = ("client", "version", "model", "tokens_equal", "tokens_compared", "bare_differs_at", "max_abs_dlogit")
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from edgepatch.cli.bench.door import RESULTS, OutOption, ThreadsOption, bench_app, end_with, print_table
-from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, progress_bars
+from edgepatch.cli.bench.door import RESULTS, OutOption, ThreadsOption, bench_app, end_with
+from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, print_table, progress_bars
 
 
 @bench_app.command()

@@ -8,10 +8,10 @@ from starlette.datastructures import Headers
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgepatch.server import requests
+from edgepatch.server.conversations import parse_chat
 from edgepatch.server.endpoints import GenerationEndpoint
 from edgepatch.server.refusals import Refusal
-from edgepatch.server.replies import ChatWriter
+from edgepatch.server.replies.chat import ChatWriter
 from edgepatch.server.service import Service
 
 BARE_PATH = "/bare/v1/chat/completions"
@@ -24,7 +24,7 @@ def bare_routes(bare: Service | None) -> list[Route]:
     """The path of answers without the patch; none where the server does not compare."""
     if bare is None:
         return []
-    endpoint = GenerationEndpoint(bare, requests.parse_chat, ChatWriter)
+    endpoint = GenerationEndpoint(bare, parse_chat, ChatWriter)
     return [Route(BARE_PATH, BareEndpoint(endpoint), methods=["POST"])]
 
 
