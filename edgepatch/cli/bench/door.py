@@ -56,6 +56,12 @@ def require_data(folder: Path | None) -> Path:
     return data
 
 
+def command_line(verb: str, model: Path, patches: Sequence[Path], *options: object) -> str:
+    """What makes a measurement again, files by their names alone."""
+    named = [part for patch in patches for part in ("--patch", Path(patch).name)]
+    return " ".join(map(str, ("edgepatch", "bench", verb, model.name, *named, *options)))
+
+
 def print_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Rows under their names."""
     table = Table(box=None, pad_edge=False)
