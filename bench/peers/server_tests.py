@@ -56,16 +56,18 @@ FIRST_CHUNK = "wants null in the first chunk of a stream, where OpenAI's service
 BROKEN = ("did not come up", "500 ==", "(500,", "ConnectionError", "Timeout")
 """What is in the reason of a failure that nobody has foreseen, whatever the test."""
 
-NOT_RUN: Known = {"test_basic::test_load_split_model": ("not_applicable", OWN_MODEL)}
+NOT_RUN: Known = {
+    "test_basic::test_load_split_model": ("not_applicable", OWN_MODEL),
+    "test_basic::test_server_model_aliases_and_tags": (
+        "not_applicable",
+        "a model has one name; requests to another are refused",
+    ),
+}
 FUNCTIONS: Known = {
     "test_basic::test_server_multiple_addresses": ("not_applicable", "a server listens on one address"),
     "test_basic::test_server_props": ("not_applicable", NO_PATH),
     "test_basic::test_server_slots": ("refused", CACHE),
     "test_basic::test_no_ui": ("not_applicable", "the page at / is an option of llama-server's own"),
-    "test_basic::test_server_model_aliases_and_tags": (
-        "not_applicable",
-        "a model has one name; requests to another are refused",
-    ),
     "test_chat_completion::test_chat_completion_cached_tokens": ("not_applicable", OWN_MODEL),
     "test_chat_completion::test_chat_completion_stream": ("refused", FIRST_CHUNK),
     "test_chat_completion::test_chat_template": ("not_applicable", OWN_SHAPE),

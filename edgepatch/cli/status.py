@@ -104,7 +104,7 @@ def _answer(report: dict[str, Any]) -> str:
     bases = report["bases"]
     num_patches, num_bare = sum(len(base["patches"]) for base in bases), sum(not base["patches"] for base in bases)
     if not bases:
-        return "no patch is active: this device has none yet"
+        return "nothing is active: this device has no patch yet"
     bare = f"; {counted(num_bare, 'model')} without a patch, by word" if num_bare else ""
     verb = "is" if num_patches == 1 else "are"
     return (

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+<<<<<<< .merge_file_AUDEIf
 from edgepatch.cli.bench.door import RESULTS, OutOption, bench_app, end_with
 from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, print_table, progress_bars
+=======
+from edgepatch.cli.bench.door import RESULTS, OutOption, bench_app, command_line, end_with, print_table
+from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, progress_bars
+>>>>>>> .merge_file_4WZyJH
 
 
 @bench_app.command()
@@ -30,7 +33,7 @@ def clients(
     """
     from edgepatch.bench.clients import run
 
-    command = shlex.join(["edgepatch", *sys.argv[1:]])
+    command = command_line("clients", model, patch or ())
     with progress_bars(log or work / "clients.log", lambda: "the same command begins anew") as progress:
         rows = run.run(model, patch or (), out, work.resolve(), command, only or (), progress)
     print_table(

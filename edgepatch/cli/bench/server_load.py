@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edgepatch.cli.bench.door import RESULTS, OutOption, ThreadsOption, bench_app, end_with
+from edgepatch.cli.bench.door import RESULTS, OutOption, ThreadsOption, bench_app, command_line, end_with
 from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, print_table, progress_bars
 
 
@@ -33,7 +31,9 @@ def server_load(
     """
     from edgepatch.bench.server_load.run import LoadConfig, run
 
-    command = shlex.join(["edgepatch", *sys.argv[1:]])
+    command = command_line(
+        "server-load", model, patch or (), "--clients", clients, "--minutes", minutes, "--threads", threads
+    )
     config = LoadConfig(clients, 60 * minutes, num_threads=threads, llama_server=llama_server)
     with progress_bars(log or work / "load.log", lambda: "the same command begins anew") as progress:
         document = run(model, patch or (), out, work, command, config, progress)
