@@ -213,7 +213,14 @@ def test_status_as_a_page_to_print(trusting, tmp_path):
     code, _, err = trusting("status", "--html", "status.html")
     page = (tmp_path / "status.html").read_text("utf-8")
     assert code == 0 and "wrote status.html" in err
-    for phrase in ("1 active patch, no errors", "detox 1.1.0", "stable 1", "&lt;b&gt;until Monday", "2 of site", "History"):
+    for phrase in (
+        "1 active patch, no errors",
+        "detox 1.1.0",
+        "stable 1",
+        "&lt;b&gt;until Monday",
+        "2 of site",
+        "History",
+    ):
         assert phrase in page
     assert "<b>" not in page and "<script" not in page and "Needs attention" not in page
     assert trusting("status", "--html", "page.html", "--model", __file__)[0] == 2
