@@ -246,7 +246,7 @@ def test_manifest(exported: Path, tiny_patch: Patch):
     manifest = read_manifest(exported)
     assert manifest["patch"]["digest"] == tiny_patch.digest and manifest["seed_route"] == "stored"
     assert manifest["library"]["state_version"] == load_library().LLAMA_STATE_SEQ_VERSION
-    assert set(manifest["files"]) == {"slots/seed.bin", "start.sh", "restore.sh"}
+    assert set(manifest["files"]) == {"slots/seed.bin", "start.sh", "restore.sh", "README.md"}
     assert "stays at the start of the text" in manifest["place"]
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
