@@ -26,7 +26,7 @@ PROMPT_LENGTHS = (1, 2, 3)
 TOLERANCES = (
     (("F32", "F16", "fp16"), 0.02),
     (("BF16",), 0.05),
-    (("Q8", "int8"), 0.06),
+    (("Q8", "int8"), 0.12),
     (("Q6",), 0.1),
     (("Q5",), 0.15),
     (("Q3", "Q2", "IQ3", "IQ2", "IQ1", "TQ"), 0.45),
@@ -43,6 +43,11 @@ LARGEST_TOLERANCE = 0.5
 """Below the least that another patch's seed deviates by. Measured on random models, the hardest case: right stored seeds deviate by at most 0.002 at F16, 0.025 at Q8_0, 0.05 at Q6_K, 0.26 at
 4 bits, 0.35 at Q3_K_M (two first prompts); another patch's seed by 0.53 or more, a missing one by 1. On the trained lab model Q4_0 stays below 0.12. A cache in Q4_0 adds the most on
 a deep model: 0.17 on SmolLM2 (30 layers) at F16, which is refused: take a finer cache there.
+
+A deep model blurs more at eight bits than the small ones that the bounds were first set on: the detox patch of SmolLM2 deviates by 0.065 at
+Q8_0 and by 0.084 on ONNX int8, where 0.06 was allowed and a right patch refused. On its most telling prompt, another patch of the same model
+deviates by 0.51 or more there, keys in a wrong order by 1.09, exchanged layers by 1.15. ONNX int4 made of a Q4_1 file reaches 0.35 (another patch:
+0.50); it stays refused, for 0.3 is what a part of a composed patch is proven by.
 """
 
 

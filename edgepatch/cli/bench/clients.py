@@ -7,13 +7,9 @@ from typing import Annotated
 
 import typer
 
-<<<<<<< .merge_file_AUDEIf
 from edgepatch.cli.bench.door import RESULTS, OutOption, bench_app, end_with
 from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, print_table, progress_bars
-=======
-from edgepatch.cli.bench.door import RESULTS, OutOption, bench_app, command_line, end_with, print_table
-from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, progress_bars
->>>>>>> .merge_file_4WZyJH
+from edgepatch.progress import command_line
 
 
 @bench_app.command()
@@ -33,7 +29,7 @@ def clients(
     """
     from edgepatch.bench.clients import run
 
-    command = command_line("clients", model, patch or ())
+    command = command_line()
     with progress_bars(log or work / "clients.log", lambda: "the same command begins anew") as progress:
         rows = run.run(model, patch or (), out, work.resolve(), command, only or (), progress)
     print_table(

@@ -54,25 +54,6 @@ def require_data(folder: Path | None) -> Path:
     return data
 
 
-<<<<<<< .merge_file_waRGJq
-=======
-def command_line(verb: str, model: Path, patches: Sequence[Path], *options: object) -> str:
-    """What makes a measurement again, files by their names alone."""
-    named = [part for patch in patches for part in ("--patch", Path(patch).name)]
-    return " ".join(map(str, ("edgepatch", "bench", verb, model.name, *named, *options)))
-
-
-def print_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Rows under their names."""
-    table = Table(box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*map(cell, row))
-    stdout().print(table)
-
-
->>>>>>> .merge_file_QA2dZH
 def end_with(failures: Sequence[str]) -> None:
     """Says on stderr what failed, a line each; exit code 1 where there is any."""
     for failure in failures:

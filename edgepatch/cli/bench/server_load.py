@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from edgepatch.cli.bench.door import RESULTS, OutOption, ThreadsOption, bench_app, command_line, end_with
+from edgepatch.cli.bench.door import RESULTS, OutOption, ThreadsOption, bench_app, end_with
 from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, print_table, progress_bars
+from edgepatch.progress import command_line
 
 
 @bench_app.command()
@@ -31,12 +32,9 @@ def server_load(
     """
     from edgepatch.bench.server_load.run import LoadConfig, run
 
-    command = command_line(
-        "server-load", model, patch or (), "--clients", clients, "--minutes", minutes, "--threads", threads
-    )
     config = LoadConfig(clients, 60 * minutes, num_threads=threads, llama_server=llama_server)
     with progress_bars(log or work / "load.log", lambda: "the same command begins anew") as progress:
-        document = run(model, patch or (), out, work, command, config, progress)
+        document = run(model, patch or (), out, work, command_line(), config, progress)
     _print(document)
     end_with([goal for goal, is_reached in document["goals"].items() if not is_reached])
 
