@@ -135,6 +135,11 @@ def document(result: dict[str, Any]) -> str:
             f"{result['patch']['version']}. *Bare* counts the tokens that the model would have given without the patch as well."
         ),
         "",
+        (
+            "The seed of the slot stands at other positions than edgepatch's own, so its keys were turned and rounded once more. Replies part "
+            "where two tokens are nearly as likely, the sooner the coarser the weights, and then go different ways."
+        ),
+        "",
         "| weights | KV | flash attention | tokens | equal | bare | chat turns | equal |",
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]
