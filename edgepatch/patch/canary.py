@@ -26,7 +26,8 @@ PROMPT_LENGTHS = (1, 2, 3)
 TOLERANCES = (
     (("F32", "F16", "fp16"), 0.02),
     (("BF16",), 0.05),
-    (("Q8", "int8"), 0.12),
+    (("Q8",), 0.08),
+    (("int8",), 0.1),
     (("Q6",), 0.1),
     (("Q5",), 0.15),
     (("Q3", "Q2", "IQ3", "IQ2", "IQ1", "TQ"), 0.45),
@@ -45,7 +46,7 @@ LARGEST_TOLERANCE = 0.5
 a deep model: 0.17 on SmolLM2 (30 layers) at F16, which is refused: take a finer cache there.
 
 A deep model blurs more at eight bits than the small ones that the bounds were first set on: the detox patch of SmolLM2 deviates by 0.065 at
-Q8_0 and by 0.084 on ONNX int8, where 0.06 was allowed and a right patch refused. On its most telling prompt, another patch of the same model
+Q8_0 and by 0.084 on ONNX int8, where 0.06 was allowed and a right patch refused. 0.12 at Q8_0 would miss Gemma's embeddings in another scale. On its most telling prompt, another patch of the same model
 deviates by 0.51 or more there, keys in a wrong order by 1.09, exchanged layers by 1.15. ONNX int4 made of a Q4_1 file reaches 0.35 (another patch:
 0.50); it stays refused, for 0.3 is what a part of a composed patch is proven by.
 """

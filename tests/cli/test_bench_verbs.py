@@ -18,7 +18,7 @@ from edgepatch.bench.report.files import RESULT_FILES
 from edgepatch.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
-TARGETS = {"help", "demo", "smollm2", "minilm", "test", "lint", "lab", "bench", "clean"}
+TARGETS = {"help", "demo", "smollm2", "minilm", "test", "lint", "lab", "bench", "devices", "clean"}
 
 
 @pytest.fixture

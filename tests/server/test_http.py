@@ -151,7 +151,8 @@ def test_apps_and_pages_that_are_named_are_let_in(load):
             http.get("/v1/models", headers={"Host": "box.lan"}), 403, "wrong_host"
         )
         assert http.get("/v1/models/Qwen/Qwen2.5-0.5B").json()["id"] == "Qwen/Qwen2.5-0.5B"
-        for path in ("/v1/embeddings", "/v1/responses", "/chat/completions", f"{CHAT}/"):
+        assert "gives no embeddings" in error_of(http.post("/v1/embeddings", json={}), 404, "not_found")
+        for path in ("/v1/audio/speech", "/chat/completions", f"{CHAT}/"):
             assert CHAT in error_of(http.post(path, json={}), 404, "not_found")
 
 

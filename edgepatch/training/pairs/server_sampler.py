@@ -23,6 +23,9 @@ from edgepatch.training.pairs.samplers import PromptTooLongError, Sampler
 if TYPE_CHECKING:
     import httpx
 
+SENT = ("temperature", "top_p")
+"""Of the sampling, where it says so; what it leaves open is the server's to say."""
+
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """The server is busy, starting or behind a proxy that lost it: the same request may succeed later."""
 
@@ -180,9 +183,8 @@ class ServerSampler(Sampler):
         body = {
             "model": self.model,
             "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.rule.temperature,
-            "top_p": sampling.rule.top_p,
             "seed": rng_seed,
+            **{name: value for name in SENT if (value := getattr(sampling, name)) is not None},
             **({"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(message) for message in prompt]}),
         }
         async with self._slots:
