@@ -667,7 +667,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_to_the_same_file(run, model
     assert code == 2 and "rng_seed: 1 then, 2 now" in stderr and "--restart" in stderr
     assert journal.read_bytes() == kept
     code, _, stderr = run(*arguments)
-    assert code == 0 and f"{done} prompts are done" in stderr.replace("\n", " ")
+    assert code == 0 and re.search(rf"\b{done} prompts? done", stderr.replace("\n", " "))
     assert run(model_file, model_file, "-o", whole, *options)[0] == 0
     assert out.read_bytes() == whole.read_bytes() and not journal.exists()
     notes, others = (json.loads(provenance_path(path).read_text()) for path in (out, whole))
@@ -690,7 +690,7 @@ def test_ctrl_c_does_not_wait_for_a_slow_server(model_file, prompts, tmp_path, m
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
             stderr = process.communicate(timeout=10)[1]
-    assert process.returncode == 130 and "0 prompts are kept" in stderr
+    assert process.returncode == 130 and "0 prompts kept" in stderr
 
 
 def test_a_full_disk_loses_nothing(run, model_file, tmp_path):
