@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 import tempfile
 from collections import defaultdict
@@ -165,8 +166,13 @@ def _judged(name: str, left_out: tuple[Verdict, str] | None, outcomes: list[str]
     reasons = [reason for reason in outcomes if reason]
     broken = next((reason for reason in reasons if any(sign in reason for sign in BROKEN)), "")
     if broken or not reasons:
-        return ("fail", broken[:300]) if broken else ("pass", "")
-    return FUNCTIONS.get(name, ("fail", reasons[0][:300]))
+        return ("fail", _without_folders(broken)[:300]) if broken else ("pass", "")
+    return FUNCTIONS.get(name, ("fail", _without_folders(reasons[0])[:300]))
+
+
+def _without_folders(reason: str) -> str:
+    """A reason without the folders of the machine that it was found on."""
+    return re.sub(r"/\S+/(?=(?:unit|edgepatch)/)", "", reason)
 
 
 def _functions(file: Path) -> list[str]:
