@@ -64,6 +64,8 @@ def run(
         require_ray()
     made = made_columns(question.model, question.types)
     probe = probe_model(question.model, patches, question.num_threads, progress)
+    for patch in (patch for arm in beside.values() for patch in arm):
+        patch.base.require_same(probe.spec)
     given = given_column(question.model, probe.runtime, probe.quantization)
     skipped = require_domains(question, probe)
     columns = [given, *(column for column in made if column.name != given.name)]

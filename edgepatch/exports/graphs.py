@@ -93,7 +93,8 @@ def _readme(patch: Patch, digest: str) -> list[str]:
         ),
         (
             "`install` refuses another model's graph, and a model on which the patch's canary does not act. Masks, positions and cells of the "
-            'patch are its work: a tokenizer\'s mask cannot leave the patch out. `{ proof: "all" }` asks the whole canary.'
+            'patch are its work: a tokenizer\'s mask cannot leave the patch out. `{ proof: "first" }` asks the first prompt of the canary alone, '
+            "which is quick and proves nothing of long texts."
         ),
         "Hand over one conversation at a time, whole, without padding. A cache goes on only where this model has given it back.",
         "Exact for every quantization of the model: the seed is that of the full-precision model.",

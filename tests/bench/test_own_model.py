@@ -99,6 +99,13 @@ def test_a_model_is_measured_once_and_judged(bench_safety, lab_f16: Path, tmp_pa
 # What is refused before any work.
 
 
+def test_a_patch_beside_for_another_model_is_refused(bench_safety, lab_f16: Path, tmp_path: Path):
+    foreign = Path(__file__).parents[1] / "golden" / "patch-v1.safetensors"
+    code, _, told = bench_safety(lab_f16, "--patch", PATCH, "--beside", f"other={foreign}", *SIZES, "-o", tmp_path)
+    assert code == 4 and "made for another model" in told
+    assert not (tmp_path / "cells").exists()
+
+
 def test_types_that_cannot_be_made_are_refused(bench_safety, lab_f16: Path, tmp_path: Path):
     refused = {"Q9_9": "no such type", "onnx-int3": "no such precision", "IQ2_XXS": "importance matrix alone"}
     for kind, reason in refused.items():

@@ -93,10 +93,10 @@ class Patch {
    * Puts the patch into a model and proves it; throws where it is not the model's.
    * @param model a session of onnxruntime, or a model of transformers.js, which is changed in place.
    * @param Tensor `ort.Tensor`, or that of transformers.js.
-   * @param {{proof?: "first"|"all"}} options how many of the patch's own proofs are asked; the long ones take a while.
+   * @param {{proof?: "first"|"all"}} options how many of the patch's own proofs are asked: the first alone is quick, and proves nothing of long texts.
    * @returns the patched session, or the model.
    */
-  async install(model, Tensor, { proof = "first" } = {}) {
+  async install(model, Tensor, { proof = "all" } = {}) {
     const session = model.sessions?.model ?? model;
     require(typeof session.run === "function", "expected a session of onnxruntime or a decoder of transformers.js");
     require(!patched.has(session), "expected a model without a patch, found one that has one: load it again");
@@ -105,7 +105,7 @@ class Patch {
       return tensor.ort_tensor ?? tensor; // transformers.js wraps those of onnxruntime
     };
     const wrapped = new PatchedSession(this, session, make);
-    await wrapped.prove(proof === "all" ? this.manifest.canary?.prompts.length : 1);
+    await wrapped.prove(proof === "first" ? 1 : this.manifest.canary?.prompts.length);
     if (model.sessions) model.sessions.model = wrapped.proxy;
     return model.sessions ? model : wrapped.proxy;
   }
