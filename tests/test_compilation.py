@@ -79,7 +79,7 @@ def test_flags_join_those_of_the_caller(monkeypatch, tmp_path):
     environment = compilation.build_environment()
     assert environment["CXXFLAGS"] == "-g -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     assert environment["CFLAGS"] == "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-    assert environment["CMAKE_ARGS"] == "-DGGML_CUDA=ON"
+    assert environment["CMAKE_ARGS"] == "-DGGML_NATIVE=ON -DGGML_CUDA=ON"
 
 
 def test_nothing_is_added_where_there_is_no_amx(monkeypatch, tmp_path):
@@ -106,6 +106,21 @@ def test_the_installed_library_holds_nothing_that_this_compiler_gets_wrong():
     if compilation.toolchain().flags:
         wrong = [library.name for library in libraries if compilation.uses_amx(library)]
         assert not wrong, f"{wrong}: run `{compilation.COMMAND}`"
+
+
+@needs_compiler
+def test_the_installed_library_uses_the_instructions_of_this_cpu(monkeypatch):
+    """A build without them is right and takes five times longer, so nothing but this tells."""
+    assert not compilation.lacks_instructions(), f"run `{compilation.COMMAND}`"
+    native = "#define __AVX2__ 1\n#define __ARM_FEATURE_DOTPROD 1"  # no CPU has both
+    monkeypatch.setattr(compilation, "toolchain", lambda: compilers.Toolchain(("c++",), native, ()))
+    assert compilation.lacks_instructions()
+
+
+def test_a_date_of_the_callers_leaves_the_build_as_fast(monkeypatch):
+    """llama.cpp leaves out all fast instructions where it is set, unless it is told otherwise."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert "-DGGML_NATIVE=ON" in compilation.build_environment()["CMAKE_ARGS"]
 
 
 # What is kept.
@@ -179,26 +194,28 @@ def test_a_cache_that_cannot_be_written(pip, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("present", "asked", "flags", "has_amx", "expected"),
+    ("present", "asked", "flags", "has_amx", "is_slow", "expected"),
     [
-        ("1.2.3", "1.2.3", compilers.WITHOUT_AMX, False, None),
-        ("1.2.3", None, compilers.WITHOUT_AMX, False, None),
-        ("1.2.3", "1.2.3", (), True, None),
-        ("1.2.3", "1.2.3", compilers.WITHOUT_AMX, True, "1.2.3"),
-        ("1.2.3", None, compilers.WITHOUT_AMX, True, "1.2.3"),
-        ("1.2.3", "1.2.4", (), False, "1.2.4"),
-        (None, "1.2.4", (), False, "1.2.4"),
-        (None, None, (), False, "9.9.9"),
+        ("1.2.3", "1.2.3", compilers.WITHOUT_AMX, False, False, None),
+        ("1.2.3", None, compilers.WITHOUT_AMX, False, False, None),
+        ("1.2.3", "1.2.3", (), True, False, None),
+        ("1.2.3", "1.2.3", compilers.WITHOUT_AMX, True, False, "1.2.3"),
+        ("1.2.3", None, compilers.WITHOUT_AMX, True, False, "1.2.3"),
+        ("1.2.3", "1.2.3", (), False, True, "1.2.3"),
+        ("1.2.3", "1.2.4", (), False, False, "1.2.4"),
+        (None, "1.2.4", (), False, False, "1.2.4"),
+        (None, None, (), False, False, "9.9.9"),
     ],
 )
 def test_what_is_sound_stays_and_what_is_not_is_replaced(
-    pip, monkeypatch, tmp_path, present, asked, flags, has_amx, expected
+    pip, monkeypatch, tmp_path, present, asked, flags, has_amx, is_slow, expected
 ):
     library = tmp_path / "libggml-cpu.so"
     library.write_bytes(bytes.fromhex("c4e278498424c0000000") if has_amx else b"")
     monkeypatch.setattr(compilation, "toolchain", lambda: compilers.Toolchain(("c++",), "", flags))
     monkeypatch.setattr(compilation, "installed_version", lambda: present)
     monkeypatch.setattr(compilation, "installed_libraries", lambda: [library])
+    monkeypatch.setattr(compilation, "lacks_instructions", lambda: is_slow)
     assert compilation.install(asked) == (expected is not None)
     installs = [call for call in pip if call[0] == "install"]
     assert [f"-{expected}-" in call[-1] and "--force-reinstall" in call for call in installs] == [True] * (

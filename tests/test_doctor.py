@@ -205,6 +205,19 @@ def test_table_and_json(monkeypatch, report):
     assert json.loads(CliRunner().invoke(app, ["doctor", "--json", "--require", "gguf"]).output) == report
 
 
+def test_a_build_without_this_cpus_instructions_is_named(monkeypatch, report):
+    """It computes right, five times slower: the doctor says so and what mends it."""
+    cpu = {**report["cpu"], "features": ["avx2", "fma"]}
+    built = {name: {**report["libraries"]["llama_cpp"], "system_info": f"CPU : {name}"} for name in ("AVX2 = 1", "")}
+    for info, names in (("AVX2 = 1", []), ("", ["AVX2"])):
+        changed = {**report, "cpu": cpu, "libraries": {"llama_cpp": built[info]}}
+        assert doctor.unused_instructions(changed) == names
+        monkeypatch.setattr(doctor, "examine", lambda changed=changed: changed)
+        output = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"}).output
+        assert ("compiled without AVX2" in output) == bool(names)
+    assert doctor.unused_instructions({**report, "libraries": {}}) == []
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_tables_fit_the_terminal(monkeypatch, report, width):
     missing = [{**row, "version": None} if row["name"] in ("peft", "llguidance") else row for row in report["packages"]]

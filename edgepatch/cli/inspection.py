@@ -78,8 +78,12 @@ def _answer(verdicts: Sequence[tuple[str, str]]) -> str:
 
 def _remarks(report: dict[str, Any]) -> list[tuple[str, object]]:
     """What a user should know behind the verdicts; everything else waits for ``--all``."""
+    from edgepatch.doctor import unused_instructions
+
     rows: list[tuple[str, object]] = [("GPU", "; ".join(gpu["name"] for gpu in report["gpus"]) or "none")]
     rows += [("limited", f"{entry['file']}: {entry['note']}") for entry in report["limited_models"]]
+    if names := unused_instructions(report):
+        rows.append(("llama.cpp", f"was compiled without {', '.join(names)} and is several times slower: `{COMMAND}`"))
     if any(row["library"] == "llama_cpp" and row["note"] for row in report["weight_types"]):
         rows.append(("llama.cpp", f"`{COMMAND}` compiles it for this machine, so that all its kernels run"))
     return rows

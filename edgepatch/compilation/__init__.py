@@ -41,16 +41,23 @@ SHAPING = (
 )
 """Variables that change what a build makes."""
 
-EPOCH_SECONDS = "315532800"  # the oldest time that a zip file can tell
+OPTIONS = "-DGGML_NATIVE=ON"
+"""llama.cpp's own default, but where ``SOURCE_DATE_EPOCH`` is set: there it compiles without AVX and all that came after it."""
+
+INSTRUCTIONS = {"AVX2": ("__AVX2__", "avx2"), "DOTPROD": ("__ARM_FEATURE_DOTPROD", "asimddp")}
+"""What llama.cpp calls instructions that make it several times faster -> the compiler's macro, the flag in /proc/cpuinfo."""
+
 PIP_TIMEOUT_S = 3600
+IMPORT_TIMEOUT_S = 120
 ERROR_LINES = 4
 
 
 def build_environment() -> dict[str, str]:
-    """This process's variables, with the flags that llama.cpp has to be compiled with."""
+    """This process's variables, with the flags and options that llama.cpp has to be compiled with; the caller's options win."""
     flags = " ".join(toolchain().flags)
     own = {name: f"{os.environ.get(name, '')} {flags}".strip() for name in ("CFLAGS", "CXXFLAGS")}
-    return {**os.environ, "SOURCE_DATE_EPOCH": EPOCH_SECONDS, **(own if flags else {})}
+    options = f"{OPTIONS} {os.environ.get('CMAKE_ARGS', '')}".strip()
+    return {**os.environ, "CMAKE_ARGS": options, **(own if flags else {})}
 
 
 # The wheel.
@@ -89,6 +96,7 @@ def _key(version: str) -> str:
         "version": version,
         "compiler": [*compiler.command, *compiler.flags],
         "native": compiler.native,
+        "options": OPTIONS,
         "machine": [platform.system(), platform.machine(), *platform.libc_ver()],
         "variables": {name: os.environ.get(name, "") for name in SHAPING},
     }
@@ -158,8 +166,16 @@ def installed_libraries() -> list[Path]:
     return []
 
 
+def lacks_instructions() -> bool:
+    """Whether the library in this environment was compiled without fast instructions that this CPU has and this compiler knows."""
+    code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
+    done = run_program([sys.executable, "-c", code], deadline_s=IMPORT_TIMEOUT_S)
+    usable = [name for name, (macro, _) in INSTRUCTIONS.items() if f"#define {macro} 1" in toolchain().native]
+    return not done.failure and any(f"{name} = 1" not in done.output for name in usable)
+
+
 def install(version: str | None) -> bool:
-    """Installs llama-cpp-python, unless it is there already and holds nothing that this compiler gets wrong.
+    """Installs llama-cpp-python, unless what is there holds nothing that this compiler gets wrong and uses this CPU's instructions.
 
     Args:
         version: the one that is installed when ``None``, else the newest.
@@ -176,7 +192,7 @@ def install(version: str | None) -> bool:
     is_suspect = bool(toolchain().flags) and any(
         uses_amx(library) for library in installed_libraries() if library.is_file()
     )
-    if present is not None and present == (version or present) and not is_suspect:
+    if present is not None and present == (version or present) and not is_suspect and not lacks_instructions():
         return False
     pip("install", "--no-deps", "--force-reinstall", str(wheel(version or present)))
     return True

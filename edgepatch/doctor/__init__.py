@@ -28,7 +28,7 @@ PURPOSES = {
 }
 """What people want to do -> the extra that does it."""
 
-__all__ = ["cpu", "examine", "extras", "gpus", "missing", "packages", "remedy", "verdicts"]
+__all__ = ["cpu", "examine", "extras", "gpus", "missing", "packages", "remedy", "unused_instructions", "verdicts"]
 
 
 def examine() -> dict[str, Any]:
@@ -95,6 +95,19 @@ def _members(extra: str) -> set[str]:
     if extra not in distributions:
         raise InputError(f"no extra is named {extra}", hint=f"the extras are {', '.join(sorted(distributions))}")
     return distributions[extra]
+
+
+def unused_instructions(report: dict[str, Any]) -> list[str]:
+    """Instructions of this CPU that the installed llama.cpp was compiled without, and is several times slower for.
+
+    Args:
+        report: of ``examine``.
+    """
+    system_info = report["libraries"].get("llama_cpp", {}).get("system_info")
+    if system_info is None:
+        return []
+    usable = [name for name, (_, flag) in compilation.INSTRUCTIONS.items() if flag in report["cpu"]["features"]]
+    return [name for name in usable if f"{name} = 1" not in system_info]
 
 
 def remedy(report: dict[str, Any], extra: str) -> str:
