@@ -121,6 +121,7 @@ class EvidenceConfig:
         num_margin_pairs: the most held-out pairs of a domain.
         num_fronted: prompts that are measured behind other text.
         judge, unsafe_labels: who reports toxicity, as ``load_judge`` takes it.
+        harm_judge: who reports harm, as ``load_answer_judge`` takes it.
         long_context: as ``context_length``, for prompts behind other text.
     """
 
@@ -145,6 +146,7 @@ class EvidenceConfig:
     num_margin_pairs: int = 300
     num_fronted: int = 40
     judge: str = "report"
+    harm_judge: str = "rules"
     unsafe_labels: tuple[str, ...] = ()
     long_context: int | None = None
 

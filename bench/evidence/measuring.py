@@ -33,6 +33,7 @@ from edgepatch.decoding import noise
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.judges import refusals, scorers
 from edgepatch.judges.classifiers import TransformersClassifier, load_judge
+from edgepatch.judges.semantic import RULES
 from edgepatch.patch.composition import METHOD
 from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent
@@ -150,6 +151,7 @@ def cell_inputs(place: Workplace, key: CellKey, config: EvidenceConfig) -> dict[
         **({"composition": METHOD} if key.parts else {}),
         "code": [code_digest(path) for path in measure_code(key)],
         "judges": judge_digest(config),
+        **({"harm_judge": config.harm_judge} if key.domain == "harm" and config.harm_judge != RULES else {}),
         **({"samples": asdict(config.samples)} if config.samples != SampleConfig() else {}),
         **({"pairs": digest_of_pairs(margin_pairs(place, key, config))} if key.measure == "margins" else {}),
         "data": digest_of(manifest) if manifest and manifest.is_file() else str(bool(place.data)),
@@ -250,8 +252,7 @@ def domain_of(name: str, data: Path | None, config: EvidenceConfig, progress: Pr
     if name == "toxicity":
         judge, labels = config.judge, config.unsafe_labels
         return ToxicityDomain(data, config=config.samples, progress=progress, judge=judge, unsafe_labels=labels)
-    others: dict[str, type[Domain]] = {"gender": GenderDomain, "harm": HarmDomain}
-    return others[name](data)
+    return HarmDomain(data, judge=config.harm_judge) if name == "harm" else GenderDomain(data)
 
 
 def safety_raw(outcome: Outcome, num_texts_kept: int) -> dict[str, Any]:

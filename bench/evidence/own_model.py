@@ -75,7 +75,7 @@ def run(
     is_toxicity = "toxicity" in config.domains
     fronts, short = fronts_of(question.amounts, probe, num_virtual_tokens) if is_toxicity else ([], [])
     place = Workplace(out, data, question.arms)
-    keys = plan_model(config, list(question.arms), fronts)
+    keys = plan_model(config, list(question.arms), fronts, question.scopes)
     _require_data(config, data)
     for line in (*skipped, *short):
         tell(f"skipped: {line}")
@@ -91,16 +91,23 @@ def run(
         "seconds": round(time.monotonic() - began),
         "environment": environment(),
         **_subject(question, probe, patches, beside),
-        "settings": {"data": "public" if data else "own prompts", "judge": question.judge, **asdict(question.amounts)},
+        "settings": _settings(question, data),
         "skipped": [*skipped, *short],
     }
     return document | assemble(keys, partial(read_cell, place.cells), config, question.domains)
 
 
+def _settings(question: Question, data: Path | None) -> Document:
+    judges = {"judge": question.judge, "harm_judge": question.harm_judge}
+    return {"data": "public" if data else "own prompts", **judges, **asdict(question.amounts)}
+
+
 def _require_judge(question: Question) -> None:
     from edgepatch.judges.classifiers import load_judge
+    from edgepatch.judges.semantic import load_answer_judge
 
     load_judge(question.judge, question.unsafe_labels)
+    load_answer_judge(question.harm_judge, "report")
 
 
 def _require_data(config: EvidenceConfig, data: Path | None) -> None:

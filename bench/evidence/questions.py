@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,6 +53,22 @@ QUICK = Amounts(24, 8, 16, Sizes(6, 1, 16), 6, (512,), 48)
 
 
 @dataclass(frozen=True)
+class Scope:
+    """What an arm is measured on, where that is not everything.
+
+    Attributes:
+        domains: those; none for all.
+        num_forms: the first so many, in the order in which they are named; ``None`` for all.
+    """
+
+    domains: tuple[str, ...] = ()
+    num_forms: int | None = None
+
+
+EVERYTHING = Scope()
+
+
+@dataclass(frozen=True)
 class Question:
     """What the user wants to know.
 
@@ -63,11 +79,13 @@ class Question:
         domains: those that were named; none takes all that can be measured.
         amounts: how much.
         judge, unsafe_labels: who reports toxicity.
+        harm_judge: who reports harm: "rules", which know "Sure, here is ...", or "semantic".
         num_workers, num_threads: processes, and threads of each.
         is_quick: whether the amounts are those of a first impression.
         beside: name -> files of further patches that are measured on the same prompts.
         is_instructed: whether the written safety text that people use without a patch is measured too.
         cluster: address of a Ray cluster that measures instead of processes here; "" for none.
+        scopes: arm -> what it is measured on; an arm that is not named is measured on everything.
     """
 
     model: Path
@@ -76,6 +94,7 @@ class Question:
     domains: tuple[str, ...] = ()
     amounts: Amounts = Amounts()
     judge: str = "report"
+    harm_judge: str = "rules"
     unsafe_labels: tuple[str, ...] = ()
     num_workers: int = 2
     num_threads: int = 1
@@ -83,6 +102,7 @@ class Question:
     cluster: str = ""
     beside: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     is_instructed: bool = False
+    scopes: Mapping[str, Scope] = field(default_factory=dict)
 
     @property
     def arms(self) -> dict[str, tuple[Path, ...]]:
@@ -107,28 +127,41 @@ class Question:
 # What is measured.
 
 
-def plan_model(config: EvidenceConfig, arms: Sequence[str], fronts: Sequence[str]) -> list[CellKey]:
+def plan_model(
+    config: EvidenceConfig, arms: Sequence[str], fronts: Sequence[str], scopes: Mapping[str, Scope] | None = None
+) -> list[CellKey]:
     """Every cell, those of one opening together.
 
     Args:
         config: domains and columns.
         arms: the bare model first; behind it whatever is compared with it.
         fronts: places behind other text; measured on the first column.
+        scopes: arm -> what it is measured on.
     """
     keys = []
     for number, column in enumerate(config.chosen_columns()):
         for arm in arms:
-            keys += [CellKey("safety", domain, arm, column.name) for domain in config.domains]
-            if arm == "safe_prompt":
-                # Each domain has a text of its own, and held-out pairs behind a text would be other pairs.
-                keys += [CellKey("retained", domain, arm, column.name) for domain in config.domains]
-                continue
-            keys.append(CellKey("retained", SHARED, arm, column.name))
-            if len(arms) > 1:
-                keys += [CellKey("margins", domain, arm, column.name) for domain in config.domains]
-            if number == 0 and "toxicity" in config.domains:
-                keys += [CellKey("safety", "toxicity", arm, column.name, front=front) for front in fronts]
+            scope = (scopes or {}).get(arm, EVERYTHING)
+            if scope.num_forms is None or number < scope.num_forms:
+                domains = [name for name in config.domains if name in (scope.domains or config.domains)]
+                keys += _arm_on(arm, column.name, domains, fronts if number == 0 else (), has_margins=len(arms) > 1)
     return keys
+
+
+def _arm_on(
+    arm: str, column: str, domains: Sequence[str], fronts: Sequence[str], has_margins: bool
+) -> Iterator[CellKey]:
+    """Every cell of an arm on a form."""
+    yield from (CellKey("safety", domain, arm, column) for domain in domains)
+    if arm == "safe_prompt":
+        # Each domain has a text of its own, and held-out pairs behind a text would be other pairs.
+        yield from (CellKey("retained", domain, arm, column) for domain in domains)
+        return
+    yield CellKey("retained", SHARED, arm, column)
+    if has_margins:
+        yield from (CellKey("margins", domain, arm, column) for domain in domains)
+    if "toxicity" in domains:
+        yield from (CellKey("safety", "toxicity", arm, column, front=front) for front in fronts)
 
 
 def config_of(question: Question, columns: Sequence[Column], probe: Probe, num_virtual_tokens: int) -> EvidenceConfig:
@@ -156,6 +189,7 @@ def config_of(question: Question, columns: Sequence[Column], probe: Probe, num_v
         num_margin_pairs=amounts.pairs,
         num_fronted=min(amounts.fronted, amounts.prompts),
         judge=question.judge,
+        harm_judge=question.harm_judge,
         unsafe_labels=question.unsafe_labels,
     )
 

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from edgepatch.bench.served import Served, serving
+from edgepatch.converters.gguf.header import read_header
 
 MODEL, PATCH, REPORT, ENDS = (f"EDGEPATCH_PEER_{name}" for name in ("MODEL", "PATCH", "REPORT", "ENDS"))
 """Variables: the model's file, the patch's, the file that gets a line for each test, and the ids of the model's end tokens in JSON."""
@@ -173,7 +174,9 @@ def _start(peer: Any, timeout_seconds: int = 0) -> None:
     flags: list[object] = ["--patch", os.environ[PATCH], "--sequences", slots, "--threads", 1]
     flags += ["--alias", peer.model_alias or "tinyllama-2"]
     if peer.n_ctx:
-        flags += ["--context-length", PATCH_TOKENS + (peer.n_ctx if peer.kv_unified else peer.n_ctx // slots)]
+        asked = PATCH_TOKENS + (peer.n_ctx if peer.kv_unified else peer.n_ctx // slots)
+        # Theirs gives a model more positions than it was trained for; ours refuses to.
+        flags += ["--context-length", min(asked, read_header(Path(os.environ[MODEL])).setting("context_length"))]
     if peer.chat_template_file:
         flags += ["--chat-template", peer.chat_template_file]
     for origin in (peer.cors_origins or "").split(","):

@@ -71,6 +71,7 @@ FUNCTIONS: Known = {
     "test_basic::test_no_ui": ("not_applicable", "the page at / is an option of llama-server's own"),
     "test_chat_completion::test_chat_completion_cached_tokens": ("not_applicable", OWN_MODEL),
     "test_chat_completion::test_chat_completion_stream": ("refused", FIRST_CHUNK),
+    "test_chat_completion::test_logprobs_stream": ("refused", FIRST_CHUNK),
     "test_chat_completion::test_chat_template": ("not_applicable", OWN_SHAPE),
     "test_chat_completion::test_chat_template_assistant_prefill": (
         "refused",
@@ -117,6 +118,8 @@ FUNCTIONS: Known = {
     ),
     "test_completion::test_completion_prompt_cache": ("not_applicable", OWN_SHAPE),
     "test_compat_oai_responses::test_responses_stream_with_llama_telemetry": ("refused", OWN_FIELD),
+    "test_ctx_shift::test_ctx_shift_disabled_long_prompt": ("not_applicable", OWN_MODEL),
+    "test_ctx_shift::test_ctx_shift_disabled_short_prompt": ("not_applicable", OWN_MODEL),
     "test_ctx_shift::test_ctx_shift_enabled": ("refused", "a full context ends the reply; nothing is shifted"),
     "test_ignore_eos::test_ignore_eos_populates_logit_bias": ("refused", OWN_FIELD),
     "test_ignore_eos::test_ignore_eos_false_no_logit_bias": ("refused", OWN_FIELD),

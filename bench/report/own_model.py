@@ -236,7 +236,7 @@ def _notes(document: Document) -> list[Block]:
         ),
         (
             "Gender: by how much one gender is likelier than the other where the text tells an occupation only. Harm: share of harmful "
-            "requests that are complied with, or answered with broken text."
+            f"requests that are complied with, or answered with broken text, judged by \u201c{settings.get('harm_judge', 'rules')}\u201d."
         ),
         (
             f"Kept: the gain there over the gain on {document['reference']}. By margins: held-out pairs are read, not sampled, so it has no noise "

@@ -33,7 +33,6 @@ def main(data: Path, out: Path) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     write_pairs(toxicity_pairs(data), out / "other-models.jsonl")
-    write_pairs(harm_pairs(data), out / "harm.jsonl")
     write_pairs(gender_pairs(data), out / "gender.jsonl")
     write_texts(ToxicityDomain(data).benign_texts(), out / "benign-toxicity.jsonl")
     paragraphs = datasets.wikitext_paragraphs(data, "valid", NUM_PARAGRAPHS)
@@ -44,6 +43,7 @@ def main(data: Path, out: Path) -> None:
     with load_runtime(find("smollm2"), None, num_sequences=sequences, context_length=CONTEXT) as runtime:
         for _ in sample_own(runtime, prompts, journal):
             pass
+        write_pairs(harm_pairs(data, runtime), out / "harm.jsonl")
     write_pairs(own_pairs(read_own(journal)), out / "own.jsonl")
 
 

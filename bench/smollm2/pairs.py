@@ -1,4 +1,4 @@
-"""Preference pairs for SmolLM2 from public data that may be trained on, without a second model."""
+"""Preference pairs for SmolLM2 from public data that may be trained on, and from what it says itself, without a second model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from edgepatch.bench import datasets
 from edgepatch.bench.lab import corpus
 from edgepatch.bench.lab.requests import REFUSALS
 from edgepatch.bench.safety import gender_prompts
-from edgepatch.bench.safety.harm import chat
+from edgepatch.bench.safety.harm import chat, replies
+from edgepatch.judges.refusals import is_refusal
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.prompts.sets import evenly
+from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import Pair, PairConfig, filter_pairs, score_pairs
 
 MOST_WORDS = 40
@@ -65,21 +67,28 @@ def gender_pairs(data: Path | None) -> list[Pair]:
 
 
 NUM_HARMLESS = 240
-ANSWER_WORDS = 30
+NUM_HARMFUL = 240
 
 
-def harm_pairs(data: Path) -> list[Pair]:
-    """AdvBench's training requests: a refusal against its "Sure, here is ..."; harmless requests: an answer against a refusal.
+def harm_pairs(data: Path, runtime: Session) -> list[Pair]:
+    """AdvBench's training requests: a refusal against what the model itself replies; harmless requests the other way round.
+
+    What the model would never say, such as AdvBench's "Sure, here is ...", teaches nothing: a patch that was trained against that refused
+    0 of 24 requests. That the model's own answers to harmless requests are the better ones keeps its behaviour there.
 
     Args:
         data: folder of the public data sets.
+        runtime: the bare model.
     """
     rng = random.Random("harm")
-    pairs = [
-        Pair(chat(corpus.phrase_request(goal, rng)), rng.choice(REFUSALS), f"{target}:", 0.0, 1.0)
-        for goal, target in corpus.advbench_split(data)[0]
-    ]
-    harmless = corpus.harmless_split()[0][::2] + evenly(corpus.instruction_split(data)[0], NUM_HARMLESS)
-    for request, answer in harmless:
-        pairs.append(Pair(chat(request), " ".join(answer.split()[:ANSWER_WORDS]), rng.choice(REFUSALS), 0.0, 1.0))
-    return pairs
+    goals = evenly(corpus.advbench_split(data)[0], NUM_HARMFUL)
+    harmful = [corpus.phrase_request(goal, rng) for goal, _ in goals]
+    questions = corpus.harmless_split()[0][::2] + evenly(corpus.instruction_split(data)[0], NUM_HARMLESS)
+    harmless = [request for request, _ in questions]
+    own = replies(runtime, [*harmful, *harmless])
+    pairs = []
+    for request, reply in zip([*harmful, *harmless], own, strict=True):
+        refusal, is_harmful = rng.choice(REFUSALS), len(pairs) < len(harmful)
+        chosen, rejected = (refusal, reply) if is_harmful else (reply, refusal)
+        pairs.append(Pair(chat(request), chosen, rejected, 0.0, 1.0))
+    return [pair for pair in pairs if not is_refusal(pair.rejected) or not is_refusal(pair.chosen)]

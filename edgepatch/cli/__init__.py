@@ -32,6 +32,7 @@ BENCH = tuple(
     f"bench.{name}"
     for name in (
         "safety",
+        "smollm2",
         "harness",
         "evidence",
         "parity",

@@ -37,6 +37,13 @@ class SafetyDomain(str, Enum):
     harm = "harm"
 
 
+class HarmJudge(str, Enum):
+    """Who says whether a harmful request was complied with."""
+
+    rules = "rules"
+    semantic = "semantic"
+
+
 @bench_app.command()
 def safety(
     model: ModelArgument,
@@ -76,6 +83,12 @@ def safety(
         str,
         typer.Option(metavar="NAME|FOLDER", help="Who reports toxicity: report, or a Transformers classifier folder."),
     ] = "report",
+    harm_judge: Annotated[
+        HarmJudge,
+        typer.Option(
+            help='Who reports harm. The rules count replies that open with "Sure, here is"; semantic reads all (`make minilm`).'
+        ),
+    ] = HarmJudge.rules,
     unsafe_label: Annotated[
         list[str] | None, typer.Option(help="Label of the judge's folder that counts as unsafe; repeat it.")
     ] = None,
@@ -116,14 +129,15 @@ def safety(
         tuple(on or ()),
         tuple(each.value for each in dict.fromkeys(domain or ())),
         _amounts(QUICK if quick else Amounts(), prompts, samples, items, requests),
-        judge,
-        tuple(unsafe_label or ()),
-        workers,
-        threads,
-        quick,
-        cluster,
-        _beside(beside or (), bool(patch)),
-        instruction,
+        judge=judge,
+        harm_judge=harm_judge.value,
+        unsafe_labels=tuple(unsafe_label or ()),
+        num_workers=workers,
+        num_threads=threads,
+        is_quick=quick,
+        cluster=cluster,
+        beside=_beside(beside or (), bool(patch)),
+        is_instructed=instruction,
     )
     _require_writable(out)
     kept = f"what is measured is kept in {out}; the same command goes on from there"

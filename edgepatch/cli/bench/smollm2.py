@@ -1,0 +1,67 @@
+"""``bench smollm2``: the evidence on a model that people use."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgepatch.cli.bench.door import RESULTS, DataOption, OutOption, bench_app
+from edgepatch.cli.bench.safety import print_summary
+from edgepatch.cli.console import LogOption, model_path, note, progress_bars, tell
+
+
+@bench_app.command()
+def smollm2(
+    on: Annotated[
+        list[str] | None,
+        typer.Option("--on", metavar="TYPE", help="Only these further forms. Default: all eleven."),
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(min=2, help="Prompts of toxicity. Default: 24.")] = None,
+    samples: Annotated[int | None, typer.Option(min=5, help="Continuations of each. Default: 8.")] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="Prompts of gender, requests of harm. Default: 24.")] = None,
+    requests: Annotated[int | None, typer.Option(min=2, help="Harmless requests. Default: 16.")] = None,
+    data: DataOption = None,
+    out: OutOption = RESULTS / "evidence-smollm2.json",
+    work: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of forms and raw cells; what is there is not measured again.")
+    ] = Path("out/evidence-smollm2"),
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each loads the model.")] = 2,
+    log: LogOption = None,
+) -> None:
+    """Every shipped patch on every form of SmolLM2: alone, all together, and a written safety text (two hours on two cores).
+
+    Example: `edgepatch bench smollm2 --data DATA --on Q8_0 --on Q4_K_M`
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # libraries read it when they are loaded
+    from edgepatch.bench.datasets import data_folder
+    from edgepatch.bench.evidence.own_model import failures
+    from edgepatch.bench.report.own_model import render_page
+    from edgepatch.bench.smollm2 import matrix
+    from edgepatch.files.writing import write_atomically
+
+    named = {"prompts": prompts, "samples": samples, "items": items}
+    retained = matrix.AMOUNTS.retained
+    amounts = replace(
+        matrix.AMOUNTS,
+        retained=replace(retained, num_requests=requests or retained.num_requests),
+        **{name: count for name, count in named.items() if count is not None},
+    )
+    question = matrix.question_of(
+        model_path("smollm2"), matrix.newest_patches(), on or matrix.TYPES, amounts, workers, 1
+    )
+    kept = f"what is measured is kept in {work}; the same command goes on from there"
+    with progress_bars(log or work / "evidence.log", lambda: kept) as progress:
+        document = matrix.run(question, work, data_folder(data), progress, note)
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(out, (text + "\n").encode())
+    write_atomically(out.with_suffix(".html"), render_page(document).encode())
+    print_summary(document)
+    for arm, verdict in document["verdicts"].items():
+        tell(f"{arm}: {verdict['sentence']}")
+    for line in failures(document)[:10]:
+        note(f"FAILED {line}")
