@@ -176,7 +176,11 @@ class _Cursor:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8")
+        """A name, or a value that is text; llama.cpp reads both only as far as a NUL, and would see another one than we do."""
+        text = self.take(self.number("Q")).decode("utf-8")
+        if "\0" in text:
+            raise ValueError(f"a NUL in the text {text[:40]!r}")
+        return text
 
     def value(self) -> Any:
         code = self._code()

@@ -1,6 +1,7 @@
-"""The security figures F1 to F11, measured: `edgepatch bench security`. One line a figure, a summary last; exit code 1 when one is missed.
+"""The security figures F1 to F18, measured: `edgepatch bench security`. One line a figure, a summary last; exit code 1 when one is missed.
 
-F4, F5 and F6 come from tests/attacks/store.py. F7 and F8 are tests, which run here.
+F4, F5 and F6 come from tests/attacks/store.py, F18 from tests/attacks/disagreements.py. F7, F8 and F12 to F17 are tests, which run here;
+what they count is in the tests.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import Annotated, Any
 import typer
 
 from attacks import fuzz, specimens
+from attacks.disagreements import tallies
 from edgepatch.errors import PatchFormatError, UntrustedError
 from edgepatch.patch.file import parse_patch, patch_bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).parent.parent.parent / "bench" / "results" / "security.json"
-FUZZED_INPUTS = 100_000
+FUZZED_INPUTS = COMPARED_FILES = 100_000
 VERIFY_MS, VERIFY_RATIO = 200, 3
 SMALL_PATCH_SHA256 = "6539edb633cb3fdef2eed6fae77bdef0c0c6b71460b0219a795d5886ea3b366a"
 """Of the small specimen's file, as the machine wrote it that this line comes from."""
@@ -224,6 +226,25 @@ def equal_bytes() -> Figure:
     return figure("F11", "same inputs, two machines: equal patches", measured, "byte-equal", equal == len(ENVIRONMENTS))
 
 
+def _tested(number: str, what: str, target: str, *arguments: str) -> Callable[[], Figure]:
+    return lambda: _tests(number, what, target, *(f"tests/{file}" for file in arguments))
+
+
+def disagreements() -> Figure:
+    """F18: damaged files of three formats, read by our parsers and by the libraries that they guard."""
+    rows = tallies(-(-COMPARED_FILES // 3))
+    inputs, differ = sum(row.inputs for row in rows), sum(row.disagreements for row in rows)
+    taken = ", ".join(f"{row.taken:,} {row.format}" for row in rows)
+    measured = f"{differ} of {inputs:,} damaged files; taken by our parsers: {taken}"
+    return figure(
+        "F18",
+        "files that we and the guarded library read differently",
+        measured,
+        f"0 of {COMPARED_FILES:,}",
+        not differ and inputs >= COMPARED_FILES,
+    )
+
+
 FIGURES: dict[str, Callable[[], Figure | list[Figure]]] = {
     "F1": flipped_bits,
     "F2": truncations,
@@ -234,6 +255,28 @@ FIGURES: dict[str, Callable[[], Figure | list[Figure]]] = {
     "F9": large_patch,
     "F10": coverage,
     "F11": equal_bytes,
+    "F12": _tested(
+        "F12",
+        "a library that dies, hangs or eats memory is an error with an exit code",
+        "100 % of load paths; 2,000 forged files",
+        "converters/test_first_contact.py",
+        "bench/test_forged_gguf.py",
+        "text/test_limits.py",
+    ),
+    "F13": _tested("F13", "entry points that run bare without the word", "0", "runtimes/test_active_patch.py"),
+    "F14": _tested(
+        "F14", "facts of identity, changed one at a time, refused or named", "100 %", "runtimes/test_identity.py"
+    ),
+    "F15": _tested(
+        "F15",
+        "hostile requests that delay, end or unpatch another client's reply",
+        "0",
+        "server/test_attacks.py",
+        "server/test_openapi.py",
+    ),
+    "F16": _tested("F16", "code or pickles of foreign folders run or read", "0", "files/test_pretrained.py"),
+    "F17": _tested("F17", "unsigned patches active on a device with a trust root", "0", "store"),
+    "F18": disagreements,
 }
 
 
