@@ -10,18 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgepatch.bench.checkout import ROOT
 from edgepatch.bench.evidence import own_model
 from edgepatch.bench.evidence.questions import Amounts, Question, Scope
 from edgepatch.bench.evidence.verdict import judge
 from edgepatch.bench.safety.retained import Sizes
-from edgepatch.errors import InputError
+from edgepatch.bench.smollm2.shipped import DOMAIN_OF
 from edgepatch.judges.semantic import SEMANTIC
 from edgepatch.progress import Progress, silent
-
-PATCHES = ROOT / "patches"
-DOMAIN_OF = {"detox": "toxicity", "fairness": "gender", "harm": "harm"}
-"""Name of a patch behind "smollm2-" -> the domain that it was made for."""
 
 TYPES = ("torch", "Q8_0", "Q4_K_M", "onnx-int8", "F16", "Q6_K", "Q4_0", "Q3_K_M", "Q2_K", "onnx-fp32", "onnx-int4")
 """Behind the file as published; those first that claims rest on."""
@@ -31,19 +26,6 @@ NUM_TOGETHER = 5
 
 AMOUNTS = Amounts(24, 8, 24, Sizes(6, 1, 16), 8, (128, 512, 1500), 32)
 """What two cores measure in two hours; intervals are wide."""
-
-
-def newest_patches(folder: Path = PATCHES) -> dict[str, Path]:
-    """Short name -> newest file of every shipped patch.
-
-    Raises:
-        InputError: none is there, because this is no checkout.
-    """
-    files = {name: sorted(folder.glob(f"smollm2-{name}-*.safetensors")) for name in DOMAIN_OF}
-    newest = {name: versions[-1] for name, versions in files.items() if versions}
-    if not newest:
-        raise InputError(f"no patch of SmolLM2 in {folder}", hint="run this from a source checkout")
-    return newest
 
 
 def question_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -191,6 +192,7 @@ def measured(results: Path, digest: str) -> dict[str, Any]:
             "measured_digest": measured_digest,
             "cells": document["cells"],
             "retention": document["retention"],
+            **({"source": source} if (source := _source(document)) else {}),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -201,3 +203,10 @@ def measured(results: Path, digest: str) -> dict[str, Any]:
             f"{results}: measured with the patch {measured_digest}, this one is {digest}", hint="measure this patch"
         )
     return kept
+
+
+def _source(document: Mapping[str, Any]) -> str:
+    """On how much of what a results document rests; "" where it does not say."""
+    counts = [str(row["num_items"]) for row in document["cells"] if row.get("num_items")]
+    data = document.get("settings", {}).get("data")
+    return f"{'/'.join(dict.fromkeys(counts))} items, {data}" if counts and data else ""

@@ -24,7 +24,10 @@ def demo(
             "--model", metavar="MODEL", parser=model_path, help="GGUF file of SmolLM2-135M-Instruct; default: smollm2."
         ),
     ] = None,
-    patch: Annotated[Path | None, typer.Option("--patch", "-p", help="Its patch; default: the one that ships.")] = None,
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option("--patch", "-p", help="Its patch; several act side by side. Default: those that ship."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Data folder (default: EDGEPATCH_DATA); without it our own prompts are used.")
     ] = None,
@@ -41,7 +44,7 @@ def demo(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure a shipped patch on a real model and every form of it, bare and patched, and let both answer one prompt.
+    """Measure shipped patches on a real model and forms of it, bare and patched, and let both answer the same prompts.
 
     With --lab: train a patch for the lab model and measure it on PyTorch, GGUF and ONNX.
 
@@ -55,23 +58,26 @@ def demo(
         _real_demo(out, model or model_path("smollm2"), patch, data, log, as_json)
 
 
-def _real_demo(out: Path, model: Path, patch: Path | None, data: Path | None, log: Path | None, as_json: bool) -> None:
+def _real_demo(
+    out: Path, model: Path, patches: list[Path] | None, data: Path | None, log: Path | None, as_json: bool
+) -> None:
     from edgepatch.bench.datasets import data_folder
-    from edgepatch.bench.demo.real import run_real_demo, shipped_patch
+    from edgepatch.bench.demo.real import run_real_demo, shipped_patches
     from edgepatch.cli.bench.safety import print_summary
 
-    patch = patch or shipped_patch()
-    note(
-        f"the patch is the shipped one, {patch.name}: to train it takes longer than a demo; patches/README.md has the command"
-    )
+    if not patches:
+        patches = shipped_patches()
+        names = ", ".join(path.name for path in patches)
+        note(f"shipped patches: {names}; to train them takes longer than a demo: patches/README.md has the commands")
     kept = f"what is measured is kept in {out}; the same command goes on from there"
     with progress_bars(log or out / "demo.log", lambda: kept) as progress:
-        document, answers = run_real_demo(model, patch, out, data_folder(data), progress, note)
+        document, answers = run_real_demo(model, patches, out, data_folder(data), progress, note)
     if as_json:
         print_json(document)
         return
     print_summary(document)
-    print_table(("bare", "patched"), [(answers.bare, answers.patched)], f"{answers.prompt} ...")
+    for answer in answers:
+        print_table(("bare", "patched"), [(answer.bare, answer.patched)], f"{answer.prompt} ...")
     print(f"results {out / 'results.json'}\nreport  {out / 'report.html'}")
 
 

@@ -39,6 +39,7 @@ METRICS = {
     "emt5": "Expected maximum toxicity of five continuations",
     "mean_toxicity": "Mean toxicity",
     "toxicity_probability": "Toxicity probability",
+    "score": "Score, lower is safer",
     "perplexity": "Perplexity of benign text",
     "retention": "Share of the gain kept",
     "margin_retention": "Share of the gain kept, by likelihood of held-out pairs",
@@ -134,8 +135,8 @@ def _model_index(patch: Patch) -> list[str]:
 
 
 def _figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float, str]]:
-    """(runtime and quantization, "patched" or "bare", field, value, interval) of everything that was measured."""
-    count = 0
+    """(runtime and quantization, "patched" or "bare", field, value, interval) of everything that was measured, once."""
+    seen = set[tuple[str, str, str]]()
     for key in ("cells", "retention"):
         rows = evaluation.get(key)
         for row in rows if isinstance(rows, Sequence) and not isinstance(rows, str) else ():
@@ -146,8 +147,8 @@ def _figures(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str, flo
             side = "bare" if key == "cells" and not row.get("patched") else "patched"
             for field in METRICS:
                 value = _number(row.get(field))
-                if value is not None and count < MAX_FIGURES:
-                    count += 1
+                if value is not None and len(seen) < MAX_FIGURES and (place, side, field) not in seen:
+                    seen.add((place, side, field))
                     yield place, side, field, value, _interval(row, field)
 
 
@@ -166,7 +167,7 @@ def measured_in_words(evaluation: Mapping[str, Any]) -> str:
             f"{METRICS[field].lower()} {bare:.3f} bare, {value:.3f} patched on {place}" for value in patched[:1]
         ]
     shares = [value for _, _, field, value, _ in figures if field == "retention"]
-    if shares:
+    if len(shares) > 1:  # one form alone is what the others would be told against
         phrases.append(f"{min(shares):.0%} to {max(shares):.0%} of the gain kept on {len(shares)} forms of the model")
     source = str(evaluation.get("source") or "prompts not told")[:MAX_SOURCE]
     return f"{'; '.join(phrases)} ({source})" if phrases else NOT_EVALUATED

@@ -13,6 +13,7 @@ from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.retained import Sizes, benign_texts
 from edgepatch.bench.safety.toxicity import ToxicityDomain
+from edgepatch.bench.smollm2.shipped import newest_patches
 from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
@@ -93,15 +94,16 @@ def test_the_demo_of_the_real_model_measures_answers_twice_and_writes_a_page(tmp
     monkeypatch.setattr(real, "TYPES", ())
     model, patch = tmp_path / "lab.gguf", LAB_FOLDER / "lab-detox-0.2.0.safetensors"
     writer.convert_folder(LAB_FOLDER / "base", model, "F16")
-    document, answers = real.run_real_demo(model, patch, tmp_path / "out", tell=lambda line: None)
+    document, answers = real.run_real_demo(model, [patch], tmp_path / "out", tell=lambda line: None)
     assert {row["column"] for row in document["cells"]} == {"llamacpp F16"}
-    assert answers.bare and answers.patched and answers.bare != answers.patched
+    assert {row["domain"] for row in document["cells"]} == {"toxicity", "gender"}
+    assert len(answers) == 2 and all(answer.bare and answer.patched for answer in answers)
+    assert any(answer.bare != answer.patched for answer in answers)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["patch"]["name"] == "lab-detox"
     assert (tmp_path / "out" / "report.html").read_text().lower().startswith("<!doctype html>")
 
 
-def test_a_real_demo_without_a_shipped_patch_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(real, "PATCHES", tmp_path)
-    with pytest.raises(InputError, match="smollm2-detox") as caught:
-        real.shipped_patch()
+def test_a_real_demo_without_a_shipped_patch_says_what_to_do(tmp_path):
+    with pytest.raises(InputError, match="no patch of SmolLM2") as caught:
+        newest_patches(tmp_path)
     assert "--patch" in caught.value.hint

@@ -10,6 +10,7 @@ from edgepatch.bench.columns import TORCH, Column
 from edgepatch.bench.evidence.cells import EvidenceConfig
 from edgepatch.bench.evidence.questions import Amounts, Question, Scope, plan_model
 from edgepatch.bench.smollm2 import matrix
+from edgepatch.bench.smollm2.shipped import newest_patches
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
 
@@ -61,11 +62,11 @@ def test_each_patch_has_a_verdict_of_its_own():
 def test_the_shipped_patches_are_taken_in_their_newest_version(tmp_path):
     for name in ("detox-0.1.0", "detox-0.2.0", "harm-0.1.0", "other-0.1.0"):
         (tmp_path / f"smollm2-{name}.safetensors").touch()
-    assert {name: path.stem for name, path in matrix.newest_patches(tmp_path).items()} == {
+    assert {name: path.stem for name, path in newest_patches(tmp_path).items()} == {
         "detox": "smollm2-detox-0.2.0",
         "harm": "smollm2-harm-0.1.0",
     }
     with pytest.raises(InputError, match="no patch"):
-        matrix.newest_patches(tmp_path / "empty")
-    for name, path in matrix.newest_patches().items():
+        newest_patches(tmp_path / "empty")
+    for name, path in newest_patches().items():
         assert read_patch(path).name == f"smollm2-{name}"

@@ -42,6 +42,7 @@ def smollm2(
     from edgepatch.bench.evidence.own_model import failures
     from edgepatch.bench.report.own_model import render_page
     from edgepatch.bench.smollm2 import matrix
+    from edgepatch.bench.smollm2.shipped import newest_patches
     from edgepatch.files.writing import write_atomically
 
     named = {"prompts": prompts, "samples": samples, "items": items}
@@ -51,9 +52,7 @@ def smollm2(
         retained=replace(retained, num_requests=requests or retained.num_requests),
         **{name: count for name, count in named.items() if count is not None},
     )
-    question = matrix.question_of(
-        model_path("smollm2"), matrix.newest_patches(), on or matrix.TYPES, amounts, workers, 1
-    )
+    question = matrix.question_of(model_path("smollm2"), newest_patches(), on or matrix.TYPES, amounts, workers, 1)
     kept = f"what is measured is kept in {work}; the same command goes on from there"
     with progress_bars(log or work / "evidence.log", lambda: kept) as progress:
         document = matrix.run(question, work, data_folder(data), progress, note)
