@@ -26,8 +26,8 @@ minilm: $(STAMP) ## bring the sentence embeddings of the semantic judges, all-Mi
 	@$(BIN)/python -c 'from edgepatch.known_models import find; print(find("minilm"))'
 
 test: $(STAMP) ## run the tests, on every core
-	@# The models are so small that threads only wait for each other.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	@# The models are so small that threads only wait for each other. Compiled modules are kept, for the processes that tests start.
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ from edgepatch.errors import InputError
 from edgepatch.judges.embeddings import SentenceEmbedder
 from edgepatch.patch.file import Patch
 from edgepatch.tensors import SoftPrompt
+from kit import artefacts as artefacts_kit
+from kit.artefacts import Artefacts, Lazy, gguf_files
 from kit.real_model import smollm2_file
 
 TEXT = [
@@ -20,6 +22,16 @@ TEXT = [
     "Patching a model should be as simple as patching software: verify, apply, roll back.",
     "<b>Numbers</b> 1234, accents é à ü, and emoji 🙂 must survive the round trip.",
 ]
+
+
+LONGEST = ("test_docs.py",)
+"""Files that take longest. They start first, so that no worker has one left when all others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    root = Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(root).as_posix(), len(order)))
 
 
 # A suite started in the background inherits an ignored SIGINT, and so would the processes that tests interrupt.
@@ -44,14 +56,23 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
+    """What all workers of this run share."""
+    return artefacts_kit.of_this_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(artefacts: Artefacts) -> Path:
     """A random Llama (2 layers, D 256, GQA 4/2, H 64, V 512) with tokenizer and chat template, in float32."""
+    return artefacts.path("tiny", _make_tiny_folder)
+
+
+def _make_tiny_folder(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from edgepatch.bench.lab.tokenizer import train_tokenizer
 
-    folder = tmp_path_factory.mktemp("tiny")
     tokenizer = train_tokenizer(TEXT * 3, context_length=512, vocab_size=512)
     torch.manual_seed(11)
     config = LlamaConfig(
@@ -76,7 +97,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_ggufs(artefacts: Artefacts, tiny_folder: Path) -> Lazy:
+    """Type -> GGUF file of the tiny model."""
+    return gguf_files(artefacts, "tiny", tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def lab_ggufs(artefacts: Artefacts) -> Lazy:
+    """Type -> GGUF file of the lab model."""
+    from edgepatch.bench.lab import LAB_FOLDER
+
+    return gguf_files(artefacts, "lab", LAB_FOLDER / "base")
 
 
 @pytest.fixture(scope="session")
@@ -115,15 +149,14 @@ def oracle(tiny_folder: Path):  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope="session")
-def onnx_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def onnx_folders(artefacts: Artefacts, tiny_folder: Path) -> Lazy:
     """Precision -> ONNX folder of the tiny model, by onnxruntime-genai's builder."""
     from edgepatch.converters.onnx import conversion as onnx
 
-    root = tmp_path_factory.mktemp("onnx")
-    for precision in onnx.QUANTIZATIONS:
-        onnx.export(tiny_folder, root / precision, precision)
-    assert sorted(p.name for p in root.iterdir()) == sorted(onnx.QUANTIZATIONS), "nothing is left beside them"
-    return {precision: root / precision for precision in onnx.QUANTIZATIONS}
+    def make(precision: str) -> Path:
+        return artefacts.path(f"tiny-onnx/{precision}", lambda path: onnx.export(tiny_folder, path, precision))
+
+    return Lazy(tuple(onnx.QUANTIZATIONS), make)
 
 
 @pytest.fixture(scope="session")

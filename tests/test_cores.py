@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from edgepatch import cores, defaults
-from edgepatch.converters.gguf import writer
 from edgepatch.cores import Allowance, CoreWatch, Snapshot, choose_threads
 from edgepatch.runtimes import load_runtime
 
@@ -156,13 +155,12 @@ def test_a_watch_waits_for_the_rest_of_its_window_alone(monkeypatch, age_s, wait
     assert waits == [pytest.approx(wait_s)]
 
 
-def test_runtimes_take_the_choice_unless_they_are_told(tiny_folder, onnx_folders, tmp_path, monkeypatch):
-    writer.convert_folder(tiny_folder, tmp_path / "m.gguf", "F16")
+def test_runtimes_take_the_choice_unless_they_are_told(tiny_folder, tiny_ggufs, onnx_folders, monkeypatch):
     for limit in ("1", "3"):
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
         monkeypatch.setattr(cores, "read_allowance", lambda limit=limit: Allowance(FOUR, limit=int(limit)))
         monkeypatch.setattr(cores, "read_snapshot", iter([Snapshot(), after([1, 0, 0, 0])] * 2).__next__)
-        with load_runtime(tmp_path / "m.gguf", None, context_length=64) as runtime:
+        with load_runtime(tiny_ggufs["F16"], None, context_length=64) as runtime:
             assert (
                 runtime.num_threads
                 == runtime.backend.model.lib.llama_n_threads(runtime.backend.context.handle)
@@ -170,7 +168,7 @@ def test_runtimes_take_the_choice_unless_they_are_told(tiny_folder, onnx_folders
             )
         with load_runtime(onnx_folders["fp32"], None) as runtime:
             assert runtime.num_threads == int(limit)
-    with load_runtime(tmp_path / "m.gguf", None, context_length=64, num_threads=2) as runtime:
+    with load_runtime(tiny_ggufs["F16"], None, context_length=64, num_threads=2) as runtime:
         assert runtime.num_threads == 2
     with load_runtime(tiny_folder, None) as runtime:
         assert runtime.num_threads is None, "PyTorch's own number"

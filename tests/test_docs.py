@@ -12,16 +12,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from kit.forks import Fork, on_the_path
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 MARKER = "<!-- test -->"
 FENCE = re.compile(rf"{MARKER}\n+```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TIMEOUT_S = 600
+PROGRAMS = "own-programs"
+STRICT = "import warnings\nwarnings.filterwarnings('error', category=DeprecationWarning, module='__main__')\n"
 # A broken marker must not make this file pass on nothing.
 MIN_BLOCKS = 24
 MAX_DOCUMENTS, MAX_README_WORDS = 10, 600
@@ -75,20 +80,34 @@ def require_lines(lines: list[str], output: str) -> None:
         rest = rest[at + 1 :] if line.strip() != "..." else rest
 
 
-def run(command: list[str], folder: Path) -> str:
-    """Output of a command that must succeed; ``edgepatch`` and ``python`` are those of this environment."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {
+def environment(folder: Path) -> dict[str, str]:
+    """Of a reader who has named no store; ``edgepatch`` and ``python`` are those of this environment."""
+    paths = [str(folder / PROGRAMS), str(Path(sys.executable).parent), os.environ["PATH"]]
+    variables = {
         **os.environ,
-        "PATH": path,
+        "PATH": os.pathsep.join(paths),
         "NO_COLOR": "1",
         "COLUMNS": "120",
         "XDG_DATA_HOME": str(folder / "own-data"),
     }
-    del environment["EDGEPATCH_STORE"]  # a reader of the documents has named none
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert done.returncode == 0, f"exit code {done.returncode}: {command[-1]}\n{done.stdout}{done.stderr}"
+    del variables["EDGEPATCH_STORE"]
+    return variables
+
+
+def run(script: str, folder: Path) -> str:
+    """Output of commands that must succeed."""
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    options = {"cwd": folder, "env": environment(folder), "text": True, "timeout": TIMEOUT_S}
+    done = subprocess.run(command, capture_output=True, **options)
+    assert done.returncode == 0, f"exit code {done.returncode}: {script}\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
+
+
+def run_python(text: str, folder: Path) -> None:
+    """A program that must end without an exception and use nothing deprecated."""
+    with Fork(before=STRICT, program=text, env=environment(folder), folder=folder) as process:
+        output, errors = process.communicate(TIMEOUT_S)
+    assert process.returncode == 0, f"{text}\n{output}{errors}"
 
 
 def execute(block: Block, folder: Path) -> None:
@@ -97,21 +116,22 @@ def execute(block: Block, folder: Path) -> None:
         steps = commands(block.text)
         assert steps, "a console block without a command"
         for command, lines in steps:
-            require_lines(lines, run(["bash", "-euo", "pipefail", "-c", command], folder))
+            require_lines(lines, run(command, folder))
     elif block.language in ("bash", "sh"):
-        run(["bash", "-euo", "pipefail", "-c", block.text], folder)
+        run(block.text, folder)
     else:
         assert block.language == "python", f"cannot execute {block.language} blocks"
-        run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block.text], folder)
+        run_python(block.text, folder)
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Path:
+def workspace(tmp_path: Path) -> Iterator[Path]:
     """A folder in which the commands of a document find the checkout's files, and may write."""
     for entry in ROOT.iterdir():
         if entry.name not in (".git", "out"):
             (tmp_path / entry.name).symlink_to(entry)
-    return tmp_path
+    with on_the_path(tmp_path / PROGRAMS):
+        yield tmp_path
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: path.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from edgepatch.patch.file import read_patch
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.pairs.preferences import Pair, write_pairs
 from edgepatch.training.patching import PatchTraining
+from kit.forks import Fork
 
 BENIGN = [
     "The quick brown fox jumps over the lazy dog.",
@@ -102,15 +104,10 @@ def test_a_signal_in_a_callback_of_c_is_not_lost():
 # Verbs, in processes of their own.
 
 
-def started(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "edgepatch.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
 def stopped_at(line: str, log: Path, number: signal.Signals, *arguments: object) -> tuple[int, str]:
     """(exit code, last line of stderr) of a verb that gets a signal as soon as its log holds a line."""
     size = log.stat().st_size if log.exists() else 0
-    with started(*arguments) as process:
+    with Fork(*arguments) as process:
         while not (log.exists() and line in log.read_text()[size:]):
             assert process.poll() is None, process.communicate()
             time.sleep(0.002)
@@ -136,23 +133,23 @@ def training(tiny_folder, tmp_path) -> list[object]:
     """Arguments of a training of seconds."""
     write_pairs(PAIRS, tmp_path / "pairs.jsonl")
     (tmp_path / "benign.txt").write_text("\n".join(BENIGN))
-    sizes = ["--num-virtual-tokens", 4, "--batch-size", 4, "--sft-steps", 30, "--dpo-steps", 30, "--pinned"]
+    sizes = ["--num-virtual-tokens", 4, "--batch-size", 4, "--sft-steps", 15, "--dpo-steps", 15, "--pinned"]
     return ["train", tiny_folder, "--pairs", tmp_path / "pairs.jsonl", "--benign", tmp_path / "benign.txt", *sizes]
 
 
 def test_a_training_that_is_stopped_again_and_again_gives_the_same_patch(training, tiny_folder, tmp_path):
     out, run = tmp_path / "p.safetensors", tmp_path / "run"
     log, command = run / "train.log", [*training, "-o", out, "--run", run]
-    for line, number in ((" SFT 0/30 ", signal.SIGTERM), (" DPO ", signal.SIGHUP)):
+    for line, number in ((" SFT 0/15 ", signal.SIGTERM), (" DPO ", signal.SIGHUP)):
         code, last = stopped_at(line, log, number, *command)
         assert code == 128 + number and not out.exists()
         assert re.fullmatch(
             rf"interrupted at .+ \d+/\d+: what is trained is kept in {run}; the same command goes .*", last
         )
         assert log.read_text().splitlines()[-1].split(" ", 1)[1].startswith(last) and not leftovers(tmp_path)
-    with started(*command) as process:
+    with Fork(*command) as process:
         assert process.wait(timeout=300) == 0, process.communicate()
-    config = TrainConfig(num_virtual_tokens=4, batch_size=4, sft_steps=30, dpo_steps=30, block=0, turns=False)
+    config = TrainConfig(num_virtual_tokens=4, batch_size=4, sft_steps=15, dpo_steps=15, block=0, turns=False)
     whole = PatchTraining(tiny_folder, config).soft_prompt(PAIRS, BENIGN, "patch")
     assert np.array_equal(read_patch(out).soft_prompt.embeddings, whole.soft_prompt.embeddings)
 
@@ -183,7 +180,9 @@ def test_a_demo_that_is_stopped_says_what_stays(tmp_path):
 def test_a_background_job_is_not_ended_by_ctrl_c_in_front(training, tmp_path):
     """A shell starts it with SIGINT ignored; it stays so, and SIGTERM ends it."""
     log, out = tmp_path / "p.safetensors.log", tmp_path / "p.safetensors"
-    with started(*training, "-o", out, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as process:
+    command = [sys.executable, "-m", "edgepatch.cli", *map(str, training), "-o", str(out)]
+    ignoring = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=ignoring) as process:
         while not log.exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)

@@ -24,6 +24,7 @@ from attacks import fuzz, specimens
 from attacks.disagreements import tallies
 from edgepatch.errors import PatchFormatError, UntrustedError
 from edgepatch.patch.file import parse_patch, patch_bytes
+from kit.amounts import EXAMPLES_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).parent.parent.parent / "bench" / "results" / "security.json"
@@ -115,7 +116,7 @@ def _tests(number: str, what: str, target: str, *arguments: str) -> Figure:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "EDGEPATCH_CONVERSATIONS": "1"},
+        env={**os.environ, EXAMPLES_VARIABLE: "all"},
     )
     last = (done.stdout.strip().splitlines() or ["nothing ran"])[-1]
     measured = f"{last} ({time.monotonic() - started:.0f} s)"

@@ -201,12 +201,12 @@ class Case:
 _NOW = datetime.now(timezone.utc)
 
 
-def injected_kills(folder: Path, verbs: Iterable[str] = VERBS) -> tuple[int, list[str]]:
-    """(injection points, what went wrong) of ends of the process at every step of some verbs, writes torn or not."""
+def injected_kills(folder: Path, verbs: Iterable[str] = VERBS, every: int = 1) -> tuple[int, list[str]]:
+    """(injection points, what went wrong) of ends of the process at each, or one of so many, steps of verbs, writes torn or not."""
     source, points, wrong = _source(folder), 0, []
     for verb in verbs:
         case = Case(verb, source, folder / f"kill {verb}")
-        for at, step in enumerate(case.steps):
+        for at, step in [*enumerate(case.steps)][::every]:
             for share in (0.0, 0.5, 1.0) if step == "write" else (0.0,):
                 points += 1
                 fault = case.kill(at, share)
@@ -215,13 +215,13 @@ def injected_kills(folder: Path, verbs: Iterable[str] = VERBS) -> tuple[int, lis
 
 
 def injected_errors(
-    folder: Path, verbs: Iterable[str] = VERBS, errors: Iterable[int] = DISK_ERRORS
+    folder: Path, verbs: Iterable[str] = VERBS, errors: Iterable[int] = DISK_ERRORS, every: int = 1
 ) -> tuple[int, list[str]]:
-    """(injection points, what went wrong) of errors of the disk at every step of some verbs."""
+    """(injection points, what went wrong) of errors of the disk at each, or one of so many, steps of verbs."""
     source, points, wrong = _source(folder), 0, []
     for verb in verbs:
         case = Case(verb, source, folder / f"error {verb}")
-        for at in range(len(case.steps)):
+        for at in range(0, len(case.steps), every):
             for error in errors:
                 points += 1
                 fault = case.refuse(at, error, 0.5 if error == errno.ENOSPC else 0.0)

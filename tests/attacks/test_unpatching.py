@@ -7,7 +7,6 @@ the bare model: had both lost the seed, they would agree with that.
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +25,10 @@ from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import KVSeed, SoftPrompt
 from kit import tiny_gguf
+from kit.amounts import examples
 
 SEQUENCES = 3
-SHARE = float(os.environ.get("EDGEPATCH_CONVERSATIONS", "0.2"))
+SHARE = examples(1, 10) / 10
 """Of the 10,000 conversations; all of them are held by ``edgepatch bench security --only F7``."""
 
 MOVING = Anchoring(12, (7, 70, 77, 170, 177))

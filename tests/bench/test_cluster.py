@@ -16,7 +16,7 @@ from edgepatch.bench.evidence.forms import given_column
 from edgepatch.bench.evidence.measuring import Workplace, due
 from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety.continuations import SampleConfig
-from edgepatch.converters.gguf import writer
+from kit.artefacts import Lazy
 
 ray = pytest.importorskip("ray")
 
@@ -35,9 +35,8 @@ def kill_a_worker(killed: list[int], deadline: float) -> None:
         time.sleep(0.02)
 
 
-def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path):
-    model = tmp_path / "lab-F16.gguf"
-    writer.convert_folder(LAB_FOLDER / "base", model, "F16")
+def test_a_worker_that_is_killed_costs_nothing(lab_ggufs: Lazy, tmp_path: Path):
+    model = lab_ggufs["F16"]
     column = given_column(model, "llamacpp", "F16")
     config = EvidenceConfig(
         items={"toxicity": (2, 2, 2), "gender": (2, 2, 2)},

@@ -14,7 +14,6 @@ from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.bench.safety.retained import Sizes, benign_texts
 from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.bench.smollm2.shipped import newest_patches
-from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
 from edgepatch.prompts.sets import evenly
@@ -88,12 +87,11 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
         demo.run_demo(blocked / "out", config=SMALL)
 
 
-def test_the_demo_of_the_real_model_measures_answers_twice_and_writes_a_page(tmp_path, monkeypatch):
+def test_the_demo_of_the_real_model_measures_answers_twice_and_writes_a_page(lab_ggufs, tmp_path, monkeypatch):
     """On the lab model as a GGUF file, at small sizes; only the model, the forms and the sizes differ from ``make demo``."""
     monkeypatch.setattr(real, "AMOUNTS", Amounts(2, 5, 2, Sizes(2, 1, 0), 0, (), 4))
     monkeypatch.setattr(real, "TYPES", ())
-    model, patch = tmp_path / "lab.gguf", LAB_FOLDER / "lab-detox-0.2.0.safetensors"
-    writer.convert_folder(LAB_FOLDER / "base", model, "F16")
+    model, patch = lab_ggufs["F16"], LAB_FOLDER / "lab-detox-0.2.0.safetensors"
     document, answers = real.run_real_demo(model, [patch], tmp_path / "out", tell=lambda line: None)
     assert {row["column"] for row in document["cells"]} == {"llamacpp F16"}
     assert {row["domain"] for row in document["cells"]} == {"toxicity", "gender"}

@@ -314,13 +314,11 @@ def test_raw_files_are_whole(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    from edgepatch.converters.gguf import writer
-
+def place(lab_ggufs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evidence")
     base = folder / "bases" / "base"
     shutil.copytree(LAB_FOLDER / "base", TORCH.path(base))
-    writer.convert_folder(LAB_FOLDER / "base", base / "F16.gguf", "F16")
+    shutil.copy(lab_ggufs["F16"], base / "F16.gguf")
     arm = folder / "arms" / "toxicity" / "patch-1"
     arm.mkdir(parents=True)
     shutil.copy(PATCH, arm / "patch.safetensors")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from edgepatch.bench.harness.comparison import OWN_TASKS, HarnessConfig, compare, count_flips
-from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.peft import adapters as peft
 from edgepatch.errors import InputError
@@ -119,13 +118,12 @@ def test_the_patch_moves_the_scores(tiny_folder, tiny_patch):
         assert model.max_length == 512, "the patch's positions are free again"
 
 
-def test_gguf_scores_as_torch_does(tiny_folder, tiny_patch, tmp_path):
+def test_gguf_scores_as_torch_does(tiny_folder, tiny_ggufs, tiny_patch):
     from edgepatch.bench.harness.model import RuntimeModel
 
-    writer.convert_folder(tiny_folder, tmp_path / "F32.gguf", "F32")
     options = {"kv_type": "f32", "flash_attention": False, "num_threads": 1, "context_length": 512}
     scores = []
-    for model, chosen in ((tmp_path / "F32.gguf", options), (tiny_folder, {})):
+    for model, chosen in ((tiny_ggufs["F32"], options), (tiny_folder, {})):
         with load_runtime(model, tiny_patch, **chosen) as runtime:
             wrapped = RuntimeModel(runtime)
             likelihoods = wrapped.loglikelihood(instances("loglikelihood", PAIRS))

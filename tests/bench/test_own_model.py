@@ -19,18 +19,16 @@ from edgepatch.bench.evidence.verdict import judge
 from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety.margins import MarginPair, continuation_pairs
 from edgepatch.bench.safety.probes import Place
-from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError
+from kit.artefacts import Lazy
 
 PATCH = LAB_FOLDER / "lab-detox-0.1.0.safetensors"
 SIZES = ["--quick", "--prompts", "3", "--samples", "5", "--items", "2", "--requests", "2", "--workers", "1"]
 
 
 @pytest.fixture(scope="module")
-def lab_f16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("own") / "lab-F16.gguf"
-    writer.convert_folder(LAB_FOLDER / "base", path, "F16")
-    return path
+def lab_f16(lab_ggufs: Lazy) -> Path:
+    return lab_ggufs["F16"]
 
 
 @pytest.fixture

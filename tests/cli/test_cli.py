@@ -58,12 +58,8 @@ def patch_file(tiny_patch, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gguf_file(tiny_folder, tmp_path_factory) -> Path:
-    from edgepatch.converters.gguf import writer as gguf_writer
-
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    gguf_writer.convert_folder(tiny_folder, path, "F16")
-    return path
+def gguf_file(tiny_ggufs) -> Path:
+    return tiny_ggufs["F16"]
 
 
 def verbs(command=None, path=()) -> list[tuple[str, ...]]:
@@ -258,13 +254,10 @@ def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
 MAX_FRAMES = 6
 
 
-def test_chat_is_a_few_frames_away_from_the_library(run, tmp_path, monkeypatch):
+def test_chat_is_a_few_frames_away_from_the_library(run, lab_ggufs, monkeypatch):
     """From the verb that prints a reply down to ``llama_decode``, every frame of ours is one more place to look."""
     import llama_cpp
 
-    from edgepatch.converters.gguf import writer
-
-    writer.convert_folder(LAB_BASE, tmp_path / "lab.gguf", "F16")
     decode, stacks = llama_cpp.llama_decode, []
 
     def recorded(*arguments):
@@ -278,7 +271,7 @@ def test_chat_is_a_few_frames_away_from_the_library(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(llama_cpp, "llama_decode", recorded)
     arguments = ("--bare", "--threads", "1", "--prompt", "Hello", "--max-new-tokens", "3", "--rng-seed", "1")
-    assert run("chat", tmp_path / "lab.gguf", *arguments)[0] == 0
+    assert run("chat", lab_ggufs["F16"], *arguments)[0] == 0
     replies = [frames for frames in stacks if "stream" in frames]
     assert len(replies) == 3, "the prompt, and a token behind each of the first two"
     assert max(map(len, replies)) <= MAX_FRAMES, replies

@@ -9,7 +9,6 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from edgepatch.cli import main
-from edgepatch.converters.gguf import writer
 from edgepatch.errors import MissingExtraError
 from edgepatch.patch.file import write_patch
 from edgepatch.text.tokenizers import FolderTokenizer
@@ -39,10 +38,8 @@ def refused(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model_file(tiny_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
-    return path
+def model_file(tiny_ggufs):
+    return tiny_ggufs["F32"]
 
 
 def pairs_file(folder, count):

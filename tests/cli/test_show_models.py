@@ -19,7 +19,6 @@ from test_layout import MODEL_LIBRARIES
 
 from edgepatch import cli
 from edgepatch.converters.gguf import library, types
-from edgepatch.converters.gguf import writer as gguf_writer
 from edgepatch.converters.hf import folders
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.inspection.facts import ModelFacts
@@ -65,14 +64,8 @@ def shown_json(answer: tuple[int, str, str]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def gguf_files(tiny_folder, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("gguf")
-    files = {name: folder / f"tiny-{name}.gguf" for name in TYPES}
-    gguf_writer.convert_folder(tiny_folder, files["F32"], "F32")
-    gguf_writer.convert_folder(tiny_folder, files["F16"], "F16")
-    for name in TYPES[2:]:
-        gguf_writer.quantize(files["F32"], files[name], name)
-    return files
+def gguf_files(tiny_ggufs) -> dict[str, Path]:
+    return {name: tiny_ggufs[name] for name in TYPES}
 
 
 def by_type(facts: ModelFacts) -> dict[str, tuple[int, int]]:

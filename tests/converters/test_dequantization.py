@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -30,6 +29,7 @@ from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
 from edgepatch.patch.sketches import compare
 from kit import tiny_gguf
+from kit.forks import Fork
 from kit.llamacpp_oracle import logits_of
 from kit.real_model import smollm2_file
 from kit.tiny_folders import make_folder
@@ -317,8 +317,7 @@ def test_the_needed_space_is_told_rightly(full, tmp_path, monkeypatch):
     assert written <= counted[0] <= 1.5 * written
 
 
-CHILD = "import sys; from edgepatch import cli; sys.argv[0] = 'edgepatch'; cli.main()"
-LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000));" + CHILD
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
 
 
 @pytest.mark.parametrize("options", [["--to", "transformers"], ["--to", "onnx"], ["--type", "Q8_0"]])
@@ -326,9 +325,10 @@ def test_a_disk_that_fills_up_leaves_nothing(full, options, tmp_path):
     """Files may not grow past a megabyte, so writing fails in the middle of the weights."""
     command = ["convert", "base", quantized(full, "Q4_1"), tmp_path / "out" / "new", *options]
     (tmp_path / "out").mkdir()
-    done = subprocess.run([sys.executable, "-c", LIMITED, *map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "cannot write" in done.stderr and "Traceback" not in done.stderr
+    with Fork(*command, before=LIMITED) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 2, errors
+    assert "cannot write" in errors and "Traceback" not in errors
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["new.log"]
 
 
@@ -343,7 +343,7 @@ STAGES = {
 SLOW = """
 import os, sys, time
 from importlib import import_module
-module, _, name = sys.argv.pop(1).rpartition(".")
+module, _, name = os.environ["STAGE"].rpartition(".")
 module = import_module(module)
 whole = getattr(module, name)
 
@@ -375,19 +375,13 @@ def test_ctrl_c_at_any_stage_leaves_nothing(full, stage, options, tmp_path):
     command = ["convert", "base", quantized(full, "Q4_1"), tmp_path / "out" / "new", *options]
     (tmp_path / "out").mkdir()
     (tmp_path / "tmp").mkdir()
-    child = subprocess.Popen(
-        [sys.executable, "-c", SLOW + CHILD, STAGES[stage], *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "REACHED": str(tmp_path / "reached")},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    while not (tmp_path / "reached").exists():
-        assert child.poll() is None, child.communicate()
-        time.sleep(0.02)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
+    environment = {"TMPDIR": str(tmp_path / "tmp"), "STAGE": STAGES[stage], "REACHED": str(tmp_path / "reached")}
+    with Fork(*command, before=SLOW, env={**os.environ, **environment}) as child:
+        while not (tmp_path / "reached").exists():
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert "Traceback" not in err
     assert {file.name for file in (tmp_path / "out").iterdir()} <= {"new.log"}  # which says what became of it

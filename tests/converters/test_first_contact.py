@@ -20,7 +20,6 @@ from test_layout import modules
 
 import edgepatch
 from edgepatch.converters import first_contact, machine_identity
-from edgepatch.converters.gguf import writer
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.errors import InactivePatchError, InputError, UnfitModelError
 from edgepatch.patch.file import Patch, write_patch
@@ -31,6 +30,7 @@ from edgepatch.runtimes.llamacpp.proof import prove_model
 from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.runtimes.session import Session
 from kit import tiny_gguf
+from kit.artefacts import Lazy
 
 DYING = Path(__file__).parent.parent / "dying_llama"
 SETTINGS = ContextSettings(256, 2, "f16", True, 1)
@@ -38,10 +38,8 @@ API = "import edgepatch, sys; edgepatch.load(sys.argv[1], None, num_threads=1).g
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path)
-    return path
+def model(tiny_ggufs: Lazy) -> Path:
+    return tiny_ggufs["F16"]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from edgepatch.converters.onnx.weights import sketch_of_onnx
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
 from edgepatch.patch import sketches
 from edgepatch.patch.sketches import Sketch
+from kit.artefacts import Lazy
 from kit.tiny_folders import make_folder
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q4_1", "Q5_0", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ3_S", "TQ1_0")
@@ -29,17 +30,13 @@ def sketch(tiny_folder: Path) -> Sketch:
 
 
 @pytest.fixture(scope="module")
-def half(tiny_folder: Path, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("gguf") / "F16.gguf"
-    writer.convert_folder(tiny_folder, path)
-    return path
+def half(tiny_ggufs: Lazy) -> Path:
+    return tiny_ggufs["F16"]
 
 
 @pytest.fixture(scope="module")
-def four_bits(half: Path) -> Path:
-    path = half.with_name("four.gguf")
-    writer.quantize(half, path, "Q4_K_M", 1)
-    return path
+def four_bits(tiny_ggufs: Lazy) -> Path:
+    return tiny_ggufs["Q4_K_M"]
 
 
 def quantized(folder: Path, target: Path, kind: str) -> Path:
@@ -101,18 +98,27 @@ def test_onnx_folders_are_the_base(sketch: Sketch, onnx_folders: dict[str, Path]
         assert sketches.compare(sketch, sketch_of_onnx(folder, sketch), precision).distance == 0
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M", "Q4_0", "Q2_K"])
-@pytest.mark.parametrize(
-    ("change", "where"),
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         (fine_tunes.other_layer(1), {"blk.1"}),
         (fine_tunes.shuffled, {"blk.0", "blk.1", "token_embd", "output"}),
         (fine_tunes.noisy(0.05), {"blk.0", "blk.1", "token_embd", "output"}),
     ],
     ids=["one layer replaced", "another seed", "noise of 5 %"],
 )
-def test_another_model_under_the_same_norms_is_refused(kind, change, where, sketch, tiny_folder, tmp_path):
-    path = quantized(changed(tiny_folder, tmp_path, change), tmp_path, kind)
+def fine_tune(request, tiny_folder: Path, tmp_path_factory) -> tuple[Path, set[str]]:
+    """(F16 file of a changed model, where it was changed)."""
+    change, where = request.param
+    folder = tmp_path_factory.mktemp("fine_tune")
+    writer.convert_folder(changed(tiny_folder, folder, change), folder / "F16.gguf")
+    return folder / "F16.gguf", where
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M", "Q4_0", "Q2_K"])
+def test_another_model_under_the_same_norms_is_refused(kind, fine_tune, sketch, tiny_folder, tmp_path):
+    (half, where), path = fine_tune, tmp_path / f"{kind}.gguf"
+    writer.quantize(half, path, kind, 1)
     assert specs.read_spec(path) == folders.read_spec(tiny_folder), "the norm vectors cannot tell"
     actual = weight_sketches.sketch_of_gguf(path, sketch)
     with pytest.raises(MismatchError, match=f"rounded to {kind}.* of 576 sampled weights"):

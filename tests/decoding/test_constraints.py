@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgepatch.converters.gguf import writer
 from edgepatch.decoding.constraints import MAX_DEFINITION, Constraint, ConstraintEngine
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InputError
@@ -56,11 +55,10 @@ def test_a_schema_holds_in_every_draw(runtime):
     assert not any(text.lstrip().startswith("{") for text in free), "without the constraint the model writes no JSON"
 
 
-def test_llama_cpp_keeps_to_the_same_constraints(tiny_folder, tiny_patch, runtime, tmp_path):
+def test_llama_cpp_keeps_to_the_same_constraints(tiny_ggufs, tiny_patch, runtime):
     """Token for token what PyTorch draws: the mask comes from the library's own vocabulary."""
-    writer.convert_folder(tiny_folder, tmp_path / "m.gguf", "F32")
     options = {"kv_type": "f32", "flash_attention": False, "num_threads": 1}
-    with load_runtime(tmp_path / "m.gguf", tiny_patch, **options) as other:
+    with load_runtime(tiny_ggufs["F32"], tiny_patch, **options) as other:
         for constraint in (Constraint("json_schema", json.dumps(SCHEMA)), Constraint("regex", "(é|🙂|[a-z ]){5,9}")):
             sampling = Sampling(200, rng_seed=2, constraint=constraint)
             assert other.generate_many(PROMPT, sampling, 4) == runtime.generate_many(PROMPT, sampling, 4)

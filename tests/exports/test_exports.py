@@ -16,7 +16,6 @@ import pytest
 from typer.testing import CliRunner
 
 from edgepatch.cli import app
-from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders
 from edgepatch.converters.hf.rotary import read_rotation
 from edgepatch.errors import InactivePatchError, InputError, MismatchError, PatchFormatError
@@ -27,6 +26,7 @@ from edgepatch.exports.targets import TARGETS
 from edgepatch.llama_server.export import ExportOptions
 from edgepatch.patch.file import Patch, write_patch
 from edgepatch.seeds.anchoring import Anchoring
+from kit.artefacts import Lazy
 
 NODE = shutil.which("node")
 CLIENTS_VARIABLE = "EDGEPATCH_CLIENTS"
@@ -34,10 +34,8 @@ CLIENTS_VARIABLE = "EDGEPATCH_CLIENTS"
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("exports") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F16")
-    return path
+def model(tiny_ggufs: Lazy) -> Path:
+    return tiny_ggufs["F16"]
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +90,11 @@ def test_a_folder_says_what_is_lost(session_folder: Path, script_folder: Path, m
 
 
 def test_a_check_refuses_what_it_was_not_made_with(
-    session_folder: Path, model: Path, tiny_folder: Path, tiny_patch: Patch, tmp_path: Path
+    session_folder: Path, model: Path, tiny_ggufs: Lazy, tiny_patch: Patch, tmp_path: Path
 ):
     with pytest.raises(InactivePatchError, match="expected an export of other"):
         check_export(session_folder, replace(tiny_patch, name="other"), model)
-    exact = tmp_path / "tiny-F32.gguf"
-    writer.convert_folder(tiny_folder, exact, "F32")
+    exact = tiny_ggufs["F32"]
     with pytest.raises(InactivePatchError, match=r"expected a model of F16, .* found F32"):
         check_export(session_folder, tiny_patch, exact)
     folder = tmp_path / "server"

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from edgepatch.bench.llama_server.transcript import common_prefix
-from edgepatch.converters.gguf import specs, writer
+from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.hf import folders, seeds
@@ -42,14 +42,13 @@ from edgepatch.runtimes.llamacpp import turning
 from edgepatch.runtimes.llamacpp.context import ContextSettings, LlamaContext, LlamaModel
 from edgepatch.tensors import SoftPrompt
 from kit import serving, tiny_gguf
+from kit.artefacts import Lazy
 from kit.exports import CHATML, read_manifest, without_bos
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("export") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F16")
-    return path
+def model(tiny_ggufs: Lazy) -> Path:
+    return tiny_ggufs["F16"]
 
 
 @pytest.fixture(scope="module")

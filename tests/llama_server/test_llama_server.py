@@ -32,6 +32,7 @@ from edgepatch.patch.file import Patch, read_patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import SoftPrompt
 from kit import tiny_gguf
+from kit.artefacts import Lazy
 from kit.exports import CHATML, read_manifest, without_bos
 
 BINARY = Path(os.environ.get(VARIABLE, ""))
@@ -45,11 +46,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(lab_ggufs: Lazy) -> Path:
     """The lab model in F16."""
-    path = tmp_path_factory.mktemp("llama_server") / "lab.gguf"
-    writer.convert_folder(LAB_FOLDER / "base", path, "F16")
-    return path
+    return lab_ggufs["F16"]
 
 
 @pytest.fixture(scope="module")

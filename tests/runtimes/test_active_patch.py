@@ -27,16 +27,12 @@ def store(tiny_patch, tmp_path):
 
 
 @pytest.fixture(params=["torch", "llamacpp", "onnx"])
-def model(request, tiny_folder, tmp_path_factory):
+def model(request, tiny_folder):
     if request.param == "onnx":
         return request.getfixturevalue("onnx_folders")["fp32"]
     if request.param == "torch":
         return tiny_folder
-    from edgepatch.converters.gguf import writer
-
-    path = tmp_path_factory.mktemp("gguf") / "tiny-F16.gguf"
-    writer.convert_folder(tiny_folder, path, "F16")
-    return path
+    return request.getfixturevalue("tiny_ggufs")["F16"]
 
 
 def test_the_active_patch_is_loaded(model, store, tiny_patch):

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgepatch.converters.gguf import writer
 from edgepatch.decoding.replies import Piece
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
@@ -19,10 +18,8 @@ GREEDY = Sampling(max_new_tokens=12, temperature=0)
 
 
 @pytest.fixture(scope="module")
-def f32_file(tiny_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "F32.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
-    return path
+def f32_file(tiny_ggufs):
+    return tiny_ggufs["F32"]
 
 
 def load(path, patch, **options):

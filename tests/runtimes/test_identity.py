@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from edgepatch.converters.gguf import writer
 from edgepatch.converters.gguf.header import read_header
 from edgepatch.errors import MismatchError
 from edgepatch.runtimes import load_runtime
@@ -143,9 +143,8 @@ def template_edited(path: Path) -> None:
     ("change", "words"),
     [(merges_reversed, "tokenizer, token ids of"), (template_edited, "chat_template: patch expects")],
 )
-def test_of_a_gguf_file(tiny_folder, patch, tmp_path, change, words):
-    path = tmp_path / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F16")
+def test_of_a_gguf_file(tiny_ggufs, patch, tmp_path, change, words):
+    path = Path(shutil.copy(tiny_ggufs["F16"], tmp_path / "tiny.gguf"))
     with load_runtime(path, patch, num_threads=1) as session:
         assert session.patch.digest == patch.digest, "the conversion is the same model"
     change(path)

@@ -24,10 +24,8 @@ GREEDY = Sampling(max_new_tokens=16, temperature=0)
 
 
 @pytest.fixture(scope="module")
-def f32_file(tiny_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "F32.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
-    return path
+def f32_file(tiny_ggufs):
+    return tiny_ggufs["F32"]
 
 
 def load(path, patch, exact=True, **options):

@@ -29,6 +29,7 @@ from edgepatch.runtimes import load_runtime
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.tensors import SoftPrompt
 from kit import tiny_gguf
+from kit.amounts import examples
 
 ANCHORING = Anchoring(16, (7, 9))
 EXACT = {"torch": 5e-5, "llamacpp": 5e-5, "builder": 1e-4, "transformers": 1e-4}
@@ -280,7 +281,7 @@ def test_no_conversation_loses_the_seed(session, model, patch):
     """Random conversations with edits, branches, replies and saved states; what each holds is what one forward pass gives."""
     session.reset()
     conversations, longest = Conversations(session, patch, 7), 0
-    for _ in range(150):
+    for _ in range(examples(60, 150)):
         sequence = conversations.converse()
         tokens = conversations.texts[sequence]
         logits = session.logits_of_last(tokens, sequence)

@@ -27,6 +27,7 @@ from edgepatch.progress import silent
 from edgepatch.prompts.sets import load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.tensors import SoftPrompt
+from kit.amounts import examples
 
 BASE = LAB_FOLDER / "base"
 PROMPTS = load_prompts("benign", "eval")[:12] + load_prompts("toxic", "eval")[:12]
@@ -120,9 +121,9 @@ def write_gemma(folder, target):
         writer._write_model(target, shifted, folders.read_config(folder), folders.read_spec(folder), "F32", silent)
 
 
-@pytest.fixture(scope="module", params=["mistral", "qwen2", "qwen3", "gemma"])
+@pytest.fixture(scope="module", params=examples(["qwen2", "gemma"], ["mistral", "qwen2", "qwen3", "gemma"]))
 def tiny(request, tmp_path_factory):
-    """(architecture, folder with its F32 and Q8_0 GGUF, oracle)."""
+    """(architecture, folder with its F32 and Q8_0 GGUF, oracle); `edgepatch bench parity` has all of them."""
     architecture, folder = parity_models.architecture(request.param), tmp_path_factory.mktemp(request.param)
     parity_models.build_folder(architecture, folder / "hf")
     if request.param == "gemma":

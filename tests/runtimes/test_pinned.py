@@ -11,7 +11,6 @@ import pytest
 
 from edgepatch import cli
 from edgepatch.bench.parity import models as parity_models
-from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import folders, seeds
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patch.file import Patch, write_patch
@@ -38,10 +37,8 @@ def moving(tiny_folder, tiny_patch) -> Patch:
 
 
 @pytest.fixture(scope="module")
-def gguf_file(tiny_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "F32.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
-    return path
+def gguf_file(tiny_ggufs):
+    return tiny_ggufs["F32"]
 
 
 @pytest.fixture(params=["llamacpp", "onnx", "torch"])

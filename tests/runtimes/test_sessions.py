@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgepatch.converters.gguf import writer
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
 from edgepatch.runtimes import load_runtime
@@ -17,10 +16,8 @@ GREEDY = Sampling(max_new_tokens=8, temperature=0)
 
 
 @pytest.fixture(scope="module")
-def gguf_file(tiny_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "F32.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
-    return path
+def gguf_file(tiny_ggufs):
+    return tiny_ggufs["F32"]
 
 
 @pytest.fixture(scope="module", params=["llamacpp", "onnx", "torch"])

@@ -39,20 +39,10 @@ def parts(tiny_folder, tiny_patch):
 
 
 @pytest.fixture(scope="module", params=["torch", "llamacpp", "onnx"])
-def model(request, tiny_folder, tmp_path_factory):
-    if request.param == "onnx":
-        from edgepatch.converters.onnx import conversion as onnx
-
-        folder = tmp_path_factory.mktemp("onnx") / "fp32"
-        onnx.export(tiny_folder, folder, "fp32")
-        return folder
+def model(request, tiny_folder, tiny_ggufs, onnx_folders):
     if request.param == "torch":
         return tiny_folder
-    from edgepatch.converters.gguf import writer
-
-    path = tmp_path_factory.mktemp("gguf") / "tiny-F16.gguf"
-    writer.convert_folder(tiny_folder, path, "F16")
-    return path
+    return tiny_ggufs["F16"] if request.param == "llamacpp" else onnx_folders["fp32"]
 
 
 @pytest.fixture
@@ -107,13 +97,10 @@ def test_side_by_side(model, parts, files, tmp_path):
         assert session.patch.digest == parts[2].digest and session.parts == (session.patch,)
 
 
-def test_the_seed_in_the_cache_is_the_composition_bit_for_bit(tiny_folder, parts, tmp_path):
-    from edgepatch.converters.gguf import writer
-
-    writer.convert_folder(tiny_folder, tmp_path / "m.gguf", "F16")
+def test_the_seed_in_the_cache_is_the_composition_bit_for_bit(tiny_ggufs, parts):
     states = []
     for order in (parts, parts[::-1]):
-        with load_runtime(tmp_path / "m.gguf", order, num_threads=1) as session:
+        with load_runtime(tiny_ggufs["F16"], order, num_threads=1) as session:
             assert session.seed_route == "stored"
             states.append(session.backend.seed_state())
     assert states[0] == states[1]
@@ -160,21 +147,18 @@ def test_parts_for_different_bases_are_named(tiny_folder, parts):
             load_runtime(tiny_folder, patches)
 
 
-def test_together_they_must_leave_room_in_the_context(tiny_folder, parts, tmp_path):
-    from edgepatch.converters.gguf import writer
-
-    writer.convert_folder(tiny_folder, tmp_path / "m.gguf", "F16")
+def test_together_they_must_leave_room_in_the_context(tiny_ggufs, parts, tmp_path):
     with pytest.raises(InputError, match="expected 20 positions or more, found 19") as error:
-        load_runtime(tmp_path / "m.gguf", parts, context_length=19)
+        load_runtime(tiny_ggufs["F16"], parts, context_length=19)
     assert "gender 1.0.0 takes 6, " in error.value.hint or ", gender 1.0.0 takes 6" in error.value.hint
     store = Store(tmp_path / "store")
     for part in parts:
         write_patch(part, tmp_path / "part")
         store.apply(tmp_path / "part", UNSIGNED)
     with pytest.raises(InputError, match="expected 20 positions or more, found 19") as error:
-        load_runtime(tmp_path / "m.gguf", store=store.folder, context_length=19)
+        load_runtime(tiny_ggufs["F16"], store=store.folder, context_length=19)
     assert all(part.name in error.value.hint for part in parts)
-    with load_runtime(tmp_path / "m.gguf", parts, context_length=20) as session:
+    with load_runtime(tiny_ggufs["F16"], parts, context_length=20) as session:
         assert session.context_length == 1
 
 

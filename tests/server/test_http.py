@@ -14,13 +14,13 @@ from datetime import datetime
 import httpx
 import pytest
 
-from edgepatch.converters.gguf import writer
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.patch.file import write_patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.server.process import serve
 from edgepatch.server.service import Service
 from edgepatch.server.settings import ServerSettings, read_api_key
+from kit.forks import Fork
 from kit.serving import KEY, MODEL, Paced, running
 
 CHAT = "/v1/chat/completions"
@@ -34,10 +34,8 @@ ENDLESS = {**BODY, "max_tokens": 400, "temperature": 1}
 
 
 @pytest.fixture(scope="module")
-def model_file(tiny_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("served") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
-    return path
+def model_file(tiny_ggufs):
+    return tiny_ggufs["F32"]
 
 
 @pytest.fixture(scope="module")
@@ -595,9 +593,10 @@ def test_the_process_serves_and_ends_with_0(model_file, patch_file, number):
 
 
 def failing(*arguments, **more):
-    done = subprocess.run(command(*arguments), env=environment(**more), capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stderr
+    with Fork("serve", *arguments, env=environment(**more)) as process:
+        _, errors = process.communicate(timeout=120)
+    assert "Traceback" not in errors
+    return process.returncode, errors
 
 
 def test_what_is_wrong_with_a_patch_keeps_the_server_from_starting(model_file, patch_file, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError
 from edgepatch.runtimes import load_runtime
 from edgepatch.server.page.comparing import BARE_PATH
@@ -26,9 +25,8 @@ AXE_VARIABLE = "EDGEPATCH_AXE"
 
 
 @pytest.fixture(scope="module")
-def load(tiny_folder, tiny_patch, tmp_path_factory):
-    path = tmp_path_factory.mktemp("page") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
+def load(tiny_ggufs, tiny_patch):
+    path = tiny_ggufs["F32"]
     return lambda patch=tiny_patch: load_runtime(path, patch, num_threads=1, kv_type="f32", flash_attention=False)
 
 

@@ -13,7 +13,6 @@ from itertools import pairwise
 import httpx
 import pytest
 
-from edgepatch.converters.gguf import writer
 from edgepatch.runtimes import load_runtime
 from edgepatch.text.limits import TextBound
 from kit.serving import KEY, MODEL, Paced, running
@@ -48,9 +47,8 @@ class SlowReader(Paced):
 
 
 @pytest.fixture(scope="module")
-def load(tiny_folder, tiny_patch, tmp_path_factory):
-    path = tmp_path_factory.mktemp("served") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
+def load(tiny_ggufs, tiny_patch):
+    path = tiny_ggufs["F32"]
     exact = {"kv_type": "f32", "flash_attention": False}
     return lambda: Paced(load_runtime(path, tiny_patch, num_sequences=2, num_threads=1, **exact))
 

@@ -15,25 +15,29 @@ from attacks.store import DISK_ERRORS, VERBS, Case
 from edgepatch.errors import EdgepatchError
 from edgepatch.store import files
 from edgepatch.store.device import Store
+from kit.amounts import examples
 
-KILLS = int(os.environ.get("EDGEPATCH_KILLS", "60"))
-"""Of real processes; a long run sets more."""
+KILLS = examples(20, 60)
+"""Of real processes; ``edgepatch bench security --only F6`` kills 60."""
+
+
+EVERY = {verb: 1 if verb in ("apply", "rollback") else examples(3, 1) for verb in VERBS}
+"""Of so many steps of a verb one is taken here; ``edgepatch bench security --only F4 --only F5`` takes all."""
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_process_ends_at_every_step(tmp_path, verb):
-    points, wrong = harness.injected_kills(tmp_path, [verb])
-    assert points > 25
+    points, wrong = harness.injected_kills(tmp_path, [verb], EVERY[verb])
+    assert points > 25 // EVERY[verb]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_disk_fails_at_every_step(tmp_path, verb):
-    errors = (
-        DISK_ERRORS if verb in ("apply", "rollback") else [errno.ENOSPC]
-    )  # `edgepatch bench security` injects all three in all
-    points, wrong = harness.injected_errors(tmp_path, [verb], errors)
-    assert points > 25
+    # `edgepatch bench security` injects all three in all.
+    errors = DISK_ERRORS if verb == "apply" else [errno.ENOSPC]
+    points, wrong = harness.injected_errors(tmp_path, [verb], errors, EVERY[verb])
+    assert points > 25 // EVERY[verb]
     assert not wrong, "\n".join(wrong)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from edgepatch.bench.parity import models as parity_models
-from edgepatch.converters.gguf import writer
 from edgepatch.converters.hf import caches, folders, rotary, seeds
 from edgepatch.errors import InactivePatchError, InputError, MismatchError, PatchFormatError
 from edgepatch.patch.composition import compose_on_device
@@ -22,6 +21,7 @@ from edgepatch.tensors import KVSeed, SoftPrompt
 from edgepatch.training import composition
 from edgepatch.training.composition import compose
 from edgepatch.trust.signatures import sign
+from kit.amounts import examples
 from kit.stores import KEYS
 
 TOKENS = [1, 17, 230, 5, 99, 404, 41, 8]
@@ -64,12 +64,8 @@ def composed(parts, tiny_folder) -> Patch:
 
 
 @pytest.fixture(scope="module")
-def files(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantized")
-    writer.convert_folder(tiny_folder, folder / "F16.gguf", "F16")
-    for name in TYPES[1:]:
-        writer.quantize(folder / "F16.gguf", folder / f"{name}.gguf", name, num_threads=1)
-    return folder
+def files(tiny_ggufs):
+    return tiny_ggufs
 
 
 def alone(part: Patch, model) -> KVSeed:
@@ -111,7 +107,9 @@ def test_each_part_keeps_its_values_and_its_keys_end_in_front_of_the_text(parts,
 
 
 def test_no_order_changes_a_byte(parts, composed, tiny_folder):
-    bytes_of = {patch_bytes(compose(order, tiny_folder, "all", "1.0.0")) for order in permutations(parts)}
+    orders = [*permutations(parts)][1:]
+    orders = examples(orders[2::2], orders)  # one turned, and the reversed one
+    bytes_of = {patch_bytes(compose(order, tiny_folder, "all", "1.0.0")) for order in orders}
     assert bytes_of == {patch_bytes(composed)}
 
 
@@ -168,7 +166,7 @@ def test_what_is_told_takes_the_place_of_what_follows_from_the_parts(parts, comp
 @pytest.mark.parametrize("quantization", TYPES)
 def test_the_right_composition_passes_and_one_with_a_wrong_part_does_not(files, parts, composed, model, quantization):
     rng = np.random.default_rng(8)
-    with load_runtime(files / f"{quantization}.gguf", None, num_threads=1, context_length=128) as runtime:
+    with load_runtime(files[quantization], None, num_threads=1, context_length=128) as runtime:
         runtime.slot.exchange([composed], [None])
         if quantization not in ("F16", "Q4_0"):
             return
@@ -203,7 +201,7 @@ def test_every_one_of_twelve_parts_is_proven(tiny_patch, model, files, tiny_fold
         parts.append(Patch(f"p{number}", "1.0.0", tiny_patch.base, prompt))
     composed = compose(parts, tiny_folder, "twelve", "1.0.0")
     empty = KVSeed(*(tuple(np.zeros((2, 1, 64), np.float16) for _ in range(2)) for _ in range(2)))
-    with load_runtime(files / "Q4_0.gguf", None, num_threads=1, context_length=256) as runtime:
+    with load_runtime(files["Q4_0"], None, num_threads=1, context_length=256) as runtime:
         runtime.slot.exchange([composed], [None])
         for cells in cells_of(composed, parts).values():
             with pytest.raises(InactivePatchError, match="canary"):
@@ -220,11 +218,11 @@ def test_a_part_that_does_nothing_is_refused(parts, tiny_folder):
 
 
 def test_a_gguf_file_of_full_precision_will_do(parts, composed, files):
-    patch = compose(parts, files / "F16.gguf", "all", "1.0.0")
+    patch = compose(parts, files["F16"], "all", "1.0.0")
     assert patch.parts == composed.parts
     assert np.abs(patch.kv_seed.keys[1].astype(np.float32) - composed.kv_seed.keys[1].astype(np.float32)).max() < 0.05
     with pytest.raises(InputError, match=r"expected full precision .*, found Q4_0"):
-        compose(parts, files / "Q4_0.gguf", "all", "1.0.0")
+        compose(parts, files["Q4_0"], "all", "1.0.0")
 
 
 def test_parts_that_do_not_go_together(parts, tiny_folder):

@@ -8,7 +8,6 @@ import json
 import re
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -41,6 +40,7 @@ from edgepatch.training.pairs.prompt_files import as_conversations, read_prompts
 from edgepatch.training.pairs.provenance import digest_of, provenance_path
 from edgepatch.training.pairs.samplers import PromptTooLongError, RuntimeSampler, Sampler
 from edgepatch.training.pairs.server_sampler import ServerSampler
+from kit.forks import Fork
 from kit.serving import KEY, MODEL, Paced, running
 
 USER = {"role": "user", "content": "Who are you?"}
@@ -63,12 +63,8 @@ def whole(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def model_file(tiny_folder, tmp_path_factory) -> Path:
-    from edgepatch.converters.gguf import writer
-
-    path = tmp_path_factory.mktemp("pairs") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
-    return path
+def model_file(tiny_ggufs) -> Path:
+    return tiny_ggufs["F32"]
 
 
 @pytest.fixture(scope="module")
@@ -634,19 +630,18 @@ def test_the_verb_asks_servers_with_messages(run, server, prompts, tmp_path, mon
     assert "HTTP 401" in run(server.url, server.url, "-o", out, "--force")[2]
 
 
-def started(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "edgepatch.cli", "pairs", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def started(*arguments: object) -> Fork:
+    return Fork("pairs", *arguments)
 
 
-def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_lines(path: Path, count: int, process: Fork) -> None:
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
 
 
 def test_a_run_that_is_killed_or_interrupted_goes_on_to_the_same_file(run, model_file, tmp_path):
-    prompts = write_lines(tmp_path / "prompts.txt", *(f"The quick brown fox {i} jumps" for i in range(120)))
+    prompts = write_lines(tmp_path / "prompts.txt", *(f"The quick brown fox {i} jumps" for i in range(40)))
     options = ("--prompts", prompts, "--samples", 2, "--max-new-tokens", 16, *LOOSE)
     out, whole = tmp_path / "pairs.jsonl", tmp_path / "whole.jsonl"
     journal, arguments = tmp_path / "pairs.jsonl.partial", (model_file, model_file, "-o", out, *options)
@@ -654,7 +649,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_to_the_same_file(run, model
         wait_for_lines(journal, 4, process)
         process.kill()
     first = journal.read_bytes().count(b"\n")
-    assert process.returncode == -signal.SIGKILL and first < 121 and not out.exists()
+    assert process.returncode == -signal.SIGKILL and first < 41 and not out.exists()
     with started(*arguments) as process:
         wait_for_lines(journal, first + 3, process)
         process.send_signal(signal.SIGINT)
@@ -662,7 +657,7 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_to_the_same_file(run, model
     assert process.returncode == 130 and "the same command goes on from there" in stderr, stderr
     kept = journal.read_bytes()
     done = kept.count(b"\n") - 1
-    assert 120 > done >= first + 2
+    assert 40 > done >= first + 2
     code, _, stderr = run(*arguments, "--rng-seed", 2)
     assert code == 2 and "rng_seed: 1 then, 2 now" in stderr and "--restart" in stderr
     assert journal.read_bytes() == kept

@@ -330,12 +330,8 @@ def test_every_domain_brings_prompts(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model_file(tiny_folder, tmp_path_factory):
-    from edgepatch.converters.gguf import writer
-
-    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F32")
-    return path
+def model_file(tiny_ggufs):
+    return tiny_ggufs["F32"]
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
+import socket
 import time
 from dataclasses import asdict, replace
 
@@ -14,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from edgepatch.converters.gguf import writer
 from edgepatch.errors import InputError, MissingExtraError, TrainingError
 from edgepatch.files.tensor_trees import read_tree
 from edgepatch.patch.file import read_patch, write_patch
 from edgepatch.progress import silent
 from edgepatch.runtimes import load_runtime
 from edgepatch.training import losses, parallel, runs
+from edgepatch.training.config import TrainConfig
 from edgepatch.training.forward import FrozenModels
 from edgepatch.training.pairs.preferences import Pair, write_pairs
 from edgepatch.training.patching import PatchTraining, train_patch
@@ -28,15 +27,19 @@ from edgepatch.training.policies import KVPolicy, SoftPromptPolicy
 from edgepatch.training.rows import Example, batch_plan, make_batch
 from edgepatch.training.runs import CHECKPOINT_FILE
 from edgepatch.training.trainer import Trainer
+from kit.forks import Fork
 from kit.trainings import BENIGN, make_pairs, make_trainer, small
 
 
 @pytest.fixture(scope="module")
-def tiny_q8_0(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("q8_0")
-    writer.convert_folder(tiny_folder, folder / "f16.gguf", "F16")
-    writer.quantize(folder / "f16.gguf", folder / "q8_0.gguf", "Q8_0")
-    return folder / "q8_0.gguf"
+def trained(tiny_folder):
+    """A patch of the smallest training."""
+    return train_patch(tiny_folder, make_pairs(12), BENIGN, small(), "tiny")[0]
+
+
+@pytest.fixture(scope="module")
+def tiny_q8_0(tiny_ggufs):
+    return tiny_ggufs["Q8_0"]
 
 
 # Losses.
@@ -139,21 +142,24 @@ def test_peft_gives_the_same_loss(tiny_folder):
 # The trainer.
 
 
-def test_training_lowers_the_loss_prefers_the_chosen_answer_and_repeats(tiny_folder):
+def test_training_lowers_the_loss_prefers_the_chosen_answer(tiny_folder):
     config = small(sft_steps=30, dpo_steps=30, kl_weight=0.1)
-    patch, history = train_patch(tiny_folder, make_pairs(24), BENIGN, config, "tiny")
+    _, history = train_patch(tiny_folder, make_pairs(24), BENIGN, config, "tiny")
     assert np.mean(history.sft_loss[-5:]) < np.mean(history.sft_loss[:5]) - 0.5
     assert history.dpo_loss[-1] < math.log(2)
     assert history.preference_accuracy[-1] == 1.0
-    again, _ = train_patch(tiny_folder, make_pairs(24), BENIGN, config, "tiny")
-    assert np.array_equal(again.soft_prompt.embeddings, patch.soft_prompt.embeddings)
-    other, _ = train_patch(tiny_folder, make_pairs(24), BENIGN, replace(config, rng_seed=2), "tiny")
-    assert not np.array_equal(other.soft_prompt.embeddings, patch.soft_prompt.embeddings)
-    assert again.training["data"] == patch.training["data"] == other.training["data"]
 
 
-def test_a_patch_names_its_data_its_base_and_proves_itself(tiny_folder):
-    patch, _ = train_patch(tiny_folder, make_pairs(12), BENIGN, small(), "tiny")
+def test_the_same_numbers_give_the_same_patch(tiny_folder, trained):
+    again, _ = train_patch(tiny_folder, make_pairs(12), BENIGN, small(), "tiny")
+    assert np.array_equal(again.soft_prompt.embeddings, trained.soft_prompt.embeddings)
+    other, _ = train_patch(tiny_folder, make_pairs(12), BENIGN, small(rng_seed=2), "tiny")
+    assert not np.array_equal(other.soft_prompt.embeddings, trained.soft_prompt.embeddings)
+    assert again.training["data"] == trained.training["data"] == other.training["data"]
+
+
+def test_a_patch_names_its_data_its_base_and_proves_itself(tiny_folder, trained):
+    patch = trained
     more, _ = train_patch(tiny_folder, make_pairs(13), BENIGN, small(), "tiny")
     assert patch.training["data"]["pairs_sha256"] != more.training["data"]["pairs_sha256"]
     assert patch.training["data"]["benign_texts_sha256"] == more.training["data"]["benign_texts_sha256"]
@@ -323,12 +329,11 @@ def test_a_kv_prefix_starts_where_the_seed_is_and_learns(tiny_folder):
         training.kv_prefix(replace(start, kv_seed=None), make_pairs(12), BENIGN, "kv")
 
 
-def test_training_on_quantized_weights_is_not_training_on_the_base(tiny_folder, tiny_q8_0):
-    plain, _ = train_patch(tiny_folder, make_pairs(12), BENIGN, small(), "tiny")
+def test_training_on_quantized_weights_is_not_training_on_the_base(tiny_folder, tiny_q8_0, trained):
     aware = PatchTraining(tiny_folder, small(), [tiny_q8_0]).soft_prompt(make_pairs(12), BENIGN, "tiny")
     both = PatchTraining(tiny_folder, small(), [tiny_folder, tiny_q8_0]).soft_prompt(make_pairs(12), BENIGN, "tiny")
-    prompts = [p.soft_prompt.embeddings for p in (plain, aware, both)]
-    assert aware.base == plain.base and aware.training["weights"] == [tiny_q8_0.name]
+    prompts = [p.soft_prompt.embeddings for p in (trained, aware, both)]
+    assert aware.base == trained.base and aware.training["weights"] == [tiny_q8_0.name]
     assert all(not np.array_equal(prompts[a], prompts[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
     with load_runtime(tiny_folder, aware) as runtime:  # its canary is that of the base
         assert runtime.patch is aware
@@ -337,9 +342,8 @@ def test_training_on_quantized_weights_is_not_training_on_the_base(tiny_folder, 
 # Runs.
 
 
-def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tiny_folder, tmp_path, monkeypatch):
-    whole = PatchTraining(tiny_folder, small()).soft_prompt(make_pairs(12), BENIGN, "tiny")
-    for stop in (("SFT", 4), ("DPO", 2), ("DPO", 4)):
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tiny_folder, trained, tmp_path, monkeypatch):
+    for stop in (("SFT", 4), ("DPO", 4)):
         folder = tmp_path / f"{stop[0]}{stop[1]}"
 
         def interrupt(stage, step, total, *, stop=stop, **figures):
@@ -354,7 +358,7 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tiny_folder, tmp_p
         assert (folder / CHECKPOINT_FILE).is_file()
         again = PatchTraining(tiny_folder, small(), run=folder)
         patch = again.soft_prompt(make_pairs(12), BENIGN, "tiny")
-        assert np.array_equal(patch.soft_prompt.embeddings, whole.soft_prompt.embeddings)
+        assert np.array_equal(patch.soft_prompt.embeddings, trained.soft_prompt.embeddings)
         assert len(again.history.dpo_loss) == len(again.history.sft_loss) == 6
     assert json.loads((folder / "curves.json").read_text())["run"]["num_pairs"] == 12
 
@@ -408,30 +412,9 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_training(tiny_fol
 def test_ctrl_c_keeps_the_run_and_exits_130(tiny_folder, tmp_path):
     write_pairs(make_pairs(12), tmp_path / "pairs.jsonl")
     (tmp_path / "benign.txt").write_text("\n".join(BENIGN))
-    command = [
-        sys.executable,
-        "-m",
-        "edgepatch.cli",
-        "train",
-        str(tiny_folder),
-        "--pairs",
-        str(tmp_path / "pairs.jsonl"),
-        "-o",
-        str(tmp_path / "p.safetensors"),
-        "--benign",
-        str(tmp_path / "benign.txt"),
-        "--num-virtual-tokens",
-        "4",
-        "--batch-size",
-        "4",
-        "--pinned",
-        "--run",
-        str(tmp_path / "run"),
-        "--sft-steps",
-    ]
-    with subprocess.Popen(
-        [*command, "100000"], env={**os.environ, "NO_COLOR": "1"}, stderr=subprocess.PIPE, text=True
-    ) as process:
+    files = ["--pairs", tmp_path / "pairs.jsonl", "--benign", tmp_path / "benign.txt", "-o", tmp_path / "p.safetensors"]
+    sizes = ["--num-virtual-tokens", 4, "--batch-size", 4, "--sft-steps", 100_000, "--pinned"]
+    with Fork("train", tiny_folder, *files, *sizes, "--run", tmp_path / "run") as process:
         while not (tmp_path / "run" / CHECKPOINT_FILE).is_file() and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
@@ -445,29 +428,30 @@ def test_ctrl_c_keeps_the_run_and_exits_130(tiny_folder, tmp_path):
 
 
 def test_two_processes_train_what_one_does(tiny_folder, tmp_path):
-    """As `torchrun` starts them; the device is the CPU, and the first process chooses the type of the weights."""
-    script = tmp_path / "job.py"
-    script.write_text(
+    """In the environment that `torchrun` gives them; the device is the CPU, and the first process chooses the type of the weights."""
+    settings = {"num_virtual_tokens": 4, "sft_steps": 3, "dpo_steps": 3, "batch_size": 4, "kl_batch_size": 2}
+    settings |= {"check_every": 3, "dtype": "auto", "block": 0, "turns": False}
+    job = (
         "import sys\nfrom pathlib import Path\nimport numpy as np\n"
         "from edgepatch.training.config import TrainConfig\nfrom edgepatch.training.patching import PatchTraining\n"
         "from edgepatch.training.pairs.preferences import Pair\nfrom edgepatch.training import parallel\n"
-        "pairs = [Pair(f'The fox {i}', ' sleeps in the sun', ' jumps over the dog', 0.1, 0.9) for i in range(12)]\n"
-        f"config = TrainConfig(num_virtual_tokens=4, sft_steps=3, dpo_steps=3, batch_size=4, kl_batch_size=2, check_every=3, dtype='auto', block=0, turns=False)\n"
-        f"patch = PatchTraining(Path({str(tiny_folder)!r}), config, device='cpu').soft_prompt(pairs, {BENIGN * 3!r}, 'tiny')\n"
-        "rank, size = parallel.world()\nassert size == int(sys.argv[2])\n"
+        f"pairs = [Pair(**pair) for pair in {[asdict(pair) for pair in make_pairs(12)]!r}]\n"
+        f"patch = PatchTraining(Path({str(tiny_folder)!r}), TrainConfig(**{settings!r}), device='cpu').soft_prompt(pairs, {BENIGN * 3!r}, 'tiny')\n"
+        "rank, size = parallel.world()\nassert size == 2\n"
         "np.save(f'{sys.argv[1]}-{rank}.npy', patch.soft_prompt.embeddings)\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for start, name, size in (([sys.executable], "one", "1"), (launch, "two", "2")):
-        subprocess.run(
-            [*start, str(script), str(tmp_path / name), size],
-            check=True,
-            env=environment,
-            capture_output=True,
-            timeout=180,
-        )
-    one, first, second = (np.load(tmp_path / f"{n}.npy") for n in ("one-0", "two-0", "two-1"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [Fork(tmp_path / "two", program=job, env={**os.environ, **place, **rank}) for rank in ranks]
+    for process in processes:
+        with process:
+            _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+    first, second = (np.load(tmp_path / f"two-{rank}.npy") for rank in range(2))
+    training = PatchTraining(tiny_folder, TrainConfig(**settings), device="cpu")
+    one = training.soft_prompt(make_pairs(12), BENIGN * 3, "tiny").soft_prompt.embeddings
     assert np.array_equal(first, second)
     assert np.abs(one - first).max() < 1e-4
 

@@ -29,15 +29,9 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def files(tiny_folder, tmp_path_factory):
+def files(tiny_ggufs):
     """Quantization -> GGUF file of the tiny model."""
-    folder = tmp_path_factory.mktemp("gguf")
-    paths = {name: folder / f"{name}.gguf" for name in ("F32", "F16", "Q8_0", "Q4_K_M", "Q4_0")}
-    for name in ("F32", "F16"):
-        writer.convert_folder(tiny_folder, paths[name], name)
-    for name in ("Q8_0", "Q4_K_M", "Q4_0"):
-        writer.quantize(paths["F16"], paths[name], name, num_threads=1)
-    return paths
+    return tiny_ggufs
 
 
 def test_spec_is_the_folders_whatever_the_quantization(files, tiny_folder):

@@ -62,11 +62,9 @@ def test_sliding_and_recurrent_layers_load(write, bound, tmp_path):
     assert np.abs(loaded_logits(tmp_path / "model.gguf") - logits_of(tmp_path / "model.gguf", TOKENS)).max() <= bound
 
 
-def test_quantized_weights_are_dequantized(tiny_folder, tmp_path):
-    writer.convert_folder(tiny_folder, tmp_path / "F16.gguf")
-    writer.quantize(tmp_path / "F16.gguf", tmp_path / "Q4_0.gguf", "Q4_0", num_threads=1)
-    exact, rounded = loaded_logits(tmp_path / "F16.gguf"), loaded_logits(tmp_path / "Q4_0.gguf")
-    there = logits_of(tmp_path / "Q4_0.gguf", TOKENS)  # llama.cpp also rounds the activations
+def test_quantized_weights_are_dequantized(tiny_ggufs):
+    exact, rounded = loaded_logits(tiny_ggufs["F16"]), loaded_logits(tiny_ggufs["Q4_0"])
+    there = logits_of(tiny_ggufs["Q4_0"], TOKENS)  # llama.cpp also rounds the activations
     assert np.abs(rounded - there).mean() < 0.3 * np.abs(exact - there).mean()
 
 
@@ -77,9 +75,8 @@ def test_an_architecture_that_transformers_cannot_load_is_an_error(tmp_path):
     assert "Transformers folder" in caught.value.hint
 
 
-def test_weights_that_transformers_would_leave_out_are_an_error(tiny_folder, tmp_path):
-    writer.convert_folder(tiny_folder, tmp_path / "whole.gguf", "F32")
-    data = (tmp_path / "whole.gguf").read_bytes()
+def test_weights_that_transformers_would_leave_out_are_an_error(tiny_ggufs, tmp_path):
+    data = tiny_ggufs["F32"].read_bytes()
     (tmp_path / "model.gguf").write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     with pytest.raises(InputError, match=r"finds no weights|no place for"):
         folders.load_model(tmp_path / "model.gguf")
@@ -91,9 +88,8 @@ def rewritten(tmp_path, change, write):
     return tmp_path / "model.gguf"
 
 
-def test_the_tokenizer_is_the_files(tiny_folder, tmp_path):
-    path = tmp_path / "model.gguf"
-    writer.convert_folder(tiny_folder, path)
+def test_the_tokenizer_is_the_files(tiny_folder, tiny_ggufs):
+    path = tiny_ggufs["F16"]
     texts = [*tokenizer_probes.TEXTS, "<|im_start|>user\nx<|im_end|>"]
     reference = FolderTokenizer(tiny_folder)
     with folders.tokenizer_folder(path) as folder:
@@ -120,10 +116,8 @@ def run(monkeypatch, capfd, *arguments) -> dict:
     return json.loads(output.out)
 
 
-def test_train_and_seed_from_a_quantized_file_alone(tiny_folder, tmp_path, monkeypatch, capfd):
-    writer.convert_folder(tiny_folder, tmp_path / "F16.gguf")
-    path, pairs = tmp_path / "Q8_0.gguf", tmp_path / "pairs.jsonl"
-    writer.quantize(tmp_path / "F16.gguf", path, "Q8_0", num_threads=1)
+def test_train_and_seed_from_a_quantized_file_alone(tiny_folder, tiny_ggufs, tmp_path, monkeypatch, capfd):
+    path, pairs = tiny_ggufs["Q8_0"], tmp_path / "pairs.jsonl"
     rows = [
         {"prompt": f"The fox {i}", "chosen": " sleeps in the sun", "rejected": " jumps over the dog"} for i in range(12)
     ]

@@ -17,13 +17,14 @@ import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edgepatch.converters.gguf import adapters as adapters_gguf
-from edgepatch.converters.gguf import library, writer
+from edgepatch.converters.gguf import library
 from edgepatch.converters.hf import folders
 from edgepatch.converters.peft import adapters as peft
 from edgepatch.errors import InputError, MismatchError, PatchFormatError
 from edgepatch.patch.file import PAYLOAD_TYPE, patch_bytes, read_patch, signed, write_patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.trust.signatures import sign
+from kit.amounts import examples
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -61,10 +62,8 @@ def spec(tiny_folder):
 
 
 @pytest.fixture(scope="session")
-def gguf_model(tiny_folder, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer.convert_folder(tiny_folder, path, "F16")
-    return path
+def gguf_model(tiny_ggufs) -> Path:
+    return tiny_ggufs["F16"]
 
 
 @pytest.fixture
@@ -480,7 +479,7 @@ def test_flipped_bits_of_a_gguf_file_are_refused(registry_file, tmp_path, tiny_p
     data, path = bytearray(registry_file.read_bytes()), tmp_path / "flipped.gguf"
     name = data.index(b"org/model")
     start = data.index(b"prompt_embeddings\x02") + 64
-    for position in [*range(0, start, 7), *range(start, len(data), 997)]:
+    for position in [*range(0, start, examples(29, 7)), *range(start, len(data), 997)]:
         if name <= position < name + len(b"org/model"):
             continue  # the one value that the patch does not know
         data[position] ^= 1 << position % 8
