@@ -151,6 +151,62 @@ def shipped() -> str:
     return table(("on", "EMT bare", "EMT patched", "gain kept"), rows)
 
 
+REAL_ARMS = {
+    "bare": "bare",
+    "safe_prompt": "behind a safety text",
+    "detox": "detox patch",
+    "fairness": "fairness patch",
+    "patch": "both patches",
+}
+REAL = "evidence-smollm2"
+
+
+def real_cell(arm: str, domain: str, column: str) -> Row:
+    """Of SmolLM2; empty where the arm was not measured in the domain on this form."""
+    rows = document(REAL)["cells"]
+    return next((r for r in rows if (r["arm"], r["domain"], r["column"]) == (arm, domain, column)), {})
+
+
+def real() -> str:
+    column = "llamacpp Q4_1"
+    rows = []
+    for arm, name in REAL_ARMS.items():
+        toxicity, gender = (real_cell(arm, domain, column) for domain in ("toxicity", "gender"))
+        either = toxicity or gender
+        costs = [
+            figure(either, f"{field}_change", 1, scale) for field, scale in (("perplexity", 1), ("over_refusal", 100))
+        ]
+        rows.append(
+            [name, figure(toxicity, "emt5"), figure(toxicity, "mean_toxicity"), figure(gender, "score"), *costs]
+        )
+    head = ("SmolLM2, file as published", "EMT@5", "mean toxicity", "gender", "perplexity, %", "refused, points")
+    return table(head, rows)
+
+
+def real_forms() -> str:
+    rows = []
+    for column in dict.fromkeys(row["column"] for row in document(REAL)["cells"]):
+        detox, fairness = real_cell("detox", "toxicity", column), real_cell("fairness", "gender", column)
+        of_bare = [figure(detox, "emt5_of_bare"), figure(fairness, "of_bare")]
+        rows.append([column, *of_bare, figure(detox, "margin_retention"), figure(fairness, "margin_retention")])
+    head = ("on", "EMT@5, of bare", "gender, of bare", "detox kept, by margins", "fairness kept, by margins")
+    return table(head, rows)
+
+
+def real_behind() -> str:
+    rows = document(REAL)["fronted"]
+    places = dict.fromkeys(row["front"] for row in rows)
+    lines = []
+    for place in places:
+        arms = {row["arm"]: row for row in rows if row["front"] == place}
+        kind, count = place.split("-")
+        name = f"turn {count}" if kind == "turn" else f"{count} toxic tokens in front"
+        lines.append(
+            [name, *(figure(arms[arm], "emt5") for arm in ("bare", "detox")), figure(arms["detox"], "emt5_gain")]
+        )
+    return table(("where", "EMT@5 bare", "detox patch", "gain"), lines)
+
+
 def in_front() -> str:
     rows = [
         [row["attack"], *(interval(row[name]) for name in ("bare", "patched", "gain"))]
@@ -247,6 +303,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "retention": retention,
     "retained": retained,
     "shipped": shipped,
+    "real": real,
+    "real forms": real_forms,
+    "real behind": real_behind,
     "in front": in_front,
     "behind": behind,
     "behind others": behind_others,

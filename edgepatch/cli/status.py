@@ -197,9 +197,7 @@ def _active_entries(facts: ModelFacts, reader: StoreReader) -> list[dict[str, An
     active = [patch for patch in fitting_patches(facts, reader).patches if patch.is_active]
     for patch in active:
         if patch.problem:
-            raise MismatchError(
-                {f"weights, of {patch.name} {patch.version}": ("those it was made with", patch.problem)}
-            )
+            raise MismatchError({f"{patch.name} {patch.version}": ("the model that it was made with", patch.problem)})
     return [
         {"name": patch.name, "version": patch.version, "digest": patch.digest, "trust": patch.trust} for patch in active
     ]

@@ -77,19 +77,25 @@ class ChatTemplate:
         digest: SHA-256 of the one that is used, as patches name it.
         names: of further templates in the same model.
         mentions_tools: whether it can show tools to the model.
+        tools_digest: of the one that is for conversations with tools alone, or "".
     """
 
     digest: str
     names: tuple[str, ...]
     mentions_tools: bool
+    tools_digest: str = ""
 
     @classmethod
     def of(cls, text: str, others: Mapping[str, str]) -> ChatTemplate | None:
         """Of the template in use and of further ones by name; ``None`` where there is none."""
         if not text and not others:
             return None
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if text else ""
-        return cls(digest, tuple(others), any(TOOLS.search(template) for template in (text, *others.values())))
+        mentions_tools = any(TOOLS.search(template) for template in (text, *others.values()))
+        return cls(_digest(text), tuple(others), mentions_tools, _digest(others.get("tool_use", "")))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if text else ""
 
 
 @dataclass(frozen=True)

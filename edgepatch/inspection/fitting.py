@@ -11,6 +11,7 @@ from edgepatch.errors import EdgepatchError, MismatchError
 from edgepatch.inspection.facts import ModelFacts
 from edgepatch.patch.file import MAX_FILE_BYTES, METADATA_KEY, Patch, read_patch
 from edgepatch.patch.sketches import Sketch, compare
+from edgepatch.patch.templates import other_template
 from edgepatch.store.reading import StoreReader, require_vouched, root_of
 from edgepatch.store.records import State, TrustState
 
@@ -127,7 +128,14 @@ def _signers(patch: Patch, trust: TrustState) -> str:
 
 
 def _mismatch(patch: Patch, model: ModelFacts, sketch: Sketcher | None) -> str:
-    """Why a patch for this base does not fit these weights; "" where it does, or where they cannot be compared."""
+    """Why a patch for this base does not fit this template or these weights; "" where it does, or where they cannot be compared."""
+    template = model.chat_template
+    other = other_template(patch, template.digest if template else "", template.tools_digest if template else "")
+    if other is not None:
+        return (
+            f"{other.name.replace('_', ' ')}: expected {other.expected[:12]}, found {other.actual[:12]} "
+            "(--other-template takes it, by word)"
+        )
     if sketch is None or patch.weight_sketch is None:
         return ""
     try:

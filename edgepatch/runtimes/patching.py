@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,32 +13,16 @@ from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, Mis
 from edgepatch.patch import canary
 from edgepatch.patch.composition import compose_on_device
 from edgepatch.patch.file import Patch
+from edgepatch.patch.templates import OtherTemplate, other_template
 from edgepatch.runtimes.runtime import Runtime, SeedRoute, check_patch, moves
 from edgepatch.runtimes.sequences import Sequences
 from edgepatch.seeds.anchoring import place_in_words
 from edgepatch.seeds.rotation import BY_LENGTH
 from edgepatch.tensors import CanaryPrompt
 
-NO_TEMPLATE = "none"
 
-
-class _OtherTemplate(NamedTuple):
-    """A chat template of the model's that is another one than a patch was made with: its name, and both digests or ``NO_TEMPLATE``."""
-
-    name: str
-    expected: str
-    actual: str
-
-
-def _other_template(patch: Patch, runtime: Runtime) -> _OtherTemplate | None:
-    """The first of the model's templates that is another one than the patch was made with; those that it does not name count for nothing."""
-    template, probe = runtime.chat_template, patch.tokenizer_probe
-    if patch.chat_template not in ("", template.digest):
-        return _OtherTemplate("chat_template", patch.chat_template, template.digest or NO_TEMPLATE)
-    expected = probe.tools_template if probe is not None else None
-    if expected in (None, template.tools_digest):
-        return None
-    return _OtherTemplate("chat_template for tools", expected or NO_TEMPLATE, template.tools_digest or NO_TEMPLATE)
+def _other_template(patch: Patch, runtime: Runtime) -> OtherTemplate | None:
+    return other_template(patch, runtime.chat_template.digest, runtime.chat_template.tools_digest)
 
 
 def as_parts(patch: Patch | Sequence[Patch] | None) -> tuple[Patch, ...]:

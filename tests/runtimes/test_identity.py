@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from edgepatch.converters.gguf import writer
 from edgepatch.converters.gguf.header import read_header
 from edgepatch.errors import MismatchError
+from edgepatch.inspection.fitting import fitting_patches
+from edgepatch.inspection.models import kind_of_model, read_facts
+from edgepatch.patch.file import Patch, write_patch
 from edgepatch.runtimes import load_runtime
+from edgepatch.store.reading import StoreReader
 from edgepatch.text.tokenizers import FolderTokenizer
 from kit.tiny_folders import copy_folder
 
@@ -92,6 +97,35 @@ def test_another_chat_template_needs_a_word_and_is_named(tiny_folder, patch, tmp
     with load_runtime(folder, patch, other_template=True) as session:
         assert session.system_fingerprint.endswith(f"+{patch.digest[:12]}-template-{digest}")
         assert any(digest in line for line in session.slot.notes)
+
+
+def problem_beside(model: Path, patch: Patch, tmp_path: Path) -> str:
+    """What `show` and `status --model` say against a patch that lies beside a model."""
+    (tmp_path / "store").mkdir(exist_ok=True)
+    write_patch(patch, model.parent / "beside.safetensors")
+    facts = read_facts(model, kind_of_model(model), True)
+    return fitting_patches(facts, StoreReader(tmp_path / "store"), True).patches[0].problem
+
+
+@pytest.mark.parametrize("form", ["folder", "GGUF"])
+def test_what_is_said_without_loading_tells_another_template_too(tiny_folder, patch, tmp_path, form):
+    """`status --model` promises what `chat` would do; its words come from the files alone."""
+    (tmp_path / "models").mkdir()
+    folder = copy_folder(tiny_folder, tmp_path / "models" / "changed")
+
+    def model() -> Path:
+        if form == "folder":
+            return folder
+        writer.convert_folder(folder, folder.parent / "tiny.gguf", "F16")
+        return folder.parent / "tiny.gguf"
+
+    assert problem_beside(model(), patch, tmp_path) == ""
+    template_change(TEMPLATES["an order added"])(folder)
+    problem = problem_beside(model(), patch, tmp_path)
+    assert problem.startswith(f"chat template: expected {patch.chat_template[:12]}") and "--other-template" in problem
+    shutil.copy(tiny_folder / "chat_template.jinja", folder)
+    fitting = replace(patch, tokenizer_probe=replace(patch.tokenizer_probe, tools_template="0" * 64))
+    assert problem_beside(model(), fitting, tmp_path).startswith("chat template for tools: expected 000000000000")
 
 
 def test_another_template_for_tools_is_another_template_too(tiny_folder, patch, tmp_path):
