@@ -41,8 +41,9 @@ SHAPING = (
 )
 """Variables that change what a build makes."""
 
+EPOCH_SECONDS = "315532800"  # the oldest time that a zip file can tell: the same build gives the same wheel
 OPTIONS = "-DGGML_NATIVE=ON"
-"""llama.cpp's own default, but where ``SOURCE_DATE_EPOCH`` is set: there it compiles without AVX and all that came after it."""
+"""llama.cpp's own default, but not where ``SOURCE_DATE_EPOCH`` is set: there it compiles without AVX and all that came after it."""
 
 INSTRUCTIONS = {"AVX2": ("__AVX2__", "avx2"), "DOTPROD": ("__ARM_FEATURE_DOTPROD", "asimddp")}
 """What llama.cpp calls instructions that make it several times faster -> the compiler's macro, the flag in /proc/cpuinfo."""
@@ -57,7 +58,7 @@ def build_environment() -> dict[str, str]:
     flags = " ".join(toolchain().flags)
     own = {name: f"{os.environ.get(name, '')} {flags}".strip() for name in ("CFLAGS", "CXXFLAGS")}
     options = f"{OPTIONS} {os.environ.get('CMAKE_ARGS', '')}".strip()
-    return {**os.environ, "CMAKE_ARGS": options, **(own if flags else {})}
+    return {**os.environ, "SOURCE_DATE_EPOCH": EPOCH_SECONDS, "CMAKE_ARGS": options, **(own if flags else {})}
 
 
 # The wheel.
