@@ -138,7 +138,7 @@ def plan_model(
         fronts: places behind other text; measured on the first column.
         scopes: arm -> what it is measured on.
     """
-    keys = []
+    keys = list[CellKey]()
     for number, column in enumerate(config.chosen_columns()):
         for arm in arms:
             scope = (scopes or {}).get(arm, EVERYTHING)

@@ -86,7 +86,7 @@ def harm_pairs(data: Path, runtime: Session) -> list[Pair]:
     questions = corpus.harmless_split()[0][::2] + evenly(corpus.instruction_split(data)[0], NUM_HARMLESS)
     harmless = [request for request, _ in questions]
     own = replies(runtime, [*harmful, *harmless])
-    pairs = []
+    pairs = list[Pair]()
     for request, reply in zip([*harmful, *harmless], own, strict=True):
         refusal, is_harmful = rng.choice(REFUSALS), len(pairs) < len(harmful)
         chosen, rejected = (refusal, reply) if is_harmful else (reply, refusal)

@@ -128,7 +128,7 @@ def safety(
         tuple(patch or ()),
         tuple(on or ()),
         tuple(each.value for each in dict.fromkeys(domain or ())),
-        _amounts(QUICK if quick else Amounts(), prompts, samples, items, requests),
+        amounts_of(QUICK if quick else Amounts(), prompts, samples, items, requests),
         judge=judge,
         harm_judge=harm_judge.value,
         unsafe_labels=tuple(unsafe_label or ()),
@@ -163,7 +163,7 @@ def print_summary(document: dict[str, Any]) -> None:
         tell(line)
 
 
-def _amounts(
+def amounts_of(
     amounts: Amounts, prompts: int | None, samples: int | None, items: int | None, requests: int | None
 ) -> Amounts:
     """The amounts, with those that were named in place of their own."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgepatch.cli.bench.door import RESULTS, DataOption, OutOption, bench_app
-from edgepatch.cli.bench.safety import print_summary
+from edgepatch.cli.bench.safety import amounts_of, print_summary
 from edgepatch.cli.console import LogOption, model_path, note, progress_bars, tell
 
 
@@ -45,13 +44,7 @@ def smollm2(
     from edgepatch.bench.smollm2.shipped import newest_patches
     from edgepatch.files.writing import write_atomically
 
-    named = {"prompts": prompts, "samples": samples, "items": items}
-    retained = matrix.AMOUNTS.retained
-    amounts = replace(
-        matrix.AMOUNTS,
-        retained=replace(retained, num_requests=requests or retained.num_requests),
-        **{name: count for name, count in named.items() if count is not None},
-    )
+    amounts = amounts_of(matrix.AMOUNTS, prompts, samples, items, requests)
     question = matrix.question_of(model_path("smollm2"), newest_patches(), on or matrix.TYPES, amounts, workers, 1)
     kept = f"what is measured is kept in {work}; the same command goes on from there"
     with progress_bars(log or work / "evidence.log", lambda: kept) as progress:
