@@ -190,7 +190,7 @@ def coverage() -> Figure:
             f"--cov-report=json:{report}",
             "--cov-report=term-missing:skip-covered",
         ]
-        environment = {**os.environ, "COVERAGE_FILE": str(Path(folder) / "data")}
+        environment = {**os.environ, "COVERAGE_FILE": str(Path(folder) / "data"), EXAMPLES_VARIABLE: "all"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         rows = json.loads(report.read_text())["files"] if report.is_file() else {}
     short = {
