@@ -200,7 +200,7 @@ def test_over_refusal_of_our_requests(models):
 
 def test_lab_models_give_pairs_of_both_kinds(models):
     calls = []
-    pairs = HarmDomain(num_training_requests=6).training_pairs(
+    pairs = HarmDomain(num_training_requests=8).training_pairs(
         *models, rng_seed=1, progress=lambda *step, **_: calls.append(step)
     )
     refusals = [p for p in pairs if declines(p.chosen)]
