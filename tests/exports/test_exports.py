@@ -81,7 +81,7 @@ def test_llama_cpp_answers_patched_with_a_session_file(session_folder: Path, mod
 
 def test_a_folder_says_what_is_lost(session_folder: Path, script_folder: Path, moving: Patch):
     said = (session_folder / "README.md").read_text("utf-8")
-    assert "stays at the start of the text" in said and "Exact for tiny.gguf (F16)" in said
+    assert "stays at the start of the text" in said and "Exact for tiny-F16.gguf (F16)" in said
     assert str(moving.anchoring) in (script_folder / "README.md").read_text("utf-8")
     for folder in (session_folder, script_folder):
         assert len((folder / "README.md").read_text("utf-8").strip().split("\n\n")) <= 10
