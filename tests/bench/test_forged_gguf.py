@@ -15,6 +15,7 @@ from edgepatch.converters.gguf.specs import quantization, spec_of
 from edgepatch.converters.weight_sketches import sketch_of_gguf
 from edgepatch.errors import EdgepatchError
 from edgepatch.runtimes import load_runtime
+from kit.amounts import examples
 
 STEP = 40
 """Of the corpus, for children; ``edgepatch bench first-contact --forged`` judges all of it (bench/results/first_contact.json)."""
@@ -35,7 +36,8 @@ def test_the_corpus_is_large_of_many_kinds_and_the_same_each_time():
 
 def test_the_parser_refuses_with_errors_of_ours_alone(tmp_path: Path):
     path, refused = tmp_path / "forged.gguf", 0
-    for number, (kind, data) in enumerate(corpus()):
+    step = examples(4, 1)
+    for number, (kind, data) in enumerate(slice_of_corpus(step)):
         path.write_bytes(data)
         try:
             header = read_header(path)
@@ -47,7 +49,7 @@ def test_the_parser_refuses_with_errors_of_ours_alone(tmp_path: Path):
             refused += 1
         except Exception as error:
             pytest.fail(f"file {number} ({kind}): {type(error).__name__}: {error}")
-    assert refused > 800
+    assert refused > 800 // step
 
 
 def test_what_the_parser_lets_through_never_ends_the_parent():

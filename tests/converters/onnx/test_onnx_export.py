@@ -79,13 +79,6 @@ def gemma_onnx(gemma_folder, tmp_path_factory):
 # Transformers' exporter.
 
 
-def test_the_builder_names_the_exporter_that_can(gemma_folder, tmp_path):
-    with pytest.raises(InputError, match="Gemma3ForCausalLM") as caught:
-        converter.export(gemma_folder, tmp_path / "target", "fp32")
-    assert "--exporter transformers" in caught.value.hint
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_growing_past_equals_inputs_embeds_beyond_the_window(gemma_folder, gemma_onnx, gemma_patch):
     tokens = [int(t) for t in np.random.default_rng(1).integers(3, 512, 3 * WINDOW)]
     with load_runtime(gemma_folder, gemma_patch) as reference:
