@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -72,6 +73,9 @@ MODEL_LIBRARIES = (
 MAX_IMPORT_S = 0.3
 
 
+parsed = functools.cache(ast.parse)
+
+
 def modules() -> dict[str, Path]:
     """Installed name -> file, of every module."""
     files = {}
@@ -105,7 +109,7 @@ def imports(tree: ast.AST, module_names: set[str]) -> list[tuple[int, str]]:
 def upward_imports(module: str, source: str, module_names: set[str]) -> list[str]:
     """Lines that break the table."""
     unit, wrong = unit_of(module), []
-    for line, target in imports(ast.parse(source), module_names):
+    for line, target in imports(parsed(source), module_names):
         other = unit_of(target)
         if other != unit and LAYERS[other] >= LAYERS[unit]:
             wrong.append(
@@ -123,9 +127,7 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
     module_names = set(sources)
     return {
         module: {
-            target
-            for _, target in imports(ast.parse(text), module_names)
-            if target in module_names and target != module
+            target for _, target in imports(parsed(text), module_names) if target in module_names and target != module
         }
         for module, text in sources.items()
     }
@@ -207,7 +209,7 @@ def test_the_check_sees_a_circle(texts: tuple[str, ...], expected: list[list[str
 def test_verbs_of_the_core_need_no_bench():
     files = modules()
     for name in (name for name in files if unit_of(name) == "edgepatch.cli" and not name.startswith(BENCH_VERBS)):
-        targets = {target for _, target in imports(ast.parse(files[name].read_text("utf-8")), set(files))}
+        targets = {target for _, target in imports(parsed(files[name].read_text("utf-8")), set(files))}
         assert not [target for target in targets if unit_of(target) == "edgepatch.bench"], name
 
 
@@ -245,7 +247,7 @@ def test_classes_stay_small():
     sizes = {
         f"{name}.{one}": count
         for name, file in modules().items()
-        for one, count in methods(ast.parse(file.read_text("utf-8"))).items()
+        for one, count in methods(parsed(file.read_text("utf-8"))).items()
     }
     assert sizes["edgepatch.runtimes.session.Session"] > 10
     assert not {name: count for name, count in sizes.items() if count > LARGEST_CLASS}
@@ -253,7 +255,7 @@ def test_classes_stay_small():
 
 def test_the_bench_touches_no_privates_of_runtimes():
     """What it needs of them is a public verb."""
-    trees = {name: ast.parse(file.read_text("utf-8")) for name, file in modules().items()}
+    trees = {name: parsed(file.read_text("utf-8")) for name, file in modules().items()}
     theirs = {
         private for name in trees if unit_of(name) == "edgepatch.runtimes" for private in own_privates(trees[name])
     }
@@ -293,7 +295,7 @@ def test_named_extras_exist():
     for file in modules().values():
         for extra in re.findall(r"edgepatch\[([\w-]+)\]", file.read_text("utf-8")):
             assert extra in extras, f"{file}: edgepatch[{extra}]"
-        for call in ast.walk(ast.parse(file.read_text("utf-8"))):
+        for call in ast.walk(parsed(file.read_text("utf-8"))):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "MissingExtraError":
                 extra = call.args[1]
                 assert not isinstance(extra, ast.Constant) or extra.value in extras, f"{file}, line {call.lineno}"
