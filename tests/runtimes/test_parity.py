@@ -30,7 +30,8 @@ from edgepatch.tensors import SoftPrompt
 from kit.amounts import examples
 
 BASE = LAB_FOLDER / "base"
-PROMPTS = load_prompts("benign", "eval")[:12] + load_prompts("toxic", "eval")[:12]
+COUNT = examples(6, 12)
+PROMPTS = load_prompts("benign", "eval")[:COUNT] + load_prompts("toxic", "eval")[:COUNT]
 BOUNDS = {"torch": 5e-5, "F32.gguf": 5e-5, "onnx": 1e-4}
 """Largest difference of a logit, full-precision weights and cache."""
 
