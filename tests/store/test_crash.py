@@ -18,7 +18,7 @@ from edgepatch.store.device import Store
 from kit.amounts import examples
 
 KILLS = examples(20, 60)
-"""Of real processes; ``edgepatch bench security --only F6`` kills 60."""
+"""Of real processes; ``edgepatch bench security --only F4`` kills 60."""
 
 
 EVERY = {verb: 1 if verb in ("apply", "rollback") else examples(3, 1) for verb in VERBS}
