@@ -34,8 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.relative_to(root).as_posix(), len(order)))
 
 
-# A suite started in the background inherits an ignored SIGINT, and so would the processes that tests interrupt.
+# A suite started in the background, or by nohup, inherits ignored signals, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -317,7 +317,7 @@ def test_the_needed_space_is_told_rightly(full, tmp_path, monkeypatch):
     assert written <= counted[0] <= 1.5 * written
 
 
-LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
 
 
 @pytest.mark.parametrize("options", [["--to", "transformers"], ["--to", "onnx"], ["--type", "Q8_0"]])

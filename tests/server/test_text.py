@@ -29,7 +29,7 @@ ATTACK = textwrap.dedent("""
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("POST", path, body, {"Content-Type": "application/json", "Authorization": "Bearer " + key})
         reply = connection.getresponse()
-        print(json.dumps([reply.status, json.loads(reply.read())["error"]["code"]]), flush=True)
+        sys.stdout.write(json.dumps([reply.status, json.loads(reply.read())["error"]["code"]]) + chr(10))
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
