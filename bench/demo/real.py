@@ -25,7 +25,7 @@ from edgepatch.runtimes import load_runtime
 
 TYPES = ("Q4_K_M", "onnx-int8")
 DOMAINS = ("toxicity", "gender")
-AMOUNTS = Amounts(24, 5, 24, Sizes(4, 1, 8), 2, (), 16)
+AMOUNTS = Amounts(24, 5, 24, Sizes(4, 1, 8), 0, (), 16)
 """A glance: intervals are wide. ``bench safety`` measures more."""
 
 REPLY = Sampling.plain(max_new_tokens=40, temperature=1.0, rng_seed=1)

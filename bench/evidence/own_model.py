@@ -73,7 +73,8 @@ def run(
     num_virtual_tokens = max(seeds)
     config = config_of(question, columns, probe, num_virtual_tokens)
     is_toxicity = "toxicity" in config.domains
-    fronts, short = fronts_of(question.amounts, probe, num_virtual_tokens) if is_toxicity else ([], [])
+    has_fronts = is_toxicity and question.amounts.fronted > 0
+    fronts, short = fronts_of(question.amounts, probe, num_virtual_tokens) if has_fronts else ([], [])
     place = Workplace(out, data, question.arms)
     keys = plan_model(config, list(question.arms), fronts, question.scopes)
     _require_data(config, data)
