@@ -231,7 +231,7 @@ def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
         terminal.until("> ")
         terminal.type("Hello\n")
         terminal.until("Hello\r\n")
-        time.sleep(0.2)  # the reply is under way, or over
+        terminal.until_more()  # the reply is under way
         terminal.type("\x03")
         terminal.until("first after")
         terminal.until("> ")
@@ -244,6 +244,7 @@ def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
         terminal.type("\x1b[A\x1b[A\x1b[D!\n")  # up to /foo, one to the left, an exclamation mark: /fo!o
         terminal.until("unknown command: /fo!o")
         terminal.until("> ")
+        time.sleep(0.3)  # readline shows its prompt before it waits for keys; in between it sees no signal
         terminal.type("\x03")
         terminal.until("Ctrl-C once more")
         terminal.until("> ")

@@ -39,6 +39,14 @@ class Terminal:
                 self._screen += os.read(self._file, 65536).decode("utf-8", "replace")
         self._seen = place + len(text)
 
+    def until_more(self, timeout_s: float = 60) -> None:
+        """Reads the screen until anything stands there behind the last text."""
+        end = time.monotonic() + timeout_s
+        while len(self._screen) == self._seen:
+            assert time.monotonic() < end, f"expected more, found {self._screen!r}"
+            if select.select([self._file], [], [], 0.2)[0]:
+                self._screen += os.read(self._file, 65536).decode("utf-8", "replace")
+
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
