@@ -18,6 +18,7 @@ from edgepatch.bench.safety import gender_prompts
 from edgepatch.bench.safety.retained import Sizes
 from edgepatch.bench.smollm2.shipped import DOMAIN_OF, newest_patches
 from edgepatch.decoding.sampling import Sampling
+from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.prompts.sets import load_prompts
@@ -49,9 +50,16 @@ def shipped_patches() -> list[Path]:
     """The newest patches of the domains that the demo measures.
 
     Raises:
-        InputError: none is there, because this is no checkout.
+        InputError: one of them is not there, because this is no checkout; the bare model would be shown as a patched one.
     """
-    return [path for name, path in newest_patches().items() if DOMAIN_OF[name] in DOMAINS]
+    newest = newest_patches()
+    patches = [path for name, path in newest.items() if DOMAIN_OF[name] in DOMAINS]
+    if len(patches) < len(DOMAINS):
+        raise InputError(
+            f"expected a patch for each of {', '.join(DOMAINS)}, found {', '.join(newest)}",
+            hint="run the demo from a source checkout, or name patches with --patch",
+        )
+    return patches
 
 
 def run_real_demo(

@@ -91,4 +91,5 @@ def harm_pairs(data: Path, runtime: Session) -> list[Pair]:
         refusal, is_harmful = rng.choice(REFUSALS), len(pairs) < len(harmful)
         chosen, rejected = (refusal, reply) if is_harmful else (reply, refusal)
         pairs.append(Pair(chat(request), chosen, rejected, 0.0, 1.0))
-    return [pair for pair in pairs if not is_refusal(pair.rejected) or not is_refusal(pair.chosen)]
+    # Where the model itself refuses, both sides are refusals, and teach nothing.
+    return [pair for pair in pairs if not (is_refusal(pair.chosen) and is_refusal(pair.rejected))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from edgepatch.bench.checkout import ROOT
@@ -18,10 +19,14 @@ def newest_patches(folder: Path = PATCHES) -> dict[str, Path]:
     Raises:
         InputError: none is there, because this is no checkout.
     """
-    files = {name: sorted(folder.glob(f"smollm2-{name}-*.safetensors")) for name in DOMAIN_OF}
+    files = {name: sorted(folder.glob(f"smollm2-{name}-*.safetensors"), key=_numbers) for name in DOMAIN_OF}
     newest = {name: versions[-1] for name, versions in files.items() if versions}
     if not newest:
-        raise InputError(
-            f"no patch of SmolLM2 in {folder}", hint="run this from a source checkout, or name a patch with --patch"
-        )
+        hint = "run this from a source checkout; `edgepatch bench safety` measures any patch"
+        raise InputError(f"no patch of SmolLM2 in {folder}", hint=hint)
     return newest
+
+
+def _numbers(path: Path) -> list[int]:
+    """Of the version in the name, so that 0.10.0 comes behind 0.9.0."""
+    return [int(number) for number in re.findall(r"\d+", path.stem)]

@@ -28,8 +28,8 @@ Facts = dict[str, Any]
 Read = Callable[[bytes], Facts | None]
 """What a reader takes a file for; ``None`` where it refuses it."""
 
-STRING = 8
-"""ggml's number for a value that is text."""
+STRING, ARRAY = 8, 9
+"""ggml's numbers for a value that is text, and for a list."""
 
 LIKELY_BYTES = (0, 1, 2, 4, 8, 0x20, 0x7F, 0x80, 0xFF)
 
@@ -190,8 +190,13 @@ def gguf_as_we_read_it(data: bytes) -> Facts | None:
         except EdgepatchError:
             return None
     rows = {name: (t.ggml_type, t.offset, t.num_bytes) for name, t in header.tensors.items()}
-    texts = {key: value for key, value in header.metadata.items() if isinstance(value, str)}
+    texts = {key: value for key, value in header.metadata.items() if _is_text(value)}
     return {"keys": list(header.metadata), "texts": texts, "tensors": rows}
+
+
+def _is_text(value: object) -> bool:
+    """Whether ggml reads a value as text, or as a list of texts."""
+    return isinstance(value, (str, list))
 
 
 def _ggml() -> ctypes.CDLL:
@@ -205,6 +210,11 @@ def _ggml() -> ctypes.CDLL:
         getattr(library, name).restype = ctypes.c_int64
     for name in ("gguf_get_tensor_offset", "gguf_get_tensor_size", "gguf_get_data_offset"):
         getattr(library, name).restype = ctypes.c_size_t
+    library.gguf_get_arr_str.restype = ctypes.c_char_p
+    library.gguf_get_arr_str.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t]
+    library.gguf_get_arr_n.restype = ctypes.c_size_t
+    for name in ("gguf_get_arr_n", "gguf_get_arr_type"):
+        getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int64]
     of_an_entry = ("key", "val_str", "kv_type", "tensor_name", "tensor_offset", "tensor_size", "tensor_type")
     for name in (f"gguf_get_{part}" for part in of_an_entry):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int64]
@@ -232,11 +242,7 @@ class GgmlReader:
                 library.gguf_get_key(context, i).decode("utf-8", "replace")
                 for i in range(library.gguf_get_n_kv(context))
             ]
-            texts = {
-                key: library.gguf_get_val_str(context, i).decode("utf-8", "replace")
-                for i, key in enumerate(keys)
-                if library.gguf_get_kv_type(context, i) == STRING
-            }
+            texts = {key: value for i, key in enumerate(keys) if (value := self._text(context, i)) is not None}
             start = library.gguf_get_data_offset(context)
             rows = {
                 library.gguf_get_tensor_name(context, i).decode("utf-8", "replace"): (
@@ -249,6 +255,21 @@ class GgmlReader:
             return {"keys": keys, "texts": texts, "tensors": rows}
         finally:
             library.gguf_free(context)
+
+    def _text(self, context: int, entry: int) -> str | list[str] | None:
+        """A value that is text, or a list of texts; ``None`` for any other."""
+        library = self._library
+        kind = library.gguf_get_kv_type(context, entry)
+        if kind == STRING:
+            return _decoded(library.gguf_get_val_str(context, entry))
+        if kind != ARRAY or library.gguf_get_arr_type(context, entry) != STRING:
+            return None
+        count = library.gguf_get_arr_n(context, entry)
+        return [_decoded(library.gguf_get_arr_str(context, entry, i)) for i in range(count)]
+
+
+def _decoded(text: bytes) -> str:
+    return text.decode("utf-8", "replace")
 
 
 @contextmanager

@@ -101,7 +101,12 @@ def test_the_demo_of_the_real_model_measures_answers_twice_and_writes_a_page(lab
     assert (tmp_path / "out" / "report.html").read_text().lower().startswith("<!doctype html>")
 
 
-def test_a_real_demo_without_a_shipped_patch_says_what_to_do(tmp_path):
+def test_a_real_demo_without_a_shipped_patch_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no patch of SmolLM2") as caught:
         newest_patches(tmp_path)
+    assert "source checkout" in caught.value.hint
+    (tmp_path / "smollm2-harm-0.1.0.safetensors").touch()
+    monkeypatch.setattr(real, "newest_patches", lambda: newest_patches(tmp_path))
+    with pytest.raises(InputError, match="toxicity, gender, found harm") as caught:
+        real.shipped_patches()
     assert "--patch" in caught.value.hint

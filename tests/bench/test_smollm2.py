@@ -60,10 +60,10 @@ def test_each_patch_has_a_verdict_of_its_own():
 
 
 def test_the_shipped_patches_are_taken_in_their_newest_version(tmp_path):
-    for name in ("detox-0.1.0", "detox-0.2.0", "harm-0.1.0", "other-0.1.0"):
+    for name in ("detox-0.9.0", "detox-0.10.0", "harm-0.1.0", "other-0.1.0"):
         (tmp_path / f"smollm2-{name}.safetensors").touch()
     assert {name: path.stem for name, path in newest_patches(tmp_path).items()} == {
-        "detox": "smollm2-detox-0.2.0",
+        "detox": "smollm2-detox-0.10.0",
         "harm": "smollm2-harm-0.1.0",
     }
     with pytest.raises(InputError, match="no patch"):

@@ -32,6 +32,7 @@ class Artefacts:
                 unfinished = Path(tempfile.mkdtemp(dir=self.root))
                 try:
                     make(unfinished / target.name)
+                    assert [path.name for path in unfinished.iterdir()] == [target.name], "nothing is left beside it"
                     (unfinished / target.name).rename(target)
                 finally:
                     shutil.rmtree(unfinished)
