@@ -243,6 +243,30 @@ def blimp(folder: Path) -> dict[str, list[tuple[str, str]]]:
     return pairs
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A question, or the beginning of a sentence, with its answers and the number of the right one."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def arc(folder: Path, part: Literal["Easy", "Challenge"]) -> list[Choice]:
+    """Test items of AI2's Reasoning Challenge."""
+    with _open(folder, f"general/ai2_arc/test/ARC-{part}_test.csv").open(encoding="utf-8", newline="") as lines:
+        return [Choice(stem, tuple(choices), "ABCD".index(letter)) for stem, *choices, letter in csv.reader(lines)]
+
+
+def openbookqa(folder: Path) -> list[Choice]:
+    """OpenBookQA's test items."""
+    questions = [(row["question"], row["answerKey"]) for row in _json_lines(_open(folder, "general/openbookqa.jsonl"))]
+    return [
+        Choice(question["stem"], tuple(choice["text"] for choice in question["choices"]), "ABCD".index(letter))
+        for question, letter in questions
+    ]
+
+
 def winobias_occupations(folder: Path) -> tuple[list[str], list[str]]:
     """The 20 stereotypically male and the 20 stereotypically female occupations."""
     lists = [_open(folder, f"gender/winobias/{g}_occupations.txt").read_text().split("\n") for g in ("male", "female")]

@@ -266,6 +266,32 @@ def test_table_of_a_bare_run(run, tiny_folder):
     assert "patched" not in output
 
 
+def test_tasks_on_public_data_read_their_folder(run, tiny_folder, tmp_path, monkeypatch):
+    arc, openbookqa = (tmp_path / "general" / name for name in ("ai2_arc/test/ARC-Easy_test.csv", "openbookqa.jsonl"))
+    arc.parent.mkdir(parents=True)
+    arc.write_text(
+        '"What is wet?","rain","a stone","sand","a brick","A"\n"What burns?","water","wood","ice","air","B"\n'
+    )
+    choices = [{"text": text, "label": letter} for text, letter in zip(("a boat", "a car"), "AB", strict=True)]
+    item = {"id": "1", "question": {"stem": "To cross a lake one takes", "choices": choices}, "answerKey": "A"}
+    openbookqa.write_text(json.dumps(item) + "\n")
+    monkeypatch.setenv("EDGEPATCH_DATA", str(tmp_path))
+    out = tmp_path / "scores.json"
+    code, _, error = run("bench", "harness", tiny_folder, "--bare", "-t", "arc_easy_data,openbookqa_data", "--out", out)
+    assert code == 0, error
+    items = json.loads(out.read_text("utf-8"))["items"]["bare"]
+    assert [item["target"] for item in items["arc_easy_data"]] == [0, 1]
+    assert items["openbookqa_data"][0]["arguments"][0][1] == " a boat"
+
+    code, _, error = run("bench", "harness", tiny_folder, "--bare", "-t", "arc_challenge_data")
+    assert code == 2
+    assert "ARC-Challenge_test.csv is missing" in error
+    monkeypatch.delenv("EDGEPATCH_DATA")
+    code, _, error = run("bench", "harness", tiny_folder, "--bare", "-t", "arc_easy_data")
+    assert code == 2
+    assert "EDGEPATCH_DATA" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
