@@ -39,8 +39,8 @@ lab: $(STAMP) ## rebuild the lab model and its judges from the public data in $E
 
 bench: $(STAMP) ## time everything side by side at a real size, on a quiet machine (an hour); `edgepatch bench` lists all measurements
 	$(BIN)/edgepatch bench machine
-	$(BIN)/edgepatch bench latency --out bench/results/latency.json
-	$(BIN)/edgepatch bench latency --quantization int4 --out bench/results/latency-llama-3.2-1b-int4.json
+	$(BIN)/edgepatch bench latency --force --out bench/results/latency.json
+	$(BIN)/edgepatch bench latency --quantization int4 --force --out bench/results/latency-llama-3.2-1b-int4.json
 	$(BIN)/edgepatch bench report
 
 devices: smollm2 ## ask the real clients of every export, from npm and PyPI, on the lab model and SmolLM2; EDGEPATCH_CHROMIUM adds a browser

@@ -28,10 +28,11 @@ from edgepatch.converters.gguf.writer import quantize
 from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import CONFIG_KEY, Origin
 from edgepatch.errors import InputError
-from edgepatch.files.writing import folder_beside, replacing_folder, require_space
+from edgepatch.files.writing import FolderKind, folder_beside, replacing_folder, require_new_folder, require_space
 from edgepatch.tensors import ModelSpec
 
 NORMALLY_F16_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
+TRANSFORMERS_FOLDER = FolderKind("a Transformers folder", "config.json")
 QUANTIZED_BYTES = 1.07  # of a value in Q8_0, the widest type but these
 
 
@@ -69,7 +70,7 @@ def dequantize(
             f"type of a Transformers folder: expected one of {', '.join(DTYPES)}, found {dtype!r}", hint="take float32"
         )
     header = read_header(source)
-    _require_free(target, force)
+    require_new_folder(target, TRANSFORMERS_FOLDER, force)
     spec = spec_of(header)
     gguf_weights.require_readable(header)
     require_space(target, _folder_bytes(header, dtype))
@@ -80,17 +81,6 @@ def dequantize(
 def _folder_bytes(header: GGUFHeader, dtype: str) -> int:
     vocabulary_bytes = sum(end - start for start, end in header.spans.values())
     return num_weights(header) * DTYPES[dtype][1] + 3 * vocabulary_bytes  # JSON is wordier
-
-
-def _require_free(target: Path, force: bool) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise InputError(f"{target} exists and is no folder", hint="name a new folder")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    if not (target / "config.json").is_file():
-        raise InputError(f"{target} exists and is not a Transformers folder", hint="name a new folder")
-    if not force:
-        raise InputError(f"{target} exists", hint="name a new folder, or replace it with --force")
 
 
 def _write_folder(header: GGUFHeader, spec: ModelSpec, folder: Path, dtype: str, progress: Progress) -> Origin:

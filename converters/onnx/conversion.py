@@ -27,7 +27,7 @@ from edgepatch.converters.onnx.exporters import (
     export_with_transformers,
     require_packages,
 )
-from edgepatch.converters.onnx.files import MODEL_FILE, GraphFile, find_model_file, open_folder
+from edgepatch.converters.onnx.files import MODEL_FILE, ONNX_FOLDER, GraphFile, find_model_file, open_folder
 from edgepatch.converters.onnx.graphs import quantization, recognise
 from edgepatch.converters.onnx.identity import QUANTIZATIONS, identity, stamp
 from edgepatch.converters.onnx.precision import reduce
@@ -36,7 +36,7 @@ from edgepatch.converters.peft.lora import merge_lora
 from edgepatch.decoding import defaults
 from edgepatch.errors import InputError
 from edgepatch.files import strict_json
-from edgepatch.files.writing import replacing_folder
+from edgepatch.files.writing import replacing_folder, require_new_folder
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.tensors import ModelSpec
 from edgepatch.text.tokenizers import FolderTokenizer
@@ -186,14 +186,9 @@ def _norms(file: GraphFile, folder: Path) -> dict[str, NDArray[Any]]:
 @contextmanager
 def replacement(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its place at the end, or vanishes on any error."""
-    if target.is_symlink() or (target.exists() and not _may_replace(target)):
-        raise InputError(f"{target} exists and is not an ONNX model folder", hint="name a new folder")
+    require_new_folder(target, ONNX_FOLDER, force=True)
     with replacing_folder(target) as unfinished:
         yield unfinished
-
-
-def _may_replace(target: Path) -> bool:
-    return target.is_dir() and ((target / MODEL_FILE).is_file() or not any(target.iterdir()))
 
 
 def _require_sound(model_file: Path, spec: ModelSpec) -> None:

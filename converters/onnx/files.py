@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.errors import InputError
+from edgepatch.files.writing import FolderKind
 
 MODEL_FILE = "model.onnx"
+ONNX_FOLDER = FolderKind("an ONNX model folder", MODEL_FILE)
 MODEL_FILES = (MODEL_FILE, "onnx/model.onnx")
 """Where published folders keep their graph; the second is a folder for several precisions."""
 

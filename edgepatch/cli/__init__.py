@@ -8,6 +8,7 @@ another model; 5 a model on which a C library dies or hangs on this machine, whi
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import os
 import sys
@@ -115,6 +116,17 @@ def _fail(message: str, hint: str = "") -> None:
         console.print(f"[bold]hint:[/bold] {cell(hint)}", soft_wrap=True)
 
 
+def _take_any_text() -> None:
+    """Bytes on stdin that are no text are refused where text is needed, and what a terminal cannot show is escaped: neither is a fault."""
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def _install_hint(module: str) -> str:
     from edgepatch.doctor import packages
 
@@ -142,6 +154,7 @@ def _narrowed(words: list[str]) -> Typer:
 def main() -> None:
     """The entry point: every error becomes a line on stderr and an exit code; signals end work in an orderly way."""
     turn_bars_off()
+    _take_any_text()
     _show_notes()
     with interrupts.orderly():
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import ForceFlag, JsonFlag, counted, model_path, new_file, note, print_json
+from edgepatch.cli.console import ForceFlag, JsonFlag, counted, model_path, new_file, note, print_json, shown
 from edgepatch.errors import InputError
 
 
@@ -57,9 +56,10 @@ def compose(
     parts = [read_patch(file) for file in patch_files]
     fields = {"channel": channel, "created": created, "expires": expires, "license": license_, "summary": summary}
     _require_options(**{key: value for key, value in fields.items() if value})
-    patch = composed(
-        parts, model, name, version, sequence=sequence, **{key: value for key, value in fields.items() if value}
-    )
+    with shown("compose"):
+        patch = composed(
+            parts, model, name, version, sequence=sequence, **{key: value for key, value in fields.items() if value}
+        )
     digest = write_patch(patch, out)
     place = place_in_words(patch.anchoring)
     for part in parts:
@@ -184,8 +184,11 @@ def measured(results: Path, digest: str) -> dict[str, Any]:
     Raises:
         InputError: the file is no results document, or was measured with another patch.
     """
+    from edgepatch.files.strict_json import read_json
+
+    hint = "name a results.json that the bench wrote"
+    document = read_json(results, what="results", hint=hint)
     try:
-        document = json.loads(results.read_text(encoding="utf-8"))
         measured_digest = document["patch"]["digest"]
         kept = {
             "created": document["created"],
@@ -194,10 +197,8 @@ def measured(results: Path, digest: str) -> dict[str, Any]:
             "retention": document["retention"],
             **({"source": source} if (source := _source(document)) else {}),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"cannot read results from {results}: {error}", hint="name a results.json that the bench wrote"
-        ) from None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"cannot read results from {results}: {error}", hint) from None
     if measured_digest != digest:
         raise InputError(
             f"{results}: measured with the patch {measured_digest}, this one is {digest}", hint="measure this patch"

@@ -16,6 +16,7 @@ from edgepatch.cli.console import (
     model_path,
     new_file,
     print_json,
+    shown,
     size_text,
     stdout,
     table,
@@ -89,7 +90,9 @@ def create(
     passphrase = read_passphrase(passphrase_file, unencrypted, confirm=False) if key else None
     keys = tuple(read_private_key(file, passphrase) for file in key or ())
     sources = creation.Sources(patch_file, root, report, None if no_wheels else choice, base_model, keys)
-    _print_created(creation.create(sources, out), out, len(keys), as_json)
+    with shown("pack" if no_wheels else "collect wheels and pack"):
+        manifest = creation.create(sources, out)
+    _print_created(manifest, out, len(keys), as_json)
     if not read_patch(patch_file).signatures:
         warn(
             f"{patch_file.name} is unsigned: devices with a trust root refuse it; `edgepatch sign` it, and make the bundle again"

@@ -18,8 +18,7 @@ from rich.markup import escape
 
 from edgepatch.cli.quiet import libraries_silent
 from edgepatch.cli.tables.layout import TableLines, facts, grid, paragraph
-from edgepatch.errors import InputError
-from edgepatch.progress import NOTHING_KEPT, OF_STREAM, Courses, Lines, Progress, Stream, duration, logged
+from edgepatch.progress import NOTHING_KEPT, OF_STREAM, Courses, Lines, Progress, Stream, duration, logged, stage
 
 
 def model_path(text: str) -> Path:
@@ -58,10 +57,10 @@ def read_template(path: Path | None) -> str | None:
     Raises:
         InputError: the file cannot be read.
     """
-    try:
-        return path.read_text(encoding="utf-8") if path else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the chat template {path}: {error}", hint="check the path") from None
+    from edgepatch.files.reading import read_text
+    from edgepatch.text.chat_templates import MAX_TEMPLATE_CHARACTERS
+
+    return read_text(path, 4 * MAX_TEMPLATE_CHARACTERS, "chat template") if path else None
 
 
 BareFlag = Annotated[bool, typer.Option("--bare", help="Run the model without a patch.")]
@@ -108,6 +107,25 @@ def require_new(context: typer.Context, target: Path | None) -> Path | None:
     return target
 
 
+def rewritten(own: Path, out: Path | None, force: bool) -> Path:
+    """Where a verb writes that adds to a file: to that file itself, or to a new one.
+
+    Args:
+        own: the file that it adds to.
+        out: where its user wants the result; ``None`` for the file itself, which may also be named.
+        force: whether it may take the place of another file.
+
+    Raises:
+        InputError: another file is there, or nothing can be written there.
+    """
+    from edgepatch.files.writing import require_new_file
+
+    if out is None or (out.is_file() and own.is_file() and out.samefile(own)):
+        return out or own
+    require_new_file(out, force)
+    return out
+
+
 BARS_KEPT = 8
 _during_work: Console | None = None
 
@@ -122,7 +140,13 @@ def stderr() -> Console:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Prints one JSON document; where the encoding of stdout has not all of its characters, all but ASCII is escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    print(text)
 
 
 def printable(text: str) -> str:
@@ -218,6 +242,13 @@ def progress_bars(log: Path | None = None, kept: Callable[[], str] = lambda: NOT
                 yield stack.enter_context(logged(log, note, [listener], kept))
         finally:
             _during_work = None
+
+
+@contextmanager
+def shown(name: str) -> Iterator[None]:
+    """Shows work that is one stage, and leaves nothing where it is ended."""
+    with progress_bars() as progress, stage(progress, name):
+        yield
 
 
 def _width_of(stream: TextIO) -> int | None:

@@ -132,13 +132,15 @@ class Conversation:
         note(f"{argument}: {counted(len(self._messages), 'message')}")
 
     def _read(self, argument: str) -> None:
+        from edgepatch.files.strict_json import read_json
+
+        content = read_json(Path(argument), what="conversation", hint="name a file that /save wrote")
         try:
-            content = json.loads(Path(argument).read_text(encoding="utf-8"))
             messages: list[Message] = [
                 {"role": str(m["role"]), "content": str(m["content"])} for m in content["messages"]
             ]
             held = content["system_fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError) as error:
             raise InputError(
                 f"cannot read a conversation from {argument!r}: {error}", hint="name a file that /save wrote"
             ) from None

@@ -23,7 +23,7 @@ from edgepatch.cli.console import (
     progress_bars,
 )
 from edgepatch.errors import InputError
-from edgepatch.files.writing import require_new_file
+from edgepatch.files.writing import require_new_file, require_new_folder
 from edgepatch.progress import stage
 
 if TYPE_CHECKING:
@@ -100,10 +100,13 @@ def convert_base(
         )
     if to is Target.gguf:
         require_new_file(target, force)
-    elif to is Target.onnx and target.exists() and not force:
-        raise InputError(f"{target} exists", hint="name another folder, or replace it with --force")
+    elif to is Target.onnx:
+        from edgepatch.converters.onnx.files import ONNX_FOLDER
+
+        require_new_folder(target, ONNX_FOLDER, force)
     from edgepatch.converters import base_models
 
+    origin = _origin(source)  # before it may be replaced
     with progress_bars(log or log_beside(target)) as progress:
         if to is Target.onnx:
             base_models.to_onnx(source, target, kind, exporter, optimum_env, progress)
@@ -111,7 +114,7 @@ def convert_base(
             base_models.to_transformers(source, target, kind, force, progress)
         else:
             base_models.to_gguf(source, target, kind, progress)
-    _tell(source, target, to, kind, as_json)
+    _tell(origin, target, to, kind, as_json)
 
 
 def _type_of(kind: str | None, to: Target) -> str:
@@ -125,9 +128,8 @@ def _type_of(kind: str | None, to: Target) -> str:
     return kind.upper()
 
 
-def _tell(source: Path, target: Path, to: Target, kind: str, as_json: bool) -> None:
+def _tell(origin: Origin | None, target: Path, to: Target, kind: str, as_json: bool) -> None:
     """Says what was made, how large it is, and what it was made from."""
-    origin = _origin(source)
     files = target.rglob("*") if target.is_dir() else [target]
     size_bytes = sum(file.stat().st_size for file in files if file.is_file())
     if origin:
@@ -190,6 +192,7 @@ def convert_baked(
     folder: Annotated[Path, typer.Argument(metavar="ONNX_FOLDER", help="Graph of onnxruntime-genai's builder.")],
     patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch with a KV seed.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    force: ForceFlag = False,
     log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -200,8 +203,10 @@ def convert_baked(
     Example: `edgepatch convert baked llama-onnx detox-1.0.0.safetensors llama-detox-genai`
     """
     from edgepatch.converters.onnx import baked
+    from edgepatch.converters.onnx.files import ONNX_FOLDER
     from edgepatch.patch.file import read_patch
 
+    require_new_folder(target, ONNX_FOLDER, force)
     patch = read_patch(patch_file)
     with progress_bars(log or log_beside(target)) as progress, stage(progress, "bake"):
         baked.bake_seed(folder, patch, target)

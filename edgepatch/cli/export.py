@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, TemplateOption, cell, model_path, print_json, read_template, stdout
+from edgepatch.cli.console import (
+    ForceFlag,
+    JsonFlag,
+    TemplateOption,
+    cell,
+    model_path,
+    print_json,
+    read_template,
+    shown,
+    stdout,
+)
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.exports.targets import TARGETS
 
@@ -62,7 +72,7 @@ def export_patch(
         Path,
         typer.Option("--model", "-m", metavar="MODEL", parser=model_path, help="The model that the client loads."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")],
     to: Annotated[
         str,
         typer.Option("--to", metavar="TARGET", callback=_target, help=f"What to export for: {', '.join(TARGETS)}."),
@@ -83,6 +93,7 @@ def export_patch(
     flash_attention: FlashOption = True,
     chat_template: TemplateOption = None,
     api_key_file: KeyOption = None,
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a folder with which a client that is not ours runs a patch: the file it reads, an example, what is lost there.
@@ -98,14 +109,16 @@ def export_patch(
         raise InputError("--server and --slot-dir belong together", hint="the folder is the server's --slot-save-path")
     if server is not None and to != "llama-server":
         raise InputError(f"--server asks a llama-server, and the export is for {to}", hint="leave it out")
+    export.require_replaceable(out, force)
     patch = read_patch(patch_file)
     template = read_template(chat_template) or ""
     options = export.ExportOptions(context, kv_type, flash_attention, slots, template, client)
-    if server and slot_dir:
-        probe = export.probe(_server(server, api_key_file), slot_dir, model, options)
-        manifest = export.export(patch, model, out, options, probe)
-    else:
-        manifest = TARGETS[to].write(patch, model, out, options)
+    with shown("export"):
+        if server and slot_dir:
+            probe = export.probe(_server(server, api_key_file), slot_dir, model, options)
+            manifest = export.export(patch, model, out, options, probe)
+        else:
+            manifest = TARGETS[to].write(patch, model, out, options)
     if as_json:
         print_json(manifest)
         return
@@ -138,7 +151,9 @@ def check_export(
     from edgepatch.exports import checking
     from edgepatch.patch.file import read_patch
 
-    rows = checking.check_export(folder, read_patch(patch_file), model, client)
+    patch = read_patch(patch_file)
+    with shown("check"):
+        rows = checking.check_export(folder, patch, model, client)
     if as_json:
         print_json([row.as_dict() for row in rows])
     else:

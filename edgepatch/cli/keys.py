@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgepatch.cli.application import Application, app
-from edgepatch.cli.console import ForceFlag, JsonFlag, new_file, print_json, stdout, table
+from edgepatch.cli.console import ForceFlag, JsonFlag, new_file, print_json, rewritten, stdout, table
 from edgepatch.errors import InputError, UntrustedError
 
 if TYPE_CHECKING:
@@ -202,7 +202,10 @@ def _progress(root: Root) -> str:
 def sign_root(
     root_file: RootArgument,
     key_file: Annotated[Path, typer.Argument(metavar="KEY", help="Private key.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; ROOT itself if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write; ROOT itself if not given.")
+    ] = None,
+    force: ForceFlag = False,
     passphrase_file: PassphraseFile = None,
     unencrypted: Unencrypted = False,
     as_json: JsonFlag = False,
@@ -218,13 +221,14 @@ def sign_root(
 
     root = read_root(root_file)
     _progress(root)  # refuses a changed root before a passphrase is asked for
+    target = rewritten(root_file, out, force)
     require_private(key_file)
     key = read_private_key(key_file, read_passphrase(passphrase_file, unencrypted, confirm=False))
     signed = root.signed_by(key)
-    write_atomically(out or root_file, signed.to_bytes())
+    write_atomically(target, signed.to_bytes())
     own = key_id(raw_public_key(key))
     note = "this version" if own in root.counting("root") else "the rotation from a version that lists the key"
-    facts = {"file": str(out or root_file), "version": root.version, "fingerprint": root.fingerprint}
+    facts = {"file": str(target), "version": root.version, "fingerprint": root.fingerprint}
     _print({**facts, "signed_by": root.called(own), "counts_for": note, "signatures": _progress(signed)}, as_json)
 
 
@@ -232,7 +236,10 @@ def sign_root(
 def rotate_root(
     old: Annotated[Path, typer.Argument(metavar="OLD", help="Trust root that is trusted now.")],
     new: Annotated[list[Path], typer.Argument(metavar="NEW...", help="The versions after it, in order.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write the newest to; OLD is allowed.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="File to write the newest to; OLD is allowed.")
+    ],
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Go from a trusted root to a newer one, if every step is signed by the root keys on both of its sides.
@@ -245,7 +252,7 @@ def rotate_root(
 
     rotation = rotate(read_root(old), [read_root(path) for path in new], datetime.now(timezone.utc))
     root = rotation.root
-    write_atomically(out, root.to_bytes())
+    write_atomically(rewritten(old, out, force), root.to_bytes())
     facts = {"file": str(out), "version": root.version, "fingerprint": root.fingerprint}
     _print({**facts, "sequences": "reset" if rotation.resets_sequences else "kept"}, as_json)
 

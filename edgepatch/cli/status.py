@@ -10,6 +10,7 @@ import typer
 
 from edgepatch.cli.application import app
 from edgepatch.cli.console import (
+    ForceFlag,
     JsonFlag,
     StoreOption,
     cell,
@@ -18,6 +19,7 @@ from edgepatch.cli.console import (
     note,
     print_json,
     print_table,
+    require_new,
     stderr,
     stdout,
     table,
@@ -41,8 +43,15 @@ def status(
         typer.Option("--model", metavar="MODEL", parser=model_path, help="Say instead what this model would run."),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Also write it, with the history, as a page to print.")
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            callback=require_new,
+            help="Also write it, with the history, as a page to print.",
+        ),
     ] = None,
+    force: ForceFlag = False,
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:

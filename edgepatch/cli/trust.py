@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgepatch.cli.application import Application, app
-from edgepatch.cli.console import JsonFlag, StoreOption, print_json, stdout, table
+from edgepatch.cli.console import ForceFlag, JsonFlag, StoreOption, print_json, rewritten, stdout, table
 from edgepatch.cli.keys import PassphraseFile, Unencrypted, read_passphrase
 from edgepatch.errors import InputError
 
@@ -25,7 +25,10 @@ def sign(
     key_files: Annotated[
         list[Path], typer.Argument(metavar="KEY...", help="Private keys; one passphrase opens them all.")
     ],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; PATCH itself if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write; PATCH itself if not given.")
+    ] = None,
+    force: ForceFlag = False,
     passphrase_file: PassphraseFile = None,
     unencrypted: Unencrypted = False,
     as_json: JsonFlag = False,
@@ -40,6 +43,7 @@ def sign(
     from edgepatch.trust.signatures import sign as signature_of
 
     patch = read_patch(patch_file)
+    target = rewritten(patch_file, out, force)
     for file in key_files:
         require_private(file)
     passphrase = read_passphrase(passphrase_file, unencrypted, confirm=False)
@@ -47,15 +51,15 @@ def sign(
     for file, key in [(file, read_private_key(file, passphrase)) for file in key_files]:
         patch = signed(patch, signature_of(patch.manifest, PAYLOAD_TYPE, key))
         owners[key_id(raw_public_key(key))] = file.stem
-    digest = write_patch(patch, out or patch_file)
+    digest = write_patch(patch, target)
     names = [signature.key_id for signature in patch.signatures]
     if as_json:
-        print_json({"file": str(out or patch_file), "digest": digest, "signatures": names, "signed_with": owners})
+        print_json({"file": str(target), "digest": digest, "signatures": names, "signed_with": owners})
     else:
         stdout().print(
             table(
                 [
-                    ("file", out or patch_file),
+                    ("file", target),
                     ("digest", digest),
                     ("signatures", ", ".join(_called(name, owners) for name in names)),
                 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgepatch.errors import InputError, PatchFormatError
 from edgepatch.files.reading import read_bounded
+from edgepatch.files.strict_json import read_json
 from edgepatch.files.writing import replacing_folder
 from edgepatch.llama_server.export import MANIFEST_FILE, digests_of, require_replaceable
 from edgepatch.patch.file import Patch
@@ -73,8 +74,8 @@ def read_export(folder: Path) -> dict[str, Any]:
         InputError: it is no export.
         PatchFormatError: a file is missing, damaged, or none of the export's.
     """
+    manifest = read_json(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES, what="manifest of an export", hint="export again")
     try:
-        manifest = json.loads(read_bounded(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES, "manifest of an export"))
         client, expected = str(manifest["client"]), dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / MANIFEST_FILE} is no manifest of an export: {error}", "export again") from None

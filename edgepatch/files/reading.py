@@ -49,6 +49,22 @@ def read_bounded(
     return data
 
 
+def read_text(path: Path, limit: int, what: str, *, hint: str = "check the path") -> str:
+    """Text of a regular file in UTF-8, without a byte order mark in front; arguments as for ``read_bounded``.
+
+    Raises:
+        InputError: it cannot be read, is no regular file, is larger, or is not UTF-8.
+    """
+    data = read_bounded(path, limit, what, hint=hint)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"cannot read {what} {path}: expected UTF-8, found the byte 0x{data[error.start]:02x} at {error.start}",
+            hint,
+        ) from None
+
+
 def _require_plain(status: os.stat_result, path: Path, what: str, private: bool) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"cannot read {what} {path}: it is no regular file", hint="name the file itself")

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgepatch.errors import InputError
@@ -97,6 +98,10 @@ def require_new_file(target: Path, force: bool = False) -> None:
         raise InputError(f"cannot write {target}: it is a folder", hint="name a file in it")
     if not force and (target.exists() or target.is_symlink()):
         raise InputError(f"{target} exists", hint="name another file, or replace it with --force")
+    _require_writable(target)
+
+
+def _require_writable(target: Path) -> None:
     home = next(folder for folder in target.absolute().parents if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=home):
@@ -146,14 +151,45 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             raise
 
 
-def require_new_folder(target: Path) -> None:
-    """Checks, before any work, that a folder takes nobody's place.
+@dataclass(frozen=True)
+class FolderKind:
+    """Folders that may take each other's place, by the user's word.
+
+    Attributes:
+        title: with its article ("an ONNX model folder").
+        marker: the file in each of them.
+    """
+
+    title: str
+    marker: str
+
+
+def require_new_folder(target: Path, kind: FolderKind | None = None, force: bool = False) -> None:
+    """Checks, before any work, that a folder can be written, and that it takes nobody's place.
+
+    Args:
+        target: the folder; an empty one may be there.
+        kind: of the folder; ``None`` where no other one may be replaced.
+        force: whether it may take the place of a folder of its kind.
 
     Raises:
-        InputError: something is there, and it is not an empty folder.
+        InputError: something else is there, or nothing can be written there.
     """
-    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+    try:
+        is_there = target.is_symlink() or (target.exists() and not target.is_dir()) or any(_entries(target))
+    except OSError as error:
+        raise unwritable(target, error) from error
+    if is_there and kind is None:
         raise InputError(f"cannot write {target}: it exists and is not an empty folder", hint="name a new folder")
+    if is_there and kind and (target.is_symlink() or not (target / kind.marker).is_file()):
+        raise InputError(f"{target} exists and is not {kind.title}", hint="name a new folder")
+    if is_there and not force:
+        raise InputError(f"{target} exists", hint="name a new folder, or replace it with --force")
+    _require_writable(target)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return folder.iterdir() if folder.is_dir() else iter(())
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from edgepatch.converters.gguf.library import load_library
 from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.llamacpp import state as llamacpp_state
 from edgepatch.errors import InactivePatchError, InputError
-from edgepatch.files.writing import replacing_folder
+from edgepatch.files.strict_json import read_json
+from edgepatch.files.writing import FolderKind, replacing_folder, require_new_folder
 from edgepatch.llama_server import requirements
 from edgepatch.llama_server.client import LlamaServer, Reply
 from edgepatch.llama_server.requirements import Label, ServerSettings
@@ -30,6 +31,7 @@ from edgepatch.runtimes.session import Session
 from edgepatch.seeds.anchoring import place_in_words
 
 MANIFEST_FILE, PROBE_FILE = "manifest.json", "edgepatch-probe.bin"
+EXPORT_FOLDER = FolderKind("an earlier export", MANIFEST_FILE)
 FILE_HEADER = struct.Struct("<III")  # magic, version, number of token ids; the ids follow, then the state
 
 
@@ -300,15 +302,21 @@ def digests_of(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def require_replaceable(target: Path) -> None:
-    """Refuses a folder that no earlier export wrote.
+def require_replaceable(target: Path, force: bool = True) -> None:
+    """Refuses a folder that is there, but for an earlier export: that is replaced by the user's word, unless others put files into it.
+
+    Args:
+        target: the folder.
+        force: whether an earlier export may be replaced.
 
     Raises:
-        InputError: it is there, and is not empty.
+        InputError: it may not, or nothing can be written there.
     """
-    if target.exists() and not (target / MANIFEST_FILE).is_file() and not _is_empty_folder(target):
-        raise InputError(f"{target} exists and is no earlier export", hint="name another folder")
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+    require_new_folder(target, EXPORT_FOLDER, force)
+    if not (target / MANIFEST_FILE).is_file():
+        return
+    manifest = read_json(target / MANIFEST_FILE, what="manifest of an export", hint="name a new folder")
+    own = {str(name).split("/")[0] for name in manifest.get("files") or ()}
+    foreign = sorted({path.name for path in target.iterdir()} - own - {MANIFEST_FILE})
+    if foreign:
+        raise InputError(f"{target}: {foreign[0]} is not of the export, and would go with it", hint="name a new folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -55,8 +56,9 @@ def runtime_name(model: Path) -> str:
                 return "torch"
             content = f"a folder with {', '.join(sorted(p.name for p in model.iterdir())[:6]) or 'nothing'}"
         else:
-            with model.open("rb") as file:
-                start = file.read(len(GGUF_MAGIC))
+            # A pipe that nobody writes to is not waited for.
+            with open(os.open(model, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0) as file:
+                start = file.read(len(GGUF_MAGIC)) or b""
             if start == GGUF_MAGIC:
                 return "llamacpp"
             content = f"a file that starts with {start!r}"

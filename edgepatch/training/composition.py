@@ -123,7 +123,8 @@ def _require_full_precision(model: Path) -> None:
     if quantization not in FULL_PRECISION:
         raise InputError(
             f"{model}: expected full precision ({', '.join(sorted(FULL_PRECISION))}), found {quantization}",
-            hint="seed and canary are what all quantizations are held against: name the base itself",
+            hint="seed and canary are what all quantizations are held against: name the base itself. Where this file is all there is: "
+            f"edgepatch convert base {model.name} FOLDER --to transformers",
         )
 
 

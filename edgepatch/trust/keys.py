@@ -186,8 +186,8 @@ def require_private(path: Path) -> None:
         InputError: it is one.
     """
     try:
-        is_public = path.stat().st_size <= MAX_KEY_FILE_BYTES and path.read_bytes().startswith(PUBLIC_START)
-    except OSError:
+        is_public = read_bounded(path, MAX_KEY_FILE_BYTES, "key").startswith(PUBLIC_START)
+    except InputError:
         return
     if is_public:
         private = path.with_suffix(".key").name if path.suffix == ".pub" else "the file that ends in .key"

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,28 @@ def test_an_empty_pipe_is_no_prompt(run, gguf_file, monkeypatch):
     assert (code, out) == (2, "") and "expected text on stdin" in err
 
 
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_bytes_that_are_no_text_are_told(gguf_file, encoding):
+    command = [sys.executable, "-m", "edgepatch.cli", "generate", str(gguf_file), "--bare", "--prompt", "-"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, input=b"caf\xe9", capture_output=True, timeout=120, env=environment)
+    assert done.returncode == 2 and b"not valid Unicode" in done.stderr and b"internal" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["caf\u00e9", "caf\udce9"])
+def test_names_that_the_terminal_cannot_show_are_escaped(patch_file, tmp_path, name):
+    shutil.copy(patch_file, tmp_path / name)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    command = [sys.executable, "-m", "edgepatch.cli", "card", str(tmp_path / name), "-o"]
+    for words in ((str(tmp_path / f"{name}.md"), "--json"), (str(tmp_path / f"{name}-2.md"),)):
+        done = subprocess.run([*command, *words], capture_output=True, timeout=120, env=environment)
+        assert done.returncode == 0 and Path(words[0]).is_file(), done.stderr
+        if "--json" in words:
+            assert json.loads(done.stdout)["path"] == words[0]
+        else:
+            assert b"caf\\" in done.stdout
+
+
 def test_chat_at_a_terminal_as_people_expect_it(gguf_file):
     """Ctrl-C stops a reply and the conversation goes on, arrows edit and recall, unknown commands say so, Ctrl-D ends."""
     options = ("--bare", "--threads", "1", "--max-new-tokens", "400", "--rng-seed", "1")
@@ -321,7 +344,7 @@ def test_chat_commands(gguf_file, tiny_patch, tmp_path):
     assert err.count("first after") == 2 and err.count("exchanged in") == 2
     assert "patch tiny 1.0.0 (seed stored, canary passed)" in err and tiny_patch.digest[:12] in err
     assert "cannot read patch nowhere" in err and "/save needs" in err
-    assert err.count("cannot read a conversation") == 2
+    assert err.count("(conversation) is damaged") == 2
     assert "2 messages, held with" in err and "unknown command: /unknown" in err
     assert f"{talk} exists" in err.replace("\n", "")
     assert json.loads(talk.read_text())["messages"][0]["content"] == "Hello,\nyou"

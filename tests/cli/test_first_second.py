@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,8 @@ from edgepatch.patch.file import write_patch
 from edgepatch.text.tokenizers import FolderTokenizer
 from edgepatch.training.pairs.preferences import Pair, write_pairs
 from edgepatch.training.runs import SETTINGS_FILE
-from kit.stores import make_patch
+from edgepatch.trust.keys import private_pem
+from kit.stores import KEYS, make_patch, make_root, rotated
 
 
 @pytest.fixture
@@ -87,6 +89,60 @@ def test_pairs_and_releases_take_nobodys_place(refused, model_file, tmp_path):
     for options in (("--version", "1"), ("--channel", "Beta"), ("--sequence", -1)):
         code, err = refused("release", "p", "-o", "q", *options)
         assert (code, f"{options[0]}: expected" in err) == (2, True), options
+
+
+def test_no_verb_replaces_a_file_without_a_word(refused, model_file, tiny_folder, tmp_path):
+    write_patch(make_patch(), tmp_path / "p")
+    root = make_root(created=datetime.now(timezone.utc) - timedelta(days=2))
+    (tmp_path / "root.json").write_bytes(root.to_bytes())
+    (tmp_path / "root-2.json").write_bytes(rotated(root).to_bytes())
+    key = tmp_path / "officer.key"
+    key.write_bytes(private_pem(KEYS["officer"], None))
+    key.chmod(0o600)
+    commands = (
+        ("sign", "p", key, "--unencrypted", "-o"),
+        ("root", "sign", "root.json", key, "--unencrypted", "-o"),
+        ("root", "create", "--from", "root.json", "-o"),
+        ("root", "rotate", "root.json", "root-2.json", "-o"),
+        ("status", "--store", tmp_path, "--html"),
+        ("card", "p", "-o"),
+        ("release", "p", "-o"),
+        ("compose", "p", "p", "--model", tiny_folder, "--name", "both", "-o"),
+        ("bundle", "create", "p", "--no-wheels", "-o"),
+        ("bench", "harness", model_file, "--tasks", "own_choice", "--bare", "-o"),
+        ("bench", "latency", "--model", model_file, "-o"),
+        ("convert", "base", tiny_folder),
+        ("convert", "seed", "p", "--model", tiny_folder, "-o"),
+        ("convert", "patch", "p", "--to", "gguf"),
+    )
+    before = key.read_bytes()
+    for command in commands:
+        code, err = refused(*command, key)  # the worst that can be lost
+        assert (code, f"{key} exists" in err, key.read_bytes() == before) == (2, True, True), (command, err)
+
+
+def test_no_verb_replaces_a_folder_without_a_word(refused, model_file, tiny_folder, tmp_path):
+    write_patch(make_patch(), tmp_path / "p")
+    for name, marker in (("graph", "model.onnx"), ("sent", "manifest.json"), ("weights", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / marker).write_text('{"files": {"patch.safetensors": ""}}')
+        (tmp_path / name / "node_modules").mkdir()
+    commands = (
+        ("graph", "convert", "base", tiny_folder, "graph", "--to", "onnx"),
+        ("graph", "convert", "baked", tiny_folder, "p", "graph"),
+        ("weights", "convert", "base", model_file, "weights", "--to", "transformers"),
+        ("sent", "export", "p", "--model", model_file, "-o", "sent"),
+    )
+    for name, *command in commands:
+        code, err = refused(*command)
+        assert (code, f"{name} exists" in err, "--force" in err) == (2, True, True), (command, err)
+        others = [folder for folder in ("graph", "sent", "weights") if folder != name]
+        for other in others:
+            code, err = refused(*(other if word == name else word for word in command), "--force")
+            assert (code, f"{other} exists and is not" in err) == (2, True), (command, err)
+    code, err = refused(*commands[-1][1:], "--force")
+    assert (code, "node_modules is not of the export" in err) == (2, True), err
+    assert all((tmp_path / name / "node_modules").is_dir() for name in ("graph", "sent", "weights"))
 
 
 def test_a_gpu_that_is_not_there_is_one_clear_error(refused, model_file, tiny_folder, tmp_path):

@@ -77,8 +77,9 @@ def test_figures_of_another_patch_are_refused(trained, tiny_patch, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"patch": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"patch": 3}', "[" * 100_000])
 def test_damaged_results_are_refused(trained, tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     done = release(trained, "-o", tmp_path / "x", "--results", tmp_path / "results.json")
-    assert isinstance(done.exception, InputError) and "cannot read results" in str(done.exception)
+    assert isinstance(done.exception, InputError) and "results" in str(done.exception)
+    assert "name a results.json" in done.exception.hint

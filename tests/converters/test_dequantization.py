@@ -289,7 +289,7 @@ def test_existing_targets_are_kept(full, tmp_path):
     other.mkdir()
     (other / "mine.txt").write_text("mine")
     require_refused(full, other, "not a Transformers folder", force=True)
-    require_refused(full, other / "mine.txt", "no folder", force=True)
+    require_refused(full, other / "mine.txt", "not a Transformers folder", force=True)
     assert (other / "mine.txt").read_text() == "mine"
     require_refused(full, tmp_path / "out" / "new", "float16", dtype="float16")
 

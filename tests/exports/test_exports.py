@@ -130,7 +130,7 @@ def test_an_export_is_complete_or_absent(model: Path, tiny_folder: Path, tiny_pa
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("Dear")
-    with pytest.raises(InputError, match="no earlier export"):
+    with pytest.raises(InputError, match="is not an earlier export"):
         TARGETS["transformers.js"].write(tiny_patch, tiny_folder, tmp_path / "mine", ExportOptions())
 
 

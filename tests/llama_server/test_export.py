@@ -262,7 +262,7 @@ def test_an_earlier_export_is_replaced(model: Path, tiny_patch: Patch, tmp_path:
 
 def test_other_folders_are_left_alone(model: Path, tiny_patch: Patch, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(InputError, match="no earlier export"):
+    with pytest.raises(InputError, match="is not an earlier export"):
         export(tiny_patch, model, tmp_path, ExportOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

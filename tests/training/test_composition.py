@@ -221,8 +221,9 @@ def test_a_gguf_file_of_full_precision_will_do(parts, composed, files):
     patch = compose(parts, files["F16"], "all", "1.0.0")
     assert patch.parts == composed.parts
     assert np.abs(patch.kv_seed.keys[1].astype(np.float32) - composed.kv_seed.keys[1].astype(np.float32)).max() < 0.05
-    with pytest.raises(InputError, match=r"expected full precision .*, found Q4_0"):
+    with pytest.raises(InputError, match=r"expected full precision .*, found Q4_0") as refused:
         compose(parts, files["Q4_0"], "all", "1.0.0")
+    assert f"convert base {files['Q4_0'].name} FOLDER --to transformers" in refused.value.hint
 
 
 def test_parts_that_do_not_go_together(parts, tiny_folder):

@@ -264,7 +264,7 @@ def test_the_texts_that_ship_are_several_a_domain_and_long(tmp_path):
     path.write_text("\n\n")
     with pytest.raises(InputError, match="holds no safety text"):
         read_safety_texts(path)
-    with pytest.raises(InputError, match="cannot read the safety text"):
+    with pytest.raises(InputError, match="cannot read safety text"):
         read_safety_texts(tmp_path / "none.txt")
 
 

@@ -12,6 +12,7 @@ import typer
 from edgepatch.cli.bench.door import bench_app
 from edgepatch.cli.console import (
     BareFlag,
+    ForceFlag,
     JsonFlag,
     LogOption,
     ModelArgument,
@@ -21,6 +22,7 @@ from edgepatch.cli.console import (
     TemplateFlag,
     counted,
     log_beside,
+    new_file,
     print_json,
     print_table,
     progress_bars,
@@ -55,9 +57,8 @@ def harness(
     context_length: Annotated[
         int | None, typer.Option(min=1, help="Context to load (llama.cpp, ONNX); default: the model's.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="JSON file for the scores and every item behind them.")
-    ] = None,
+    out: Annotated[Path | None, new_file("JSON file for the scores and every item behind them.")] = None,
+    force: ForceFlag = False,
     log: LogOption = None,
     store: StoreOption = None,
     as_json: JsonFlag = False,

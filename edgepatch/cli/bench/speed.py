@@ -20,10 +20,12 @@ from edgepatch.cli.bench.door import (
 )
 from edgepatch.cli.chat import Device, DeviceOption
 from edgepatch.cli.console import (
+    ForceFlag,
     JsonFlag,
     LogOption,
     log_beside,
     model_path,
+    new_file,
     print_json,
     print_table,
     progress_bars,
@@ -76,10 +78,8 @@ def latency(
         str, typer.Option(help="Only these parts, with commas: arms, costs, serving, memory, starts. Default: all.")
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Shorter prompts, fewer depths and texts.")] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="JSON file for the document, which --json prints as well."),
-    ] = None,
+    out: Annotated[Path | None, new_file("JSON file for the document, which --json prints as well.")] = None,
+    force: ForceFlag = False,
     log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
+from edgepatch.files.reading import read_text
 from edgepatch.text.messages import Message
 from edgepatch.training.pairs.files import PairPrompt
 from edgepatch.training.pairs.filtering import key_of
 from edgepatch.training.pairs.samplers import PromptTooLongError, Sampler
 
+MAX_TEXT_BYTES = 2**20
 SELF = "self"
 """In place of a model: the one that is to be patched."""
 
@@ -24,11 +26,7 @@ def read_safety_texts(path: Path) -> tuple[str, ...]:
     Raises:
         InputError: it cannot be read, is not UTF-8, or holds no text.
     """
-    try:
-        paragraphs = path.read_text(encoding="utf-8-sig").split("\n\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"expected UTF-8, found {error.reason}"
-        raise InputError(f"cannot read the safety text {path}: {reason}") from None
+    paragraphs = read_text(path, MAX_TEXT_BYTES, "safety text").split("\n\n")
     texts = tuple(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip())
     if not texts:
         raise InputError(f"{path} holds no safety text", hint="write what the model should do, in 100 to 250 words")
