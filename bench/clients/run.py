@@ -83,7 +83,8 @@ def run(
     unknown = [name for name in only if name not in CLIENTS]
     if unknown:
         raise InputError(f"clients: expected some of {', '.join(CLIENTS)}, found {unknown[0]!r}")
-    chosen, environment = only or tuple(CLIENTS), prepare(work)
+    chosen = only or tuple(CLIENTS)
+    environment = prepare(work, [CLIENTS[name] for name in chosen])
     choice = [part for patch in patches for part in ("--patch", patch)] or ["--bare"]
     flags = [*choice, "--chat-template", PROGRAMS / "tools.jinja"]
     with serving(model, [*flags, "--threads", 1], work) as served:
@@ -107,7 +108,7 @@ def _rows_of(name: str, environment: ClientEnvironment, served: Served) -> list[
         environment.command(program),
         deadline_s=DEADLINE_S,
         environment=variables,
-        folder=environment.folder(program),
+        folder=environment.working_folder(program),
     )
     rows = [Row(**json.loads(line)) for line in ended.output.splitlines() if line.startswith(ROW)]
     return [*rows, Row(name, "", "program", "fail", ended.failure[-MAX_NOTE:])] if ended.failure else rows

@@ -38,6 +38,9 @@ COMPILE_DEADLINE_S = 5.0
 """Of computing time in a child, so that a busy machine refuses nothing. Schemas take 0.2 s; a chain of 2,000 rules, the longest that a
 definition holds, takes 2.9 s of a core that others share, and what is made to cost takes minutes."""
 
+QUICK_DEADLINE_S = 0.5
+"""What most need no more than. Who has others waiting asks with this one first, so that nobody waits behind what takes long."""
+
 COMPILE_MEMORY_BYTES = 256 * 2**20
 LIMITS = {"max_lexer_states": 20_000, "max_grammar_size": 100_000}
 """Of llguidance, below its own: a state takes up to 2 kB, and 8 compiled constraints are kept."""
@@ -45,7 +48,11 @@ LIMITS = {"max_lexer_states": 20_000, "max_grammar_size": 100_000}
 KEPT_REFUSALS = 64
 HINT = "simplify it: fewer alternatives and repetitions, no large multipleOf, no long patterns beside each other"
 
-_trial = KeptChild("edgepatch.decoding.constraints:compile_here", COMPILE_MEMORY_BYTES)
+_children = {
+    deadline_s: KeptChild("edgepatch.decoding.constraints:compile_here", COMPILE_MEMORY_BYTES)
+    for deadline_s in (QUICK_DEADLINE_S, COMPILE_DEADLINE_S)
+}
+"""Seconds of computing -> the child that has them: who waits for one waits for none of the other's work."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,10 @@ class CompiledConstraint:
         return ConstraintMatcher(self._matcher.deep_copy(), self._vocab_size)
 
 
+class SlowConstraintError(Exception):
+    """A constraint that takes longer than ``QUICK_DEADLINE_S``; it may still compile within ``COMPILE_DEADLINE_S``."""
+
+
 class ConstraintEngine:
     """Constraints over the vocabulary of one model; building it reads every token, so a runtime keeps one.
 
@@ -179,28 +190,43 @@ class ConstraintEngine:
         """A matcher for one reply; errors as in ``compile``."""
         return self.compile(constraint).matcher()
 
-    def compile(self, constraint: Constraint) -> CompiledConstraint:
+    def compile(self, constraint: Constraint, is_quick: bool = False) -> CompiledConstraint:
         """Compiles a constraint, or finds it among the latest; any thread may call it.
+
+        Args:
+            constraint: what a reply must look like.
+            is_quick: whether to give up after ``QUICK_DEADLINE_S``.
 
         Raises:
             InputError: the library cannot read the definition, does not know a part of it, or needs more time or memory for it
                 than a request may have.
+            SlowConstraintError: it takes longer than something quick may.
+        """
+        if (found := self.find(constraint)) is not None:
+            return found
+        try:
+            _require_affordable(constraint, QUICK_DEADLINE_S if is_quick else COMPILE_DEADLINE_S)
+            compiled = CompiledConstraint(_compiled(constraint, self._tokenizer), self._vocab_size)
+        except InputError as error:
+            with self._lock:
+                _remember(self._refused, constraint, error, KEPT_REFUSALS)
+            raise
+        with self._lock:
+            _remember(self._kept, constraint, compiled, KEPT_MATCHERS)
+        return compiled
+
+    def find(self, constraint: Constraint) -> CompiledConstraint | None:
+        """A constraint among the latest, which nobody has to wait for.
+
+        Raises:
+            InputError: it was refused lately.
         """
         with self._lock:
             if constraint in self._refused:
                 raise self._refused[constraint]
-            if constraint not in self._kept:
-                _remember(self._kept, constraint, self._compile(constraint), KEPT_MATCHERS)
-            self._kept.move_to_end(constraint)
-            return self._kept[constraint]
-
-    def _compile(self, constraint: Constraint) -> CompiledConstraint:
-        try:
-            _require_affordable(constraint)
-            return CompiledConstraint(_compiled(constraint, self._tokenizer), self._vocab_size)
-        except InputError as error:
-            _remember(self._refused, constraint, error, KEPT_REFUSALS)
-            raise
+            if constraint in self._kept:
+                self._kept.move_to_end(constraint)
+            return self._kept.get(constraint)
 
 
 def _remember(kept: OrderedDict[Constraint, Any], constraint: Constraint, value: Any, most: int) -> None:
@@ -221,11 +247,13 @@ def _compiled(constraint: Constraint, tokenizer: Any) -> Any:
     return matcher
 
 
-def _require_affordable(constraint: Constraint) -> None:
+def _require_affordable(constraint: Constraint, deadline_s: float) -> None:
     """Refuses what a child cannot compile within its time and memory."""
-    outcome = _trial.ask({"kind": constraint.kind, "definition": constraint.definition}, COMPILE_DEADLINE_S)
+    outcome = _children[deadline_s].ask({"kind": constraint.kind, "definition": constraint.definition}, deadline_s)
     if outcome.error is not None:
         raise outcome.error
+    if outcome.is_late and deadline_s < COMPILE_DEADLINE_S:
+        raise SlowConstraintError
     if outcome.failure:
         raise InputError(
             f"constraint: {constraint.kind}: expected one that compiles within {COMPILE_DEADLINE_S:g} s and "

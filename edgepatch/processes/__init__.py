@@ -34,12 +34,14 @@ class Outcome:
         failure: why there is no answer, as the end of a sentence that starts with "it": "died of SIGSEGV"; "" where there is one.
         signal: the name of the signal that ended it, else "".
         error: what the work itself raised on purpose; it counts as an answer, and its words are the child's.
+        is_late: whether it had no answer in the time that it was given.
     """
 
     value: Any = None
     failure: str = ""
     signal: str = ""
     error: EdgepatchError | None = None
+    is_late: bool = False
 
 
 def run_apart(
@@ -84,7 +86,7 @@ def run_apart(
     try:
         _, printed = child.communicate(json.dumps(request).encode(), timeout=deadline_s)
     except subprocess.TimeoutExpired:
-        return Outcome(failure=f"did not answer within {deadline_s:.0f} s")
+        return Outcome(failure=f"did not answer within {deadline_s:.0f} s", is_late=True)
     finally:
         end(child)
         reader.join()

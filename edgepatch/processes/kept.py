@@ -78,11 +78,13 @@ class KeptChild:
             return read_answer(self._receive(WAITING * deadline_s))
         except TimeoutError:
             self._drop()
-            return Outcome(failure=f"did not answer within {WAITING * deadline_s:g} s")
+            return Outcome(failure=f"did not answer within {WAITING * deadline_s:g} s", is_late=True)
         except OSError as error:
             code = self._drop()
             if code == -signal.SIGPROF:
-                return Outcome(failure=f"used more than {deadline_s:g} s of computing time", signal="SIGPROF")
+                return Outcome(
+                    failure=f"used more than {deadline_s:g} s of computing time", signal="SIGPROF", is_late=True
+                )
             return death(code) if code < 0 else Outcome(failure=f"could not be asked: {error.strerror or error}")
 
     def _make_ready(self) -> None:

@@ -92,7 +92,7 @@ def _lifespan(service: Service) -> Callable[[Starlette], Any]:
         await building
         for one in service.all:
             one.text_threads.close()
-            one.constraint_thread.shutdown(wait=False, cancel_futures=True)
+            one.constraint_threads.close()
             one.scheduler.drain(0)
             one.scheduler.join(JOIN_S)
 

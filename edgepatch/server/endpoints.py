@@ -104,8 +104,9 @@ class GenerationEndpoint:
             engine = await _in_time(
                 asyncio.wrap_future(scheduler.call(lambda session: session.replies.engine(session.end_token_ids))), end
             )
-            work = self._service.constraint_thread.submit(engine.compile, constraint)
-            return await _in_time(asyncio.wrap_future(work), end)
+            return await self._service.constraint_threads.compile(
+                engine, constraint, lambda work: _in_time(asyncio.wrap_future(work), end)
+            )
         except asyncio.TimeoutError:
             limit_s = self._service.settings.request_timeout_s
             raise Refusal(

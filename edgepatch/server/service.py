@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edgepatch.errors import EdgepatchError
 from edgepatch.runtimes.session import Session
 from edgepatch.server.budgets import LogprobBudget
+from edgepatch.server.constraint_threads import ConstraintThreads
 from edgepatch.server.metrics import Metrics
 from edgepatch.server.model import ServedModel
 from edgepatch.server.refusals import Refusal
@@ -44,7 +44,7 @@ class Service:
         bare: Service | None = None,
     ) -> None:
         self.settings, self.metrics, self.text_threads = settings, Metrics(), TextThreads()
-        self.constraint_thread = ThreadPoolExecutor(1, thread_name_prefix="edgepatch-constraints")
+        self.constraint_threads = ConstraintThreads()
         self.logprob_budget = LogprobBudget()
         self.on_ready, self.on_failed = on_ready, on_failed
         self.bare = bare

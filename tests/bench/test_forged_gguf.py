@@ -17,8 +17,8 @@ from edgepatch.errors import EdgepatchError
 from edgepatch.runtimes import load_runtime
 from kit.amounts import examples
 
-STEP = 40
-"""Of the corpus, for children; ``edgepatch bench first-contact --forged`` judges all of it (bench/results/first_contact.json)."""
+STEP = examples(40, 1)
+"""Of the corpus, for children; ``edgepatch bench security --only F12`` judges all of it."""
 
 
 def test_the_sound_file_runs(tmp_path: Path):

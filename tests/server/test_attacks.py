@@ -6,12 +6,13 @@ import json
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from edgepatch.runtimes import load_runtime
-from edgepatch.server import budgets, connections
+from edgepatch.server import budgets, connections, constraint_threads
 from kit.serving import KEY, MODEL, Paced, running
 
 BODY = {"model": MODEL, "prompt": "The quick brown fox", "max_tokens": 4}
@@ -57,6 +58,27 @@ def test_a_costly_schema_is_refused_while_others_go_on(server, kind):
         reply = post(server, {**CHAT, "response_format": schema}, "/v1/chat/completions")
         require_refused(reply)
         assert sum(line.startswith("data:") for line in lines) > 10
+
+
+def test_a_slow_schema_delays_no_other(server):
+    def ask(schema):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return post(server, {**CHAT, "response_format": form}, "/v1/chat/completions")
+
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(ask, {"type": "integer", "multipleOf": 999979})
+        time.sleep(0.2)
+        assert ask({"type": "object", "properties": {"new": {"type": "boolean"}}}).status_code == 200
+        assert not slow.done(), "the ordinary schema waited for the slow one"
+        require_refused(slow.result())
+
+
+def test_constraints_that_wait_are_bounded(server, monkeypatch):
+    monkeypatch.setattr(constraint_threads, "MAX_WAITING", 0)
+    form = {"type": "json_object", "schema": {"properties": {"never seen": {}}}}
+    require_refused(post(server, {**CHAT, "response_format": form}, "/v1/chat/completions"), 503)
+    monkeypatch.undo()
+    assert post(server, {**CHAT, "response_format": form}, "/v1/chat/completions").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from edgepatch.cli.bench.door import RESULTS, OutOption, bench_app, use_one_thre
 @bench_app.command()
 def security(
     only: Annotated[
-        list[str] | None, typer.Option(help="Only this figure, F1 to F18; may be repeated. No results are written.")
+        list[str] | None,
+        typer.Option(help="Only this figure, F1 to F18; may be repeated. Its row takes the place of the old one."),
     ] = None,
 ) -> None:
-    """Measure the security figures F1 to F18, a line each; exit code 1 when one is missed.
+    """Measure the security figures F1 to F18, a line each; exit code 1 when one is missed: bench/results/security.json.
 
     Example: `edgepatch bench security --only F10`
     """

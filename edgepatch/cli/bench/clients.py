@@ -18,7 +18,7 @@ def clients(
     patch: PatchOption = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this client; may be repeated.")] = None,
     work: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the clients' own environment, about 1 GB.")
+        Path, typer.Option(metavar="DIR", help="Folder of the clients' own environments, about 2 GB.")
     ] = Path("out/clients"),
     out: OutOption = RESULTS / "clients.json",
     log: LogOption = None,
