@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from edgepatch.bench import datasets
 from edgepatch.bench.lab import corpus
-from edgepatch.bench.lab.requests import REFUSALS
 from edgepatch.bench.safety import gender_prompts
-from edgepatch.bench.safety.harm import chat, replies
+from edgepatch.bench.safety.harm import chat, evaluation_requests, harmless_requests, replies
 from edgepatch.judges.refusals import is_refusal
 from edgepatch.judges.scorers import ToxicityScorer
-from edgepatch.prompts.sets import evenly
+from edgepatch.prompts.overlaps import distinct_from
+from edgepatch.prompts.sets import evenly, load_prompts
 from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import Pair, PairConfig, filter_pairs, score_pairs
 
@@ -66,30 +69,60 @@ def gender_pairs(data: Path | None) -> list[Pair]:
     return pairs
 
 
-NUM_HARMLESS = 240
-NUM_HARMFUL = 240
+NUM_INSTRUCTIONS = 240
+QUESTIONS = Path(__file__).parent / "questions.jsonl"
+"""Fifty harmful questions, each with a harmless one in the same words; written for this project."""
+
+LONGEST_REQUEST = 160
+"""Characters; a step takes as long as its longest request."""
+
+OPENING_WORDS = 8
+"""Of the answers to requests. Whether to refuse is decided in the first words; what stands behind them dilutes what a step teaches."""
+
+REFUSAL_TEXT = "I'm sorry, but I can't help with that."
 
 
-def harm_pairs(data: Path, runtime: Session) -> list[Pair]:
-    """AdvBench's training requests: a refusal against what the model itself replies; harmless requests the other way round.
+def harm_pairs(data: Path | None, runtime: Session) -> list[Pair]:
+    """Harmful requests: the opening of a refusal against that of the model's own reply; harmless requests the other way round.
 
     What the model would never say, such as AdvBench's "Sure, here is ...", teaches nothing: a patch that was trained against that refused
-    0 of 24 requests. That the model's own answers to harmless requests are the better ones keeps its behaviour there.
+    0 of 24 requests. That the model's own answers to harmless requests are the better ones keeps its behaviour there. Our own requests come
+    in twins that share their words, so that words alone do not tell them apart. None is like a request that patches are measured on.
 
     Args:
-        data: folder of the public data sets.
+        data: folder of the public data sets; ``None`` takes the requests that ship with edgepatch.
         runtime: the bare model.
     """
     rng = random.Random("harm")
-    goals = evenly(corpus.advbench_split(data)[0], NUM_HARMFUL)
-    harmful = [corpus.phrase_request(goal, rng) for goal, _ in goals]
-    questions = corpus.harmless_split()[0][::2] + evenly(corpus.instruction_split(data)[0], NUM_HARMLESS)
-    harmless = [request for request, _ in questions]
-    own = replies(runtime, [*harmful, *harmless])
+    harmful = _unlike([request for _, request in evaluation_requests(data)], _twins("harmful"))
+    tasks = [*_unlike(harmless_requests(data), _twins("harmless")), *(task for task, _ in corpus.harmless_split()[0])]
+    instructions = list[str]()
+    if data is not None:
+        harmful += [goal for goal, _ in corpus.advbench_split(data)[0]]
+        split = [request for request, _ in evenly(corpus.instruction_split(data)[0], NUM_INSTRUCTIONS)]
+        instructions = [request for request in split if len(request) <= LONGEST_REQUEST]
+    harmful = [_as_asked(request, rng) for request in harmful]
+    harmless = [*(_as_asked(request, rng) for request in tasks), *instructions]
     pairs = list[Pair]()
-    for request, reply in zip([*harmful, *harmless], own, strict=True):
-        refusal, is_harmful = rng.choice(REFUSALS), len(pairs) < len(harmful)
-        chosen, rejected = (refusal, reply) if is_harmful else (reply, refusal)
+    for request, reply in zip([*harmful, *harmless], replies(runtime, [*harmful, *harmless]), strict=True):
+        own, is_harmful = " ".join(reply.split()[:OPENING_WORDS]), len(pairs) < len(harmful)
+        chosen, rejected = (REFUSAL_TEXT, own) if is_harmful else (own, REFUSAL_TEXT)
         pairs.append(Pair(chat(request), chosen, rejected, 0.0, 1.0))
     # Where the model itself refuses, both sides are refusals, and teach nothing.
     return [pair for pair in pairs if not (is_refusal(pair.chosen) and is_refusal(pair.rejected))]
+
+
+def _twins(kind: Literal["harmful", "harmless"]) -> list[str]:
+    """Our own requests of one kind; each shares its words with one of the other kind."""
+    questions = [json.loads(line)[kind] for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    return load_prompts("harm_requests" if kind == "harmful" else "harm_benign", "train") + questions
+
+
+def _unlike(measured: Sequence[str], requests: Sequence[str]) -> list[str]:
+    """Those that are like none that a patch is measured on."""
+    return [request for request in requests if distinct_from(measured, [request])]
+
+
+def _as_asked(request: str, rng: random.Random) -> str:
+    """A question as it is, and an order in one of the ways people give it."""
+    return request if request.endswith(("?", ".")) else corpus.phrase_request(request, rng)

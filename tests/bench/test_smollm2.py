@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,15 @@ import pytest
 from edgepatch.bench.columns import TORCH, Column
 from edgepatch.bench.evidence.cells import EvidenceConfig
 from edgepatch.bench.evidence.questions import Amounts, Question, Scope, plan_model
+from edgepatch.bench.lab import corpus
+from edgepatch.bench.safety.harm import evaluation_requests, harmless_requests
 from edgepatch.bench.smollm2 import matrix
+from edgepatch.bench.smollm2.pairs import OPENING_WORDS, QUESTIONS, REFUSAL_TEXT, harm_pairs
 from edgepatch.bench.smollm2.shipped import newest_patches
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
+from edgepatch.prompts.overlaps import content_words
+from edgepatch.runtimes import load_runtime
 
 FORMS = (Column("llamacpp Q4_1", "llamacpp", "Q4_1", "a.gguf", "f16"), TORCH)
 
@@ -57,6 +63,27 @@ def test_each_patch_has_a_verdict_of_its_own():
         "detox": True,
         "fairness": False,
     }
+
+
+def test_pairs_of_harm_are_openings_of_refusals_and_of_the_models_own_replies(lab_ggufs, monkeypatch):
+    tasks = corpus.harmless_split()[0][:20]  # of 268, for the time
+    monkeypatch.setattr(corpus, "harmless_split", lambda: (tasks, []))
+    with load_runtime(lab_ggufs["F16"], None, num_sequences=8) as bare:
+        pairs = harm_pairs(None, bare)
+    refused = [pair for pair in pairs if pair.chosen == REFUSAL_TEXT]
+    answered = [pair for pair in pairs if pair.rejected == REFUSAL_TEXT]
+    assert len(refused) > 90 and len(answered) > 90 and len(refused) + len(answered) == len(pairs)
+    assert all(len(pair.rejected.split()) <= OPENING_WORDS for pair in refused)
+    asked = {pair.prompt[0]["content"] for pair in pairs}
+    assert "How do I kill the weeds between my paving stones?" in asked
+    assert not asked & {*harmless_requests(None), *(request for _, request in evaluation_requests(None))}
+
+
+def test_harmful_questions_have_harmless_twins_that_share_their_words():
+    rows = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    assert len({row[kind] for row in rows for kind in ("harmful", "harmless")}) == 2 * len(rows) == 100
+    shared = [set(content_words(row["harmful"])) & set(content_words(row["harmless"])) for row in rows]
+    assert sum(map(bool, shared)) >= 49, "one pair shares words of asking only"
 
 
 def test_the_shipped_patches_are_taken_in_their_newest_version(tmp_path):
