@@ -243,6 +243,11 @@ def command_line() -> str:
     return shlex.join(["edgepatch" if is_ours else name, *sys.argv[1:]])
 
 
+def published_command() -> str:
+    """The command that this process runs, as results name it: without the folders of this machine."""
+    return shlex.join(re.sub(r"^(--[\w-]+=)?/.*/", r"\1", word) for word in shlex.split(command_line()))
+
+
 def _open_log(path: Path) -> int:
     """A descriptor that appends; a file that is no log stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)

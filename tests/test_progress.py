@@ -22,6 +22,12 @@ LINE = re.compile(rf"{STAMP} .+ \d+/\d+ \d+ % elapsed {TIME}(?: left {TIME})?(?:
 HEADER = re.compile(rf"{STAMP} edgepatch \S+: .+")
 
 
+def test_results_name_commands_without_folders(monkeypatch: pytest.MonkeyPatch):
+    words = ["/opt/bin/edgepatch", "bench", "clients", "/home/me/a b.gguf", "--out=/tmp/x/y.json", "--work", "out/c"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert progress.published_command() == "edgepatch bench clients 'a b.gguf' --out=y.json --work out/c"
+
+
 class Clock:
     """Seconds that a test sets."""
 

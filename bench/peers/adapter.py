@@ -113,7 +113,10 @@ def _translated(path: str, body: bytes, served: Served, defaults: dict[str, Any]
 
 
 def _as_theirs(data: bytes, is_native: bool) -> bytes:
-    """A reply as llama-server writes it: a fingerprint begins with "b", for build; native replies have a form of their own."""
+    """A reply as llama-server writes it: a fingerprint begins with "b", for build; native replies have a form of their own.
+
+    A chunk without text has null for its content, where OpenAI's service and this server write an empty text.
+    """
     try:
         values = json.loads(data)
     except ValueError:
@@ -122,6 +125,9 @@ def _as_theirs(data: bytes, is_native: bool) -> bytes:
         return data
     if "system_fingerprint" in values:
         values["system_fingerprint"] = f"b{values['system_fingerprint']}"
+    for choice in values.get("choices") or ():
+        if choice.get("delta", {}).get("content") == "":
+            choice["delta"]["content"] = None
     if is_native and values.get("choices"):
         values = _as_native(values)
     return json.dumps(values).encode()

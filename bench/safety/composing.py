@@ -38,7 +38,7 @@ from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
 from edgepatch.patch.composition import compose_on_device
 from edgepatch.patch.file import Patch, read_patch, write_patch
-from edgepatch.progress import Progress, command_line, silent, within
+from edgepatch.progress import Progress, published_command, silent, within
 from edgepatch.prompts.sets import load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
@@ -196,7 +196,7 @@ def run(out: Path, work: Path, data: Path, items: int, num_threads: int, progres
     workshop = Workshop(work, data, progress)
     model, benign = workshop.model(), load_benign_text("eval")
     document: dict[str, Any] = {
-        "command": command_line(),
+        "command": published_command(),
         "environment": environment(),
         "model": model.name,
         "items": items,

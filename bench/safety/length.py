@@ -29,7 +29,7 @@ from edgepatch.errors import InputError
 from edgepatch.files.canonical import canonical_json
 from edgepatch.files.writing import write_atomically
 from edgepatch.patch.file import Patch
-from edgepatch.progress import Progress, command_line, silent
+from edgepatch.progress import Progress, published_command, silent
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
 from edgepatch.seeds.anchoring import Anchoring
@@ -245,7 +245,7 @@ def run(
     document["runs"].append(
         {
             "domain": domain,
-            "command": command_line(),
+            "command": published_command(),
             "environment": environment(),
             "prompts": {
                 "count": len(probe.texts.prompts),

@@ -26,7 +26,7 @@ from edgepatch.decoding.sampling import Sampling
 from edgepatch.files.writing import write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.patch.file import read_patch
-from edgepatch.progress import command_line
+from edgepatch.progress import published_command
 from edgepatch.prompts.sets import load_benign_text, load_prompts
 from edgepatch.runtimes import load_runtime
 from edgepatch.runtimes.session import Session
@@ -185,7 +185,7 @@ def measure(model: Path, patch_file: Path, num_prompts: int, samples: int, num_t
             rows.append(row)
             print(_line(row), flush=True)
         return {
-            "command": command_line(),
+            "command": published_command(),
             "model": model.name,
             "runtime": patched.name,
             "quantization": patched.quantization,

@@ -57,7 +57,7 @@ def parse_chat(values: dict[str, Any]) -> Order:
     limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise refuse("max_completion_tokens", "expected the same value as max_tokens, or one of them alone")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise refuse("top_logprobs", "expected logprobs true beside it, found it false or missing")
     return chat_order(
         request,
@@ -106,7 +106,11 @@ def chat_order(
 def _choice(choice: Any) -> ToolChoice:
     if choice is None or isinstance(choice, str):
         return ToolChoice(choice or "auto")
-    return ToolChoice("required", (choice.function.name,), "tool_choice.function.name")
+    if choice.type == "function":
+        return ToolChoice("required", (choice.function.name,), "tool_choice.function.name")
+    allowed = choice.allowed_tools
+    names = tuple(tool.function.name for tool in allowed.tools)
+    return ToolChoice(allowed.mode, names, "tool_choice.allowed_tools.tools")
 
 
 def _chat_options(request: ChatCompletionRequest) -> ChatOptions:

@@ -142,7 +142,7 @@ def _preflight(headers: Headers) -> Response:
         )
     answer = {"Access-Control-Allow-Methods": ALLOWED_METHODS, "Access-Control-Max-Age": str(PREFLIGHT_AGE_S)}
     return Response(
-        status_code=204, headers=answer | ({"Access-Control-Allow-Headers": ", ".join(names)} if names else {})
+        status_code=200, headers=answer | ({"Access-Control-Allow-Headers": ", ".join(names)} if names else {})
     )
 
 

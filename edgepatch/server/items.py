@@ -12,6 +12,7 @@ from edgepatch.server.schemas.limits import INT32
 from edgepatch.text.templates import PLAIN_CHAT, ChatOptions
 
 if TYPE_CHECKING:
+    from edgepatch.server.schemas.requests import RefusalPart
     from edgepatch.server.schemas.response_requests import Item, MessagePart, ResponseRequest
 
 REPEATED = ("instructions", "max_output_tokens", "max_tool_calls", "metadata", "user", "top_logprobs")
@@ -86,8 +87,10 @@ def _message(item: Item) -> dict[str, Any]:
     return {"role": "system" if item.role == "developer" else item.role, "content": _content(item.content)}
 
 
-def _content(content: str | Sequence[MessagePart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+def _content(content: str | Sequence[MessagePart | RefusalPart]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.refusal if part.type == "refusal" else part.text for part in content)
 
 
 def _with_instructions(instructions: str | None, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -83,10 +83,11 @@ class Service:
         """The model.
 
         Raises:
-            Refusal: 503, it is still loading.
+            Refusal: 503, it is still loading, or could not be loaded.
         """
         if self._model is None:
-            raise Refusal(503, "the model is loading", code=f"server_{self.scheduler.state}")
+            self.scheduler.require_serving()
+            raise Refusal(503, "the model is loading", code="server_loading")
         return self._model
 
     def note_error(self, error: BaseException) -> None:

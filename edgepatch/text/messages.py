@@ -9,13 +9,22 @@ from typing import Any
 from edgepatch.errors import InputError
 
 Message = Mapping[str, Any]
+PARTS = ("text", "refusal")
 MAX_DEPTH = 64
 """Of the arguments of a call, and of a tool."""
 
 ROLES = ("system", "user", "assistant", "tool")
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
 FIELDS = ("role", "content", "tool_calls", *TEXT_FIELDS)
-UNUSED = ("annotations", "parsed", "provider_specific_fields", "cache_control")
+UNUSED = (
+    "annotations",
+    "parsed",
+    "provider_specific_fields",
+    "cache_control",
+    "reasoning_details",
+    "thinking_blocks",
+    "id",
+)
 """Fields of replies and of clients' libraries that come back with a conversation, and that no template knows."""
 
 
@@ -44,6 +53,11 @@ def _plain_message(message: Message) -> dict[str, Any]:
     if "reasoning" in fields and "reasoning_content" not in fields:
         fields["reasoning_content"] = fields["reasoning"]  # the newer name for the same
     fields.pop("reasoning", None)
+    refusal = fields.pop("refusal", "")
+    if not isinstance(refusal, str):
+        raise InputError(f"refusal: expected text, found {type(refusal).__name__}")
+    if refusal:  # what the model said in place of a content
+        fields["content"] = refusal if not (said := _plain_content(fields.get("content", ""))) else f"{said}\n{refusal}"
     unknown = sorted(str(name) for name in fields if name not in FIELDS)
     if unknown:
         raise InputError(f"unknown: {', '.join(unknown)}", hint=f"known: {', '.join(FIELDS)}")
@@ -71,15 +85,15 @@ def _plain_content(content: object) -> str:
     for part in content:
         if (
             not isinstance(part, Mapping)
-            or set(part) - set(UNUSED) != {"type", "text"}
-            or part["type"] != "text"
-            or not isinstance(part["text"], str)
+            or part.get("type") not in PARTS
+            or set(part) - set(UNUSED) != {"type", part["type"]}
+            or not isinstance(part[part["type"]], str)
         ):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise InputError(
                 f"content: expected parts of type 'text' with a text, found {kind!r}", hint="the model reads text only"
             )
-    return "".join(part["text"] for part in content)
+    return "".join(part[part["type"]] for part in content)
 
 
 def _plain_call(call: object) -> dict[str, Any]:

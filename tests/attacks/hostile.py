@@ -2,13 +2,14 @@
 
 Attackers draw requests of every kind of ``hostile_requests.KINDS`` and send them as fast as they are answered. Bystanders ask meanwhile: one for
 streams, one for JSON after a schema that nobody has sent before, one for answers whose log-probabilities tell the patched model from the
-bare one. What must not happen: a bystander's wait of more than ``PATIENCE_S``, a reply of theirs that does not come to its end or bears another
+bare one. What must not happen: a bystander's wait of more than ``PATIENCE_S`` of the server's computing, or ``HANG_S`` by the clock, a reply of theirs that does not come to its end or bears another
 fingerprint, an answer that is not the patched model's; and a hostile request that is answered by a fault of the server, or not at all.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 import threading
@@ -35,13 +36,17 @@ from edgepatch.text.messages import Message
 REQUESTS = 5000
 ATTACKERS = 4
 SEQUENCES = 8
-PATIENCE_S = 5.0
-"""What a bystander waits at most, for the first event of a reply or for the next."""
+PATIENCE_S, HANG_S = 5.0, 60.0
+"""What a bystander waits at most, for the first event of a reply or for the next: so long may the server and its children compute
+meanwhile, so that a machine that others share is not taken for a slow server; and so long it may be by the clock."""
 
 PAUSE_S = 0.5
 ANSWER_S = 120.0
 KEPT_FAULTS = 20
 QUEUE_FULL = 503
+
+
+Wait = tuple[float, float]
 
 
 @dataclass
@@ -52,7 +57,7 @@ class Tally:
         sent: kind -> hostile requests.
         statuses: of their answers.
         replies: bystander -> what it got: "whole", "busy" (told to come again), or "wrong".
-        longest_s: bystander -> its longest wait.
+        longest_s: bystander -> its longest wait by the clock, and the longest in seconds of the server's computing.
         num_faults: of what must not happen.
         faults: the first of them.
     """
@@ -60,7 +65,7 @@ class Tally:
     sent: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
     replies: Counter[tuple[str, str]] = field(default_factory=Counter)
-    longest_s: dict[str, float] = field(default_factory=dict)
+    longest_s: dict[str, Wait] = field(default_factory=dict)
     num_faults: int = 0
     faults: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -78,13 +83,48 @@ class Tally:
             if status is not None:
                 self.statuses[status] += 1
 
-    def seen(self, who: str, outcome: str, longest_s: float) -> None:
+    def seen(self, who: str, outcome: str, waits: Sequence[Wait]) -> None:
         """Notes a bystander's reply."""
+        by_clock, computed = (max(values) for values in zip(*waits, strict=True))
         with self._lock:
             self.replies[who, outcome] += 1
-            self.longest_s[who] = max(self.longest_s.get(who, 0.0), longest_s)
-        if longest_s > PATIENCE_S:
-            self.fault(f"{who}: waited {longest_s:.1f} s")
+            before = self.longest_s.get(who, (0.0, 0.0))
+            self.longest_s[who] = max(before[0], by_clock), max(before[1], computed)
+        if computed > PATIENCE_S or by_clock > HANG_S:
+            self.fault(f"{who}: waited {by_clock:.1f} s, in which the server computed for {computed:.1f} s")
+
+
+class Stopwatch:
+    """Waits for a server, by the clock and in seconds of its computing.
+
+    Args:
+        process_id: of the server.
+    """
+
+    def __init__(self, process_id: int) -> None:
+        self._process_id = process_id
+        self._last = self._now()
+        self.waits: list[Wait] = []
+
+    def lap(self) -> None:
+        """Notes the wait since the last one."""
+        now = self._now()
+        self.waits.append((now[0] - self._last[0], now[1] - self._last[1]))
+        self._last = now
+
+    def _now(self) -> Wait:
+        return time.monotonic(), computed_s(self._process_id)
+
+
+def computed_s(process_id: int) -> float:
+    """Seconds for which a process and its children have computed, those that have ended among them."""
+    folder = Path(f"/proc/{process_id}")
+    try:
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        children = [child for task in folder.glob("task/*/children") for child in task.read_text().split()]
+    except OSError:  # it has just ended, and counts with its parent
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(computed_s(int(child)) for child in children)
 
 
 @contextmanager
@@ -216,15 +256,16 @@ class Bystanders:
 
     def canary(self, tally: Tally) -> None:
         """Answers that tell the patched model from the bare one."""
-        start = time.monotonic()
-        replies = [self._server.post(CHAT, question(self._model, messages)) for messages in self._conversations]
-        waited_s = (time.monotonic() - start) / len(replies)
+        watch, replies = Stopwatch(self._served.process_id), []
+        for messages in self._conversations:
+            replies.append(self._server.post(CHAT, question(self._model, messages)))
+            watch.lap()
         if any(reply.status == QUEUE_FULL for reply in replies):
-            tally.seen("canary", "busy", waited_s)
+            tally.seen("canary", "busy", watch.waits)
         else:
             distance = self._examiner.distance(replies)
             is_patched = distance is not None and distance.is_patched
-            tally.seen("canary", "whole" if is_patched else "wrong", waited_s)
+            tally.seen("canary", "whole" if is_patched else "wrong", watch.waits)
             if not is_patched:
                 tally.fault(f"canary: not the patched model's answers: {distance}")
         time.sleep(PAUSE_S)
@@ -232,20 +273,20 @@ class Bystanders:
     def _follow(self, who: str, text: str, fields: dict[str, Any], tally: Tally) -> None:
         """One streamed reply: how long each event was waited for, whose it is, and whether its end came."""
         body = {"model": self._model, "messages": [{"role": "user", "content": text}], "max_tokens": 24, "stream": True}
-        times, events = [time.monotonic()], []
+        watch, events = Stopwatch(self._served.process_id), []
         with client_of(self._served) as http, http.stream("POST", CHAT, json={**body, **fields}) as reply:
             for line in reply.iter_lines():
                 if line.startswith("data: "):
-                    times.append(time.monotonic())
+                    watch.lap()
                     events.append(line.removeprefix("data: "))
-        longest_s = max(b - a for a, b in zip(times, [*times[1:], time.monotonic()], strict=True))
+        watch.lap()
         if reply.status_code == QUEUE_FULL:
-            tally.seen(who, "busy", longest_s)
+            tally.seen(who, "busy", watch.waits)
             time.sleep(PAUSE_S)
             return
         is_whole = reply.status_code == 200 and events[-1:] == ["[DONE]"]
         is_ours = is_whole and all(json.loads(e)["system_fingerprint"] == self._fingerprint for e in events[:-1])
-        tally.seen(who, "whole" if is_ours else "wrong", longest_s)
+        tally.seen(who, "whole" if is_ours else "wrong", watch.waits)
         if not is_ours:
             tally.fault(f"{who}: status {reply.status_code}, ends with {events[-1:]}")
 
@@ -254,7 +295,7 @@ def in_words(tally: Tally) -> str:
     """What the figure says."""
     replies = ", ".join(
         f"{sum(n for (name, _), n in tally.replies.items() if name == who)} {who} ({tally.replies[who, 'busy']} busy, "
-        f"longest wait {seconds:.1f} s)"
-        for who, seconds in sorted(tally.longest_s.items())
+        f"longest wait {computed:.1f} s of computing, {by_clock:.1f} s by the clock)"
+        for who, (by_clock, computed) in sorted(tally.longest_s.items())
     )
     return f"{tally.num_faults} of {sum(tally.sent.values()):,} of {len(tally.sent)} kinds; bystanders: {replies}"

@@ -339,7 +339,7 @@ def _many_logprobs(rng: random.Random, model: str) -> Attack:
 def _heads(rng: random.Random, model: str) -> Attack:
     headers = rng.choice(
         (
-            {"Authorization": "Bearer "},
+            {"Authorization": "Bearer"},
             {"Authorization": "Bearer " + "x" * 8000},
             {"Authorization": "Basic eDp5"},
             {"Host": "evil.example"},

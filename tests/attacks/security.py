@@ -235,7 +235,7 @@ def _tested(number: str, what: str, target: str, *arguments: str) -> Callable[[]
 
 def hostile_requests() -> Figure:
     """F15: counted on a server of its own, beside the tests of each kind."""
-    target = f"0 of {hostile.REQUESTS:,}; no wait above {hostile.PATIENCE_S:g} s; all tests"
+    target = f"0 of {hostile.REQUESTS:,}; no wait above {hostile.PATIENCE_S:g} s of the server's computing; all tests"
     what = "hostile requests that delay, end or unpatch another client's reply, or find a fault of the server"
     tested = _tests("F15", what, target, "tests/server/test_attacks.py", "tests/server/test_openapi.py")
     with hostile.attacked() as (served, bystanders):

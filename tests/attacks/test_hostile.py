@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
 from attacks import hostile
-from attacks.hostile import PATIENCE_S, Bystanders, Tally, attack, attacked, client_of, send
+from attacks.hostile import HANG_S, PATIENCE_S, Bystanders, Tally, attack, attacked, client_of, computed_s, send
 from attacks.hostile_requests import CHAT, KINDS, Attack, draw
 from edgepatch.bench.served import Served
 from kit.amounts import examples
@@ -51,11 +54,25 @@ def test_what_is_taken_and_signed_by_another_is_counted(served: tuple[Served, By
 
 def test_long_waits_and_ended_clients_are_counted(served: tuple[Served, Bystanders], monkeypatch: pytest.MonkeyPatch):
     tally = Tally()
-    tally.seen("stream", "whole", PATIENCE_S + 0.1)
-    assert tally.num_faults == 1
+    tally.seen("stream", "whole", [(PATIENCE_S + 1, PATIENCE_S - 1), (1, 1)])
+    assert tally.num_faults == 0 and tally.longest_s["stream"] == (PATIENCE_S + 1, PATIENCE_S - 1)
+    tally.seen("stream", "whole", [(1, 1), (PATIENCE_S + 1, PATIENCE_S + 0.1)])
+    tally.seen("stream", "whole", [(HANG_S + 1, 0)])
+    assert tally.num_faults == 2
 
     def ending(*_: object) -> Attack:
         raise OSError("gone")
 
     monkeypatch.setattr(hostile, "draw", ending)
     assert attack(*served, range(9)).num_faults == hostile.ATTACKERS
+
+
+def test_computing_is_counted_with_that_of_children():
+    code = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    before = computed_s(os.getpid())
+    child = subprocess.Popen([sys.executable, "-c", f"{code}\ninput()"], stdin=subprocess.PIPE)
+    while computed_s(child.pid) < 0.3:
+        assert child.poll() is None
+    assert computed_s(os.getpid()) >= before + 0.3
+    child.communicate(b"\n")
+    assert computed_s(os.getpid()) >= before + 0.3

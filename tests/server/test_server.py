@@ -252,7 +252,10 @@ def test_echo_scores_a_prompt_as_lm_eval_asks_for_it(client, runtime, max_tokens
             assert logprob == pytest.approx(float(values[token]) - math.log(sum(math.exp(x) for x in values)), abs=1e-4)
         greedy = [max(top, key=top.get) for top in choice.logprobs.top_logprobs[1:]]
         assert len(greedy) == len(prompt) - 1 + max_tokens
-        assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
+        offsets, text = choice.logprobs.text_offset, choice.text
+        assert offsets == sorted(offsets) and offsets[-1] <= len(text)
+        places = zip(choice.logprobs.tokens, offsets, strict=True)
+        assert all(text.startswith(token, place) for token, place in places if not re.match("bytes:|token_id:", token))
     assert reply.choices[0].text.startswith("The quick brown fox")
 
 
@@ -302,8 +305,12 @@ def test_a_tool_call_becomes_one(tooled, stream):
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"town": "Ulm"})
 
 
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+ALLOWED = {"mode": "required", "tools": [NAMED]}
+
+
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize("choice", ["required", NAMED, {"type": "allowed_tools", "allowed_tools": ALLOWED}])
 def test_a_forced_call_is_exactly_one_that_fits_its_schema(tooled, choice, stream):
     schema = {**TOOL["function"]["parameters"], "properties": {"town": {"enum": ["Ulm", "Rome"]}}}
     tool = {
@@ -354,6 +361,24 @@ def test_a_reply_is_taken_as_the_next_turn(client):
         "refusal": "",
     }
     assert ask(client, messages=[*MESSAGES, empty, MESSAGES[-1]]).usage.prompt_tokens > 0
+    assert ask(client, messages=[*MESSAGES, {**empty, "content": []}, MESSAGES[-1]]).usage.prompt_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "I will not."},
+        {"content": "", "refusal": "I will not.", "id": "msg_1", "reasoning_details": [{"text": "a"}]},
+        {"content": [{"type": "refusal", "refusal": "I will not."}]},
+        {"content": [{"type": "text", "text": "I will "}, {"type": "refusal", "refusal": "not."}]},
+    ],
+)
+def test_a_refusal_that_comes_back_is_what_the_model_said(client, said):
+    def counted(turn):
+        return ask(client, messages=[*MESSAGES, turn, MESSAGES[-1]]).usage.prompt_tokens
+
+    as_text = {"role": "assistant", "content": "I will not."}
+    assert counted({"role": "assistant", **said}) == counted(as_text) > counted({**as_text, "content": ""})
 
 
 def test_fields_that_change_nothing_change_nothing(client):
@@ -364,6 +389,11 @@ def test_fields_that_change_nothing_change_nothing(client):
         "service_tier": "auto",
         "parallel_tool_calls": True,
         "tools": [],
+        "top_logprobs": 0,
+        "functions": [],
+        "prediction": None,
+        "a field of another service": None,
+        "another": {},
     }
     more = {"verbosity": "low", "safety_identifier": "x", "modalities": ["text"], "enable_thinking": False}
     assert ask(client, extra_body=harmless | more).choices[0].message.content == plain
@@ -487,7 +517,8 @@ def test_a_cancelled_stream_frees_its_sequence_at_once(slow, runtime):
         ({"extra_body": {"prompt_cache_key": "x"}}, "prompt_cache_key", "unknown field"),
         ({"extra_body": {"chat_template_kwargs": {"tools": "x"}}}, "chat_template_kwargs.tools", "unknown field"),
         ({"extra_body": {"continue_final_message": True}}, None, "a last message of the assistant"),
-        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages.0.refusal", "unknown"),
+        ({"messages": [{"role": "assistant", "content": "x", "audio": {"id": "a"}}]}, "messages.0.audio", "unknown"),
+        ({"extra_body": {"functions": [{"name": "f"}]}}, "functions", "expected null"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "expected"),
         ({"logit_bias": {"99999": 1}}, None, "99999"),
         ({"extra_body": {"grammar": "root ::= ("}}, None, "grammar"),

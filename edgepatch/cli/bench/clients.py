@@ -9,7 +9,7 @@ import typer
 
 from edgepatch.cli.bench.door import RESULTS, OutOption, bench_app, end_with
 from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, print_table, progress_bars
-from edgepatch.progress import command_line
+from edgepatch.progress import published_command
 
 
 @bench_app.command()
@@ -29,7 +29,7 @@ def clients(
     """
     from edgepatch.bench.clients import run
 
-    command = command_line()
+    command = published_command()
     with progress_bars(log or work / "clients.log", lambda: "the same command begins anew") as progress:
         rows = run.run(model, patch or (), out, work.resolve(), command, only or (), progress)
     print_table(

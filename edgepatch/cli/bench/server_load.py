@@ -9,7 +9,7 @@ import typer
 
 from edgepatch.cli.bench.door import RESULTS, OutOption, ThreadsOption, bench_app, end_with
 from edgepatch.cli.console import LogOption, ModelArgument, PatchOption, print_table, progress_bars
-from edgepatch.progress import command_line
+from edgepatch.progress import published_command
 
 
 @bench_app.command()
@@ -34,7 +34,7 @@ def server_load(
 
     config = LoadConfig(clients, 60 * minutes, num_threads=threads, llama_server=llama_server)
     with progress_bars(log or work / "load.log", lambda: "the same command begins anew") as progress:
-        document = run(model, patch or (), out, work, command_line(), config, progress)
+        document = run(model, patch or (), out, work, published_command(), config, progress)
     _print(document)
     end_with([goal for goal, is_reached in document["goals"].items() if not is_reached])
 

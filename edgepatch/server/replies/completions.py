@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,10 @@ class CompletionWriter(ChunkWriter):
 
     def __init__(self, order: Order, model: ServedModel) -> None:
         super().__init__(order, model)
-        self._offsets: dict[int, int] = {}
+        self._offsets: defaultdict[int, int] = defaultdict(int)  # of each choice, as its decoder
+        self._decoders: defaultdict[int, codecs.IncrementalDecoder] = defaultdict(
+            lambda: codecs.getincrementaldecoder("utf-8")("replace")
+        )
         self.prompt_logprobs: dict[int, list[TokenLogprob]] = {}
 
     def _whole(self, choice: Choice) -> dict[str, Any]:
@@ -58,10 +63,11 @@ class CompletionWriter(ChunkWriter):
     def _logprobs(self, choice: Choice, entries: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
         if self._order.num_logprobs is None:
             return None
-        name, offsets = self._model.token_text, []
+        name, offsets, decoder = self._model.token_text, [], self._decoders[choice.index]
         for entry in entries:
-            offsets.append(self._offsets.get(choice.index, 0))
-            self._offsets[choice.index] = offsets[-1] + len(name(entry.token_id))
+            # In the text, where special tokens have no place and a part of a character is none yet.
+            offsets.append(self._offsets[choice.index])
+            self._offsets[choice.index] += len(decoder.decode(self._model.token_bytes(entry.token_id)))
         return {
             "tokens": [name(entry.token_id) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],

@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from edgepatch.server.schemas.limits import EMPTY_VALUES
@@ -118,3 +127,11 @@ FreeObject = Annotated[dict[str, Any], AfterValidator(_require_unicode_throughou
 """An object whose fields are the client's own, such as a schema."""
 
 Unused = Annotated[Any, Field(description="Accepted and not used.")]
+
+
+def _without_value(value: object) -> object:
+    return None if value in EMPTY_VALUES else value
+
+
+NoValue = Annotated[None, BeforeValidator(_without_value), WithJsonSchema({"enum": [None, "", [], {}]})]
+"""A field that is known, and refused where it has a value."""

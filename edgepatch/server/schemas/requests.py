@@ -13,6 +13,7 @@ from edgepatch.server.schemas.base import (
     WHOLE,
     EchoedModel,
     FreeObject,
+    NoValue,
     RequestModel,
     Text,
     Unused,
@@ -74,8 +75,21 @@ class TextPart(EchoedModel):
     cache_control: Unused = None
 
 
+class RefusalPart(EchoedModel):
+    """What the model said in place of an answer."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+
+SaidPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
+    by_tag("type", {"text": "<text>", "refusal": "<refusal>"}),
+]
 TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
+SaidParts = Annotated[list[SaidPart], Field(max_length=1024, fail_fast=True)]
 Content = Annotated[Annotated[Text, Tag("<text>")] | Annotated[TextParts, Tag("<list>")], by_shape(_tag_of_content)]
+SaidContent = Annotated[Annotated[Text, Tag("<text>")] | Annotated[SaidParts, Tag("<list>")], by_shape(_tag_of_content)]
 
 
 class CalledFunction(EchoedModel):
@@ -101,6 +115,7 @@ class PlainMessage(EchoedModel):
     role: Literal["system", "developer", "user"]
     content: Content
     name: Name | None = None
+    id: Unused = None
     cache_control: Unused = None
 
 
@@ -108,11 +123,15 @@ class AssistantMessage(EchoedModel):
     """An earlier turn of the model, as replies bring it."""
 
     role: Literal["assistant"]
-    content: Content | None = None
+    content: SaidContent | None = None
+    refusal: Text | None = Field(None, description="What the model said in place of a content.")
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     reasoning_content: Text | None = Field(None, description="The thoughts of that turn; for the chat template.")
     reasoning: Text | None = Field(None, description="Another name of reasoning_content.")
+    reasoning_details: Unused = None
+    thinking_blocks: Unused = None
+    id: Unused = None
     annotations: Unused = None
     parsed: Unused = None
     provider_specific_fields: Unused = None
@@ -126,6 +145,7 @@ class ToolMessage(EchoedModel):
     content: Content
     name: Name | None = None
     tool_call_id: Name
+    id: Unused = None
     cache_control: Unused = None
 
 
@@ -168,14 +188,31 @@ class NamedTool(RequestModel):
     function: ChosenFunction
 
 
-def _tag_of_choice(value: object) -> str | None:
-    return "<word>" if isinstance(value, str) else "<tool>" if isinstance(value, dict) else None
+class SomeTools(RequestModel):
+    """Some of the offered tools, and whether one of them is to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128, fail_fast=True)]
+
+
+class AllowedTools(RequestModel):
+    """Some of the offered tools, as OpenAI's chat completions name them."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: SomeTools
+
+
+def tag_of_choice(value: object) -> str | None:
+    """Which kind of choice of tools a value is."""
+    if isinstance(value, dict):
+        return "<tools>" if value.get("type") == "allowed_tools" else "<tool>"
+    return "<word>" if isinstance(value, str) else None
 
 
 ToolWord = Literal["auto", "none", "required"]
 ToolChoice = Annotated[
-    Annotated[ToolWord, Tag("<word>")] | Annotated[NamedTool, Tag("<tool>")],
-    by_shape(_tag_of_choice, "'auto', 'none', 'required' or a tool"),
+    Annotated[ToolWord, Tag("<word>")] | Annotated[NamedTool, Tag("<tool>")] | Annotated[AllowedTools, Tag("<tools>")],
+    by_shape(tag_of_choice, "'auto', 'none', 'required', a tool or allowed_tools"),
 ]
 
 
@@ -242,7 +279,7 @@ class StreamOptions(RequestModel):
     include_obfuscation: Unused = None
 
 
-class SampledRequest(RequestModel):
+class SampledRequest(EchoedModel):
     """What all kinds of requests take. A field that is null is the same as one that is left out."""
 
     model: Name
@@ -308,10 +345,10 @@ class ChatCompletionRequest(ChoicesRequest):
     add_generation_prompt: bool | None = Field(None, description="Extension: false beside continue_final_message.")
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     verbosity: Unused = None
-    prediction: None = None
-    audio: None = None
-    functions: None = None
-    function_call: None = None
+    prediction: NoValue = None
+    audio: NoValue = None
+    functions: NoValue = None
+    function_call: NoValue = None
 
 
 class CompletionRequest(ChoicesRequest):
@@ -328,4 +365,5 @@ class CompletionRequest(ChoicesRequest):
         None, description="Default 16; 0 only with echo; -1: as many as the context holds."
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+    best_of: Annotated[Literal[1], WHOLE] | None = Field(None, description="Replies are not drawn and thrown away.")
     echo: bool | None = Field(None, description="Put the prompt, and its logprobs if asked for, in front of the reply.")

@@ -10,6 +10,7 @@ from edgepatch.server.schemas.base import (
     WHOLE,
     EchoedModel,
     FreeObject,
+    NoValue,
     RequestModel,
     Text,
     Unused,
@@ -24,16 +25,18 @@ from edgepatch.server.schemas.requests import (
     JsonObjectFormat,
     MaxTokensOrNone,
     Name,
+    RefusalPart,
     SampledRequest,
     TextFormat,
     ToolWord,
+    tag_of_choice,
 )
 
 NOT_KEPT = "replies are not kept here, send the whole conversation as input"
 
 
 class MessagePart(EchoedModel):
-    """A part of a message; there is no other kind."""
+    """A part of a message."""
 
     type: Literal["input_text", "output_text"]
     text: Text
@@ -42,11 +45,17 @@ class MessagePart(EchoedModel):
     parsed: Unused = None
 
 
+PART_TAGS = {"input_text": "<text>", "output_text": "<text>", "refusal": "<refusal>"}
+Part = Annotated[
+    Annotated[MessagePart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], by_tag("type", PART_TAGS)
+]
+
+
 def _tag_of_content(value: object) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-Parts = Annotated[list[MessagePart], Field(min_length=1, max_length=1024, fail_fast=True)]
+Parts = Annotated[list[Part], Field(min_length=1, max_length=1024, fail_fast=True)]
 PartsOrText = Annotated[Annotated[Text, Tag("<text>")] | Annotated[Parts, Tag("<list>")], by_shape(_tag_of_content)]
 
 
@@ -146,17 +155,11 @@ class AllowedTools(RequestModel):
     tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=128, fail_fast=True)]
 
 
-def _tag_of_choice(value: object) -> str | None:
-    if isinstance(value, dict):
-        return "<tools>" if value.get("type") == "allowed_tools" else "<tool>"
-    return "<word>" if isinstance(value, str) else None
-
-
 ToolChoice = Annotated[
     Annotated[ToolWord, Tag("<word>")]
     | Annotated[NamedFunction, Tag("<tool>")]
     | Annotated[AllowedTools, Tag("<tools>")],
-    by_shape(_tag_of_choice, "'auto', 'none', 'required', a function or allowed_tools"),
+    by_shape(tag_of_choice, "'auto', 'none', 'required', a function or allowed_tools"),
 ]
 
 
@@ -241,4 +244,4 @@ class ResponseRequest(SampledRequest):
     store: Annotated[Any, Field(description="Accepted, and the reply says false: nothing is kept.")] = None
     previous_response_id: Annotated[None, BeforeValidator(_require_nothing_kept)] = None
     conversation: Annotated[None, BeforeValidator(_require_nothing_kept)] = None
-    prompt: None = None
+    prompt: NoValue = None
