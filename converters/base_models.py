@@ -7,7 +7,7 @@ from typing import cast
 
 from edgepatch.converters import dequantization
 from edgepatch.converters.gguf import header as gguf_header
-from edgepatch.converters.gguf import library, writer
+from edgepatch.converters.gguf import writer
 from edgepatch.converters.onnx import conversion as onnx
 from edgepatch.converters.origins import is_quantized
 from edgepatch.errors import InputError
@@ -26,9 +26,7 @@ def to_gguf(source: Path, target: Path, kind: str, progress: Progress = silent) 
         InputError: llama.cpp has no such type, or the model cannot be converted.
         MissingExtraError: a package of the extras "convert" and "gguf" is missing.
     """
-    if kind not in library.quantization_types():
-        choices = ", ".join(sorted(library.quantization_types()))
-        raise InputError(f"--type: llama.cpp has no type {kind}", hint=f"take one of {choices}")
+    writer.require_makeable(kind)
     if source.is_file():
         if is_quantized(gguf_header.read_header(source)):
             dequantization.requantize(source, target, kind, progress)
@@ -56,6 +54,7 @@ def to_onnx(
         InputError: the model cannot be exported.
         MissingExtraError: a package of the extra "convert" is missing.
     """
+    onnx.require_choices(kind, exporter)
     with dequantization.dequantized(source, target, ONNX_BYTES.get(kind, 0), progress) as folder:
         onnx.export(
             folder,

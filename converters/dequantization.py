@@ -183,7 +183,7 @@ def requantize(source: Path, target: Path, type_name: str, progress: Progress = 
     with folder_beside(target) as beside:
         full = beside / "F32.gguf"
         _write_full(header, origin, full, progress)
-        quantize(full, target, type_name)
+        quantize(full, target, type_name, progress=progress)
     return origin
 
 

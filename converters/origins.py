@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.converters.gguf.specs import quantization
+from edgepatch.errors import MismatchError
 
 CONFIG_KEY = "edgepatch_origin"
 FILE_KEY, QUANTIZATION_KEY = "edgepatch.origin.file", "edgepatch.origin.quantization"
@@ -60,6 +62,23 @@ class Origin:
             QUANTIZATION_KEY: self.quantization,
             **({"general.license": self.license} if self.license else {}),
         }
+
+
+@contextmanager
+def naming_origin(header: GGUFHeader) -> Iterator[None]:
+    """Where weights do not fit a patch, a file that was made from quantized ones says so: finer types keep the errors of the first.
+
+    What it says changes only the hint: nobody signs it.
+    """
+    try:
+        yield
+    except MismatchError as error:
+        if quantized := header.metadata.get(QUANTIZATION_KEY):
+            error.hint = (
+                f"{header.path.name} was made from {quantized} weights of {header.metadata.get(FILE_KEY)}, whose errors it keeps: use that "
+                "file itself, or quantize the full-precision model"
+            )
+        raise
 
 
 def is_quantized(header: GGUFHeader) -> bool:

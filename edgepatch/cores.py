@@ -16,11 +16,16 @@ from dataclasses import dataclass, field
 from math import ceil, floor
 from pathlib import Path
 
+from edgepatch.errors import InputError
+
 WINDOW_S = 0.1
 """The kernel counts in hundredths of a second: a shorter look would see too few of them."""
 
 NOISE = 0.25
 """Cores that may be busy without one of them being taken: what the system itself does, and what counting by ticks gets wrong."""
+
+MOST_THREADS = 512
+"""llama.cpp's own bound (GGML_MAX_N_THREADS)."""
 
 LIMIT_VARIABLE = "OMP_NUM_THREADS"
 STAT_FILE = Path("/proc/stat")
@@ -111,8 +116,15 @@ class CoreWatch:
 
 
 def begin_choice(num_threads: int | None) -> Callable[[], int]:
-    """The number that the caller asks for; where there is none a look at the machine begins, and calling the result ends it."""
-    if num_threads:
+    """The number that the caller asks for; where there is none a look at the machine begins, and calling the result ends it.
+
+    Raises:
+        InputError: it is a number that no library computes with: llama.cpp dies of more, and what is not the model's fault is not to
+            look like it.
+    """
+    if num_threads is not None:
+        if not 1 <= num_threads <= MOST_THREADS:
+            raise InputError(f"threads: expected 1 to {MOST_THREADS}, found {num_threads}")
         return lambda: num_threads
     watch = CoreWatch()
     return lambda: watch.choose().threads

@@ -6,9 +6,11 @@ They raise ``Stopped``, a ``KeyboardInterrupt``, so whatever cleans up behind Ct
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -42,20 +44,36 @@ def orderly() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         mine = []
     before = {number: signal.signal(number, _stop) for number in mine}
+    hook = sys.unraisablehook
+    if mine:
+        sys.unraisablehook = partial(_raised_again, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     if _is_in_callback(frame):
-        retry = threading.Timer(RETRY_S, _send_again, (number,))
-        retry.daemon = True
-        retry.start()
+        _retry(number)
         return
     raise Stopped(number)
+
+
+def _raised_again(before: Callable[[Any], object], lost: Any) -> None:
+    """For what is raised where it can go no further: in a destructor, or in a callback of a weak reference, as imports have."""
+    if isinstance(lost.exc_value, Stopped):
+        _retry(lost.exc_value.exit_code - 128)
+    else:
+        before(lost)
+
+
+def _retry(number: int) -> None:
+    retry = threading.Timer(RETRY_S, _send_again, (number,))
+    retry.daemon = True
+    retry.start()
 
 
 def _send_again(number: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from edgepatch import cores, defaults
 from edgepatch.cores import Allowance, CoreWatch, Snapshot, choose_threads
+from edgepatch.errors import InputError
 from edgepatch.runtimes import load_runtime
 
 TWO, FOUR = (tuple(frozenset({cpu}) for cpu in range(count)) for count in (2, 4))
@@ -172,6 +173,13 @@ def test_runtimes_take_the_choice_unless_they_are_told(tiny_folder, tiny_ggufs, 
         assert runtime.num_threads == 2
     with load_runtime(tiny_folder, None) as runtime:
         assert runtime.num_threads is None, "PyTorch's own number"
+
+
+@pytest.mark.parametrize("number", [-1, 0, 513, 10**5])
+def test_a_number_of_threads_that_no_library_takes_is_not_the_models_fault(tiny_ggufs, onnx_folders, number):
+    for model in (tiny_ggufs["F16"], onnx_folders["fp32"]):
+        with pytest.raises(InputError, match=f"threads: expected 1 to 512, found {number}$"):
+            load_runtime(model, None, num_threads=number)
 
 
 def test_what_doctor_would_choose():

@@ -179,6 +179,12 @@ def test_library_that_does_not_load_is_named_and_counts_as_missing(tmp_path, str
     assert doctor.remedy(broken, "train") == install_command("train", is_again=True)
 
 
+def test_an_extra_that_does_not_exist_is_told_before_any_trial(monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda: pytest.fail("the machine was examined"))
+    result = CliRunner().invoke(app, ["doctor", "--require", "cuda"])
+    assert isinstance(result.exception, InputError) and "no extra is named cuda" in str(result.exception)
+
+
 def test_missing_package_fails_the_requirement(monkeypatch, report):
     rows = [{**row, "version": None} if row["name"] == "peft" else row for row in report["packages"]]
     monkeypatch.setattr(doctor, "examine", lambda: {**report, "packages": rows})

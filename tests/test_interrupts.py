@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,29 @@ def test_an_ignored_signal_stays_ignored():
             time.sleep(0.05)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+class Dying:
+    """Stopped while it is taken down: Python can raise nothing there."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["destructor", "weak reference"])
+def test_a_signal_that_python_cannot_raise_is_not_lost(kind):
+    before = sys.unraisablehook
+    with pytest.raises(Stopped) as caught, orderly():
+        if kind == "destructor":
+            Dying()
+        else:
+            texts = frozenset(BENIGN)
+            weak = weakref.ref(texts, lambda _: [os.kill(os.getpid(), signal.SIGINT), time.sleep(0.01)])
+            del texts
+            assert weak() is None
+        time.sleep(5)
+    assert caught.value.exit_code == 130 and sys.unraisablehook == before
 
 
 def test_what_is_held_back_acts_at_the_end():

@@ -20,7 +20,7 @@ from edgepatch.bench.report.matrix_page import write_report
 from edgepatch.bench.safety.continuations import SampleConfig
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
-from edgepatch.files.writing import write_atomically
+from edgepatch.files.writing import require_writable
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.patch.file import Patch, write_patch
 from edgepatch.progress import Progress, silent, stage
@@ -114,8 +114,7 @@ def run_demo(
             f"no lab model in {lab}", hint="run the demo from a source checkout, or rebuild it with `make lab`"
         )
     began = time.monotonic()
-    write_atomically(out / ".writable", b"")  # a folder that cannot be written shows before minutes of work, not after
-    (out / ".writable").unlink()
+    require_writable(out)
     texts, place = choose_texts(data, config.num_training_prompts), Workplace(out, data)
     patch, history = train_lab_patch(lab, texts, config, out, progress)
     write_patch(patch, place.arm(DOMAIN, "patch", 1))

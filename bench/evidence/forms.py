@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from edgepatch.progress import Progress, silent, within
 from edgepatch.runtimes import runtime_name
 
 ONNX_TYPES = ("fp32", "fp16", "int8", "int4")
-NEEDS_MATRIX = re.compile(r"IQ[12]_\w+|IQ3_XXS|Q2_K_S")
-"""Types that llama.cpp makes with an importance matrix alone."""
 
 WHOLE = ("torch F32", "llamacpp F32", "onnx fp32")
 """Forms that hold every weight as it is, those first that compute most exactly."""
@@ -61,7 +58,7 @@ def _column(model: Path, kind: str) -> Column:
             f"--on {kind}: no such type",
             hint=f"torch, {', '.join(GRAPH + each for each in ONNX_TYPES)}, Q8_0, Q4_K_M, or another type of llama.cpp",
         )
-    if NEEDS_MATRIX.fullmatch(name):
+    if library.NEEDS_MATRIX.fullmatch(name):
         raise InputError(
             f"--on {name}: llama.cpp makes it with an importance matrix alone",
             hint=f"make the file with llama-quantize and measure it: edgepatch bench safety model-{name}.gguf",

@@ -25,6 +25,7 @@ from edgepatch.bench.evidence.statistics import Matrix
 from edgepatch.bench.evidence.verdict import judge
 from edgepatch.bench.evidence.workers import measure_cells
 from edgepatch.errors import InputError
+from edgepatch.files.writing import require_writable
 from edgepatch.patch.file import Patch, read_patch
 from edgepatch.progress import Progress, command_line, duration, silent
 
@@ -57,6 +58,7 @@ def run(
     """
     began = time.monotonic()
     question.require_names()
+    require_writable(out)
     patches = [read_patch(path) for path in question.patches]
     beside = {name: [read_patch(path) for path in files] for name, files in question.beside.items()}
     _require_judge(question)

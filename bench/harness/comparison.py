@@ -46,6 +46,10 @@ class HarnessConfig:
     num_fewshot: int | None = None
     chat: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.include_path.is_dir():
+            raise InputError(f"no folder {self.include_path}", hint="name the folder of the task files")
+
 
 class Flips(NamedTuple):
     """Items whose answer changed between right and wrong.
@@ -144,8 +148,6 @@ def _manager(config: HarnessConfig) -> Any:
     """lm-eval's table of tasks; its own ones, whose files take seconds to read, only where a name is not among ours."""
     from lm_eval.tasks import TaskManager
 
-    if not config.include_path.is_dir():
-        raise InputError(f"no folder {config.include_path}", hint="name the folder of the task files")
     for with_defaults in (False, True):
         manager = TaskManager(include_path=str(config.include_path), include_defaults=with_defaults)
         unknown = [name for name in config.tasks if not manager.match_tasks([name])]

@@ -38,6 +38,7 @@ from edgepatch.bench.shapes.shape import SHAPES
 from edgepatch.doctor import gpus
 from edgepatch.errors import InputError, MissingExtraError
 from edgepatch.files.writing import write_atomically
+from edgepatch.inspection.models import kind_of_model, read_facts
 from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes import EXTRAS, device_options, read_spec, runtime_name
@@ -64,6 +65,8 @@ def measure(settings: Settings, progress: Progress = silent, command: str = "") 
     """
     with stage(progress, "prepare model"):
         model = find_model(settings)
+        context = read_facts(model, kind_of_model(model), False).shape.context_length
+        settings = replace(settings, sizes=settings.sizes.within(context or settings.sizes.context_length))
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="edgepatch-latency-") as scratch:
         rows, times = _measure(settings, model, Path(scratch), progress)

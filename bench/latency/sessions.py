@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,17 @@ class Sizes:
     turns: int = 10
     sequences: tuple[int, ...] = (1, 2, 4, 8)
     context_length: int = 4096
+
+    def within(self, num_positions: int) -> Sizes:
+        """What a model of so many positions has room for: no text of any kind takes more than half of a shorter context."""
+        if num_positions >= self.context_length:
+            return self
+
+        def shorter(lengths: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(length for length in lengths if length <= num_positions // 2) or (num_positions // 2,)
+
+        prompts, depths, texts = map(shorter, (self.prompts, self.depths, self.texts))
+        return replace(self, prompts=prompts, depths=depths, texts=texts, context_length=num_positions)
 
 
 FULL = Sizes()

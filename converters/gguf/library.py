@@ -114,6 +114,10 @@ def quantizing(progress: Progress = silent) -> Iterator[None]:
     progress("quantize", total, total)
 
 
+NEEDS_MATRIX = re.compile(r"IQ[12]_\w+|IQ3_XXS|Q2_K_S")
+"""Types that llama.cpp makes with an importance matrix alone."""
+
+
 def quantization_types() -> dict[str, int]:
     """Name ("F32", "F16", "Q4_K_M") -> llama.cpp's number, for every type that the installed llama.cpp offers.
 

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import rope
 from edgepatch.converters.first_contact import Contact, Failure, Report, try_apart
-from edgepatch.converters.gguf.library import PACKAGE, library_errors, load_library, quantization_types, quantizing
+from edgepatch.converters.gguf.library import (
+    NEEDS_MATRIX,
+    PACKAGE,
+    library_errors,
+    load_library,
+    quantization_types,
+    quantizing,
+)
 from edgepatch.converters.gguf.specs import read_spec
 from edgepatch.converters.gguf.tokenizers import add_tokenizer, refuse, require_same_tokenizer
 from edgepatch.converters.hf import folders
@@ -217,11 +224,29 @@ def _require_same(want: ModelSpec, have: ModelSpec) -> None:
         raise InputError(f"this model does not survive the conversion: {wrong}", hint="it cannot be patched in GGUF")
 
 
+def _matrix_error(type_name: str) -> InputError:
+    hint = "use llama.cpp's llama-quantize --imatrix and take its file, or take another type, such as Q4_K_M"
+    return InputError(f"{type_name} needs an importance matrix, which edgepatch does not make", hint)
+
+
+def require_makeable(type_name: str) -> None:
+    """Raises for a type that llama.cpp does not make of weights alone, before they are dequantized or copied.
+
+    Raises:
+        InputError: it is unknown, or needs an importance matrix.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    types = quantization_types()
+    if type_name not in types:
+        raise InputError(f"--type: llama.cpp has no type {type_name}", hint=f"take one of {', '.join(sorted(types))}")
+    if NEEDS_MATRIX.fullmatch(type_name):
+        raise _matrix_error(type_name)
+
+
 def _quantization_error(source: Path, type_name: str) -> InputError:
     reason = library_errors()
     if "imatrix" in reason:
-        hint = "use llama.cpp's llama-quantize --imatrix and take its file, or take another type, such as Q4_K_M"
-        return InputError(f"{type_name} needs an importance matrix, and {source} comes without one", hint)
+        return _matrix_error(type_name)
     if "invalid output file type" in reason:
         return InputError(
             f"llama.cpp runs models of type {type_name} but cannot quantize to it", hint="take another type"

@@ -67,6 +67,7 @@ def compute_canary(
     rotation: Rotation | None = None,
     anchoring: Anchoring | None = None,
     without_part: Mapping[str, KVSeed] = MappingProxyType({}),
+    texts: Sequence[tuple[int, ...]] = (),
 ) -> Canary:
     """The full-precision model's answer to the canary's prompts, without and with the patch.
 
@@ -78,6 +79,7 @@ def compute_canary(
         anchoring: where the seed stands; ``None`` leaves it at the start.
         without_part: of a composed patch, name of each part -> the seed of the other parts side by side: as all stand directly in front of
             the text, these are as far from it as in the whole.
+        texts: as for ``canary.make_canary``.
 
     Raises:
         InputError: a part cannot be proven.
@@ -98,6 +100,7 @@ def compute_canary(
         behind(memory),
         anchoring,
         {name: behind(seeded_cache(model, others)) for name, others in without_part.items()},
+        texts,
     )
 
 
@@ -140,6 +143,7 @@ def complete(
     model: PreTrainedModel,
     tell: Callable[[str], None] = lambda line: None,
     without_part: Mapping[str, KVSeed] = MappingProxyType({}),
+    texts: Sequence[tuple[int, ...]] = (),
 ) -> Patch:
     """The patch with what its full-precision model can tell: a float16 seed of its soft prompt, how its keys turn, and a canary.
 
@@ -147,7 +151,7 @@ def complete(
         patch: of this model; what it says of these is replaced, and signatures, which are of another content, are left out.
         model: in float32.
         tell: takes a line that says why the seed cannot move, where keys of the model do not turn.
-        without_part: as for ``compute_canary``.
+        without_part, texts: as for ``compute_canary``.
 
     Raises:
         InputError: its seed shall move, and keys of this model do not turn.
@@ -156,7 +160,7 @@ def complete(
     if patch.soft_prompt is not None and is_attention_only(model):
         seed = compute_kv_seed(model, patch.soft_prompt, np.float16)
     rotation = _rotation_of(patch, model, tell)
-    measured = compute_canary(model, patch.soft_prompt, seed, rotation, patch.anchoring, without_part)
+    measured = compute_canary(model, patch.soft_prompt, seed, rotation, patch.anchoring, without_part, texts)
     return replace(patch, kv_seed=seed, rotation=rotation, canary=measured, signatures=())
 
 

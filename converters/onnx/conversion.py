@@ -80,16 +80,12 @@ def export(
             cannot be written.
         MissingExtraError: a package of the extra "convert" is missing.
     """
-    if precision not in QUANTIZATIONS:
-        raise InputError(f"precision: expected one of {', '.join(QUANTIZATIONS)}, found {precision!r}")
-    if exporter not in EXPORTERS:
-        raise InputError(f"exporter: expected one of {', '.join(EXPORTERS)}, found {exporter!r}")
+    require_choices(precision, exporter)
     if adapter is not None and (exporter != "builder" or precision == "fp16"):
         raise InputError(
             f"adapters go into graphs of the builder in fp32, int8 or int4, found {exporter} and {precision}",
             hint="merge the adapter into its base",
         )
-    require_packages(exporter)
     spec = folders.read_spec(folder)
     with replacement(target) as unfinished, _adapted(folder, adapter) as oracle:
         with stage(progress, f"export {precision}"):
@@ -101,6 +97,15 @@ def export(
         _copy_tokenizer(folder, unfinished)
         with stage(progress, "compare with model"):
             return compare(unfinished, spec, oracle)
+
+
+def require_choices(precision: str, exporter: str) -> None:
+    """Raises for what no export can be, before any work."""
+    if precision not in QUANTIZATIONS:
+        raise InputError(f"precision: expected one of {', '.join(QUANTIZATIONS)}, found {precision!r}")
+    if exporter not in EXPORTERS:
+        raise InputError(f"exporter: expected one of {', '.join(EXPORTERS)}, found {exporter!r}")
+    require_packages(exporter)
 
 
 @contextmanager

@@ -67,7 +67,12 @@ class Bundle:
         Raises:
             UntrustedError: too few do.
         """
-        return verify_threshold(self.manifest.payload, contents.BUNDLE_TYPE, self.signatures, root, "patch", now)
+        try:
+            return verify_threshold(self.manifest.payload, contents.BUNDLE_TYPE, self.signatures, root, "patch", now)
+        except UntrustedError as error:
+            error.args = (f"the bundle itself, not its patch: {error}",)
+            error.hint = error.hint or "its maker signs it: `bundle create --key`; its patch alone may be vouched for"
+            raise
 
 
 @contextmanager

@@ -50,8 +50,10 @@ def doctor(
 
     Examples: `edgepatch doctor`, `edgepatch doctor --require gguf`
     """
-    from edgepatch.doctor import examine, missing, remedy, verdicts
+    from edgepatch.doctor import examine, members, missing, remedy, verdicts
 
+    for extra in require or ():
+        members(extra)  # a wrong name shows before every library is tried
     report = examine()
     lacking = {extra: missing(report, extra) for extra in require or []}
     if as_json:

@@ -28,7 +28,18 @@ PURPOSES = {
 }
 """What people want to do -> the extra that does it."""
 
-__all__ = ["cpu", "examine", "extras", "gpus", "missing", "packages", "remedy", "unused_instructions", "verdicts"]
+__all__ = [
+    "cpu",
+    "examine",
+    "extras",
+    "gpus",
+    "members",
+    "missing",
+    "packages",
+    "remedy",
+    "unused_instructions",
+    "verdicts",
+]
 
 
 def examine() -> dict[str, Any]:
@@ -78,11 +89,11 @@ def missing(report: dict[str, Any], extra: str) -> list[str]:
 
 
 def _absent(report: dict[str, Any], extra: str) -> list[str]:
-    return [row["name"] for row in report["packages"] if row["name"] in _members(extra) and row["version"] is None]
+    return [row["name"] for row in report["packages"] if row["name"] in members(extra) and row["version"] is None]
 
 
 def _broken(report: dict[str, Any], extra: str) -> list[str]:
-    needed = [name for name, library in LIBRARIES.items() if library.distributions & _members(extra)]
+    needed = [name for name, library in LIBRARIES.items() if library.distributions & members(extra)]
     errors = {name: report["libraries"].get(name, {}).get("error") for name in needed}
     rows = [row for row in report["weight_types"] if row["library"] in needed and not row["works"]]
     return [f"{name} ({error})" for name, error in errors.items() if error] + [
@@ -90,7 +101,12 @@ def _broken(report: dict[str, Any], extra: str) -> list[str]:
     ]
 
 
-def _members(extra: str) -> set[str]:
+def members(extra: str) -> set[str]:
+    """The distributions that an extra installs.
+
+    Raises:
+        InputError: there is no such extra.
+    """
     distributions = extras()
     if extra not in distributions:
         raise InputError(f"no extra is named {extra}", hint=f"the extras are {', '.join(sorted(distributions))}")

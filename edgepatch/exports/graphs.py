@@ -59,6 +59,11 @@ def write(patch: Patch, model: Path, target: Path, client: str) -> dict[str, Any
         MismatchError: the patch was made for another model.
     """
     _require_complete(patch)
+    if model.is_file():
+        raise InputError(
+            f"{model}: expected the folder of the ONNX model, which {client} loads, found a file",
+            hint="make one: edgepatch convert base --to onnx",
+        )
     patch.base.require_same(read_spec(model))
     with export_folder(target) as folder:
         write_patch(patch, folder / PATCH_FILE)

@@ -98,16 +98,27 @@ def require_new_file(target: Path, force: bool = False) -> None:
         raise InputError(f"cannot write {target}: it is a folder", hint="name a file in it")
     if not force and (target.exists() or target.is_symlink()):
         raise InputError(f"{target} exists", hint="name another file, or replace it with --force")
-    _require_writable(target)
+    require_writable(target.absolute().parent, target)
 
 
-def _require_writable(target: Path) -> None:
-    home = next(folder for folder in target.absolute().parents if folder.exists())
+def require_writable(folder: Path, target: Path | None = None) -> None:
+    """Checks, before any work, that files can be written into a folder, which need not be there yet.
+
+    Args:
+        folder: the folder.
+        target: what is to be written there, for the error; the folder by default.
+
+    Raises:
+        InputError: a file is there, or nothing can be written there.
+    """
+    home = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not home.is_dir():
+        raise InputError(f"{folder}: expected a folder, found the file {home}", hint="name a new folder")
     try:
         with tempfile.TemporaryFile(dir=home):
             pass
     except OSError as error:
-        raise unwritable(target, error) from error
+        raise unwritable(target or folder, error) from error
 
 
 def unwritable(target: Path, error: OSError) -> InputError:
@@ -185,7 +196,7 @@ def require_new_folder(target: Path, kind: FolderKind | None = None, force: bool
         raise InputError(f"{target} exists and is not {kind.title}", hint="name a new folder")
     if is_there and not force:
         raise InputError(f"{target} exists", hint="name a new folder, or replace it with --force")
-    _require_writable(target)
+    require_writable(target.absolute().parent, target)
 
 
 def _entries(folder: Path) -> Iterator[Path]:

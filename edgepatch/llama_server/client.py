@@ -109,6 +109,7 @@ class LlamaServer:
                 return Reply(error.code, _parse(error.read(MAX_REPLY_BYTES)))
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
+            reason = getattr(reason, "strerror", None) or reason
             raise InputError(
                 f"cannot reach {self.url}{path}: {reason}", hint="start the server, check host and port"
             ) from None

@@ -8,6 +8,7 @@ compares the *effect*, patched less bare: quantization shifts both alike, so mos
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -100,6 +101,7 @@ def make_canary(
     patched: Logits,
     anchoring: Anchoring | None = None,
     without_part: Mapping[str, Logits] = MappingProxyType({}),
+    texts: Sequence[tuple[int, ...]] = (),
 ) -> Canary:
     """A canary from the full-precision model.
 
@@ -112,24 +114,35 @@ def make_canary(
         anchoring: of the patch; where its seed moves, a long prompt proves that it does.
         without_part: name of each part of a composed patch -> with all parts but this one. Each part gets a prompt and logits that it moves
             itself, so that a patch whose part is missing fails.
+        texts: token ids of texts that a part may act on more than on tokens by chance; asked where those prove it too little.
 
     Raises:
         InputError: beside the others a part does so little that nothing could prove it.
     """
     prompts = [*canary_prompts(vocab_size), *([long_prompt(vocab_size, anchoring)] if anchoring else [])]
-    candidates = canary_prompts(vocab_size, NUM_CANDIDATES) if without_part else ()
-    effects = {
-        tokens: _Effect(_centred(bare(tokens)), _centred(patched(tokens)))
-        for tokens in dict.fromkeys((*prompts, *candidates))
-    }
-    measured = [_prompt(tokens, effects[tokens]) for tokens in prompts]
+    candidates = (canary_prompts(vocab_size, NUM_CANDIDATES), tuple(texts))
+
+    @cache
+    def effect(tokens: tuple[int, ...]) -> _Effect:
+        return _Effect(_centred(bare(tokens)), _centred(patched(tokens)))
+
+    measured = [_prompt(tokens, effect(tokens)) for tokens in prompts]
     usual = max(length for length, _ in measured)
     kept = [prompt for length, prompt in measured if prompt is not None and length >= LEAST_EFFECT * usual]
-    proofs = [
-        _proof_of(name, {tokens: effects[tokens].beyond(_centred(others(tokens))) for tokens in candidates}, usual)
-        for name, others in without_part.items()
-    ]
-    return Canary((*kept, *proofs))
+
+    def proof(name: str, others: Logits) -> CanaryPrompt:
+        effects = dict[tuple[int, ...], _Effect]()
+        for choices in candidates:
+            effects |= {tokens: effect(tokens).beyond(_centred(others(tokens))) for tokens in choices}
+            share, prompt = _best_proof(effects, usual)
+            if prompt is not None and share >= LEAST_SHARE:
+                return prompt
+        raise InputError(
+            f"canary: {name}: expected a part with {LEAST_SHARE:g} of the whole patch's effect or more, found {share:.2f} at best",
+            hint="beside the others it does too little to be proven: train them together, or leave it out",
+        )
+
+    return Canary((*kept, *(proof(name, others) for name, others in without_part.items())))
 
 
 class _Effect:
@@ -160,11 +173,10 @@ class _Effect:
         return float(part / max(whole, 1e-12))
 
 
-def _proof_of(name: str, effects: Mapping[tuple[int, ...], _Effect], usual: float) -> CanaryPrompt:
-    """The prompt that tells best whether a part is there.
+def _best_proof(effects: Mapping[tuple[int, ...], _Effect], usual: float) -> tuple[float, CanaryPrompt | None]:
+    """(share of the whole effect, prompt) that tell best whether a part is there.
 
     Args:
-        name: of the part.
         effects: prompt -> the part's.
         usual: length of the whole patch's effect on an ordinary prompt; the allowed error is a share of it.
     """
@@ -176,13 +188,7 @@ def _proof_of(name: str, effects: Mapping[tuple[int, ...], _Effect], usual: floa
         return float(min(effects[tokens].share, CLEAR_SHARE) - 2 * error / length)
 
     best = max(effects, key=margin)
-    share, prompt = effects[best].share, _prompt(best, effects[best])[1]
-    if prompt is None or share < LEAST_SHARE:
-        raise InputError(
-            f"canary: {name}: expected a part with {LEAST_SHARE:g} of the whole patch's effect or more, found {share:.2f} at best",
-            hint="beside the others it does too little to be proven: train them together, or leave it out",
-        )
-    return prompt
+    return effects[best].share, _prompt(best, effects[best])[1]
 
 
 def _centred(logits: NDArray[Any]) -> NDArray[np.float64]:

@@ -254,9 +254,10 @@ class StoreReader:
         bases = (state or self.read()[0]).bases
         matching = bases_called(text or "", bases)
         if len(matching) != 1:
-            names = ", ".join(f"{base[:12]} ({record.title})" for base, record in bases.items()) or "none"
+            names = ", ".join(f"{base[:12]} ({record.title})" for base, record in bases.items())
             raise InputError(
-                f"base model: expected one in {self.folder}, found {len(matching)}", hint=f"name one: {names}"
+                f"base model: expected one in {self.folder}, found {len(matching)}",
+                hint=f"name one: {names}" if names else "nothing is applied yet: `edgepatch apply PATCH`",
             )
         return matching[0]
 

@@ -17,14 +17,21 @@ from edgepatch.errors import InputError
 from edgepatch.patch.composition import METHOD, composed_anchoring, composed_seed, in_order
 from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
+from edgepatch.prompts.genders import own_training_prompts
+from edgepatch.prompts.sets import evenly, load_prompts
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import KVSeed
+from edgepatch.training.forward import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from edgepatch.text.tokenizers import FolderTokenizer
+
 FULL_PRECISION = frozenset({"F32", "F16", "BF16"})
 MAX_LICENSE_LENGTH = 128
+NUM_TEXTS = 16
+"""Prompts of each domain that may prove a part, where tokens by chance do not."""
 
 
 def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **details: Any) -> Patch:
@@ -73,9 +80,27 @@ def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **deta
         anchoring=composed_anchoring(parts),
         **fields,
     )
+    without_part = {part.name: _seed_without(part, seeded, rotation) for part in seeded}
     return seeds.complete(
-        patch, loaded, without_part={part.name: _seed_without(part, seeded, rotation) for part in seeded}
+        patch, loaded, without_part=without_part, texts=_texts(model, context - patch.num_virtual_tokens)
     )
+
+
+def _texts(model: Path, room: int) -> list[tuple[int, ...]]:
+    """Token ids of prompts of every domain: a patch that was trained for one acts there, and next to nowhere else."""
+    tokenizer = tokenizer_of(model)
+    toxic, harmful = (evenly(load_prompts(kind, "train"), NUM_TEXTS) for kind in ("toxic", "harm_requests"))
+    plain = [*toxic, *evenly(own_training_prompts(), NUM_TEXTS)]
+    texts = [*map(tokenizer.encode, plain), *(_asked(tokenizer, request) for request in harmful)]
+    return [tuple(tokens) for tokens in texts if 0 < len(tokens) < room]
+
+
+def _asked(tokenizer: FolderTokenizer, request: str) -> list[int]:
+    """A request as users make it, where the model has a chat template that takes it."""
+    try:
+        return tokenizer.encode_chat([{"role": "user", "content": request}])
+    except InputError:
+        return tokenizer.encode(request)
 
 
 def _seed_without(part: Patch, parts: Sequence[Patch], rotation: Rotation) -> KVSeed:

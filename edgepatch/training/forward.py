@@ -102,6 +102,11 @@ class FrozenModels:
 
     def _require_room(self) -> None:
         config = self.config
+        if config.num_virtual_tokens >= self.context:
+            raise InputError(
+                f"num_virtual_tokens: expected fewer than the model's context of {self.context}, found {config.num_virtual_tokens}",
+                hint="50 are usual: they are taken from the context of whoever runs the patch",
+            )
         longest = config.num_virtual_tokens + config.longest_row
         if config.front_tokens and longest > self.context:
             raise InputError(

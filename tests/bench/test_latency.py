@@ -16,7 +16,7 @@ from edgepatch.bench.latency.genai import GenaiArm, load_genai
 from edgepatch.bench.latency.genai_lora import write_lora_graph, write_random_adapter
 from edgepatch.bench.latency.llama_bench import VARIABLE, run_llama_bench
 from edgepatch.bench.latency.run import find_model, measure
-from edgepatch.bench.latency.sessions import TINY
+from edgepatch.bench.latency.sessions import FULL, QUICK, TINY
 from edgepatch.bench.latency.settings import PARTS, Settings, due_parts
 from edgepatch.bench.latency.starts import _Start
 from edgepatch.bench.latency.timing import Cell, Measure, interleave, missing, pooled_ratio, ratio, row
@@ -345,3 +345,13 @@ def test_arms_can_be_chosen(tmp_path):
         due_parts(("nosuch",), ())
     document = measure(replace(settings, arms=("lora-*",)), command="test")
     assert arms_of(document, "ttft") == {"bare", "lora-r8", "lora-r16"}
+
+
+def test_a_model_of_a_short_context_is_measured_with_what_it_has_room_for():
+    assert FULL.within(4096) is FULL and QUICK.within(8192) is QUICK
+    short = FULL.within(1024)
+    assert (short.prompts, short.depths, short.texts) == ((32, 128, 512), (0, 512), (50, 300))
+    assert short.context_length == 1024
+    assert max(short.texts) + max(short.prompts) + short.num_new <= 1024
+    assert max(short.depths) + 4 * short.num_virtual_tokens + short.num_new <= 1024
+    assert QUICK.within(64).texts == (32,)

@@ -26,7 +26,8 @@ from edgepatch.converters.gguf import header as gguf_header
 from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf import writer as gguf_writer
 from edgepatch.converters.hf import folders
-from edgepatch.errors import InputError
+from edgepatch.converters.origins import naming_origin
+from edgepatch.errors import InputError, MismatchError
 from edgepatch.patch.sketches import compare
 from kit import tiny_gguf
 from kit.forks import Fork
@@ -187,6 +188,9 @@ def test_another_quantization_says_what_it_was_made_from(full, tmp_path):
     dequantize(path, tmp_path / "hf")
     gguf_writer.convert_folder(tmp_path / "hf", tmp_path / "F16.gguf", "F16")
     assert gguf_header.read_header(tmp_path / "F16.gguf").metadata["edgepatch.origin.quantization"] == "Q4_1"
+    with pytest.raises(MismatchError) as refused, naming_origin(header):
+        raise MismatchError({"weights": ("those of its base", "others")})
+    assert f"was made from Q4_1 weights of {path.name}" in refused.value.hint
     old, new = values_of(path), values_of(tmp_path / "Q8_0.gguf")
     assert max(np.abs(old[n] - new[n]).max() / np.abs(old[n]).max() for n in old) < 0.01
 

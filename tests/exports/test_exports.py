@@ -121,6 +121,8 @@ def test_an_export_is_complete_or_absent(model: Path, tiny_folder: Path, tiny_pa
     with pytest.raises(MismatchError):
         other = replace(tiny_patch, base=replace(tiny_patch.base, weight_fingerprint="0" * 64))
         TARGETS["transformers.js"].write(other, tiny_folder, tmp_path / "js", ExportOptions())
+    with pytest.raises(InputError, match="expected the folder of the ONNX model"):
+        TARGETS["transformers.js"].write(tiny_patch, model, tmp_path / "js", ExportOptions())
     with pytest.raises(InputError, match="no canary"):
         TARGETS["onnxruntime-web"].write(
             replace(tiny_patch, canary=None), tiny_folder, tmp_path / "js", ExportOptions()

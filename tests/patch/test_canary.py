@@ -194,6 +194,27 @@ def test_a_prompt_on_which_the_patch_does_nothing_proves_nothing_and_is_left_out
     assert [prompt.tokens for prompt in measured.prompts] == [first, third]
 
 
+def test_a_part_that_acts_on_texts_alone_is_proven_by_one_of_them():
+    """A patch that was trained beside others may leave tokens by chance as they are."""
+    rng = np.random.default_rng(0)
+    bare, slope = rng.normal(size=512), np.linspace(-1, 1, 512)
+    own = np.roll(slope, 256)
+    text, other = tuple(range(20)), tuple(range(20, 30))
+
+    def whole(tokens):
+        return bare + 2 * slope + (3 * own if tuple(tokens) == text else 0.1 * own)
+
+    parts = {"wide": lambda tokens: whole(tokens) - 2 * slope, "narrow": lambda tokens: bare + 2 * slope}
+    with pytest.raises(InputError, match=r"canary: narrow: expected a part with 0\.3 .*, found 0\.\d+ at best"):
+        canary.make_canary(512, lambda _: bare, whole, without_part=parts)
+    measured = canary.make_canary(512, lambda _: bare, whole, without_part=parts, texts=(other, text))
+    *_, wide, narrow = measured.prompts
+    assert len(wide.tokens) <= 3, "what is proven by short prompts stays so: they are asked at each load"
+    assert narrow.tokens == text
+    missing = canary.deviation(narrow, bare, parts["narrow"](text))
+    assert missing > canary.LEAST_SHARE and canary.deviation(narrow, bare, whole(text)) < 1e-3
+
+
 def test_a_canary_has_a_bound(tiny_patch):
     """Whoever verifies a patch reads all of its ids."""
     prompt = tiny_patch.canary.prompts[0]

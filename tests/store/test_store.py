@@ -146,6 +146,9 @@ def test_remove(store, tmp_path):
 
 def test_several_bases(store, tmp_path):
     other = spec(weight_fingerprint="c" * 64)
+    with pytest.raises(InputError, match="found 0") as refused:
+        store.hold(None)
+    assert "nothing is applied yet" in refused.value.hint
     store.apply(write(tmp_path))
     store.apply(write(tmp_path, 7, base=other), model=other)
     assert (active(store), store.active(other)[0].sequence) == (1, 7)

@@ -139,7 +139,6 @@ def safety(
         beside=_beside(beside or (), bool(patch)),
         is_instructed=instruction,
     )
-    _require_writable(out)
     kept = f"what is measured is kept in {out}; the same command goes on from there"
     with progress_bars(log or out / "safety.log", lambda: kept) as progress:
         document = own_model.run(question, out, data_folder(data), progress, note)
@@ -185,16 +184,6 @@ def _beside(named: Sequence[str], is_patched: bool) -> dict[str, tuple[Path, ...
             raise InputError(f"--beside: {name} is named twice", hint="give each another name")
         arms[name] = tuple(map(Path, files.split(",")))
     return arms
-
-
-def _require_writable(out: Path) -> None:
-    """A folder that cannot be written shows before the work."""
-    from edgepatch.files.writing import write_atomically
-
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out: expected a folder, found the file {out}", hint="name a new folder")
-    write_atomically(out / ".writable", b"")
-    (out / ".writable").unlink()
 
 
 def _end(document: dict[str, Any]) -> None:

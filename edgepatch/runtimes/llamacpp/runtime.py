@@ -26,6 +26,7 @@ from edgepatch.converters.gguf.library import require_gpu, require_installed
 from edgepatch.converters.gguf.text import GGUFTokenizer
 from edgepatch.converters.gguf.vocabularies import chat_templates
 from edgepatch.converters.gguf.vocabulary import TokenFacts, read_token_facts
+from edgepatch.converters.origins import naming_origin
 from edgepatch.cores import begin_choice, read_allowance
 from edgepatch.decoding import defaults
 from edgepatch.errors import InactivePatchError, InputError
@@ -165,11 +166,9 @@ class LlamaCppRuntime(Runtime):
 
     def check_weights(self, patch: Patch) -> None:
         if patch.weight_sketch is not None and patch.digest not in self._fitting:
-            compare(
-                patch.weight_sketch,
-                weight_sketches.sketch_of_gguf(self.header, patch.weight_sketch),
-                self.quantization,
-            )
+            sketch = weight_sketches.sketch_of_gguf(self.header, patch.weight_sketch)
+            with naming_origin(self.header):
+                compare(patch.weight_sketch, sketch, self.quantization)
             self._fitting.add(patch.digest)
 
     # The seed.

@@ -9,6 +9,9 @@ from typing import Any
 
 from edgepatch.errors import InputError
 from edgepatch.files import strict_json
+from edgepatch.files.reading import read_bounded
+
+MAX_BYTES = 2**31
 
 
 def read_lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
@@ -21,12 +24,9 @@ def read_lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
         what: what it should hold ("pairs"), for the complaint.
 
     Raises:
-        InputError: the file is missing, a folder, or not UTF-8 (the line is named).
+        InputError: the file is missing, no regular file, too large, or not UTF-8 (the line is named).
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {what} {path}: {error.strerror}") from None
+    data = read_bounded(path, MAX_BYTES, what)
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         place = f"{path}, line {number}"
         try:
