@@ -17,6 +17,7 @@ from edgepatch.converters.peft.adapters import CONFIG_FILE, PICKLES
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.files import strict_json
 from edgepatch.patch.file import METADATA_KEY, PROMPT_TENSOR
+from edgepatch.progress import START as LOG_START
 
 START_BYTES = 4096
 MAX_JSON_BYTES = 64 * 2**20
@@ -51,6 +52,11 @@ class Kind(Enum):
     PROVENANCE = "provenance of preference pairs"
     RESULTS = "results of a measurement"
     STORE = "store"
+    EXPORT = "export for another program"
+    RUN = "run of a training"
+    CONVERSATION = "conversation that chat saved"
+    JOURNAL = "journal of pairs that are being made"
+    LOG = "log of edgepatch's work"
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ def _file(path: Path, start: bytes, size: int) -> Recognised:
         return _pem(path, label[1].decode())
     if start[257:262] == b"ustar":
         return _tar(path, start)
+    if LOG_START.match(start):
+        return Recognised(Kind.LOG)
     if start.lstrip()[:1] in (b"{", b"["):
         return _json(path, size)
     if path.suffix == ".onnx":
@@ -228,6 +236,8 @@ def _json(path: Path, size: int) -> Recognised:
     if isinstance(content, dict):
         return _document(path, content)
     row = _parsed(first)
+    if isinstance(row, dict) and row.keys() == {"settings"}:
+        return Recognised(Kind.JOURNAL, content=row)
     if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
         return Recognised(Kind.PAIRS, content=row)
     if isinstance(row, dict) and row.keys() & {"messages", "prompt", "text"}:
@@ -262,6 +272,10 @@ def _document(path: Path, content: dict[str, Any]) -> Recognised:
     is_measured = "command" in content and content.keys() & {"created", "platform"}
     if content.keys() & {"rows", "cells", "figures", "readers", "readings"} or is_measured:
         return Recognised(Kind.RESULTS, content=content)
+    if content.keys() == {"settings"}:
+        return Recognised(Kind.JOURNAL, content=content)
+    if {"messages", "system_fingerprint"} <= content.keys():
+        return Recognised(Kind.CONVERSATION, content=content)
     if content.keys() & {"messages", "prompt"}:
         return Recognised(Kind.PROMPTS, content=content)
     raise _unknown(path, f"a JSON object with {', '.join(sorted(content))[:80] or 'nothing'}")
@@ -276,6 +290,10 @@ def _folder(path: Path) -> Recognised:
         return Recognised(Kind.PEFT_FOLDER)
     if "state.json" in names and {"patches", "trust", "history.jsonl"} & set(names):
         return Recognised(Kind.STORE)
+    for name, kind, keys in DOCUMENTS:
+        content = _document_of(path / name) if name in names else {}
+        if keys <= content.keys():
+            return Recognised(kind, content=content)
     kind, models = _model_folder(path), [name for name in names if name.endswith(".gguf")]
     has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     if kind is Kind.ONNX_FOLDER or (kind and (has_weights or not models)):
@@ -286,6 +304,21 @@ def _folder(path: Path) -> Recognised:
         raise InputError(f"{path} is a folder with {len(models)} GGUF files: expected one", f"name {path / models[0]}")
     listed = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
     raise _unknown(path, f"a folder with {listed}")
+
+
+DOCUMENTS = (
+    ("manifest.json", Kind.EXPORT, {"client", "patch", "files"}),
+    ("results.json", Kind.RESULTS, {"command", "cells"}),
+    ("run.json", Kind.RUN, {"config"}),
+)
+"""Of folders that edgepatch writes: the document in each, what it is then, and keys of it."""
+
+
+def _document_of(path: Path) -> Mapping[str, Any]:
+    try:
+        return strict_json.read_json(path, MAX_JSON_BYTES)
+    except InputError:
+        return {}
 
 
 def _model_folder(path: Path) -> Kind | None:

@@ -20,6 +20,7 @@ from edgepatch.inspection.facts import printable
 from edgepatch.inspection.kinds import Kind, Recognised
 
 MAX_MANIFEST_BYTES = 2**20
+MAX_LINE_BYTES = 2**16
 BLOCK_BYTES = 512
 CHUNK_BYTES = 2**20
 
@@ -279,6 +280,60 @@ def _store(folder: Path, _: Recognised) -> Described:
     return Described(Kind.STORE.value, facts, f"edgepatch status --store {folder} says more")
 
 
+def _export(folder: Path, recognised: Recognised) -> Described:
+    content = recognised.content
+    patch, model = (_entries(content.get(name)) for name in ("patch", "model"))
+    facts = {
+        "for": printable(content["client"]),
+        "patch": printable(f"{patch.get('name')} {patch.get('version')} ({str(patch.get('digest'))[:12]})"),
+        "model": printable(f"{model.get('file')}, {model.get('quantization')}"),
+        "seed": printable(content.get("place", "")),
+        "files": len(_entries(content["files"])),
+        "checked": "no: this is what it says of itself",
+    }
+    checker = "check-server URL" if content["client"] == "llama-server" else f"check-export {folder}"
+    return Described(
+        Kind.EXPORT.value, facts, f"edgepatch {checker} --patch PATCH --model MODEL asks the client itself"
+    )
+
+
+def _entries(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _run(folder: Path, recognised: Recognised) -> Described:
+    config = _entries(recognised.content["config"])
+    names = ("num_virtual_tokens", "sft_steps", "dpo_steps", "kl_weight", "dtype")
+    facts = {name: printable(config[name]) for name in names if name in config}
+    facts["checkpoint"] = "yes" if (folder / "checkpoint.safetensors").is_file() else "none yet"
+    return Described(Kind.RUN.value, facts, f"the same `edgepatch train` with --run {folder} goes on from there")
+
+
+def _conversation(path: Path, recognised: Recognised) -> Described:
+    messages = recognised.content["messages"]
+    facts = {
+        "messages": len(messages) if isinstance(messages, list) else 0,
+        "held_with": printable(recognised.content["system_fingerprint"]),
+    }
+    return Described(Kind.CONVERSATION.value, facts, f"`/load {path}` in `edgepatch chat` goes on with it")
+
+
+def _journal(path: Path, recognised: Recognised) -> Described:
+    teacher = _entries(_entries(recognised.content["settings"]).get("teacher"))
+    facts = {"prompts_done": max(0, _count_lines(path) - 1), "teacher": printable(teacher.get("kind", "unknown"))}
+    return Described(Kind.JOURNAL.value, facts, "the same `edgepatch pairs` goes on from there; --restart forgets it")
+
+
+def _log(path: Path, _: Recognised) -> Described:
+    with path.open("rb") as file:
+        first = file.readline(MAX_LINE_BYTES)
+        file.seek(max(0, path.stat().st_size - MAX_LINE_BYTES))
+        last = file.read(MAX_LINE_BYTES).splitlines()[-1]
+    command, state = (printable(line.decode("utf-8", "replace").strip()) for line in (first, last))
+    facts = {"lines": _count_lines(path), "command": command.partition(": ")[2], "last": state}
+    return Described(Kind.LOG.value, facts, "it tells how far the work was, and how it ended")
+
+
 DESCRIBERS: Mapping[Kind, Callable[[Path, Recognised], Described]] = {
     Kind.TENSORS: _tensors,
     Kind.PRIVATE_KEY: _private_key,
@@ -292,4 +347,9 @@ DESCRIBERS: Mapping[Kind, Callable[[Path, Recognised], Described]] = {
     Kind.ONNX_FILE: _onnx_file,
     Kind.PEFT_FOLDER: _peft_folder,
     Kind.STORE: _store,
+    Kind.EXPORT: _export,
+    Kind.RUN: _run,
+    Kind.CONVERSATION: _conversation,
+    Kind.JOURNAL: _journal,
+    Kind.LOG: _log,
 }

@@ -21,6 +21,7 @@ from edgepatch.converters.gguf import adapters as adapters_gguf
 from edgepatch.converters.peft import adapters as peft
 from edgepatch.inspection.kinds import Kind, recognise
 from edgepatch.patch.file import write_patch
+from edgepatch.progress import logged
 from edgepatch.store.device import Store
 from edgepatch.store.policy import Allowances
 from edgepatch.training.pairs.files import Pair, write_pairs
@@ -320,6 +321,39 @@ def test_folders_that_cannot_be_used(show, tiny_folder, tmp_path):
     copy_folder(tiny_folder, tmp_path / "model")
     (bare / "config.json").write_text((tiny_folder / "config.json").read_text())
     require_refused(show, bare, "no safetensors weights")
+
+
+def test_what_edgepatch_writes_on_the_way(show, tmp_path):
+    """Exports, runs, results, journals, conversations and logs: whoever finds one learns what it is, and how to go on."""
+    patch = {"name": "detox", "version": "1.0.0", "digest": "ab" * 32}
+    model = {"file": "model-Q8_0.gguf", "quantization": "Q8_0"}
+    documents = {
+        "sent/manifest.json": {"client": "mlx", "patch": patch, "model": model, "place": "stays", "files": {"a": "b"}},
+        "measured/results.json": {"command": "edgepatch bench safety", "created": "2030", "cells": [{}, {}]},
+        "run/run.json": {"kind": "soft", "config": {"dpo_steps": 40, "dtype": "float32"}},
+        "talk.json": {"system_fingerprint": "abc+def", "messages": [{"role": "user", "content": "Hello"}]},
+    }
+    for name, document in documents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(document))
+    (tmp_path / "pairs.jsonl.partial").write_text('{"settings": {"teacher": {"kind": "self"}}}\n{"prompt": "a"}\n')
+    with logged(tmp_path / "train.log", print) as progress:
+        progress("DPO", 1, 2)
+    for name, *phrases in (
+        ("sent", "export for another program", "mlx", "detox 1.0.0 (abababababab)", "Q8_0", "check-export"),
+        ("measured", "results of a measurement", "edgepatch bench safety", "2 cells"),
+        ("run", "run of a training", "40", "none yet", f"--run {tmp_path / 'run'}"),
+        ("talk.json", "conversation", "abc+def", "/load"),
+        ("pairs.jsonl.partial", "journal", "self", "goes on from there"),
+        ("train.log", "log of", "finished"),
+    ):
+        code, out, err = show(tmp_path / name)
+        assert code == 0 and all(phrase in out for phrase in phrases), (name, out, err)
+        assert json.loads(show(tmp_path / name, "--json")[1])["kind"]
+    (tmp_path / "sent" / "manifest.json").write_text('{"client": "mlx", "patch": 3, "files": []}')
+    assert show(tmp_path / "sent")[0] == 0
+    (tmp_path / "sent" / "manifest.json").write_text("{")
+    require_refused(show, tmp_path / "sent", "a folder with manifest.json")
 
 
 def test_what_is_not_there(show, tmp_path):
