@@ -14,13 +14,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepatch.progress import Progress
+
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 """Type of the weights -> its name in safetensors, and bytes of a value."""
 
 MAX_SHARD_BYTES = 5_000_000_000
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and how much there is."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgepatch.converters.checkpoints import DTYPES, CheckpointTensor, Progress, write_weights
+from edgepatch.converters.checkpoints import DTYPES, CheckpointTensor, write_weights
 from edgepatch.converters.gguf import encoding, vocabularies
 from edgepatch.converters.gguf import models as gguf_models
 from edgepatch.converters.gguf import weights as gguf_weights
@@ -29,15 +29,12 @@ from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import CONFIG_KEY, Origin
 from edgepatch.errors import InputError
 from edgepatch.files.writing import FolderKind, folder_beside, replacing_folder, require_new_folder, require_space
+from edgepatch.progress import Progress, silent
 from edgepatch.tensors import ModelSpec
 
 NORMALLY_F16_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
 TRANSFORMERS_FOLDER = FolderKind("a Transformers folder", "config.json")
 QUANTIZED_BYTES = 1.07  # of a value in Q8_0, the widest type but these
-
-
-def _quiet(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def num_weights(header: GGUFHeader) -> int:
@@ -46,7 +43,7 @@ def num_weights(header: GGUFHeader) -> int:
 
 
 def dequantize(
-    source: Path, target: Path, dtype: str = "float32", force: bool = False, progress: Progress = _quiet
+    source: Path, target: Path, dtype: str = "float32", force: bool = False, progress: Progress = silent
 ) -> Origin:
     """Writes a Transformers folder of a GGUF file: weights, config, tokenizer, chat template, end tokens.
 
@@ -136,7 +133,7 @@ def _card(origin: Origin) -> str:
 
 @contextmanager
 def dequantized(
-    source: Path, target: Path, more_bytes_per_weight: float, progress: Progress = _quiet
+    source: Path, target: Path, more_bytes_per_weight: float, progress: Progress = silent
 ) -> Iterator[Path]:
     """A Transformers folder of a model: itself, or a temporary one of a GGUF file.
 
@@ -159,7 +156,7 @@ def dequantized(
         yield beside / target.name
 
 
-def requantize(source: Path, target: Path, type_name: str, progress: Progress = _quiet) -> Origin:
+def requantize(source: Path, target: Path, type_name: str, progress: Progress = silent) -> Origin:
     """Another quantization of a quantized GGUF file, through full precision.
 
     Everything that the header says stays, and what the file was made from is added.

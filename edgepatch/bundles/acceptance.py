@@ -67,12 +67,17 @@ class Bundle:
         Raises:
             UntrustedError: too few do.
         """
-        try:
-            return verify_threshold(self.manifest.payload, contents.BUNDLE_TYPE, self.signatures, root, "patch", now)
-        except UntrustedError as error:
-            error.args = (f"the bundle itself, not its patch: {error}",)
-            error.hint = error.hint or "its maker signs it: `bundle create --key`; its patch alone may be vouched for"
-            raise
+        return verify_threshold(self.manifest.payload, contents.BUNDLE_TYPE, self.signatures, root, "patch", now)
+
+
+def _require_vouched(bundle: Bundle, root: Root, now: datetime) -> frozenset[str]:
+    """As ``Bundle.vouched_by``; the error says that it is about the bundle, for its patch has signatures of its own."""
+    try:
+        return bundle.vouched_by(root, now)
+    except UntrustedError as error:
+        error.args = (f"the bundle itself, not its patch: {error}",)
+        error.hint = error.hint or "its maker signs it: `bundle create --key`; its patch alone may be vouched for"
+        raise
 
 
 @contextmanager
@@ -289,7 +294,7 @@ def accept(
         root, now = store.root(), store.time(trust)
         if adopt_root:
             root = _named_root(bundle, adopt_root)
-        signed_by = bundle.vouched_by(root, now) if root and bundle.signatures else frozenset()
+        signed_by = _require_vouched(bundle, root, now) if root and bundle.signatures else frozenset()
         if root:
             verify_threshold(bundle.patch.manifest, PAYLOAD_TYPE, bundle.patch.signatures, root, "patch", now)
         if model is not None:
@@ -339,7 +344,7 @@ def unpack(path: Path, target: Path, root: Root | None, now: datetime) -> Manife
     """
     with opened(path) as bundle:
         if root:
-            bundle.vouched_by(root, now)
+            _require_vouched(bundle, root, now)
         if os.path.lexists(target):
             raise InputError(f"--out: expected a new folder, found {target}", hint="name another one")
         try:

@@ -290,10 +290,10 @@ def _folder(path: Path) -> Recognised:
         return Recognised(Kind.PEFT_FOLDER)
     if "state.json" in names and {"patches", "trust", "history.jsonl"} & set(names):
         return Recognised(Kind.STORE)
-    for name, kind, keys in DOCUMENTS:
+    for name, written, keys in DOCUMENTS:
         content = _document_of(path / name) if name in names else {}
         if keys <= content.keys():
-            return Recognised(kind, content=content)
+            return Recognised(written, content=content)
     kind, models = _model_folder(path), [name for name in names if name.endswith(".gguf")]
     has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     if kind is Kind.ONNX_FOLDER or (kind and (has_weights or not models)):

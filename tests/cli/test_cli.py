@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,22 @@ def test_every_verb_has_an_example_in_its_help(run, verb):
     assert code == 0
     flat = " ".join(out.split())
     assert re.search(rf"Examples?: edgepatch {' '.join(verb)}", flat)
+
+
+@pytest.mark.parametrize("verb", verbs(), ids=" ".join)
+def test_every_example_is_understood(verb, tmp_path, monkeypatch):
+    """Every word of it is an option or argument of the verb, and none is missing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    command = get_command(cli.app)
+    for name in verb:
+        command = command.commands[name]
+    told = (command.callback and command.callback.__doc__) or command.help
+    for example in re.findall(rf"`(edgepatch {' '.join(verb)} [^`]+)`", " ".join(told.split())):
+        own, words = command, shlex.split(example)[1 + len(verb) :]
+        while words and words[0] in getattr(own, "commands", {}):
+            own = own.commands[words.pop(0)]
+        own.make_context(example, words)
 
 
 def test_help_lists_every_verb(run):
