@@ -74,7 +74,7 @@ class _Proxy(BaseHTTPRequestHandler):
         self.send_response(reply.status)
         for name, value in reply.getheaders():
             if name.lower() not in HOP_HEADERS:
-                self.send_header(name, value)
+                self.send_header(name.title(), value)  # their tests look names up as llama-server spells them
         if is_stream:
             self.send_header("Connection", "close")
             self.close_connection = True

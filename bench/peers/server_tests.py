@@ -53,7 +53,7 @@ FILES: Known = {
 
 SLOW: tuple[Verdict, str] = ("not_applicable", "marked slow there: needs models of gigabytes")
 OWN_MODEL = "of the files or the token counts of llama.cpp's own model"
-FIRST_CHUNK = "wants null in the first chunk of a stream, where OpenAI's service and this server write an empty text"
+FOREIGN = "foreign pages are refused with status 403, where llama-server leaves the refusal to the browser"
 BROKEN = ("did not come up", "500 ==", "(500,", "ConnectionError", "Timeout")
 """What is in the reason of a failure that nobody has foreseen, whatever the test."""
 
@@ -70,8 +70,6 @@ FUNCTIONS: Known = {
     "test_basic::test_server_slots": ("refused", CACHE),
     "test_basic::test_no_ui": ("not_applicable", "the page at / is an option of llama-server's own"),
     "test_chat_completion::test_chat_completion_cached_tokens": ("not_applicable", OWN_MODEL),
-    "test_chat_completion::test_chat_completion_stream": ("refused", FIRST_CHUNK),
-    "test_chat_completion::test_logprobs_stream": ("refused", FIRST_CHUNK),
     "test_chat_completion::test_chat_template": ("not_applicable", OWN_SHAPE),
     "test_chat_completion::test_chat_template_assistant_prefill": (
         "refused",
@@ -129,10 +127,8 @@ FUNCTIONS: Known = {
     ),
     "test_security::test_correct_api_key_anthropic_header": ("not_applicable", "another interface than OpenAI's"),
     "test_security::test_cors_options": ("refused", "pages of other hosts are let in by name, with --allow-origin"),
-    "test_security::test_cors_origins_localhost_rejects": (
-        "refused",
-        "foreign pages are refused with status 403, where llama-server leaves the refusal to the browser",
-    ),
+    "test_security::test_cors_origins_defaults_to_localhost_with_tools_enabled": ("refused", FOREIGN),
+    "test_security::test_cors_origins_localhost_rejects": ("refused", FOREIGN),
     "test_security::test_cors_proxy_only_forwards_explicit_proxy_headers": ("not_applicable", "no proxy"),
     "test_security::test_local_media_file": ("refused", "messages hold text only"),
 }
