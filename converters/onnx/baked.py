@@ -21,6 +21,7 @@ from edgepatch.converters.onnx.graphs import DecoderGraph, evaluate, recognise
 from edgepatch.converters.onnx.identity import BAKED_KEY, read_identity, stamp
 from edgepatch.converters.onnx.sessions import open_session, prove_session
 from edgepatch.errors import InputError
+from edgepatch.files.writing import unwritable
 from edgepatch.patch.file import Patch
 from edgepatch.tensors import KVSeed, ModelSpec
 
@@ -71,9 +72,7 @@ def bake_seed(folder: Path, patch: Patch, target: Path) -> None:
             token_ids = generate_baked(unfinished, patch.num_virtual_tokens, prompt, len(expected))
             _require_same(token_ids, expected, file)
     except OSError as error:
-        raise InputError(
-            f"cannot write {target}: {error.strerror or error}", hint="free space or name another folder"
-        ) from error
+        raise unwritable(target, error) from error
 
 
 def _require_same(actual: Sequence[int], expected: Sequence[int], file: GraphFile) -> None:

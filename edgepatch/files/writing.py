@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepatch.errors import InputError
+from edgepatch.errors import EdgepatchError, InputError
 
 HINT = "free space or name another folder"
 
@@ -123,7 +124,10 @@ def require_writable(folder: Path, target: Path | None = None) -> None:
 
 def unwritable(target: Path, error: OSError) -> InputError:
     """The error for a target that the system does not let us write."""
-    return InputError(f"cannot write {target}: {error.strerror or error}", HINT)
+    reason: object = error.strerror or error
+    if isinstance(error, shutil.Error):  # of a folder that was copied: (from, to, reason) of each file
+        reason = re.sub(r"^\[Errno \d+\] ([^:]+).*", r"\1", str(error.args[0][0][2]))
+    return InputError(f"cannot write {target}: {reason}", HINT)
 
 
 @contextmanager
@@ -151,7 +155,11 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     with folder_beside(target) as beside:
         unfinished, old = beside / "new", beside / "old"
         unfinished.mkdir()
-        yield unfinished
+        try:
+            yield unfinished
+        except EdgepatchError as error:  # what was written there is gone when the user reads where
+            error.args = (str(error).replace(str(unfinished), str(target)), *error.args[1:])
+            raise
         try:
             if target.exists():
                 target.rename(old)

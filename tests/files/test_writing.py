@@ -1,13 +1,24 @@
-"""Written files have the rights of those that they replace, or those that the user's mask leaves."""
+"""Written files have the rights of those that they replace, or those that the user's mask leaves; nothing takes a place without a word."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 from edgepatch.errors import InputError
-from edgepatch.files.writing import replacing_file, write_atomically
+from edgepatch.files.writing import (
+    FolderKind,
+    replacing_file,
+    replacing_folder,
+    require_new_file,
+    require_new_folder,
+    require_writable,
+    write_atomically,
+)
 
 
 def mode(path):
@@ -40,3 +51,45 @@ def test_what_fails_leaves_the_old_file(tmp_path):
         temporary.write_bytes(b"new")
         raise OSError(28, "No space left on device")
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_error_inside_a_new_folder_names_the_folder_that_was_asked_for(tmp_path):
+    target = tmp_path / "sent"
+    with pytest.raises(InputError) as refused, replacing_folder(target) as unfinished:
+        raise InputError(f"cannot write {unfinished / 'seed.bin'}: File too large", hint="free space")
+    assert str(refused.value) == f"cannot write {target / 'seed.bin'}: File too large"
+    assert refused.value.hint == "free space" and not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_told_before_any_work(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder in (file, file / "deeper" / "still"):
+        with pytest.raises(InputError, match="expected a folder, found the file"):
+            require_writable(folder)
+    require_writable(tmp_path / "new" / "deeper")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "and nothing is left of the attempt"
+    with pytest.raises(InputError, match=r"cannot write /proc/none/x\.bin"):
+        require_new_file(Path("/proc/none/x.bin"))
+    for target in (file, tmp_path):
+        with pytest.raises(InputError, match="not an empty folder"):
+            require_new_folder(target)
+        with pytest.raises(InputError, match="exists and is not a kept one"):
+            require_new_folder(target, FolderKind("a kept one", "marker"), force=True)
+    (tmp_path / "marker").write_text("")
+    with pytest.raises(InputError, match="exists") as refused:
+        require_new_folder(tmp_path, FolderKind("a kept one", "marker"))
+    assert "replace it with --force" in refused.value.hint
+    require_new_folder(tmp_path, FolderKind("a kept one", "marker"), force=True)
+
+
+def test_a_folder_that_cannot_be_copied_is_told_by_its_reason(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "large").write_bytes(bytes(10))
+
+    def copy(source, target):
+        raise OSError(errno.EFBIG, "File too large", source)
+
+    with pytest.raises(InputError) as refused, replacing_folder(tmp_path / "new") as unfinished:
+        shutil.copytree(tmp_path / "old", unfinished, dirs_exist_ok=True, copy_function=copy)
+    assert str(refused.value) == f"cannot write {tmp_path / 'new'}: File too large"
