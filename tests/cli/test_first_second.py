@@ -68,6 +68,7 @@ def test_train_refuses_before_it_loads(refused, tiny_folder, tmp_path):
         (("--kind", "kv", "--start", tmp_path / "none.safetensors"), 2, "none.safetensors"),
         (("--run", tmp_path / "run", "--sft-steps", 61), 2, "config.sft_steps: expected 60, found 61"),
         (("--dpo-reference", "model"), 2, "the reference model is missing"),
+        (("--num-virtual-tokens", 512), 2, "expected fewer than the model's context of 512, found 512"),
         (("--kind", "lora", "-o", tmp_path), 2, "not an empty folder"),
         (("--kind", "lora", "--pairs", few), 2, "training needs at least 10 pairs"),
     )
@@ -143,6 +144,19 @@ def test_no_verb_replaces_a_folder_without_a_word(refused, model_file, tiny_fold
     code, err = refused(*commands[-1][1:], "--force")
     assert (code, "node_modules is not of the export" in err) == (2, True), err
     assert all((tmp_path / name / "node_modules").is_dir() for name in ("graph", "sent", "weights"))
+
+
+def test_a_form_that_cannot_be_made_is_told_before_anything_is_dequantized(refused, tiny_ggufs, tmp_path):
+    source, log = tiny_ggufs["Q8_0"], tmp_path / "x.log"
+    for options, words in (
+        (("--type", "IQ1_S"), "IQ1_S needs an importance matrix"),
+        (("--type", "Q9_9"), "llama.cpp has no type Q9_9"),
+        (("--to", "onnx", "--type", "Q4_K_M"), "precision: expected one of"),
+        (("--to", "onnx", "--exporter", "nothing"), "exporter: expected one of"),
+        (("--to", "transformers", "--type", "fp16"), "expected one of float32, bfloat16"),
+    ):
+        code, err = refused("convert", "base", source, "x", *options)
+        assert (code, words in err, log.exists()) == (2, True, False), (options, err)
 
 
 def test_a_gpu_that_is_not_there_is_one_clear_error(refused, model_file, tiny_folder, tmp_path):
