@@ -122,6 +122,8 @@ def _tests(number: str, what: str, target: str, *arguments: str) -> Figure:
     )
     last = (done.stdout.strip().splitlines() or ["nothing ran"])[-1]
     measured = f"{last} ({time.monotonic() - started:.0f} s)"
+    if done.returncode:
+        print(done.stdout[-6000:], done.stderr[-1000:], file=sys.stderr)
     return figure(number, what, measured, target, done.returncode == 0)
 
 
