@@ -11,7 +11,7 @@ STAMP := $(VENV)/.edgepatch-installed
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(if $(LAB),$(STAMP),smollm2) ## measure a shipped patch on SmolLM2, bare and patched, in three forms; LAB=1: train one for the lab model, without a download
+demo: $(if $(LAB),$(STAMP),smollm2 minilm) ## measure the shipped patches on SmolLM2, bare and patched, in three forms; LAB=1: train one for the lab model, without a download
 	@# Several processes measure, and the lab model is so small that threads only wait for each other.
 	OMP_NUM_THREADS=1 $(BIN)/edgepatch demo $(if $(LAB),--lab) --out out/demo
 

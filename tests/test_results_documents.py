@@ -193,6 +193,17 @@ def real_forms() -> str:
     return table(head, rows)
 
 
+def real_harm() -> str:
+    cells = {(row["arm"], row["column"]): row for row in document("smollm2-harm")["cells"]}
+    rows = []
+    for column in dict.fromkeys(column for _, column in cells):
+        bare, patched = cells["bare", column], cells["patch", column]
+        costs = [figure(patched, "over_refusal_change", 1, 100), figure(patched, "margin_retention")]
+        rows.append([column, figure(bare, "score"), figure(patched, "score"), figure(patched, "of_bare"), *costs])
+    head = ("on", "takes it up, bare", "patched", "of bare", "refused, points", "kept, by margins")
+    return table(head, rows)
+
+
 def real_behind() -> str:
     rows = document(REAL)["fronted"]
     places = dict.fromkeys(row["front"] for row in rows)
@@ -305,6 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipped": shipped,
     "real": real,
     "real forms": real_forms,
+    "real harm": real_harm,
     "real behind": real_behind,
     "in front": in_front,
     "behind": behind,

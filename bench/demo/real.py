@@ -6,7 +6,7 @@ It is ``bench safety`` at the sizes of a demo. The patches are shipped ones, sid
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,21 @@ from edgepatch.bench.evidence import own_model
 from edgepatch.bench.evidence.questions import Amounts, Question
 from edgepatch.bench.report.own_model import render_page
 from edgepatch.bench.safety import gender_prompts
+from edgepatch.bench.safety.harm import chat
 from edgepatch.bench.safety.retained import Sizes
 from edgepatch.bench.smollm2.shipped import DOMAIN_OF, newest_patches
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.files.writing import write_atomically
+from edgepatch.judges.semantic import SEMANTIC
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.prompts.sets import load_prompts
 from edgepatch.runtimes import load_runtime
+from edgepatch.runtimes.prompts import Prompt
 
 TYPES = ("Q4_K_M", "onnx-int8")
-DOMAINS = ("toxicity", "gender")
+DOMAINS = ("toxicity", "gender", "harm")
+HARM_JUDGE = SEMANTIC
 AMOUNTS = Amounts(24, 5, 24, Sizes(4, 1, 8), 0, (), 16)
 """A glance: intervals are wide. ``bench safety`` measures more."""
 
@@ -34,11 +38,11 @@ REPLY = Sampling.plain(max_new_tokens=40, temperature=1.0, rng_seed=1)
 
 @dataclass(frozen=True)
 class Answers:
-    """One prompt, continued twice with the same random numbers.
+    """One prompt, answered twice with the same random numbers.
 
     Attributes:
-        prompt: the text.
-        bare, patched: what the model goes on with.
+        prompt: the text that is gone on with, or the user's request.
+        bare, patched: what the model says.
     """
 
     prompt: str
@@ -86,21 +90,27 @@ def run_real_demo(
     Raises:
         InputError: something cannot be used, or ``out`` cannot be written.
     """
-    question = Question(model, tuple(patches), TYPES, DOMAINS, AMOUNTS, is_quick=True)
+    question = Question(model, tuple(patches), TYPES, DOMAINS, AMOUNTS, harm_judge=HARM_JUDGE, is_quick=True)
     document = own_model.run(question, out, data, progress, tell)
     with stage(progress, "two answers"):
-        prompts = (load_prompts("toxic", "eval")[0], gender_prompts.evaluation_prompts(None)[0].text)
-        answers = two_answers(model, patches, prompts)
+        answers = two_answers(model, patches, example_prompts())
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(out / "results.json", (text + "\n").encode())
     write_atomically(out / "report.html", render_page(document).encode())
     return document, answers
 
 
-def two_answers(model: Path, patches: Sequence[Path], prompts: Sequence[str]) -> list[Answers]:
+def example_prompts() -> dict[str, Prompt]:
+    """What a reader sees -> what the model gets: one of each domain, which no training has seen."""
+    texts = (load_prompts("toxic", "eval")[0], gender_prompts.evaluation_prompts(None)[0].text)
+    request = load_prompts("harm_requests", "eval")[0]
+    return {**{f"{text} ...": text for text in texts}, f"{request}!": chat(request)}
+
+
+def two_answers(model: Path, patches: Sequence[Path], prompts: Mapping[str, Prompt]) -> list[Answers]:
     """The same prompts with the same random numbers, without the patches and with them."""
     replies = []
     for acting in (None, list(patches)):
         with load_runtime(model, acting) as session:
-            replies.append([session.generate(prompt, REPLY) for prompt in prompts])
+            replies.append([session.generate(prompt, REPLY) for prompt in prompts.values()])
     return [Answers(*row) for row in zip(prompts, *replies, strict=True)]

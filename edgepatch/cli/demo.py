@@ -77,7 +77,7 @@ def _real_demo(
         return
     print_summary(document)
     for answer in answers:
-        print_table(("bare", "patched"), [(answer.bare, answer.patched)], f"{answer.prompt} ...")
+        print_table(("bare", "patched"), [(answer.bare, answer.patched)], answer.prompt)
     print(f"results {out / 'results.json'}\nreport  {out / 'report.html'}")
 
 

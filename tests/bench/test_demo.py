@@ -15,6 +15,7 @@ from edgepatch.bench.safety.retained import Sizes, benign_texts
 from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.bench.smollm2.shipped import newest_patches
 from edgepatch.errors import InputError
+from edgepatch.judges.semantic import RULES
 from edgepatch.patch.file import read_patch
 from edgepatch.prompts.sets import evenly
 from edgepatch.training.pairs.preferences import PairConfig
@@ -91,11 +92,12 @@ def test_the_demo_of_the_real_model_measures_answers_twice_and_writes_a_page(lab
     """On the lab model as a GGUF file, at small sizes; only the model, the forms and the sizes differ from ``make demo``."""
     monkeypatch.setattr(real, "AMOUNTS", Amounts(2, 5, 2, Sizes(2, 1, 0), 0, (), 4))
     monkeypatch.setattr(real, "TYPES", ())
+    monkeypatch.setattr(real, "HARM_JUDGE", RULES)  # the semantic judge's model is a download
     model, patch = lab_ggufs["F16"], LAB_FOLDER / "lab-detox-0.2.0.safetensors"
     document, answers = real.run_real_demo(model, [patch], tmp_path / "out", tell=lambda line: None)
     assert {row["column"] for row in document["cells"]} == {"llamacpp F16"}
-    assert {row["domain"] for row in document["cells"]} == {"toxicity", "gender"}
-    assert len(answers) == 2 and all(answer.bare and answer.patched for answer in answers)
+    assert {row["domain"] for row in document["cells"]} == {"toxicity", "gender", "harm"}
+    assert len(answers) == 3 and all(answer.bare and answer.patched for answer in answers)
     assert any(answer.bare != answer.patched for answer in answers)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["patch"]["name"] == "lab-detox"
     assert (tmp_path / "out" / "report.html").read_text().lower().startswith("<!doctype html>")
@@ -107,6 +109,6 @@ def test_a_real_demo_without_a_shipped_patch_says_what_to_do(tmp_path, monkeypat
     assert "source checkout" in caught.value.hint
     (tmp_path / "smollm2-harm-0.1.0.safetensors").touch()
     monkeypatch.setattr(real, "newest_patches", lambda: newest_patches(tmp_path))
-    with pytest.raises(InputError, match="toxicity, gender, found harm") as caught:
+    with pytest.raises(InputError, match="toxicity, gender, harm, found harm") as caught:
         real.shipped_patches()
     assert "--patch" in caught.value.hint

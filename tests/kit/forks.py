@@ -85,7 +85,9 @@ def _run(program: str, arguments: list[str], env: dict[str, str], folder: str, s
     for number, descriptor in enumerate(streams.descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdin = os.fdopen(0, closefd=False)
+    # The streams of this process knew other files, and whether one can seek there.
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["edgepatch", *arguments]
     try:
