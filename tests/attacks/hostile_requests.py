@@ -146,7 +146,7 @@ def _parameters(rng: random.Random, model: str) -> Attack:
 def _schema(rng: random.Random, depth: int = 0) -> Any:
     """A schema of a random shape, some of them costly."""
     prime = rng.choice((7919, 104729, 999983))
-    leaf = [
+    leaf: list[Callable[[], Any]] = [
         lambda: {"type": "integer", "multipleOf": prime},
         lambda: {
             "type": "number",
@@ -321,7 +321,7 @@ def _conversations(rng: random.Random, model: str) -> Attack:
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}],
         )
     )
-    extra = rng.choice(
+    extra: dict[str, Any] = rng.choice(
         ({}, {"continue_final_message": True}, {"tools": []}, {"tool_choice": "required"}, {"tools": [{}] * 200})
     )
     return Attack("conversations", body=_chat(rng, model, messages=messages, **extra))
