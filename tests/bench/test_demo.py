@@ -84,7 +84,7 @@ def test_a_missing_lab_model_is_named(tmp_path):
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("x")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="expected a folder, found the file"):
         demo.run_demo(blocked / "out", config=SMALL)
 
 
