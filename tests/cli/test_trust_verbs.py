@@ -392,4 +392,4 @@ def test_no_output_folder_is_2(run, root):
     code, _, err = run("root", "rotate", root, root, "-o", "file/out.json")
     assert code == 3, "the check comes before the output"
     code, _, err = run("root", "create", "--from", root, "-o", "file/out.json")
-    assert code == 2 and "cannot write" in err
+    assert code == 2 and "expected a folder, found the file" in err
