@@ -237,14 +237,17 @@ def _tested(number: str, what: str, target: str, *arguments: str) -> Callable[[]
 
 def hostile_requests() -> Figure:
     """F15: counted on a server of its own, beside the tests of each kind."""
-    target = f"0 of {hostile.REQUESTS:,}; no wait above {hostile.PATIENCE_S:g} s of the server's computing; all tests"
+    target = f"0 of {hostile.REQUESTS:,}; no wait above {hostile.PATIENCE_S:g} s by the clock; all tests"
     what = "hostile requests that delay, end or unpatch another client's reply, or find a fault of the server"
     tested = _tests("F15", what, target, "tests/server/test_attacks.py", "tests/server/test_openapi.py")
     with hostile.attacked() as (served, bystanders):
         tally = hostile.attack(served, bystanders, range(hostile.REQUESTS))
     for fault in tally.faults:
         print(f"note: {fault}", file=sys.stderr)
-    is_met = not tally.num_faults and sum(tally.sent.values()) >= hostile.REQUESTS
+    slowest_s = max(by_clock for by_clock, _ in tally.longest_s.values())  # a client does not see who computes meanwhile
+    is_met = (
+        not tally.num_faults and slowest_s <= hostile.PATIENCE_S and sum(tally.sent.values()) >= hostile.REQUESTS
+    )
     return tested | {
         "measured": f"{hostile.in_words(tally)}; tests: {tested['measured']}",
         "pass": tested["pass"] and is_met,
