@@ -244,10 +244,10 @@ def hostile_requests() -> Figure:
         tally = hostile.attack(served, bystanders, range(hostile.REQUESTS))
     for fault in tally.faults:
         print(f"note: {fault}", file=sys.stderr)
-    slowest_s = max(by_clock for by_clock, _ in tally.longest_s.values())  # a client does not see who computes meanwhile
-    is_met = (
-        not tally.num_faults and slowest_s <= hostile.PATIENCE_S and sum(tally.sent.values()) >= hostile.REQUESTS
-    )
+    slowest_s = max(
+        by_clock for by_clock, _ in tally.longest_s.values()
+    )  # a client does not see who computes meanwhile
+    is_met = not tally.num_faults and slowest_s <= hostile.PATIENCE_S and sum(tally.sent.values()) >= hostile.REQUESTS
     return tested | {
         "measured": f"{hostile.in_words(tally)}; tests: {tested['measured']}",
         "pass": tested["pass"] and is_met,
