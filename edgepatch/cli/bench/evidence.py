@@ -17,7 +17,7 @@ from edgepatch.cli.bench.door import (
     require_data,
     use_one_thread,
 )
-from edgepatch.cli.console import LogOption, counted, progress_bars
+from edgepatch.cli.console import LogOption, counted, model_path, progress_bars
 
 Names = list[str] | None
 
@@ -87,7 +87,12 @@ def evidence(
 @bench_app.command()
 def unpatch(
     model: Annotated[
-        Path | None, typer.Option(help="Model that the patch fits; default: the lab model at F16.")
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            parser=model_path,
+            help="Model that the patch fits, or the name smollm2; default: the lab model at F16.",
+        ),
     ] = None,
     patch: Annotated[
         Path | None, typer.Option("--patch", "-p", help="Patch file; default: the lab patch that moves.")
