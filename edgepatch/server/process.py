@@ -9,10 +9,9 @@ import threading
 import uvicorn
 
 from edgepatch.server.app import create_app
-from edgepatch.server.connections import Connection, watch_all
+from edgepatch.server.connections import MAX_HEAD_BYTES, Connection, watch_all
 from edgepatch.server.service import Service
 
-MAX_HEADER_BYTES = 32 * 1024
 MAX_CONNECTIONS = 256
 END_S = 2
 """Beyond the grace period: for the last chunks to be written."""
@@ -38,7 +37,7 @@ class HttpServer(uvicorn.Server):
                 proxy_headers=False,  # nobody may claim another address or scheme
                 server_header=False,
                 limit_concurrency=MAX_CONNECTIONS,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 timeout_graceful_shutdown=int(service.settings.grace_s) + END_S,
             )
         )

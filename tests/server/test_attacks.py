@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -172,6 +174,46 @@ def test_two_lengths_are_refused(server):
             f"{head}Content-Type: application/json\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode()
         )
         assert raw.recv(4096).startswith(b"HTTP/1.1 400")
+
+
+AUTHORIZED = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+
+
+JSON = f"{AUTHORIZED}Content-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "filler", "status", "code"),
+    [
+        ("GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: ", "a", 431, "head_too_long"),
+        ("GET /", "a", 431, "head_too_long"),
+        ("\x16\x03\x01", "\r\n", 400, "malformed_request"),
+        (f"{JSON}Content-Length: 8000000\r\n\r\n", " ", 413, "body_too_large"),
+        (f"{AUTHORIZED}Content-Type: text/plain\r\nContent-Length: 8000000\r\n\r\n", " ", 415, "wrong_content_type"),
+        (f"{JSON}Transfer-Encoding: chunked\r\n\r\nno number", "\r\n", 400, "malformed_request"),
+    ],
+    ids=["head", "line", "no HTTP", "body", "type", "chunks"],
+)
+def test_who_still_sends_reads_why_it_is_refused(server, begin, filler, status, code):
+    """A socket that is closed with bytes unread is reset, and the answer is lost on its way."""
+    with connect(server) as raw:
+        raw.settimeout(20)
+        raw.sendall((begin + filler * (8_000_000 // len(filler))).encode())
+        reply = http.client.HTTPResponse(raw)
+        reply.begin()
+        assert (reply.status, json.loads(reply.read())["error"]["code"]) == (status, code)
+    assert post(server, BODY).status_code == 200
+
+
+def test_who_sends_on_for_long_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(connections, "LINGER_S", 0.3)
+    begin = time.monotonic()
+    with connect(server) as raw, suppress(OSError):
+        raw.settimeout(20)
+        while time.monotonic() < begin + 20:
+            raw.sendall(b"a" * 10_000)
+            time.sleep(0.01)
+    assert time.monotonic() < begin + 20
 
 
 def closed_within(raw, seconds):
