@@ -6,6 +6,7 @@ stopped goes on, and one with a further quantization measures that alone.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -31,6 +32,12 @@ from edgepatch.progress import Progress, command_line, duration, silent
 
 Document = dict[str, Any]
 
+RESULTS_NAME = "results.json"
+QUESTION_FIELDS = ("model", "patches", "settings")
+"""What makes two documents answers to one question."""
+
+_ELSEWHERE = "name another folder with --out, or --force to replace them; raw measurements stay"
+
 NUM_EXAMPLES = 4
 LONG_S = 600.0
 
@@ -39,7 +46,12 @@ LONG_S = 600.0
 
 
 def run(
-    question: Question, out: Path, data: Path | None = None, progress: Progress = silent, tell: Any = print
+    question: Question,
+    out: Path,
+    data: Path | None = None,
+    progress: Progress = silent,
+    tell: Any = print,
+    replaces: bool = True,
 ) -> Document:
     """Makes the forms, measures them and judges.
 
@@ -49,6 +61,7 @@ def run(
         data: folder of the public data sets; ``None`` takes the prompts that ship with edgepatch.
         progress: told of forms and cells.
         tell: gets what the user must know before the work: what is skipped, and how long it takes.
+        replaces: whether the results of another question that lie in the folder may be replaced.
 
     Returns:
         The document.
@@ -68,6 +81,9 @@ def run(
     probe = probe_model(question.model, patches, question.num_threads, progress)
     for patch in (patch for arm in beside.values() for patch in arm):
         patch.base.require_same(probe.spec)
+    subject = _subject(question, probe, patches, beside) | {"settings": _settings(question, data)}
+    if not replaces:
+        _require_same_question(out / RESULTS_NAME, subject)
     given = given_column(question.model, probe.runtime, probe.quantization)
     skipped = require_domains(question, probe)
     columns = [given, *(column for column in made if column.name != given.name)]
@@ -93,8 +109,7 @@ def run(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began),
         "environment": environment(),
-        **_subject(question, probe, patches, beside),
-        "settings": _settings(question, data),
+        **subject,
         "skipped": [*skipped, *short],
     }
     return document | assemble(keys, partial(read_cell, place.cells), config, question.domains)
@@ -103,6 +118,40 @@ def run(
 def _settings(question: Question, data: Path | None) -> Document:
     judges = {"judge": question.judge, "harm_judge": question.harm_judge}
     return {"data": "public" if data else "own prompts", **judges, **asdict(question.amounts)}
+
+
+def _require_same_question(results: Path, subject: Mapping[str, Any]) -> None:
+    """A measurement goes on in its own folder, with further forms and arms; another one would take its results away.
+
+    Raises:
+        InputError: the file holds the results of another model, other patches or other amounts, or no results.
+    """
+    if not results.exists():
+        return
+    try:
+        earlier = json.loads(results.read_bytes())
+        kept = {name: earlier[name] for name in QUESTION_FIELDS}
+    except (ValueError, TypeError, KeyError):
+        raise InputError(
+            f"{results}: expected results of this measurement, found another file", hint=_ELSEWHERE
+        ) from None
+    asked = json.loads(json.dumps({name: subject[name] for name in QUESTION_FIELDS}))
+    if other := next((name for name in QUESTION_FIELDS if kept[name] != asked[name]), None):
+        raise InputError(
+            f"{results}: expected results of this measurement, found those of another one: "
+            f"{other} there {_brief(kept[other], asked[other])}, here {_brief(asked[other], kept[other])}",
+            hint=_ELSEWHERE,
+        )
+
+
+def _brief(value: Any, other: Any) -> str:
+    """A field of the question in a few words: of several values those that the other one has not."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return ", ".join(f"{name} {field}" for name, field in value.items() if other.get(name) != field) or "less"
+    try:
+        return ", ".join(f"{patch['name']} {patch['version']} ({patch['digest'][:12]})" for patch in value) or "none"
+    except (TypeError, KeyError):
+        return "something else"
 
 
 def _require_judge(question: Question) -> None:

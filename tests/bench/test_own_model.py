@@ -93,6 +93,19 @@ def test_a_model_is_measured_once_and_judged(bench_safety, lab_f16: Path, tmp_pa
     assert "safety text" in printed and max(map(len, printed.splitlines()[:-2])) <= 80
     assert {path: path.stat().st_mtime_ns for path in cells} == cells, "only what stands beside is measured"
 
+    before = (tmp_path / "results.json").read_bytes()
+    for other, found in (
+        (["4" if word == "3" else word for word in words], "prompts 3"),
+        ([word for word in words if word not in ("--patch", PATCH)], "lab-detox 0.1.0"),
+    ):
+        code, _, told = bench_safety(*other)
+        assert code == 2 and found in " ".join(told.split()) and "--force" in told
+    (tmp_path / "results.json").write_text("[]")
+    code, _, told = bench_safety(*words)
+    assert code == 2 and "found another file" in told and (tmp_path / "results.json").read_text() == "[]"
+    code, _, told = bench_safety(*words, "--force")
+    assert code in (0, 1) and len((tmp_path / "results.json").read_bytes()) < len(before), "two arms less"
+
 
 # What is refused before any work.
 

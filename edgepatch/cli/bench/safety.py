@@ -14,6 +14,7 @@ import typer
 
 from edgepatch.cli.bench.door import DataOption, bench_app
 from edgepatch.cli.console import (
+    ForceFlag,
     JsonFlag,
     LogOption,
     ModelArgument,
@@ -105,6 +106,7 @@ def safety(
             metavar="ADDRESS", help="Measure on a Ray cluster (auto, ray://host:10001): the folder must be shared."
         ),
     ] = "",
+    force: ForceFlag = False,
     log: LogOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -141,15 +143,15 @@ def safety(
     )
     kept = f"what is measured is kept in {out}; the same command goes on from there"
     with progress_bars(log or out / "safety.log", lambda: kept) as progress:
-        document = own_model.run(question, out, data_folder(data), progress, note)
+        document = own_model.run(question, out, data_folder(data), progress, note, replaces=force)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(out / "results.json", (text + "\n").encode())
+    write_atomically(out / own_model.RESULTS_NAME, (text + "\n").encode())
     write_atomically(out / "report.html", render_page(document).encode())
     if as_json:
         print_json(document)
     else:
         print_summary(document)
-        print(f"results {out / 'results.json'}\nreport  {out / 'report.html'}")
+        print(f"results {out / own_model.RESULTS_NAME}\nreport  {out / 'report.html'}")
     _end(document)
 
 
