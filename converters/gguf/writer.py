@@ -34,7 +34,7 @@ from edgepatch.converters.hf import folders
 from edgepatch.converters.origins import Origin
 from edgepatch.decoding import defaults
 from edgepatch.errors import InputError, MissingExtraError, UnfitModelError
-from edgepatch.files.writing import replacing_file
+from edgepatch.files import writing
 from edgepatch.progress import Progress, silent
 from edgepatch.tensors import ModelSpec
 
@@ -205,7 +205,7 @@ def convert_folder(folder: Path, target: Path, type_name: str = "F16", progress:
     spec = folders.read_spec(folder)
     _check_rope(folder, spec)
     try:
-        with replacing_file(target) as temporary:
+        with writing.replacing_file(target) as temporary:
             _write_model(temporary, folder, config, spec, type_name, progress)
             _require_same(spec, read_spec(temporary))
             require_same_tokenizer(folder, temporary)
@@ -243,15 +243,18 @@ def require_makeable(type_name: str) -> None:
         raise _matrix_error(type_name)
 
 
-def _quantization_error(source: Path, type_name: str) -> InputError:
-    reason = library_errors()
+def _quantization_error(source: Path, type_name: str, target: Path) -> InputError:
+    complaint = library_errors()
+    reason = writing.reason_of(target, complaint)
+    if reason != complaint:
+        return InputError(f"cannot write {type_name} of {source}: {reason}", writing.HINT)
     if "imatrix" in reason:
         return _matrix_error(type_name)
     if "invalid output file type" in reason:
         return InputError(
             f"llama.cpp runs models of type {type_name} but cannot quantize to it", hint="take another type"
         )
-    hint = "it needs an F32 or F16 source and room for the target"
+    hint = "it needs an F32 or F16 source"
     return InputError(f"llama.cpp cannot quantize {source} to {type_name}: {reason}", hint)
 
 
@@ -279,7 +282,7 @@ def quantize(
     if type_name not in types:
         raise InputError(f"quantization type: expected one of {', '.join(sorted(types))}, found {type_name!r}")
     spec = read_spec(source)
-    with replacing_file(target) as temporary:
+    with writing.replacing_file(target) as temporary:
         settings = {"target": str(temporary), "type": type_name, "num_threads": num_threads or 0}
         contact = Contact(PACKAGE, f"{__name__}:quantize_here", (source,), settings)
         # The library reads a file that may never have been loaded: the child that would try it can do the work itself.
@@ -321,5 +324,5 @@ def quantize_here(paths: Sequence[Path], settings: dict[str, Any], report: Repor
     with quantizing(tell):
         status = llama_cpp.llama_model_quantize(bytes(paths[0]), target, ctypes.byref(parameters))
         if status != 0:
-            raise _quantization_error(paths[0], settings["type"])
+            raise _quantization_error(paths[0], settings["type"], Path(settings["target"]))
     return {}

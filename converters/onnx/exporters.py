@@ -20,6 +20,7 @@ from typing import Any
 from edgepatch.converters.hf import folders
 from edgepatch.converters.onnx.files import MODEL_FILE
 from edgepatch.errors import InputError, MissingExtraError
+from edgepatch.files.writing import hint_behind
 from edgepatch.processes.programs import Ended, run_program
 
 EXPORTERS = ("builder", "transformers", "optimum")
@@ -152,7 +153,9 @@ def build(folder: Path, target: Path, precision: str, adapter: Path | None = Non
         )
     raise InputError(
         f"the ONNX model builder failed on {architecture}: it {done.failure or 'wrote no graph'}",
-        hint="use Transformers' own exporter (--exporter transformers), or convert the model to GGUF",
+        hint=hint_behind(
+            done.complaints, "use Transformers' own exporter (--exporter transformers), or convert the model to GGUF"
+        ),
     )
 
 
@@ -166,7 +169,7 @@ def export_with_transformers(folder: Path, target: Path) -> None:
     if done.failure or not (target / MODEL_FILE).is_file():
         raise InputError(
             f"Transformers cannot export {folders.read_config(folder).get('architectures')}: it {done.failure or 'wrote no graph'}",
-            hint="check memory and disk, or convert the model to GGUF",
+            hint=hint_behind(done.complaints, "check memory and disk, or convert the model to GGUF"),
         )
 
 
@@ -183,7 +186,7 @@ def export_with_optimum(folder: Path, target: Path, environment: Path) -> None:
         if done.failure or not (Path(exported) / MODEL_FILE).is_file():
             raise InputError(
                 f"optimum cannot export {folders.read_config(folder).get('architectures')}: it {done.failure or 'wrote no graph'}",
-                hint="use Transformers' own exporter (--exporter transformers)",
+                hint=hint_behind(done.complaints, "use Transformers' own exporter (--exporter transformers)"),
             )
         for file in Path(exported).glob(f"{MODEL_FILE}*"):  # the rest is settings and tokenizer as version 4 sees them
             shutil.move(str(file), target / file.name)

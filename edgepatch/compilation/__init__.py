@@ -23,6 +23,7 @@ from pathlib import Path
 
 from edgepatch.compilation.compilers import toolchain, uses_amx
 from edgepatch.errors import EdgepatchError, InputError, MissingExtraError
+from edgepatch.files.writing import hint_behind
 from edgepatch.processes.programs import run_program
 
 DISTRIBUTION = "llama-cpp-python"
@@ -139,9 +140,10 @@ def pip(*arguments: str, hint: str = "") -> None:
     done = run_program(command, environment=build_environment(), deadline_s=PIP_TIMEOUT_S)
     if done.failure:
         lines = [line.strip(" │") for line in done.complaints.splitlines()] or [done.failure]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        # Behind "ERROR: Exception:" stands a traceback, whose last line is the reason.
+        errors = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"] or lines[-1:]
         complaint = re.sub(r" \(from versions: [^)]*\)", "", "; ".join(errors[-ERROR_LINES:]))
-        raise EdgepatchError(f"pip {arguments[0]}: {complaint}", hint=hint)
+        raise EdgepatchError(f"pip {arguments[0]}: {complaint}", hint=hint_behind(done.complaints, hint))
 
 
 def _compiler_hint() -> str:

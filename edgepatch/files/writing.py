@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from edgepatch.errors import EdgepatchError, InputError
 
 HINT = "free space or name another folder"
+FULL_BYTES = 1 << 20
+"""Less is free on a disk on which a large file has just failed for want of space."""
 
 
 def require_space(target: Path, num_bytes: int) -> None:
@@ -35,6 +38,27 @@ def require_space(target: Path, num_bytes: int) -> None:
             f"cannot write {target}: it needs {num_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free on {folder}",
             HINT,
         )
+
+
+def reason_of(target: Path, complaint: str) -> str:
+    """Why a library could not write a file: what it says, but where the disk is full, which some leave out, that.
+
+    Args:
+        target: the file, or what there is of it.
+        complaint: the library's words.
+    """
+    is_full = shutil.disk_usage(target.absolute().parent).free < FULL_BYTES
+    return os.strerror(errno.ENOSPC) if is_full else complaint
+
+
+def hint_behind(complaints: str, otherwise: str) -> str:
+    """What to do about a program that failed: where the disk was full that, else what its caller knows.
+
+    Args:
+        complaints: what it wrote to standard error.
+        otherwise: the caller's hint.
+    """
+    return HINT if os.strerror(errno.ENOSPC) in complaints else otherwise
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -125,6 +149,8 @@ def require_writable(folder: Path, target: Path | None = None) -> None:
 def unwritable(target: Path, error: OSError) -> InputError:
     """The error for a target that the system does not let us write."""
     reason: object = error.strerror or error
+    if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # NumPy keeps the system's reason to itself
+        reason = os.strerror(errno.ENOSPC)
     if isinstance(error, shutil.Error):  # of a folder that was copied: (from, to, reason) of each file
         reason = re.sub(r"^\[Errno \d+\] ([^:]+).*", r"\1", str(error.args[0][0][2]))
     return InputError(f"cannot write {target}: {reason}", HINT)

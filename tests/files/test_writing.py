@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgepatch.errors import InputError
 from edgepatch.files.writing import (
     FolderKind,
+    hint_behind,
+    reason_of,
     replacing_file,
     replacing_folder,
     require_new_file,
@@ -19,6 +23,7 @@ from edgepatch.files.writing import (
     require_writable,
     write_atomically,
 )
+from edgepatch.processes.programs import run_program
 
 
 def mode(path):
@@ -51,6 +56,29 @@ def test_what_fails_leaves_the_old_file(tmp_path):
         temporary.write_bytes(b"new")
         raise OSError(28, "No space left on device")
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no file that is always full")
+def test_a_full_disk_is_named_where_numpy_names_no_reason(tmp_path):
+    with pytest.raises(InputError, match="No space left on device"), replacing_file(tmp_path / "f"):
+        np.zeros(1 << 20, np.uint8).tofile(FULL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_where_a_library_names_another_reason(tmp_path, monkeypatch):
+    assert reason_of(tmp_path / "f", "iostream error") == "iostream error"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
+    assert reason_of(tmp_path / "f", "iostream error") == "No space left on device"
+
+
+def test_a_program_that_found_the_disk_full_needs_space():
+    found_full = run_program([sys.executable, "-c", "print('a', file=open('/dev/full', 'w'), flush=True)"])
+    if FULL.exists():
+        assert "free space" in hint_behind(found_full.complaints, "try another exporter")
+    assert hint_behind("ValueError", "try another exporter") == "try another exporter"
 
 
 def test_an_error_inside_a_new_folder_names_the_folder_that_was_asked_for(tmp_path):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgepatch.converters.gguf import library
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError
+from edgepatch.files import writing
 from edgepatch.tensors import as_float32
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}
@@ -251,9 +252,7 @@ class LlamaContext:
         else:
             size = self._lib.llama_state_seq_save_file(self.handle, bytes(path), sequence, labels, len(tokens))
         if not size:
-            raise InputError(
-                f"cannot write {path}: {library.library_errors()}", hint="free space or name another folder"
-            )
+            raise InputError(f"cannot write {path}: {writing.reason_of(path, library.library_errors())}", writing.HINT)
 
     @property
     def num_state_bytes(self) -> int:
