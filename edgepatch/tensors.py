@@ -6,6 +6,7 @@ Shape notation, used in every docstring of the project: **B** batch, **T** seque
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -51,7 +52,8 @@ class ModelSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"rope_scaling": copy.deepcopy(self.rope_scaling)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:

@@ -6,9 +6,9 @@ Numbers are IEEE 754 doubles, written as ECMAScript writes them: the fewest digi
 
 from __future__ import annotations
 
-import json
 import math
 from decimal import Decimal
+from json.encoder import encode_basestring
 from typing import Any
 
 from edgepatch.errors import PatchFormatError, UntrustedError
@@ -38,19 +38,20 @@ def canonical_json(value: object, max_depth: int = MAX_DEPTH) -> bytes:
 
 def _text(value: object, levels: int) -> str:
     """The value as text; so many levels of nesting are left to it."""
+    if isinstance(value, str):
+        return encode_basestring(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, (int, float)):
         return _number(value)
     if levels == 0:
         raise PatchFormatError("JSON: expected fewer levels of nesting")
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        keys = sorted(value, key=lambda key: key.encode("utf-16-be"))
-        return "{" + ",".join(f"{_text(key, 0)}:{_text(value[key], levels - 1)}" for key in keys) + "}"
+        # Code units and code points are in the same order for ASCII, which most keys are.
+        keys = sorted(value, key=None if "".join(value).isascii() else lambda key: key.encode("utf-16-be"))
+        return "{" + ",".join([f"{encode_basestring(key)}:{_text(value[key], levels - 1)}" for key in keys]) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(_text(entry, levels - 1) for entry in value) + "]"
+        return "[" + ",".join([_text(entry, levels - 1) for entry in value]) + "]"
     raise PatchFormatError(f"JSON: expected texts, numbers, lists and objects with texts as keys, found {value!r:.80}")
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,14 @@ def gguf_file(tiny_ggufs) -> Path:
     return tiny_ggufs["F16"]
 
 
+@cache
+def every_verb():
+    """Click's command of all verbs, which takes a third of a second to build."""
+    return get_command(cli.app)
+
+
 def verbs(command=None, path=()) -> list[tuple[str, ...]]:
-    command = command or get_command(cli.app)
+    command = command or every_verb()
     children = getattr(command, "commands", {})
     own = [path] if path else []
     return own + [verb for name, child in children.items() for verb in verbs(child, (*path, name))]
@@ -90,7 +97,7 @@ def test_every_example_is_understood(verb, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     # Examples name a model that need not be installed here; that there is such a name is judged all the same.
     monkeypatch.setattr(known_models, "find", lambda name: tmp_path / f"{name}.gguf")
-    command = get_command(cli.app)
+    command = every_verb()
     for name in verb:
         command = command.commands[name]
     told = (command.callback and command.callback.__doc__) or command.help
@@ -118,7 +125,7 @@ def test_help_lists_the_verbs_in_the_order_of_a_patch_s_life(run):
 def test_no_option_is_cut_on_a_narrow_terminal(run, verb, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     _, out, _ = run(*verb, "--help")
-    command = get_command(cli.app)
+    command = every_verb()
     for name in verb:
         command = command.commands[name]
     assert all(option in out for param in command.params for option in param.opts if option.startswith("--"))
