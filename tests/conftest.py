@@ -15,6 +15,7 @@ from edgepatch.patch.file import Patch
 from edgepatch.tensors import SoftPrompt
 from kit import artefacts as artefacts_kit
 from kit.artefacts import Artefacts, Lazy, gguf_files
+from kit.forks import run_program
 from kit.real_model import smollm2_file
 
 TEXT = [
@@ -49,6 +50,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "store").mkdir()
         patched.setenv("EDGEPATCH_STORE", str(folder / "store"))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_exporters() -> Iterator[None]:
+    """An exporter's imports take ten times as long as its work on a tiny model. Programs that tests start export as users do."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("edgepatch.converters.onnx.exporters.run_program", run_program)
+        yield
 
 
 @pytest.fixture(scope="session")

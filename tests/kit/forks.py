@@ -1,6 +1,6 @@
-"""Commands of edgepatch in processes of their own that find PyTorch and Transformers imported, which takes longer than their work.
+"""Commands of edgepatch, and exporters of ONNX, in processes of their own that find imported what takes longer than their work.
 
-They are forks of a process that has imported both and done nothing else: with their own signals, exit code, files and children. What
+They are forks of a process that has imported it and done nothing else: with their own signals, exit code, files and children. What
 matters at the start of a program is tested with programs that are started.
 """
 
@@ -23,6 +23,9 @@ from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
 
+from edgepatch.processes import ending, programs
+from edgepatch.processes.programs import Ended
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -37,6 +40,7 @@ CONTEXT.set_forkserver_preload(
         "edgepatch.runtimes",
         "edgepatch.store.device",
         "edgepatch.training.patching",
+        "onnxruntime_genai.models.builder",
     ]
 )
 COMMAND = "from edgepatch import cli\ncli.main()\n"
@@ -159,6 +163,20 @@ class Fork:
         self._process.join()
         self._output.close()
         self._errors.close()
+
+
+def run_program(
+    command: Sequence[object], *, environment: Mapping[str, str] | None = None, folder: Path | str | None = None
+) -> Ended:
+    """``edgepatch.processes.programs.run_program``, as exporters call it: a program of this Python is a fork, any other is started."""
+    python, option, program, *arguments = map(str, command)
+    if (python, option) != (sys.executable, "-c"):
+        return programs.run_program(command, environment=environment, folder=folder)
+    env = {**os.environ, **(environment or {})}
+    with Fork(*arguments, program=program, env=env, folder=Path(folder) if folder else None) as fork:
+        output, complaints = fork.communicate()
+    code = fork.returncode or 0
+    return programs.Ended(output, complaints, ending(code, complaints).failure if code else "")
 
 
 @contextmanager
