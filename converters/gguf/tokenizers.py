@@ -286,7 +286,7 @@ def require_same_tokenizer(folder: Path, file: Path) -> None:
         tokenizer_probes.require_same_ids(
             str(folder),
             probes,
-            lambda text, trusted: vocabulary.tokenize(text, True, trusted),
+            vocabulary.probe(),
             lambda text, trusted: reader.encode(text, True, trusted),
             "convert it with llama.cpp's convert_hf_to_gguf.py and use that file",
             _comparable(json.loads(reader.definition), added, _special_names(file, vocabulary)),

@@ -216,7 +216,5 @@ def _require_same_ids(header: GGUFHeader, tokenizer: Any, library: Vocabulary) -
     probes = tokenizer_probes.texts(
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False)), tokenizer.get_vocab_size(), special
     )
-    tokenizer_probes.require_same_ids(
-        str(header.path), probes, lambda text, trusted: library.tokenize(text, True, trusted), encode, HINT
-    )
+    tokenizer_probes.require_same_ids(str(header.path), probes, library.probe(), encode, HINT)
     tokenizer.encode_special_tokens = False

@@ -15,6 +15,7 @@ from edgepatch.converters.gguf import library
 from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.library import library_errors, load_library
 from edgepatch.converters.gguf.text import GGUFTokenizer
+from edgepatch.converters.tokenizer_probes import Encode
 from edgepatch.errors import InputError
 
 TEXTS = ("word", "a  b", "4 \u00bd, 1234", "\u00e9\u4e2d\U0001f642", "\n\tit's")
@@ -144,6 +145,25 @@ class Vocabulary:
             special: read names of special tokens as the tokens.
         """
         return self._tokenizer.encode(text, around, special)
+
+    def probe(self) -> Encode:
+        """Token ids with BOS and EOS, for one text after the other, plain and then trusted.
+
+        Where no name of a secret token stands in a text, llama.cpp reads it the same way in both (``tokenizer_st_partition``), and is
+        asked once: it compiles its regular expressions anew for every text.
+        """
+        secret = self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        names = {self.text(i) for i, bits in enumerate(self.attributes()) if bits & secret}
+        last_text: str | None = None
+        last_ids: list[int] = []
+
+        def encode(text: str, trusted: bool) -> list[int]:
+            nonlocal last_text, last_ids
+            if not (trusted and text == last_text and not any(name in text for name in names)):
+                last_text, last_ids = None if trusted else text, self.tokenize(text, True, trusted)
+            return last_ids
+
+        return encode
 
     def attributes(self) -> list[int]:
         """What kind each token is to llama.cpp, in bits of ``LLAMA_TOKEN_ATTR_*``: not always what the file says."""

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from edgepatch.converters import tokenizer_probes
 from edgepatch.converters.gguf import tokenizers, vocabularies
 from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.vocabulary import Vocabulary
 from edgepatch.converters.pre_tokenizers import GPT2, PRE_TOKENIZERS, name_of, split_steps
 from edgepatch.errors import InputError
 from edgepatch.text.tokenizers import FolderTokenizer
@@ -111,6 +112,19 @@ def test_every_way_to_split_in_both_directions(name, tmp_path):
     again = write_vocabulary(tmp_path / "again", tmp_path / "b.gguf", 704)
     assert read_header(again).metadata["tokenizer.ggml.pre"] == name
     assert tokens_of(again, texts) == tokens_of(file, texts)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe"])
+def test_a_probe_gives_the_ids_that_llama_cpp_gives_each_time(name, tmp_path):
+    file = write_vocabulary(write_folder(tmp_path / "folder", byte_level(name)), tmp_path / "a.gguf", 704)
+    texts = [*random_texts(40, 3), "a <tool>b", "a<|im_end|> b", "<|im_end|", "<|bos|>", "", "x", "x", "<|pad|>x"]
+    plain, trusted = tokens_of(file, texts), tokens_of(file, texts, trusted=True)
+    assert plain != trusted
+    with Vocabulary(file) as vocabulary:
+        probe = vocabulary.probe()
+        assert [(probe(text, False), probe(text, True)) for text in texts] == [*zip(plain, trusted, strict=True)]
+        assert [probe(text, True) for text in texts] == trusted
+        assert [probe(text, False) for text in texts] == plain
 
 
 def test_every_name_of_llama_cpps_is_known():
