@@ -86,7 +86,7 @@ def create(
     if no_wheels and choice != Choice(""):
         raise InputError("--no-wheels: expected alone, found with options of wheels")
     for file in key or ():
-        require_private(file)
+        require_private(file, not unencrypted)
     passphrase = read_passphrase(passphrase_file, unencrypted, confirm=False) if key else None
     keys = tuple(read_private_key(file, passphrase) for file in key or ())
     sources = creation.Sources(patch_file, root, report, None if no_wheels else choice, base_model, keys)

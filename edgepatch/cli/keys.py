@@ -86,9 +86,10 @@ def keygen(
 
     Example: `edgepatch keygen vendor --out keys`
     """
-    from edgepatch.trust.keys import create_key_pair
+    from edgepatch.trust.keys import create_key_pair, require_new_key_pair
     from edgepatch.trust.signatures import key_id, raw_public_key
 
+    require_new_key_pair(out, name)
     private, public, key = create_key_pair(out, name, read_passphrase(passphrase_file, unencrypted, confirm=True))
     facts = {
         "private": str(private),
@@ -222,7 +223,7 @@ def sign_root(
     root = read_root(root_file)
     _progress(root)  # refuses a changed root before a passphrase is asked for
     target = rewritten(root_file, out, force)
-    require_private(key_file)
+    require_private(key_file, not unencrypted)
     key = read_private_key(key_file, read_passphrase(passphrase_file, unencrypted, confirm=False))
     signed = root.signed_by(key)
     write_atomically(target, signed.to_bytes())

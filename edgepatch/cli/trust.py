@@ -45,7 +45,7 @@ def sign(
     patch = read_patch(patch_file)
     target = rewritten(patch_file, out, force)
     for file in key_files:
-        require_private(file)
+        require_private(file, not unencrypted)
     passphrase = read_passphrase(passphrase_file, unencrypted, confirm=False)
     owners = dict[str, str]()
     for file, key in [(file, read_private_key(file, passphrase)) for file in key_files]:

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from edgepatch.errors import InputError, UntrustedError
 from edgepatch.files.reading import read_bounded
+from edgepatch.files.writing import require_writable
 
 MAX_KEY_FILE_BYTES = 4096
 MIN_PASSPHRASE_LENGTH = 12
@@ -96,11 +97,32 @@ def _create(path: Path, data: bytes, mode: int) -> None:
                 os.fsync(file.fileno())
             undo.pop_all()
     except FileExistsError:
-        raise InputError(
-            f"{path} exists: expected a new name", hint="a key is never overwritten; move it away yourself"
-        ) from None
+        raise _exists(path) from None
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}", hint="free space or name another folder") from error
+
+
+def _exists(path: Path) -> InputError:
+    return InputError(f"{path} exists: expected a new name", hint="a key is never overwritten; move it away yourself")
+
+
+def require_new_key_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    """(private file, public file) of a key to come; called before a passphrase is asked for.
+
+    Args:
+        folder, name: as ``create_key_pair``.
+
+    Raises:
+        InputError: the name does not do, a file exists, or the folder cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise InputError(f"key name: expected letters, digits, '.', '_' and '-', 64 at most, found {name!r}")
+    private, public = folder / f"{name}.key", folder / f"{name}.pub"
+    for path in (public, private):
+        if path.exists() or path.is_symlink():
+            raise _exists(path)
+    require_writable(folder)
+    return private, public
 
 
 def create_key_pair(folder: Path, name: str, passphrase: str | None) -> tuple[Path, Path, Ed25519PrivateKey]:
@@ -117,15 +139,13 @@ def create_key_pair(folder: Path, name: str, passphrase: str | None) -> tuple[Pa
     Raises:
         InputError: the name or the passphrase does not do, a file exists, or the folder cannot be written. Nothing is left.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise InputError(f"key name: expected letters, digits, '.', '_' and '-', 64 at most, found {name!r}")
+    private, public = require_new_key_pair(folder, name)
     if passphrase is not None and len(passphrase) < MIN_PASSPHRASE_LENGTH:
         raise InputError(
             f"passphrase: expected {MIN_PASSPHRASE_LENGTH} characters or more, found {len(passphrase)}",
             hint="four random words are easy to keep",
         )
     key = Ed25519PrivateKey.generate()
-    private, public = folder / f"{name}.key", folder / f"{name}.pub"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -159,17 +179,7 @@ def read_private_key(path: Path, passphrase: str | None) -> Ed25519PrivateKey:
         InputError: no such file, no Ed25519 key, the wrong passphrase, or encrypted where it should not be.
         UntrustedError: others may read the file, it is too large, or not encrypted where it should be.
     """
-    require_private(path)
-    data = read_bounded(path, MAX_KEY_FILE_BYTES, "private key", private=True, oversize=UntrustedError)
-    label = _label(data, path)
-    if label not in (ENCRYPTED, PLAIN):
-        raise InputError(f"{path}: expected a private key, found {label}", hint="it ends in .key")
-    if passphrase is None and label == ENCRYPTED:
-        raise InputError(f"{path}: expected an unencrypted key, found an encrypted one", hint="give its passphrase")
-    if passphrase is not None and label == PLAIN:
-        raise UntrustedError(
-            f"{path}", "an encrypted key", "an unencrypted one", hint="--unencrypted takes it as it is"
-        )
+    data = require_private(path, passphrase is not None)
     try:
         key = load_pem_private_key(data, None if passphrase is None else _secret(passphrase))
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -179,19 +189,38 @@ def read_private_key(path: Path, passphrase: str | None) -> Ed25519PrivateKey:
     return key
 
 
-def require_private(path: Path) -> None:
-    """Raises for a public key, before a passphrase is asked for; whatever else is there is judged by ``read_private_key``.
+def _is_public(path: Path) -> bool:
+    """Everybody may read a public key, so it is looked for before the file's rights are judged."""
+    try:
+        return read_bounded(path, MAX_KEY_FILE_BYTES, "key").startswith(PUBLIC_START)
+    except InputError:
+        return False
+
+
+def require_private(path: Path, is_encrypted: bool) -> bytes:
+    """What a private key's file holds. Called before a passphrase is asked for, of which nothing here depends.
+
+    Args:
+        path: as ``read_private_key``.
+        is_encrypted: whether its user says so.
 
     Raises:
-        InputError: it is one.
+        InputError, UntrustedError: as ``read_private_key``, but for what only the passphrase shows.
     """
-    try:
-        is_public = read_bounded(path, MAX_KEY_FILE_BYTES, "key").startswith(PUBLIC_START)
-    except InputError:
-        return
-    if is_public:
+    if _is_public(path):
         private = path.with_suffix(".key").name if path.suffix == ".pub" else "the file that ends in .key"
         raise InputError(f"{path}: that is the public key: expected the private one", hint=f"sign with {private}")
+    data = read_bounded(path, MAX_KEY_FILE_BYTES, "private key", private=True, oversize=UntrustedError)
+    label = _label(data, path)
+    if label not in (ENCRYPTED, PLAIN):
+        raise InputError(f"{path}: expected a private key, found {label}", hint="it ends in .key")
+    if not is_encrypted and label == ENCRYPTED:
+        raise InputError(f"{path}: expected an unencrypted key, found an encrypted one", hint="give its passphrase")
+    if is_encrypted and label == PLAIN:
+        raise UntrustedError(
+            f"{path}", "an encrypted key", "an unencrypted one", hint="--unencrypted takes it as it is"
+        )
+    return data
 
 
 def read_public_key(path: Path) -> Ed25519PublicKey:

@@ -137,12 +137,29 @@ def test_passphrase_file_that_others_can_read_is_3(run):
         ([], "expected a passphrase, found no terminal"),
         (["--passphrase-file", "none"], "No such file"),
         (["--passphrase-file", "none", "--unencrypted"], "found both"),
-        (["--unencrypted", "--out", "/dev/null"], "cannot make the folder"),
+        (["--unencrypted", "--out", "/dev/null"], "expected a folder, found the file"),
     ],
 )
 def test_keygen_wrong_use_is_2(run, arguments, message):
     code, out, err = run("keygen", "vendor", *arguments)
     assert (code, out) == (2, "") and message in err.replace("\n", " ") and not list(Path().glob("vendor*"))
+
+
+def test_what_no_passphrase_mends_is_told_before_one_is_asked_for(run, root):
+    """Here is no terminal to ask on, which would be told else."""
+    code, _, err = run("keygen", "officer")
+    assert code == 2 and "officer.pub exists" in err
+    code, _, err = run("keygen", "new", "--out", root)
+    assert code == 2 and "expected a folder" in err
+    code, _, err = run("root", "sign", root, "none.key")
+    assert code == 2 and "No such file" in err
+    code, _, err = run("root", "sign", root, "officer.pub")
+    assert code == 2 and "that is the public key" in err
+    code, _, err = run("root", "sign", root, "officer.key")
+    assert code == 3 and "an unencrypted one" in err and "--unencrypted" in err
+    Path("officer.key").chmod(0o640)
+    code, _, err = run("root", "sign", root, "officer.key")
+    assert code == 3 and "0640" in err
 
 
 def test_short_passphrase_is_2(run, monkeypatch):

@@ -160,7 +160,7 @@ def test_nothing_is_left_on_a_full_disk(tmp_path: Path):
 
 def test_folder_that_is_none(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot make the folder"):
+    with pytest.raises(InputError, match="expected a folder, found the file"):
         create_key_pair(tmp_path / "file", "vendor", None)
 
 
