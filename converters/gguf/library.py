@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from edgepatch.converters.first_contact import Report, in_trial, require_library
+from edgepatch.converters.first_contact import Report, require_library
 from edgepatch.converters.machine_identity import library_files
 from edgepatch.errors import EdgepatchError, MissingExtraError, no_gpu_error
 from edgepatch.interrupts import called_from_c
@@ -50,12 +51,8 @@ def _load_library() -> tuple[Any, Any]:
     """(module, log callback): llama.cpp keeps a pointer to the callback, so it must never be freed."""
     require_installed()
     require_library(PACKAGE, f"{__name__}:try_library")
-    if (
-        in_trial()
-    ):  # the package's own classes take three times as long to import as the library, and a child needs none
-        sys.modules.setdefault(f"{PACKAGE}.llama", ModuleType(f"{PACKAGE}.llama"))
     try:
-        import llama_cpp
+        llama_cpp = _import_package()
     except ImportError:
         raise MissingExtraError("llama-cpp-python", "gguf") from None
     except (OSError, RuntimeError) as error:
@@ -72,6 +69,34 @@ def _load_library() -> tuple[Any, Any]:
     llama_cpp.llama_log_set(callback, None)
     llama_cpp.llama_backend_init()
     return llama_cpp, callback
+
+
+def _import_package() -> Any:
+    """``llama_cpp`` with the library's functions. The package's own classes, which edgepatch does not use, take five times as long to
+    import, and come when somebody asks for one.
+
+    Raises:
+        ImportError, OSError, RuntimeError: it cannot be imported.
+    """
+    classes = f"{PACKAGE}.llama"
+    if PACKAGE in sys.modules:
+        return import_module(PACKAGE)
+    sys.modules[classes] = ModuleType(classes)  # what the package imports in its place
+    try:
+        package = import_module(PACKAGE)
+    finally:
+        del sys.modules[classes]
+
+    def bring(name: str) -> Any:
+        """A name that the package has not: ``from llama_cpp import Llama``, or ``*``, which asks for ``__all__`` first."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
+        own = import_module(classes)
+        vars(package).update({key: value for key, value in vars(own).items() if not key.startswith("_")})
+        return getattr(own, name)
+
+    package.__getattr__ = bring  # type: ignore[method-assign]  # PEP 562
+    return package
 
 
 def require_gpu() -> None:
