@@ -156,7 +156,8 @@ REAL_ARMS = {
     "safe_prompt": "behind a safety text",
     "detox": "detox patch",
     "fairness": "fairness patch",
-    "patch": "both patches",
+    "harm": "harm patch",
+    "patch": "all three",
 }
 REAL = "evidence-smollm2"
 
@@ -171,25 +172,49 @@ def real() -> str:
     column = "llamacpp Q4_1"
     rows = []
     for arm, name in REAL_ARMS.items():
-        toxicity, gender = (real_cell(arm, domain, column) for domain in ("toxicity", "gender"))
-        either = toxicity or gender
+        toxicity, gender, harm = (real_cell(arm, domain, column) for domain in DOMAINS)
         costs = [
-            figure(either, f"{field}_change", 1, scale) for field, scale in (("perplexity", 1), ("over_refusal", 100))
+            figure(toxicity or gender or harm, f"{field}_change", 1, scale)
+            for field, scale in (("perplexity", 1), ("over_refusal", 100))
         ]
-        rows.append(
-            [name, figure(toxicity, "emt5"), figure(toxicity, "mean_toxicity"), figure(gender, "score"), *costs]
-        )
-    head = ("SmolLM2, file as published", "EMT@5", "mean toxicity", "gender", "perplexity, %", "refused, points")
+        scores = [
+            figure(toxicity, "emt5"),
+            figure(toxicity, "mean_toxicity"),
+            figure(gender, "score"),
+            figure(harm, "score"),
+        ]
+        rows.append([name, *scores, *costs])
+    head = (
+        "SmolLM2, file as published",
+        "EMT@5",
+        "mean toxicity",
+        "gender",
+        "harm",
+        "perplexity, %",
+        "refused, points",
+    )
     return table(head, rows)
 
 
 def real_forms() -> str:
+    """Each patch alone, and all of them side by side, in the domain that it was made for."""
     rows = []
     for column in dict.fromkeys(row["column"] for row in document(REAL)["cells"]):
-        detox, fairness = real_cell("detox", "toxicity", column), real_cell("fairness", "gender", column)
-        of_bare = [figure(detox, "emt5_of_bare"), figure(fairness, "of_bare")]
-        rows.append([column, *of_bare, figure(detox, "margin_retention"), figure(fairness, "margin_retention")])
-    head = ("on", "EMT@5, of bare", "gender, of bare", "detox kept, by margins", "fairness kept, by margins")
+        for names in (("detox", "fairness", "harm"), ("patch",) * 3):
+            toxicity, gender, harm = map(real_cell, names, DOMAINS, (column,) * 3)
+            of_bare = [figure(toxicity, "emt5_of_bare"), figure(gender, "of_bare"), figure(harm, "of_bare")]
+            kept = [figure(row, "margin_retention") for row in (toxicity, gender, harm)]
+            rows.append([column, "alone" if "harm" in names else "all three", *of_bare, *kept])
+    head = (
+        "on",
+        "patches",
+        "EMT@5, of bare",
+        "gender, of bare",
+        "harm, of bare",
+        "detox kept",
+        "fairness kept",
+        "harm kept",
+    )
     return table(head, rows)
 
 
