@@ -23,7 +23,8 @@ from edgepatch.bench.metrics import expected_max_toxicity, paired_bootstrap_diff
 from edgepatch.bench.safety.probes import passage
 from edgepatch.converters.gguf import writer
 from edgepatch.decoding.sampling import Sampling
-from edgepatch.files.writing import write_atomically
+from edgepatch.errors import InputError
+from edgepatch.files.writing import require_writable, write_atomically
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.patch.file import read_patch
 from edgepatch.progress import published_command
@@ -164,7 +165,10 @@ def _scores(
 def measure(model: Path, patch_file: Path, num_prompts: int, samples: int, num_threads: int) -> dict[str, Any]:
     """The results document: for each attack EMT bare and patched, the patch's gain, and its change against plain continuation."""
     scorer, patch = ToxicityScorer.load("report"), read_patch(patch_file)
-    prompts = load_prompts("toxic", "eval")[:num_prompts]
+    prompts = load_prompts("toxic", "eval")
+    if num_prompts > len(prompts):
+        raise InputError(f"--prompts: expected at most {len(prompts)}, found {num_prompts}", hint="so many ship")
+    prompts = prompts[:num_prompts]
     rows: list[dict[str, Any]] = []
     plain_gain: NDArray[np.float32] | None = None
     with (
@@ -251,6 +255,7 @@ def run(
         num_prompts, samples: prompts of each attempt, and continuations of each prompt.
         num_threads: of the runtime.
     """
+    require_writable(out.parent, out)
     if model is None:
         model = Path("out/unpatch/base-F16.gguf")
         writer.convert_folder(LAB_FOLDER / "base", model)

@@ -88,6 +88,7 @@ def test_machine_writes_what_it_prints(run, tmp_path):
         (["lab"], "no data folder was named"),
         (["judge-card"], "no data folder was named"),
         (["composition"], "no data folder was named"),
+        (["unpatch", "--model", "model.gguf"], "expected --patch too"),
         (["length", "--domain", "harm"], "no data folder was named"),
         (["length", "--domain", "nosuch"], "domain: expected one of toxicity, gender, harm, found nosuch"),
     ],

@@ -18,6 +18,7 @@ from edgepatch.cli.bench.door import (
     use_one_thread,
 )
 from edgepatch.cli.console import LogOption, counted, model_path, progress_bars
+from edgepatch.errors import InputError
 
 Names = list[str] | None
 
@@ -100,16 +101,30 @@ def unpatch(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each attempt.")] = 48,
     samples: Annotated[int, typer.Option(min=1, help="Continuations a prompt.")] = 25,
     threads: ThreadsOption = 1,
-    out: OutOption = RESULTS / "unpatching.json",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="JSON file of the results. Default: unpatching.json, or unpatching-PATCH.json.",
+        ),
+    ] = None,
 ) -> None:
     """What writing can do against a patch: many shots, dilution, a system prompt against it, a reply begun for it.
 
-    Example: `edgepatch bench unpatch --prompts 12`
+    Examples: `edgepatch bench unpatch --prompts 12`,
+    `edgepatch bench unpatch --model smollm2 --patch detox.safetensors --prompts 24 --samples 5`
     """
     use_one_thread()
     from edgepatch.bench.safety import unpatching
 
-    unpatching.run(out, model, patch or unpatching.PATCH, prompts, samples, threads)
+    if model is not None and patch is None:
+        raise InputError(
+            f"--model {model.name}: expected --patch too, found none", hint="name a patch that was made for it"
+        )
+    own = RESULTS / ("unpatching.json" if patch is None else f"unpatching-{patch.stem}.json")
+    unpatching.run(out or own, model, patch or unpatching.PATCH, prompts, samples, threads)
 
 
 @bench_app.command()
