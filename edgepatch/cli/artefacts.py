@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import ForceFlag, JsonFlag, counted, model_path, new_file, note, print_json, shown
+from edgepatch.cli.console import ForceFlag, JsonFlag, counted, model_path, new_file, note, print_json, shown, warn
 from edgepatch.errors import InputError
 
 
@@ -48,6 +48,7 @@ def compose(
 
     Example: `edgepatch compose detox.safetensors polite.safetensors -o both.safetensors --model models/llama --name both`
     """
+    from edgepatch.patch.composition import trained_alone, trained_alone_in_words
     from edgepatch.patch.file import read_patch, write_patch
     from edgepatch.seeds.anchoring import place_in_words
     from edgepatch.training.composition import compose as composed
@@ -68,6 +69,9 @@ def compose(
                 f"{part.name} {part.version} alone {place_in_words(part.anchoring)}; beside the others it {place}: "
                 "measure what that costs, or train them alike"
             )
+    alone = trained_alone(parts)
+    if alone:
+        warn(trained_alone_in_words(alone))
     if as_json:
         print_json(
             {

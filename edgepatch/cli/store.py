@@ -20,6 +20,7 @@ from edgepatch.cli.console import (
     print_json,
     stdout,
     table,
+    warn,
 )
 from edgepatch.cli.status import print_findings
 from edgepatch.errors import InputError
@@ -79,6 +80,7 @@ def apply(
     Examples: `edgepatch apply detox-1.1.0.safetensors --model llama-Q4_K_M.gguf`,
     `edgepatch apply detox-1.1.0.safetensors --dry-run`
     """
+    from edgepatch.patch.composition import trained_alone_in_words
     from edgepatch.store.device import Store
     from edgepatch.store.policy import Allowances
 
@@ -91,6 +93,8 @@ def apply(
     )
     word = ("would become active" if dry_run else "active") if change.is_new else "already active"
     _print_change(change, word, as_json, dry_run)
+    if change.trained_alone:
+        warn(trained_alone_in_words(change.trained_alone))
     if dry_run and not as_json:
         note(
             "nothing was changed; `edgepatch verify --deep` says whether a patch that is applied works on a model"
@@ -118,6 +122,7 @@ def _print_change(change: Change, word: str, as_json: bool, is_trial: bool = Fal
                 "base": change.patch.base,
                 "before": change.before,
                 "beside": sorted(change.beside),
+                "trained_alone": list(change.trained_alone),
                 "changed": change.is_new,
                 "signed_by": sorted(change.signed_by),
             }

@@ -18,6 +18,9 @@ from edgepatch.tensors import KVSeed
 
 MIN_PARTS, MAX_PARTS = 2, 12
 METHOD = "side by side"
+ALONE = ("soft_prompt", "kv_prefix")
+"""Kinds of training, in a patch's record, of one patch. With a company it learns beside others."""
+
 ROUNDING = 1e-6
 """Relative difference of two frequencies that are one: ten steps of float32."""
 
@@ -55,6 +58,24 @@ def in_order(parts: Sequence[Patch]) -> list[Patch]:
             hint="a composed patch acts with all of its parts: name either it or them",
         )
     return sorted(parts, key=lambda part: part.digest)
+
+
+def trained_alone(parts: Sequence[Patch]) -> list[str]:
+    """Names of the parts whose training knew no other patch, as far as their records say; sorted.
+
+    The attention of a position is shared by all cells, so what such a part does alone says little of what it does beside others: of
+    SmolLM2's three patches, trained one by one, the one against harm has no measurable effect left (docs/results/safety.md).
+    """
+    alone = [part for part in parts if part.training.get("kind") in ALONE and not part.training.get("company")]
+    return sorted(part.name for part in alone) if len(parts) > 1 else []
+
+
+def trained_alone_in_words(names: Sequence[str]) -> str:
+    """What it means that patches of these names stand beside others."""
+    return (
+        f"trained alone, not for company: {', '.join(names)}; side by side each may keep little of its gain: measure them together "
+        "(edgepatch bench safety MODEL --patch A --patch B), or get patches that were trained for it (edgepatch train --beside)"
+    )
 
 
 def composed_seed(parts: Sequence[Patch], rotation: Rotation | None = None) -> KVSeed:

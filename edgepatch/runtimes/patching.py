@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgepatch.errors import EdgepatchError, InactivePatchError, InputError, MismatchError
 from edgepatch.patch import canary
-from edgepatch.patch.composition import compose_on_device
+from edgepatch.patch.composition import compose_on_device, trained_alone, trained_alone_in_words
 from edgepatch.patch.file import Patch
 from edgepatch.patch.templates import OtherTemplate, other_template
 from edgepatch.runtimes.runtime import Runtime, SeedRoute, check_patch, moves
@@ -91,7 +91,8 @@ class PatchSlot:
     Attributes:
         patch: the active one as its maker signed it, or what several are together; where its seed is pinned, the runtime holds it
             without its anchoring.
-        notes: what is less than the patches promise on this device: a seed is pinned, or a part of a canary could not be asked.
+        notes: what is less than the patches promise on this device: a seed is pinned, a part of a canary could not be asked, or patches
+            stand side by side that were trained alone.
     """
 
     def __init__(
@@ -166,7 +167,9 @@ class PatchSlot:
             self._put_back(old)
             raise
         self._parts = tuple(parts)
-        self.patch, self.notes = patch, tuple(note for part in parts for note in self._notes_on(part))
+        alone = trained_alone(parts)
+        beside = (trained_alone_in_words(alone),) if alone else ()
+        self.patch, self.notes = patch, (*beside, *(note for part in parts for note in self._notes_on(part)))
         return route
 
     def _require_fit(self, parts: Sequence[Patch]) -> None:

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from edgepatch.errors import EdgepatchError, InputError, UntrustedError
-from edgepatch.patch.composition import compose_on_device
+from edgepatch.patch.composition import compose_on_device, trained_alone, trained_alone_in_words
 from edgepatch.store.policy import is_expired, time_of
 from edgepatch.store.reading import PATCHES, StoreReader, require_vouched, root_of
 from edgepatch.store.records import BaseRecord, SlotRecord, State, StoredPatch, TrustState, base_id, shape_of
@@ -113,7 +113,9 @@ def check_composition(
         patch = compose_on_device(parts)
     except EdgepatchError as error:
         return None, [Finding("error", name, f"its active patches cannot stand side by side: {error}")]
-    return {"digest": patch.digest, "num_virtual_tokens": patch.num_virtual_tokens}, []
+    alone = trained_alone(parts)
+    findings = [Finding("warning", name, trained_alone_in_words(alone))] if alone else []
+    return {"digest": patch.digest, "num_virtual_tokens": patch.num_virtual_tokens, "trained_alone": alone}, findings
 
 
 def summary(digest: str, patch: StoredPatch) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Change:
         is_new: whether anything changed.
         signed_by: ids of the keys that vouch for it; none for an unsigned patch.
         beside: the other active patches of its base, by their digests.
+        trained_alone: names of these and of itself whose training knew no other patch; none where nothing stands beside it.
     """
 
     digest: str
@@ -29,6 +30,7 @@ class Change:
     is_new: bool
     signed_by: frozenset[str] = frozenset()
     beside: Mapping[str, StoredPatch] = field(default_factory=dict)
+    trained_alone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

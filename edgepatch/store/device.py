@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepatch.errors import EdgepatchError, InputError, UntrustedError
+from edgepatch.patch.composition import trained_alone
 from edgepatch.patch.file import MAX_FILE_BYTES, PAYLOAD_TYPE, Patch, parse_patch_file, read_patch_bytes
 from edgepatch.patch.manifest import DIGEST
 from edgepatch.store import files
@@ -100,6 +101,8 @@ class Store(StoreReader):
             signed_by = self._check(patch, allowances, model, channel, state, trust)
             new = _with_patch(state, patch, allowances.unsigned, base_name)
             change = self._change_to(new, state, patch, data, signed_by)
+            alone = trained_alone([patch, *self._others(patch, state, trust)])
+            change = replace(change, trained_alone=tuple(alone))
             if change.is_new and not is_trial:
                 self._keep(change.digest, data)
                 if new != state:
@@ -132,12 +135,16 @@ class Store(StoreReader):
         return signed_by
 
     def _require_room_beside(self, patch: Patch, state: State, trust: TrustState) -> None:
-        """Raises unless a patch can stand beside the other active ones; those that no runtime would load are left to ``status``."""
+        """Raises unless a patch can stand beside the other active ones."""
+        check_beside(patch, self._others(patch, state, trust))
+
+    def _others(self, patch: Patch, state: State, trust: TrustState) -> list[Patch]:
+        """The active patches of other names of its base; those that no runtime would load are left to ``status``."""
         others = []
         for digest in state.beside(base_id(patch.base), patch.name):
             with suppress(InputError, UntrustedError):
                 others.append(self.load_stored(digest, state, trust))
-        check_beside(patch, others)
+        return others
 
     def _change_to(self, new: State, state: State, patch: Patch, data: bytes, signed_by: frozenset[str]) -> Change:
         """What becoming the active patch of its name comes to; the same bytes in the same place change nothing."""

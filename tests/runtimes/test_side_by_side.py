@@ -59,6 +59,33 @@ def logits(session, length=40):
     return session.logits([(7 * i) % 500 + 3 for i in range(length)], count=3)
 
 
+@pytest.mark.parametrize(
+    ("records", "alone"),
+    [
+        (({"kind": "soft_prompt"}, {"kind": "kv_prefix"}, {}), ["gender", "harm"]),
+        (({"kind": "soft_prompt"}, {"kind": "kv_prefix", "company": ["a" * 64]}, {"kind": "side_by_side"}), ["gender"]),
+        (({"kind": "side_by_side"},) * 3, []),
+    ],
+)
+def test_patches_that_were_trained_alone_are_named(parts, tiny_folder, tmp_path, capfd, monkeypatch, records, alone):
+    """Whether their gains are kept beside others, nobody has looked at while they were made."""
+    trained = [replace(part, training=record) for part, record in zip(parts, records, strict=True)]
+    store = Store(tmp_path / "store")
+    for part in trained:
+        write_patch(part, tmp_path / f"{part.name}.safetensors")
+        change = store.apply(tmp_path / f"{part.name}.safetensors", UNSIGNED)
+    assert list(change.trained_alone) == alone
+    with load_runtime(tiny_folder, store=store.folder) as session:
+        notes = " ".join(session.slot.notes)
+    assert notes.startswith(f"trained alone, not for company: {', '.join(alone)};") if alone else not notes
+    monkeypatch.setattr(sys, "argv", ["edgepatch", "status", "--store", str(store.folder)])
+    with pytest.raises(SystemExit):
+        main()
+    assert ("trained alone" in " ".join(capfd.readouterr().err.split())) is bool(alone)
+    with load_runtime(tiny_folder, tmp_path / "gender.safetensors") as session:
+        assert not session.slot.notes, "one patch has no company"
+
+
 def test_side_by_side(model, parts, files, tmp_path):
     """The device composes as a vendor does; order changes no bit; every part acts; the others stay when one goes."""
     store = Store(tmp_path / "store")
