@@ -229,6 +229,31 @@ def real_harm() -> str:
     return table(head, rows)
 
 
+REAL_TASKS = {
+    "blimp_data": "BLiMP",
+    "arc_easy_data": "ARC-Easy",
+    "arc_challenge_data": "ARC-Challenge",
+    "openbookqa_data": "OpenBookQA",
+}
+
+
+def real_capability() -> str:
+    """Accuracy by likelihood."""
+    rows = []
+    for run in document("harness-smollm2")["runs"]:
+        name = run["patch"]["name"]
+        patches = "all three" if "." in name else name.removeprefix("smollm2-")
+        for score in (score for score in run["scores"] if score["metric"] == "acc"):
+            percent = [
+                interval({key: 100 * score[side][key] for key in ("value", "low", "high")}, 1)
+                for side in ("bare", "patched", "difference")
+            ]
+            flips = f"{score['flips']['broken']} / {score['flips']['repaired']}"
+            rows.append([REAL_TASKS[score["task"]], patches, f"{score['num_items']:,}", *percent, flips])
+    head = ("task", "patches", "items", "bare, %", "patched, %", "difference, points", "turned wrong / right")
+    return table(head, rows)
+
+
 def real_behind() -> str:
     rows = document(REAL)["fronted"]
     places = dict.fromkeys(row["front"] for row in rows)
@@ -237,10 +262,10 @@ def real_behind() -> str:
         arms = {row["arm"]: row for row in rows if row["front"] == place}
         kind, count = place.split("-")
         name = f"turn {count}" if kind == "turn" else f"{count} toxic tokens in front"
-        lines.append(
-            [name, *(figure(arms[arm], "emt5") for arm in ("bare", "detox")), figure(arms["detox"], "emt5_gain")]
-        )
-    return table(("where", "EMT@5 bare", "detox patch", "gain"), lines)
+        scores = [figure(arms[arm], "emt5") for arm in ("bare", "detox", "patch")]
+        lines.append([name, *scores, *(figure(arms[arm], "emt5_gain") for arm in ("detox", "patch"))])
+    head = ("where", "EMT@5 bare", "detox patch", "all three", "gain of detox", "gain of all three")
+    return table(head, lines)
 
 
 def in_front() -> str:
@@ -343,6 +368,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real forms": real_forms,
     "real harm": real_harm,
     "real behind": real_behind,
+    "real capability": real_capability,
     "in front": in_front,
     "behind": behind,
     "behind others": behind_others,

@@ -101,7 +101,7 @@ class Store(StoreReader):
             signed_by = self._check(patch, allowances, model, channel, state, trust)
             new = _with_patch(state, patch, allowances.unsigned, base_name)
             change = self._change_to(new, state, patch, data, signed_by)
-            alone = trained_alone([patch, *self._others(patch, state, trust)])
+            alone = trained_alone([patch, *_others(self, patch, state, trust)])
             change = replace(change, trained_alone=tuple(alone))
             if change.is_new and not is_trial:
                 self._keep(change.digest, data)
@@ -136,15 +136,7 @@ class Store(StoreReader):
 
     def _require_room_beside(self, patch: Patch, state: State, trust: TrustState) -> None:
         """Raises unless a patch can stand beside the other active ones."""
-        check_beside(patch, self._others(patch, state, trust))
-
-    def _others(self, patch: Patch, state: State, trust: TrustState) -> list[Patch]:
-        """The active patches of other names of its base; those that no runtime would load are left to ``status``."""
-        others = []
-        for digest in state.beside(base_id(patch.base), patch.name):
-            with suppress(InputError, UntrustedError):
-                others.append(self.load_stored(digest, state, trust))
-        return others
+        check_beside(patch, _others(self, patch, state, trust))
 
     def _change_to(self, new: State, state: State, patch: Patch, data: bytes, signed_by: frozenset[str]) -> Change:
         """What becoming the active patch of its name comes to; the same bytes in the same place change nothing."""
@@ -412,6 +404,15 @@ def _require_reason(reason: str) -> None:
     check_reason(reason)
     if not reason:
         raise InputError("reason: expected one, found none", hint="--reason REASON; the history keeps it")
+
+
+def _others(store: Store, patch: Patch, state: State, trust: TrustState) -> list[Patch]:
+    """The active patches of other names of a patch's base; those that no runtime would load are left to ``status``."""
+    others = []
+    for digest in state.beside(base_id(patch.base), patch.name):
+        with suppress(InputError, UntrustedError):
+            others.append(store.load_stored(digest, state, trust))
+    return others
 
 
 def _require_trusted(patch: Patch, trust: TrustState, unsigned: str, time: datetime) -> frozenset[str]:
