@@ -6,7 +6,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -86,6 +86,9 @@ def _import_package() -> Any:
         package = import_module(PACKAGE)
     finally:
         del sys.modules[classes]
+
+    with suppress(ImportError):  # it takes llama.cpp's log when it is imported, so not later than edgepatch does
+        import_module(f"{PACKAGE}._logger")
 
     def bring(name: str) -> Any:
         """A name that the package has not: ``from llama_cpp import Llama``, or ``*``, which asks for ``__all__`` first."""

@@ -52,7 +52,7 @@ def test_two_names_are_both_active(store, tmp_path):
     assert [(patch["name"], patch["sequence"]) for patch in base["patches"]] == [("gender", 5), ("harm", 2)]
     assert all(patch["signatures"].startswith("site (") for patch in base["patches"])
     composed = compose_on_device(store.active(spec()))
-    assert base["composition"] == {"digest": composed.digest, "num_virtual_tokens": 4}
+    assert base["composition"] == {"digest": composed.digest, "num_virtual_tokens": 4, "trained_alone": []}
     assert findings == audit.verify(store) == []
     assert store.history()[-1]["beside"] == [first.digest]
 
