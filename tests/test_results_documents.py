@@ -240,7 +240,7 @@ REAL_TASKS = {
 def real_capability() -> str:
     """Accuracy by likelihood."""
     rows = []
-    for run in document("harness-smollm2")["runs"]:
+    for run in document("harness-smollm2")["rows"]:
         name = run["patch"]["name"]
         patches = "all three" if "." in name else name.removeprefix("smollm2-")
         for score in (score for score in run["scores"] if score["metric"] == "acc"):
