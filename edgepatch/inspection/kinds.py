@@ -270,7 +270,7 @@ def _document(path: Path, content: dict[str, Any]) -> Recognised:
     if str(content.get("format", "")).startswith("edgepatch-pairs/"):
         return Recognised(Kind.PROVENANCE, content=content)
     is_measured = "command" in content and content.keys() & {"created", "platform"}
-    if content.keys() & {"rows", "cells", "figures", "readers", "readings"} or is_measured:
+    if content.keys() & {"rows", "cells", "figures", "readers", "readings", "scores"} or is_measured:
         return Recognised(Kind.RESULTS, content=content)
     if content.keys() == {"settings"}:
         return Recognised(Kind.JOURNAL, content=content)

@@ -159,6 +159,20 @@ def test_every_result_of_this_repository(show, path):
     require_named(show, path, "results of a measurement", "holds")
 
 
+def test_what_the_harness_writes(show, tmp_path):
+    document = {
+        "model": {},
+        "runtime": "torch",
+        "quantization": "F32",
+        "patch": None,
+        "config": {},
+        "scores": [{}, {}],
+        "items": {},
+    }
+    (tmp_path / "h.json").write_text(json.dumps(document))
+    require_named(show, tmp_path / "h.json", "results of a measurement", "holds", "2 scores")
+
+
 # Files of others.
 
 

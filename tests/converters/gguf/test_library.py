@@ -19,9 +19,11 @@ assert "llama_cpp.llama" not in sys.modules
         "from llama_cpp import Llama, LlamaGrammar\nimport llama_cpp\nassert llama_cpp.Llama is Llama",
         "from llama_cpp import *\nLlama, llama_backend_init",
         "import llama_cpp.llama\nassert llama_cpp.llama.Llama is llama_cpp.Llama",
-        "from llama_cpp import Llama\nfrom edgepatch.converters.gguf import library\n"
-        "assert not load_library().llama_model_load_from_file(b'none.gguf', load_library().llama_model_default_params())\n"
-        "assert 'none.gguf' in library.library_errors(), 'the log is still ours'",
+        (
+            "from llama_cpp import Llama\nfrom edgepatch.converters.gguf import library\n"
+            "assert not load_library().llama_model_load_from_file(b'none.gguf', load_library().llama_model_default_params())\n"
+            "assert 'none.gguf' in library.library_errors(), 'the log is still ours'"
+        ),
         "import llama_cpp\nassert not hasattr(llama_cpp, 'nothing') and not hasattr(llama_cpp, '__wrapped__')",
     ],
     ids=["from", "star", "submodule", "log", "missing"],
