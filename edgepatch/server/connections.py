@@ -64,7 +64,11 @@ class Lingering:
             self._transport.close()
             return
         self._is_lingering = True
-        self._transport.write_eof()
+        try:
+            self._transport.write_eof()
+        except OSError:  # the client has reset the connection: nobody reads the reply
+            self._transport.abort()
+            return
         self._transport.resume_reading()
         asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
 

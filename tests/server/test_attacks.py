@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import logging
 import socket
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import h11
 import httpx
 import pytest
 
@@ -203,6 +206,31 @@ def test_who_still_sends_reads_why_it_is_refused(server, begin, filler, status, 
         reply.begin()
         assert (reply.status, json.loads(reply.read())["error"]["code"]) == (status, code)
     assert post(server, BODY).status_code == 200
+
+
+def test_a_connection_that_the_client_has_reset_is_closed_without_an_error():
+    """Before the event loop has heard of it, which no client can time."""
+
+    async def close_after_a_reset() -> bool:
+        transports: asyncio.Queue[asyncio.Transport] = asyncio.Queue()
+
+        class Kept(asyncio.Protocol):
+            def connection_made(self, transport):
+                transports.put_nowait(transport)
+
+        listening = await asyncio.get_running_loop().create_server(Kept, "127.0.0.1", 0)
+        with socket.create_connection(listening.sockets[0].getsockname()) as raw:
+            transport = await transports.get()
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() sends a reset
+        conn = h11.Connection(h11.SERVER)
+        conn.receive_data(b"no HTTP\r\n\r\n")
+        with pytest.raises(h11.RemoteProtocolError):
+            conn.next_event()
+        connections.Lingering(transport, conn).close()
+        listening.close()
+        return transport.is_closing()
+
+    assert asyncio.run(close_after_a_reset())
 
 
 def test_who_sends_on_for_long_is_cut_off(server, monkeypatch):
