@@ -303,11 +303,15 @@ def test_log_probabilities_are_bounded_in_sum(server, monkeypatch):
     assert post(server, {**BODY, "prompt": prompts, "echo": True, "logprobs": 5, "max_tokens": 0}).status_code == 200
 
 
+ENDLESS = {"logit_bias": {"2": -100}}
+"""The model draws at random, and its token 2 would end a reply."""
+
+
 def test_length_is_judged_before_work(server):
     """Four megabytes of a prompt are refused while another stream goes on."""
     with (
         server.client() as http,
-        http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 300, "stream": True}) as stream,
+        http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 300, "stream": True, **ENDLESS}) as stream,
     ):
         lines = stream.iter_lines()
         next(lines)
