@@ -17,8 +17,8 @@ from edgepatch.known_models import find
 from edgepatch.runtimes import load_runtime
 from edgepatch.training.pairs.preferences import PairPrompt, write_pairs
 
-NUM_SAMPLED_PROMPTS = 98
-"""What the shipped patch was trained on: 227 pairs from 79 of them."""
+NUM_SAMPLED_PROMPTS = 196
+"""What detox was trained on: 432 pairs from all of them in joint training, 227 from the first 98 before."""
 
 NUM_PARAGRAPHS = 100
 CONTEXT = 4096

@@ -61,13 +61,22 @@ def in_order(parts: Sequence[Patch]) -> list[Patch]:
 
 
 def trained_alone(parts: Sequence[Patch]) -> list[str]:
-    """Names of the parts whose training knew no other patch, as far as their records say; sorted.
+    """Names of the patches whose training knew no other patch and that stand beside others, as far as records say; sorted.
 
     The attention of a position is shared by all cells, so what such a part does alone says little of what it does beside others: of
     SmolLM2's three patches, trained one by one, the one against harm has no measurable effect left (docs/results/safety.md).
     """
-    alone = [part for part in parts if part.training.get("kind") in ALONE and not part.training.get("company")]
-    return sorted(part.name for part in alone) if len(parts) > 1 else []
+    return sorted(name for part in parts for name in _alone_in(part, has_company=len(parts) > 1))
+
+
+def _alone_in(part: Patch, has_company: bool) -> list[str]:
+    """Names of what a part is made of and that learned alone; none of a composition that was itself measured."""
+    record = part.training
+    if record.get("method") == METHOD:
+        names = record.get("trained_alone")
+        is_known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return list(names) if is_known and not part.evaluation else []
+    return [part.name] if has_company and record.get("kind") in ALONE and not record.get("company") else []
 
 
 def trained_alone_in_words(names: Sequence[str]) -> str:

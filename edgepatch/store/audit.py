@@ -103,18 +103,18 @@ def check_composition(
     name = f"base {record.title} ({base_id(ModelSpec.from_dict(record.spec))[:12]})"
     if not record.active and record.why_off:
         return None, [Finding("warning", name, f"runs without a patch, by word: {record.why_off}")]
-    if len(record.active) < 2:
-        return None, []
     try:
         parts = [store.load_stored(digest, state, trust) for digest in record.active]
     except (InputError, UntrustedError):
         return None, []
+    alone = trained_alone(parts)  # one file may hold several
+    findings = [Finding("warning", name, trained_alone_in_words(alone))] if alone else []
+    if len(parts) < 2:
+        return None, findings
     try:
         patch = compose_on_device(parts)
     except EdgepatchError as error:
         return None, [Finding("error", name, f"its active patches cannot stand side by side: {error}")]
-    alone = trained_alone(parts)
-    findings = [Finding("warning", name, trained_alone_in_words(alone))] if alone else []
     return {"digest": patch.digest, "num_virtual_tokens": patch.num_virtual_tokens, "trained_alone": alone}, findings
 
 

@@ -21,7 +21,7 @@ class Change:
         is_new: whether anything changed.
         signed_by: ids of the keys that vouch for it; none for an unsigned patch.
         beside: the other active patches of its base, by their digests.
-        trained_alone: names of these and of itself whose training knew no other patch; none where nothing stands beside it.
+        trained_alone: names of these, of itself and of its parts whose training knew no other patch; none where nothing stands beside it.
     """
 
     digest: str

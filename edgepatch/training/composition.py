@@ -14,7 +14,7 @@ from edgepatch.converters.gguf import specs
 from edgepatch.converters.gguf.header import read_header
 from edgepatch.converters.hf import folders, rotary, seeds
 from edgepatch.errors import InputError
-from edgepatch.patch.composition import METHOD, composed_anchoring, composed_seed, in_order
+from edgepatch.patch.composition import METHOD, composed_anchoring, composed_seed, in_order, trained_alone
 from edgepatch.patch.file import Patch
 from edgepatch.patch.sketches import compare
 from edgepatch.prompts.genders import own_training_prompts
@@ -159,7 +159,8 @@ def _record(parts: Sequence[Patch]) -> dict[str, Any]:
         {"name": p.name, "version": p.version, "digest": p.digest, "num_virtual_tokens": p.num_virtual_tokens}
         for p in parts
     ]
-    return {"method": METHOD, "parts": records}
+    alone = trained_alone(parts)
+    return {"method": METHOD, "parts": records, **({"trained_alone": alone} if alone else {})}
 
 
 def _inherited(parts: Sequence[Patch]) -> dict[str, Any]:

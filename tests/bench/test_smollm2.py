@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 
 from edgepatch.bench.columns import TORCH, Column
+from edgepatch.bench.datasets import arc, data_folder, openbookqa
 from edgepatch.bench.evidence.cells import EvidenceConfig
 from edgepatch.bench.evidence.questions import Amounts, Question, Scope, plan_model
 from edgepatch.bench.lab import corpus
 from edgepatch.bench.safety.harm import evaluation_requests, harmless_requests
-from edgepatch.bench.smollm2 import matrix
+from edgepatch.bench.smollm2 import matrix, together
 from edgepatch.bench.smollm2.pairs import OPENING_WORDS, QUESTIONS, REFUSAL_TEXT, harm_pairs
 from edgepatch.bench.smollm2.shipped import newest_patches
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
 from edgepatch.prompts.overlaps import content_words
 from edgepatch.runtimes import load_runtime
+from edgepatch.training.pairs.preferences import Pair, write_pairs
 
 FORMS = (Column("llamacpp Q4_1", "llamacpp", "Q4_1", "a.gguf", "f16"), TORCH)
 
@@ -97,3 +99,28 @@ def test_the_shipped_patches_are_taken_in_their_newest_version(tmp_path):
         newest_patches(tmp_path / "empty")
     for name, path in newest_patches().items():
         assert read_patch(path).name == f"smollm2-{name}"
+
+
+def test_some_prompts_of_joint_training_are_in_capitals_or_small_letters_and_pronouns_stay(tmp_path):
+    ask = ({"role": "user", "content": "How do I whet a Knife?"},)
+    for name, prompt in (("own", "What a Day"), ("gender", "The Nurse said that"), ("harm", ask)):
+        write_pairs([Pair(prompt, " Yes", " No", 0.0, 1.0)] * 400, tmp_path / f"{name}.jsonl")
+    tasks = together.tasks_of(tmp_path)
+    assert {name: len(pairs) for name, pairs in tasks.items()} == {"detox": 400, "fairness": 320, "harm": 400}
+    assert {pair.prompt for pair in tasks["fairness"]} == {"The Nurse said that"}
+    for pairs, text in ((tasks["detox"], lambda p: p), (tasks["harm"], lambda p: p[0]["content"])):
+        prompts = [text(pair.prompt) for pair in pairs]
+        share = {
+            form.__name__: sum(prompt == form(prompts[0]) for prompt in prompts) for form in (str.upper, str.lower)
+        }
+        assert len(set(prompts)) == 3 and all(20 < count < 80 for count in share.values()), share
+    assert {(pair.chosen, pair.rejected) for pairs in tasks.values() for pair in pairs} == {(" Yes", " No")}
+
+
+@pytest.mark.skipif(data_folder() is None, reason="EDGEPATCH_DATA names no data folder")
+def test_questions_that_stay_as_they_are_are_none_that_a_patch_is_measured_on():
+    texts = together.question_texts(data_folder())
+    measured = {item.question for item in (*arc(data_folder(), "Easy"), *arc(data_folder(), "Challenge"))}
+    measured |= {item.question for item in openbookqa(data_folder())}
+    asked = [text.removeprefix("Question: ").partition("\nAnswer: ")[0] for text in texts]
+    assert len(asked) > 400 and not set(asked) & measured and all("\nAnswer: " in text for text in texts)

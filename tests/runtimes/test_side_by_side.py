@@ -11,7 +11,7 @@ import pytest
 
 from edgepatch.cli import main
 from edgepatch.errors import InactivePatchError, InputError, MismatchError
-from edgepatch.patch.composition import compose_on_device
+from edgepatch.patch.composition import compose_on_device, trained_alone
 from edgepatch.patch.file import Patch, patch_bytes, read_patch, write_patch
 from edgepatch.runtimes import load_runtime
 from edgepatch.seeds.anchoring import Anchoring
@@ -84,6 +84,46 @@ def test_patches_that_were_trained_alone_are_named(parts, tiny_folder, tmp_path,
     assert ("trained alone" in " ".join(capfd.readouterr().err.split())) is bool(alone)
     with load_runtime(tiny_folder, tmp_path / "gender.safetensors") as session:
         assert not session.slot.notes, "one patch has no company"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "evaluation", "is_named"),
+    [
+        (["gender", "harm"], {}, True),
+        (["gender", "harm"], {"results": []}, False),
+        ([], {}, False),
+        ("gender", {}, False),
+        ([7], {}, False),
+    ],
+)
+def test_a_composed_file_names_parts_that_were_trained_alone_until_it_is_measured(
+    parts, recorded, evaluation, is_named
+):
+    whole = replace(
+        compose_on_device(parts),
+        training={"method": "side by side", "parts": [], "trained_alone": recorded},
+        evaluation=evaluation,
+    )
+    assert trained_alone([whole]) == (recorded if is_named else [])
+
+
+def test_a_composed_file_of_patches_that_were_trained_alone_warns_wherever_it_runs(
+    parts, tiny_folder, tmp_path, capfd, monkeypatch
+):
+    from edgepatch.training.composition import compose
+
+    alone = [replace(part, training={"kind": "soft_prompt"}) for part in parts[:2]]
+    whole = compose(alone, tiny_folder, "all", "1.0.0")
+    assert whole.training["trained_alone"] == ["gender", "harm"]
+    write_patch(whole, tmp_path / "all.safetensors")
+    with load_runtime(tiny_folder, tmp_path / "all.safetensors") as session:
+        assert session.slot.notes[0].startswith("trained alone, not for company: gender, harm;")
+    store = Store(tmp_path / "store")
+    assert store.apply(tmp_path / "all.safetensors", UNSIGNED).trained_alone == ("gender", "harm")
+    monkeypatch.setattr(sys, "argv", ["edgepatch", "status", "--store", str(store.folder)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "trained alone, not for company: gender, harm" in " ".join(capfd.readouterr().err.split())
 
 
 def test_side_by_side(model, parts, files, tmp_path):
