@@ -101,26 +101,30 @@ DIRECTION = "direction."
 """Name of a layer's vector in the file, before the layer's number; the first layer has none."""
 
 
-def write_control_vector(spec: ModelSpec, norm: float, target: Path, rng_seed: int = 0) -> None:
-    """Writes random directions, one a layer, in llama.cpp's form of a control vector: they cost what a trained one costs.
+def random_directions(spec: ModelSpec, norm: float, rng_seed: int = 0) -> NDArray[np.float32]:
+    """(L, D) directions of a given length: as a control vector they cost what trained ones cost."""
+    directions = np.random.default_rng(rng_seed).standard_normal((spec.num_hidden_layers, spec.hidden_size))
+    directions *= norm / np.linalg.norm(directions, axis=1, keepdims=True)
+    return directions.astype(np.float32)
+
+
+def write_control_vector(spec: ModelSpec, directions: NDArray[np.float32], target: Path) -> None:
+    """Writes directions, one a layer, in llama.cpp's form of a control vector.
 
     Args:
         spec: the model.
-        norm: length of each direction.
+        directions: (L, D) float32, added to what each layer gives; that of the first layer has no place in the form.
         target: the GGUF file; it appears complete or not at all.
-        rng_seed: of the directions.
     """
     import gguf
 
-    directions = np.random.default_rng(rng_seed).standard_normal((spec.num_hidden_layers, spec.hidden_size))
-    directions *= norm / np.linalg.norm(directions, axis=1, keepdims=True)
     with tempfile.TemporaryDirectory() as folder:
         writer = gguf.GGUFWriter(Path(folder) / "vector.gguf", "controlvector")
         try:
             writer.add_string("controlvector.model_hint", spec.model_type)
             writer.add_uint32("controlvector.layer_count", spec.num_hidden_layers - 1)
             for layer in range(1, spec.num_hidden_layers):
-                writer.add_tensor(f"{DIRECTION}{layer}", directions[layer].astype(np.float32))
+                writer.add_tensor(f"{DIRECTION}{layer}", directions[layer])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()

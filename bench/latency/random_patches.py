@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch.bench.arms import read_control_vector, write_control_vector
+from edgepatch.bench.arms import random_directions, read_control_vector, write_control_vector
 from edgepatch.converters import rope
 from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.converters.llamacpp import layout as llamacpp_layout
@@ -143,7 +143,8 @@ class Adapters:
         }
         for rank in ranks:
             write_random_lora(runtime.header, rank, self.files[f"lora-r{rank}"])
-        write_control_vector(runtime.spec, 1.0, self.files["control-vector"])
+        directions = random_directions(runtime.spec, 1.0)
+        write_control_vector(runtime.spec, directions, self.files["control-vector"])
         self._loras = {
             name: runtime.model.load_lora(path) for name, path in self.files.items() if name.startswith("lora")
         }

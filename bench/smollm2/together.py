@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def typed(pairs: Sequence[Pair]) -> list[Pair]:
     return [replace(pair, prompt=_in_form(pair.prompt, form)) for pair, form in zip(pairs, forms, strict=True)]
 
 
-def _in_form(prompt: PairPrompt, form: type[str]) -> PairPrompt:
+def _in_form(prompt: PairPrompt, form: Callable[[str], str]) -> PairPrompt:
     if isinstance(prompt, str):
         return form(prompt)
     return tuple({**message, "content": form(message["content"])} for message in prompt)
@@ -104,7 +104,8 @@ def main(data: Path, out: Path, config: TrainConfig = CONFIG) -> None:
         config: hyperparameters.
     """
     tasks = tasks_of(out)
-    starts = [read_patch(PATCHES / f"smollm2-{name}-{START_VERSION}.safetensors").kv_seed for name in tasks]
+    files = [PATCHES / f"smollm2-{name}-{START_VERSION}.safetensors" for name in tasks]
+    starts = [seed for seed in (read_patch(file).kv_seed for file in files) if seed is not None]
     names, run = [f"smollm2-{name}" for name in tasks], out / "run"
     with logged(out / "together.log", print, kept=lambda: f"{run} goes on with the same command") as progress:
         training = PatchTraining(find("smollm2"), config, run=run, tell=print, progress=progress)
@@ -114,4 +115,4 @@ def main(data: Path, out: Path, config: TrainConfig = CONFIG) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -7,6 +7,7 @@ changes not a bit. Attention is a softmax over all cells, so no part sees anothe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -73,9 +74,9 @@ def _alone_in(part: Patch, has_company: bool) -> list[str]:
     """Names of what a part is made of and that learned alone; none of a composition that was itself measured."""
     record = part.training
     if record.get("method") == METHOD:
-        names = record.get("trained_alone")
+        names: Any = record.get("trained_alone")
         is_known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        return list(names) if is_known and not part.evaluation else []
+        return names if is_known and not part.evaluation else []
     return [part.name] if has_company and record.get("kind") in ALONE and not record.get("company") else []
 
 

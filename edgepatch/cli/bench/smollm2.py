@@ -1,4 +1,4 @@
-"""``bench smollm2``: the evidence on a model that people use."""
+"""``bench smollm2``, ``baselines``: the evidence on a model that people use, and what it would take in place of a patch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from edgepatch.cli.bench.door import RESULTS, DataOption, OutOption, bench_app, end_with
+from edgepatch.cli.bench.door import RESULTS, DataOption, OutOption, bench_app, end_with, require_data, use_one_thread
 from edgepatch.cli.bench.safety import amounts_of, print_summary
 from edgepatch.cli.console import LogOption, model_path, note, progress_bars, tell
 
@@ -58,3 +58,33 @@ def smollm2(
     for arm, verdict in document["verdicts"].items():
         tell(f"{arm}: {verdict['sentence']}")
     end_with(failures(document)[:20])
+
+
+@bench_app.command()
+def baselines(
+    pairs: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder that python -m edgepatch.bench.smollm2.make wrote.")
+    ] = Path("out/smollm2"),
+    data: DataOption = None,
+    out: OutOption = RESULTS / "baselines-smollm2.json",
+    work: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the control vectors.")] = Path("out/baselines"),
+    log: LogOption = None,
+) -> None:
+    """What costs a user little in place of a patch on SmolLM2: a control vector of the same pairs, and a guard (half an hour).
+
+    Example: `edgepatch bench baselines --data DATA --pairs out/smollm2`
+    """
+    use_one_thread()
+    from edgepatch.bench.smollm2 import baselines as measurement
+    from edgepatch.bench.smollm2 import matrix
+    from edgepatch.files.writing import write_atomically
+
+    folder = require_data(data)
+    with progress_bars(log or work / "baselines.log") as progress:
+        document = measurement.run(model_path("smollm2"), folder, pairs, work, matrix.AMOUNTS, progress)
+    write_atomically(out, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    for row in document["rows"]:
+        low, high = row["ratio"][1:]
+        tell(
+            f"{row['arm']}, {row['domain']}: {row['bare']:.3f} -> {row['score']:.3f}, {row['ratio'][0]:.2f} [{low:.2f}, {high:.2f}] of bare"
+        )

@@ -196,11 +196,11 @@ def test_only_the_builder_takes_adapters(llama, tmp_path):
 def test_a_control_vector_moves_the_logits_by_its_norm(llama, tmp_path):
     spec, moved = folders.read_spec(llama.base), []
     for norm in (0.0, 0.5, 5.0):
-        arms.write_control_vector(spec, norm, tmp_path / "vector.gguf")
+        arms.write_control_vector(spec, arms.random_directions(spec, norm), tmp_path / "vector.gguf")
         moved.append(distance(llamacpp_logits(llama.full, vector=tmp_path / "vector.gguf"), llama.bare))
     assert moved[0] < 1e-4 < 0.05 < moved[1] < moved[2]
     other = folders.read_spec(make_folder(tmp_path / "other", "llama", num_hidden_layers=3))
-    arms.write_control_vector(other, 1.0, tmp_path / "vector.gguf")
+    arms.write_control_vector(other, arms.random_directions(other, 1.0), tmp_path / "vector.gguf")
     with pytest.raises(InputError, match="expected 1 directions of 64 values, found 2"):
         llamacpp_logits(llama.full, vector=tmp_path / "vector.gguf")
 
