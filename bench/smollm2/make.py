@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from edgepatch.bench import datasets
 from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.bench.safety.harm import HarmDomain
 from edgepatch.bench.safety.toxicity import ToxicityDomain
+from edgepatch.bench.smollm2 import together
 from edgepatch.bench.smollm2.own_samples import SAMPLES, own_pairs, read_own, sample_own, training_prompts
 from edgepatch.bench.smollm2.pairs import gender_pairs, harm_pairs, toxicity_pairs
 from edgepatch.known_models import find
 from edgepatch.runtimes import load_runtime
-from edgepatch.training.pairs.preferences import PairPrompt, write_pairs
+from edgepatch.training.pairs.preferences import write_pairs
 
 NUM_SAMPLED_PROMPTS = 196
 """What detox was trained on: 432 pairs from all of them in joint training, 227 from the first 98 before."""
@@ -34,10 +33,10 @@ def main(data: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_pairs(toxicity_pairs(data), out / "other-models.jsonl")
     write_pairs(gender_pairs(data), out / "gender.jsonl")
-    write_texts(ToxicityDomain(data).benign_texts(), out / "benign-toxicity.jsonl")
+    together.write_texts(ToxicityDomain(data).benign_texts(), out / "benign-toxicity.jsonl")
     paragraphs = datasets.wikitext_paragraphs(data, "valid", NUM_PARAGRAPHS)
-    write_texts([*GenderDomain(data).benign_texts(), *paragraphs], out / "benign-gender.jsonl")
-    write_texts([*HarmDomain(data).benign_texts(), *paragraphs], out / "benign-harm.jsonl")
+    together.write_texts([*GenderDomain(data).benign_texts(), *paragraphs], out / "benign-gender.jsonl")
+    together.write_texts([*HarmDomain(data).benign_texts(), *paragraphs], out / "benign-harm.jsonl")
     prompts, journal = training_prompts(data)[:NUM_SAMPLED_PROMPTS], out / "own-samples.jsonl"
     sequences = SAMPLES.samples_per_prompt
     with load_runtime(find("smollm2"), None, num_sequences=sequences, context_length=CONTEXT) as runtime:
@@ -45,12 +44,7 @@ def main(data: Path, out: Path) -> None:
             pass
         write_pairs(harm_pairs(data, runtime), out / "harm.jsonl")
     write_pairs(own_pairs(read_own(journal)), out / "own.jsonl")
-
-
-def write_texts(texts: Iterable[PairPrompt], file: Path) -> None:
-    """Texts and conversations, as ``train --benign`` reads them."""
-    rows = [{"text": text} if isinstance(text, str) else {"messages": list(text)} for text in texts]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    together.write(data, out)
 
 
 if __name__ == "__main__":

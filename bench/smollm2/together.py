@@ -1,53 +1,27 @@
-"""Trains the shipped patches jointly, from what they are: ``python -m edgepatch.bench.smollm2.together DATA OUT``.
+"""Pairs and benign texts with which the shipped patches were trained together, from what they had become one by one.
 
-Patches that were trained one by one lose most of what they do beside the others. Here each step draws which of them stand beside the one
-whose pairs it reads (``SideBySidePolicy``). ``OUT`` is the folder that ``make`` wrote.
+Trained one by one, they lost most of what they do beside the others (`edgepatch train-together`).
 """
 
 from __future__ import annotations
 
+import json
 import random
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from edgepatch.bench import datasets
 from edgepatch.bench.lab import corpus
-from edgepatch.bench.smollm2.shipped import DOMAIN_OF, PATCHES
-from edgepatch.known_models import find
-from edgepatch.patch.file import read_patch, write_patch
-from edgepatch.progress import logged
+from edgepatch.bench.smollm2.shipped import DOMAIN_OF
 from edgepatch.prompts.sets import evenly
-from edgepatch.training.config import TrainConfig
 from edgepatch.training.forward import BenignText
 from edgepatch.training.pairs.filtering import key_of
-from edgepatch.training.pairs.preferences import Pair, PairPrompt, read_pairs
+from edgepatch.training.pairs.preferences import Pair, PairPrompt, read_pairs, write_pairs
 from edgepatch.training.pairs.prompt_files import read_prompts
-from edgepatch.training.patching import PatchTraining
 
 PAIRS_OF = {"detox": ("own.jsonl", 480), "fairness": ("gender.jsonl", 320), "harm": ("harm.jsonl", 640)}
 """Patch -> its pairs, and how many of them are read: a step reads eight, and a run ends before it has seen more."""
-
-START_VERSION, VERSION = "0.1.0", "0.2.0"
-
-CONFIG = TrainConfig(
-    sft_steps=0,
-    dpo_steps=210,
-    dpo_learning_rate=5e-3,
-    beta=0.1,
-    nll_weight=0.5,
-    kl_weight=2.0,
-    kl_batch_size=6,
-    micro_batch_size=8,
-    block=128,
-    turns=True,
-    front_tokens=0,
-    held_out=0.05,
-    check_every=70,
-    dtype="float32",
-    rng_seed=3,
-)
 
 TYPED_SHARE = 0.12
 """Of the prompts in capitals, and as many in small letters: the answer to a request does not depend on either."""
@@ -95,24 +69,19 @@ def benign_of(data: Path, out: Path) -> list[BenignText]:
     return list({key_of(text): text for text in texts}.values()) + question_texts(data)
 
 
-def main(data: Path, out: Path, config: TrainConfig = CONFIG) -> None:
-    """Writes the trained patches to the folder, unsigned.
+def write(data: Path, out: Path) -> None:
+    """Writes ``together-NAME.jsonl`` and ``benign-together.jsonl``.
 
     Args:
         data: folder of the public data sets.
-        out: pairs and benign texts, as ``make`` writes them; a run that was stopped goes on from there.
-        config: hyperparameters.
+        out: pairs and benign texts of the patches, as ``make`` writes them.
     """
-    tasks = tasks_of(out)
-    files = [PATCHES / f"smollm2-{name}-{START_VERSION}.safetensors" for name in tasks]
-    starts = [seed for seed in (read_patch(file).kv_seed for file in files) if seed is not None]
-    names, run = [f"smollm2-{name}" for name in tasks], out / "run"
-    with logged(out / "together.log", print, kept=lambda: f"{run} goes on with the same command") as progress:
-        training = PatchTraining(find("smollm2"), config, run=run, tell=print, progress=progress)
-        patches = training.segments(list(tasks.values()), starts, benign_of(data, out), names, VERSION, progress)
-    for patch in patches:
-        write_patch(patch, out / f"{patch.name}.safetensors")
+    for name, pairs in tasks_of(out).items():
+        write_pairs(pairs, out / f"together-{name}.jsonl")
+    write_texts(benign_of(data, out), out / "benign-together.jsonl")
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+def write_texts(texts: Iterable[PairPrompt], file: Path) -> None:
+    """Texts and conversations, as ``train --benign`` reads them."""
+    rows = [{"text": text} if isinstance(text, str) else {"messages": list(text)} for text in texts]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

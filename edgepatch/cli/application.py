@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 import edgepatch
 
 VERBS = {
-    "Make a patch": ("pairs", "train", "compose", "convert"),
+    "Make a patch": ("pairs", "train", "train-together", "compose", "convert"),
     "Measure it": ("bench", "demo"),
     "Ship it": ("release", "card", "keygen", "root", "sign", "bundle", "export"),
     "Manage it on a device": (

@@ -84,7 +84,7 @@ def trained_alone_in_words(names: Sequence[str]) -> str:
     """What it means that patches of these names stand beside others."""
     return (
         f"trained alone, not for company: {', '.join(names)}; side by side each may keep little of its gain: measure them together "
-        "(edgepatch bench safety MODEL --patch A --patch B), or get patches that were trained for it (edgepatch train --beside)"
+        "(edgepatch bench safety MODEL --patch A --patch B), or get patches that were trained for it (edgepatch train-together)"
     )
 
 

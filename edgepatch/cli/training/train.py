@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import ForceFlag, JsonFlag, log_beside, model_path, note, print_json, progress_bars
+from edgepatch.cli.console import ForceFlag, JsonFlag, model_path, note, print_json, progress_bars
+from edgepatch.cli.training.options import (
+    BatchSizeOption,
+    BenignOption,
+    BetaOption,
+    BlockOption,
+    DeviceOption,
+    DPOLearningRateOption,
+    DPOStepsOption,
+    DtypeOption,
+    FrontTokensOption,
+    HeldOutOption,
+    KLBatchSizeOption,
+    KLWeightOption,
+    LogOption,
+    MaxTokensOption,
+    MicroBatchSizeOption,
+    NLLWeightOption,
+    PatienceOption,
+    RNGSeedOption,
+    RunOption,
+    SFTLearningRateOption,
+    SFTStepsOption,
+    TurnsOption,
+    benign_texts,
+    config_of,
+    kept_in,
+    log_of,
+    require_base,
+)
 from edgepatch.errors import InputError
 from edgepatch.progress import silent
 
 if TYPE_CHECKING:
-    from edgepatch.patch.file import Patch
     from edgepatch.training.config import TrainConfig
     from edgepatch.training.distillation import Teacher
     from edgepatch.training.forward import BenignText
@@ -28,23 +56,6 @@ LORA_RATES = {"sft_learning_rate": 1e-3, "dpo_learning_rate": 5e-4}
 """Weights move everything at once; a patch takes ten times as much."""
 
 KINDS = ("soft-prompt", "kv", "lora")
-
-
-def _benign_texts(path: Path | None) -> list[BenignText]:
-    from edgepatch.prompts.sets import load_benign_text, load_prompts
-    from edgepatch.training.pairs.prompt_files import read_prompts
-
-    return list(read_prompts(path).prompts) if path else [*load_benign_text("train"), *load_prompts("benign", "train")]
-
-
-def _config(parameters: Mapping[str, Any]) -> TrainConfig:
-    """Of the command's parameters, those that are given and that training knows."""
-    from dataclasses import fields
-
-    from edgepatch.training.config import TrainConfig
-
-    names = {f.name for f in fields(TrainConfig)}
-    return TrainConfig(**{name: value for name, value in parameters.items() if name in names and value is not None})
 
 
 def _teacher(distill: str | None, text: Path | None, any_teacher: bool, pairs_file: Path) -> Teacher | None:
@@ -93,7 +104,7 @@ def _train_lora(
 
     require_new_folder(out)
     pairs, texts = _material(pairs_file, benign, config, run, None)
-    with progress_bars(_log(log, out, run), lambda: _kept(run)) as progress:
+    with progress_bars(log_of(log, out, run), lambda: kept_in(run)) as progress:
         training = LoRATraining(model, config, rank, run, device, teacher)
         record = training.train(pairs, texts, out, progress)
     accuracy = (training.history.preference_accuracy or [float("nan")])[-1]
@@ -115,33 +126,10 @@ def _material(
     from edgepatch.training.runs import require_same_config
     from edgepatch.training.trainer import require_trainable
 
-    pairs, texts = read_pairs(pairs_file), _benign_texts(benign)
+    pairs, texts = read_pairs(pairs_file), benign_texts(benign)
     require_trainable(config, [pairs], texts, reference is not None)
     require_same_config(run, config)
     return pairs, texts
-
-
-def _require_base(model: Path, patches: Sequence[Patch]) -> None:
-    """Raises unless patches are for the model that is to be loaded."""
-    from edgepatch.runtimes import read_spec
-
-    for patch in patches:
-        patch.base.require_same(read_spec(model))
-
-
-def _log(log: Path | None, out: Path, run: Path | None) -> Path | None:
-    return log or (run / "train.log" if run else log_beside(out))
-
-
-def _kept(run: Path | None) -> str:
-    """What a training that was ended has left."""
-    from edgepatch.training.runs import CHECKPOINT_FILE
-
-    if run is None:
-        return "nothing is kept; with --run FOLDER a stopped training goes on where it was"
-    if (run / CHECKPOINT_FILE).is_file():
-        return f"what is trained is kept in {run}; the same command goes on from there"
-    return "nothing is trained yet; the same command starts again"
 
 
 @app.command()
@@ -159,9 +147,7 @@ def train(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help="Patch file to write; with --kind lora a new folder.")
     ],
-    benign: Annotated[
-        Path | None, typer.Option(help="Benign texts or conversations for the KL term; default: the texts shipped.")
-    ] = None,
+    benign: BenignOption = None,
     name: Annotated[str, typer.Option(help="Name of the patch.")] = "patch",
     version: Annotated[str, typer.Option(help="Its version (SemVer).")] = "0.1.0",
     kind: Annotated[
@@ -199,76 +185,37 @@ def train(
     distill_top: Annotated[
         int | None, typer.Option(min=0, help="Likeliest tokens of the teacher that are kept; 0: all. Default: 64.")
     ] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="Run folder: checkpoints and curves; a stopped run goes on from there.")
-    ] = None,
+    run: RunOption = None,
     num_virtual_tokens: Annotated[int, typer.Option(min=1, help="P.")] = 50,
     init: Annotated[str | None, typer.Option(help="text or random.")] = None,
     init_text: Annotated[str | None, typer.Option(help="Instruction whose embeddings start the soft prompt.")] = None,
-    sft_steps: Annotated[int | None, typer.Option(min=0, help="Steps of stage 1.")] = None,
-    sft_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of stage 1.")] = None,
-    dpo_steps: Annotated[int | None, typer.Option(min=0, help="Steps of stage 2.")] = None,
-    dpo_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of stage 2.")] = None,
-    beta: Annotated[float | None, typer.Option(min=0, help="Strength of DPO's tie to its reference.")] = None,
-    nll_weight: Annotated[
-        float | None, typer.Option(min=0, help="Weight of the chosen answers' cross-entropy in stage 2.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs a step.")] = None,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(min=0, help="Pairs in memory at once; the gradient stays the batch's.")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest prompt and answer together.")] = None,
-    block: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="The seed moves on every so many tokens of a text, 8 to 512. Default: 128 where the model's seeds can move.",
-        ),
-    ] = None,
-    turns: Annotated[
-        bool | None,
-        typer.Option(
-            "--turns/--no-turns",
-            help="The seed moves to the opening of each turn of a conversation. Default: where that can be done.",
-            show_default=False,
-        ),
-    ] = None,
+    sft_steps: SFTStepsOption = None,
+    sft_learning_rate: SFTLearningRateOption = None,
+    dpo_steps: DPOStepsOption = None,
+    dpo_learning_rate: DPOLearningRateOption = None,
+    beta: BetaOption = None,
+    nll_weight: NLLWeightOption = None,
+    batch_size: BatchSizeOption = None,
+    micro_batch_size: MicroBatchSizeOption = None,
+    max_tokens: MaxTokensOption = None,
+    block: BlockOption = None,
+    turns: TurnsOption = None,
     pinned: Annotated[
         bool, typer.Option("--pinned", help="The seed stays at the start of the text, where its hold fades.")
     ] = False,
-    front_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Put texts of 20 to so many tokens, or earlier turns, in front of three pairs in four. "
-            "Default: 500 where the seed moves, or what the context has room for.",
-        ),
-    ] = None,
-    kl_weight: Annotated[float | None, typer.Option(min=0, help="Weight of the KL term on benign text.")] = None,
+    front_tokens: FrontTokensOption = None,
+    kl_weight: KLWeightOption = None,
+    kl_batch_size: KLBatchSizeOption = None,
+    held_out: HeldOutOption = None,
     dpo_reference: Annotated[str | None, typer.Option(help="base, sft, or model (with --reference).")] = None,
-    patience: Annotated[
-        int | None, typer.Option(min=0, help="End after so many checks without a better one; 0: never.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the frozen weights: float32, bfloat16, 4bit, or auto: the faster one of the first two that is accurate, "
-            "tried on the model for about a second or a hundredth of the run; default: auto."
-        ),
-    ] = None,
+    patience: PatienceOption = None,
+    dtype: DtypeOption = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
-    rng_seed: Annotated[int, typer.Option(help="Random seed of the order of examples.")] = 1,
-    log: Annotated[
-        Path | None,
-        typer.Option(
-            "--log",
-            metavar="FILE",
-            help="Log of the progress, added to; default: train.log in the run folder, else OUT.log beside the output.",
-        ),
-    ] = None,
+    device: DeviceOption = None,
+    rng_seed: RNGSeedOption = 1,
+    log: LogOption = None,
     force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -292,7 +239,7 @@ def train(
         options = {**options, **{name: LORA_RATES[name] for name in LORA_RATES if options[name] is None}}
     elif rank is not None:
         raise InputError(f"--rank: expected with --kind lora, found with --kind {kind}", hint="leave it out")
-    config = _config(options)
+    config = config_of(options)
     teacher = _teacher(distill, teacher_text, any_teacher, pairs_file)
     if kind == "lora":
         _refuse_for_lora({"--start": start, "--beside": beside, "--weights": weights, "--reference": reference})
@@ -311,8 +258,8 @@ def train(
     pairs, texts = _material(pairs_file, benign, config, run, reference)
     started = read_patch(start) if start else None
     company = [read_patch(file) for file in beside or ()]
-    _require_base(model, [*([started] if started else []), *company])
-    with progress_bars(_log(log, out, run), lambda: _kept(run)) as bars:
+    require_base(model, [*([started] if started else []), *company])
+    with progress_bars(log_of(log, out, run), lambda: kept_in(run)) as bars:
         progress = silent if os.environ.get("RANK", "0") != "0" else bars  # of several processes the first speaks
         training = PatchTraining(model, config, weights or (), run, reference, device, note, progress, teacher)
         if started is not None:

@@ -1,0 +1,1 @@
+"""The verbs that make a patch of pairs, and the pairs."""
