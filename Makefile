@@ -27,7 +27,7 @@ minilm: $(STAMP) ## bring the sentence embeddings of the semantic judges, all-Mi
 
 test: $(STAMP) ## run the tests, on every core
 	@# The models are so small that threads only wait for each other. Compiled modules are kept, for the processes that tests start.
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 5
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

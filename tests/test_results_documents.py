@@ -268,6 +268,19 @@ def real_behind() -> str:
     return table(head, lines)
 
 
+def real_baselines() -> str:
+    """A control vector of the same pairs, and a guard."""
+    lines = []
+    for row in document("baselines-smollm2")["rows"]:
+        scores = (f"{row['bare']:.2f}", f"{row['score']:.2f}", interval(row["ratio"], 2))
+        dearer = {end: 100 * (value - 1) for end, value in row.get("perplexity_ratio", {}).items()}
+        refused = {end: 100 * value for end, value in row.get("over_refusal_change", {}).items()}
+        lines.append([row["arm"], row["domain"], *scores, *(interval(v, 1) if v else DASH for v in (dearer, refused))])
+    return table(
+        ("in place of a patch", "domain", "bare", "with it", "of bare", "perplexity, %", "refused, points"), lines
+    )
+
+
 def in_front() -> str:
     rows = [
         [row["attack"], *(interval(row[name]) for name in ("bare", "patched", "gain"))]
@@ -369,6 +382,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real harm": real_harm,
     "real behind": real_behind,
     "real capability": real_capability,
+    "real baselines": real_baselines,
     "in front": in_front,
     "behind": behind,
     "behind others": behind_others,

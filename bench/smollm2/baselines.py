@@ -111,12 +111,12 @@ def _compared(arm: Measured, bare: Measured) -> dict[str, Any]:
     """The figures of an arm beside the bare model's; EMT@5 where there are samples."""
     one, two = (_headline(each.outcome) for each in (arm, bare))
     figures = {
-        "ratio": list(paired_bootstrap_ratio(one, two)),
-        "gain": list(paired_bootstrap_difference(two, one)),
-        "perplexity_ratio": list(retained.perplexity_ratio(arm.kept, bare.kept)),
-        "over_refusal_change": list(retained.over_refusal_change(arm.kept, bare.kept)),
-        "negative_flips": list(retained.negative_flips(bare.kept.correct, arm.kept.correct)),
-        "positive_flips": list(retained.positive_flips(bare.kept.correct, arm.kept.correct)),
+        "ratio": paired_bootstrap_ratio(one, two)._asdict(),
+        "gain": paired_bootstrap_difference(two, one)._asdict(),
+        "perplexity_ratio": retained.perplexity_ratio(arm.kept, bare.kept)._asdict(),
+        "over_refusal_change": retained.over_refusal_change(arm.kept, bare.kept)._asdict(),
+        "negative_flips": retained.negative_flips(bare.kept.correct, arm.kept.correct)._asdict(),
+        "positive_flips": retained.positive_flips(bare.kept.correct, arm.kept.correct)._asdict(),
     }
     broken = {
         "failures": arm.outcome.failures,
@@ -151,11 +151,11 @@ def _guarded(bare: Measured, controls: Outcome) -> dict[str, Any]:
         "num_items": len(before),
         "score": float(after.mean()),
         "bare": float(before.mean()),
-        "ratio": list(paired_bootstrap_ratio(after, before)),
-        "gain": list(paired_bootstrap_difference(before, after)),
-        "withheld": list(share(np.concatenate(withheld))),
-        "withheld_of_controls": list(
-            share([s > WITHHELD_ABOVE for texts in controls.texts for s in score(list(texts))])
-        ),
+        "ratio": paired_bootstrap_ratio(after, before)._asdict(),
+        "gain": paired_bootstrap_difference(before, after)._asdict(),
+        "withheld": share(np.concatenate(withheld))._asdict(),
+        "withheld_of_controls": share(
+            [s > WITHHELD_ABOVE for texts in controls.texts for s in score(list(texts))]
+        )._asdict(),
         "milliseconds": seconds / sum(map(len, withheld)) * MILLISECONDS,
     }

@@ -77,7 +77,7 @@ def test_a_guard_withholds_rude_continuations_and_they_count_as_kind(texts):
     kept = retained.Retained([], np.zeros(0), np.zeros(0, np.int64), [], np.zeros(0, bool), None)
     row = baselines._guarded(baselines.Measured(outcome, kept), outcome)
     assert row["bare"] == pytest.approx(0.45) and row["score"] == pytest.approx(0.1)
-    assert row["withheld"][0] == row["withheld_of_controls"][0] == pytest.approx(2 / 16)
+    assert row["withheld"]["value"] == row["withheld_of_controls"]["value"] == pytest.approx(2 / 16)
     assert row["milliseconds"] > 0
 
 

@@ -75,6 +75,22 @@ def test_each_goes_on_as_what_it_is_and_is_no_longer_named_as_trained_alone(fold
     assert code and "kind-0.2.0.safetensors" in err and "--force" in err
 
 
+def test_company_stays_as_it_is_and_is_recorded(folder, tiny_folder, tmp_path, capsys):
+    third = replace(read_patch(folder / "fair.safetensors"), name="third")
+    write_patch(third, tmp_path / "third.safetensors")
+    words = [tiny_folder, "--part", part(folder, "kind"), "--part", part(folder, "fair"), "--version", "0.2.0", *STEPS]
+    code, _, err = run(capsys, *words, "--beside", tmp_path / "third.safetensors", "-o", tmp_path / "new")
+    assert code == 0, err
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
+        "fair-0.2.0.safetensors",
+        "kind-0.2.0.safetensors",
+    ]
+    for name in ("kind", "fair"):
+        assert read_patch(tmp_path / "new" / f"{name}-0.2.0.safetensors").training["company"] == [third.digest]
+    code, _, err = run(capsys, *words, "--beside", folder / "kind.safetensors", "-o", tmp_path / "other")
+    assert code and "kind twice" in " ".join(err.split()) and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [

@@ -84,7 +84,6 @@ def baselines(
         document = measurement.run(model_path("smollm2"), folder, pairs, work, matrix.AMOUNTS, progress)
     write_atomically(out, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     for row in document["rows"]:
-        low, high = row["ratio"][1:]
-        tell(
-            f"{row['arm']}, {row['domain']}: {row['bare']:.3f} -> {row['score']:.3f}, {row['ratio'][0]:.2f} [{low:.2f}, {high:.2f}] of bare"
-        )
+        ratio = row["ratio"]
+        change = f"{row['bare']:.3f} -> {row['score']:.3f}, {ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] of bare"
+        tell(f"{row['arm']}, {row['domain']}: {change}")

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from edgepatch.training.pairs.preferences import Pair
 
 
-def _parts(named: list[str]) -> tuple[list[Patch], list[list[Pair]]]:
-    """(patches, pairs of each), as they were named.
+def _parts(named: list[str], company: list[Patch]) -> tuple[list[Patch], list[list[Pair]]]:
+    """(patches, pairs of each), as they were named; all can stand beside the company.
 
     Raises:
         InputError: a name has another form, fewer than two are named, a file cannot be read, or they cannot stand side by side.
@@ -68,7 +68,7 @@ def _parts(named: list[str]) -> tuple[list[Patch], list[list[Pair]]]:
             f"--part: expected PATCH=PAIRS, found {wrong}", hint="as in --part detox.safetensors=own.jsonl"
         )
     patches = [read_patch(Path(patch)) for patch, _, _ in files]
-    in_order(patches)
+    in_order([*patches, *company])
     return patches, [read_pairs(Path(pairs)) for _, _, pairs in files]
 
 
@@ -100,6 +100,9 @@ def train_together(
         typer.Option("--out", "-o", metavar="DIR", help="Folder for the trained patches, NAME-VERSION.safetensors."),
     ],
     version: Annotated[str, typer.Option(help="Version of all of them (SemVer).")],
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="Patch to train beside, which stays as it is; repeat for several.")
+    ] = None,
     benign: BenignOption = None,
     run: RunOption = None,
     sft_steps: SFTStepsOption = 0,
@@ -133,7 +136,7 @@ def train_together(
     --version 0.2.0 -o together`
     """
     from edgepatch.files.writing import require_new_file
-    from edgepatch.patch.file import write_patch
+    from edgepatch.patch.file import read_patch, write_patch
     from edgepatch.patch.manifest import require_option
     from edgepatch.training import parallel
     from edgepatch.training.page import write_training_page
@@ -143,19 +146,20 @@ def train_together(
 
     require_option("version", version)
     config = config_of(context.params)
-    patches, tasks = _parts(parts)
+    company = [read_patch(file) for file in beside or ()]
+    patches, tasks = _parts(parts, company)
     starts, texts = [_start(patch) for patch in patches], benign_texts(benign)
     files = [out / f"{patch.name}-{version}.safetensors" for patch in patches]
     for file in files:
         require_new_file(file, force)
     require_trainable(config, tasks, texts, has_reference=False)
     require_same_config(run, config)
-    require_base(model, patches)
+    require_base(model, [*patches, *company])
     with progress_bars(log_of(log, out, run), lambda: kept_in(run)) as bars:
         progress = silent if os.environ.get("RANK", "0") != "0" else bars  # of several processes the first speaks
         training = PatchTraining(model, config, (), run, None, device, note, progress)
         names = [patch.name for patch in patches]
-        trained = training.segments(tasks, starts, texts, names, version, progress)
+        trained = training.segments(tasks, starts, texts, names, version, progress, company)
         if parallel.world()[0]:
             return  # the first process writes
         created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
