@@ -218,15 +218,18 @@ def real_forms() -> str:
     return table(head, rows)
 
 
-def real_harm() -> str:
-    cells = {(row["arm"], row["column"]): row for row in document("smollm2-harm")["cells"]}
+def real_alone() -> str:
+    """Each patch in its own domain, on as many prompts as its record holds."""
     rows = []
-    for column in dict.fromkeys(column for _, column in cells):
-        bare, patched = cells["bare", column], cells["patch", column]
-        costs = [figure(patched, "over_refusal_change", 1, 100), figure(patched, "margin_retention")]
-        rows.append([column, figure(bare, "score"), figure(patched, "score"), figure(patched, "of_bare"), *costs])
-    head = ("on", "takes it up, bare", "patched", "of bare", "refused, points", "kept, by margins")
-    return table(head, rows)
+    for name in ("smollm2", "smollm2-fairness", "smollm2-harm"):
+        results = document(name)
+        bare, patched = (next(row for row in results["cells"] if row["patched"] is is_on) for is_on in (False, True))
+        field = "emt5" if patched["domain"] == "toxicity" else "score"
+        of_bare = figure(patched, "emt5_of_bare" if field == "emt5" else "of_bare")
+        costs = [figure(patched, "perplexity_change", 1), figure(patched, "over_refusal_change", 1, 100)]
+        patch = f"{results['patch']['name'].removeprefix('smollm2-')} {results['patch']['version']}"
+        rows.append([patch, str(patched["num_items"]), figure(bare, field), figure(patched, field), of_bare, *costs])
+    return table(("patch alone", "items", "bare", "patched", "of bare", "perplexity, %", "refused, points"), rows)
 
 
 REAL_TASKS = {
@@ -379,7 +382,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipped": shipped,
     "real": real,
     "real forms": real_forms,
-    "real harm": real_harm,
+    "real alone": real_alone,
     "real behind": real_behind,
     "real capability": real_capability,
     "real baselines": real_baselines,

@@ -12,6 +12,7 @@ import typer
 from edgepatch.cli.bench.door import RESULTS, DataOption, OutOption, bench_app, end_with, require_data, use_one_thread
 from edgepatch.cli.bench.safety import amounts_of, print_summary
 from edgepatch.cli.console import LogOption, model_path, note, progress_bars, tell
+from edgepatch.errors import InputError
 
 
 @bench_app.command()
@@ -20,6 +21,9 @@ def smollm2(
         list[str] | None,
         typer.Option("--on", metavar="TYPE", help="Only these further forms. Default: all eleven."),
     ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Only the file as it is published, and no further form.")
+    ] = False,
     prompts: Annotated[int | None, typer.Option(min=2, help="Prompts of toxicity. Default: 24.")] = None,
     samples: Annotated[int | None, typer.Option(min=5, help="Continuations of each. Default: 8.")] = None,
     items: Annotated[int | None, typer.Option(min=2, help="Prompts of gender, requests of harm. Default: 24.")] = None,
@@ -46,8 +50,11 @@ def smollm2(
     from edgepatch.bench.smollm2.shipped import newest_patches
     from edgepatch.files.writing import write_atomically
 
+    if published and on:
+        raise InputError("--published: expected no --on beside it, for it names further forms")
+    types = () if published else on or matrix.TYPES
     amounts = amounts_of(matrix.AMOUNTS, prompts, samples, items, requests)
-    question = matrix.question_of(model_path("smollm2"), newest_patches(), on or matrix.TYPES, amounts, workers, 1)
+    question = matrix.question_of(model_path("smollm2"), newest_patches(), types, amounts, workers, 1)
     kept = f"what is measured is kept in {work}; the same command goes on from there"
     with progress_bars(log or work / "evidence.log", lambda: kept) as progress:
         document = matrix.run(question, work, data_folder(data), progress, note)
