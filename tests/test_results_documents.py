@@ -159,20 +159,22 @@ REAL_ARMS = {
     "harm": "harm patch",
     "patch": "all three",
 }
-REAL = "evidence-smollm2"
+REAL, REAL_BEFORE = "evidence-smollm2", "evidence-smollm2-0.1.0"
+"""Of the patches that were trained together, and of those that they were trained from, one by one."""
 
 
-def real_cell(arm: str, domain: str, column: str) -> Row:
+def real_cell(arm: str, domain: str, column: str, file: str = REAL) -> Row:
     """Of SmolLM2; empty where the arm was not measured in the domain on this form."""
-    rows = document(REAL)["cells"]
+    rows = document(file)["cells"]
     return next((r for r in rows if (r["arm"], r["domain"], r["column"]) == (arm, domain, column)), {})
 
 
 def real() -> str:
     column = "llamacpp Q4_1"
     rows = []
-    for arm, name in REAL_ARMS.items():
-        toxicity, gender, harm = (real_cell(arm, domain, column) for domain in DOMAINS)
+    files = [(REAL, REAL_ARMS), (REAL_BEFORE, {"patch": "all three of 0.1.0"})]
+    for file, arm, name in ((file, arm, name) for file, arms in files for arm, name in arms.items()):
+        toxicity, gender, harm = (real_cell(arm, domain, column, file) for domain in DOMAINS)
         costs = [
             figure(toxicity or gender or harm, f"{field}_change", 1, scale)
             for field, scale in (("perplexity", 1), ("over_refusal", 100))
@@ -197,11 +199,11 @@ def real() -> str:
 
 
 def real_forms() -> str:
-    """Each patch alone, and all of them side by side, in the domain that it was made for."""
+    """Each patch alone, and all of them side by side, in the domain that it was made for, as they were before joint training."""
     rows = []
-    for column in dict.fromkeys(row["column"] for row in document(REAL)["cells"]):
+    for column in dict.fromkeys(row["column"] for row in document(REAL_BEFORE)["cells"]):
         for names in (("detox", "fairness", "harm"), ("patch",) * 3):
-            toxicity, gender, harm = map(real_cell, names, DOMAINS, (column,) * 3)
+            toxicity, gender, harm = map(real_cell, names, DOMAINS, (column,) * 3, (REAL_BEFORE,) * 3)
             of_bare = [figure(toxicity, "emt5_of_bare"), figure(gender, "of_bare"), figure(harm, "of_bare")]
             kept = [figure(row, "margin_retention") for row in (toxicity, gender, harm)]
             rows.append([column, "alone" if "harm" in names else "all three", *of_bare, *kept])
@@ -245,7 +247,8 @@ def real_capability() -> str:
     rows = []
     for run in document("harness-smollm2")["rows"]:
         name = run["patch"]["name"]
-        patches = "all three" if "." in name else name.removeprefix("smollm2-")
+        (version,) = set(re.findall(r"-(\d+\.\d+\.\d+)\.safetensors", run["command"]))
+        patches = f"{'all three' if '.' in name else name.removeprefix('smollm2-')} {version}"
         for score in (score for score in run["scores"] if score["metric"] == "acc"):
             percent = [
                 interval({key: 100 * score[side][key] for key in ("value", "low", "high")}, 1)
@@ -269,19 +272,6 @@ def real_behind() -> str:
         lines.append([name, *scores, *(figure(arms[arm], "emt5_gain") for arm in ("detox", "patch"))])
     head = ("where", "EMT@5 bare", "detox patch", "all three", "gain of detox", "gain of all three")
     return table(head, lines)
-
-
-def real_baselines() -> str:
-    """A control vector of the same pairs, and a guard."""
-    lines = []
-    for row in document("baselines-smollm2")["rows"]:
-        scores = (f"{row['bare']:.2f}", f"{row['score']:.2f}", interval(row["ratio"], 2))
-        dearer = {end: 100 * (value - 1) for end, value in row.get("perplexity_ratio", {}).items()}
-        refused = {end: 100 * value for end, value in row.get("over_refusal_change", {}).items()}
-        lines.append([row["arm"], row["domain"], *scores, *(interval(v, 1) if v else DASH for v in (dearer, refused))])
-    return table(
-        ("in place of a patch", "domain", "bare", "with it", "of bare", "perplexity, %", "refused, points"), lines
-    )
 
 
 def in_front() -> str:
@@ -385,7 +375,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "real alone": real_alone,
     "real behind": real_behind,
     "real capability": real_capability,
-    "real baselines": real_baselines,
     "in front": in_front,
     "behind": behind,
     "behind others": behind_others,

@@ -25,7 +25,7 @@ def clients(
 ) -> None:
     """Install ten clients from PyPI and npm, and run each against `edgepatch serve`: bench/results/clients.json.
 
-    Example: `edgepatch bench clients SmolLM2-135M-Instruct.Q4_1.gguf --patch patches/smollm2-detox-0.1.0.safetensors`
+    Example: `edgepatch bench clients SmolLM2-135M-Instruct.Q4_1.gguf --patch patches/smollm2-detox-0.2.0.safetensors`
     """
     from edgepatch.bench.clients import run
 

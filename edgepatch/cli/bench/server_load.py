@@ -28,7 +28,7 @@ def server_load(
 ) -> None:
     """Ask a server from many sides, with cancelled, malformed and over-long requests among them: bench/results/server.json.
 
-    Example: `edgepatch bench server-load SmolLM2-135M-Instruct.Q4_1.gguf --patch patches/smollm2-detox-0.1.0.safetensors`
+    Example: `edgepatch bench server-load SmolLM2-135M-Instruct.Q4_1.gguf --patch patches/smollm2-detox-0.2.0.safetensors`
     """
     from edgepatch.bench.server_load.run import LoadConfig, run
 
