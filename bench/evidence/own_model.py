@@ -295,6 +295,16 @@ def _worst(row: dict[str, Any]) -> str:
     return str(texts[scores.index(max(scores))] if scores else texts[0])
 
 
+def why_missing(document: Document) -> list[str]:
+    """Each form with what kept it from being measured, once; what was measured there does not matter."""
+    lines = dict[str, None]()
+    for row in (*document["cells"], *document["fronted"]):
+        for reason in row["failed"]:
+            words = reason.partition(f" {row['column']}: ")[2] or reason
+            lines[f"not measured on {row['column']}: {words}"] = None
+    return list(lines)
+
+
 def failures(document: Document) -> list[str]:
     """Why measurements failed."""
     return list(dict.fromkeys(reason for row in [*document["cells"], *document["fronted"]] for reason in row["failed"]))

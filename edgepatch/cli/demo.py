@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgepatch.cli.application import app
-from edgepatch.cli.console import JsonFlag, model_path, note, print_json, print_table, progress_bars, tell
+from edgepatch.cli.console import JsonFlag, model_path, note, print_json, print_table, progress_bars, tell, warn
 from edgepatch.errors import InputError
 
 
@@ -63,6 +63,7 @@ def _real_demo(
 ) -> None:
     from edgepatch.bench.datasets import data_folder
     from edgepatch.bench.demo.real import run_real_demo, shipped_patches
+    from edgepatch.bench.evidence.own_model import why_missing
     from edgepatch.cli.bench.safety import print_summary
 
     if not patches:
@@ -76,6 +77,8 @@ def _real_demo(
         print_json(document)
         return
     print_summary(document)
+    for line in why_missing(document):
+        warn(line)
     for answer in answers:
         print_table(("bare", "patched"), [(answer.bare, answer.patched)], answer.prompt)
     print(f"results {out / 'results.json'}\nreport  {out / 'report.html'}")

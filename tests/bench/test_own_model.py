@@ -14,6 +14,7 @@ from edgepatch.bench.columns import TORCH
 from edgepatch.bench.evidence import forms, workers
 from edgepatch.bench.evidence.cells import CellKey, EvidenceConfig, groups
 from edgepatch.bench.evidence.measuring import Workplace
+from edgepatch.bench.evidence.own_model import why_missing
 from edgepatch.bench.evidence.questions import plan_model
 from edgepatch.bench.evidence.verdict import judge
 from edgepatch.bench.lab import LAB_FOLDER
@@ -239,3 +240,16 @@ def test_a_form_must_keep_the_gain_and_no_domain_may_get_worse():
     assert verdict(detox, there[0], {**there[1], "margin_retention_low": 0.92})["holds"]
     failed = verdict({**detox, "failed": ["out of memory"]})
     assert not failed["holds"] and failed["sentence"].startswith("Not all could be measured")
+
+
+def test_why_a_form_was_not_measured_is_told_once():
+    reason = "harm 0.2.0, one of 3 patches: canary: deviates by 0.11, allowed is 0.10"
+    rows = [
+        {"column": "onnx int8", "failed": [f"{what} patch onnx int8: {reason}"]}
+        for what in ("safety harm", "retained all", "safety gender")
+    ]
+    kept = {"column": "llamacpp Q4_1", "failed": []}
+    odd = {"column": "torch F32", "failed": ["no such file"]}
+    document = {"cells": [*rows, kept], "fronted": [odd]}
+    assert why_missing(document) == [f"not measured on onnx int8: {reason}", "not measured on torch F32: no such file"]
+    assert why_missing({"cells": [kept], "fronted": []}) == []
