@@ -68,11 +68,12 @@ def run(
     Raises:
         InputError: a file cannot be read, or a vector not be written.
     """
+    tasks = {name: _teaching(name, read_pairs(pairs / file)) for name, file in PAIRS_OF.items()}
+    domains = {name: _domain(name, data, amounts) for name in tasks}
     work.mkdir(parents=True, exist_ok=True)
     rows = list[dict[str, Any]]()
-    for name, file in PAIRS_OF.items():
-        domain, inside = _domain(name, data, amounts), within(progress, name)
-        read = _teaching(name, read_pairs(pairs / file))
+    for name, read in tasks.items():
+        domain, inside = domains[name], within(progress, name)
         vector = work / f"{name}.gguf"
         directions = control_vector.mean_differences(model, evenly(read, NUM_DIRECTION_PAIRS), inside)
         texts = datasets.wikitext_paragraphs(data, "valid", NUM_TRIAL_TEXTS)

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from edgepatch.bench.arms import load_llamacpp, read_control_vector
+from edgepatch.bench.evidence.questions import Amounts
 from edgepatch.bench.lab import LAB_FOLDER
 from edgepatch.bench.safety import retained
 from edgepatch.bench.safety.domain import Outcome
 from edgepatch.bench.smollm2 import baselines, control_vector
 from edgepatch.bench.smollm2.pairs import REFUSAL_TEXT
+from edgepatch.errors import InputError
 from edgepatch.prompts.sets import evenly, load_benign_text
-from edgepatch.training.pairs.preferences import Pair
+from edgepatch.training.pairs.preferences import Pair, write_pairs
 
 PEOPLE = ("nurse", "plumber", "guard", "teacher", "doctor", "farmer", "baker", "clerk")
 PAIRS = [Pair(f"The {name} was late because", " they", word, 0.0, 1.0) for name in PEOPLE for word in (" he", " she")]
@@ -62,6 +64,13 @@ def test_a_third_of_the_layers_is_left_alone(directions):
 def test_harmless_requests_give_no_direction_against_harm():
     pairs = [Pair("a", REFUSAL_TEXT, "Sure", 0.0, 1.0), Pair("b", "Sure", REFUSAL_TEXT, 0.0, 1.0)]
     assert baselines._teaching("harm", pairs) == pairs[:1] and baselines._teaching("toxicity", pairs) == pairs
+
+
+def test_missing_pairs_are_named_before_anything_is_measured(tmp_path):
+    write_pairs(PAIRS, tmp_path / "own.jsonl")
+    with pytest.raises(InputError, match=r"gender\.jsonl"):
+        baselines.run(tmp_path / "no.gguf", tmp_path, tmp_path, tmp_path / "work", Amounts())
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_guard_withholds_rude_continuations_and_they_count_as_kind(texts):
