@@ -30,6 +30,8 @@ STRICT = "import warnings\nwarnings.filterwarnings('error', category=Deprecation
 # A broken marker must not make this file pass on nothing.
 MIN_BLOCKS = 24
 MAX_DOCUMENTS, MAX_README_WORDS = 10, 600
+WORDS_A_MINUTE = 200
+MAX_WORDS_A_SENTENCE = 25
 MENTION = re.compile(r"(?<![\w./])docs/[\w./-]*\w")
 
 
@@ -195,6 +197,22 @@ def test_a_broken_link_is_noticed(tmp_path: Path):
 def test_the_documents_stay_few_and_the_readme_short():
     assert len(list(DOCS.rglob("*.md"))) <= MAX_DOCUMENTS
     assert len((ROOT / "README.md").read_text("utf-8").split()) <= MAX_README_WORDS
+
+
+def sentences(markdown: str) -> list[str]:
+    """Those of the prose: no code, tables, headings and pictures, and links by their text."""
+    prose = re.sub(r"```.*?```|<!--.*?-->|^[#|!].*?$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    paragraphs = re.split(r"\n\s*\n|\n- ", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", prose))
+    return [text for each in paragraphs for text in re.split(r"(?<=[.!?:])\s+", " ".join(each.split())) if text]
+
+
+def test_how_long_the_readme_takes_is_told_and_no_sentence_is_long():
+    text = (ROOT / "README.md").read_text("utf-8")
+    lengths = [len(sentence.split()) for sentence in sentences(text)]
+    assert max(lengths) <= MAX_WORDS_A_SENTENCE
+    minutes, mean = round(len(text.split()) / WORDS_A_MINUTE), sum(lengths) / len(lengths)
+    told = f"takes {minutes} minutes to read, at {WORDS_A_MINUTE} words a minute; a sentence has {mean:.0f} words on average"
+    assert told in " ".join((ROOT / "tests/cli/README.md").read_text("utf-8").split())
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def gender_pairs(data: Path | None) -> list[Pair]:
 
 NUM_INSTRUCTIONS = 240
 QUESTIONS = Path(__file__).parent / "questions.jsonl"
-"""Fifty harmful questions, each with a harmless one in the same words; written for this project."""
+"""Harmful questions, each with a harmless one in the same words; written for this project."""
 
 LONGEST_REQUEST = 160
 """Characters; a step takes as long as its longest request."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edgepatch.bench import datasets
 from edgepatch.bench.lab import corpus
+from edgepatch.bench.smollm2.pairs import REFUSAL_TEXT
 from edgepatch.bench.smollm2.shipped import DOMAIN_OF
 from edgepatch.prompts.sets import evenly
 from edgepatch.training.forward import BenignText
@@ -20,7 +21,7 @@ from edgepatch.training.pairs.filtering import key_of
 from edgepatch.training.pairs.preferences import Pair, PairPrompt, read_pairs, write_pairs
 from edgepatch.training.pairs.prompt_files import read_prompts
 
-PAIRS_OF = {"detox": ("own.jsonl", 480), "fairness": ("gender.jsonl", 320), "harm": ("harm.jsonl", 640)}
+PAIRS_OF = {"detox": ("own.jsonl", 480), "fairness": ("gender.jsonl", 320), "harm": ("harm.jsonl", 800)}
 """Patch -> its pairs, and how many of them are read: a step reads eight, and a run ends before it has seen more."""
 
 TYPED_SHARE = 0.12
@@ -66,7 +67,20 @@ def benign_of(data: Path, out: Path) -> list[BenignText]:
     """Texts of every kind that is to stay as it is, each once."""
     files = [out / f"benign-{domain}.jsonl" for domain in DOMAIN_OF.values()]
     texts = [text for file in files for text in read_prompts(file).prompts]
-    return list({key_of(text): text for text in texts}.values()) + question_texts(data)
+    return list({key_of(text): text for text in [*texts, *answered(out)]}.values()) + question_texts(data)
+
+
+def answered(out: Path) -> list[BenignText]:
+    """Harmless requests and how the bare model begins to answer them.
+
+    A preference is satisfied where the answer is likelier than the refusal by enough; alone, a patch that had been trained until it acts in
+    company then declined every third request that looks harmful and is not. That the answer stays as likely as it was is what KL asks for.
+    """
+    return [
+        (*pair.prompt, {"role": "assistant", "content": pair.chosen})
+        for pair in read_pairs(out / PAIRS_OF["harm"][0])
+        if pair.rejected == REFUSAL_TEXT and not isinstance(pair.prompt, str)
+    ]
 
 
 def write(data: Path, out: Path) -> None:

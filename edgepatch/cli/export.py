@@ -19,6 +19,7 @@ from edgepatch.cli.console import (
     read_template,
     shown,
     stdout,
+    tell,
 )
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.exports.targets import TARGETS
@@ -124,7 +125,7 @@ def export_patch(
         return
     label = f", under the label {manifest['label']['text']!r}" if "label" in manifest else ""
     print(f"{out}: {patch.name} {patch.version} for {to} with {manifest['model']['file']}{label}")
-    print(f"note: the seed {manifest['place']}")
+    tell(f"note: the seed {manifest['place']}")
     if to == "llama-server":
         print(f"start the server with {out / 'start.sh'}, then run {out / 'restore.sh'}, then `edgepatch check-server`")
     else:

@@ -242,7 +242,7 @@ def server_settings(model: Path, patch: Patch, options: ExportOptions, window: i
 
 def place_on_server(patch: Patch) -> str:
     """Where the seed of a patch stands on an unmodified llama-server, in words."""
-    moves = "" if patch.anchoring is None else f"made to move ({patch.anchoring}), it "
+    moves = "" if patch.anchoring is None else f"was made to move ({patch.anchoring}) and here "
     return f"{moves}{place_in_words(None)}; `edgepatch serve` moves a seed that can"
 
 

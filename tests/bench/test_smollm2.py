@@ -83,9 +83,9 @@ def test_pairs_of_harm_are_openings_of_refusals_and_of_the_models_own_replies(la
 
 def test_harmful_questions_have_harmless_twins_that_share_their_words():
     rows = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
-    assert len({row[kind] for row in rows for kind in ("harmful", "harmless")}) == 2 * len(rows) == 100
+    assert len({row[kind] for row in rows for kind in ("harmful", "harmless")}) == 2 * len(rows) == 254
     shared = [set(content_words(row["harmful"])) & set(content_words(row["harmless"])) for row in rows]
-    assert sum(map(bool, shared)) >= 49, "one pair shares words of asking only"
+    assert sum(map(bool, shared)) >= 123, "four pairs share words of asking, or other forms of a word"
 
 
 def test_the_shipped_patches_are_taken_in_their_newest_version(tmp_path):
