@@ -8,11 +8,13 @@ the bare model: had both lost the seed, they would agree with that.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edgepatch.converters.gguf import specs
 from edgepatch.converters.llamacpp.state import read_state
@@ -203,6 +205,19 @@ def first_cells(runtime: Session, sequence: int) -> list[bytes]:
     return keys
 
 
+def evaluated(runtime: Session, text: list[int]) -> Iterator[NDArray[np.float32]]:
+    """Logits behind the text, evaluated at once, and then token by token, as replies are.
+
+    A number that lies between two steps of a 4-bit cache is rounded up in one way and down in the other: of 1,000 conversations one
+    is 0.064 of the effect away from the first, and 7e-7 from the second. A lost seed is far from both.
+    """
+    runtime.reset()
+    yield runtime.logits_of_last(text)
+    runtime.reset()
+    *_, last = (runtime.logits_of_last(text[:end]) for end in range(1, len(text) + 1))
+    yield last
+
+
 @pytest.mark.parametrize(("name", "kv_type", "flash_attention", "anchoring", "count"), RUNS)
 def test_no_conversation_loses_the_seed(models, name, kv_type, flash_attention, anchoring, count):
     path = models / f"{name}.gguf"
@@ -220,11 +235,12 @@ def test_no_conversation_loses_the_seed(models, name, kv_type, flash_attention, 
             sequence = caller.converse()
             text = caller.texts[sequence]
             logits = runtime.logits_of_last(text, sequence=sequence)
-            afresh.reset()
-            expected = afresh.logits_of_last(text)
             bare.reset()
-            effect = np.linalg.norm(bare.logits_of_last(text) - expected)
-            lost += not np.linalg.norm(logits - expected) <= TOLERANCE * effect
+            without = bare.logits_of_last(text)
+            lost += not any(
+                np.linalg.norm(logits - expected) <= TOLERANCE * np.linalg.norm(without - expected)
+                for expected in evaluated(afresh, text)
+            )
             if number % 50 == 0 and name == "llama" and anchoring is None:
                 assert first_cells(runtime, sequence) == first_cells(afresh, 0)
     assert lost == 0, f"{lost} of {count}"

@@ -259,6 +259,23 @@ def test_shipped_tasks_from_the_command_line(run, tiny_folder, patch_file, tmp_p
     assert len(items["patched"]["own_copy"]) == len(items["bare"]["own_copy"]) == 3
 
 
+def test_formats_are_asked_in_a_chat_and_scored_by_rule(tiny_folder, tiny_patch):
+    from edgepatch.bench.harness.tasks.format_rules import process_results
+
+    with load_runtime(tiny_folder, tiny_patch) as runtime:
+        comparison = compare(runtime, HarnessConfig(("own_formats",), limit=4, chat=True))
+    assert {(score.task, score.metric, score.num_items) for score in comparison.scores} == {
+        ("own_formats", "strict", 4),
+        ("own_formats", "loose", 4),
+    }
+    assert all(score.patched and score.difference and score.flips for score in comparison.scores)
+    for item in comparison.items["patched"]["own_formats"]:
+        assert json.loads(item["arguments"][0][0]) == [[{"role": "user", "content": item["doc"]["prompt"]}], ""]
+        assert process_results(item["doc"], item["filtered_resps"]) == {
+            name: item[name] for name in ("strict", "loose")
+        }
+
+
 def test_table_of_a_bare_run(run, tiny_folder):
     code, output, _ = run("bench", "harness", tiny_folder, "--bare", "-t", "own_text", "--limit", 2)
     assert code == 0
