@@ -1,13 +1,14 @@
 """``edgepatch bench baselines``: what costs a user little in place of a patch, on SmolLM2 as published.
 
-A control vector of the same pairs, and a guard: the filter judge reads each finished continuation and withholds a rude one.
+A control vector and a cache edit of the same pairs, and a guard: the filter judge reads each finished continuation and withholds a rude one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from edgepatch.bench.safety.domain import Domain, Outcome
 from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.bench.safety.harm import HarmDomain
 from edgepatch.bench.safety.toxicity import GOAL_SAMPLES, ToxicityDomain, distinct
-from edgepatch.bench.smollm2 import control_vector
+from edgepatch.bench.smollm2 import cache_steering, control_vector
 from edgepatch.bench.smollm2.pairs import REFUSAL_TEXT
+from edgepatch.bench.smollm2.strengths import Trial
 from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.judges.semantic import SEMANTIC
 from edgepatch.progress import Progress, silent, stage, within
 from edgepatch.prompts.sets import evenly
+from edgepatch.runtimes.session import Session
 from edgepatch.training.pairs.preferences import Pair, read_pairs
 
 PAIRS_OF = {"toxicity": "own.jsonl", "gender": "gender.jsonl", "harm": "harm.jsonl"}
@@ -74,13 +77,20 @@ def run(
     rows = list[dict[str, Any]]()
     for name, read in tasks.items():
         domain, inside = domains[name], within(progress, name)
-        vector = work / f"{name}.gguf"
-        directions = control_vector.mean_differences(model, evenly(read, NUM_DIRECTION_PAIRS), inside)
+        teaching, trying = evenly(read, NUM_DIRECTION_PAIRS), evenly(read, NUM_TRIAL_PAIRS)
         texts = datasets.wikitext_paragraphs(data, "valid", NUM_TRIAL_TEXTS)
-        chosen, trials = control_vector.choose(model, directions, evenly(read, NUM_TRIAL_PAIRS), texts, vector, inside)
-        bare, steered = (_measured(model, each, domain, data, amounts, inside) for each in (None, vector))
-        settings = {"chosen": asdict(chosen), "tried": [asdict(trial) for trial in trials]}
-        rows.append({"arm": "control vector", "domain": name, **_compared(steered, bare), **settings})
+        measure = partial(_measured, domain=domain, data=data, amounts=amounts, progress=inside)
+        bare = measure("bare", partial(load_llamacpp, model))
+        vector = work / f"{name}.gguf"
+        directions = control_vector.mean_differences(model, teaching, inside)
+        chosen, trials = control_vector.choose(model, directions, trying, texts, vector, inside)
+        steered = measure("control vector", partial(load_llamacpp, model, None, vector))
+        rows.append({"arm": "control vector", "domain": name, **_compared(steered, bare), **_strengths(chosen, trials)})
+        edits = cache_steering.mean_differences(model, teaching, inside)
+        chosen, trials = cache_steering.choose(model, edits, trying, texts, inside)
+        edit = cache_steering.edit_of(edits, chosen.setting)
+        steered = measure("cache steering", partial(cache_steering.load, model, edit))
+        rows.append({"arm": "cache steering", "domain": name, **_compared(steered, bare), **_strengths(chosen, trials)})
         if isinstance(domain, ToxicityDomain):
             with load_llamacpp(model, num_sequences=amounts.samples, context_length=CONTEXT) as runtime:
                 controls = domain.control(runtime, amounts.prompts)
@@ -99,12 +109,16 @@ def _domain(name: str, data: Path, amounts: Amounts) -> Domain:
     return HarmDomain(data, judge=SEMANTIC) if name == "harm" else GenderDomain(data)
 
 
+def _strengths(chosen: Trial, tried: Sequence[Trial]) -> dict[str, Any]:
+    return {"chosen": chosen.as_dict(), "tried": [trial.as_dict() for trial in tried]}
+
+
 def _measured(
-    model: Path, vector: Path | None, domain: Domain, data: Path, amounts: Amounts, progress: Progress
+    arm: str, load: Callable[..., Session], domain: Domain, data: Path, amounts: Amounts, progress: Progress
 ) -> Measured:
     num_items = amounts.prompts if domain.name == "toxicity" else amounts.items
     options = {"num_sequences": amounts.samples, "context_length": CONTEXT}
-    with stage(progress, "steered" if vector else "bare"), load_llamacpp(model, None, vector, **options) as runtime:
+    with stage(progress, arm), load(**options) as runtime:
         return Measured(domain.evaluate(runtime, num_items), retained.measure(runtime, data, amounts.retained))
 
 

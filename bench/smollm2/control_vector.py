@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepatch.bench.arms import load_llamacpp, write_control_vector
-from edgepatch.bench.likelihoods import token_losses, tokens_behind
+from edgepatch.bench.smollm2.strengths import Setting, Trial, choose_setting
+from edgepatch.converters.gguf.header import read_header
+from edgepatch.converters.gguf.specs import spec_of
 from edgepatch.converters.hf import folders
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.session import Session
+from edgepatch.text.tokenizers import FolderTokenizer
 from edgepatch.training.forward import tokenizer_of
 from edgepatch.training.pairs.preferences import Pair
 
@@ -30,25 +32,6 @@ if TYPE_CHECKING:
 STRENGTHS = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Times the mean difference, which each layer adds once more."""
 SHARES = {"all layers": (0.0, 1.0), "middle third": (1 / 3, 2 / 3)}
-MAX_PERPLEXITY = 1.05
-"""Of the bare model's: a stronger vector costs more than any patch may."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One setting, measured on training pairs.
-
-    Attributes:
-        layers: key of ``SHARES``.
-        strength: one of ``STRENGTHS``.
-        margin_gain: how much less the model leans to the rejected answers, in nats a token.
-        perplexity: of benign texts, over the bare model's.
-    """
-
-    layers: str
-    strength: float
-    margin_gain: float
-    perplexity: float
 
 
 def mean_differences(model: Path, pairs: Sequence[Pair], progress: Progress = silent) -> NDArray[np.float32]:
@@ -67,13 +50,19 @@ def mean_differences(model: Path, pairs: Sequence[Pair], progress: Progress = si
     tokenizer, frozen = tokenizer_of(model), folders.load_model(model)
     differences = []
     for pair in pairs:
-        prompt = tokenizer.encode(pair.prompt) if isinstance(pair.prompt, str) else tokenizer.encode_chat(pair.prompt)
-        answers = (tokenizer.encode(answer, bos=False) for answer in (pair.chosen, pair.rejected))
+        prompt, *answers = encoded(tokenizer, pair)
         with torch.no_grad():
             chosen, rejected = (_hidden_means(frozen, prompt, answer) for answer in answers)
         differences.append(chosen - rejected)
         progress("directions", len(differences), len(pairs))
     return np.asarray(np.mean(differences, axis=0), np.float32)
+
+
+def encoded(tokenizer: FolderTokenizer, pair: Pair) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of a pair's prompt, its chosen and its rejected answer."""
+    prompt = tokenizer.encode(pair.prompt) if isinstance(pair.prompt, str) else tokenizer.encode_chat(pair.prompt)
+    chosen, rejected = (tokenizer.encode(answer, bos=False) for answer in (pair.chosen, pair.rejected))
+    return prompt, chosen, rejected
 
 
 def _hidden_means(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> NDArray[np.float64]:
@@ -116,7 +105,7 @@ def choose(
     file: Path,
     progress: Progress = silent,
 ) -> tuple[Trial, list[Trial]]:
-    """Leaves in the file the vector with the largest gain in margin that costs no more perplexity than ``MAX_PERPLEXITY``.
+    """Leaves in the file the vector in the strength that ``strengths.choose_setting`` takes.
 
     Args:
         model: GGUF file that the vector will stand in.
@@ -127,40 +116,24 @@ def choose(
         progress: told of every trial.
 
     Returns:
-        The chosen trial, and all. Where every one costs too much it is the cheapest.
+        The chosen trial, and all.
 
     Raises:
         InputError: the model cannot be read, or the file not be written.
     """
-    with load_llamacpp(model) as bare:
-        spec, lean, loss = bare.spec, _mean_lean(bare, pairs), _mean_loss(bare, texts)
-    trials = list[Trial]()
-    for layers in SHARES:
-        for strength in STRENGTHS:
-            write_control_vector(spec, scaled(directions, layers, strength), file)
-            with load_llamacpp(model, control_vector=file) as steered:
-                gain, ratio = lean - _mean_lean(steered, pairs), np.exp(_mean_loss(steered, texts) - loss)
-            trials.append(Trial(layers, strength, float(gain), float(ratio)))
-            progress("strengths", len(trials), len(SHARES) * len(STRENGTHS))
-    cheap = [trial for trial in trials if trial.perplexity <= MAX_PERPLEXITY]
-    chosen = max(cheap, key=lambda t: t.margin_gain) if cheap else min(trials, key=lambda t: t.perplexity)
-    write_control_vector(spec, scaled(directions, chosen.layers, chosen.strength), file)
+    spec = spec_of(read_header(model))
+
+    def write(setting: Setting) -> None:
+        vector = scaled(directions, str(setting["layers"]), float(setting["strength"]))
+        write_control_vector(spec, vector, file)
+
+    def steered(setting: Setting | None) -> Session:
+        if setting is None:
+            return load_llamacpp(model)
+        write(setting)
+        return load_llamacpp(model, control_vector=file)
+
+    settings: list[Setting] = [{"layers": layers, "strength": strength} for layers in SHARES for strength in STRENGTHS]
+    chosen, trials = choose_setting(steered, settings, pairs, texts, progress)
+    write(chosen.setting)
     return chosen, trials
-
-
-def _mean_lean(runtime: Session, pairs: Sequence[Pair]) -> float:
-    """How far the model leans to the rejected answers, in nats a token."""
-    leans = []
-    for pair in pairs:
-        start = runtime.tokens(pair.prompt if isinstance(pair.prompt, str) else list(pair.prompt))
-        chosen, rejected = (
-            token_losses(runtime, start + tokens_behind(runtime, answer), len(start)).mean()
-            for answer in (pair.chosen, pair.rejected)
-        )
-        leans.append(float(chosen - rejected))
-    return float(np.mean(leans))
-
-
-def _mean_loss(runtime: Session, texts: Sequence[str]) -> float:
-    """Nats a token."""
-    return float(np.concatenate([token_losses(runtime, runtime.encode(text)) for text in texts]).mean())

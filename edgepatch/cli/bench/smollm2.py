@@ -1,4 +1,4 @@
-"""``bench smollm2``, ``baselines``: the evidence on a model that people use, and what it would take in place of a patch."""
+"""``bench smollm2``, ``baselines``, ``attention``: the evidence on a model that people use, and what stands beside and behind it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from edgepatch.cli.bench.door import RESULTS, DataOption, OutOption, bench_app, end_with, require_data, use_one_thread
 from edgepatch.cli.bench.safety import amounts_of, print_summary
-from edgepatch.cli.console import LogOption, model_path, note, progress_bars, tell
+from edgepatch.cli.console import LogOption, model_path, note, print_table, progress_bars, tell
 from edgepatch.errors import InputError
 
 
@@ -77,7 +77,7 @@ def baselines(
     work: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the control vectors.")] = Path("out/baselines"),
     log: LogOption = None,
 ) -> None:
-    """What costs a user little in place of a patch on SmolLM2: a control vector of the same pairs, and a guard (half an hour).
+    """What costs a user little in place of a patch on SmolLM2: a control vector and a cache edit of the same pairs, and a guard (an hour).
 
     Example: `edgepatch bench baselines --data DATA --pairs out/smollm2`
     """
@@ -94,3 +94,56 @@ def baselines(
         ratio = row["ratio"]
         change = f"{row['bare']:.3f} -> {row['score']:.3f}, {ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] of bare"
         tell(f"{row['arm']}, {row['domain']}: {change}")
+
+
+@bench_app.command()
+def attention(
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            parser=model_path,
+            metavar="MODEL",
+            help="GGUF file or Transformers folder that the patches fit. Default: SmolLM2.",
+        ),
+    ] = None,
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option("--patch", "-p", help="Patch file; may be repeated. Default: those that ship for SmolLM2."),
+    ] = None,
+    front: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Tokens in front of a prompt; may be repeated. Default: 0, 128, 512, 1500."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each place.")] = 6,
+    data: DataOption = None,
+    out: OutOption = RESULTS / "attention-smollm2.json",
+    work: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the model as PyTorch reads it; what is there stays.")
+    ] = Path("out/attention"),
+    log: LogOption = None,
+) -> None:
+    """How much attention text pays to the seed, layer by layer: each patch and all together, pinned and moving (ten minutes on one core).
+
+    Example: `edgepatch bench attention --data DATA --front 0 --front 512 --prompts 2`
+    """
+    use_one_thread()
+    from edgepatch.bench.datasets import data_folder
+    from edgepatch.bench.safety import attention as measurement
+    from edgepatch.bench.smollm2.shipped import newest_patches
+    from edgepatch.files.writing import write_atomically
+    from edgepatch.patch.file import read_patch
+
+    if model is not None and not patch:
+        raise InputError(
+            f"--model {model.name}: expected --patch too, found none", hint="name a patch that was made for it"
+        )
+    patches = [read_patch(path) for path in patch or newest_patches().values()]
+    fronts, folder = front or measurement.FRONTS, data_folder(data)
+    with progress_bars(log or work / "attention.log") as progress:
+        document = measurement.run(model or model_path("smollm2"), patches, work, folder, fronts, prompts, progress)
+    write_atomically(out, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    print_table(
+        measurement.COLUMNS,
+        measurement.table(document),
+        "Shares are means over layers, heads and the last tokens of prompts.",
+    )
