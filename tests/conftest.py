@@ -15,7 +15,7 @@ from edgepatch.patch.file import Patch
 from edgepatch.tensors import SoftPrompt
 from kit import artefacts as artefacts_kit
 from kit.artefacts import Artefacts, Lazy, gguf_files
-from kit.forks import run_program
+from kit.forks import Workers, run_program
 from kit.real_model import smollm2_file
 
 TEXT = [
@@ -57,6 +57,14 @@ def forked_exporters() -> Iterator[None]:
     """An exporter's imports take ten times as long as its work on a tiny model. Programs that tests start export as users do."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("edgepatch.converters.onnx.exporters.run_program", run_program)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """What a worker imports takes longer than what it measures of a tiny model. Programs that tests start have workers as users do."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("edgepatch.bench.evidence.workers.multiprocessing", Workers())
         yield
 
 

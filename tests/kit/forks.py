@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
@@ -98,6 +98,24 @@ def _run(program: str, arguments: list[str], env: dict[str, str], folder: str, s
         exec(program, {"__name__": "__main__"})
     finally:
         atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
+
+
+class Workers:
+    """``multiprocessing`` for modules that start workers of their own: each is a fork, with the environment of the process that starts it."""
+
+    Pipe = staticmethod(CONTEXT.Pipe)
+
+    def get_context(self, _: str) -> Workers:
+        return self
+
+    def Process(self, *, target: Callable[..., None], args: tuple[object, ...], daemon: bool) -> BaseProcess:
+        return CONTEXT.Process(target=_work, args=(dict(os.environ), target, args), daemon=daemon)
+
+
+def _work(env: dict[str, str], target: Callable[..., None], args: tuple[object, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    target(*args)
 
 
 class Fork:
