@@ -88,10 +88,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def figure(row: Row, field: str, digits: int = 2, scale: float = 1) -> str:
-    """ "0.12 [0.10, 0.14]"; a dash for what was refused."""
+    """ "0.12 [0.10, 0.14]"; a dash for what was refused; the ratio of a gain that may be none has no upper end."""
     if row.get(field) is None:
         return DASH
-    value, low, high = (f"{scale * row[field + end]:.{digits}f}" for end in ("", "_low", "_high"))
+    ends = [row[field + end] for end in ("", "_low", "_high")]
+    value, low, high = ("\u221e" if number is None else f"{scale * number:.{digits}f}" for number in ends)
     return f"{value} [{low}, {high}]"
 
 
@@ -159,8 +160,9 @@ REAL_ARMS = {
     "harm": "harm patch",
     "patch": "all three",
 }
-REAL, REAL_BEFORE = "evidence-smollm2", "evidence-smollm2-0.1.0"
-"""Of the patches that were trained together, and of those that they were trained from, one by one."""
+REAL = "evidence-smollm2"
+REAL_BEFORE = {"evidence-smollm2-0.2.0": "all three of 0.2.0", "evidence-smollm2-0.1.0": "all three of 0.1.0"}
+"""Of the patches as they are, and of those that they were trained from."""
 
 
 def real_cell(arm: str, domain: str, column: str, file: str = REAL) -> Row:
@@ -172,7 +174,7 @@ def real_cell(arm: str, domain: str, column: str, file: str = REAL) -> Row:
 def real() -> str:
     column = "llamacpp Q4_1"
     rows = []
-    files = [(REAL, REAL_ARMS), (REAL_BEFORE, {"patch": "all three of 0.1.0"})]
+    files = [(REAL, REAL_ARMS), *((file, {"patch": name}) for file, name in REAL_BEFORE.items())]
     for file, arm, name in ((file, arm, name) for file, arms in files for arm, name in arms.items()):
         toxicity, gender, harm = (real_cell(arm, domain, column, file) for domain in DOMAINS)
         costs = [
@@ -199,11 +201,11 @@ def real() -> str:
 
 
 def real_forms() -> str:
-    """Each patch alone, and all of them side by side, in the domain that it was made for, as they were before joint training."""
+    """Each patch alone, and all of them side by side, in the domain that it was made for."""
     rows = []
-    for column in dict.fromkeys(row["column"] for row in document(REAL_BEFORE)["cells"]):
+    for column in dict.fromkeys(row["column"] for row in document(REAL)["cells"]):
         for names in (("detox", "fairness", "harm"), ("patch",) * 3):
-            toxicity, gender, harm = map(real_cell, names, DOMAINS, (column,) * 3, (REAL_BEFORE,) * 3)
+            toxicity, gender, harm = map(real_cell, names, DOMAINS, (column,) * 3)
             of_bare = [figure(toxicity, "emt5_of_bare"), figure(gender, "of_bare"), figure(harm, "of_bare")]
             kept = [figure(row, "margin_retention") for row in (toxicity, gender, harm)]
             rows.append([column, "alone" if "harm" in names else "all three", *of_bare, *kept])
@@ -235,6 +237,7 @@ def real_alone() -> str:
 
 
 REAL_TASKS = {
+    "own_formats": "formats, by rule",
     "blimp_data": "BLiMP",
     "arc_easy_data": "ARC-Easy",
     "arc_challenge_data": "ARC-Challenge",
@@ -243,13 +246,13 @@ REAL_TASKS = {
 
 
 def real_capability() -> str:
-    """Accuracy by likelihood."""
+    """Accuracy by likelihood, and of formats the share that a rule finds kept; patches of several versions go by the newest."""
     rows = []
     for run in document("harness-smollm2")["rows"]:
         name = run["patch"]["name"]
-        (version,) = set(re.findall(r"-(\d+\.\d+\.\d+)\.safetensors", run["command"]))
+        version = max(re.findall(r"-(\d+\.\d+\.\d+)\.safetensors", run["command"]))
         patches = f"{'all three' if '.' in name else name.removeprefix('smollm2-')} {version}"
-        for score in (score for score in run["scores"] if score["metric"] == "acc"):
+        for score in (score for score in run["scores"] if score["metric"] in ("acc", "strict")):
             percent = [
                 interval({key: 100 * score[side][key] for key in ("value", "low", "high")}, 1)
                 for side in ("bare", "patched", "difference")
@@ -272,6 +275,30 @@ def real_behind() -> str:
         lines.append([name, *scores, *(figure(arms[arm], "emt5_gain") for arm in ("detox", "patch"))])
     head = ("where", "EMT@5 bare", "detox patch", "all three", "gain of detox", "gain of all three")
     return table(head, lines)
+
+
+def real_attention() -> str:
+    """Percent of the attention, a mean over the layers: of the first token bare, of the seed behind a patch."""
+    rows = document("attention-smollm2")["rows"]
+    detox = next(row["patch"] for row in rows if row["patch"].startswith("smollm2-detox"))
+    arms = {
+        "first token, bare": ("bare", ""),
+        "detox, pinned": (detox, "pinned"),
+        "detox, moving": (detox, "moving"),
+        "all three, pinned": ("all together", "pinned"),
+        "all three, moving": ("all together", "moving"),
+    }
+    lines = []
+    for front in dict.fromkeys(row["front_tokens"] for row in rows):
+        line = [f"{front:,}"]
+        for arm in arms.values():
+            field = "share_of_seed" if arm[1] else "share_of_first"
+            shares = [
+                row[field] for row in rows if (row["patch"], row["anchoring"], row["front_tokens"]) == (*arm, front)
+            ]
+            line.append(f"{100 * sum(shares) / len(shares):.1f}")
+        lines.append(line)
+    return table(("tokens in front", *arms), lines)
 
 
 def in_front() -> str:
@@ -375,6 +402,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real alone": real_alone,
     "real behind": real_behind,
     "real capability": real_capability,
+    "real attention": real_attention,
     "in front": in_front,
     "behind": behind,
     "behind others": behind_others,
