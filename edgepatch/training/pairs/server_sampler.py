@@ -31,6 +31,9 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 60.0
+BEGIN_S = 0.01
+"""Within which a request that was sent has begun to connect."""
+
 TOO_LONG = ("context_length", "context length", "context size", "exceed_context")
 """What servers write where a prompt does not fit, in code, type or message."""
 
@@ -228,6 +231,8 @@ class ServerSampler(Sampler):
         self._loop.close()
 
     async def _stop(self) -> None:
+        # The HTTP client connects in tasks of its own, and one that is cancelled before it began complains when it is collected.
+        await asyncio.sleep(BEGIN_S)
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
