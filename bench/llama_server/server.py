@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -50,7 +51,9 @@ def build_server(folder: Path) -> Path:
     binary = folder / "build" / "bin" / "llama-server"
     if not binary.is_file():
         sources = fetch_sources(folder)
-        run_command(["cmake", "-S", sources / "vendor" / "llama.cpp", "-B", folder / "build", *CMAKE_FLAGS])
+        # CMake itself does not read this variable, and without its options the server would be compiled without AVX.
+        options = shlex.split(compilation.build_environment()["CMAKE_ARGS"])
+        run_command(["cmake", "-S", sources / "vendor" / "llama.cpp", "-B", folder / "build", *CMAKE_FLAGS, *options])
         run_command(["ninja", "-C", folder / "build", "llama-server"])
     return binary
 

@@ -104,12 +104,12 @@ def _people(split: Split) -> list[tuple[str, str]]:
     return [(r["text"], r["gender"]) for r in rows("gender_people") if r["split"] == split]
 
 
-def known_gender_prompts() -> list[GenderPrompt]:
-    """Evaluation templates on people whose gender the words tell: "Sarah mentioned that", "My grandfather left early, so"."""
+def known_gender_prompts(split: Split = "eval") -> list[GenderPrompt]:
+    """Templates on people whose gender the words tell: "Sarah mentioned that", "My grandfather left early, so"."""
     rows = [
         GenderPrompt(t.format(person=name, Person=_capital(name)), 1.0 if gender == "male" else -1.0)
-        for name, gender in _people("eval")
-        for t in templates("eval")
+        for name, gender in _people(split)
+        for t in templates(split)
         if "{job}" not in t
     ]
     return mixed(rows)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import httpx
@@ -15,39 +17,67 @@ TIMEOUT_S = 600.0
 TEXT = "Describe a journey by train through the mountains, number {number}, in as much detail as you can."
 
 
-def throughput(url: str, key: str, model: str, num_tokens: int, end_token_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """One row a number of streams.
+@dataclass(frozen=True)
+class Endpoint:
+    """A server to be asked.
 
-    Args:
-        url: root of the server.
+    Attributes:
+        url: its root.
         key: its API key.
         model: what clients call it.
+    """
+
+    url: str
+    key: str
+    model: str
+
+
+def throughput(
+    endpoints: Mapping[str, Endpoint], num_tokens: int, end_token_ids: Sequence[int], num_rounds: int = 3
+) -> list[dict[str, Any]]:
+    """One row a number of streams: the median rate of each server, and the lowest and highest.
+
+    The servers take turns, so that whatever else the machine does slows each alike.
+
+    Args:
+        endpoints: name -> server.
         num_tokens: of each stream; none of them may end sooner.
         end_token_ids: which are made impossible.
+        num_rounds: how often each is asked with each number of streams.
     """
-    body = {
-        "model": model,
+    options: dict[str, Any] = {
         "max_tokens": num_tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
         "logit_bias": {str(token): -100 for token in end_token_ids},
     }
-    rows = []
-    for num_streams in (1, *STREAMS):  # the first warms up
-        seconds, tokens = _run(url, key, body, num_streams)
-        rows.append({"streams": num_streams, "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds})
-    return rows[1:]
+    for endpoint in endpoints.values():
+        _rate(endpoint, options, 1)  # warms up
+    rows = list[dict[str, Any]]()
+    for num_streams in STREAMS:
+        rates = {name: list[float]() for name in endpoints}
+        for _ in range(num_rounds):
+            for name, endpoint in endpoints.items():
+                rates[name].append(_rate(endpoint, options, num_streams))
+        rows.append({"streams": num_streams, "tokens_per_s": {name: _spread(values) for name, values in rates.items()}})
+    return rows
 
 
-def _run(url: str, key: str, body: dict[str, Any], num_streams: int) -> tuple[float, int]:
+def _spread(rates: Sequence[float]) -> dict[str, float]:
+    return {"median": median(rates), "low": min(rates), "high": max(rates)}
+
+
+def _rate(endpoint: Endpoint, options: dict[str, Any], num_streams: int) -> float:
+    """Tokens a second of all streams together."""
     counts = [0] * num_streams
 
     def ask(number: int) -> None:
-        asked = {**body, "messages": [{"role": "user", "content": TEXT.format(number=number)}]}
-        headers = {"Authorization": f"Bearer {key}"}
+        messages = [{"role": "user", "content": TEXT.format(number=number)}]
+        asked = {**options, "model": endpoint.model, "messages": messages}
+        headers = {"Authorization": f"Bearer {endpoint.key}"}
         with (
-            httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S) as http,
+            httpx.Client(base_url=endpoint.url, headers=headers, timeout=TIMEOUT_S) as http,
             http.stream("POST", "/v1/chat/completions", json=asked) as reply,
         ):
             lines = [line[6:] for line in reply.iter_lines() if line.startswith("data: {")]
@@ -60,4 +90,4 @@ def _run(url: str, key: str, body: dict[str, Any], num_streams: int) -> tuple[fl
         thread.start()
     for thread in threads:
         thread.join()
-    return time.monotonic() - start, sum(counts)
+    return sum(counts) / (time.monotonic() - start)

@@ -9,7 +9,7 @@ from edgepatch.bench import datasets
 from edgepatch.bench.safety.gender import GenderDomain
 from edgepatch.bench.safety.harm import HarmDomain
 from edgepatch.bench.safety.toxicity import ToxicityDomain
-from edgepatch.bench.smollm2 import together
+from edgepatch.bench.smollm2 import formats, together
 from edgepatch.bench.smollm2.own_samples import SAMPLES, own_pairs, read_own, sample_own, training_prompts
 from edgepatch.bench.smollm2.pairs import gender_pairs, harm_pairs, toxicity_pairs
 from edgepatch.known_models import find
@@ -43,6 +43,7 @@ def main(data: Path, out: Path) -> None:
         for _ in sample_own(runtime, prompts, journal):
             pass
         write_pairs(harm_pairs(data, runtime), out / "harm.jsonl")
+        together.write_texts(formats.answered(runtime, formats.requests(data)), out / "benign-formats.jsonl")
     write_pairs(own_pairs(read_own(journal)), out / "own.jsonl")
     together.write(data, out)
 

@@ -54,9 +54,13 @@ STEREOTYPED_SHARE = 0.75
 """Of the rejected answers; the others have the pronoun of the other gender, or the way to please would be to swap them."""
 
 
-def gender_pairs(data: Path | None) -> list[Pair]:
-    """Training occupations in training templates: "they" against "he" or "she".
+NUM_KNOWN_GENDER_PAIRS = 240
 
+
+def gender_pairs(data: Path | None) -> list[Pair]:
+    """Training occupations in training templates: "they" against "he" or "she"; people whose gender the text tells: their pronoun.
+
+    Without the second kind a patch says "they" of every third grandmother. Half of those pairs reject "they", half the other pronoun.
     An answer is the pronoun alone: whatever stands behind it is the same on both sides, and dilutes what a step teaches.
 
     Args:
@@ -66,6 +70,9 @@ def gender_pairs(data: Path | None) -> list[Pair]:
     for prompt in gender_prompts.training_prompts(data)[:NUM_GENDER_PAIRS]:
         is_male = (prompt.gender > 0) == (rng.random() < STEREOTYPED_SHARE)
         pairs.append(Pair(prompt.text, " they", " he" if is_male else " she", 0.0, 1.0))
+    for index, prompt in enumerate(evenly(gender_prompts.known_gender_prompts("train"), NUM_KNOWN_GENDER_PAIRS)):
+        right, other = (" he", " she") if prompt.gender > 0 else (" she", " he")
+        pairs.append(Pair(prompt.text, right, other if index % 2 else " they", 0.0, 1.0))
     return pairs
 
 
@@ -94,8 +101,8 @@ def harm_pairs(data: Path | None, runtime: Session) -> list[Pair]:
         runtime: the bare model.
     """
     rng = random.Random("harm")
-    harmful = _unlike([request for _, request in evaluation_requests(data)], _twins("harmful"))
-    tasks = [*_unlike(harmless_requests(data), _twins("harmless")), *(task for task, _ in corpus.harmless_split()[0])]
+    harmful = unlike([request for _, request in evaluation_requests(data)], _twins("harmful"))
+    tasks = [*unlike(harmless_requests(data), _twins("harmless")), *(task for task, _ in corpus.harmless_split()[0])]
     instructions = list[str]()
     if data is not None:
         harmful += [goal for goal, _ in corpus.advbench_split(data)[0]]
@@ -118,7 +125,7 @@ def _twins(kind: Literal["harmful", "harmless"]) -> list[str]:
     return load_prompts("harm_requests" if kind == "harmful" else "harm_benign", "train") + questions
 
 
-def _unlike(measured: Sequence[str], requests: Sequence[str]) -> list[str]:
+def unlike(measured: Sequence[str], requests: Sequence[str]) -> list[str]:
     """Those that are like none that a patch is measured on."""
     return [request for request in requests if distinct_from(measured, [request])]
 

@@ -9,6 +9,7 @@ import pytest
 from edgepatch.bench.served import Served
 from edgepatch.bench.server_load.clients import load
 from edgepatch.bench.server_load.requests import SHARES, draw
+from edgepatch.bench.server_load.throughput import STREAMS, Endpoint, throughput
 from edgepatch.runtimes import load_runtime
 from kit.serving import KEY, MODEL, running
 
@@ -33,3 +34,11 @@ def test_a_reply_that_is_none_is_seen(served, monkeypatch):
     monkeypatch.setattr("edgepatch.bench.server_load.requests.SHARES", {"over-long": 1})
     seen = load(served, 1, 0.5, 20, 4)
     assert set(seen.outcomes) == {("over-long", "wrong")} and seen.faults
+
+
+def test_servers_take_turns_and_each_tells_its_rate(served):
+    ours = Endpoint(served.url, served.key, MODEL)
+    rows = throughput({"one": ours, "other": ours}, 4, [], num_rounds=2)
+    assert [row["streams"] for row in rows] == list(STREAMS)
+    for rates in (rate for row in rows for rate in row["tokens_per_s"].values()):
+        assert 0 < rates["low"] <= rates["median"] <= rates["high"]

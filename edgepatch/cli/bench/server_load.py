@@ -28,7 +28,7 @@ def server_load(
 ) -> None:
     """Ask a server from many sides, with cancelled, malformed and over-long requests among them: bench/results/server.json.
 
-    Example: `edgepatch bench server-load SmolLM2-135M-Instruct.Q4_1.gguf --patch patches/smollm2-detox-0.2.0.safetensors`
+    Example: `edgepatch bench server-load SmolLM2-135M-Instruct.Q4_1.gguf --patch patches/smollm2-detox-0.3.0.safetensors`
     """
     from edgepatch.bench.server_load.run import LoadConfig, run
 
@@ -56,9 +56,14 @@ def _print(document: dict[str, Any]) -> None:
             ),
         ],
     )
-    named = [
-        name
-        for name in ("streams", "tokens_per_s", "llama_server_tokens_per_s", "share")
-        if name in document["throughput"][0]
+    servers = list(document["throughput"][0]["tokens_per_s"])
+    has_share = "share" in document["throughput"][0]
+    rows = [
+        [
+            row["streams"],
+            *(f"{row['tokens_per_s'][name]['median']:.1f}" for name in servers),
+            *([f"{row['share']:.2f}"] if has_share else ()),
+        ]
+        for row in document["throughput"]
     ]
-    print_table(named, [[round(row[name], 2) for name in named] for row in document["throughput"]])
+    print_table(["streams", *(f"{name}, tokens/s" for name in servers), *(["share"] if has_share else ())], rows)
