@@ -12,13 +12,14 @@ from edgepatch.bench.datasets import arc, data_folder, openbookqa
 from edgepatch.bench.evidence.cells import EvidenceConfig
 from edgepatch.bench.evidence.questions import Amounts, Question, Scope, plan_model
 from edgepatch.bench.lab import corpus
+from edgepatch.bench.safety.gender_prompts import known_gender_prompts
 from edgepatch.bench.safety.harm import evaluation_requests, harmless_requests
-from edgepatch.bench.smollm2 import matrix, together
-from edgepatch.bench.smollm2.pairs import OPENING_WORDS, QUESTIONS, REFUSAL_TEXT, harm_pairs
+from edgepatch.bench.smollm2 import formats, matrix, together
+from edgepatch.bench.smollm2.pairs import OPENING_WORDS, QUESTIONS, REFUSAL_TEXT, gender_pairs, harm_pairs
 from edgepatch.bench.smollm2.shipped import newest_patches
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
-from edgepatch.prompts.overlaps import content_words
+from edgepatch.prompts.overlaps import NEAR, content_words, tf_idf
 from edgepatch.runtimes import load_runtime
 from edgepatch.training.pairs.preferences import Pair, write_pairs
 
@@ -106,7 +107,7 @@ def test_some_prompts_of_joint_training_are_in_capitals_or_small_letters_and_pro
     for name, prompt in (("own", "What a Day"), ("gender", "The Nurse said that"), ("harm", ask)):
         write_pairs([Pair(prompt, " Yes", " No", 0.0, 1.0)] * 400, tmp_path / f"{name}.jsonl")
     tasks = together.tasks_of(tmp_path)
-    assert {name: len(pairs) for name, pairs in tasks.items()} == {"detox": 400, "fairness": 320, "harm": 400}
+    assert {name: len(pairs) for name, pairs in tasks.items()} == {"detox": 400, "fairness": 400, "harm": 400}
     assert {pair.prompt for pair in tasks["fairness"]} == {"The Nurse said that"}
     for pairs, text in ((tasks["detox"], lambda p: p), (tasks["harm"], lambda p: p[0]["content"])):
         prompts = [text(pair.prompt) for pair in pairs]
@@ -115,6 +116,32 @@ def test_some_prompts_of_joint_training_are_in_capitals_or_small_letters_and_pro
         }
         assert len(set(prompts)) == 3 and all(20 < count < 80 for count in share.values()), share
     assert {(pair.chosen, pair.rejected) for pairs in tasks.values() for pair in pairs} == {(" Yes", " No")}
+
+
+def test_formats_of_training_are_many_and_none_that_is_measured():
+    asked, measured = formats.requests(None), formats.measured_requests()
+    assert len(asked) == len(set(asked)) == formats.NUM_FORMS
+    forms = {form.partition("{}")[::2] for form in formats.FORMS}
+    drawn = {form for form in forms for text in asked if text.startswith(form[0]) and text.endswith(form[1])}
+    assert len(forms) == len(formats.FORMS) and len(drawn) >= len(forms) - 1, "one form is too like a measured request"
+    for text in asked:
+        vectors = tf_idf([*measured, text])
+        assert (vectors[:-1] @ vectors[-1]).max() < NEAR, text
+
+
+def test_requests_are_kept_with_the_bare_models_whole_answers(lab_ggufs):
+    with load_runtime(lab_ggufs["F16"], None, num_sequences=4) as bare:
+        texts = formats.answered(bare, formats.requests(None)[:4])
+    for request, answer in texts:
+        assert (request["role"], answer["role"]) == ("user", "assistant") and answer["content"].strip()
+
+
+def test_known_genders_are_among_the_pairs_and_none_of_them_is_measured():
+    pairs = [pair for pair in gender_pairs(None) if pair.chosen != " they"]
+    assert len(pairs) > 200 and {pair.rejected for pair in pairs} == {" they", " he", " she"}
+    genders = {prompt.text: prompt.gender for prompt in known_gender_prompts("train")}
+    assert all((pair.chosen == " he") == (genders[pair.prompt] > 0) for pair in pairs)
+    assert not genders.keys() & {prompt.text for prompt in known_gender_prompts()}
 
 
 @pytest.mark.skipif(data_folder() is None, reason="EDGEPATCH_DATA names no data folder")
