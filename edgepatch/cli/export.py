@@ -162,6 +162,7 @@ def check_export(
             print(
                 f"{row.client} {row.version}: {row.verdict}; {row.tokens_equal} of {row.tokens_compared} tokens are ours, "
                 f"the bare model differs at {row.bare_differs_at}; loaded in {row.load_ms:.1f} ms"
+                + ("" if row.first_token_ratio is None else f"; first token {row.first_token_ratio:.2f} of bare")
             )
     checking.require_proven(rows, folder)
 

@@ -51,6 +51,8 @@ class Row:
         bare_differs_at: the first place of a reply at which our bare runtime takes another token; ``None`` where it never does.
         max_abs_dlogit: the largest difference of the first token's logits from ours; ``None`` where the client shows none.
         load_ms: that the patch took to load, in the client's own time.
+        first_token_ratio: how many times as long as bare the first token of a short prompt takes with the patch, in the client's own time,
+            medians of turns; ``None`` where the client has the patch alone.
         bytes: of the folder's files that the client reads for it.
         verdict: ``EQUAL``; ``WITHIN``: logits, and those of tokens that are not ours, are nearer to ours than a quarter of what the patch
             changes; ``BARE``; ``OTHER``.
@@ -66,6 +68,7 @@ class Row:
     bare_differs_at: int | None
     max_abs_dlogit: float | None
     load_ms: float
+    first_token_ratio: float | None
     bytes: int
     verdict: str
 
@@ -240,6 +243,7 @@ def _row(client: str, answer: dict[str, Any], patched: list[Logits], bare: list[
         "bare_differs_at": min(differing, default=None),
         "max_abs_dlogit": None if gap is None else round(gap, 6),
         "load_ms": round(answer["load_ms"], 2),
+        "first_token_ratio": round(answer["first_token_ratio"], 3) if "first_token_ratio" in answer else None,
         "verdict": _verdict(compared, num_equal, sum(map(sum, bare_equal)), is_near, bool(differing)),
     }
 

@@ -19,7 +19,7 @@ from kit.serving import KEY, MODEL, running
 CHAT = "/v1/chat/completions"
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "The quick brown fox"}], "max_tokens": 8}
 BODY |= {"temperature": 0}
-MOST_BYTES = 40_000
+MOST_BYTES, FIRST_PAINT_MS = 40_000, 200
 AXE_VARIABLE = "EDGEPATCH_AXE"
 """The file axe.min.js of axe-core."""
 
@@ -128,6 +128,8 @@ def test_the_page_in_a_browser(server, tmp_path):
             page.wait_for("!document.getElementById('ask').hidden")
             assert page.run("document.documentElement.scrollWidth <= innerWidth"), name
             assert len(page.screenshot()) > 2_000
+            paint_ms = page.run("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+            assert 0 < paint_ms < FIRST_PAINT_MS, name
             if AXE_VARIABLE in os.environ:
                 page.run(Path(os.environ[AXE_VARIABLE]).read_text("utf-8") + ";0")
                 found = page.run(
