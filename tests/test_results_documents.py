@@ -301,6 +301,22 @@ def real_attention() -> str:
     return table(("tokens in front", *arms), lines)
 
 
+def real_baselines() -> str:
+    """What costs a user little in place of a patch, each beside the bare model on the same prompts."""
+    lines = []
+    for row in document("baselines-smollm2")["rows"]:
+        scores = [f"{row[side]:.2f}" for side in ("bare", "score")]
+        costs = [DASH, DASH, DASH]
+        if "perplexity_ratio" in row:
+            perplexity = {end: 100 * (value - 1) for end, value in row["perplexity_ratio"].items()}
+            refused = {end: 100 * value for end, value in row["over_refusal_change"].items()}
+            flips = " / ".join(f"{100 * row[f'{kind}_flips']['value']:.0f}" for kind in ("negative", "positive"))
+            costs = [interval(perplexity, 1), interval(refused, 1), flips]
+        lines.append([row["arm"], row["domain"], str(row["num_items"]), *scores, interval(row["ratio"], 2), *costs])
+    costs = ("perplexity, %", "refused, points", "pairs turned wrong / right, %")
+    return table(("in place of a patch", "domain", "items", "bare", "with it", "of bare", *costs), lines)
+
+
 def in_front() -> str:
     rows = [
         [row["attack"], *(interval(row[name]) for name in ("bare", "patched", "gain"))]
@@ -403,6 +419,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real behind": real_behind,
     "real capability": real_capability,
     "real attention": real_attention,
+    "real baselines": real_baselines,
     "in front": in_front,
     "behind": behind,
     "behind others": behind_others,

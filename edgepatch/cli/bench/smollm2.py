@@ -13,6 +13,7 @@ from edgepatch.cli.bench.door import RESULTS, DataOption, OutOption, bench_app, 
 from edgepatch.cli.bench.safety import amounts_of, print_summary
 from edgepatch.cli.console import LogOption, model_path, note, print_table, progress_bars, tell
 from edgepatch.errors import InputError
+from edgepatch.progress import published_command
 
 
 @bench_app.command()
@@ -89,6 +90,7 @@ def baselines(
     folder = require_data(data)
     with progress_bars(log or work / "baselines.log") as progress:
         document = measurement.run(model_path("smollm2"), folder, pairs, work, matrix.AMOUNTS, progress)
+    document = {"command": published_command(), **document}
     write_atomically(out, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     for row in document["rows"]:
         ratio = row["ratio"]
