@@ -40,10 +40,11 @@ def python_of(work: Path) -> Path:
     Raises:
         EdgepatchError: it could not be made.
     """
-    python = work / "mlx" / "bin" / "python"
+    home = work.absolute() / "mlx"  # the commands run in ``work``, where a relative path would name another place
+    python = home / "bin" / "python"
     if not python.exists():
         work.mkdir(parents=True, exist_ok=True)
-        _run([sys.executable, "-m", "venv", work / "mlx"], work)
+        _run([sys.executable, "-m", "venv", home], work)
         _run([python, "-m", "pip", "install", "--quiet", *PIP_PACKAGES], work)
     return python
 
