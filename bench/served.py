@@ -59,6 +59,13 @@ class Served:
         return str(self.get("/v1/patches")["system_fingerprint"])
 
 
+def free_port() -> int:
+    """One of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def serving(model: Path, flags: Sequence[object], folder: Path, key: str = "") -> Iterator[Served]:
     """Starts a server on a free port of loopback, and ends it with the block.
@@ -76,9 +83,7 @@ def serving(model: Path, flags: Sequence[object], folder: Path, key: str = "") -
     key, key_file = key or secrets.token_urlsafe(24), folder / "api.key"
     key_file.touch(mode=0o600)
     key_file.write_text(key, encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-m",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ def _rows_of(form: Form, target: str, work: Path) -> list[Row]:
     """Those that are kept, else measured now."""
     kept = work / "rows" / f"{form.file}-{target}.json"
     if kept.is_file():
-        return [Row(**row) for row in json.loads(kept.read_text("utf-8"))]
+        with contextlib.suppress(TypeError):  # rows of an earlier version, with other fields, are measured anew
+            return [Row(**row) for row in json.loads(kept.read_text("utf-8"))]
     patch, model = read_patch(form.patch), form.make(work / "models").resolve()
     home = _home(target, work)
     with tempfile.TemporaryDirectory(dir=work) as scratch:

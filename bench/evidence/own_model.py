@@ -28,7 +28,7 @@ from edgepatch.bench.evidence.workers import measure_cells
 from edgepatch.errors import InputError
 from edgepatch.files.writing import require_writable
 from edgepatch.patch.file import Patch, read_patch
-from edgepatch.progress import Progress, command_line, duration, silent
+from edgepatch.progress import Progress, duration, published_command, silent
 
 Document = dict[str, Any]
 
@@ -105,7 +105,7 @@ def run(
     config = replace(config, known_columns=own)
     measure(place, keys, config, speed, question, progress)
     document = {
-        "command": command_line(),
+        "command": published_command(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began),
         "environment": environment(),

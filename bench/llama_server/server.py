@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edgepatch import compilation
 from edgepatch.bench.checkout import ROOT
+from edgepatch.bench.served import free_port
 from edgepatch.errors import EdgepatchError, InputError
 from edgepatch.llama_server.client import LlamaServer
 from edgepatch.processes.programs import run_program, running
@@ -40,7 +41,7 @@ START_TIMEOUT_S = 60
 
 
 def build_server(folder: Path) -> Path:
-    """llama-server of the installed llama-cpp-python's own llama.cpp; what is already there is used.
+    """llama-server of the installed llama-cpp-python's own llama.cpp; what is already compiled alike is not compiled again.
 
     Args:
         folder: for sources and build.
@@ -49,13 +50,32 @@ def build_server(folder: Path) -> Path:
         EdgepatchError: a step failed; its output is on the terminal.
     """
     binary = folder / "build" / "bin" / "llama-server"
-    if not binary.is_file():
-        sources = fetch_sources(folder)
-        # CMake itself does not read this variable, and without its options the server would be compiled without AVX.
-        options = shlex.split(compilation.build_environment()["CMAKE_ARGS"])
-        run_command(["cmake", "-S", sources / "vendor" / "llama.cpp", "-B", folder / "build", *CMAKE_FLAGS, *options])
-        run_command(["ninja", "-C", folder / "build", "llama-server"])
+    sources = fetch_sources(folder) / "vendor" / "llama.cpp"
+    # CMake itself does not read this variable, and without its options the server would be compiled without AVX.
+    options = shlex.split(compilation.build_environment()["CMAKE_ARGS"])
+    # A build of an older version, or one with other options, is brought up to date; ninja sees what has changed.
+    run_command(["cmake", "--fresh", "-S", sources, "-B", folder / "build", *CMAKE_FLAGS, *options])
+    run_command(["ninja", "-C", folder / "build", "llama-server"])
     return binary
+
+
+def instructions_of(binary: Path) -> str:
+    """What a llama-server says of the instructions that it was compiled with, as in "AVX2 = 1 | FMA = 1".
+
+    Raises:
+        InputError: it says nothing, or does without fast ones that this CPU has: any other server would look good beside it.
+    """
+    # It tells this before it looks for a model, and then ends because there is none.
+    command = [binary, "--log-verbosity", "4", "--model", binary.with_name("no-model.gguf"), "--port", str(free_port())]
+    done = run_program(command, deadline_s=START_TIMEOUT_S)
+    told = re.search(r"system_info:.*?\|\s*(.*?)[\s|]*$", done.output + done.complaints, re.MULTILINE)
+    if told is None:
+        words = done.failure[:200] if not binary.is_file() else "a program that tells no system_info"
+        raise InputError(f"{binary}: expected llama-server, found {words}", "edgepatch bench llama-server builds one")
+    if lacking := compilation.left_out(told[1]):
+        hint = "compile it with -DGGML_NATIVE=ON, or let `edgepatch bench llama-server` build it"
+        raise InputError(f"{binary}: compiled without {', '.join(lacking)}, which this CPU has", hint)
+    return told[1]
 
 
 def fetch_sources(folder: Path) -> Path:
@@ -115,9 +135,7 @@ def running_server(binary: Path, flags: Sequence[str], log: Path) -> Iterator[Ll
     Raises:
         EdgepatchError: it does not come up.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(binary), *flags, "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-warmup"]
     with log.open("ab") as output, running(command, output) as process:
         server = LlamaServer(f"http://127.0.0.1:{port}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgepatch.bench.environment import environment
-from edgepatch.bench.llama_server.server import running_server
+from edgepatch.bench.llama_server.server import instructions_of, running_server
 from edgepatch.bench.served import Served, serving
 from edgepatch.bench.server_load.clients import Seen, load
 from edgepatch.bench.server_load.throughput import Endpoint, throughput
@@ -25,7 +25,6 @@ from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes import load_runtime
 
 QUIET_S = 20.0
-PEER_LOG = "llama-server.log"
 CANARY_PAUSE_S, MEMORY_PAUSE_S = 5.0, 0.5
 MEMORY_SHARE, FIRST_TOKEN_FACTOR, LEAST_SHARE = 0.02, 2.0, 0.95
 """Goals: memory stays within this share, the first token comes within so many times the quiet time, and this share of llama-server's rate."""
@@ -90,9 +89,11 @@ def run(
         progress: told of the stages.
 
     Raises:
-        EdgepatchError: a server does not come up, or the model cannot be loaded.
+        EdgepatchError: a server does not come up, or lets a stream of the throughput fail, or the model cannot be loaded.
+        InputError: llama-server was compiled without fast instructions that this CPU has.
     """
     work.mkdir(parents=True, exist_ok=True)
+    instructions = instructions_of(config.llama_server) if config.llama_server else ""
     flags: list[object] = [part for patch in patches for part in ("--patch", patch)] or ["--bare"]
     flags += [
         "--sequences",
@@ -108,10 +109,11 @@ def run(
         with stage(progress, "references"):
             examiner = Examiner(session, [session.tokens(messages) for messages in conversations]) if patches else None
         with serving(model, flags, work) as served:
-            figures = _under_load(served, examiner, conversations, config, progress)
+            # First, because it ends the measurement where a server fails: ten minutes of load would be lost.
             with _peer(model, work, config) as peers, stage(progress, "throughput"):
                 ours = {"edgepatch": Endpoint(served.url, served.key, served.model)}
                 rows = throughput(ours | peers, config.num_streamed, ends)
+            figures = _under_load(served, examiner, conversations, config, progress)
     for row in rows if peers else ():
         row["share"] = row["tokens_per_s"]["edgepatch"]["median"] / row["tokens_per_s"]["llama-server"]["median"]
         figures["goals"][f"{row['streams']} streams at {LEAST_SHARE:g} of llama-server"] = row["share"] >= LEAST_SHARE
@@ -121,7 +123,7 @@ def run(
         "patches": [patch.name for patch in patches],
         **figures,
         "throughput": rows,
-        "llama_server": _build_of(work / PEER_LOG) if peers else "",
+        "llama_server": instructions,
         "environment": environment(),
     }
     write_atomically(out, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
@@ -229,13 +231,5 @@ def _peer(model: Path, work: Path, config: LoadConfig) -> Iterator[dict[str, End
         return
     flags = ["--model", str(model), "--parallel", str(config.num_clients), "--kv-unified"]
     flags += ["--ctx-size", str(config.context_length * config.num_clients), "--alias", "served"]
-    log = work / PEER_LOG
-    log.unlink(missing_ok=True)
-    with running_server(config.llama_server, flags, log) as server:
+    with running_server(config.llama_server, flags, work / "llama-server.log") as server:
         yield {"llama-server": Endpoint(server.url, "", "served")}
-
-
-def _build_of(log: Path) -> str:
-    """What llama-server says of threads and instructions that it was compiled with: one without AVX would be easy to beat."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.partition("system_info:")[2].strip(" |") for line in lines if "system_info:" in line), "")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import httpx
+
+from edgepatch.errors import EdgepatchError
 
 STREAMS = (1, 2, 4, 8)
 TIMEOUT_S = 600.0
@@ -23,7 +25,7 @@ class Endpoint:
 
     Attributes:
         url: its root.
-        key: its API key.
+        key: its API key; empty where it asks for none.
         model: what clients call it.
     """
 
@@ -44,6 +46,9 @@ def throughput(
         num_tokens: of each stream; none of them may end sooner.
         end_token_ids: which are made impossible.
         num_rounds: how often each is asked with each number of streams.
+
+    Raises:
+        EdgepatchError: a stream has another number of tokens, or is refused.
     """
     options: dict[str, Any] = {
         "max_tokens": num_tokens,
@@ -68,26 +73,31 @@ def _spread(rates: Sequence[float]) -> dict[str, float]:
     return {"median": median(rates), "low": min(rates), "high": max(rates)}
 
 
-def _rate(endpoint: Endpoint, options: dict[str, Any], num_streams: int) -> float:
+def _rate(endpoint: Endpoint, options: Mapping[str, Any], num_streams: int) -> float:
     """Tokens a second of all streams together."""
-    counts = [0] * num_streams
+    with ThreadPoolExecutor(num_streams) as pool:
+        start = time.monotonic()
+        counts = list(pool.map(lambda number: _tokens_of(endpoint, options, number), range(num_streams)))
+        return sum(counts) / (time.monotonic() - start)
 
-    def ask(number: int) -> None:
-        messages = [{"role": "user", "content": TEXT.format(number=number)}]
-        asked = {**options, "model": endpoint.model, "messages": messages}
-        headers = {"Authorization": f"Bearer {endpoint.key}"}
-        with (
-            httpx.Client(base_url=endpoint.url, headers=headers, timeout=TIMEOUT_S) as http,
-            http.stream("POST", "/v1/chat/completions", json=asked) as reply,
-        ):
-            lines = [line[6:] for line in reply.iter_lines() if line.startswith("data: {")]
-        usages = [usage for line in lines if (usage := json.loads(line).get("usage"))]
-        counts[number] = usages[-1]["completion_tokens"] if usages else 0
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(num_streams)]
-    start = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / (time.monotonic() - start)
+def _tokens_of(endpoint: Endpoint, options: Mapping[str, Any], number: int) -> int:
+    """Tokens of one stream."""
+    asked = {
+        **options,
+        "model": endpoint.model,
+        "messages": [{"role": "user", "content": TEXT.format(number=number)}],
+    }
+    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+    with (
+        httpx.Client(base_url=endpoint.url, headers=headers, timeout=TIMEOUT_S) as http,
+        http.stream("POST", "/v1/chat/completions", json=asked) as reply,
+    ):
+        lines = list(reply.iter_lines())
+    usages = [usage for line in lines if line.startswith("data: {") and (usage := json.loads(line[6:]).get("usage"))]
+    count = int(usages[-1]["completion_tokens"]) if usages else 0
+    if count != options["max_tokens"]:
+        # Fewer tokens in less time would pass for a rate.
+        said = " ".join(lines)[:200]
+        raise EdgepatchError(f"{endpoint.url}: expected {options['max_tokens']} tokens, found {count}: {said}")
+    return count

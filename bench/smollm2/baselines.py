@@ -98,12 +98,9 @@ def run(
     return {"model": model.name, "environment": environment(), "amounts": asdict(amounts), "rows": rows}
 
 
-CHOSEN_OF = {"gender": " they", "harm": REFUSAL_TEXT}
-"""Domain -> what the pairs choose that say what to do; the others say where not to, and chosen and rejected have changed places there."""
-
-
 def _teaching(name: str, pairs: Sequence[Pair]) -> list[Pair]:
-    return [pair for pair in pairs if pair.chosen == CHOSEN_OF.get(name, pair.chosen)]
+    """Of harm the harmful requests alone: in the others chosen and rejected have changed places."""
+    return [pair for pair in pairs if name != "harm" or pair.chosen == REFUSAL_TEXT]
 
 
 def _domain(name: str, data: Path, amounts: Amounts) -> Domain:

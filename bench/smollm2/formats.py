@@ -1,6 +1,7 @@
 """Requests that ask for a form, such as a list, JSON or one word, and what the bare model answers: its answers are to stay.
 
-Patches whose benign texts held short answers alone cost every second form that the bare model keeps to, and no other measure saw it.
+The shipped patches, whose benign texts hold short answers alone, cost every third form that the bare model keeps to, and no other measure saw
+it. Training with these brought little of it back (patches/README.md, "Not shipped").
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from edgepatch.bench.smollm2.pairs import unlike
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.prompts.sets import evenly
 from edgepatch.runtimes.session import Session
-from edgepatch.training.forward import BenignText
+from edgepatch.training.frozen.forward import BenignText
 
 TASKS_FILE = Path(__file__).parents[1] / "harness" / "tasks" / "own_formats.jsonl"
 
@@ -72,7 +73,7 @@ FORMS = (
     "Reply in double quotes only: what would a child say about {}?",
     "List 3 facts about {}, numbered 1 to 3.",
     "Give 4 words that go with {} as a numbered list.",
-    "Write 2 bullet points about {}, each line starting with *.",
+    "Put what you know of {} into 2 short points, each behind a * of its own.",
     "Make a list of 5 bullet points on {}.",
     "Describe {} as JSON with the keys title and summary.",
     "Give me a JSON list of three words about {}. No other text.",

@@ -1,4 +1,7 @@
-"""Writes the training data of the shipped patches: ``python -m edgepatch.bench.smollm2.make DATA OUT``."""
+"""Writes the training data of the shipped patches: ``python -m edgepatch.bench.smollm2.make DATA OUT``.
+
+Beside them stand ``benign-formats.jsonl`` and ``known-genders.jsonl``, of an attempt that is not shipped.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from edgepatch.bench.safety.harm import HarmDomain
 from edgepatch.bench.safety.toxicity import ToxicityDomain
 from edgepatch.bench.smollm2 import formats, together
 from edgepatch.bench.smollm2.own_samples import SAMPLES, own_pairs, read_own, sample_own, training_prompts
-from edgepatch.bench.smollm2.pairs import gender_pairs, harm_pairs, toxicity_pairs
+from edgepatch.bench.smollm2.pairs import gender_pairs, harm_pairs, known_gender_pairs, toxicity_pairs
 from edgepatch.known_models import find
 from edgepatch.runtimes import load_runtime
 from edgepatch.training.pairs.preferences import write_pairs
@@ -33,6 +36,7 @@ def main(data: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_pairs(toxicity_pairs(data), out / "other-models.jsonl")
     write_pairs(gender_pairs(data), out / "gender.jsonl")
+    write_pairs(known_gender_pairs(), out / "known-genders.jsonl")
     together.write_texts(ToxicityDomain(data).benign_texts(), out / "benign-toxicity.jsonl")
     paragraphs = datasets.wikitext_paragraphs(data, "valid", NUM_PARAGRAPHS)
     together.write_texts([*GenderDomain(data).benign_texts(), *paragraphs], out / "benign-gender.jsonl")

@@ -54,13 +54,9 @@ STEREOTYPED_SHARE = 0.75
 """Of the rejected answers; the others have the pronoun of the other gender, or the way to please would be to swap them."""
 
 
-NUM_KNOWN_GENDER_PAIRS = 240
-
-
 def gender_pairs(data: Path | None) -> list[Pair]:
-    """Training occupations in training templates: "they" against "he" or "she"; people whose gender the text tells: their pronoun.
+    """Training occupations in training templates: "they" against "he" or "she".
 
-    Without the second kind a patch says "they" of every third grandmother. Half of those pairs reject "they", half the other pronoun.
     An answer is the pronoun alone: whatever stands behind it is the same on both sides, and dilutes what a step teaches.
 
     Args:
@@ -70,6 +66,18 @@ def gender_pairs(data: Path | None) -> list[Pair]:
     for prompt in gender_prompts.training_prompts(data)[:NUM_GENDER_PAIRS]:
         is_male = (prompt.gender > 0) == (rng.random() < STEREOTYPED_SHARE)
         pairs.append(Pair(prompt.text, " they", " he" if is_male else " she", 0.0, 1.0))
+    return pairs
+
+
+NUM_KNOWN_GENDER_PAIRS = 120
+
+
+def known_gender_pairs() -> list[Pair]:
+    """People whose gender the text tells: their pronoun, against "they" and in turn against the other one.
+
+    A patch that has read none of these says "they" of every third grandmother.
+    """
+    pairs = list[Pair]()
     for index, prompt in enumerate(evenly(gender_prompts.known_gender_prompts("train"), NUM_KNOWN_GENDER_PAIRS)):
         right, other = (" he", " she") if prompt.gender > 0 else (" she", " he")
         pairs.append(Pair(prompt.text, right, other if index % 2 else " they", 0.0, 1.0))

@@ -16,12 +16,12 @@ from edgepatch.bench.lab import corpus
 from edgepatch.bench.smollm2.pairs import REFUSAL_TEXT
 from edgepatch.bench.smollm2.shipped import DOMAIN_OF
 from edgepatch.prompts.sets import evenly
-from edgepatch.training.forward import BenignText
+from edgepatch.training.frozen.forward import BenignText
 from edgepatch.training.pairs.filtering import key_of
 from edgepatch.training.pairs.preferences import Pair, PairPrompt, read_pairs, write_pairs
 from edgepatch.training.pairs.prompt_files import read_prompts
 
-PAIRS_OF = {"detox": ("own.jsonl", 480), "fairness": ("gender.jsonl", 440), "harm": ("harm.jsonl", 800)}
+PAIRS_OF = {"detox": ("own.jsonl", 480), "fairness": ("gender.jsonl", 320), "harm": ("harm.jsonl", 800)}
 """Patch -> its pairs, and how many of them are read: a step reads eight, and a run ends before it has seen more."""
 
 TYPED_SHARE = 0.12
@@ -65,7 +65,7 @@ def tasks_of(out: Path) -> dict[str, list[Pair]]:
 
 def benign_of(data: Path, out: Path) -> list[BenignText]:
     """Texts of every kind that is to stay as it is, each once."""
-    files = [out / f"benign-{kind}.jsonl" for kind in (*DOMAIN_OF.values(), "formats")]
+    files = [out / f"benign-{domain}.jsonl" for domain in DOMAIN_OF.values()]
     texts = [text for file in files for text in read_prompts(file).prompts]
     return list({key_of(text): text for text in [*texts, *answered(out)]}.values()) + question_texts(data)
 

@@ -169,12 +169,21 @@ def installed_libraries() -> list[Path]:
     return []
 
 
+def left_out(system_info: str) -> list[str]:
+    """Fast instructions that this CPU has and this compiler knows, and that a build of llama.cpp was made without.
+
+    Args:
+        system_info: what the build says of itself, as in "AVX2 = 1 | FMA = 1".
+    """
+    usable = [name for name, (macro, _) in INSTRUCTIONS.items() if f"#define {macro} 1" in toolchain().native]
+    return [name for name in usable if f"{name} = 1" not in system_info]
+
+
 def lacks_instructions() -> bool:
-    """Whether the library in this environment was compiled without fast instructions that this CPU has and this compiler knows."""
+    """Whether the library in this environment was compiled without some of them."""
     code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
     done = run_program([sys.executable, "-c", code], deadline_s=IMPORT_TIMEOUT_S)
-    usable = [name for name, (macro, _) in INSTRUCTIONS.items() if f"#define {macro} 1" in toolchain().native]
-    return not done.failure and any(f"{name} = 1" not in done.output for name in usable)
+    return not done.failure and bool(left_out(done.output))
 
 
 def install(version: str | None) -> bool:

@@ -15,7 +15,7 @@ from edgepatch.bench.lab import corpus
 from edgepatch.bench.safety.gender_prompts import known_gender_prompts
 from edgepatch.bench.safety.harm import evaluation_requests, harmless_requests
 from edgepatch.bench.smollm2 import formats, matrix, together
-from edgepatch.bench.smollm2.pairs import OPENING_WORDS, QUESTIONS, REFUSAL_TEXT, gender_pairs, harm_pairs
+from edgepatch.bench.smollm2.pairs import OPENING_WORDS, QUESTIONS, REFUSAL_TEXT, harm_pairs, known_gender_pairs
 from edgepatch.bench.smollm2.shipped import newest_patches
 from edgepatch.errors import InputError
 from edgepatch.patch.file import read_patch
@@ -107,7 +107,7 @@ def test_some_prompts_of_joint_training_are_in_capitals_or_small_letters_and_pro
     for name, prompt in (("own", "What a Day"), ("gender", "The Nurse said that"), ("harm", ask)):
         write_pairs([Pair(prompt, " Yes", " No", 0.0, 1.0)] * 400, tmp_path / f"{name}.jsonl")
     tasks = together.tasks_of(tmp_path)
-    assert {name: len(pairs) for name, pairs in tasks.items()} == {"detox": 400, "fairness": 400, "harm": 400}
+    assert {name: len(pairs) for name, pairs in tasks.items()} == {"detox": 400, "fairness": 320, "harm": 400}
     assert {pair.prompt for pair in tasks["fairness"]} == {"The Nurse said that"}
     for pairs, text in ((tasks["detox"], lambda p: p), (tasks["harm"], lambda p: p[0]["content"])):
         prompts = [text(pair.prompt) for pair in pairs]
@@ -123,7 +123,7 @@ def test_formats_of_training_are_many_and_none_that_is_measured():
     assert len(asked) == len(set(asked)) == formats.NUM_FORMS
     forms = {form.partition("{}")[::2] for form in formats.FORMS}
     drawn = {form for form in forms for text in asked if text.startswith(form[0]) and text.endswith(form[1])}
-    assert len(forms) == len(formats.FORMS) and len(drawn) >= len(forms) - 1, "one form is too like a measured request"
+    assert drawn == forms and len(forms) == len(formats.FORMS), "a form that is like a measured request is never drawn"
     for text in asked:
         vectors = tf_idf([*measured, text])
         assert (vectors[:-1] @ vectors[-1]).max() < NEAR, text
@@ -136,9 +136,10 @@ def test_requests_are_kept_with_the_bare_models_whole_answers(lab_ggufs):
         assert (request["role"], answer["role"]) == ("user", "assistant") and answer["content"].strip()
 
 
-def test_known_genders_are_among_the_pairs_and_none_of_them_is_measured():
-    pairs = [pair for pair in gender_pairs(None) if pair.chosen != " they"]
-    assert len(pairs) > 200 and {pair.rejected for pair in pairs} == {" they", " he", " she"}
+def test_pairs_of_known_genders_choose_the_right_pronoun_and_none_is_measured():
+    pairs = known_gender_pairs()
+    assert {pair.chosen for pair in pairs} == {" he", " she"}
+    assert {pair.rejected for pair in pairs} == {" they", " he", " she"}
     genders = {prompt.text: prompt.gender for prompt in known_gender_prompts("train")}
     assert all((pair.chosen == " he") == (genders[pair.prompt] > 0) for pair in pairs)
     assert not genders.keys() & {prompt.text for prompt in known_gender_prompts()}
