@@ -20,7 +20,7 @@ from edgepatch.patch.file import Patch, read_patch, write_patch
 from edgepatch.progress import Progress, silent, within
 from edgepatch.runtimes import load_runtime
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.forward import BenignText
+from edgepatch.training.frozen.forward import BenignText
 from edgepatch.training.lora import LoRATraining
 from edgepatch.training.pairs.preferences import Pair, read_pairs, write_pairs
 from edgepatch.training.patching import PatchTraining

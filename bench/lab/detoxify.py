@@ -15,7 +15,7 @@ from edgepatch.judges.scorers import ToxicityScorer
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes import load_runtime
 from edgepatch.training.config import History, TrainConfig
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
 from edgepatch.training.pairs.preferences import Pair, PairConfig, build_pairs
 from edgepatch.training.policies import Policy
 from edgepatch.training.trainer import Trainer

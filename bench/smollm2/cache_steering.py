@@ -35,7 +35,7 @@ from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.runtimes.session import Session
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import KVSeed
-from edgepatch.training.forward import tokenizer_of
+from edgepatch.training.frozen.forward import tokenizer_of
 from edgepatch.training.pairs.preferences import Pair
 
 if TYPE_CHECKING:

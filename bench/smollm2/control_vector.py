@@ -22,7 +22,7 @@ from edgepatch.converters.hf import folders
 from edgepatch.progress import Progress, silent
 from edgepatch.runtimes.session import Session
 from edgepatch.text.tokenizers import FolderTokenizer
-from edgepatch.training.forward import tokenizer_of
+from edgepatch.training.frozen.forward import tokenizer_of
 from edgepatch.training.pairs.preferences import Pair
 
 if TYPE_CHECKING:

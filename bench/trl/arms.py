@@ -16,7 +16,7 @@ from edgepatch.files.pretrained import load_pretrained, load_pretrained_model
 from edgepatch.prompts.sets import load_benign_text
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import SoftPromptPolicy, initial_soft_prompt
 from edgepatch.training.trainer import Trainer, _rate_factor

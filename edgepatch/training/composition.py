@@ -21,7 +21,7 @@ from edgepatch.prompts.genders import own_training_prompts
 from edgepatch.prompts.sets import evenly, load_prompts
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import KVSeed
-from edgepatch.training.forward import tokenizer_of
+from edgepatch.training.frozen.forward import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ def compose(parts: Sequence[Patch], model: Path, name: str, version: str, **deta
         model: its full-precision weights: a Transformers folder, or a GGUF file of 16 or 32 bits.
         name: of the new patch.
         version: of the new patch (SemVer).
-        **told: further fields of ``Patch``, which take the place of what follows from the parts.
+        **details: further fields of ``Patch``, which take the place of what follows from the parts.
 
     Returns:
         The patch, unsigned. The same arguments, the parts in any order, give the same bytes on the same machine.

@@ -13,8 +13,8 @@ from math import exp, log
 from typing import Any
 
 from edgepatch.text.messages import Message
+from edgepatch.training.frozen.rows import Example
 from edgepatch.training.pairs.preferences import Pair
-from edgepatch.training.rows import Example
 
 LEAST_FRONT = 20
 WORDS_A_TOKEN = 0.7

@@ -25,12 +25,12 @@ from edgepatch.files.writing import write_atomically
 from edgepatch.progress import Progress, silent
 from edgepatch.training import parallel
 from edgepatch.training.contexts import Contexts
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
+from edgepatch.training.frozen.rows import Example
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.pairs.provenance import digest_of, digest_of_json
 from edgepatch.training.pairs.teacher_safety import paired_interval
 from edgepatch.training.pairs.teachers import instructed, text_of
-from edgepatch.training.rows import Example
 
 if TYPE_CHECKING:
     import torch

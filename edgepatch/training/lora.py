@@ -15,7 +15,7 @@ from edgepatch.progress import Progress, silent, stage
 from edgepatch.training import parallel, runs
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.distillation import Teacher
-from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.frozen.forward import BenignText, FrozenModels
 from edgepatch.training.pairs import provenance
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import Policy

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgepatch.progress import Progress, silent
 from edgepatch.training.distillation import Targets
-from edgepatch.training.forward import FrozenModels
-from edgepatch.training.memory import Memory
-from edgepatch.training.rows import Example
+from edgepatch.training.frozen.forward import FrozenModels
+from edgepatch.training.frozen.memory import Memory
+from edgepatch.training.frozen.rows import Example
 
 if TYPE_CHECKING:
     import torch

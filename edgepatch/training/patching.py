@@ -19,7 +19,7 @@ from edgepatch.training import parallel, runs
 from edgepatch.training.composition import require_room
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.distillation import Teacher
-from edgepatch.training.forward import BenignText, FrozenModels
+from edgepatch.training.frozen.forward import BenignText, FrozenModels
 from edgepatch.training.pairs import provenance
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import (

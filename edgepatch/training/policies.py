@@ -17,7 +17,7 @@ from edgepatch.converters.hf import caches
 from edgepatch.errors import InputError
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.tensors import KVSeed, SoftPrompt
-from edgepatch.training.memory import Memory, side_by_side
+from edgepatch.training.frozen.memory import Memory, side_by_side
 
 if TYPE_CHECKING:
     import torch

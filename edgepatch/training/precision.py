@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
+from edgepatch.training.frozen.rows import Example
 from edgepatch.training.policies import Policy
-from edgepatch.training.rows import Example
 
 if TYPE_CHECKING:
     import torch

@@ -18,12 +18,12 @@ from edgepatch.training import parallel
 from edgepatch.training.config import History, TrainConfig
 from edgepatch.training.contexts import Contexts
 from edgepatch.training.distillation import Teacher, find_targets, teacher_examples
-from edgepatch.training.forward import BenignText, FrozenModels, tokenizer_of
-from edgepatch.training.memory import Memory
+from edgepatch.training.frozen.forward import BenignText, FrozenModels, tokenizer_of
+from edgepatch.training.frozen.memory import Memory
+from edgepatch.training.frozen.rows import Example, batch_plan
 from edgepatch.training.objectives import CrossEntropy, Distillation, Objective, Preference, Student, answer_table
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import Policy
-from edgepatch.training.rows import Example, batch_plan
 from edgepatch.training.runs import Checkpoint, Run
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from edgepatch.converters.hf import folders
 from edgepatch.decoding.sampling import Sampling
 from edgepatch.errors import InputError
 from edgepatch.prompts.sets import evenly, load_benign_text
-from edgepatch.training.forward import tokenizer_of
+from edgepatch.training.frozen.forward import tokenizer_of
 from edgepatch.training.pairs.preferences import Pair, write_pairs
 
 PEOPLE = ("nurse", "plumber", "guard", "teacher", "doctor", "farmer", "baker", "clerk")

@@ -11,10 +11,10 @@ from edgepatch.converters.hf import caches, rotary
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.tensors import KVSeed, SoftPrompt
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
+from edgepatch.training.frozen.rows import Example
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.policies import SoftPromptPolicy
-from edgepatch.training.rows import Example
 from edgepatch.training.runs import Run
 from edgepatch.training.trainer import Trainer
 

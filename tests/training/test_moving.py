@@ -11,12 +11,12 @@ from edgepatch.patch.file import read_patch
 from edgepatch.seeds.anchoring import Anchoring
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.contexts import Contexts
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
+from edgepatch.training.frozen.rows import Example
 from edgepatch.training.losses import answer_log_probabilities, dpo_losses, kl_to_base
 from edgepatch.training.pairs.preferences import Pair
 from edgepatch.training.patching import PatchTraining
 from edgepatch.training.policies import KVPolicy
-from edgepatch.training.rows import Example
 from kit.tiny_folders import copy_folder
 from kit.trainings import BENIGN, make_pairs, plain_log_probabilities, plain_logits, random_examples, small
 

@@ -11,7 +11,7 @@ import torch
 from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError
 from edgepatch.training import patching, precision, runs
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
 from edgepatch.training.patching import PatchTraining
 from edgepatch.training.precision import DtypeChoice, choose_dtype, decide
 from kit.trainings import BENIGN, make_pairs, make_trainer, small

@@ -15,7 +15,7 @@ from edgepatch.patch.file import read_patch, write_patch
 from edgepatch.seeds.rotation import side_by_side
 from edgepatch.tensors import SoftPrompt
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
 from edgepatch.training.losses import dpo_losses
 from edgepatch.training.pairs.preferences import write_pairs
 from edgepatch.training.patching import PatchTraining

@@ -22,7 +22,7 @@ from edgepatch.training import losses
 from edgepatch.training.config import TrainConfig
 from edgepatch.training.contexts import Contexts
 from edgepatch.training.distillation import TARGETS_FILE, Teacher, find_targets, teacher_examples
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
 from edgepatch.training.lora import LoRATraining
 from edgepatch.training.objectives import Distillation, Preference, Student, answer_table
 from edgepatch.training.pairs.domains import domain_prompts, find_domain

@@ -20,11 +20,11 @@ from edgepatch.progress import silent
 from edgepatch.runtimes import load_runtime
 from edgepatch.training import losses, parallel, runs
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.forward import FrozenModels
+from edgepatch.training.frozen.forward import FrozenModels
+from edgepatch.training.frozen.rows import Example, batch_plan, make_batch
 from edgepatch.training.pairs.preferences import Pair, write_pairs
 from edgepatch.training.patching import PatchTraining, train_patch
 from edgepatch.training.policies import KVPolicy, SoftPromptPolicy
-from edgepatch.training.rows import Example, batch_plan, make_batch
 from edgepatch.training.runs import CHECKPOINT_FILE
 from edgepatch.training.trainer import Trainer
 from kit.forks import Fork

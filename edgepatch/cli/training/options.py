@@ -13,7 +13,7 @@ from edgepatch.cli.console import log_beside
 if TYPE_CHECKING:
     from edgepatch.patch.file import Patch
     from edgepatch.training.config import TrainConfig
-    from edgepatch.training.forward import BenignText
+    from edgepatch.training.frozen.forward import BenignText
 
 BenignOption = Annotated[
     Path | None, typer.Option(help="Benign texts or conversations for the KL term; default: the texts shipped.")

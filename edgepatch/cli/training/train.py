@@ -48,7 +48,7 @@ from edgepatch.progress import silent
 if TYPE_CHECKING:
     from edgepatch.training.config import TrainConfig
     from edgepatch.training.distillation import Teacher
-    from edgepatch.training.forward import BenignText
+    from edgepatch.training.frozen.forward import BenignText
     from edgepatch.training.pairs.preferences import Pair
 
 

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgepatch.training.memory import Memory, Turn
+from edgepatch.training.frozen.memory import Memory, Turn
 
 if TYPE_CHECKING:
     import torch

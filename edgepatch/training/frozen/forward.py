@@ -21,12 +21,12 @@ from edgepatch.seeds.anchoring import place_in_words
 from edgepatch.seeds.rotation import Rotation
 from edgepatch.text.messages import Message
 from edgepatch.text.tokenizers import FolderTokenizer
-from edgepatch.training import attention, placing
-from edgepatch.training.attention import SharedSeed, sharing
 from edgepatch.training.config import TrainConfig
-from edgepatch.training.memory import Memory, Turn
+from edgepatch.training.frozen import attention, placing
+from edgepatch.training.frozen.attention import SharedSeed, sharing
+from edgepatch.training.frozen.memory import Memory, Turn
+from edgepatch.training.frozen.rows import Batch, Example, attention_mask, make_batch
 from edgepatch.training.pairs.preferences import Pair
-from edgepatch.training.rows import Batch, Example, attention_mask, make_batch
 
 if TYPE_CHECKING:
     import torch

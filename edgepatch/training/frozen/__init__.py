@@ -1,0 +1,1 @@
+"""The frozen models of a training run: rows of tokens go in, the logits that are needed come out."""
