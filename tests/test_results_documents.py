@@ -74,6 +74,7 @@ PARITY = {
     "ONNX int8": ("onnx", "int8", "f32", None),
     "ONNX int4": ("onnx", "int4", "f32", None),
 }
+SERVERS = ("edgepatch", "llama-server")
 Row = Mapping[str, Any]
 
 
@@ -372,6 +373,19 @@ def median(rows: Sequence[Row], arm: str, measure: str, field: str, digits: int,
     return DASH
 
 
+def served() -> str:
+    """Tokens a second of all streams together, both servers asked in turns."""
+    lines = [
+        [str(row["streams"]), *(rate(row["tokens_per_s"][name]) for name in SERVERS), f"{row['share']:.2f}"]
+        for row in document("server")["throughput"]
+    ]
+    return table(("streams", *(f"{name}, tokens/s" for name in SERVERS), "share"), lines)
+
+
+def rate(spread: Row) -> str:
+    return f"{spread['median']:.1f} [{spread['low']:.1f}, {spread['high']:.1f}]"
+
+
 def alternatives() -> str:
     rows = document("latency")["rows"]
     lines = [
@@ -426,6 +440,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "composed": composed,
     "cost": cost,
     "alternatives": alternatives,
+    "served": served,
     "parity": parity,
 }
 
