@@ -269,7 +269,7 @@ def _document(path: Path, content: dict[str, Any]) -> Recognised:
         raise InputError(f"{path} holds the settings of a PEFT adapter: expected its folder", f"name {path.parent}")
     if str(content.get("format", "")).startswith("edgepatch-pairs/"):
         return Recognised(Kind.PROVENANCE, content=content)
-    is_measured = "command" in content and content.keys() & {"created", "platform"}
+    is_measured = "command" in content and content.keys() & {"created", "environment", "platform"}
     if content.keys() & {"rows", "cells", "figures", "readers", "readings", "scores"} or is_measured:
         return Recognised(Kind.RESULTS, content=content)
     if content.keys() == {"settings"}:
