@@ -59,6 +59,7 @@ class Runtime(Protocol):
         notes: what is slower or turned off because a library died of it on this machine, why, and what mends it.
         num_threads: of a forward pass on the CPU; ``None`` where the library decides.
         is_cuttable: whether a sequence can be cut back; recurrent memory goes on from its end or starts afresh.
+        is_forkable: whether ``fork`` lets a sequence hold what another has evaluated.
         max_batch_rows: of ``open_batch``; 0 where a batch is nothing but several sequences.
         has_ragged_batches: whether the prompts of a batch may differ in length.
         proofs: of patches; ``None`` where each load asks the whole canary.
@@ -81,6 +82,7 @@ class Runtime(Protocol):
     notes: tuple[str, ...] = ()
     num_threads: int | None = None
     is_cuttable: bool = True
+    is_forkable: bool = False
     max_batch_rows: int = 0
     has_ragged_batches: bool = False
     proofs: ProofMemory | None = None

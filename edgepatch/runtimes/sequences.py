@@ -150,6 +150,22 @@ class Sequences:
             self._runtime.place_seed([target], [self._anchors[target]])
         return True
 
+    def adopt(self, tokens: Sequence[int], sequence: int) -> int:
+        """Lets a sequence hold the longest beginning of a prompt that any sequence holds, where the runtime can.
+
+        Returns:
+            How many leading tokens need not be evaluated again: all but the last at most, behind which logits are asked for.
+        """
+        most = tokens[:-1]
+        own = self.num_cached(most, sequence)
+        if not self._runtime.is_forkable:
+            return own
+        source = max(range(len(self._evaluated)), key=lambda other: self.num_cached(most, other))
+        shared = self.num_cached(most, source)
+        if shared <= own:
+            return own
+        return shared if self.share(source, sequence, tokens[:shared]) else 0
+
     def forget(self) -> None:
         """Strikes every prompt off the books, because the runtime starts all sequences afresh or must."""
         self._evaluated = [[] for _ in self._evaluated]

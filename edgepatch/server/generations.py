@@ -90,7 +90,7 @@ def steps_of(session: Session, generation: Generation, sequence: int) -> Iterato
         yield Started(0)
         yield from _scores(session, generation, sequence)
     else:
-        cached = min(session.sequences.num_cached(tokens, sequence), len(tokens) - 1)
+        cached = session.sequences.adopt(tokens, sequence)
         yield Started(cached)
         for end in range(cached + PREFILL_CHUNK, len(tokens), PREFILL_CHUNK):
             session.logits_of_last(tokens[:end], sequence)

@@ -2,7 +2,7 @@
 
 Each round the thread answers short calls (reading the vocabulary's texts), gives free sequences to waiting generations, and advances every running
 one by one step: a part of its prompt, or a token, which all that have read their prompts get in one batch. So a long prompt or
-reply holds nobody up for longer than one step.
+reply holds nobody up for longer than one step. The first token is drawn as soon as its prompt is read: it needs no batch.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Scheduler:
                 self._release(running)
             prepared = [running for running in self._running if running.continuation is not None]
             for running in [running for running in self._running if running.continuation is None]:
-                self._prepare(running)
+                self._prepare(session, running)
             self._draw(session, prepared)
 
     def _wait(self) -> bool:
@@ -211,8 +211,8 @@ class Scheduler:
                 self._waiting.append(group)
             return generation
 
-    def _prepare(self, running: _Running) -> None:
-        """One step before the first token, or behind the last."""
+    def _prepare(self, session: Session, running: _Running) -> None:
+        """One step up to the first token, or behind the last."""
         try:
             step = next(running.steps, Finished())
         except InactivePatchError:
@@ -221,6 +221,7 @@ class Scheduler:
             step = Finished(error)
         if isinstance(step, Continuation):
             running.continuation = step
+            self._draw(session, [running])
         elif step is not None:
             self._tell(running, step)
 

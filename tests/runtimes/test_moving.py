@@ -206,7 +206,17 @@ class Conversations:
         self.session, self.patch, self.random = session, patch, random.Random(rng_seed)
         self.texts = [[] for _ in range(session.num_sequences)]
         self.snapshots = []
-        self.acts = [self.turn, self.edit, self.branch, self.restart, self.reply, self.save, self.restore, self.many]
+        self.acts = [
+            self.turn,
+            self.edit,
+            self.branch,
+            self.restart,
+            self.reply,
+            self.save,
+            self.restore,
+            self.many,
+            self.adopt,
+        ]
 
     def some(self, most=30):
         return [self.random.randrange(3, 60) for _ in range(self.random.randint(1, most))]
@@ -228,6 +238,15 @@ class Conversations:
         if kept and not self.session.sequences.share(source, sequence, kept):
             self.session.logits_of_last(kept, sequence)
         self.say(sequence, kept + self.some(3))
+
+    def adopt(self, sequence):
+        """As the server begins: whatever any sequence holds of a prompt is used."""
+        source = self.random.choice(self.texts)
+        tokens = source[: self.random.randint(0, len(source))] + self.some(3)
+        own = self.session.sequences.num_cached(tokens[:-1], sequence)
+        cached = self.session.sequences.adopt(tokens, sequence)
+        assert own <= cached < len(tokens) and self.session.sequences.evaluated(sequence)[:cached] == tokens[:cached]
+        self.say(sequence, tokens)
 
     def restart(self, sequence):
         if self.random.random() < 0.3:
@@ -269,7 +288,7 @@ class Conversations:
     def converse(self):
         """The sequence it was held in."""
         sequence = self.random.randrange(len(self.texts))
-        for act in self.random.choices(self.acts, [8, 5, 3, 2, 3, 2, 2, 1], k=self.random.randint(1, 4)):
+        for act in self.random.choices(self.acts, [8, 5, 3, 2, 3, 2, 2, 1, 3], k=self.random.randint(1, 4)):
             act(sequence)
         if self.random.random() < 0.05:
             self.exchange()

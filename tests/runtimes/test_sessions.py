@@ -64,6 +64,22 @@ def test_a_snapshot_is_of_use_behind_its_own_seed_alone(session, tiny_patch):
         session.sequences.save(2)
 
 
+def test_a_prompt_begins_with_what_any_sequence_holds_of_it(session):
+    """Where sequences can share; elsewhere it begins with what its own holds."""
+    prompt, sequences = [*PROMPT, 3, 4], session.sequences
+    session.reset()
+    expected = session.generate(prompt, GREEDY)
+    session.reset()
+    session.logits_of_last([*PROMPT, 12])
+    session.logits_of_last([*PROMPT[:2], 13], sequence=1)
+    assert sequences.adopt(prompt, 1) == (len(PROMPT) if session.backend.is_forkable else 2)
+    begun = session.begin(prompt, GREEDY, sequence=1)
+    assert "".join(session.advance([begun])[0].text for _ in range(GREEDY.max_new_tokens)) == expected
+    assert sequences.evaluated(0) == [*PROMPT, 12], "whoever held it keeps all"
+    session.logits_of_last(prompt)
+    assert sequences.adopt(prompt, 0) == len(prompt) - 1, "behind the last token logits are asked for"
+
+
 def test_sequences_that_lack_one_token_are_evaluated_together(session, monkeypatch):
     session.reset()
     calls, forward_rows = [], session.backend.forward_rows

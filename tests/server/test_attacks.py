@@ -22,6 +22,8 @@ from kit.serving import KEY, MODEL, Paced, running
 
 BODY = {"model": MODEL, "prompt": "The quick brown fox", "max_tokens": 4}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+ENDLESS = {"max_tokens": 300, "stream": True, "logit_bias": {"2": -100}}
+"""The model draws at random, and its token 2 would end a reply."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ COSTLY = {
 def test_a_costly_schema_is_refused_while_others_go_on(server, kind):
     with (
         server.client() as http,
-        http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 300, "stream": True}) as stream,
+        http.stream("POST", "/v1/completions", json={**BODY, **ENDLESS}) as stream,
     ):
         lines = stream.iter_lines()
         next(lines)
@@ -303,15 +305,11 @@ def test_log_probabilities_are_bounded_in_sum(server, monkeypatch):
     assert post(server, {**BODY, "prompt": prompts, "echo": True, "logprobs": 5, "max_tokens": 0}).status_code == 200
 
 
-ENDLESS = {"logit_bias": {"2": -100}}
-"""The model draws at random, and its token 2 would end a reply."""
-
-
 def test_length_is_judged_before_work(server):
     """Four megabytes of a prompt are refused while another stream goes on."""
     with (
         server.client() as http,
-        http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 300, "stream": True, **ENDLESS}) as stream,
+        http.stream("POST", "/v1/completions", json={**BODY, **ENDLESS}) as stream,
     ):
         lines = stream.iter_lines()
         next(lines)

@@ -113,7 +113,7 @@ def test_running_replies_share_a_batch_and_a_failed_one_ends_them(runtime):
     both = [Listener(runtime.tokens(text), replace(GREEDY, max_new_tokens=n)) for text, n in (("fox", 30), ("dog", 9))]
     scheduler.submit([one.generation for one in both])
     assert [one.wait() for one in both] == alone, "one reply goes on as before when the other has ended"
-    assert batched.sizes == [2] * 9 + [1] * 21
+    assert batched.sizes == [1, 1] + [2] * 8 + [1] * 21, "the first token comes when its prompt is read"
     batched.broken = True
     failed = [Listener(runtime.tokens(text)) for text in ("fox", "dog")]
     scheduler.submit([one.generation for one in failed])

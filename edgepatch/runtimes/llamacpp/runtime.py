@@ -145,7 +145,8 @@ class LlamaCppRuntime(Runtime):
             self._resources.callback(_close_result, loading)
             preparing.result()
             self.model = loading.result()
-            self.notes, self.is_cuttable = self.model.notes, not self.model.has_recurrent_memory
+            self.notes = self.model.notes
+            self.is_cuttable = self.is_forkable = not self.model.has_recurrent_memory
             self.num_threads = threads()
             settings = replace(settings, num_threads=self.num_threads)
             creating = library.submit(LlamaContext, self.model, settings)
