@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from edgepatch.converters import architectures
 from edgepatch.converters.gguf.header import BLOCK_SIZES, GGUFHeader, read_header
-from edgepatch.converters.hf import folders
 from edgepatch.errors import InputError, MismatchError
 from edgepatch.patch.sketches import (
     ALLOWED,
@@ -92,6 +91,8 @@ def sketch_of_folder(folder: Path, like: Sketch | None = None) -> Sketch:
         MissingExtraError: transformers is not installed.
     """
     from safetensors import SafetensorError, safe_open
+
+    from edgepatch.converters.hf import folders
 
     config = folders.text_config(folders.read_transformers_config(folder)).to_dict()
     try:
@@ -263,7 +264,8 @@ def cell(block: NDArray[np.float32], weight: float, even: bool) -> tuple[float, 
         weight: one of them.
         even: whether the type's values are evenly spaced, so that their distance tells of those that the block lacks.
     """
-    levels = np.unique(block).astype(np.float64)
+    ordered = np.sort(block)  # not `np.unique`, which imports numpy.ma: as long as to read all cells
+    levels = ordered[np.append(True, ordered[1:] != ordered[:-1])].astype(np.float64)
     at = int(np.searchsorted(levels, weight))
     gaps = np.diff(levels)
     step = grid_step(gaps) if even and len(gaps) else np.inf

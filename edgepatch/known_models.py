@@ -7,7 +7,6 @@ only if its bytes are the ones that are pinned here.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import re
 import sys
 from dataclasses import dataclass
@@ -127,6 +126,8 @@ def find(name: str) -> Path:
 
 def _locate(model: KnownModel) -> tuple[Path, str]:
     """(where the model's file should be, version of the installed package)."""
+    import importlib.metadata
+
     try:
         distribution = importlib.metadata.distribution(model.distribution)
     except importlib.metadata.PackageNotFoundError:

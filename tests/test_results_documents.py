@@ -74,7 +74,8 @@ PARITY = {
     "ONNX int8": ("onnx", "int8", "f32", None),
     "ONNX int4": ("onnx", "int4", "f32", None),
 }
-SERVERS = ("edgepatch", "llama-server")
+OURS, PLAIN = "edgepatch", "edgepatch --no-flash-attn"
+SERVERS = (OURS, PLAIN, "llama-server")
 Row = Mapping[str, Any]
 
 
@@ -318,10 +319,10 @@ def real_baselines() -> str:
     return table(("in place of a patch", "domain", "items", "bare", "with it", "of bare", *costs), lines)
 
 
-def in_front() -> str:
+def in_front(file: str = "unpatching") -> str:
     rows = [
         [row["attack"], *(interval(row[name]) for name in ("bare", "patched", "gain"))]
-        for row in document("unpatching")["rows"]
+        for row in document(file)["rows"]
     ]
     return table(("attempt", "EMT bare", "EMT patched", "gain"), rows)
 
@@ -376,14 +377,40 @@ def median(rows: Sequence[Row], arm: str, measure: str, field: str, digits: int,
 def served() -> str:
     """Tokens a second of all streams together, both servers asked in turns."""
     lines = [
-        [str(row["streams"]), *(rate(row["tokens_per_s"][name]) for name in SERVERS), f"{row['share']:.2f}"]
+        [
+            str(row["streams"]),
+            *(rate(row["tokens_per_s"][name]) for name in SERVERS),
+            *(f"{row['shares'][name]:.2f}" for name in (OURS, PLAIN)),
+        ]
         for row in document("server")["throughput"]
     ]
-    return table(("streams", *(f"{name}, tokens/s" for name in SERVERS), "share"), lines)
+    rates = ("edgepatch, tokens/s", "without flash attention", "llama-server")
+    return table(("streams", *rates, "share", "share without"), lines)
 
 
 def rate(spread: Row) -> str:
     return f"{spread['median']:.1f} [{spread['low']:.1f}, {spread['high']:.1f}]"
+
+
+def fused() -> str:
+    """Bare model and patch, with llama.cpp's fused attention and without."""
+    rows = document("fused-attention")["rows"]
+    arms = {
+        "bare": "bare model",
+        "seed": "patch",
+        "bare plain attention": "bare model, `--no-flash-attn`",
+        "seed plain attention": "patch, `--no-flash-attn`",
+    }
+    lines = [
+        [
+            name,
+            *(median(rows, arm, "ttft", "median_ms", 0, n_prompt=length) for length in (32, 128)),
+            *(median(rows, arm, "decode", "median_ts", 1, n_depth=depth) for depth in (0, 512)),
+        ]
+        for arm, name in arms.items()
+    ]
+    first = ("first token, ms, 32", "first token, ms, 128")
+    return table(("SmolLM2", *first, "tokens/s", "tokens/s behind 512 tokens"), lines)
 
 
 def alternatives() -> str:
@@ -435,12 +462,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "real attention": real_attention,
     "real baselines": real_baselines,
     "in front": in_front,
+    "real in front": lambda: in_front("unpatching-smollm2-detox-0.3.0"),
     "behind": behind,
     "behind others": behind_others,
     "composed": composed,
     "cost": cost,
     "alternatives": alternatives,
     "served": served,
+    "fused": fused,
     "parity": parity,
 }
 

@@ -23,6 +23,8 @@ from edgepatch.runtimes.session import Session
 LORA_RANKS = (8, 16)
 STACKS = (2, 4)
 LORA_FOLDER = "lora-onnx"
+BARE_PLAIN, SEED_PLAIN = "bare plain attention", "seed plain attention"
+"""Arms on a second copy of the model, which is loaded only where somebody names them."""
 
 
 @dataclass(frozen=True)
@@ -182,16 +184,37 @@ class LlamaCppWorkbench(Workbench):
         backend = self.runtime.backend
         assert isinstance(backend, LlamaCppRuntime)
         self._model, self._adapters = backend.model, Adapters(backend, self._folder, LORA_RANKS)
+        self._plain: Session | None = None
 
     def detach(self) -> None:
         self._adapters.attach("")
+
+    def close(self) -> None:
+        super().close()
+        if self._plain is not None:
+            self._plain.close()
 
     def other_arms(self) -> list[Arm]:
         arms: list[Arm] = [self._arm(name, attach=self._attaching(name)) for name in self._adapters.files]
         arms.append(LibraryArm(self.runtime, self._snapshots, self.detach))
         if self.patch.soft_prompt is not None:
             arms.append(DecodedPromptArm(self.runtime, self._snapshots, self.patch, self.detach))
-        return arms
+        return arms + self._plain_arms()
+
+    def _plain_arms(self) -> list[Arm]:
+        """Bare model and seed where llama.cpp multiplies attention out instead of fusing it."""
+        named = [name for name in (BARE_PLAIN, SEED_PLAIN) if self._patterns and self.wants(name)]
+        if not named or not self.options["flash_attention"]:
+            return []
+        options = {**self.options, "flash_attention": False, "context_length": self.context_length}
+        self._plain = load_runtime(self.model, None, num_threads=self.num_threads, **options)
+        snapshots, patches = Snapshots(self._plain), {BARE_PLAIN: None, SEED_PLAIN: self.patch}
+        return [RuntimeArm(name, self._plain, snapshots, patches[name]) for name in named]
+
+    def arm_columns(self, arm: str) -> dict[str, Any]:
+        if arm in (BARE_PLAIN, SEED_PLAIN):
+            return {**super().arm_columns(arm.split()[0]), "flash_attn": False}
+        return super().arm_columns(arm)
 
     def _attaching(self, name: str) -> Callable[[], None]:
         return lambda: self._adapters.attach(name)

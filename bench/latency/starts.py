@@ -34,6 +34,7 @@ model = Llama(sys.argv[1], n_ctx=int(sys.argv[2]), n_threads=int(sys.argv[3]), n
               flash_attn=True, verbose=False)
 for part in model.create_chat_completion([{"role": "user", "content": sys.argv[5]}], max_tokens=1, temperature=0.0, stream=True):
     sys.stdout.write(part["choices"][0]["delta"].get("content") or "")
+    sys.stdout.flush()
 """
 LLAMA_CALLS = """
 import ctypes, os, sys

@@ -24,6 +24,7 @@ from edgepatch.llama_server.served import question
 from edgepatch.progress import Progress, silent, stage
 from edgepatch.runtimes import load_runtime
 
+OURS, PLAIN, PEER = "edgepatch", "edgepatch --no-flash-attn", "llama-server"
 QUIET_S = 20.0
 CANARY_PAUSE_S, MEMORY_PAUSE_S = 5.0, 0.5
 MEMORY_SHARE, FIRST_TOKEN_FACTOR, LEAST_SHARE = 0.02, 2.0, 0.95
@@ -110,13 +111,19 @@ def run(
             examiner = Examiner(session, [session.tokens(messages) for messages in conversations]) if patches else None
         with serving(model, flags, work) as served:
             # First, because it ends the measurement where a server fails: ten minutes of load would be lost.
-            with _peer(model, work, config) as peers, stage(progress, "throughput"):
-                ours = {"edgepatch": Endpoint(served.url, served.key, served.model)}
+            with (
+                _peer(model, work, config) as peers,
+                serving(model, [*flags, "--no-flash-attn"], work / "plain") as plain,
+                stage(progress, "throughput"),
+            ):
+                ours = {name: Endpoint(one.url, one.key, one.model) for name, one in ((OURS, served), (PLAIN, plain))}
                 rows = throughput(ours | peers, config.num_streamed, ends)
             figures = _under_load(served, examiner, conversations, config, progress)
     for row in rows if peers else ():
-        row["share"] = row["tokens_per_s"]["edgepatch"]["median"] / row["tokens_per_s"]["llama-server"]["median"]
-        figures["goals"][f"{row['streams']} streams at {LEAST_SHARE:g} of llama-server"] = row["share"] >= LEAST_SHARE
+        rates = {name: spread["median"] for name, spread in row["tokens_per_s"].items()}
+        row["shares"] = {name: rates[name] / rates[PEER] for name in ours}
+        goal = f"{row['streams']} streams at {LEAST_SHARE:g} of {PEER}"
+        figures["goals"][goal] = row["shares"][OURS] >= LEAST_SHARE
     document = {
         "command": command,
         "model": model.name,
@@ -225,11 +232,11 @@ def _goals(quiet: Seen, seen: Seen, watched: Watched, fingerprint: str) -> Mappi
 
 @contextmanager
 def _peer(model: Path, work: Path, config: LoadConfig) -> Iterator[dict[str, Endpoint]]:
-    """llama-server on the bare model, where there is its binary."""
+    """llama-server on the bare model with fused attention, as it does by itself, where there is its binary."""
     if config.llama_server is None:
         yield {}
         return
     flags = ["--model", str(model), "--parallel", str(config.num_clients), "--kv-unified"]
     flags += ["--ctx-size", str(config.context_length * config.num_clients), "--alias", "served"]
     with running_server(config.llama_server, flags, work / "llama-server.log") as server:
-        yield {"llama-server": Endpoint(server.url, "", "served")}
+        yield {PEER: Endpoint(server.url, "", "served")}

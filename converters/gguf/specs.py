@@ -6,6 +6,8 @@ import re
 from math import isfinite, prod
 from pathlib import Path
 
+import numpy as np
+
 from edgepatch.converters import rope_parameters
 from edgepatch.converters.gguf.header import GGUFHeader, read_header
 from edgepatch.converters.gguf.types import FILE_TYPES, type_name
@@ -73,7 +75,8 @@ def vocabulary(header: GGUFHeader) -> list[str]:
     types = header.metadata.get("tokenizer.ggml.token_type", [])
     if not isinstance(tokens, list) or len(tokens) != len(types):
         raise InputError(f"{header.path} holds no tokenizer", hint="download or convert the model again")
-    pairs = enumerate(zip(tokens, types, strict=True))
+    kinds = types.tolist() if isinstance(types, np.ndarray) else types  # numpy's own numbers are slow to go through
+    pairs = enumerate(zip(tokens, kinds, strict=True))
     return [token for i, (token, kind) in pairs if kind != UNUSED or token != f"[PAD{i}]"]
 
 

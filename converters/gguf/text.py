@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
+
+import numpy as np
 
 from edgepatch.converters.gguf.header import GGUFHeader
 from edgepatch.errors import EdgepatchError, InputError
@@ -157,8 +159,9 @@ class GGUFTokenizer:
         self._kind = int(lib.llama_vocab_type(vocab))
         self._pre = str(header.metadata.get("tokenizer.ggml.pre", "default"))
         self._model = str(header.metadata.get("tokenizer.ggml.model", ""))
-        self._tokens = [str(token) for token in header.metadata.get("tokenizer.ggml.tokens", [])]
-        self._types = list(header.metadata.get("tokenizer.ggml.token_type", []))
+        self._tokens = list(map(str, header.metadata.get("tokenizer.ggml.tokens", [])))
+        types = header.metadata.get("tokenizer.ggml.token_type", [])
+        self._types = types.tolist() if isinstance(types, np.ndarray) else list(types)
         self._idle = threading.Condition()
         self._num_calls, self._is_closed = 0, False
         # llama.cpp's vocabulary is read here and within `_tokenize`, and nowhere else: it may be freed in between.
@@ -326,26 +329,28 @@ class GGUFTokenizer:
 
     def _measure(self) -> TextBound:
         """Byte-level BPE and SentencePiece with bytes make each byte a token or a part of one; of other kinds nobody knows."""
-        longest = max((len(token.encode("utf-8", "replace")) for token in self._tokens), default=1)
         strips = any(self._lib.llama_vocab_get_attr(self._vocab, i) & STRIPS for i in self._specials)
         if self._kind == SPM:
-            return TextBound(longest, self._spells_all_bytes and not strips)
+            return TextBound(_longest(self._tokens), self._spells_all_bytes and not strips)
         if self._kind != BPE or self._model not in ("gpt2", "gemma4") or self._pre == "whitespace":
-            return TextBound(longest)
+            return TextBound(_longest(self._tokens))
         is_raw = self._model == "gemma4" or self._pre in RAW_PRE_TOKENIZERS
         if is_raw or self._pre not in KNOWN_PRE_TOKENIZERS:
-            return TextBound(longest, is_raw and self._spells_all_bytes and not strips)
+            return TextBound(_longest(self._tokens), is_raw and self._spells_all_bytes and not strips)
         # A character of a plain token stands for one byte, whatever UTF-8 makes of it.
-        kinds = self._types or [NORMAL] * len(self._tokens)
-        lengths = (
-            len(token) if kind == NORMAL else len(token.encode("utf-8", "replace"))
-            for token, kind in zip(self._tokens, kinds, strict=False)
-        )
+        lengths = list(map(len, self._tokens[: len(self._types) or None]))
+        for i in self._specials:
+            lengths[i : i + 1] = [len(token.encode("utf-8", "replace")) for token in self._tokens[i : i + 1]]
         return TextBound(max(lengths, default=1), not strips, missing_bytes(self._texts))
 
-    @property
+    @cached_property
     def _specials(self) -> list[int]:
         return [i for i, kind in enumerate(self._types) if kind != NORMAL]
+
+
+def _longest(tokens: Sequence[str]) -> int:
+    """Bytes of the longest token."""
+    return max((len(token.encode("utf-8", "replace")) for token in tokens), default=1)
 
 
 def _require_single_blanks(text: str) -> None:

@@ -14,6 +14,7 @@ import typer
 from edgepatch.cli.application import app
 from edgepatch.cli.console import (
     BareFlag,
+    FlashFlag,
     JsonFlag,
     ModelArgument,
     ModelFileOption,
@@ -83,6 +84,7 @@ def chat(
     context_length: ContextLength = None,
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
+    flash_attention: FlashFlag = True,
     bare: BareFlag = False,
     pinned: PinnedFlag = False,
     other_template: TemplateFlag = False,
@@ -104,7 +106,11 @@ def chat(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed)
     options = ChatOptions({} if think is None else {"enable_thinking": think})
-    choices = {"chat_template": read_template(chat_template), "model_file": model_file}
+    choices = {
+        "chat_template": read_template(chat_template),
+        "model_file": model_file,
+        "flash_attention": None if flash_attention else False,
+    }
     asked = None if prompt is None else [whole_prompt(prompt)]
     with load_model(
         model, choice(patch, bare), context_length, threads, device, store, pinned, other_template, choices
@@ -159,6 +165,7 @@ def generate(
     context_length: ContextLength = None,
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
+    flash_attention: FlashFlag = True,
     bare: BareFlag = False,
     pinned: PinnedFlag = False,
     other_template: TemplateFlag = False,
@@ -172,8 +179,9 @@ def generate(
     from edgepatch.decoding.sampling import Sampling
 
     sampling, text = Sampling(max_new_tokens, temperature, top_p, top_k, rng_seed), whole_prompt(prompt)
+    choices = {"flash_attention": None if flash_attention else False}
     with load_model(
-        model, choice(patch, bare), context_length, threads, device, store, pinned, other_template
+        model, choice(patch, bare), context_length, threads, device, store, pinned, other_template, choices
     ) as session:
         if not as_json:
             printer = ReplyPrinter()
@@ -214,7 +222,7 @@ def load_model(
     store: Path | None = None,
     pinned: bool = False,
     other_template: bool = False,
-    choices: Mapping[str, str | None] = MappingProxyType({}),
+    choices: Mapping[str, object] = MappingProxyType({}),
 ) -> Session:
     """The model with a patch; what is active is told on stderr, and what is less than the patch promises."""
     from edgepatch.runtimes import ACTIVE, device_options, load_runtime

@@ -63,6 +63,13 @@ def read_template(path: Path | None) -> str | None:
     return read_text(path, 4 * MAX_TEMPLATE_CHARACTERS, "chat template") if path else None
 
 
+FlashFlag = Annotated[
+    bool,
+    typer.Option(
+        "--flash-attn/--no-flash-attn",
+        help="Whether llama.cpp fuses attention; without, long conversations are faster on some CPUs.",
+    ),
+]
 BareFlag = Annotated[bool, typer.Option("--bare", help="Run the model without a patch.")]
 PinnedFlag = Annotated[
     bool,

@@ -17,6 +17,7 @@ from edgepatch.cli.application import app
 from edgepatch.cli.chat import ContextLength, Device, DeviceOption, Threads, choice, note_unasked
 from edgepatch.cli.console import (
     BareFlag,
+    FlashFlag,
     JsonFlag,
     ModelArgument,
     ModelFileOption,
@@ -99,6 +100,7 @@ def serve(
     context_length: ContextLength = None,
     threads: Threads = None,
     device: DeviceOption = Device.cpu,
+    flash_attention: FlashFlag = True,
     model_file: ModelFileOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -133,7 +135,11 @@ def serve(
     with settings.listen() as listener:
         url = _url(settings, listener.getsockname()[1])
         note(f"loading {model}")
-        choices = {"chat_template": read_template(chat_template), "model_file": model_file}
+        choices = {
+            "chat_template": read_template(chat_template),
+            "model_file": model_file,
+            "flash_attention": None if flash_attention else False,
+        }
         shared = (sequences, context_length, threads, device, store, pinned, other_template, choices)
         load = _loader(model, chosen, *shared)
         bare_service = Service(_loader(model, None, *shared), settings) if allow_compare else None
@@ -174,7 +180,7 @@ def _loader(
     store: Path | None,
     pinned: bool,
     other_template: bool,
-    choices: Mapping[str, str | None],
+    choices: Mapping[str, object],
 ) -> Callable[[], Session]:
     from edgepatch.runtimes import device_options, load_runtime
     from edgepatch.store.reading import StoreReader

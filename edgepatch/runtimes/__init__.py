@@ -137,7 +137,6 @@ def load_runtime(
     """
     from edgepatch.runtimes.patching import require_room, together
     from edgepatch.runtimes.session import Session
-    from edgepatch.store.reading import StoreReader
 
     path = Path(model)
     name, is_other = runtime_name(path), other_template or chat_template is not None
@@ -148,6 +147,8 @@ def load_runtime(
             require_room(parts, options.get("context_length"))
             runtime = _with_template(_open(name, path, planned, options), chat_template)
             return Session(runtime, parts, pinned, is_other)
+        from edgepatch.store.reading import StoreReader
+
         reader = StoreReader(store)
         reader.require_some()
         runtime = _with_template(_open(name, path, None, options), chat_template)

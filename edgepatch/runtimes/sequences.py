@@ -151,20 +151,29 @@ class Sequences:
         return True
 
     def adopt(self, tokens: Sequence[int], sequence: int) -> int:
-        """Lets a sequence hold the longest beginning of a prompt that any sequence holds, where the runtime can.
+        """Lets a sequence hold the longest beginning of a prompt that it can go on from, its own or what another sequence holds.
+
+        A text that is held whole is gone on with. One that goes another way is cut where the seed moves, and not where the two part:
+        what is evaluated then is what would be without it, in the same parts, and so are the roundings of a quantized model.
 
         Returns:
             How many leading tokens need not be evaluated again: all but the last at most, behind which logits are asked for.
         """
-        most = tokens[:-1]
-        own = self.num_cached(most, sequence)
-        if not self._runtime.is_forkable:
-            return own
-        source = max(range(len(self._evaluated)), key=lambda other: self.num_cached(most, other))
-        shared = self.num_cached(most, source)
-        if shared <= own:
-            return own
-        return shared if self.share(source, sequence, tokens[:shared]) else 0
+        others = range(len(self._evaluated)) if self._runtime.is_forkable else ()
+        kept = {source: self._num_adopted(tokens, source) for source in (sequence, *others)}
+        source = max(kept, key=lambda source: kept[source])  # of equals the sequence itself, which comes first
+        if source == sequence and kept[source] == len(self._evaluated[sequence]):
+            return kept[source]
+        if kept[source] and self.share(source, sequence, tokens[: kept[source]]):
+            return kept[source]
+        self._evaluated[sequence] = []  # which starts it afresh
+        return 0
+
+    def _num_adopted(self, tokens: Sequence[int], source: int) -> int:
+        held, shared = self._evaluated[source], self.num_cached(tokens[:-1], source)
+        if shared == len(held) or self.anchoring is None:
+            return shared
+        return self.anchoring.anchors(tokens[: shared + 1])[-1]
 
     def forget(self) -> None:
         """Strikes every prompt off the books, because the runtime starts all sequences afresh or must."""

@@ -92,7 +92,7 @@ def steps_of(session: Session, generation: Generation, sequence: int) -> Iterato
     else:
         cached = session.sequences.adopt(tokens, sequence)
         yield Started(cached)
-        for end in range(cached + PREFILL_CHUNK, len(tokens), PREFILL_CHUNK):
+        for end in range((cached // PREFILL_CHUNK + 1) * PREFILL_CHUNK, len(tokens), PREFILL_CHUNK):
             session.logits_of_last(tokens[:end], sequence)
             yield None
     if generation.sampling is not None:

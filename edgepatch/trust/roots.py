@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgepatch.errors import UntrustedError
 from edgepatch.files.canonical import canonical_json, parse_canonical
@@ -26,6 +24,9 @@ from edgepatch.trust.signatures import (
     require_digest,
     sign,
 )
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 FORMAT_VERSION = 1
 MAX_ROOT_BYTES = 64 * 1024

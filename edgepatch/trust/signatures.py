@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from typing import TYPE_CHECKING
 
 from edgepatch.errors import UntrustedError
+
+if TYPE_CHECKING:  # whoever reads a patch and checks no signature does not wait for the library
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 MANIFEST_TYPE = "application/vnd.edgepatch.manifest+json"
 ROOT_TYPE = "application/vnd.edgepatch.root+json"
@@ -93,6 +93,9 @@ def pre_authentication_encoding(payload: bytes, payload_type: str) -> bytes:
 
 def raw_public_key(key: Ed25519PrivateKey | Ed25519PublicKey) -> bytes:
     """The 32 bytes of a public key, or of the public half of a private one."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
     public = key.public_key() if isinstance(key, Ed25519PrivateKey) else key
     return public.public_bytes(Encoding.Raw, PublicFormat.Raw)
 
@@ -110,6 +113,9 @@ def sign(payload: bytes, payload_type: str, key: Ed25519PrivateKey) -> Signature
 
 def fits(payload: bytes, payload_type: str, signature: bytes, public: bytes) -> bool:
     """Whether the key ``public`` made this signature over this payload and type. Says nothing about trust in the key."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, pre_authentication_encoding(payload, payload_type))
     except InvalidSignature:

@@ -210,6 +210,20 @@ def test_attention_without_fusing_reaches_every_part_or_is_refused(tmp_path, mon
     assert not (tmp_path / "tiny-int4-onnx").exists()
 
 
+def test_plain_attention_stands_beside_the_fused_one_where_it_is_named(tmp_path):
+    sizes = replace(TINY, prompts=(8,), depths=(0, 32))
+    settings = Settings(
+        shape="tiny", repeats=2, num_threads=1, sizes=sizes, arms=("seed", "*plain*"), folder=tmp_path, parts=("arms",)
+    )
+    rows = measure(settings, command="test")["rows"]
+    fused = {row["arm"]: row["flash_attn"] for row in rows if row["arm"].startswith(("bare", "seed"))}
+    assert fused == {"bare": True, "seed": True, "bare plain attention": False, "seed plain attention": False}
+    seeded = [row for row in rows if row["arm"].startswith("seed") and row["measure"] in ("ttft", "decode")]
+    assert {row["num_virtual_tokens"] for row in seeded} == {TINY.num_virtual_tokens}
+    unnamed = measure(replace(settings, arms=()), command="test")["rows"]
+    assert not [row["arm"] for row in unnamed if "plain" in row["arm"]]
+
+
 # Memory.
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from edgepatch.cli import main
 from edgepatch.errors import MissingExtraError
 from edgepatch.patch.file import write_patch
+from edgepatch.runtimes.llamacpp.runtime import LlamaCppRuntime
 from edgepatch.text.tokenizers import FolderTokenizer
 from edgepatch.training.pairs.preferences import Pair, write_pairs
 from edgepatch.training.runs import SETTINGS_FILE
@@ -170,6 +171,20 @@ def test_a_gpu_that_is_not_there_is_one_clear_error(refused, model_file, tiny_fo
     for device, words in (("cuda", "expected a GPU that PyTorch"), ("gpu", "expected cpu or cuda, found 'gpu'")):
         code, err = refused("train", tiny_folder, "--pairs", pairs, "-o", "new", "--device", device)
         assert (code, words in err) == (2, True), err
+
+
+def test_fused_attention_is_llamacpps_alone(refused, model_file, tiny_folder, monkeypatch):
+    code, err = refused("generate", tiny_folder, "--prompt", "a", "--bare", "--no-flash-attn")
+    assert (code, "the torch runtime has no option flash_attention" in err) == (2, True), err
+    given, opened = [], LlamaCppRuntime._load
+    monkeypatch.setattr(LlamaCppRuntime, "_load", lambda self, *rest: given.append(rest[2]) or opened(self, *rest))
+    for verb in (("chat",), ("generate", "--json")):
+        for flags, is_fused in (((), True), (("--no-flash-attn",), False)):
+            words = [*verb, model_file, "--prompt", "a", "--bare", "--max-new-tokens", "1", *flags]
+            monkeypatch.setattr(sys, "argv", ["edgepatch", *map(str, words)])
+            with pytest.raises(SystemExit) as end:
+                main()
+            assert (end.value.code or 0, given.pop()) == (0, is_fused), words
 
 
 def test_a_missing_tokenizers_package_names_its_extra(refused, tiny_folder, tmp_path, monkeypatch):

@@ -181,6 +181,17 @@ def test_a_seed_alone_is_laid_out_by_what_rope_does(f32_file, tiny_patch, oracle
     assert np.abs(actual - expected).max() <= 5e-5 if kv_type == "f32" else kl(expected, actual) <= 1e-3
 
 
+def test_what_rope_does_is_measured_once_for_seeds_that_a_canary_proves(f32_file, tiny_patch, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPATCH_CACHE_DIR", str(tmp_path))
+    measure, measured = Calibration.layout_by_rope, []
+    monkeypatch.setattr(Calibration, "layout_by_rope", lambda self: measured.append(self) or measure(self))
+    alone, unproved = replace(tiny_patch, soft_prompt=None), replace(tiny_patch, soft_prompt=None, canary=None)
+    for patch, total in ((alone, 1), (alone, 1), (unproved, 2), (unproved, 3)):
+        with load(f32_file, patch) as runtime:
+            assert runtime.seed_route == "stored"
+        assert len(measured) == total
+
+
 def test_a_seed_alone_is_refused_where_rope_shows_nothing(f32_file, tiny_patch, monkeypatch):
     monkeypatch.setattr(llamacpp_layout, "turns_neighbours", lambda *_: None)
     with pytest.raises(InputError, match="cannot be confirmed"):

@@ -199,6 +199,31 @@ def test_sequences_take_turns(session, model, patch):
         assert np.abs(logits - expect(model, patch, tokens)[-1]).max() < EXACT_OF[session.name]
 
 
+@pytest.mark.parametrize("form", ["Q8_0", "int4"])
+def test_what_others_have_asked_leaves_no_trace(form, forms, patch):
+    """What is evaluated of a prompt is evaluated in the parts in which it would be without them, as roundings show.
+
+    llama.cpp adds the cells up in the order of their place in its one cache, in float16; ONNX Runtime has a cache for each sequence.
+    """
+    with load(forms, form, patch, num_sequences=3) as session:
+        for length, kept in ((70, 57), (90, 31), (50, 49), (40, 3)):
+            prompt = text(length, 3)
+            session.reset()
+            alone = session.logits_of_last(prompt)
+            session.reset()
+            others = [session.begin([*prompt[:kept], *text(20, i)], GREEDY, i) for i in (0, 1)]
+            for _ in range(5):
+                session.advance(others)
+            sequence = 2 if session.backend.is_forkable else 1
+            cached = session.sequences.adopt(prompt, sequence)
+            assert cached == patch.anchoring.anchors(prompt)[kept] and (cached > 0 or kept == 3)
+            logits = session.logits_of_last(prompt, sequence)
+            assert np.array_equal(logits, alone) if form == "int4" else divergence(alone, logits)["kl"] < 1e-3, (
+                length,
+                kept,
+            )
+
+
 class Conversations:
     """Does to a session what clients do, and keeps the text that each sequence should hold."""
 
@@ -243,9 +268,9 @@ class Conversations:
         """As the server begins: whatever any sequence holds of a prompt is used."""
         source = self.random.choice(self.texts)
         tokens = source[: self.random.randint(0, len(source))] + self.some(3)
-        own = self.session.sequences.num_cached(tokens[:-1], sequence)
         cached = self.session.sequences.adopt(tokens, sequence)
-        assert own <= cached < len(tokens) and self.session.sequences.evaluated(sequence)[:cached] == tokens[:cached]
+        assert cached < len(tokens) and self.session.sequences.evaluated(sequence) == tokens[:cached]
+        assert cached in (0, self.patch.anchoring.anchors(tokens)[cached], *map(len, self.texts))
         self.say(sequence, tokens)
 
     def restart(self, sequence):

@@ -57,13 +57,13 @@ def _print(document: dict[str, Any]) -> None:
         ],
     )
     servers = list(document["throughput"][0]["tokens_per_s"])
-    has_share = "share" in document["throughput"][0]
+    compared = list(document["throughput"][0].get("shares", ()))
     rows = [
         [
             row["streams"],
             *(f"{row['tokens_per_s'][name]['median']:.1f}" for name in servers),
-            *([f"{row['share']:.2f}"] if has_share else ()),
+            *(f"{row['shares'][name]:.2f}" for name in compared),
         ]
         for row in document["throughput"]
     ]
-    print_table(["streams", *(f"{name}, tokens/s" for name in servers), *(["share"] if has_share else ())], rows)
+    print_table(["streams", *(f"{name}, tokens/s" for name in servers), *(f"{name}, share" for name in compared)], rows)

@@ -20,6 +20,7 @@ from edgepatch.cli.bench.door import (
 )
 from edgepatch.cli.chat import Device, DeviceOption
 from edgepatch.cli.console import (
+    FlashFlag,
     ForceFlag,
     JsonFlag,
     LogOption,
@@ -65,9 +66,7 @@ def latency(
     repeats: Annotated[int, typer.Option(min=2, help="So many rounds, all arms in turn in each.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     device: DeviceOption = Device.cpu,
-    flash_attention: Annotated[
-        bool, typer.Option("--flash-attn/--no-flash-attn", help="Whether llama.cpp uses flash attention.")
-    ] = True,
+    flash_attention: FlashFlag = True,
     arms: Annotated[
         str,
         typer.Option(

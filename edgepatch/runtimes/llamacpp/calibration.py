@@ -149,7 +149,7 @@ class Calibration:
     # The layout without a soft prompt.
 
     def layout_by_rope(self) -> Layout:
-        """The layout for a seed that comes without soft prompt, from one token repeated.
+        """The layout for a seed that comes without soft prompt, from one token repeated; remembered for seeds that a canary proves.
 
         Raises:
             InputError: it cannot be confirmed.
@@ -164,7 +164,9 @@ class Calibration:
         if self._settings.kv_type not in ("f32", "f16", "bf16"):
             actual = self._probe(self._settings.kv_type, self._settings.flash_attention)
             key_block, value_block = (self._block(exact, actual, kind) for kind in ("keys", "values"))
-        return Layout(neighbours, key_block, value_block, (tuple(range(len(exact.caches[0].keys))),))
+        layout = Layout(neighbours, key_block, value_block, (tuple(range(len(exact.caches[0].keys))),))
+        self._keep("layout", layout.as_dict())
+        return layout
 
     def _unconfirmed(self, reason: str) -> InputError:
         return InputError(

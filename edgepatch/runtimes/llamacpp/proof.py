@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepatch import compilation
 from edgepatch.converters import first_contact
 from edgepatch.converters.first_contact import Contact, Failure, Proof, Report, Way
 from edgepatch.converters.gguf import library, vocabulary
@@ -99,6 +98,8 @@ def _next_way(failures: Sequence[Failure]) -> Way | None:
 
 
 def _note_of_repacking(failure: Failure) -> str:
+    from edgepatch import compilation
+
     amx = any("amx_tile" in fact for fact in cpu_facts())
     remedy = f"its AMX kernels may be built wrong; `{compilation.COMMAND}` builds it anew" if amx else REMEDY
     return (
