@@ -24,7 +24,6 @@ from edgepatch.converters.rope import interleave
 from edgepatch.errors import InactivePatchError, InputError
 from edgepatch.tensors import KVSeed
 
-FLOAT16 = 1  # ggml's number
 ROTATION_BLOCK = 64  # the smallest that llama.cpp rotates
 WORST_VALUE_ERROR = 0.7
 """Relative error of the values beyond which two caches are not of the same prompt; 4-bit weights stay below 0.4, foreign ones are at 1.4."""
@@ -131,16 +130,6 @@ def decode_rows(layer: LayerRows, cells: int, shape: tuple[int, int], transposed
     )
 
 
-def _quantized(rows: NDArray[np.float32], ggml_type: int) -> NDArray[Any]:
-    """Rows in a type of the cache; the usual one needs no library."""
-    if ggml_type == FLOAT16:
-        return rows.astype(np.float16)
-    from gguf import quants
-
-    stored: NDArray[Any] = quants.quantize(rows, _quantization(ggml_type))
-    return stored
-
-
 def encode_rows(tensor: NDArray[np.float32], ggml_type: int, transposed: bool) -> bytes:
     """The inverse of ``decode_rows``.
 
@@ -152,13 +141,15 @@ def encode_rows(tensor: NDArray[np.float32], ggml_type: int, transposed: bool) -
     Raises:
         InputError: a value is beyond the type's range.
     """
+    from gguf import quants
+
     num_heads, cells, head_dim = tensor.shape
     order = (0, 2, 1) if transposed else (1, 0, 2)
     rows = np.ascontiguousarray(tensor.transpose(order), dtype=np.float32)
     if not transposed:
         rows = rows.reshape(cells, num_heads * head_dim)
     with np.errstate(over="ignore"):
-        stored = _quantized(rows, ggml_type)
+        stored = quants.quantize(rows, _quantization(ggml_type))
     if stored.dtype.kind == "f" and not np.isfinite(stored).all():
         raise InputError("the KV seed has values beyond float16", hint="load the model with kv_type f32")
     return bytes(np.ascontiguousarray(stored).tobytes())

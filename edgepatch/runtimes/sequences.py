@@ -160,7 +160,8 @@ class Sequences:
             How many leading tokens need not be evaluated again: all but the last at most, behind which logits are asked for.
         """
         others = range(len(self._evaluated)) if self._runtime.is_forkable else ()
-        kept = {source: self._num_adopted(tokens, source) for source in (sequence, *others)}
+        anchors = self.anchoring.anchors(tokens) if self.anchoring is not None else range(len(tokens))
+        kept = {source: self._num_adopted(tokens[:-1], source, anchors) for source in (sequence, *others)}
         source = max(kept, key=lambda source: kept[source])  # of equals the sequence itself, which comes first
         if source == sequence and kept[source] == len(self._evaluated[sequence]):
             return kept[source]
@@ -169,11 +170,9 @@ class Sequences:
         self._evaluated[sequence] = []  # which starts it afresh
         return 0
 
-    def _num_adopted(self, tokens: Sequence[int], source: int) -> int:
-        held, shared = self._evaluated[source], self.num_cached(tokens[:-1], source)
-        if shared == len(held) or self.anchoring is None:
-            return shared
-        return self.anchoring.anchors(tokens[: shared + 1])[-1]
+    def _num_adopted(self, tokens: Sequence[int], source: int, anchors: Sequence[int]) -> int:
+        shared = self.num_cached(tokens, source)
+        return shared if shared == len(self._evaluated[source]) else anchors[shared]
 
     def forget(self) -> None:
         """Strikes every prompt off the books, because the runtime starts all sequences afresh or must."""

@@ -291,7 +291,7 @@ function floatsOf(data, entry, shape, name) {
 /** float16, given as bits, as float32: all but the smallest and the largest keep their bits. */
 function floatsFrom(halves) {
   // The browser's own conversion takes a tenth of the loop, which runs once, before it is compiled.
-  if (typeof Float16Array === "function") return new Float32Array(new Float16Array(halves.buffer));
+  if (typeof Float16Array === "function") return new Float32Array(new Float16Array(halves.buffer, halves.byteOffset, halves.length));
   const floats = new Float32Array(halves.length), bits = new Uint32Array(floats.buffer);
   for (let i = 0; i < halves.length; i++) {
     const half = halves[i], exponent = (half >> 10) & 31;

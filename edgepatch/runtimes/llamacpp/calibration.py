@@ -165,7 +165,8 @@ class Calibration:
             actual = self._probe(self._settings.kv_type, self._settings.flash_attention)
             key_block, value_block = (self._block(exact, actual, kind) for kind in ("keys", "values"))
         layout = Layout(neighbours, key_block, value_block, (tuple(range(len(exact.caches[0].keys))),))
-        self._keep("layout", layout.as_dict())
+        if self.layout is None:  # one that a soft prompt has confirmed stays
+            self._keep("layout", layout.as_dict())
         return layout
 
     def _unconfirmed(self, reason: str) -> InputError:
